@@ -1,0 +1,124 @@
+"""The face of the store: what connectors call, in process or through a node daemon.
+
+`LocalStore` (store.py) keeps the pages in this process. Whatever implements `KVStore` gives out slots of one host slab by
+number; the caller copies between `slot_view(slot)` and the engine's pages, so the same protocol serves one process, several
+ranks over shared memory and remote peers.
+
+The walk of one request:
+
+    request = store.request(tokens)
+    match = store.wait_lookup(request, timeout_s)          # or poll lookup() until not pending
+    lease = store.prepare_load(request, match.num_blocks)  # pins, allocates, starts fetching
+    status = store.wait(lease, timeout_s)                  # or poll(lease)
+    ...copy slots of lease.pages -> engine...              # blocks [0, status.num_blocks) only
+    store.complete(lease)
+    ...prefill the rest...
+    lease = store.prepare_save(request, first, num_blocks)
+    ...copy engine -> slots of lease.pages...
+    store.complete(lease)                                  # publishes; written behind to the lower tiers
+    store.finished(request)
+
+No method raises for a failing tier: what cannot be loaded is a miss, what cannot be saved is skipped and counted. Methods raise
+RequestError for misuse and StoreClosed after close. Any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.layout import Layout
+from kvstore.plan.records import (
+    LeaseStatus,
+    LoadLease,
+    Match,
+    Request,
+    RequestOptions,
+    SaveLease,
+)
+
+Tokens = npt.ArrayLike | memoryview
+
+
+class KVStore(Protocol):
+    """A tiered store of KV pages of one namespace."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def request(self, tokens: Tokens, options: RequestOptions | None = None) -> Request:
+        """Hash the full blocks of `tokens` (any 1-D integer array or buffer) into a new request."""
+
+    def request_from_hashes(
+        self, hashes: Sequence[bytes], num_tokens: int, options: RequestOptions | None = None
+    ) -> Request:
+        """A request whose blocks an engine has hashed already; each hash is bound to this store's namespace."""
+
+    def extend(self, request: Request, tokens: Tokens) -> None:
+        """Append tokens (those after the ones the request has) and hash the blocks they fill."""
+
+    def lookup(self, request: Request) -> Match:
+        """The longest prefix worth loading. Never blocks and does no I/O; `pending` means ask again."""
+
+    def wait_lookup(self, request: Request, timeout_s: float | None = None) -> Match:
+        """Lookup, waiting for pending tiers at most `timeout_s` (default: the configured lookup deadline)."""
+
+    def prepare_load(self, request: Request, num_blocks: int, *, owner: str = "") -> LoadLease:
+        """Pin blocks [0, num_blocks) in host slots and start fetching what is not there. May grant fewer."""
+
+    def wait(self, lease: LoadLease, timeout_s: float | None = None) -> LeaseStatus:
+        """Wait until the lease is ready, at most `timeout_s` (default: the configured load deadline)."""
+
+    def poll(self, lease: LoadLease) -> LeaseStatus:
+        """The progress of a load lease, at once."""
+
+    def prepare_save(self, request: Request, first: int, num_blocks: int, *, owner: str = "") -> SaveLease:
+        """Give slots for those pages of blocks [first, first + num_blocks) that host memory does not have."""
+
+    def complete(self, lease: LoadLease | SaveLease, *, filled: Sequence[bool] | None = None) -> None:
+        """End a lease: unpin after a load; publish after a save (`filled` says which pages are whole; default all)."""
+
+    def release(self, lease: LoadLease | SaveLease) -> None:
+        """End a lease without success: unpin, or drop what was being filled. Idempotent."""
+
+    def release_owner(self, owner: str) -> int:
+        """Release every lease of an owner that died; return how many."""
+
+    def prefetch(self, request: Request) -> int:
+        """Start bringing the known prefix into host memory; returns a ticket. Bounded; never evicts what is in use."""
+
+    def cancel(self, ticket: int) -> None:
+        """Stop a prefetch: queued transfers are dropped, those under way become resident."""
+
+    def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
+        """The request is over: refresh its path in every tier, or let it go first if no turn will follow."""
+
+    def pin(self, request: Request) -> int:
+        """Keep the request's resident pages in host memory until `unpin`; return how many blocks are pinned."""
+
+    def unpin(self, request: Request) -> int:
+        """Undo `pin`."""
+
+    def forget(self, request: Request, first: int = 0) -> int:
+        """Delete blocks from `first` on and all that continues them, in every tier that can be reached."""
+
+    def observe_prefill(self, num_tokens: int, seconds: float) -> None:
+        """Tell how fast the engine computes, so that lookups can weigh loading against recomputing."""
+
+    def slot_view(self, slot: int) -> memoryview:
+        """The bytes of a slot, `layout.slot_bytes` long, writable. Valid while a lease holds the slot."""
+
+    def slot_array(self, slot: int) -> npt.NDArray[np.uint8]:
+        """The same bytes as an array: use np.copyto, which releases the GIL (memoryview assignment holds it)."""
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything saved so far is written behind; False if the time ran out."""
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and gauges as plain numbers."""
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Write behind what is left (at most `timeout_s`), stop all threads, give everything back. Idempotent."""

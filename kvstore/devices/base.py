@@ -1,0 +1,82 @@
+"""A device moves pages between an engine's own memory and slots of the host slab, many pieces in one call.
+
+The planner never sees this: between `prepare_*` and `complete` of a lease, whoever holds the lease copies. A `PageTable`
+says where an engine keeps the pieces of its pages; a slot holds the same pieces end to end:
+
+    engine memory                                        slot
+    piece p, run r of page i starts at                   piece 0 run 0 | piece 0 run 1 | ... | piece P-1 run R-1
+    base[p] + i * page_stride[p] + r * run_stride[p]
+
+That one formula covers a paged engine (one run a piece, page_stride = bytes of a block) and a contiguous cache (page i = tokens
+[i * S, (i + 1) * S) of a tensor [heads, tokens, dim]: one run a head).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PageTable:
+    """Where an engine keeps the pieces of its pages; all arrays have one entry per piece.
+
+    base:        address of run 0 of page 0.
+    page_stride: bytes from a page to the next.
+    num_runs:    contiguous runs in a piece.
+    run_stride:  bytes from a run to the next.
+    run_bytes:   bytes of a run.
+    num_pages:   pages that may be addressed: 0 <= page id < num_pages.
+    keep_alive:  the tensors behind the addresses; a copy under way holds the table, and so them.
+    """
+
+    base: Int64s
+    page_stride: Int64s
+    num_runs: Int64s
+    run_stride: Int64s
+    run_bytes: Int64s
+    num_pages: int
+    keep_alive: tuple[Any, ...] = ()
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in a slot."""
+        return int((self.num_runs * self.run_bytes).sum())
+
+
+class CopyEvent(Protocol):
+    """Completion of one batch of copies."""
+
+    def wait(self) -> None:
+        """Block until the copies are finished; raises what failed."""
+
+    def done(self) -> bool:
+        """True once `wait` would return at once."""
+
+
+class Device(Protocol):
+    """Engine memory on one side, host slots on the other.
+
+    `slots[i]` is a whole slot (from `KVStore.slot_array`) for the page `page_ids[i]`. Raises ValueError if a page id is out of range or a
+    page does not fit its slot, before anything is copied.
+    """
+
+    name: str
+
+    def copy_out(self, table: PageTable, page_ids: Sequence[int], slots: Sequence[npt.NDArray[np.uint8]]) -> CopyEvent:
+        """Gather: engine pages -> slots (offload). The engine may overwrite the pages once the event is done."""
+
+    def copy_in(self, table: PageTable, page_ids: Sequence[int], slots: Sequence[npt.NDArray[np.uint8]]) -> CopyEvent:
+        """Scatter: slots -> engine pages (onload). The slots may be released once the event is done."""
+
+    def register(self, slab: npt.NDArray[np.uint8]) -> None:
+        """Make the host slab fit for direct transfers (page-lock it for CUDA); a no-op on CPU."""
+
+    def close(self) -> None:
+        """Wait for what is in flight and give everything back. Idempotent."""

@@ -1,0 +1,150 @@
+"""What a page of one model on one engine looks like: the bytes of one block, by layer group.
+
+A `Layout` is a value made once, by a connector, from the engine's own cache; everything below it sees only sizes and
+rules. Nothing here imports an engine.
+
+A model is seldom one kind of layer, so a layout is a list of `LayerGroup`s, each with its own rule for what must be
+present to resume a prompt after N tokens:
+
+    full, mla        every block of [0, N)
+    sliding window   only the blocks that hold tokens [N - (window - 1), N)
+    recurrent        a snapshot taken exactly at N; it cannot be cut (the types have room, no connector uses it yet)
+
+One page holds one block of one group, with the pages of all local shards (tensor-parallel ranks) side by side, so a slot is
+either whole or absent and "a block counts only when all ranks have it" needs no bookkeeping. All slots of a slab have
+one size; `balanced_groups` therefore cuts the layers into groups of nearly equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from math import gcd
+
+from kvstore.errors import ConfigError
+
+SLOT_ALIGNMENT = 4096  # bytes; O_DIRECT wants the logical block size of the disk, 512 to 4096
+
+
+class GroupKind(Enum):
+    """The resume rule of a layer group."""
+
+    FULL = "full"
+    MLA = "mla"
+    SLIDING = "sliding"
+    RECURRENT = "recurrent"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers that share a rule and travel in one page.
+
+    page_bytes: bytes of one block of these layers on one shard.
+    window:     tokens a layer looks back on, itself included; only for SLIDING.
+    """
+
+    kind: GroupKind
+    layers: tuple[int, ...]
+    page_bytes: int
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.page_bytes <= 0:
+            raise ConfigError(f"layer group: page_bytes is {self.page_bytes}; it must be positive")
+        if (self.kind is GroupKind.SLIDING) != (self.window is not None):
+            raise ConfigError(f"layer group: window is {self.window} for a {self.kind.value} group")
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"layer group: window is {self.window} tokens; it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The geometry of all pages of one namespace.
+
+    block_size:   tokens per block.
+    groups:       layer groups, in the order in which page keys number them.
+    format:       name of the byte order inside a page, e.g. "transformers:layer,kv,head,token,dim"; part of the
+                  fingerprint, since equal sizes do not mean equal meaning.
+    dtype:        name of the element type, e.g. "bfloat16".
+    shards:       ranks whose pages lie side by side in one slot.
+    """
+
+    block_size: int
+    groups: tuple[LayerGroup, ...]
+    format: str
+    dtype: str
+    shards: int = 1
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ConfigError(f"layout: block_size is {self.block_size}; it must be at least 1 token")
+        if not self.groups:
+            raise ConfigError("layout: no layer group; a model needs at least one")
+        if self.shards < 1:
+            raise ConfigError(f"layout: shards is {self.shards}; it must be at least 1")
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot: the largest group's pages of all shards, rounded up to SLOT_ALIGNMENT."""
+        most = max(group.page_bytes for group in self.groups) * self.shards
+        return -(-most // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all groups and shards, without padding."""
+        return sum(group.page_bytes for group in self.groups) * self.shards
+
+    def stored_bytes(self, group: int) -> int:
+        """Bytes of a slot that carry data for a page of `group`; the rest of the slot is padding."""
+        return self.groups[group].page_bytes * self.shards
+
+    def window_blocks(self, group: int) -> int | None:
+        """Blocks of `group` that must be present before a resume point; None means all of them."""
+        window = self.groups[group].window
+        return None if window is None else -(-(window - 1) // self.block_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits that change with anything that changes the meaning of a page's bytes."""
+        text = repr(
+            (
+                self.block_size,
+                self.format,
+                self.dtype,
+                self.shards,
+                [(g.kind.value, g.layers, g.page_bytes, g.window) for g in self.groups],
+            )
+        )
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One attention layer: its rule and its bytes per token on one shard."""
+
+    kind: GroupKind
+    token_bytes: int
+    window: int | None = None
+
+
+def balanced_groups(layers: Sequence[LayerSpec | None], block_size: int) -> tuple[LayerGroup, ...]:
+    """Cut layers into groups of nearly equal page size; None entries hold no KV and are skipped.
+
+    Layers of one rule and one size form a class. When there are several classes, each is cut into groups of g layers, g
+    being the greatest common divisor of the class sizes (Gemma 3 270M: 15 sliding and 3 full layers make 6 groups of
+    3): the layers are equal there, so no slot has padding. A model of one class is one group.
+    """
+    classes: dict[LayerSpec, list[int]] = {}
+    for index, spec in enumerate(layers):
+        if spec is not None:
+            classes.setdefault(spec, []).append(index)
+    if not classes:
+        raise ConfigError("layout: the model has no layer that keeps keys and values")
+    step = gcd(*(len(members) for members in classes.values()))
+    return tuple(
+        LayerGroup(spec.kind, tuple(members[i : i + step]), spec.token_bytes * step * block_size, spec.window)
+        for spec, members in classes.items()
+        for i in range(0, len(members), step)
+    )

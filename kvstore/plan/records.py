@@ -1,0 +1,200 @@
+"""The plain values that cross between callers, planner and mover.
+
+They hold numbers, bytes and tuples only, so that each of them can be pickled and, in a multi-process engine, travel.
+Times are seconds of the planner's clock unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+
+from kvstore.page import PageKey, PageMeta
+from radix.hashing import BlockHash
+
+HOST = "host"  # the name of the tier in the middle, as it appears in counts by tier
+
+
+class Op(Enum):
+    """What a lane is asked to do with a batch of pages."""
+
+    FETCH = "fetch"  # tier -> host slots
+    SPILL = "spill"  # host slots -> tier
+    PROBE = "probe"  # which of these keys are there?
+    TOUCH = "touch"  # refresh recency and deadline
+    DELETE = "delete"
+
+
+class Priority(IntEnum):
+    """Order within a lane: what a request waits for goes first."""
+
+    LOAD = 0
+    PREFETCH = 1
+    SAVE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One batch for one lane.
+
+    slots:    parallel to keys for FETCH and SPILL, else empty.
+    evict:    for SPILL: keys that leave the tier first.
+    deadline: when the answer stops being useful; a lane drops what it has not begun by then.
+    """
+
+    id: int
+    op: Op
+    tier: str
+    keys: tuple[PageKey, ...]
+    priority: Priority
+    deadline: float
+    slots: tuple[int, ...] = ()
+    metas: tuple[PageMeta, ...] = ()
+    evict: tuple[PageKey, ...] = ()
+    expires_at: float = 0.0  # for TOUCH; Unix time
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a transfer.
+
+    ok:      one answer per key; all False where the whole batch failed.
+    seconds: time inside the tier; 0 where it was never called.
+    error:   None, or one line for the log: the tier was not called or did not answer.
+    """
+
+    transfer_id: int
+    ok: tuple[bool, ...]
+    seconds: float = 0.0
+    num_bytes: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What an engine or a gateway knows about a request and a cache cannot guess.
+
+    tenant:       salt of the block hashes: tenants never see each other's pages.
+    session:      name of the conversation, for statistics and policies.
+    priority:     pages of a higher priority stay longer.
+    ttl_s:        time to live of the pages this request saves; None means the configured one.
+    retain_until: Unix time until which its pages are not evicted from host memory; 0 means no promise.
+    pin:          keep its pages in host memory until `unpin`.
+    """
+
+    tenant: str = ""
+    session: str = ""
+    priority: int = 0
+    ttl_s: float | None = None
+    retain_until: float = 0.0
+    pin: bool = False
+
+
+@dataclass(slots=True)
+class Request:
+    """One prompt as the store sees it: chained block hashes and options. It grows with `KVStore.extend`.
+
+    keys:       hashes of the full blocks, root first.
+    num_tokens: length of the prompt so far; the tail shorter than a block has no key.
+    tokens:     the full blocks' tokens as little-endian uint32 bytes, kept only where hits compare them (xxh3_128).
+    """
+
+    id: int
+    keys: list[BlockHash]
+    num_tokens: int
+    options: RequestOptions = field(default_factory=RequestOptions)
+    tokens: bytearray | None = None
+
+
+class CutReason(Enum):
+    """Why a match ended where it did."""
+
+    NONE = "none"  # the whole prompt matched
+    NEVER_STORED = "never_stored"  # the next block is not known on any tier that is up
+    TIER_DOWN = "tier_down"  # the next block lies only on a tier whose breaker is open
+    NOT_WORTH = "not_worth"  # loading further would be slower than computing
+    BELOW_MINIMUM = "below_minimum"  # something matched, but less than min_hit_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What a lookup found: blocks [0, num_blocks) can be loaded.
+
+    pending:   a shared tier is still being asked; asking again may show more.
+    by_tier:   blocks of the match by the tier they would come from.
+    known:     blocks that are stored somewhere, before the cut.
+    """
+
+    num_blocks: int
+    num_tokens: int
+    pending: bool = False
+    by_tier: dict[str, int] = field(default_factory=dict)
+    known: int = 0
+    cut: CutReason = CutReason.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class SlotPage:
+    """One page of a lease: block index in the request, layer group, host slot."""
+
+    block: int
+    group: int
+    slot: int
+
+
+class LeaseState(Enum):
+    """Where a load lease stands."""
+
+    WAITING = "waiting"
+    READY = "ready"  # every page it will get is in its slot
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadLease:
+    """Pages pinned in host slots for reading, from prepare_load until complete or release.
+
+    blocks:  [0, num_blocks) of the request.
+    pages:   in block order; a sliding group has only the blocks inside its window.
+    """
+
+    id: int
+    num_blocks: int
+    num_tokens: int
+    pages: tuple[SlotPage, ...]
+    by_tier: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseStatus:
+    """The progress of a load lease.
+
+    num_blocks: blocks that can be resumed from with what is ready now; final once state is READY. A page that failed
+                to load cuts it.
+    """
+
+    state: LeaseState
+    num_blocks: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SaveLease:
+    """Slots to be filled by the caller, from prepare_save until complete or release.
+
+    pages:   only those the store does not have yet and found room for.
+    skipped: pages that found no free slot; they are not saved, and counted.
+    """
+
+    id: int
+    pages: tuple[SlotPage, ...]
+    skipped: int = 0
+
+
+def group_by_tier(names: Sequence[str]) -> dict[str, int]:
+    """Count names, keeping first-seen order."""
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+    return counts

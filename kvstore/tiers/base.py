@@ -1,0 +1,92 @@
+"""A tier is a place for bytes: blocking, batched, with no bookkeeping.
+
+The planner knows what lies where; a tier only moves pages between slots of the host slab and its medium, and verifies what it reads.
+It is called from the threads of one lane (several at once, so a tier is thread-safe) and never under the store's
+lock. Single pages fail by a False in the answer; the whole medium fails by TierUnavailable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvstore.page import PageKey, PageMeta
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPage:
+    """One page found by `scan`."""
+
+    key: PageKey
+    meta: PageMeta
+
+
+@dataclass(slots=True)
+class TierCounters:
+    """What only the tier itself can count. Plain integers, read without a lock by metrics."""
+
+    corrupt_pages: int = 0
+    collisions: int = 0
+    expired_pages: int = 0
+    lost_pages: int = 0
+    fallback_evictions: int = 0
+    extra: dict[str, int] = field(default_factory=dict)
+
+
+class Tier(Protocol):
+    """Where pages live below host memory.
+
+    All I/O methods take `timeout_s`, the time left for the whole batch: where the medium allows it (sockets) it is enforced and
+    TierUnavailable raised. `views[i]` is a whole slot, `layout.slot_bytes` long and aligned to 4096 bytes; of it
+    `metas[i].num_bytes` carry data. The tier keeps no reference to a view after it returns.
+    """
+
+    name: str
+    counters: TierCounters
+
+    @property
+    def capacity_pages(self) -> int | None:
+        """Pages that fit; None where the medium evicts by itself (Redis)."""
+
+    def contains(self, keys: Sequence[PageKey], *, timeout_s: float) -> list[bool]:
+        """Which keys are there, unexpired, without reading pages. One round trip for the whole sequence."""
+
+    def read_into(
+        self, keys: Sequence[PageKey], views: Sequence[memoryview], metas: Sequence[PageMeta], *, timeout_s: float
+    ) -> list[bool]:
+        """Fill `views[i]` with the page of `keys[i]`; False where it is gone, expired, corrupt or of another length.
+
+        Verified before True is returned: key, length, checksum, expiry and, if `metas[i].tokens` is not empty, tokens. A corrupt copy
+        is dropped from the tier and counted. A False entry leaves its view undefined.
+        """
+
+    def write_from(
+        self,
+        keys: Sequence[PageKey],
+        views: Sequence[memoryview],
+        metas: Sequence[PageMeta],
+        *,
+        evict: Sequence[PageKey] = (),
+        timeout_s: float,
+    ) -> list[bool]:
+        """Store pages and publish those that are whole; False where there was no room or the write failed.
+
+        `evict` leave first, in the same transaction where the medium has one. A key that is already there keeps its bytes (first
+        writer wins) and answers True. A page is visible to readers either whole or not at all, also after a crash.
+        """
+
+    def touch(self, keys: Sequence[PageKey], *, expires_at: float, timeout_s: float) -> list[bool]:
+        """Refresh recency and, where `expires_at` (Unix time) is not 0, the deadline; False where the page is gone."""
+
+    def delete(self, keys: Sequence[PageKey], *, timeout_s: float) -> None:
+        """Forget pages; unknown keys are ignored."""
+
+    def scan(self) -> Iterator[StoredPage]:
+        """Yield what is stored, least recently used first. A medium that cannot be walked cheaply yields nothing."""
+
+    def ping(self, *, timeout_s: float) -> None:
+        """Return if the medium answers, else raise TierUnavailable. A breaker asks this before it closes."""
+
+    def close(self) -> None:
+        """Give everything back. Idempotent."""
