@@ -1,0 +1,48 @@
+# Every target sets up what it needs in .venv first (.ci/setup); a second call starts at once.
+#
+# ARGS are passed on:   make demo ARGS='--explain --json out.json'      make test ARGS='-k planner'
+# PYTHON names another interpreter for .venv (3.10 to 3.13):            make test PYTHON=python3.12
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+ARGS ?=
+export PYTHON
+
+.PHONY: help setup demo test test-long lint format bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup:  ## create .venv with everything in it
+	@.ci/setup python
+
+demo: setup  ## a real model reuses KV from host memory, disk and Redis
+	@.ci/setup redis
+	@.venv/bin/kvstore demo $(ARGS)
+
+lint: setup  ## ruff and mypy --strict
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format: setup  ## let ruff rewrite what it can
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+test: lint  ## lint, types and all tests but the slow ones
+	@.ci/setup redis
+	@.ci/setup model
+	@$(PY) -m pytest $(ARGS)
+
+test-long: ARGS += --run-slow
+test-long: test  ## the slow tests too
+
+bench: setup  ## the benchmarks, JSON in bench.json
+	@.ci/setup redis
+	@.venv/bin/kvstore bench $(ARGS)
+
+clean:  ## remove .venv, caches and what was built
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	find . -name '*.so' -delete
