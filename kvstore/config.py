@@ -1,0 +1,353 @@
+"""What can be configured: one frozen section per part, read once, at the edge.
+
+`Config.load()` lays the sources over each other, lowest first: the defaults below, a TOML file (the path given, else
+$KVSTORE_CONFIG, else ./kvstore.toml), environment variables KVSTORE_<SECTION>__<FIELD>, keyword arguments.
+`Config(host={"policy": "sieve"})` takes defaults and keywords only. Both raise ConfigError, which names every wrong
+field, its value, where the value came from and what would be right.
+
+A size may be given as "512MiB" and a time as "24h"; inside they are bytes and seconds. docs/configuration.md is made
+from the models in this file (`kvstore config --markdown`). Defaults marked as guesses have not been measured.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    PrivateAttr,
+    ValidationError,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import core_schema
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from kvstore.settings import (
+    DELIMITER,
+    KEYWORD,
+    PREFIX,
+    Setting,
+    explain,
+    known_fields,
+    mask_url,
+    nest,
+    read_environment,
+    read_file,
+    read_keywords,
+)
+from kvstore.units import GiB, format_bytes, format_seconds, parse_bytes, parse_seconds
+
+URL_SCHEMES = ("redis", "rediss", "unix")
+
+
+class SecretUrl:
+    """A URL that may carry a password: printing, logging and dumping it show `***`; `reveal` gives it whole."""
+
+    __slots__ = ("_url",)
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def reveal(self) -> str:
+        """The URL with its password, for the client that connects."""
+        return self._url
+
+    def __str__(self) -> str:
+        return mask_url(self._url)
+
+    def __repr__(self) -> str:
+        return f"SecretUrl({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SecretUrl) and other._url == self._url
+
+    def __hash__(self) -> int:
+        return hash(self._url)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls._checked, serialization=core_schema.to_string_ser_schema()
+        )
+
+    @classmethod
+    def _checked(cls, value: object) -> SecretUrl:
+        if isinstance(value, SecretUrl):
+            return value
+        scheme, separator, rest = str(value).partition("://")
+        if not isinstance(value, str) or scheme not in URL_SCHEMES or not separator or not rest.strip("/"):
+            raise ValueError(
+                "it must be a URL such as redis://:password@host:6379/0, rediss://host:6380/0 (TLS) or unix:///run/redis.sock"
+            )
+        return cls(value)
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("it must be a number")
+    return value
+
+
+def _off_when_empty(value: object) -> object:
+    # TOML has no null and an environment variable only text, yet a lower source's value must be possible to switch off.
+    return None if isinstance(value, str) and value.strip().lower() in ("", "none", "off") else value
+
+
+def _known_policy(name: str) -> str:
+    from eviction.registry import POLICIES
+
+    if name not in POLICIES:
+        raise ValueError(f"it must be one of {', '.join(sorted(POLICIES))}")
+    return name
+
+
+def _plain_word(text: str) -> str:
+    if not re.fullmatch(r"[!-~]{1,64}", text):
+        raise ValueError("it must be 1 to 64 printable ASCII characters without spaces")
+    return text
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Ge(4096)]  # at least one aligned slot
+Count = Annotated[int, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(allow_inf_nan=False)]
+Policy = Annotated[str, AfterValidator(_known_policy)]
+Admit = Literal["always", "second_use"]
+
+
+class Section(BaseModel):
+    """A part's own settings. Frozen; unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StoreConfig(Section):
+    """Identity, lookup and planning."""
+
+    block_size: Count = Field(default=64, ge=1, le=65536, description="Tokens per block, the unit of reuse.")
+    hash: Literal["sha256", "xxh3_128"] = Field(
+        default="sha256",
+        description="Block hash; xxh3_128 is cheaper, for one tenant only, and hits compare the tokens themselves.",
+    )
+    min_hit_blocks: Count = Field(default=1, ge=1, description="A match of fewer blocks than this counts as a miss.")
+    load_or_recompute: bool = Field(
+        default=True, description="Cut a match where loading it would be slower than computing it, by measured rates."
+    )
+    lookup_deadline_s: Seconds = Field(
+        default=0.05,
+        ge=0,
+        le=60,
+        description="Longest wait of a lookup for a shared tier's answer; 0 never waits.",
+    )
+    load_deadline_s: Seconds = Field(
+        default=2.0, gt=0, le=600, description="Longest wait for the pages of a hit; what is missing then is computed."
+    )
+    max_prefetch_slots_fraction: Number = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="Share of the host slots that prefetches may hold at once; 0 means none.",
+    )
+    max_dirty_fraction: Number = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Share of the host slots that may wait to be written behind.",
+    )
+    lane_batch_pages: Count = Field(default=8, ge=1, le=1024, description="Pages a lane moves in one batch (a guess).")
+    touch_interval_s: Seconds = Field(
+        default=60.0,
+        ge=0,
+        description="Lower tiers are told of a page's use at most this often; 0 tells every use.",
+    )
+
+
+class HostConfig(Section):
+    """Host memory, the tier in the middle."""
+
+    capacity_bytes: Bytes = Field(default=GiB, description="Size of the slab of slots in memory, allocated at start.")
+    policy: Policy = Field(default="lru", description="Eviction policy: which page leaves first.")
+    ttl_s: Seconds = Field(default=0.0, ge=0, description="A page unused for this long is dropped; 0 means never.")
+    huge_pages: bool = Field(default=True, description="Ask for huge pages; first touch is 3.5 times cheaper.")
+
+
+class DiskConfig(Section):
+    """A directory on local NVMe: an LMDB index and a slab file of pages."""
+
+    path: Annotated[Path | None, BeforeValidator(_off_when_empty)] = Field(
+        default=None, description="Directory of the disk tier, made if absent; none turns the tier off."
+    )
+    capacity_bytes: Bytes = Field(default=4 * GiB, description="Size of the slab file, preallocated at the start.")
+    policy: Policy = Field(default="lru", description="Eviction policy: which page leaves first.")
+    ttl_s: Seconds = Field(default=0.0, ge=0, description="A page unused for this long is dropped; 0 means never.")
+    workers: Count = Field(default=4, ge=1, le=64, description="Threads that read and write pages.")
+    direct_io: bool = Field(default=True, description="Bypass the page cache (O_DIRECT) where the file system can.")
+    shared: bool = Field(default=True, description="Other processes may use the same directory at the same time.")
+    admit: Admit = Field(
+        default="always", description="Which saved pages are written: all, or only from their second use on."
+    )
+    timeout_s: Seconds = Field(default=2.0, gt=0, le=600, description="Longest time for one batch of reads or writes.")
+
+
+class RedisConfig(Section):
+    """A Redis server that machines share."""
+
+    url: Annotated[SecretUrl | None, BeforeValidator(_off_when_empty)] = Field(
+        default=None,
+        description="redis://, rediss:// (TLS) or unix:// URL; its password is never printed; none turns the tier off.",
+    )
+    ttl_s: Seconds = Field(default=86400.0, ge=0, description="A page unused for this long expires; 0 means never.")
+    connections: Count = Field(
+        default=3, ge=1, le=64, description="Connections, each with one page under way; 2 to 4 are enough."
+    )
+    timeout_s: Seconds = Field(default=1.0, gt=0, le=600, description="Longest time for one batch of reads or writes.")
+    connect_timeout_s: Seconds = Field(default=0.5, gt=0, le=600, description="Longest time for making a connection.")
+    prefix: Annotated[str, AfterValidator(_plain_word)] = Field(
+        default="kv", description="What every key on the server starts with."
+    )
+    admit: Admit = Field(
+        default="always", description="Which saved pages are written: all, or only from their second use on."
+    )
+    codec: Literal["raw"] = Field(default="raw", description="How pages are encoded on the server.")
+
+
+class BreakerConfig(Section):
+    """When a failing tier is taken out, and how it comes back."""
+
+    failures_to_open: Count = Field(default=3, ge=1, description="Failures in a row after which the tier is taken out.")
+    probe_after_s: Seconds = Field(
+        default=1.0, gt=0, description="Time until the first probe; each one that fails doubles it."
+    )
+    probe_max_s: Seconds = Field(default=30.0, gt=0, description="Longest time between two probes.")
+
+
+class Config(BaseSettings):
+    """All sections. Frozen; `Config.load` reads file and environment, the constructor only its keywords."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+
+    store: StoreConfig = Field(default_factory=StoreConfig)
+    host: HostConfig = Field(default_factory=HostConfig)
+    disk: DiskConfig = Field(default_factory=DiskConfig)
+    redis: RedisConfig = Field(default_factory=RedisConfig)
+    breaker: BreakerConfig = Field(default_factory=BreakerConfig)
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def __init__(self, *, _given: Mapping[str, Setting] | None = None, **values: Any) -> None:
+        given = _given or {}
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            # `from None`: the library's own error would print a password that is part of a wrong URL.
+            raise explain(type(self), error, given) from None
+        self._origins = {name: setting.origin for name, setting in given.items()}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str] | None = None, **overrides: Any) -> Config:
+        """Read file, environment and `overrides` (`host={"ttl_s": 60}` or `**{"host.ttl_s": 60}`), highest last.
+
+        path: the TOML file; None looks at $KVSTORE_CONFIG and then for ./kvstore.toml.
+        Raises ConfigError.
+        """
+        given = {**read_file(cls, path), **read_environment(cls), **read_keywords(cls, overrides)}
+        return cls(_given=given, **nest(given))
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The constructor reads nothing but its keywords; `load` lays the sources over each other."""
+        return (init_settings,)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One field of a configuration, as `kvstore config` prints it."""
+
+    field: str
+    value: Any
+    source: str
+    description: str
+
+    @property
+    def text(self) -> str:
+        """The value as people read it; never a password."""
+        return _readable(self.field, self.value)
+
+
+def effective(config: Config) -> list[Row]:
+    """Every field with its value, where that came from, and what it means."""
+    rows = []
+    for section, names in known_fields(Config).items():
+        values: Section = getattr(config, section)
+        for name in names:
+            full = f"{section}.{name}"
+            given = section in config.model_fields_set and name in values.model_fields_set
+            source = config._origins.get(full, KEYWORD if given else "default")
+            info = type(values).model_fields[name]
+            rows.append(Row(full, getattr(values, name), source, info.description or ""))
+    return rows
+
+
+def markdown() -> str:
+    """The reference of all fields, as it stands in docs/configuration.md."""
+    lines = []
+    for section, names in known_fields(Config).items():
+        model = type(getattr(Config(), section))
+        lines += [f"### `[{section}]`", "", (model.__doc__ or "").strip(), ""]
+        lines += ["| field | default | allowed | what it does |", "|---|---|---|---|"]
+        for name in names:
+            info = model.model_fields[name]
+            default = _readable(name, info.default)
+            lines.append(f"| `{name}` | {default} | {_allowed(name, info)} | {info.description} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def variable(field: str) -> str:
+    """The environment variable of a field: "host.ttl_s" -> "KVSTORE_HOST__TTL_S"."""
+    return (PREFIX + field.replace(".", DELIMITER)).upper()
+
+
+def _readable(field: str, value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if field.endswith("_bytes"):
+        return format_bytes(value)
+    if field.endswith("_s"):
+        return format_seconds(value)
+    return str(value)
+
+
+def _allowed(name: str, info: FieldInfo) -> str:
+    """What may be given, from the type and its bounds."""
+    if get_origin(info.annotation) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(info.annotation))
+    if info.annotation is bool:
+        return "`true`, `false`"
+    if any(isinstance(mark, AfterValidator) and mark.func is _known_policy for mark in info.metadata):
+        from eviction.registry import POLICIES
+
+        return ", ".join(f"`{policy}`" for policy in sorted(POLICIES))
+    bounds = []
+    for mark in info.metadata:
+        for kind, sign in ((Ge, "≥"), (Gt, ">"), (Le, "≤"), (Lt, "<")):
+            if isinstance(mark, kind):
+                limit = getattr(mark, kind.__name__.lower())
+                bounds.append(f"{sign} {_readable(name, limit)}")
+    if bounds:
+        return ", ".join(bounds)
+    return "a path, `none`" if name == "path" else "a URL, `none`" if name == "url" else "text without spaces"

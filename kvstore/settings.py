@@ -1,0 +1,221 @@
+"""Where configuration values come from, and how a wrong one is told.
+
+Three readers (file, environment, keywords) each yield `Setting`s under full names such as "host.capacity_bytes", with
+the place they came from; `Config.load` lays them over each other. All problems of one source are told in one
+ConfigError, so that a file with three mistakes is mended in one go.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, TomlConfigSettingsSource
+
+from kvstore.errors import ConfigError
+
+DEFAULT_FILE = Path("kvstore.toml")
+FILE_VARIABLE = "KVSTORE_CONFIG"
+PREFIX = "KVSTORE_"
+DELIMITER = "__"
+KEYWORD = "keyword argument"
+
+# Kubernetes gives every pod KVSTORE_PORT, KVSTORE_REDIS_SERVICE_HOST and the like for services called kvstore or
+# kvstore-redis. They are not ours to judge, and no field of ours ends like that.
+_SERVICE_LINK = re.compile(
+    r"KVSTORE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
+_OUR_WORDS = {
+    "Value error, ": "",
+    "Input should be a valid boolean, unable to interpret input": "it must be true or false",
+    "Input should be a valid boolean": "it must be true or false",
+    "Input should be": "it must be",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "more than",
+}
+_SECRETS = frozenset({"redis", "redis.url"})  # also the section: somebody may give the URL in its place
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One value as its source has it, and the source in words."""
+
+    value: Any
+    origin: str
+
+
+def known_fields(settings: type[BaseModel]) -> dict[str, list[str]]:
+    """Section name -> field names, in the order of the models."""
+    return {
+        section: list(info.annotation.model_fields)
+        for section, info in settings.model_fields.items()
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+    }
+
+
+def read_file(settings: type[BaseSettings], path: str | os.PathLike[str] | None) -> dict[str, Setting]:
+    """Settings of a TOML file: `path`, else $KVSTORE_CONFIG, else ./kvstore.toml where there is one.
+
+    A file that was asked for must exist. Raises ConfigError for one that cannot be read or is not TOML.
+    """
+    variable = os.environ.get(FILE_VARIABLE)
+    if path is not None:
+        file, asked_by = Path(path), "the path given"
+    elif variable:
+        file, asked_by = Path(variable), f"environment {FILE_VARIABLE}"
+    elif DEFAULT_FILE.is_file():
+        file, asked_by = DEFAULT_FILE, "found in the working directory"
+    else:
+        return {}
+    if not file.is_file():
+        what = "is not a file" if file.exists() else "does not exist"
+        raise ConfigError(f"configuration file {file} ({asked_by}) {what}; give the path of a TOML file")
+    try:
+        data = TomlConfigSettingsSource(settings, toml_file=file).toml_data
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"configuration file {file} ({asked_by}) cannot be read: {reason}") from None
+    except ValueError as error:  # TOMLDecodeError, which names line and column; UnicodeDecodeError
+        raise ConfigError(f"configuration file {file} ({asked_by}) is not valid TOML: {error}") from None
+    return _flatten(settings, data, lambda _: str(file))
+
+
+def read_environment(settings: type[BaseSettings]) -> dict[str, Setting]:
+    """Settings of the variables KVSTORE_<SECTION>__<FIELD>.
+
+    Any other variable with our prefix is a mistake somebody would search for long, so it is an error too.
+    """
+    sections = known_fields(settings)
+    expected = {
+        f"{PREFIX}{section}{DELIMITER}{field}".upper(): f"{section}.{field}"
+        for section, fields in sections.items()
+        for field in fields
+    }
+    names: dict[str, str] = {}
+    problems = []
+    for variable in os.environ:
+        upper = variable.upper()
+        if not upper.startswith(PREFIX) or upper == FILE_VARIABLE or _SERVICE_LINK.fullmatch(upper):
+            continue
+        if upper in expected:
+            names[expected[upper]] = variable
+        else:
+            problems.append(f"environment variable {variable} is unknown{_did_you_mean(upper, list(expected))}")
+    _raise_if_any(problems)
+    data = EnvSettingsSource(settings, env_prefix=PREFIX, env_nested_delimiter=DELIMITER)()
+    return _flatten(settings, data, lambda name: f"environment {names.get(name, name)}")
+
+
+def read_keywords(settings: type[BaseSettings], overrides: Mapping[str, Any]) -> dict[str, Setting]:
+    """Settings of `host={"capacity_bytes": ...}`, of a section object, or of "host.capacity_bytes" itself."""
+    data: dict[str, Any] = {}
+    for key, value in overrides.items():
+        if isinstance(value, BaseModel):
+            # Only what was set on purpose: the defaults of a section object must not hide the file's values.
+            value = {name: getattr(value, name) for name in value.model_fields_set}
+        section, _, field = key.partition(".")
+        if field:
+            data.setdefault(section, {})[field] = value
+        elif isinstance(value, Mapping) and isinstance(data.get(section, {}), dict):
+            data.setdefault(section, {}).update(value)
+        else:
+            data[section] = value
+    return _flatten(settings, data, lambda _: KEYWORD)
+
+
+def nest(values: Mapping[str, Setting]) -> dict[str, dict[str, Any]]:
+    """Turn {"host.ttl_s": ...} into {"host": {"ttl_s": ...}}."""
+    nested: dict[str, dict[str, Any]] = {}
+    for name, setting in values.items():
+        section, _, field = name.partition(".")
+        nested.setdefault(section, {})[field] = setting.value
+    return nested
+
+
+def explain(settings: type[BaseModel], error: ValidationError, given: Mapping[str, Setting]) -> ConfigError:
+    """Say in our words what a validation found: field, value, source, and what would be right."""
+    problems = []
+    for item in error.errors(include_url=False):
+        name = ".".join(str(part) for part in item["loc"][:2])
+        setting = given.get(name, Setting(item["input"], KEYWORD))
+        if item["type"] == "extra_forbidden":
+            problems.append(_unknown(name, setting.origin, known_fields(settings)))
+        else:
+            value = f"{name} is {_shown(name, setting.value)} (from {setting.origin})"
+            problems.append(f"{value}; {_what_is_right(name, item['msg'])}")
+    return ConfigError("\n".join(problems))
+
+
+def mask_url(text: str) -> str:
+    """Hide what may be a password in a URL, however malformed the URL is."""
+    text = re.sub(r"(?i)(password=)[^&#]*", r"\1***", text)
+    # Up to the last @: a password that should have been percent-encoded may have an @ or a / of its own.
+    login, at, rest = text.rpartition("@")
+    if not at:
+        return text
+    start = login.find("://") + 3 if "://" in login else 0
+    user, colon, _ = login[start:].partition(":")
+    return f"{login[:start]}{user}{':***' if colon else ''}@{rest}"
+
+
+def _flatten(settings: type[BaseSettings], data: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Setting]:
+    sections = known_fields(settings)
+    flat: dict[str, Setting] = {}
+    problems = []
+    for section, values in data.items():
+        if section not in sections:
+            problems.append(_unknown(section, origin(section), sections))
+        elif not isinstance(values, Mapping):
+            value = f"{section} is {_shown(section, values)} (from {origin(section)})"
+            problems.append(f"{value}; it is a section with fields such as {section}.{sections[section][0]}")
+        else:
+            for field, value in values.items():
+                name = f"{section}.{field}"
+                if field in sections[section]:
+                    flat[name] = Setting(value, origin(name))
+                else:
+                    problems.append(_unknown(name, origin(name), sections))
+    _raise_if_any(problems)
+    return flat
+
+
+def _unknown(name: str, origin: str, sections: Mapping[str, Sequence[str]]) -> str:
+    names = [f"{section}.{field}" for section, fields in sections.items() for field in fields]
+    section, _, field = name.partition(".")
+    same_field = [full for full in names if full.endswith("." + (field or section))]
+    if same_field:
+        hint = f"; did you mean {' or '.join(same_field)}?"
+    elif section in sections:
+        hint = _did_you_mean(name, [f"{section}.{known}" for known in sections[section]])
+    else:
+        hint = _did_you_mean(name, names if field else list(sections))
+    return f"{name} (from {origin}) is unknown{hint}"
+
+
+def _did_you_mean(wrong: str, right: Sequence[str]) -> str:
+    close = difflib.get_close_matches(wrong, right, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(right)}"
+
+
+def _shown(name: str, value: Any) -> str:
+    return repr(mask_url(str(value))) if name in _SECRETS else repr(value)
+
+
+def _what_is_right(name: str, message: str) -> str:
+    # The library's sentence, made the end of ours.
+    for theirs, ours in _OUR_WORDS.items():
+        message = message.replace(theirs, ours)
+    unit = " bytes" if name.endswith("_bytes") else " s" if name.endswith("_s") else ""
+    return message + unit if message[-1:].isdigit() else message
+
+
+def _raise_if_any(problems: Sequence[str]) -> None:
+    if problems:
+        raise ConfigError("\n".join(problems))
