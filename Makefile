@@ -35,7 +35,7 @@ test: lint  ## lint, types and all tests but the slow ones
 	@.ci/setup model
 	@$(PY) -m pytest $(ARGS)
 
-test-long: ARGS += --run-slow
+test-long: override ARGS += --run-slow
 test-long: test  ## the slow tests too
 
 bench: setup  ## the benchmarks, JSON in bench.json
