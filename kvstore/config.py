@@ -25,14 +25,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    GetCoreSchemaHandler,
     PrivateAttr,
     ValidationError,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import core_schema
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from kvstore.secret import SecretUrl
 from kvstore.settings import (
     DELIMITER,
     KEYWORD,
@@ -40,57 +39,12 @@ from kvstore.settings import (
     Setting,
     explain,
     known_fields,
-    mask_url,
     nest,
     read_environment,
     read_file,
     read_keywords,
 )
 from kvstore.units import GiB, format_bytes, format_seconds, parse_bytes, parse_seconds
-
-URL_SCHEMES = ("redis", "rediss", "unix")
-
-
-class SecretUrl:
-    """A URL that may carry a password: printing, logging and dumping it show `***`; `reveal` gives it whole."""
-
-    __slots__ = ("_url",)
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def reveal(self) -> str:
-        """The URL with its password, for the client that connects."""
-        return self._url
-
-    def __str__(self) -> str:
-        return mask_url(self._url)
-
-    def __repr__(self) -> str:
-        return f"SecretUrl({str(self)!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, SecretUrl) and other._url == self._url
-
-    def __hash__(self) -> int:
-        return hash(self._url)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            cls._checked, serialization=core_schema.to_string_ser_schema()
-        )
-
-    @classmethod
-    def _checked(cls, value: object) -> SecretUrl:
-        if isinstance(value, SecretUrl):
-            return value
-        scheme, separator, rest = str(value).partition("://")
-        if not isinstance(value, str) or scheme not in URL_SCHEMES or not separator or not rest.strip("/"):
-            raise ValueError(
-                "it must be a URL such as redis://:password@host:6379/0, rediss://host:6380/0 (TLS) or unix:///run/redis.sock"
-            )
-        return cls(value)
 
 
 def _no_bool(value: object) -> object:
@@ -213,9 +167,7 @@ class RedisConfig(Section):
     )
     timeout_s: Seconds = Field(default=1.0, gt=0, le=600, description="Longest time for one batch of reads or writes.")
     connect_timeout_s: Seconds = Field(default=0.5, gt=0, le=600, description="Longest time for making a connection.")
-    prefix: Annotated[str, AfterValidator(_plain_word)] = Field(
-        default="kv", description="What every key on the server starts with."
-    )
+    prefix: Annotated[str, AfterValidator(_plain_word)] = Field(default="kv", description="What every key starts with.")
     admit: Admit = Field(
         default="always", description="Which saved pages are written: all, or only from their second use on."
     )

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, TomlConfigSettingsSource
 
 from kvstore.errors import ConfigError
+from kvstore.secret import mask_url
 
 DEFAULT_FILE = Path("kvstore.toml")
 FILE_VARIABLE = "KVSTORE_CONFIG"
@@ -151,18 +152,6 @@ def explain(settings: type[BaseModel], error: ValidationError, given: Mapping[st
             value = f"{name} is {_shown(name, setting.value)} (from {setting.origin})"
             problems.append(f"{value}; {_what_is_right(name, item['msg'])}")
     return ConfigError("\n".join(problems))
-
-
-def mask_url(text: str) -> str:
-    """Hide what may be a password in a URL, however malformed the URL is."""
-    text = re.sub(r"(?i)(password=)[^&#]*", r"\1***", text)
-    # Up to the last @: a password that should have been percent-encoded may have an @ or a / of its own.
-    login, at, rest = text.rpartition("@")
-    if not at:
-        return text
-    start = login.find("://") + 3 if "://" in login else 0
-    user, colon, _ = login[start:].partition(":")
-    return f"{login[:start]}{user}{':***' if colon else ''}@{rest}"
 
 
 def _flatten(settings: type[BaseSettings], data: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Setting]:

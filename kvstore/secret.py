@@ -1,0 +1,69 @@
+"""A URL that may carry a password, and must never show it.
+
+Errors, logs, `kvstore config` and tracebacks all print settings sooner or later, so hiding is the default here and the
+whole URL has to be asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import core_schema
+
+URL_SCHEMES = ("redis", "rediss", "unix")
+
+
+class SecretUrl:
+    """A URL that may carry a password: printing, logging and dumping it show `***`; `reveal` gives it whole."""
+
+    __slots__ = ("_url",)
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def reveal(self) -> str:
+        """The URL with its password, for the client that connects."""
+        return self._url
+
+    def __str__(self) -> str:
+        return mask_url(self._url)
+
+    def __repr__(self) -> str:
+        return f"SecretUrl({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SecretUrl) and other._url == self._url
+
+    def __hash__(self) -> int:
+        return hash(self._url)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls._checked, serialization=core_schema.to_string_ser_schema()
+        )
+
+    @classmethod
+    def _checked(cls, value: object) -> SecretUrl:
+        if isinstance(value, SecretUrl):
+            return value
+        scheme, separator, rest = str(value).partition("://")
+        if not isinstance(value, str) or scheme not in URL_SCHEMES or not separator or not rest.strip("/"):
+            raise ValueError(
+                "it must be a URL such as redis://:password@host:6379/0, rediss://host:6380/0 (TLS) or unix:///run/redis.sock"
+            )
+        return cls(value)
+
+
+def mask_url(text: str) -> str:
+    """Hide what may be a password in a URL, however malformed the URL is."""
+    text = re.sub(r"(?i)(password=)[^&#]*", r"\1***", text)
+    # Up to the last @: a password that should have been percent-encoded may have an @ or a / of its own.
+    login, at, rest = text.rpartition("@")
+    if not at:
+        return text
+    start = login.find("://") + 3 if "://" in login else 0
+    user, colon, _ = login[start:].partition(":")
+    return f"{login[:start]}{user}{':***' if colon else ''}@{rest}"
