@@ -1,0 +1,178 @@
+"""Prometheus metrics of a store, made from the plain numbers of `store.stats()`.
+
+`METRICS` is the one catalogue: it names the metrics, says what they mean, documents the schema of `stats()`, and
+`markdown()` prints it for the documentation. A metric with labels is a mapping nested as deep as it has labels:
+
+    stats() == {
+        "lookups": 12,                                          # no label
+        "hit_tokens": {"host": 640, "disk": 128},               # {tier}
+        "lane_bytes": {"disk": {"fetch": 2097152, "spill": 0}}, # {tier, op}
+        ...
+    }
+
+A key that is missing is a metric without samples: a store without Redis has nothing to say about it. Counting itself
+happens where things happen (the planner counts decisions, the lanes count bytes and seconds); nothing is counted here,
+and scraping takes one `stats()` call. Each store has a registry of its own, so that two stores in one process do not
+collide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Kind(Enum):
+    """A counter only grows while its store is open; a gauge goes both ways."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One metric.
+
+    key:    where its numbers are in `stats()`.
+    name:   as exported; a counter's ends in `_total`.
+    labels: names of the levels of nesting under the key, outermost first.
+    """
+
+    key: str
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    help: str
+
+
+def _counter(key: str, noun_unit: str, help: str, *labels: str) -> MetricSpec:
+    return MetricSpec(key, f"kvstore_{noun_unit}_total", Kind.COUNTER, labels, help)
+
+
+def _gauge(key: str, noun_unit: str, help: str, *labels: str) -> MetricSpec:
+    return MetricSpec(key, f"kvstore_{noun_unit}", Kind.GAUGE, labels, help)
+
+
+METRICS: tuple[MetricSpec, ...] = (
+    # What lookups found.
+    _counter("lookups", "lookups", "Lookups answered with a hit or a miss."),
+    _counter("lookup_pending", "lookups_pending", "Lookups answered with pending: a shared tier was being asked."),
+    _counter("hit_tokens", "hit_tokens", "Tokens of matches, by the tier their pages would come from.", "tier"),
+    _counter("hit_blocks", "hit_blocks", "Blocks of matches, by the tier their pages would come from.", "tier"),
+    _counter("miss_tokens", "miss_tokens", "Tokens of prompts that no match covered."),
+    _counter("cut", "matches_cut", "Matches by why they ended where they did.", "reason"),
+    _counter("probes", "probed_blocks", "Blocks a shared tier was asked about.", "tier"),
+    _counter("collisions", "collision_pages", "Pages whose tokens were not those asked for (hash collision).", "tier"),
+    # Loading.
+    _counter("loads", "loads", "Load leases prepared."),
+    _counter("load_failures", "load_failed_pages", "Pages of a hit that could not be loaded.", "tier"),
+    _counter("prefetches", "prefetches", "Prefetches started."),
+    _counter("corrupt_pages", "corrupt_pages", "Copies that failed verification and were dropped.", "tier"),
+    # Saving and writing behind.
+    _counter("saves", "saves", "Save leases prepared."),
+    _counter("saved_pages", "saved_pages", "Pages published in host memory by saves."),
+    _counter("skipped_saves", "save_skipped_pages", "Pages not saved because no slot was free."),
+    _counter("dedup_saves", "save_known_pages", "Pages not saved because the store had them."),
+    _counter("aborted_saves", "saves_aborted", "Save leases released or expired before they were complete."),
+    _counter("spilled_pages", "spilled_pages", "Pages written to a lower tier.", "tier"),
+    _counter("spill_failures", "spill_failed_pages", "Pages a lower tier failed to take.", "tier"),
+    _counter("spill_skipped", "spill_skipped_pages", "Pages not written to a tier: busy, down or not admitted.", "tier"),
+    # Leaving.
+    _counter("evicted_pages", "evicted_pages", "Copies that made room for others.", "tier"),
+    _counter("expired_pages", "expired_pages", "Copies that outlived their TTL.", "tier"),
+    _counter("lost_pages", "lost_pages", "Copies believed to be in a tier that were not.", "tier"),
+    # Moving.
+    _counter("lane_bytes", "lane_bytes", "Bytes moved between host memory and a tier.", "tier", "op"),
+    _counter("lane_seconds", "lane_seconds", "Seconds inside a tier, summed over a lane's threads.", "tier", "op"),
+    _counter("lane_transfers", "lane_transfers", "Batches a lane has finished.", "tier", "op"),
+    _counter("lane_errors", "lane_errors", "Batches that failed as a whole.", "tier", "op"),
+    _gauge("lane_queue", "lane_queued_transfers", "Batches waiting in a lane.", "tier"),
+    _gauge("breaker_open", "breaker_open", "1 while a failing tier is taken out, else 0.", "tier"),
+    _counter("breaker_opens", "breaker_opens", "Times a tier was taken out.", "tier"),
+    # What is there now.
+    _gauge("slots", "slots", "Host slots by state; the sum is the capacity.", "state"),
+    _gauge("pages", "pages", "Pages known to be in a tier.", "tier"),
+    _gauge("capacity_pages", "capacity_pages", "Pages that fit into a tier.", "tier"),
+    _gauge("slot_bytes", "slot_bytes", "Bytes of one slot."),
+    # Whether loading pays.
+    _gauge("prefill_rate", "prefill_tokens_per_second", "The engine's measured prefill rate."),
+    _gauge("tier_bandwidth", "tier_bandwidth_bytes_per_second", "A tier's measured read bandwidth.", "tier"),
+    _gauge("tier_latency", "tier_latency_seconds", "A tier's measured time to the first byte.", "tier"),
+    _counter("ttft_saved_seconds", "ttft_saved_seconds", "Prefill time that loading saved, less the time it took."),
+)  # fmt: skip
+
+
+class HasStats(Protocol):
+    """The part of a store that metrics need."""
+
+    def stats(self) -> Mapping[str, Any]: ...
+
+
+class StoreCollector(Collector):
+    """Turns one `stats()` call into metric families. Any thread."""
+
+    def __init__(self, store: HasStats) -> None:
+        self._store = store
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the families of `METRICS` that `stats()` has numbers for."""
+        stats = self._store.stats()
+        for spec in METRICS:
+            samples = list(_samples(stats.get(spec.key), len(spec.labels)))
+            if not samples:
+                continue
+            family = (CounterMetricFamily if spec.kind is Kind.COUNTER else GaugeMetricFamily)(
+                spec.name, spec.help, labels=spec.labels
+            )
+            for labels, value in samples:
+                family.add_metric(labels, value)
+            yield family
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering must not call `stats()` of a store that is still being built."""
+        return ()
+
+
+def registry(store: HasStats) -> CollectorRegistry:
+    """A registry of this store's metrics alone."""
+    own = CollectorRegistry(auto_describe=False)
+    own.register(StoreCollector(store))
+    return own
+
+
+def render(store: HasStats) -> bytes:
+    """The store's metrics in Prometheus' text format (serve it as `CONTENT_TYPE`)."""
+    return generate_latest(registry(store))
+
+
+def unknown_keys(stats: Mapping[str, Any]) -> list[str]:
+    """Keys of `stats()` whose numbers no metric exports, sorted."""
+    return sorted(set(stats) - {spec.key for spec in METRICS})
+
+
+def markdown() -> str:
+    """The catalogue as a table, as it stands in docs/metrics.md."""
+    lines = ["| metric | kind | labels | what it counts | key in `stats()` |", "|---|---|---|---|---|"]
+    for spec in METRICS:
+        labels = ", ".join(f"`{label}`" for label in spec.labels) or "none"
+        lines.append(f"| `{spec.name}` | {spec.kind.value} | {labels} | {spec.help} | `{spec.key}` |")
+    return "\n".join(lines) + "\n"
+
+
+def _samples(value: Any, depth: int) -> Iterator[tuple[list[str], float]]:
+    """Walk `depth` levels of nesting. What has another shape has no sample: a scrape never fails."""
+    if depth == 0:
+        if isinstance(value, (int, float)):
+            yield [], float(value)
+    elif isinstance(value, Mapping):
+        for label, below in value.items():
+            for labels, number in _samples(below, depth - 1):
+                yield [str(getattr(label, "value", label)), *labels], number
