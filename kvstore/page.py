@@ -14,7 +14,7 @@ from typing import NewType
 
 import xxhash
 
-from kvstore.errors import CorruptPage
+from kvstore.errors import CorruptPage, RequestError
 
 PageKey = NewType("PageKey", bytes)
 
@@ -28,11 +28,17 @@ _SUFFIX = struct.Struct(">HH")
 # magic, version, codec, token bytes, key, parent hash, depth, raw length, stored length, created, expires, generation
 _FIELDS = struct.Struct("<4sBBH36s32sIIIddQ")
 _CHECKSUM = struct.Struct("<Q")
+_NO_PARENT = bytes(HASH_BYTES)
 _PADDING = bytes(HEADER_BYTES - _FIELDS.size - _CHECKSUM.size)
 
 
 def page_key(block_hash: bytes, group: int = 0, shard: int = 0) -> PageKey:
-    """Name the page of `block_hash` in layer group `group` on shard `shard`."""
+    """Name the page of `block_hash` in layer group `group` on shard `shard`.
+
+    Raises RequestError for a hash longer than 32 bytes, which would not fit its place in the header.
+    """
+    if len(block_hash) > HASH_BYTES:
+        raise RequestError(f"block hash is {len(block_hash)} bytes; a page key holds at most {HASH_BYTES}")
     return PageKey(block_hash.ljust(HASH_BYTES, b"\0") + _SUFFIX.pack(group, shard))
 
 
@@ -63,7 +69,10 @@ class PageMeta:
 
 @dataclass(frozen=True, slots=True)
 class PageHeader:
-    """The decoded 128 bytes; `checksum` is what the writer computed."""
+    """The decoded 128 bytes; `checksum` is what the writer computed.
+
+    parent: b"" at the root, else padded with zeros to 32 bytes, like the hash inside `key`.
+    """
 
     key: PageKey
     parent: bytes
@@ -121,7 +130,7 @@ def decode_header(raw: bytes | memoryview) -> PageHeader:
     (checksum,) = _CHECKSUM.unpack_from(raw, _FIELDS.size)
     return PageHeader(
         PageKey(key),
-        parent,
+        b"" if parent == _NO_PARENT else parent,
         depth,
         codec,
         token_bytes,
