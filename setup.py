@@ -1,0 +1,22 @@
+"""The C extensions; everything else is in pyproject.toml.
+
+Each is optional: where no compiler is at hand the package installs without it, and a Python twin does the same more slowly.
+In place, for work in a checkout: python setup.py build_ext --inplace
+"""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+SOURCES = {
+    "radix._chain": "radix/_chain.c",
+    "kvstore.devices._copy": "kvstore/devices/_copy.c",
+}
+
+setup(
+    ext_modules=[
+        Extension(name, [source], extra_compile_args=["-O3"], optional=True)
+        for name, source in SOURCES.items()
+        if (Path(__file__).parent / source).exists()
+    ]
+)
