@@ -1,0 +1,329 @@
+"""Who may import whom, read from the sources: the drawing in the design, kept true.
+
+Every import counts, also one inside a function: a lazy import hides a circle from the interpreter, not from the reader.
+Names imported for the type checker alone load nothing: they must point downwards too, but may close a circle.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("radix", "eviction", "kvstore", "connectors")
+
+# The longest matching prefix decides; a module with no rule may import anything of ours but connectors.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "radix": ("radix",),
+    "eviction": ("eviction",),
+    "kvstore.errors": (),
+    "kvstore.units": (),
+    "kvstore.layout": ("kvstore.errors",),
+    "kvstore.page": ("kvstore.errors",),
+    "kvstore.secret": (),
+    "kvstore.settings": ("kvstore.errors", "kvstore.secret"),
+    "kvstore.config": (
+        "kvstore.errors",
+        "kvstore.secret",
+        "kvstore.settings",
+        "kvstore.units",
+        "eviction.registry",
+    ),
+    "kvstore.metrics": (),
+    "kvstore.base": ("kvstore.layout", "kvstore.plan.records", "kvstore.errors"),
+    "kvstore.plan": ("radix", "eviction", "kvstore.layout", "kvstore.page", "kvstore.errors", "kvstore.plan"),
+    "kvstore.tiers": ("kvstore.layout", "kvstore.page", "kvstore.codec", "kvstore.errors", "kvstore.tiers"),
+    "kvstore.devices": ("kvstore.layout", "kvstore.page", "kvstore.codec", "kvstore.errors", "kvstore.devices"),
+    "kvstore.move": ("kvstore.tiers.base", "kvstore.plan.records", "kvstore.errors", "kvstore.page", "kvstore.move"),
+    "connectors": (
+        "kvstore.base",
+        "kvstore.layout",
+        "kvstore.plan.records",
+        "kvstore.errors",
+        "kvstore.devices",
+        "kvstore.move.worker",
+        "kvstore.store",
+        "kvstore.build",
+        "kvstore.config",
+        "radix.namespace",  # a connector knows what makes its pages different; the value goes into the store's face
+        "connectors",
+    ),
+}
+# Only the face's own users: the laboratory plays whole models, everything else is below the connectors.
+CONNECTORS_USERS = ("connectors", "kvstore.lab")
+
+# module from outside -> where it may be imported at all
+ONLY_IN: dict[str, tuple[str, ...]] = {
+    "asyncio": ("kvstore.aio", "kvstore.service"),
+    "aiohttp": ("kvstore.service",),
+    "threading": ("kvstore.move", "kvstore.store", "kvstore.tiers"),
+    "concurrent": ("kvstore.move", "kvstore.tiers"),
+    "transformers": ("connectors", "kvstore.lab"),
+    "vllm": ("connectors",),
+    "sglang": ("connectors",),
+    "torch": ("connectors", "kvstore.lab", "kvstore.devices"),
+}
+# module from outside -> imported inside functions only, so that importing our packages stays cheap and engines optional
+LAZY = ("torch", "transformers", "vllm", "sglang", "triton", "matplotlib", "gguf")
+LAZY_EXCEPT = ("connectors.transformers", "connectors.vllm", "connectors.sglang", "kvstore.lab")
+
+
+@dataclass(frozen=True)
+class Import:
+    """`module` imports `target` in `line`; `at_top` if importing the module does it, `for_types` if nothing does."""
+
+    module: str
+    target: str
+    line: int
+    at_top: bool
+    for_types: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.line} imports {self.target}"
+
+
+def find_modules(root: Path, packages: tuple[str, ...] = PACKAGES) -> dict[str, Path]:
+    """Module name -> file."""
+    modules = {}
+    for package in packages:
+        for path in sorted((root / package).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
+
+
+def find_imports(modules: Mapping[str, Path]) -> list[Import]:
+    """Every import statement of every module, resolved to the module it loads."""
+    found = []
+    for module, path in modules.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        for_types = _inside(tree, _is_type_checking)
+        late = _inside(tree, lambda node: isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))) | for_types
+        found += [
+            Import(module, target, node.lineno, node not in late, node in for_types)
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for target in _targets(node, module, path, modules)
+        ]
+    return found
+
+
+def direction_violations(imports: list[Import], modules: Mapping[str, Path]) -> list[str]:
+    """Imports of ours that the rules do not allow."""
+    bad = []
+    for item in imports:
+        if item.target not in modules:
+            continue
+        rule = max((prefix for prefix in MAY_IMPORT if _under(item.module, prefix)), key=len, default=None)
+        allowed = rule is None or any(_under(item.target, prefix) for prefix in MAY_IMPORT[rule])
+        if _under(item.target, "connectors"):
+            allowed = any(_under(item.module, prefix) for prefix in CONNECTORS_USERS)
+        if not allowed:
+            bad.append(str(item))
+    return bad
+
+
+def place_violations(imports: list[Import]) -> list[str]:
+    """Modules from outside that are imported where they do not belong, or too early."""
+    bad = []
+    for item in imports:
+        outside = item.target.partition(".")[0]
+        if outside in ONLY_IN and not any(_under(item.module, place) for place in ONLY_IN[outside]):
+            bad.append(f"{item}; only {', '.join(ONLY_IN[outside])} may")
+        if outside in LAZY and item.at_top and not any(_under(item.module, place) for place in LAZY_EXCEPT):
+            bad.append(f"{item} at the top; it must be inside a function")
+    return bad
+
+
+def cycles(imports: list[Import], modules: Mapping[str, Path]) -> list[list[str]]:
+    """Import circles, each as the list of modules along it."""
+    edges: dict[str, set[str]] = {module: set() for module in modules}
+    for item in imports:
+        if item.target in modules and item.target != item.module and not item.for_types:
+            edges[item.module].add(item.target)
+    found: list[list[str]] = []
+    finished: set[str] = set()
+
+    def walk(module: str, trail: list[str]) -> None:
+        if module in trail:
+            found.append([*trail[trail.index(module) :], module])
+        elif module not in finished:
+            for target in sorted(edges[module]):
+                walk(target, [*trail, module])
+            finished.add(module)
+
+    for module in edges:
+        walk(module, [])
+    return found
+
+
+def _targets(node: ast.Import | ast.ImportFrom, module: str, path: Path, modules: Mapping[str, Path]) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
+    base = node.module or ""
+    if node.level:
+        package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+        base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
+    for alias in node.names:
+        # `from kvstore.plan import records` loads a module, `from kvstore.plan.records import Match` does not.
+        full = f"{base}.{alias.name}"
+        yield full if full in modules else base
+
+
+def _under(module: str, prefix: str) -> bool:
+    return module == prefix or module.startswith(prefix + ".")
+
+
+def _inside(tree: ast.AST, wanted: Callable[[ast.AST], bool]) -> set[ast.AST]:
+    return {inner for outer in ast.walk(tree) if wanted(outer) for inner in ast.walk(outer)}
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+# ---- the repository -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ours() -> tuple[dict[str, Path], list[Import]]:
+    modules = find_modules(ROOT)
+    return modules, find_imports(modules)
+
+
+def test_every_package_is_looked_at(ours: tuple[dict[str, Path], list[Import]]) -> None:
+    modules, imports = ours
+
+    assert set(PACKAGES) <= set(modules)
+    assert any(item.target == "kvstore.errors" for item in imports)
+
+
+def test_imports_point_downwards_only(ours: tuple[dict[str, Path], list[Import]]) -> None:
+    modules, imports = ours
+
+    assert direction_violations(imports, modules) == []
+
+
+def test_threads_loops_and_engines_stay_in_their_rooms(ours: tuple[dict[str, Path], list[Import]]) -> None:
+    _, imports = ours
+
+    assert place_violations(imports) == []
+
+
+def test_there_is_no_import_circle(ours: tuple[dict[str, Path], list[Import]]) -> None:
+    modules, imports = ours
+
+    assert cycles(imports, modules) == []
+
+
+# ---- the checker itself ---------------------------------------------------------------------------------------------
+
+
+def check(root: Path, files: dict[str, str]) -> tuple[dict[str, Path], list[Import]]:
+    for name, source in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    modules = find_modules(root)
+    return modules, find_imports(modules)
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "told"),
+    [
+        ("radix/tree.py", "import kvstore.page", "radix.tree:1 imports kvstore.page"),
+        ("radix/tree.py", "def f():\n    from kvstore import page", "radix.tree:2 imports kvstore.page"),
+        ("kvstore/plan/a.py", "from ..tiers import base", "kvstore.plan.a:1 imports kvstore.tiers.base"),
+        (
+            "kvstore/tiers/disk.py",
+            "from kvstore.plan.records import X",
+            "kvstore.tiers.disk:1 imports kvstore.plan.records",
+        ),
+        ("kvstore/store.py", "import connectors", "kvstore.store:1 imports connectors"),
+        ("connectors/vllm.py", "from kvstore.plan import planner", "connectors.vllm:1 imports kvstore.plan.planner"),
+    ],
+)
+def test_checker_sees_an_import_that_points_upwards(tmp_path: Path, file: str, source: str, told: str) -> None:
+    modules, imports = check(
+        tmp_path,
+        {
+            "kvstore/page.py": "",
+            "kvstore/tiers/base.py": "",
+            "kvstore/plan/records.py": "",
+            "kvstore/plan/planner.py": "",
+            "connectors/__init__.py": "",
+            file: source,
+        },
+    )
+
+    assert direction_violations(imports, modules) == [told]
+
+
+def test_checker_allows_what_the_rules_allow(tmp_path: Path) -> None:
+    modules, imports = check(
+        tmp_path,
+        {
+            "radix/tree.py": "",
+            "kvstore/errors.py": "",
+            "kvstore/plan/planner.py": "import radix.tree\nfrom kvstore.errors import KVStoreError",
+            "kvstore/lab/demo.py": "import connectors.base",
+            "connectors/base.py": "import kvstore.errors",
+        },
+    )
+
+    assert direction_violations(imports, modules) == []
+    assert place_violations(imports) == []
+    assert cycles(imports, modules) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("kvstore/store.py", "import asyncio"),
+        ("kvstore/plan/planner.py", "from threading import Lock"),
+        ("kvstore/tiers/disk.py", "import asyncio.locks"),
+        ("kvstore/build.py", "def f():\n    import vllm"),
+        ("kvstore/devices/cuda.py", "import torch"),
+    ],
+)
+def test_checker_sees_a_module_out_of_its_room(tmp_path: Path, file: str, source: str) -> None:
+    _, imports = check(tmp_path, {file: source})
+
+    assert len(place_violations(imports)) == 1
+
+
+def test_checker_lets_optional_modules_be_imported_late(tmp_path: Path) -> None:
+    late = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\ndef f():\n    import torch"
+    _, imports = check(tmp_path, {"kvstore/devices/cuda.py": late})
+
+    assert place_violations(imports) == []
+
+
+def test_checker_sees_a_circle_through_a_late_import(tmp_path: Path) -> None:
+    modules, imports = check(
+        tmp_path,
+        {
+            "kvstore/a.py": "import kvstore.b",
+            "kvstore/b.py": "from kvstore import c",
+            "kvstore/c.py": "def f():\n    from kvstore.a import x",
+        },
+    )
+
+    assert cycles(imports, modules) == [["kvstore.a", "kvstore.b", "kvstore.c", "kvstore.a"]]
+
+
+def test_checker_takes_no_circle_from_names_for_the_type_checker(tmp_path: Path) -> None:
+    modules, imports = check(
+        tmp_path,
+        {
+            "kvstore/a.py": "import kvstore.b",
+            "kvstore/b.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import kvstore.a",
+        },
+    )
+
+    assert cycles(imports, modules) == []
