@@ -1,0 +1,353 @@
+"""One tier's queue and its worker threads.
+
+A lane carries the planner's transfers to and from one tier: what a request waits for first, then prefetches, then
+saves, and first come first served within each. It decides nothing. Its promise is *exactly one Outcome per Transfer*,
+whatever the tier does: answer, fail, raise, or never come back.
+
+Who delivers an outcome:
+
+    carried by a worker                    that worker, from its own thread, with no lock held
+    refused, cancelled, expired, dropped   the mover's housekeeper, through `emit`: the caller may hold the store's lock
+
+A transfer that is *inside* the tier is not given up while the lane lives: the tier may still write into its slots, so
+telling the planner that they are free would let two pages share one place. A worker that stays there too long opens the
+breaker instead, and the transfer's outcome comes when the tier returns.
+
+The lock of this lane's condition guards the backlog, the breaker and the counters. It is held for dictionary operations
+only, never while bytes move or a callback runs. Order of locks: store, mover, lane.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvstore.errors import ConfigError, TierError, TierUnavailable
+from kvstore.move.backlog import Backlog
+from kvstore.move.breaker import Breaker
+from kvstore.move.counters import LaneCounters
+from kvstore.plan.records import Op, Outcome, Priority, Transfer
+from kvstore.tiers.base import Tier
+
+log = logging.getLogger(__name__)
+
+# A timeout shorter than this proves nothing: the last transfers of a burst begin just before their deadline, and three
+# of them must not take out a tier that is busy and well. A guess; a healthy tier answers a small batch within it.
+MIN_EVIDENCE_S = 0.02
+STUCK_GRACE_S = 1.0  # a disk cannot be interrupted: a batch may overrun its time by this much or by once its length
+
+
+class TierState(NamedTuple):
+    """A tier went down or came back, and why."""
+
+    tier: str
+    is_up: bool
+    reason: str
+
+
+Event = Outcome | TierState
+
+
+@dataclass(slots=True)
+class _Running:
+    """A transfer inside the tier."""
+
+    transfer: Transfer
+    began: float
+    timeout_s: float
+    is_stuck: bool = False
+
+
+class Lane:
+    """Carries transfers to one tier with `workers` threads. Any thread, after `start`.
+
+    slot_view:  the bytes of a host slot, by number.
+    workers:    threads; with more than one, one is always kept free of saves, so that a load never waits for a write.
+    breaker:    made for this lane alone, with the mover's clock; metrics may read its state.
+    timeout_s:  the longest any call to the tier may take.
+    max_queue:  transfers of one priority that may wait; more are refused.
+    """
+
+    def __init__(
+        self,
+        tier: Tier,
+        slot_view: Callable[[int], memoryview],
+        *,
+        workers: int = 2,
+        breaker: Breaker | None = None,
+        timeout_s: float = 5.0,
+        max_queue: int = 1024,
+    ) -> None:
+        if workers < 1:
+            raise ConfigError(f"lane {tier.name}: workers is {workers}; it must be at least 1")
+        if max_queue < 1:
+            raise ConfigError(f"lane {tier.name}: max_queue is {max_queue}; it must be at least 1")
+        if timeout_s <= 0:
+            raise ConfigError(f"lane {tier.name}: timeout_s is {timeout_s}; it must be positive")
+        self.tier = tier
+        self.name = tier.name
+        self.breaker = breaker if breaker is not None else Breaker()
+        self.counters = LaneCounters()
+        self._slot_view = slot_view
+        self._num_workers = workers
+        self._max_saves = max(1, workers - 1)
+        self._timeout_s = timeout_s
+        self._wake = threading.Condition(threading.Lock())
+        self._backlog = Backlog(max_queue)
+        self._running: dict[int, _Running] = {}  # by worker
+        self._num_saves = 0  # SAVE transfers inside the tier
+        self._closing = False
+        self._threads: list[threading.Thread] = []
+        self._pinger: threading.Thread | None = None
+        self._deliver: Callable[[Outcome], None]
+        self._emit: Callable[[Event], None]
+        self._now: Callable[[], float]
+
+    def start(
+        self,
+        deliver: Callable[[Outcome], None],
+        emit: Callable[[Event], None],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the workers.
+
+        deliver: called by a worker with what became of its transfer, no lock held; must not raise.
+        emit:    takes what somebody else must deliver; called with locks held, so it only queues.
+        """
+        self._deliver, self._emit, self._now = deliver, emit, now
+        self._threads = [
+            threading.Thread(target=self._work, args=(i,), name=f"kvstore-{self.name}-{i}", daemon=True)
+            for i in range(self._num_workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, transfers: Sequence[Transfer]) -> None:
+        """Queue transfers. What cannot be queued is answered at once, through `emit`."""
+        with self._wake:
+            for transfer in transfers:
+                if self._closing:
+                    self.counters.dropped += 1
+                    self._refuse(transfer, "the lane is closed")
+                elif not self.breaker.allow():
+                    self.counters.refused += 1
+                    self._refuse(transfer, "the breaker is open")
+                elif not self._backlog.push(transfer):
+                    self.counters.refused += 1
+                    self._refuse(transfer, "too many transfers wait already")
+            self.counters.queued = len(self._backlog)
+            self._wake.notify(min(len(transfers), self._num_workers))
+
+    def cancel(self, transfer_ids: Iterable[int]) -> None:
+        """Drop those that still wait; those inside the tier run on, and unknown ids are ignored."""
+        with self._wake:
+            for transfer_id in transfer_ids:
+                transfer = self._backlog.remove(transfer_id)
+                if transfer is not None:
+                    self.counters.cancelled += 1
+                    self._refuse(transfer, "cancelled")
+            self.counters.queued = len(self._backlog)
+
+    def check(self, now: float) -> None:
+        """What the housekeeper does here: expire what waits in vain, find stuck workers, ping a tier that is due.
+
+        It works when every worker hangs.
+        """
+        with self._wake:
+            for transfer in self._backlog.remove_expired(now):
+                self._expire(transfer)
+            self.counters.queued = len(self._backlog)
+            for running in self._running.values():
+                grace_s = max(STUCK_GRACE_S, running.timeout_s)
+                if not running.is_stuck and now > running.began + running.timeout_s + grace_s:
+                    running.is_stuck = True
+                    self.counters.stuck += 1
+                    self._trip(f"a {running.transfer.op.value} has been inside it for {now - running.began:.1f} s")
+            # While every worker is stuck there is nobody to do the work, whatever the ping would say.
+            if self.breaker.due(now) and self.counters.stuck < self._num_workers and not self._closing:
+                self._start_ping()
+
+    def stop(self) -> int:
+        """Take nothing more and drop what waits; return how many were dropped.
+
+        The workers end after what they carry.
+        """
+        with self._wake:
+            self._closing = True
+            num_dropped = self._drop_waiting("the lane is closed")
+            self.counters.dropped += num_dropped
+            self._wake.notify_all()
+        return num_dropped
+
+    def join(self, timeout_s: float) -> list[str]:
+        """Wait for the threads after `stop`; return the names of those that still run."""
+        until = time.monotonic() + timeout_s
+        threads = [*self._threads, *([self._pinger] if self._pinger is not None else [])]
+        others = [thread for thread in threads if thread is not threading.current_thread()]
+        for thread in others:
+            thread.join(max(0.0, until - time.monotonic()))
+        return [thread.name for thread in others if thread.is_alive()]
+
+    def abandon(self) -> int:
+        """Answer for the transfers that are still inside the tier, after a `join` in vain; return how many.
+
+        Their slots stay in the tier's hands until it returns, and must not be given to anyone.
+        """
+        with self._wake:
+            abandoned = list(self._running.values())
+            self._running.clear()
+            self.counters.dropped += len(abandoned)
+            self.counters.running = self.counters.stuck = 0
+            for running in abandoned:
+                self._refuse(running.transfer, "still inside the tier when the lane was closed")
+        return len(abandoned)
+
+    # -- workers -------------------------------------------------------------------------------------------------------
+
+    def _work(self, worker: int) -> None:
+        while (running := self._take(worker)) is not None:
+            outcome = self._carry(worker, running)
+            if outcome is not None:
+                self._deliver(outcome)
+
+    def _take(self, worker: int) -> _Running | None:
+        """Wait for the next transfer and note that `worker` carries it; None when the lane closes."""
+        with self._wake:
+            while not self._closing:
+                transfer = self._backlog.pop(without=(Priority.SAVE,) if self._num_saves >= self._max_saves else ())
+                if transfer is None:
+                    self._wake.wait()
+                    continue
+                self.counters.queued -= 1
+                now = self._now()
+                if transfer.deadline <= now:
+                    self._expire(transfer)
+                    continue
+                # A late read is of no use, so it gets the time that is left; a write is worth finishing once begun.
+                left_s = self._timeout_s if transfer.op is Op.SPILL else transfer.deadline - now
+                running = _Running(transfer, now, min(self._timeout_s, left_s))
+                self._running[worker] = running
+                self._num_saves += transfer.priority is Priority.SAVE
+                self.counters.transfers += 1
+                self.counters.running += 1
+                return running
+            return None
+
+    def _carry(self, worker: int, running: _Running) -> Outcome | None:
+        """Call the tier and book what came of it; None if the transfer has been answered for by `abandon`."""
+        transfer = running.transfer
+        ok = (False,) * len(transfer.keys)
+        error_line, is_answer = None, True
+        # Broad, because this is the lane's top and nothing above could answer for the transfer. The exception is not
+        # kept: its traceback holds the slot views.
+        try:
+            ok = self._call_tier(transfer, running.timeout_s)
+        except TierError as error:
+            # A full tier and a corrupt page are answers.
+            error_line, is_answer = self._line(transfer, error), not isinstance(error, TierUnavailable)
+        except BaseException as error:
+            error_line, is_answer = self._line(transfer, error), False
+            log.exception("tier %s: unexpected error in %s", self.name, transfer.op.value)
+        num_bytes = self._num_bytes(transfer, ok)
+        with self._wake:
+            self._num_saves -= transfer.priority is Priority.SAVE
+            self._wake.notify()  # a save that was held back may go now, and this worker has an outcome to deliver first
+            if self._running.pop(worker, None) is None:
+                return None
+            seconds = max(0.0, self._now() - running.began)
+            self.counters.running -= 1
+            self.counters.stuck -= running.is_stuck
+            self.counters.errors += error_line is not None
+            self.counters.add(transfer, ok, seconds, num_bytes)
+            self._judge(running, seconds, is_answer, error_line)
+        return Outcome(transfer.id, ok, seconds, num_bytes, error_line)
+
+    def _call_tier(self, transfer: Transfer, timeout_s: float) -> tuple[bool, ...]:
+        keys = transfer.keys
+        match transfer.op:
+            case Op.FETCH:
+                views = [self._slot_view(slot) for slot in transfer.slots]
+                answer = self.tier.read_into(keys, views, transfer.metas, timeout_s=timeout_s)
+            case Op.SPILL:
+                views = [self._slot_view(slot) for slot in transfer.slots]
+                answer = self.tier.write_from(keys, views, transfer.metas, evict=transfer.evict, timeout_s=timeout_s)
+            case Op.PROBE:
+                answer = self.tier.contains(keys, timeout_s=timeout_s)
+            case Op.TOUCH:
+                answer = self.tier.touch(keys, expires_at=transfer.expires_at, timeout_s=timeout_s)
+            case Op.DELETE:
+                self.tier.delete(keys, timeout_s=timeout_s)
+                answer = [True] * len(keys)
+        if len(answer) != len(keys):
+            raise TierError(f"{len(answer)} answers for {len(keys)} keys")
+        return tuple(answer)
+
+    def _num_bytes(self, transfer: Transfer, ok: tuple[bool, ...]) -> int:
+        if transfer.op not in (Op.FETCH, Op.SPILL):
+            return 0
+        return sum(meta.num_bytes for meta, is_ok in zip(transfer.metas, ok, strict=False) if is_ok)
+
+    # -- the breaker, under the lock -----------------------------------------------------------------------------------
+
+    def _judge(self, running: _Running, seconds: float, is_answer: bool, error_line: str | None) -> None:
+        """Tell the breaker how a transfer went."""
+        had_no_time = running.timeout_s < MIN_EVIDENCE_S and seconds >= running.timeout_s / 2
+        if is_answer:
+            self.breaker.success()
+        elif self.breaker.allow() and not had_no_time:
+            self.breaker.failure()
+            if not self.breaker.allow():
+                self._went_down(error_line or "it failed")
+
+    def _trip(self, reason: str) -> None:
+        if self.breaker.allow():
+            self.breaker.trip()
+            self._went_down(reason)
+
+    def _went_down(self, reason: str) -> None:
+        """Report it, and let nothing wait for a tier that is down."""
+        self._emit(TierState(self.name, False, reason))
+        self.counters.refused += self._drop_waiting("the breaker is open")
+
+    def _start_ping(self) -> None:
+        # In a thread of its own: a ping that hangs must hold up neither the other tiers nor the last worker.
+        self.breaker.probe()
+        self.counters.pings += 1
+        self._pinger = threading.Thread(target=self._ping, name=f"kvstore-{self.name}-ping", daemon=True)
+        self._pinger.start()
+
+    def _ping(self) -> None:
+        try:
+            self.tier.ping(timeout_s=self._timeout_s)
+            answered = True
+        except BaseException:  # this thread's top; whatever it was, the next ping is due after the back-off
+            answered = False
+        with self._wake:
+            self.breaker.probed(answered)
+            if answered:
+                self._emit(TierState(self.name, True, "it answers again"))
+
+    # -- answers without the tier, under the lock ----------------------------------------------------------------------
+
+    def _expire(self, transfer: Transfer) -> None:
+        self.counters.expired += 1
+        self._refuse(transfer, "not begun by its deadline")
+
+    def _drop_waiting(self, reason: str) -> int:
+        waiting = self._backlog.clear()
+        self.counters.queued = 0
+        for transfer in waiting:
+            self._refuse(transfer, reason)
+        return len(waiting)
+
+    def _refuse(self, transfer: Transfer, reason: str) -> None:
+        line = f"tier {self.name}: {transfer.op.value} of {len(transfer.keys)} pages: {reason}"
+        self._emit(Outcome(transfer.id, (False,) * len(transfer.keys), error=line))
+
+    def _line(self, transfer: Transfer, error: BaseException) -> str:
+        text = " ".join(str(error).split()) or "no message"
+        return f"tier {self.name}: {transfer.op.value} of {len(transfer.keys)} pages: {type(error).__name__}: {text}"

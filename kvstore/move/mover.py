@@ -1,0 +1,167 @@
+"""The hands: all lanes and the housekeeper that watches them.
+
+The store hands it the planner's transfers and hears of each exactly once through `on_outcome`. The housekeeper thread
+answers for transfers that no worker carries (refused, cancelled, expired), sees to deadlines and hung workers on every
+tick, and reports tiers that go down or come back, in the order in which it happened.
+
+The hard thing: `submit` is called under the store's lock, and the callbacks take that lock. Therefore nothing is called
+back from `submit` or `cancel`; what they refuse goes through an inbox to the housekeeper. And no callback runs with a
+lock of ours held, so a callback may call `submit` and `cancel` itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import ParamSpec
+
+from kvstore.errors import ConfigError, StoreClosed
+from kvstore.move.lane import Event, Lane, TierState
+from kvstore.plan.records import Outcome, Transfer
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+
+
+class Mover:
+    """Carries transfers to the tiers by their lanes. Any thread.
+
+    lanes:         one per tier, not started yet.
+    on_outcome:    called once per transfer, from a lane's or the housekeeper's thread.
+    on_tier_state: called with (tier name, is up) by the housekeeper, in order.
+    on_tick:       called by the housekeeper about every `tick_s`.
+    now:           clock of deadlines, in seconds.
+    """
+
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        on_outcome: Callable[[Outcome], None],
+        on_tier_state: Callable[[str, bool], None],
+        on_tick: Callable[[], None],
+        *,
+        now: Callable[[], float] = time.monotonic,
+        tick_s: float = 0.05,
+    ) -> None:
+        self.lanes = {lane.name: lane for lane in lanes}
+        if len(self.lanes) != len(lanes):
+            raise ConfigError(f"mover: two lanes have one name: {[lane.name for lane in lanes]}")
+        self.num_callback_errors = 0
+        self._on_outcome = on_outcome
+        self._on_tier_state = on_tier_state
+        self._on_tick = on_tick
+        self._now = now
+        self._tick_s = tick_s
+        self._lock = threading.Lock()  # of the two flags: after the inbox was emptied for good, nothing may enter it
+        self._closing = False
+        self._closed = False
+        self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None stops the housekeeper
+        for lane in lanes:
+            lane.start(self._deliver, self._inbox.put, now)
+        self._housekeeper = threading.Thread(target=self._keep_house, name="kvstore-housekeeper", daemon=True)
+        self._housekeeper.start()
+
+    def submit(self, transfers: Sequence[Transfer]) -> None:
+        """Queue transfers in their lanes. Never blocks, never calls back. Raises StoreClosed once `close` is over."""
+        by_tier: dict[str, list[Transfer]] = {}
+        for transfer in transfers:
+            by_tier.setdefault(transfer.tier, []).append(transfer)
+        with self._lock:
+            if self._closed:
+                raise StoreClosed("the mover is closed")
+            for tier, batch in by_tier.items():
+                if tier in self.lanes:
+                    self.lanes[tier].submit(batch)
+                else:
+                    for transfer in batch:
+                        line = f"tier {tier}: there is no such lane; known are {sorted(self.lanes)}"
+                        self._inbox.put(Outcome(transfer.id, (False,) * len(transfer.keys), error=line))
+
+    def cancel(self, transfer_ids: Iterable[int]) -> None:
+        """Drop those that no worker has begun; their outcomes say so. Never blocks, never calls back."""
+        ids = list(transfer_ids)
+        with self._lock:
+            if not self._closed:
+                for lane in self.lanes.values():
+                    lane.cancel(ids)
+
+    def close(self, timeout_s: float) -> int:
+        """Drop what waits, let the workers finish what they carry, join all threads; return how many were dropped.
+
+        A worker that hangs in its tier is left behind after `timeout_s` (a daemon thread): its transfer is answered as
+        failed, counted and logged, and the slots of that transfer must not be reused. Idempotent. Not under the store's
+        lock: the threads that are joined may be waiting for it.
+        """
+        with self._lock:
+            if self._closing:
+                return 0
+            self._closing = True
+        until = time.monotonic() + timeout_s
+        num_dropped = sum(lane.stop() for lane in self.lanes.values())
+        left = [name for lane in self.lanes.values() for name in lane.join(max(0.0, until - time.monotonic()))]
+        num_hung = sum(lane.abandon() for lane in self.lanes.values())
+        self._inbox.put(None)
+        if self._housekeeper is not threading.current_thread():
+            self._housekeeper.join(max(self._tick_s, until - time.monotonic()))
+            left += [self._housekeeper.name] if self._housekeeper.is_alive() else []
+        # Answers may make the store submit more, which the closed lanes refuse into the inbox: empty it until it stays.
+        while not self._inbox.empty() and time.monotonic() < until + self._tick_s:
+            self._empty_inbox()
+        with self._lock:
+            self._closed = True
+        self._empty_inbox()
+        if left:
+            log.warning("close: after %.1f s these threads still run: %s", timeout_s, ", ".join(left))
+        if num_dropped or num_hung:
+            log.info("close: dropped %d waiting transfers and %d that hung in their tier", num_dropped, num_hung)
+        return num_dropped + num_hung
+
+    # -- the housekeeper ---------------------------------------------------------------------------------------------
+
+    def _keep_house(self) -> None:
+        next_tick = time.monotonic() + self._tick_s
+        while True:
+            with contextlib.suppress(queue.Empty):
+                event = self._inbox.get(timeout=max(0.0, next_tick - time.monotonic()))
+                if event is None:
+                    return
+                self._handle(event)
+            if time.monotonic() >= next_tick:
+                for lane in self.lanes.values():
+                    lane.check(self._now())
+                self._call(self._on_tick)
+                next_tick = time.monotonic() + self._tick_s
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Outcome():
+                self._deliver(event)
+            case TierState(tier, is_up, reason):
+                if is_up:
+                    log.info("tier %s is up: %s", tier, reason)
+                else:
+                    log.warning("tier %s is down: %s", tier, reason)
+                self._call(self._on_tier_state, tier, is_up)
+
+    def _empty_inbox(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                event = self._inbox.get_nowait()
+                if event is not None:
+                    self._handle(event)
+
+    def _deliver(self, outcome: Outcome) -> None:
+        self._call(self._on_outcome, outcome)
+
+    def _call(self, callback: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        # A mistake in a callback must not cost the thread: without it, nobody would hear of any transfer again.
+        try:
+            callback(*args, **kwargs)
+        except Exception:
+            self.num_callback_errors += 1
+            log.exception("callback %s failed", getattr(callback, "__name__", callback))

@@ -1,0 +1,98 @@
+"""One background thread for small jobs, done in order.
+
+Connectors use it to copy saved blocks from the engine into host slots off the request's path. It is bounded: a job that
+finds the queue full is refused, and the caller skips the save instead of waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from kvstore.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+Job = Callable[[], object]
+
+
+class Worker:
+    """Runs callables one after another. Any thread.
+
+    num_done:   jobs that ended.
+    num_errors: of those, the ones that raised; the error is logged and goes no further.
+    """
+
+    def __init__(self, name: str, max_queue: int = 64) -> None:
+        if max_queue < 1:
+            raise ConfigError(f"worker {name}: max_queue is {max_queue}; it must be at least 1")
+        self.name = name
+        self.num_done = 0
+        self.num_errors = 0
+        self._max_queue = max_queue
+        self._jobs: deque[Job] = deque()
+        self._num_submitted = 0
+        self._closing = False
+        self._changed = threading.Condition(threading.Lock())
+        self._thread = threading.Thread(target=self._work, name=f"kvstore-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> bool:
+        """Queue a job; False, and nothing is kept, where the queue is full or the worker closed. Never blocks."""
+        with self._changed:
+            if self._closing or len(self._jobs) >= self._max_queue:
+                return False
+            self._jobs.append(job)
+            self._num_submitted += 1
+            self._changed.notify_all()
+            return True
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all jobs submitted so far have ended; False if the time ran out or close dropped some."""
+        with self._changed:
+            target = self._num_submitted
+            return self._changed.wait_for(lambda: self.num_done >= target, timeout_s)
+
+    def close(self, timeout_s: float) -> int:
+        """Finish what is queued, at most `timeout_s`, then drop the rest and join; return how many were dropped.
+
+        Idempotent. A job that hangs is left behind with its thread, and logged.
+        """
+        until = time.monotonic() + timeout_s
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._jobs, timeout_s)
+            num_dropped = len(self._jobs)
+            self._jobs.clear()
+        if self._thread is not threading.current_thread():
+            self._thread.join(max(0.0, until - time.monotonic()))
+            if self._thread.is_alive():
+                log.warning("worker %s: after %.1f s its job still runs", self.name, timeout_s)
+        if num_dropped:
+            log.warning("worker %s: closed with %d jobs not done", self.name, num_dropped)
+        return num_dropped
+
+    def _work(self) -> None:
+        while (job := self._take()) is not None:
+            try:
+                job()
+                failed = False
+            except BaseException:  # this thread's top: a job that fails must not take those after it along
+                failed = True
+                log.exception("worker %s: a job failed", self.name)
+            del job  # it may hold tensors
+            with self._changed:
+                self.num_done += 1
+                self.num_errors += failed
+                self._changed.notify_all()
+
+    def _take(self) -> Job | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closing)
+            job = self._jobs.popleft() if self._jobs else None
+            self._changed.notify_all()  # close waits for an empty queue
+            return job
