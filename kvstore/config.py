@@ -159,7 +159,7 @@ class RedisConfig(Section):
 
     url: Annotated[SecretUrl | None, BeforeValidator(_off_when_empty)] = Field(
         default=None,
-        description="redis://, rediss:// (TLS) or unix:// URL; its password is never printed; none turns the tier off.",
+        description="redis, rediss (TLS), unix, redis+sentinel or redis+cluster URL; its password is never printed.",
     )
     ttl_s: Seconds = Field(default=86400.0, ge=0, description="A page unused for this long expires; 0 means never.")
     connections: Count = Field(
@@ -231,6 +231,11 @@ class Row:
     value: Any
     source: str
     description: str
+
+    @property
+    def json_value(self) -> Any:
+        """The value as JSON has it: bytes and seconds as numbers; never a password."""
+        return self.value if isinstance(self.value, (bool, int, float, type(None))) else str(self.value)
 
     @property
     def text(self) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import core_schema
 
-URL_SCHEMES = ("redis", "rediss", "unix")
+from kvstore.errors import ConfigError
+from kvstore.tiers.redis_url import parse_redis_url
 
 
 class SecretUrl:
@@ -49,11 +50,13 @@ class SecretUrl:
     def _checked(cls, value: object) -> SecretUrl:
         if isinstance(value, SecretUrl):
             return value
-        scheme, separator, rest = str(value).partition("://")
-        if not isinstance(value, str) or scheme not in URL_SCHEMES or not separator or not rest.strip("/"):
-            raise ValueError(
-                "it must be a URL such as redis://:password@host:6379/0, rediss://host:6380/0 (TLS) or unix:///run/redis.sock"
-            )
+        if not isinstance(value, str):
+            raise ValueError("it must be text such as redis://:password@host:6379/0")
+        try:
+            parse_redis_url(value)
+        except ConfigError as error:
+            # "redis.url is ...; it ...": field and value are told by whoever reads the configuration, with their source.
+            raise ValueError(str(error).partition("; ")[2]) from None
         return cls(value)
 
 

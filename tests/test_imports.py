@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.units": (),
     "kvstore.layout": ("kvstore.errors",),
     "kvstore.page": ("kvstore.errors",),
-    "kvstore.secret": (),
+    "kvstore.secret": ("kvstore.errors", "kvstore.tiers.redis_url"),
     "kvstore.settings": ("kvstore.errors", "kvstore.secret"),
     "kvstore.config": (
         "kvstore.errors",

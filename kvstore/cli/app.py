@@ -1,0 +1,87 @@
+"""The commands put together, and what happens to an error on the way out.
+
+An error this package raises on purpose is an answer, not an accident: one red line that says what to do, exit code 2.
+`kvstore --debug COMMAND` shows the traceback behind it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from kvstore.cli.bench import bench
+from kvstore.cli.config import config
+from kvstore.cli.demo import demo
+from kvstore.cli.output import print_error
+from kvstore.errors import KVStoreError
+
+EXIT_ERROR = 2
+
+HELP = """
+Keeps the KV cache of LLM prompts in host memory, on disk and in Redis, so that a prefix is computed once.
+
+\b
+First steps:
+  kvstore demo                   a real model answers over a long shared prompt: slow once, then fast from every tier
+  kvstore config                 what is configured, and where each value comes from
+  kvstore bench                  the workloads that measure this machine
+\b
+Looking after a disk tier, also while it is in use:
+  kvstore inspect DIR            what is stored: pages, bytes, ages, the biggest prefixes
+  kvstore verify DIR             read every page and check it
+"""
+
+
+class Group(TyperGroup):
+    """Turns errors into one line each."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KVStoreError as error:
+            if ctx.params.get("debug"):
+                raise
+            print_error(str(error))
+        except OSError as error:
+            # Files and directories named on the command line; anything without a name is a bug and keeps its traceback.
+            if ctx.params.get("debug") or error.filename is None:
+                raise
+            print_error(f"{error.filename}: {error.strerror}")
+        raise typer.Exit(EXIT_ERROR)
+
+
+app = typer.Typer(
+    cls=Group,
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from kvstore.lab.machine import package_version
+
+        typer.echo(f"kvstore {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback behind an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(demo)
+app.command()(config)
+app.command()(bench)

@@ -1,0 +1,58 @@
+"""`kvstore config`: the effective configuration, and where each value came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvstore.cli.output import console, print_json, table
+from kvstore.errors import ConfigError
+
+
+def config(
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="TOML file, instead of $KVSTORE_CONFIG or ./kvstore.toml.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Try a value, e.g. host.ttl_s=10min."),
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what each field does.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference of all fields.")] = False,
+) -> None:
+    """Print the effective configuration and where each value comes from.
+
+    Lowest to highest: defaults, the TOML file, environment variables KVSTORE_<SECTION>__<FIELD>, --set.
+    A wrong value or an unknown name is told with what would be right, and exit code 2.
+    """
+    from kvstore import config as settings
+
+    if markdown:
+        typer.echo(settings.markdown(), nl=False)
+        return
+    rows = settings.effective(settings.Config.load(file, **_overrides(setting or [])))
+    if as_json:
+        print_json({row.field: {"value": row.json_value, "source": row.source} for row in rows})
+        return
+    output = table("field", "value", "from", *(["what it does"] if explain else []))
+    section = ""
+    for row in rows:
+        if section and not row.field.startswith(section):
+            output.add_section()
+        section = row.field.partition(".")[0] + "."
+        style = None if row.source == "default" else "bold"
+        output.add_row(row.field, row.text, row.source, *([row.description] if explain else []), style=style)
+    console().print(output)
+
+
+def _overrides(assignments: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for text in assignments:
+        field, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: there is no value; write it as FIELD=VALUE, e.g. host.ttl_s=10min")
+        values[field.strip()] = value.strip()
+    return values

@@ -1,0 +1,52 @@
+"""How the commands print: one console for results, one for everything else.
+
+Results go to standard output, progress and errors to standard error, so that `kvstore ... --json > file` holds
+JSON only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+PIPE_COLUMNS = 140  # a pipe has no width; 80 would fold paths
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console on today's standard output or error."""
+    from rich.console import Console
+
+    made = Console(stderr=stderr, highlight=False)
+    if not made.is_terminal and "COLUMNS" not in made._environ:
+        made.width = PIPE_COLUMNS
+    return made
+
+
+def print_json(value: Any) -> None:
+    """Print JSON; what JSON has no form for is printed as its text."""
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def print_error(message: str) -> None:
+    """Print one error in red, one line for each of its lines."""
+    from rich.text import Text
+
+    printer = console(stderr=True)
+    for line in message.splitlines() or [""]:
+        printer.print(Text(f"kvstore: {line}", style="bold red"), soft_wrap=True)
+
+
+def table(*columns: str, title: str | None = None, right: tuple[str, ...] = ()) -> Table:
+    """An empty table; `right` names the columns of numbers."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made

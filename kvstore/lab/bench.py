@@ -1,0 +1,133 @@
+"""Named workloads, each measured against a ceiling in the same run.
+
+A wall time alone says more about the neighbours on a machine than about the code, so every workload is a table of cases whose first
+one is the ceiling (memcpy, raw O_DIRECT, a bare socket). The cases take turns, round after round; a case's ratio is the median
+over rounds of ceiling / case. CPU seconds are those of this process, all threads together.
+
+A workload is a module with `run(argument, quick) -> list[Table]`; adding one is one line in `WORKLOADS`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from statistics import median
+from typing import Any
+
+from kvstore.errors import ConfigError
+from kvstore.lab.machine import machine, versions
+
+ROUNDS = 9
+QUICK_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One thing to measure.
+
+    run:     does the work once.
+    amount:  how much that is, in the table's unit.
+    prepare: what must be done before each run, outside the time.
+    """
+
+    name: str
+    run: Callable[[], object]
+    amount: float
+    prepare: Callable[[], object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What became of a case. `ratio` is 1 for the ceiling, and above 1 for what is faster."""
+
+    name: str
+    amount: float
+    median_s: float
+    cpu_s: float
+    per_s: float
+    ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Cases of one kind; the first is the ceiling. `unit` is what amounts count: "bytes", "blocks", "keys"."""
+
+    name: str
+    unit: str
+    timings: tuple[Timing, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """An entry of the list.
+
+    module:   has `run(argument, quick) -> list[Table]`; imported when it runs.
+    argument: what has to be named on the command line, "" for nothing.
+    """
+
+    summary: str
+    module: str
+    argument: str = ""
+
+
+WORKLOADS: dict[str, Workload] = {
+    "hash": Workload("hash a prompt of 128K tokens into block hashes", "kvstore.lab.workloads.hash"),
+    "planner": Workload("lookups, saves and evictions per block, no bytes moved", "kvstore.lab.workloads.planner"),
+    "host": Workload("save and load through a store in host memory, over memcpy", "kvstore.lab.workloads.host"),
+    "disk": Workload("write and cold read of a disk tier, over raw O_DIRECT", "kvstore.lab.workloads.disk", "DIR"),
+    "redis": Workload("SET and GET of a Redis tier, over a bare socket", "kvstore.lab.workloads.redis", "URL"),
+}
+
+
+def measure(name: str, unit: str, cases: Sequence[Case], *, quick: bool = False) -> Table:
+    """Let the cases take turns and compare each with the first one."""
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    wall: list[list[float]] = [[] for _ in cases]
+    cpu: list[list[float]] = [[] for _ in cases]
+    for number in range(rounds + 1):
+        for index, case in enumerate(cases):
+            if case.prepare is not None:
+                case.prepare()
+            wall_start, cpu_start = time.perf_counter(), time.process_time()
+            case.run()
+            spent = time.perf_counter() - wall_start, time.process_time() - cpu_start
+            if number:  # the first round warms caches, connections and page tables
+                wall[index].append(spent[0])
+                cpu[index].append(spent[1])
+    timings = []
+    for case, seconds, cpu_seconds in zip(cases, wall, cpu, strict=True):
+        ceilings = (cases[0].amount / first for first in wall[0])
+        ratios = [case.amount / own / ceiling for own, ceiling in zip(seconds, ceilings, strict=True)]
+        timings.append(
+            Timing(
+                name=case.name,
+                amount=case.amount,
+                median_s=median(seconds),
+                cpu_s=median(cpu_seconds),
+                per_s=case.amount / median(seconds),
+                ratio=median(ratios),
+            )
+        )
+    return Table(name, unit, tuple(timings))
+
+
+def run(name: str, argument: str = "", *, quick: bool = False) -> list[Table]:
+    """Run one workload. Raises ConfigError for an unknown one, or one whose argument is missing."""
+    workload = WORKLOADS.get(name)
+    if workload is None:
+        raise ConfigError(f"workload {name!r} is unknown; known are {', '.join(WORKLOADS)}")
+    if workload.argument and not argument:
+        raise ConfigError(f"workload {name} needs {workload.argument}: kvstore bench {name} {workload.argument}")
+    tables: list[Table] = import_module(workload.module).run(argument, quick)
+    return tables
+
+
+def report(results: dict[str, list[Table]]) -> dict[str, Any]:
+    """Results with the machine and versions, ready for JSON."""
+    return {
+        "machine": machine(),
+        "versions": versions(),
+        "workloads": {name: [asdict(table) for table in tables] for name, tables in results.items()},
+    }
