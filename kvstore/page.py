@@ -2,8 +2,8 @@
 
 A page key is 36 bytes: block hash (32, shorter hashes are padded with zeros) | group u16 | shard u16, big endian, so
 that the keys of one block sort together. The header is 128 bytes, described byte by byte in docs/formats.md. Its
-checksum covers the header's own fields and the page's bytes, so a page in the wrong place, of the wrong length or of the wrong
-group fails like a flipped bit does.
+checksum covers the header's own fields and the page's bytes, so a page in the wrong place, of the wrong length or of
+the wrong group fails like a flipped bit does.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class PageMeta:
     parent:     hash of the block before this one, b"" at the root; lets a reopened store rebuild its tree.
     depth:      number of blocks before this one.
     expires_at: Unix time in seconds after which the page must not be served; 0 means never.
-    tokens:     the block's tokens as little-endian uint32, only in namespaces whose hash is not collision resistant: they are
-                stored on a write and compared on a read. b"" otherwise.
+    tokens:     the block's tokens as little-endian uint32, only in namespaces whose hash is not collision resistant:
+                they are stored on a write and compared on a read. b"" otherwise.
     """
 
     num_bytes: int

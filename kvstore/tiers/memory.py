@@ -1,7 +1,7 @@
 """The reference tier: a dict, a lock, and the dumbest right thing.
 
-It stands in for a medium in tests and simulations and shows what the contract in `base.py` means: header and bytes are stored
-together and verified on the way out exactly as on disk. A full tier refuses what its `evict` made no room for.
+It stands in for a medium in tests and simulations and shows what the contract in `base.py` means: header and bytes are
+stored together and verified on the way out exactly as on disk. A full tier refuses what its `evict` made no room for.
 """
 
 from __future__ import annotations
@@ -183,5 +183,5 @@ def _is_whole(key: PageKey, copy: _Copy, num_bytes: int) -> bool:
         header.key == key
         and header.raw_bytes == header.stored_bytes == num_bytes == len(copy.data)
         and header.token_bytes == len(copy.tokens)
-        and verify_page(copy.header, header, copy.tokens, memoryview(copy.data))
+        and verify_page(copy.header, header, copy.tokens, copy.data.data)
     )

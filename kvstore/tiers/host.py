@@ -1,0 +1,147 @@
+"""The host slab: one piece of memory, cut into equal slots, that every byte of the store passes through.
+
+Engines copy into and out of slots, the disk reads and writes them with O_DIRECT, Redis replies are received into them.
+So the slab is made once, aligned, backed by huge pages and faulted in before the first request: a first touch in 4 KiB
+steps costs more than the copy itself. `shared_name` puts it into a memfd whose descriptor another process can map.
+
+The hard thing is asking for more memory than there is: Linux would grant it and kill somebody later, so the slab is
+compared with what is available before anything is touched.
+
+Any thread: which slot belongs to whom is the planner's business.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.errors import ConfigError
+from kvstore.layout import SLOT_ALIGNMENT
+from kvstore.tiers.memory_limit import available_memory
+
+HUGE_PAGE_BYTES = 2 << 20
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the mmap module
+_MAP_FIXED = 0x10  # not in the mmap module
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_SPARE_BYTES = 64 << 20  # what a full slab leaves of the available memory for everybody else
+
+_log = logging.getLogger(__name__)
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+class HostSlab:
+    """`num_slots` slots of `slot_bytes` each, end to end; slot 0 is aligned to 2 MiB."""
+
+    def __init__(
+        self,
+        num_slots: int,
+        slot_bytes: int,
+        *,
+        shared_name: str | None = None,
+        huge_pages: bool = True,
+        prefault: bool = True,
+    ) -> None:
+        """Reserve and, with `prefault`, touch the memory.
+
+        slot_bytes:  a multiple of 4096, so that every slot is fit for O_DIRECT.
+        shared_name: None for private memory; else the name under which /proc shows the shared one.
+
+        Raises ConfigError naming `host.capacity_bytes` if the slots cannot be had.
+        """
+        _check_geometry(num_slots, slot_bytes)
+        _check_fits(num_slots, slot_bytes)
+        self.num_slots = num_slots
+        self.slot_bytes = slot_bytes
+        self._fd: int | None = None
+        size = num_slots * slot_bytes
+        try:
+            if shared_name is not None:
+                self._fd = os.memfd_create(shared_name)
+                os.ftruncate(self._fd, size)
+            self.buffer: npt.NDArray[np.uint8] = _map(size, self._fd)
+        except OSError as error:
+            self._close_fd()
+            raise ConfigError(f"host.capacity_bytes is {size}: the system does not give that much: {error}") from error
+        if huge_pages:
+            _advise(self.buffer, mmap.MADV_HUGEPAGE)  # refused where the kernel has none; the slab works all the same
+        if prefault and not _advise(self.buffer, _MADV_POPULATE_WRITE):
+            self.buffer[::SLOT_ALIGNMENT] = 0
+        slab = self.buffer.data
+        bounds = range(0, size, slot_bytes)
+        self._views = [slab[start : start + slot_bytes] for start in bounds]
+        self._arrays = [self.buffer[start : start + slot_bytes] for start in bounds]
+
+    def view(self, slot: int) -> memoryview:
+        """The bytes of a slot, writable: for reading, writing and receiving, never for slice assignment (holds the GIL)."""
+        return self._views[slot]
+
+    def array(self, slot: int) -> npt.NDArray[np.uint8]:
+        """The same bytes as an array, for np.copyto, which releases the GIL."""
+        return self._arrays[slot]
+
+    def fileno(self) -> int:
+        """The descriptor of shared memory: slot i lies at offset i * slot_bytes. Raises ValueError for private memory."""
+        if self._fd is None:
+            raise ValueError("host slab: private memory has no file descriptor; make it with shared_name")
+        return self._fd
+
+    def close(self) -> None:
+        """Let go of the memory; it returns to the system with the last view that callers still hold. Idempotent."""
+        self._views = []
+        self._arrays = []
+        self.buffer = np.empty(0, np.uint8)
+        self._close_fd()
+
+    def _close_fd(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def _check_geometry(num_slots: int, slot_bytes: int) -> None:
+    if slot_bytes <= 0 or slot_bytes % SLOT_ALIGNMENT:
+        raise ConfigError(f"host slab: slot_bytes is {slot_bytes}; it must be a positive multiple of {SLOT_ALIGNMENT}")
+    if num_slots < 1:
+        raise ConfigError(
+            f"host.capacity_bytes holds {num_slots} slots of {slot_bytes} bytes; "
+            f"it must be at least {slot_bytes} (better: a few hundred slots)"
+        )
+
+
+def _check_fits(num_slots: int, slot_bytes: int) -> None:
+    size, available = num_slots * slot_bytes, available_memory()
+    if size > available - _SPARE_BYTES:
+        fitting = max(0, available - _SPARE_BYTES) // slot_bytes
+        raise ConfigError(
+            f"host.capacity_bytes is {size} ({num_slots} slots of {slot_bytes} bytes), but only {available} bytes of memory "
+            f"are available: set it to at most {fitting * slot_bytes} ({fitting} slots)"
+        )
+
+
+def _map(size: int, fd: int | None) -> npt.NDArray[np.uint8]:
+    """Map `size` bytes at a 2 MiB boundary: private and anonymous, or the file from its start.
+
+    A boundary can only be had by reserving more and using the middle. For a file the middle of the reserve is mapped
+    over, so that offset 0 of the file lies on the boundary: the kernel uses huge pages only where both agree.
+    """
+    # np.frombuffer holds the reserve, slices hold its array: the memory lives as long as the last view of it.
+    reserve = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = np.frombuffer(reserve, np.uint8)
+    start = -whole.ctypes.data % HUGE_PAGE_BYTES
+    if fd is not None:
+        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED
+        if _libc.mmap(whole.ctypes.data + start, size, protection, flags, fd, 0) == _MAP_FAILED:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return whole[start : start + size]
+
+
+def _advise(buffer: npt.NDArray[np.uint8], advice: int) -> bool:
+    return bool(_libc.madvise(buffer.ctypes.data, buffer.nbytes, advice) == 0)
