@@ -55,7 +55,7 @@ class SecretUrl:
         try:
             parse_redis_url(value)
         except ConfigError as error:
-            # "redis.url is ...; it ...": field and value are told by whoever reads the configuration, with their source.
+            # "redis.url is ...; it ...": whoever reads the configuration tells field and value, with the source.
             raise ValueError(str(error).partition("; ")[2]) from None
         return cls(value)
 

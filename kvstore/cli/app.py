@@ -24,13 +24,13 @@ Keeps the KV cache of LLM prompts in host memory, on disk and in Redis, so that 
 
 \b
 First steps:
-  kvstore demo                   a real model answers over a long shared prompt: slow once, then fast from every tier
-  kvstore config                 what is configured, and where each value comes from
-  kvstore bench                  the workloads that measure this machine
+  kvstore demo           a real model answers over a long shared prompt
+  kvstore config         what is configured, and where each value comes from
+  kvstore bench          the workloads that measure this machine
 \b
 Looking after a disk tier, also while it is in use:
-  kvstore inspect DIR            what is stored: pages, bytes, ages, the biggest prefixes
-  kvstore verify DIR             read every page and check it
+  kvstore inspect DIR    what is stored: pages, bytes, ages, biggest prefixes
+  kvstore verify DIR     read every page and check it
 """
 
 

@@ -55,7 +55,9 @@ def bench(
 def parse_plan(words: Sequence[str], needs: Mapping[str, str]) -> list[tuple[str, str]]:
     """Read `hash disk DIR` as [("hash", ""), ("disk", "DIR")], before anything runs.
 
-    needs: workload -> what it must be given, "" for nothing. Raises ConfigError for an unknown workload or a missing argument.
+    needs: workload -> what it must be given, "" for nothing.
+
+    Raises ConfigError for an unknown workload or a missing argument.
     """
     plan: list[tuple[str, str]] = []
     rest = iter(words)
@@ -64,25 +66,16 @@ def parse_plan(words: Sequence[str], needs: Mapping[str, str]) -> list[tuple[str
             raise ConfigError(f"workload {word!r} is unknown; known are {', '.join(needs)}")
         argument = next(rest, "") if needs[word] else ""
         if needs[word] and (not argument or argument in needs):
-            raise ConfigError(
-                f"workload {word} needs {needs[word]}; write it behind it: kvstore bench {word} {needs[word]}"
-            )
+            raise ConfigError(f"workload {word} needs {needs[word]}; write kvstore bench {word} {needs[word]}")
         plan.append((word, argument))
     return plan
 
 
 def _as_table(workload: str, measured: Table) -> object:
-    output = table(
-        "case",
-        f"{measured.unit}/s",
-        "of ceiling",
-        f"µs/{measured.unit.rstrip('s')}" if measured.unit != "bytes" else "time",
-        "CPU s",
-        title=f"{workload}: {measured.name}",
-        right=(f"{measured.unit}/s", "of ceiling", "CPU s"),
-    )
+    is_bytes = measured.unit == "bytes"
+    numbers = (f"{measured.unit}/s", "of ceiling", "time" if is_bytes else f"µs/{measured.unit.rstrip('s')}", "CPU s")
+    output = table("case", *numbers, title=f"{workload}: {measured.name}", right=numbers)
     for timing in measured.timings:
-        is_bytes = measured.unit == "bytes"
         output.add_row(
             timing.name,
             f"{format_bytes(timing.per_s)}/s" if is_bytes else f"{timing.per_s:,.0f}",

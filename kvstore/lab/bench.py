@@ -1,8 +1,9 @@
 """Named workloads, each measured against a ceiling in the same run.
 
-A wall time alone says more about the neighbours on a machine than about the code, so every workload is a table of cases whose first
-one is the ceiling (memcpy, raw O_DIRECT, a bare socket). The cases take turns, round after round; a case's ratio is the median
-over rounds of ceiling / case. CPU seconds are those of this process, all threads together.
+A wall time alone says more about the neighbours on a machine than about the code, so every workload is a table of cases
+whose first one is the ceiling (memcpy, raw O_DIRECT, a bare socket). The cases take turns, round after round; a case's
+ratio is the median over rounds of its speed over the ceiling's. CPU seconds are those of this process, all threads
+together.
 
 A workload is a module with `run(argument, quick) -> list[Table]`; adding one is one line in `WORKLOADS`.
 """
@@ -98,8 +99,9 @@ def measure(name: str, unit: str, cases: Sequence[Case], *, quick: bool = False)
                 cpu[index].append(spent[1])
     timings = []
     for case, seconds, cpu_seconds in zip(cases, wall, cpu, strict=True):
-        ceilings = (cases[0].amount / first for first in wall[0])
-        ratios = [case.amount / own / ceiling for own, ceiling in zip(seconds, ceilings, strict=True)]
+        ratios = [
+            (case.amount / own) / (cases[0].amount / ceiling) for own, ceiling in zip(seconds, wall[0], strict=True)
+        ]
         timings.append(
             Timing(
                 name=case.name,
