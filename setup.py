@@ -1,12 +1,12 @@
 """The C extensions; everything else is in pyproject.toml.
 
-Each is optional: where no compiler is at hand the package installs without it, and a Python twin does the same more slowly.
-In place, for work in a checkout: python setup.py build_ext --inplace
+Each is optional: where no compiler is at hand the package installs without it, and a Python twin does the same more
+slowly. In place, for work in a checkout: python setup.py build_ext --inplace
 """
 
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, setup  # type: ignore[import-untyped]
 
 SOURCES = {
     "radix._chain": "radix/_chain.c",

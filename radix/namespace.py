@@ -3,8 +3,8 @@
 Made once, by whoever wires a store; its root goes into `hash_blocks`. Two namespaces that differ in any field share no
 block hash, so a page of another model, geometry or tenant is a miss and needs no check of its own.
 
-The hard thing: the encoding must be injective (no two namespaces give the same bytes) and the same on every machine and in every
-version. It is length-framed, versioned and written down in docs/formats.md, with test vectors.
+The hard thing: the encoding must be injective (no two namespaces give the same bytes) and the same on every machine
+and in every version. It is length-framed, versioned and written down in docs/formats.md, with test vectors.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Namespace:
     adapter:    LoRA or other adapter, "" for none.
     salt:       tenant; tenants never see each other's pages.
     hash:       how blocks are hashed, one of HASHES.
-    extra:      further (name, value) pairs, e.g. the engine's own hash function or multimodal settings. Their order does not
-                matter; a name may appear once.
+    extra:      further (name, value) pairs, e.g. the engine's own hash function or multimodal settings. Their order
+                does not matter; a name may appear once.
 
     Raises TypeError or ValueError naming the field, the value and what would be right.
     """
