@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -31,6 +32,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from kvstore.errors import ConfigError
 from kvstore.secret import SecretUrl
 from kvstore.settings import (
     DELIMITER,
@@ -171,7 +173,9 @@ class RedisConfig(Section):
     admit: Admit = Field(
         default="always", description="Which saved pages are written: all, or only from their second use on."
     )
-    codec: Literal["raw"] = Field(default="raw", description="How pages are encoded on the server.")
+    codec: Literal["raw", "planes"] = Field(
+        default="raw", description="How pages are encoded on the server; planes compresses bfloat16 (needs zstandard)."
+    )
 
 
 class BreakerConfig(Section):
@@ -212,7 +216,19 @@ class Config(BaseSettings):
         path: the TOML file; None looks at $KVSTORE_CONFIG and then for ./kvstore.toml.
         Raises ConfigError.
         """
-        given = {**read_file(cls, path), **read_environment(cls), **read_keywords(cls, overrides)}
+        given: dict[str, Setting] = {}
+        problems = []
+        for read in (
+            partial(read_file, cls, path),
+            partial(read_environment, cls),
+            partial(read_keywords, cls, overrides),
+        ):
+            try:
+                given.update(read())
+            except ConfigError as error:
+                problems.append(str(error))
+        if problems:
+            raise ConfigError("\n".join(problems))
         return cls(_given=given, **nest(given))
 
     @classmethod

@@ -1,8 +1,8 @@
 """Where configuration values come from, and how a wrong one is told.
 
 Three readers (file, environment, keywords) each yield `Setting`s under full names such as "host.capacity_bytes", with
-the place they came from; `Config.load` lays them over each other. All problems of one source are told in one
-ConfigError, so that a file with three mistakes is mended in one go.
+the place they came from; `Config.load` lays them over each other. Problems are told all at once, so that a file with
+three mistakes is mended in one go.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ CONNECTORS_USERS = ("connectors", "kvstore.lab")
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "asyncio": ("kvstore.aio", "kvstore.service"),
     "aiohttp": ("kvstore.service",),
-    "threading": ("kvstore.move", "kvstore.store", "kvstore.tiers"),
+    "threading": ("kvstore.move", "kvstore.store", "kvstore.tiers", "kvstore.codec"),  # codec: storage per thread
     "concurrent": ("kvstore.move", "kvstore.tiers"),
     "transformers": ("connectors", "kvstore.lab"),
     "vllm": ("connectors",),
