@@ -1,8 +1,8 @@
 """What an eviction policy is: an order over keys, holding no data.
 
-The planner owns one policy per bounded tier. A pinned page is simply not in its policy, so no policy knows about pins. Paths are
-handed over *tail first*: a leaf then looks older than its parent, and plain recency evicts leaves before what they hang on.
-Not thread-safe; called under the store's lock. Time is passed in.
+The planner owns one policy per bounded tier. A pinned page is simply not in its policy, so no policy knows about pins.
+Paths are handed over *tail first*: a leaf then looks older than its parent, and plain recency evicts leaves before what
+they hang on. Not thread-safe; called under the store's lock. Time is passed in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ class Hint(NamedTuple):
 
     priority: higher stays longer; all keys of a lower priority leave first.
     ttl_s:    time to live, overriding the policy's own; None keeps the policy's.
-    hits:     uses since the key was stored; lets a frequency-aware policy keep what it learned while the key was pinned.
+    hits:     uses since the key was stored; lets a frequency-aware policy keep what it learned while the key was
+              pinned.
     """
 
     priority: int = 0

@@ -1,0 +1,55 @@
+"""Least recently used: the floor every other policy is judged against.
+
+On traces of real prompts it beats the usual web-cache policies, provided that paths are touched tail first: a leaf is
+then older than its parent, and the order is that of a radix tree which evicts its least recently used leaf.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from itertools import islice, repeat
+from typing import Generic
+
+from eviction.policy import K
+from eviction.ranked import Ranked
+
+
+class Recency(Generic[K]):
+    """Keys by last use, oldest first.
+
+    An OrderedDict: a plain dict also keeps order, but to find its first key it walks over all that were removed before.
+    The deques of length 0 run a map to its end in C: 60 ns a key, where a loop takes 90.
+    """
+
+    def __init__(self) -> None:
+        self._keys: OrderedDict[K, None] = OrderedDict()
+
+    def add(self, keys: list[K], hits: int) -> None:
+        """Put keys at the recent end, the last of them last."""
+        self._keys.update(dict.fromkeys(keys))
+        deque(map(self._keys.move_to_end, keys), maxlen=0)
+
+    def touch(self, keys: list[K]) -> None:
+        """Move known keys to the recent end."""
+        deque(map(self._keys.move_to_end, filter(self._keys.__contains__, keys)), maxlen=0)
+
+    def discard(self, keys: list[K]) -> None:
+        """Forget keys."""
+        deque(map(self._keys.pop, keys, repeat(None)), maxlen=0)
+
+    def victims(self, n: int) -> list[K]:
+        """Return the `n` keys used longest ago."""
+        return list(islice(self._keys, n))
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+
+class Lru(Ranked[K]):
+    """Evict what was used longest ago, lower priorities first."""
+
+    def __init__(self) -> None:
+        super().__init__(Recency)

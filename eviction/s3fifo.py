@@ -1,0 +1,100 @@
+"""S3-FIFO: a small queue on trial, a main queue, and a memory of what failed the trial. Resists scans.
+
+Yang et al., "FIFO Queues are All You Need for Cache Eviction", SOSP 2023. A key used once and never again passes
+through the small queue without disturbing the main one. Two things differ here: the size of the cache is what the
+policy holds, since a policy is not told a capacity; and a key that comes back from a pin with hits has proved itself
+and enters the main queue, because in this store a use is a pin, so that uses show in `Hint.hits` more often than in
+`touch`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from itertools import filterfalse, islice, repeat
+from typing import Generic
+
+from eviction.policy import K
+from eviction.ranked import Ranked, split_known
+
+SMALL_SHARE = 0.1  # of all keys, on trial; the paper's value
+MOST_USES = 3  # two bits of uses, as in the paper: more would let old glory live long
+USED_AGAIN = (1, 2, 3, 3)  # the count after a use, by the count before
+
+
+class S3FifoOrder(Generic[K]):
+    """Three queues, oldest first.
+
+    new --> [ small ] --used twice--> [ main ] <-- used keys go round, a use poorer each time
+                |                        |
+                +------> condemned <-----+        next to leave; used before that, they go to main
+                             |
+                          [ ghost ]               keys only, of what left small; added again, they go to main
+    """
+
+    def __init__(self) -> None:
+        self._small: OrderedDict[K, int] = OrderedDict()  # value: uses since it was added, at most MOST_USES
+        self._main: OrderedDict[K, int] = OrderedDict()
+        self._condemned: OrderedDict[K, bool] = OrderedDict()  # value: came from small
+        self._ghost: OrderedDict[K, None] = OrderedDict()
+
+    def add(self, keys: list[K], hits: int) -> None:
+        """Put new keys on trial; those with hits, or thrown out lately, into main."""
+        known, new = split_known(keys, self._small, self._main, self._condemned)
+        self.touch(known)
+        if hits > 0:
+            self._main.update(dict.fromkeys(new, min(hits, MOST_USES)))
+        else:
+            self._main.update(dict.fromkeys(filter(self._ghost.__contains__, new), 0))
+            self._small.update(dict.fromkeys(filterfalse(self._ghost.__contains__, new), 0))
+        deque(map(self._ghost.pop, new, repeat(None)), maxlen=0)
+
+    def touch(self, keys: list[K]) -> None:
+        """Count a use of known keys; a key given several times counts once."""
+        for queue in (self._small, self._main):
+            queue.update({key: USED_AGAIN[queue[key]] for key in keys if key in queue})
+        if self._condemned:
+            for key in filter(self._condemned.__contains__, keys):
+                del self._condemned[key]
+                self._main[key] = 0
+
+    def discard(self, keys: list[K]) -> None:
+        """Forget keys; of condemned ones from the small queue the name is kept for a while."""
+        for queue in (self._small, self._main):
+            deque(map(queue.pop, keys, repeat(None)), maxlen=0)
+        if self._condemned:
+            for key in keys:
+                if self._condemned.pop(key, False):
+                    self._ghost[key] = None
+            while len(self._ghost) > len(self):
+                self._ghost.popitem(last=False)
+
+    def victims(self, n: int) -> list[K]:
+        """Condemn until there are `n`. Amortised O(n): every step uses up a use or condemns."""
+        small, main, condemned = self._small, self._main, self._condemned
+        while len(condemned) < n and (small or main):
+            if small and (not main or len(small) > SMALL_SHARE * (len(small) + len(main))):
+                key, uses = small.popitem(last=False)
+                if uses > 1:
+                    main[key] = 0
+                else:
+                    condemned[key] = True
+            else:
+                key, uses = main.popitem(last=False)
+                if uses:
+                    main[key] = uses - 1
+                else:
+                    condemned[key] = False
+        return list(islice(condemned, n))
+
+    def __len__(self) -> int:
+        return len(self._small) + len(self._main) + len(self._condemned)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._small or key in self._main or key in self._condemned
+
+
+class S3Fifo(Ranked[K]):
+    """Evict what failed its trial, then what main has not seen used, lower priorities first."""
+
+    def __init__(self) -> None:
+        super().__init__(S3FifoOrder)

@@ -1,0 +1,77 @@
+"""SIEVE: one queue, one bit, one hand. Resists scans; keeps what is used again and again.
+
+Zhang et al., "SIEVE is Simpler than LRU: an Efficient Turn-Key Eviction Algorithm for Web Caches", NSDI 2024. A use
+sets a bit and moves nothing. The hand goes from the oldest key to the newest: a set bit is cleared and the key stays in
+its place, a clear one condemns it; past the newest key it starts again at the oldest.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from itertools import islice, repeat
+from typing import Generic
+
+from eviction.policy import K
+from eviction.ranked import Ranked, split_known
+
+
+class SieveOrder(Generic[K]):
+    """The queue, kept as two: what the hand has passed and what lies ahead of it. No pointer can then go stale.
+
+        oldest [ passed ] hand [ ahead ] newest          condemned: the hand took them out; they leave next
+
+    A condemned key stays a member until it is discarded, or comes back behind the hand if it is used before.
+    """
+
+    def __init__(self) -> None:
+        self._passed: OrderedDict[K, bool] = OrderedDict()  # value: used since the hand passed
+        self._ahead: OrderedDict[K, bool] = OrderedDict()
+        self._condemned: OrderedDict[K, bool] = OrderedDict()
+
+    def add(self, keys: list[K], hits: int) -> None:
+        """Put new keys at the newest end, their bit set if they were used before."""
+        known, new = split_known(keys, self._ahead, self._passed, self._condemned)
+        self.touch(known)
+        self._ahead.update(dict.fromkeys(new, hits > 0))
+
+    def touch(self, keys: list[K]) -> None:
+        """Set the bit of known keys."""
+        for queue in (self._ahead, self._passed):
+            queue.update(dict.fromkeys(filter(queue.__contains__, keys), True))
+        if self._condemned:
+            for key in filter(self._condemned.__contains__, keys):
+                del self._condemned[key]
+                self._passed[key] = False  # as if the hand had met the bit set, and cleared it
+            self._wrap()
+
+    def discard(self, keys: list[K]) -> None:
+        """Forget keys."""
+        for queue in (self._ahead, self._passed, self._condemned):
+            deque(map(queue.pop, keys, repeat(None)), maxlen=0)
+        self._wrap()
+
+    def victims(self, n: int) -> list[K]:
+        """Move the hand until `n` keys are condemned. Amortised O(n): every step ahead clears a bit or condemns."""
+        while len(self._condemned) < n and self._ahead:
+            key, used = self._ahead.popitem(last=False)
+            (self._passed if used else self._condemned)[key] = False
+            self._wrap()
+        return list(islice(self._condemned, n))
+
+    def __len__(self) -> int:
+        return len(self._ahead) + len(self._passed) + len(self._condemned)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._ahead or key in self._passed or key in self._condemned
+
+    def _wrap(self) -> None:
+        # At once, not when the hand moves next: what is added meanwhile is newer than all, and must be met last.
+        if not self._ahead:
+            self._ahead, self._passed = self._passed, self._ahead
+
+
+class Sieve(Ranked[K]):
+    """Evict what was not used since the hand came by, lower priorities first."""
+
+    def __init__(self) -> None:
+        super().__init__(SieveOrder)
