@@ -1,0 +1,263 @@
+"""Who computed a page: everything that its bytes depend on beside the tokens, as one namespace.
+
+Two processes share pages only if every field here is equal. What a user may forget to say is measured instead: the
+weights are hashed, the attention implementation and the adapters in force are read from the model.
+
+KV bytes also depend on *how* they were computed: the number of threads, the instruction set and the version of a
+kernel decide the order of sums. A store of mode "exact" promises the bits of a cold run, so those are part of its
+namespace; a store of mode "any" promises equality up to rounding and shares more widely.
+
+The hard thing: a model can change under a running connector (an adapter switched on, weights trained, `train()`
+called). `ModelState` is a cheap look at what could have changed; a request that finds it changed does not touch the
+store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from connectors.transformers_layout import model_device
+from kvstore.errors import ConfigError
+from kvstore.layout import Layout
+
+if TYPE_CHECKING:
+    import torch
+
+    from radix.namespace import Namespace
+
+# Say where a model was found or how it is to be printed, not what it computes.
+_COSMETIC = {
+    "_name_or_path",
+    "architectures",
+    "id2label",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+    "transformers_version",
+    "use_cache",
+}
+# Rotary embeddings whose frequencies are rewritten in place while the model runs.
+_MOVING_ROPE = ("dynamic", "longrope")
+
+
+class Reuse(str, Enum):
+    """What a hit promises.
+
+    EXACT: the bits of a cold run with the same prefill chunks; hits end on chunk boundaries.
+    ANY:   equal up to rounding; hits end on any block boundary, and blocks written while decoding count too.
+    """
+
+    EXACT = "exact"
+    ANY = "any"
+
+
+def check_reuse(reuse: Reuse | str) -> Reuse:
+    """Parse a mode. Raises ConfigError for one that does not exist."""
+    try:
+        return Reuse(reuse)
+    except ValueError:
+        raise ConfigError(f"reuse is {reuse!r}; it must be one of {', '.join(mode.value for mode in Reuse)}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """What can change in a loaded model, cheap enough to look at before every request."""
+
+    training: bool
+    dtype: str
+    device: str
+    attention: str
+    adapters: str
+    weights: int  # of addresses and version counters: any in-place change of a parameter moves it
+
+    def changes(self, other: ModelState) -> list[str]:
+        """The names of the fields that differ."""
+        return [name for name in self.__slots__ if getattr(self, name) != getattr(other, name)]
+
+
+def model_state(model: Any) -> ModelState:
+    """Look at the model as it is now."""
+    parameters = list(model.parameters())
+    return ModelState(
+        training=bool(model.training),
+        dtype=str(model.dtype),
+        device=str(parameters[0].device) if parameters else "none",
+        attention=attention_name(model),
+        adapters=active_adapters(model),
+        weights=hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)),
+    )
+
+
+def model_namespace(
+    model: Any,
+    layout: Layout,
+    *,
+    prefill_chunk: int = 256,
+    reuse: Reuse | str = Reuse.EXACT,
+    salt: str = "",
+    revision: str | None = None,
+    hash_name: str = "sha256",
+) -> Namespace:
+    """The root of all block hashes of `model`, as it is now.
+
+    revision:  identity of the weights where the caller vouches for it (a commit of the hub, say); None hashes all
+               parameters and buffers, which takes a second for every 5 GB or so.
+    salt:      keeps apart what is equal otherwise; tenants of one store are kept apart by `RequestOptions.tenant`.
+    """
+    from radix.namespace import Namespace
+
+    reuse = check_reuse(reuse)
+    extra = {
+        "attention": attention_name(model),
+        "config": config_digest(model.config),
+        "engine": f"transformers {_major(_version('transformers'))}",
+        "isa": _instruction_set(model_device(model)),
+        "prefill": f"{reuse.value}:{prefill_chunk}" if reuse is Reuse.EXACT else reuse.value,
+    }
+    if reuse is Reuse.EXACT:
+        extra["numerics"] = _numerics()
+    return Namespace(
+        model=f"{getattr(model.config, 'model_type', '')}/{_plain_class(model).__name__}",
+        revision=revision if revision is not None else weights_fingerprint(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+        layout=layout.fingerprint,
+        block_size=layout.block_size,
+        adapter=active_adapters(model),
+        salt=salt,
+        hash=hash_name,
+        extra=tuple(sorted(extra.items())),
+    )
+
+
+def weights_fingerprint(model: Any) -> str:
+    """xxh3_128 over name, type, shape and bytes of every parameter and buffer, in the order of their names.
+
+    Not a cryptographic hash: it tells models apart, it does not defend against one made to collide.
+    """
+    digest = xxhash.xxh3_128()
+    moving = rope_limit(model.config) is not None
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        # These two ropes rewrite inv_freq as they go: what it holds now tells of the last prompt, not of the model.
+        if moving and name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
+            continue
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(_tensor_bytes(name, tensor))
+    return digest.hexdigest()
+
+
+def config_digest(config: Any) -> str:
+    """32 hex digits of everything in a model's config but its cosmetic fields."""
+    text = json.dumps(_without_cosmetics(config.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def attention_name(model: Any) -> str:
+    """The implementation of attention, and of the experts where the model has them."""
+    config = model.config.get_text_config(decoder=True)
+    names = (getattr(config, field, None) for field in ("_attn_implementation", "_experts_implementation"))
+    return "+".join(str(name) for name in names if name)
+
+
+def active_adapters(model: Any) -> str:
+    """Names of the PEFT adapters in force, and a digest of where and how strongly they act; "" if there are none."""
+    names: set[str] = set()
+    acting = []
+    for path, module in model.named_modules():
+        # By its attributes, so that PEFT need not be installed: a tuner layer wraps a base layer.
+        if "base_layer" not in getattr(module, "_modules", {}) or not hasattr(module, "active_adapters"):
+            continue
+        active = [] if getattr(module, "disable_adapters", False) else list(module.active_adapters)
+        merged = list(getattr(module, "merged_adapters", ()))
+        names.update(active, merged)
+        acting.append((path, active, merged, sorted(dict(getattr(module, "scaling", {})).items())))
+    if not names:
+        return ""
+    return "+".join(sorted(names)) + "#" + hashlib.sha256(repr(acting).encode()).hexdigest()[:16]
+
+
+def rope_limit(config: Any) -> int | None:
+    """Tokens up to which positions are encoded in one way, for models that change their rope beyond; None for all
+    others.
+
+    A longer prompt is computed whole and never stored: its first pages differ from those of a shorter one.
+    """
+    config = config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer = [entry for entry in rope.values() if isinstance(entry, dict)] or [rope]
+    limits = [
+        int(entry.get("original_max_position_embeddings") or config.max_position_embeddings)
+        for entry in by_layer
+        if any(kind in str(entry.get("rope_type", "")) for kind in _MOVING_ROPE)
+    ]
+    return min(limits, default=None)
+
+
+def _without_cosmetics(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _without_cosmetics(v) for k, v in value.items() if k not in _COSMETIC}
+    return [_without_cosmetics(item) for item in value] if isinstance(value, list) else value
+
+
+def _tensor_bytes(name: str, tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    try:
+        return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"model: the bytes of {name!r} cannot be read ({error}); name the weights by revision="
+        ) from error
+
+
+def _plain_class(model: Any) -> type:
+    """The class of the model itself, also where PEFT has wrapped it."""
+    get_base = getattr(model, "get_base_model", None)
+    return type(get_base() if get_base is not None else model)
+
+
+def _instruction_set(device: torch.device) -> str:
+    """The family of the hardware: kernels are chosen by it."""
+    import torch
+
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
+    flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported")
+    known = [flag.split("_is_")[1].removesuffix("_supported") for flag in flags if getattr(torch.cpu, flag, bool)()]
+    return " ".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *known])
+
+
+def _numerics() -> str:
+    """What else decides the order of sums in this process."""
+    import torch
+
+    return " ".join(
+        [
+            f"torch {torch.__version__}",
+            f"transformers {_version('transformers')}",
+            f"threads {torch.get_num_threads()}",
+            f"matmul {torch.get_float32_matmul_precision()}",
+            f"mkldnn {torch.backends.mkldnn.enabled}",
+            f"deterministic {torch.are_deterministic_algorithms_enabled()}",
+        ]
+    )
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def _major(version: str) -> str:
+    return version.split(".")[0]
