@@ -32,7 +32,6 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from kvstore.errors import ConfigError
 from kvstore.secret import SecretUrl
 from kvstore.settings import (
     DELIMITER,
@@ -42,6 +41,7 @@ from kvstore.settings import (
     explain,
     known_fields,
     nest,
+    read_all,
     read_environment,
     read_file,
     read_keywords,
@@ -216,19 +216,9 @@ class Config(BaseSettings):
         path: the TOML file; None looks at $KVSTORE_CONFIG and then for ./kvstore.toml.
         Raises ConfigError.
         """
-        given: dict[str, Setting] = {}
-        problems = []
-        for read in (
-            partial(read_file, cls, path),
-            partial(read_environment, cls),
-            partial(read_keywords, cls, overrides),
-        ):
-            try:
-                given.update(read())
-            except ConfigError as error:
-                problems.append(str(error))
-        if problems:
-            raise ConfigError("\n".join(problems))
+        given = read_all(
+            partial(read_file, cls, path), partial(read_environment, cls), partial(read_keywords, cls, overrides)
+        )
         return cls(_given=given, **nest(given))
 
     @classmethod

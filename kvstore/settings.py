@@ -131,6 +131,22 @@ def read_keywords(settings: type[BaseSettings], overrides: Mapping[str, Any]) ->
     return _flatten(settings, data, lambda _: KEYWORD)
 
 
+def read_all(*readers: Callable[[], dict[str, Setting]]) -> dict[str, Setting]:
+    """Lay the readers' settings over each other, the last one on top. Raises one ConfigError for all their problems."""
+    problems: list[str] = []
+
+    def attempt(reader: Callable[[], dict[str, Setting]]) -> dict[str, Setting]:
+        try:
+            return reader()
+        except ConfigError as error:
+            problems.append(str(error))
+            return {}
+
+    values = {name: setting for reader in readers for name, setting in attempt(reader).items()}
+    _raise_if_any(problems)
+    return values
+
+
 def nest(values: Mapping[str, Setting]) -> dict[str, dict[str, Any]]:
     """Turn {"host.ttl_s": ...} into {"host": {"ttl_s": ...}}."""
     nested: dict[str, dict[str, Any]] = {}

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from eviction.registry import POLICIES
-from kvstore.config import Config, HostConfig, SecretUrl, effective, markdown, variable
+from kvstore.config import Config, HostConfig, effective, markdown, variable
 from kvstore.errors import ConfigError
+from kvstore.secret import SecretUrl
 from kvstore.units import GiB, MiB
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +35,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def refusal(path: Path | None = None, **overrides: object) -> str:
+def refusal(path: Path | None = None, **overrides: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         Config.load(path, **overrides)
     return str(caught.value)
@@ -56,7 +58,7 @@ def test_defaults_need_no_file_no_disk_and_no_server() -> None:
 
 
 def test_defaults_obey_their_own_bounds() -> None:
-    defaults = {row.field: row.value for row in effective(Config())}
+    defaults: dict[str, Any] = {row.field: row.value for row in effective(Config())}
 
     assert {row.field: row.value for row in effective(Config.load(**defaults))} == defaults
 
@@ -101,7 +103,8 @@ def test_path_given_comes_before_the_environment(tmp_path: Path, monkeypatch: py
 
 
 def test_dotted_and_nested_keywords_mean_the_same() -> None:
-    dotted = Config.load(**{"host.capacity_bytes": "64MiB", "host.ttl_s": 1})
+    overrides: dict[str, Any] = {"host.capacity_bytes": "64MiB", "host.ttl_s": 1}
+    dotted = Config.load(**overrides)
     nested = Config.load(host={"capacity_bytes": 64 * MiB, "ttl_s": 1})
 
     assert dotted.host == nested.host == HostConfig(capacity_bytes=64 * MiB, ttl_s=1)
@@ -161,7 +164,7 @@ def test_config_is_frozen_and_travels_between_processes() -> None:
     config = Config.load(**{"redis.url": SECRET_URL})
 
     with pytest.raises(ValidationError):
-        config.host.ttl_s = 1.0  # type: ignore[misc]
+        config.host.ttl_s = 1.0
     copy = pickle.loads(pickle.dumps(config))
     assert copy == config
     assert copy.redis.url.reveal() == SECRET_URL
@@ -202,7 +205,8 @@ def test_config_is_frozen_and_travels_between_processes() -> None:
     ],
 )
 def test_bad_value_is_told_with_field_value_source_and_remedy(field: str, value: object, told: str) -> None:
-    message = refusal(**{field: value})
+    overrides: dict[str, Any] = {field: value}
+    message = refusal(**overrides)
 
     assert message.startswith(f"{field} is ")
     assert re.search(told, message)
@@ -218,7 +222,8 @@ def test_bad_value_is_told_with_field_value_source_and_remedy(field: str, value:
     ],
 )
 def test_unknown_keyword_is_told_with_what_was_meant(name: str, hint: str) -> None:
-    assert refusal(**{name: 1}).startswith(f"{name} (from keyword argument) is unknown; {hint}")
+    overrides: dict[str, Any] = {name: 1}
+    assert refusal(**overrides).startswith(f"{name} (from keyword argument) is unknown; {hint}")
 
 
 def test_unknown_section_is_told_once() -> None:
