@@ -1,8 +1,8 @@
 """The face of the store: what connectors call, in process or through a node daemon.
 
-`LocalStore` (store.py) keeps the pages in this process. Whatever implements `KVStore` gives out slots of one host slab by
-number; the caller copies between `slot_view(slot)` and the engine's pages, so the same protocol serves one process, several
-ranks over shared memory and remote peers.
+`LocalStore` (store.py) keeps the pages in this process. Whatever implements `KVStore` gives out slots of one host
+slab by number; the caller copies between `slot_view(slot)` and the engine's pages, so the same protocol serves one
+process, several ranks over shared memory and remote peers.
 
 The walk of one request:
 
@@ -18,8 +18,8 @@ The walk of one request:
     store.complete(lease)                                  # publishes; written behind to the lower tiers
     store.finished(request)
 
-No method raises for a failing tier: what cannot be loaded is a miss, what cannot be saved is skipped and counted. Methods raise
-RequestError for misuse and StoreClosed after close. Any thread.
+No method raises for a failing tier: what cannot be loaded is a miss, what cannot be saved is skipped and counted.
+Methods raise RequestError for misuse and StoreClosed after close. Any thread.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ class KVStore(Protocol):
 
     def extend(self, request: Request, tokens: Tokens) -> None:
         """Append tokens (those after the ones the request has) and hash the blocks they fill."""
+
+    def extend_hashes(self, request: Request, hashes: Sequence[bytes], num_tokens: int) -> None:
+        """Append hashes an engine made for further blocks; the prompt is `num_tokens` long then."""
 
     def lookup(self, request: Request) -> Match:
         """The longest prefix worth loading. Never blocks and does no I/O; `pending` means ask again."""

@@ -10,9 +10,9 @@ present to resume a prompt after N tokens:
     sliding window   only the blocks that hold tokens [N - (window - 1), N)
     recurrent        a snapshot taken exactly at N; it cannot be cut (the types have room, no connector uses it yet)
 
-One page holds one block of one group, with the pages of all local shards (tensor-parallel ranks) side by side, so a slot is
-either whole or absent and "a block counts only when all ranks have it" needs no bookkeeping. All slots of a slab have
-one size; `balanced_groups` therefore cuts the layers into groups of nearly equal bytes.
+One page holds one block of one group, with the pages of all local shards (tensor-parallel ranks) side by side, so a
+slot is either whole or absent and "a block counts only when all ranks have it" needs no bookkeeping. All slots of a
+slab have one size; `balanced_groups` therefore cuts the layers into groups of nearly equal bytes.
 """
 
 from __future__ import annotations

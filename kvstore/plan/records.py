@@ -6,12 +6,11 @@ Times are seconds of the planner's clock unless a name says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
 from kvstore.page import PageKey, PageMeta
-from radix.hashing import BlockHash
+from radix.hashing import BlockHash, BlockHasher
 
 HOST = "host"  # the name of the tier in the middle, as it appears in counts by tier
 
@@ -98,6 +97,7 @@ class Request:
     keys:       hashes of the full blocks, root first.
     num_tokens: length of the prompt so far; the tail shorter than a block has no key.
     tokens:     the full blocks' tokens as little-endian uint32 bytes, kept only where hits compare them (xxh3_128).
+    hasher:     the chain so far, which `extend` goes on with; None if an engine hashed the blocks.
     """
 
     id: int
@@ -105,12 +105,14 @@ class Request:
     num_tokens: int
     options: RequestOptions = field(default_factory=RequestOptions)
     tokens: bytearray | None = None
+    hasher: BlockHasher | None = None
 
 
 class CutReason(Enum):
     """Why a match ended where it did."""
 
     NONE = "none"  # the whole prompt matched
+    TOO_SHORT = "too_short"  # the prompt has no full block before its last token
     NEVER_STORED = "never_stored"  # the next block is not known on any tier that is up
     TIER_DOWN = "tier_down"  # the next block lies only on a tier whose breaker is open
     NOT_WORTH = "not_worth"  # loading further would be slower than computing
@@ -190,11 +192,3 @@ class SaveLease:
     id: int
     pages: tuple[SlotPage, ...]
     skipped: int = 0
-
-
-def group_by_tier(names: Sequence[str]) -> dict[str, int]:
-    """Count names, keeping first-seen order."""
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    return counts

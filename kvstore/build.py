@@ -1,0 +1,142 @@
+"""Wiring: from a configuration to a running store. The only module that names concrete tiers and policies."""
+
+from __future__ import annotations
+
+import time
+
+from eviction.registry import make_policy
+from kvstore.config import BreakerConfig, Config
+from kvstore.errors import ConfigError
+from kvstore.layout import Layout
+from kvstore.move.breaker import Breaker
+from kvstore.move.lane import Lane
+from kvstore.plan.cascade import TierPlan
+from kvstore.plan.planner import Planner, PlanSettings
+from kvstore.store import LocalStore
+from kvstore.tiers.base import Tier
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.host import HostSlab
+from kvstore.tiers.redis import RedisTier
+from kvstore.units import format_bytes
+from radix.namespace import Namespace
+
+HASH_BYTES = {"sha256": 32, "xxh3_128": 16}
+
+
+def open_store(config: Config, layout: Layout, namespace: Namespace) -> LocalStore:
+    """Open a store with the tiers that `config` turns on; what the disk holds is known when this returns.
+
+    Raises ConfigError if something cannot be had (memory, disk space, a URL), LayoutMismatch if the directory holds
+    pages of another geometry. A Redis server that does not answer is no error: its tier is down until it does.
+    """
+    _check_namespace(config, layout, namespace)
+    num_slots = config.host.capacity_bytes // layout.slot_bytes
+    if num_slots < 1:
+        raise ConfigError(
+            f"host.capacity_bytes is {format_bytes(config.host.capacity_bytes)}, less than one page of this model "
+            f"({format_bytes(layout.slot_bytes)}); give at least {format_bytes(16 * layout.slot_bytes)}"
+        )
+    slab = HostSlab(num_slots, layout.slot_bytes, huge_pages=config.host.huge_pages)
+    opened: list[Tier] = []
+    try:
+        plans: list[TierPlan] = []
+        lanes: list[Lane] = []
+        for tier, plan, timeout_s in _lower_tiers(config, layout, num_slots):
+            opened.append(tier)
+            plans.append(plan)
+            lanes.append(
+                Lane(tier, slab.view, workers=plan.workers, breaker=_breaker(config.breaker), timeout_s=timeout_s)
+            )
+        planner = Planner(
+            layout,
+            _settings(config, num_slots),
+            make_policy(config.host.policy, config.host.ttl_s or None),
+            plans,
+        )
+        for tier in opened:
+            planner.restore(tier.name, [(page.key, page.meta) for page in tier.scan()], time.monotonic())
+        return LocalStore(layout, namespace, planner, slab, lanes)
+    except BaseException:
+        for tier in opened:
+            tier.close()
+        slab.close()
+        raise
+
+
+def _lower_tiers(config: Config, layout: Layout, num_slots: int):  # type: ignore[no-untyped-def]
+    window = max(config.store.lane_batch_pages, int(config.store.max_dirty_fraction * num_slots))
+    if config.disk.path is not None:
+        disk = config.disk
+        tier: Tier = DiskTier.open(
+            disk.path,
+            layout.fingerprint,
+            layout.slot_bytes,
+            disk.capacity_bytes,
+            direct=disk.direct_io,
+        )
+        plan = TierPlan(
+            name=tier.name,
+            capacity_pages=tier.capacity_pages,
+            policy=make_policy(disk.policy, disk.ttl_s or None),
+            is_indexed=True,
+            is_shared=disk.shared,
+            admit=disk.admit,
+            ttl_s=disk.ttl_s,
+            window_pages=min(window, 4 * disk.workers * config.store.lane_batch_pages),
+            workers=disk.workers,
+        )
+        yield tier, plan, disk.timeout_s
+    if config.redis.url is not None:
+        redis = config.redis
+        tier = RedisTier(
+            redis.url.reveal(),
+            prefix=redis.prefix,
+            slot_bytes=layout.slot_bytes,
+            ttl_s=redis.ttl_s,
+            connections=redis.connections,
+            connect_timeout_s=redis.connect_timeout_s,
+            codec=redis.codec,
+        )
+        plan = TierPlan(
+            name=tier.name,
+            capacity_pages=None,
+            policy=None,
+            is_indexed=False,
+            is_shared=True,
+            admit=redis.admit,
+            ttl_s=redis.ttl_s,
+            window_pages=min(window, 4 * redis.connections * config.store.lane_batch_pages),
+            workers=redis.connections,
+        )
+        yield tier, plan, redis.timeout_s
+
+
+def _settings(config: Config, num_slots: int) -> PlanSettings:
+    store = config.store
+    return PlanSettings(
+        num_slots=num_slots,
+        min_hit_blocks=store.min_hit_blocks,
+        load_or_recompute=store.load_or_recompute,
+        lookup_deadline_s=store.lookup_deadline_s,
+        load_deadline_s=store.load_deadline_s,
+        batch_pages=store.lane_batch_pages,
+        max_prefetch_slots=int(store.max_prefetch_slots_fraction * num_slots),
+        touch_interval_s=store.touch_interval_s,
+        wall_offset=time.time() - time.monotonic(),
+        hash_bytes=HASH_BYTES[store.hash],
+        compare_tokens=store.hash != "sha256",
+    )
+
+
+def _breaker(config: BreakerConfig) -> Breaker:
+    return Breaker(config.failures_to_open, config.probe_after_s, config.probe_max_s)
+
+
+def _check_namespace(config: Config, layout: Layout, namespace: Namespace) -> None:
+    for field, ours, theirs in (
+        ("block_size", layout.block_size, namespace.block_size),
+        ("layout", layout.fingerprint, namespace.layout),
+        ("hash", config.store.hash, namespace.hash),
+    ):
+        if ours != theirs:
+            raise ConfigError(f"namespace.{field} is {theirs!r}; the store was configured with {ours!r}")

@@ -1,0 +1,295 @@
+"""A tier below host memory as the planner sees it: what it holds, what it is owed, and who leaves it.
+
+Pages are written behind: soon after they are whole in host memory they are *owed* to every lower tier that admits
+them, and leave the queue in batches as fast as the lane takes them. So eviction from host memory is a plain drop.
+Only the batches under way hold their slots; a page that is merely owed may still be evicted, and is then lost to
+that tier and counted. A tier that is down keeps its queue and is paid when it is back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from eviction.policy import EvictionPolicy
+from kvstore.page import PageKey
+from kvstore.plan.catalog import Block, Catalog, Page, PageState
+from kvstore.plan.flights import Flight, Flights
+from kvstore.plan.records import Op, Outcome, Priority
+
+TOUCH_BATCH = 512  # keys; one Redis round trip or one LMDB transaction of a few milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class TierPlan:
+    """What the planner must know of a lower tier.
+
+    capacity_pages: None where the medium evicts by itself.
+    policy:         order of eviction; None where the medium evicts by itself.
+    is_indexed:     what the catalog says of this tier is good enough for a lookup (disk); else only an answered
+                    probe is (Redis).
+    is_shared:      others write to it too, so a lookup probes it for what the catalog does not know.
+    admit:          "always", or "second_use": only pages that were used again.
+    window_pages:   pages that may be on their way to it at once.
+    workers:        batches its lane works on at the same time.
+    """
+
+    name: str
+    capacity_pages: int | None
+    policy: EvictionPolicy[Page] | None
+    is_indexed: bool
+    is_shared: bool
+    admit: str = "always"
+    ttl_s: float = 0.0
+    window_pages: int = 64
+    workers: int = 1
+
+
+@dataclass(slots=True)
+class SpillCounters:
+    """What became of the pages owed to a tier."""
+
+    spilled_pages: int = 0
+    failed_pages: int = 0
+    lost_pages: int = 0  # evicted from host memory before they were written
+    evicted_pages: int = 0
+    expired_pages: int = 0
+
+
+@dataclass(slots=True)
+class LowerTier:
+    """The planner's book of one lower tier. Under the store's lock."""
+
+    plan: TierPlan
+    bit: int
+    batch_pages: int
+    flights: Flights
+    catalog: Catalog
+    wall_offset: float
+    page_bytes: Sequence[int]
+    max_owed: int
+    is_up: bool = True
+    used_pages: int = 0
+    in_flight: int = 0
+    owed: dict[Page, None] = field(default_factory=dict)
+    counters: SpillCounters = field(default_factory=SpillCounters)
+
+    def owe(self, pages: Sequence[Page], *, used: bool) -> None:
+        """Pages are whole in host memory: remember those this tier should have."""
+        if self.plan.admit == "second_use" and not used:
+            return
+        bit = self.bit
+        for page in pages:
+            if not (page.homes | page.spilling) & bit:
+                self.owed[page] = None
+        if len(self.owed) > self.max_owed:
+            self._drop_lost()
+
+    def pump(self, now: float) -> None:
+        """Send what is owed, as far as the window allows."""
+        while self.owed and self.is_up and self.in_flight < self.plan.window_pages:
+            batch: list[Page] = []
+            for page in list(_first(self.owed, self.batch_pages)):
+                del self.owed[page]
+                if page.state != PageState.READY or page.block.is_removed:
+                    self.counters.lost_pages += 1
+                elif not (page.homes | page.spilling) & self.bit:
+                    batch.append(page)
+            if batch and not self._spill(batch, now):
+                return
+
+    def spilled(self, flight: Flight, outcome: Outcome, now: float) -> None:
+        """Book the outcome of a SPILL."""
+        self.in_flight -= len(flight.pages)
+        for page, ok in zip(flight.pages, outcome.ok, strict=True):
+            page.spilling &= ~self.bit
+            if ok:
+                page.homes |= self.bit
+                self.counters.spilled_pages += 1
+            else:
+                self.forget_copy(page)
+                self.counters.failed_pages += 1
+            if page.block.is_removed:
+                self.delete([page], now)
+            else:
+                self.catalog.prune(page.block)
+        self.pump(now)
+
+    def has(self, page: Page) -> bool:
+        return bool(page.homes & self.bit)
+
+    def learn(self, page: Page, now: float, left_s: float | None = None) -> None:
+        """The tier turned out to hold a page that was not booked; `left_s` of its time are left, if it has a limit."""
+        if not page.homes & self.bit:
+            page.homes |= self.bit
+            if not page.spilling & self.bit:
+                self.used_pages += 1
+            if self.plan.policy is not None:
+                hint = page.block.hint if left_s is None else page.block.hint._replace(ttl_s=max(left_s, 1e-3))
+                self.plan.policy.add((page,), now, hint)
+
+    def forget_copy(self, page: Page) -> None:
+        """The tier no longer holds a page, or the spill of it failed."""
+        page.homes &= ~self.bit
+        self.used_pages -= 1
+        if self.plan.policy is not None:
+            self.plan.policy.discard((page,))
+
+    def delete(self, pages: Sequence[Page], now: float) -> None:
+        """Have copies deleted."""
+        copies = [page for page in pages if page.homes & self.bit]
+        for page in copies:
+            self.forget_copy(page)
+        for start in range(0, len(copies), TOUCH_BATCH):
+            batch = copies[start : start + TOUCH_BATCH]
+            self.flights.send(
+                Op.DELETE,
+                self.plan.name,
+                [page.key for page in batch],
+                batch,
+                priority=Priority.SAVE,
+                deadline=float("inf"),
+            )
+
+    def hold(self, page: Page) -> None:
+        """A fetch reads the copy: it must not be evicted."""
+        if self.plan.policy is not None:
+            self.plan.policy.discard((page,))
+
+    def let_go(self, page: Page, now: float) -> None:
+        """The fetch is over."""
+        if self.plan.policy is not None and page.homes & self.bit:
+            self.plan.policy.add((page,), now, page.block.hint)
+
+    def touch(self, blocks: Sequence[Block], fresh: Sequence[Block], now: float) -> None:
+        """Note a use of a path (root first); tell the medium about the blocks it was not told of lately (`fresh`)."""
+        if self.plan.policy is not None:
+            self.plan.policy.touch((page for block in reversed(blocks) for page in block.pages), now)
+        copies = [page for block in reversed(fresh) for page in block.pages if page.homes & self.bit]
+        for ttl_s, group in groupby(copies, key=self._ttl_s):
+            pages = list(group)
+            for start in range(0, len(pages), TOUCH_BATCH):
+                batch = pages[start : start + TOUCH_BATCH]
+                self.flights.send(
+                    Op.TOUCH,
+                    self.plan.name,
+                    [page.key for page in batch],
+                    batch,
+                    priority=Priority.SAVE,
+                    deadline=now + 60.0,
+                    expires_at=self._expires_at(ttl_s, now),
+                )
+
+    def touched(self, flight: Flight, outcome: Outcome, now: float) -> None:
+        """Book the outcome of a TOUCH: pages that are gone (a flushed Redis) are owed again."""
+        if outcome.error is not None:
+            return
+        gone = [page for page, ok in zip(flight.pages, outcome.ok, strict=True) if not ok and page.homes & self.bit]
+        for page in gone:
+            self.forget_copy(page)
+        self.owe([page for page in reversed(gone) if page.state == PageState.READY], used=True)
+        for page in gone:
+            self.catalog.prune(page.block)
+        self.pump(now)
+
+    def expire(self, now: float) -> None:
+        """Delete copies past their deadline."""
+        if self.plan.policy is None:
+            return
+        expired = [page for page in self.plan.policy.expired(now) if not page.spilling & self.bit]
+        if expired:
+            self.delete(expired, now)
+            for page in expired:
+                self.catalog.prune(page.block)
+            self.counters.expired_pages += len(expired)
+
+    def check(self, pages: set[Page]) -> None:
+        """Assert that the books agree with the pages. For tests."""
+        copies = {page for page in pages if (page.homes | page.spilling) & self.bit}
+        flying = {
+            page
+            for flight in self.flights.under_way()
+            if flight.transfer.op is Op.SPILL and flight.transfer.tier == self.plan.name
+            for page in flight.pages
+        }
+        assert len(copies | flying) == self.used_pages, (
+            f"{self.plan.name}: {len(copies | flying)} copies, {self.used_pages} booked"
+        )
+        assert len(flying) == self.in_flight, f"{self.plan.name}: {len(flying)} flying, {self.in_flight} booked"
+        if self.plan.capacity_pages is not None:
+            assert self.used_pages <= self.plan.capacity_pages, f"{self.plan.name}: over capacity"
+
+    @property
+    def is_settled(self) -> bool:
+        """True if nothing is owed or under way, or nothing can be paid."""
+        return not self.in_flight and (not self.owed or not self.is_up)
+
+    def _drop_lost(self) -> None:
+        # Only while the tier is down: pages that left host memory in the meantime will never be paid.
+        lost = [page for page in self.owed if page.state != PageState.READY]
+        for page in lost:
+            del self.owed[page]
+        self.counters.lost_pages += len(lost)
+
+    def _spill(self, pages: list[Page], now: float) -> bool:
+        """Send a batch; what finds no room stays owed, and False returns."""
+        evict = self._make_room(len(pages))
+        room = len(pages) if self.plan.capacity_pages is None else self.plan.capacity_pages - self.used_pages
+        if room < len(pages):
+            self.owed.update(dict.fromkeys(pages[max(0, room) :]))
+            pages = pages[: max(0, room)]
+            if not pages:
+                if evict:
+                    self.flights.send(Op.DELETE, self.plan.name, evict, priority=Priority.SAVE, deadline=float("inf"))
+                return False
+        for page in pages:
+            page.spilling |= self.bit
+        self.used_pages += len(pages)
+        self.in_flight += len(pages)
+        if self.plan.policy is not None:
+            # Entered now, not when the outcome arrives: outcomes come in any order, and the end of the request
+            # touches the path.
+            for hint, group in groupby(reversed(pages), key=lambda page: page.block.hint):
+                self.plan.policy.add(list(group), now, hint)
+        self.flights.send(
+            Op.SPILL,
+            self.plan.name,
+            [page.key for page in pages],
+            pages,
+            priority=Priority.SAVE,
+            deadline=float("inf"),
+            slots=[page.slot for page in pages],
+            metas=[
+                page.block.meta(self.page_bytes[page.group], self._expires_at(self._ttl_s(page), now)) for page in pages
+            ],
+            evict=evict,
+        )
+        return True
+
+    def _make_room(self, n: int) -> list[PageKey]:
+        if self.plan.capacity_pages is None or self.plan.policy is None:
+            return []
+        excess = self.used_pages + n - self.plan.capacity_pages
+        if excess <= 0:
+            return []
+        ranked = self.plan.policy.victims(excess + self.in_flight)
+        victims = [page for page in ranked if not page.spilling & self.bit][:excess]
+        for page in victims:
+            self.forget_copy(page)
+        keys = [page.key for page in victims]
+        for page in victims:
+            self.catalog.prune(page.block)
+        self.counters.evicted_pages += len(victims)
+        return keys
+
+    def _ttl_s(self, page: Page) -> float:
+        own = page.block.hint.ttl_s
+        return self.plan.ttl_s if own is None else own
+
+    def _expires_at(self, ttl_s: float, now: float) -> float:
+        return now + self.wall_offset + ttl_s if ttl_s > 0 else 0.0
+
+
+def _first(pages: dict[Page, None], n: int) -> list[Page]:
+    return [page for page, _ in zip(pages, range(n), strict=False)]

@@ -1,0 +1,185 @@
+"""What is known of every block: which tiers hold its pages, and in which host slot.
+
+    Block   one node of the prefix tree: its hash, its parent, what its sender said about retention
+    Page    one layer group of a block: host slot and state, the lower tiers that have a copy, who holds it
+
+The catalog keeps blocks in a radix tree, so that the longest known prefix is one walk. A block none of whose pages
+is left anywhere is pruned, unless something continues it: then it stays as a *hole*, and lookups end there until
+somebody computes it again.
+
+Pages found on disk before their parents (another process was still writing them) have no place in the tree yet. They
+wait in `strays` and are adopted when their path is inserted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from eviction.policy import NO_HINT, Hint
+from kvstore.page import PageKey, PageMeta, page_key
+from radix.hashing import BlockHash
+from radix.tree import RadixTree
+
+if TYPE_CHECKING:
+    from kvstore.plan.leases import Load
+
+SHARED_SESSION = "\0shared"  # a block that more than one session has used; no session name starts with NUL
+
+
+class PageState(IntEnum):
+    """Where a page stands in host memory."""
+
+    ABSENT = 0
+    FILLING = 1  # a fetch or a save lease is writing its slot
+    READY = 2
+
+
+class Page:
+    """One layer group of one block. Mutable; belongs to the planner.
+
+    homes:    bit set of lower tiers that hold a copy; spilling: those a copy is under way to. A page under way to
+              a tier is not evicted from host memory.
+    pins:     leases and promises that hold the host copy; a pinned page is in no policy.
+    flight:   number of the FETCH that fills the slot; 0 if none does (a save lease may).
+    waiters:  load leases to be told when that fetch ends.
+    """
+
+    __slots__ = ("block", "flight", "group", "homes", "kept", "pins", "slot", "spilling", "state", "waiters")
+
+    def __init__(self, block: Block, group: int) -> None:
+        self.block = block
+        self.group = group
+        self.slot = -1
+        self.state = PageState.ABSENT
+        self.homes = 0
+        self.spilling = 0
+        self.flight = 0
+        self.pins = 0
+        self.kept = False
+        self.waiters: list[Load] = []
+
+    @property
+    def key(self) -> PageKey:
+        """The page's name in every tier."""
+        return page_key(self.block.key, self.group)
+
+    @property
+    def is_gone(self) -> bool:
+        """True if no copy is anywhere and none is under way."""
+        return self.state == PageState.ABSENT and not (self.homes or self.spilling)
+
+
+class Block:
+    """One known block of tokens.
+
+    session:    name of the only session that used it, SHARED_SESSION after a second one came.
+    touched_at: when the lower tiers were last told of a use (planner's clock).
+    is_removed: it was forgotten; what is still under way for it is dropped on arrival.
+    """
+
+    __slots__ = ("depth", "hint", "is_removed", "key", "pages", "parent", "session", "tokens", "touched_at")
+
+    def __init__(self, key: BlockHash, parent: Block | None, num_groups: int) -> None:
+        self.key = key
+        self.parent = parent
+        self.depth: int = 0 if parent is None else parent.depth + 1
+        self.pages = [Page(self, group) for group in range(num_groups)]
+        self.hint: Hint = NO_HINT
+        self.session = ""
+        self.tokens = b""
+        self.touched_at = float("-inf")
+        self.is_removed = False
+
+    @property
+    def is_gone(self) -> bool:
+        """True if none of its pages is anywhere."""
+        return all(page.is_gone for page in self.pages)
+
+    def meta(self, num_bytes: int, expires_at: float) -> PageMeta:
+        """What is written beside a page of this block."""
+        parent = b"" if self.parent is None else self.parent.key
+        return PageMeta(num_bytes, parent, self.depth, expires_at, self.tokens)
+
+
+class Catalog:
+    """All known blocks, by path and by hash."""
+
+    def __init__(self, num_groups: int) -> None:
+        self.num_groups = num_groups
+        self.tree: RadixTree[Block] = RadixTree()
+        self.strays: dict[BlockHash, Block] = {}
+
+    def match(self, path: Sequence[BlockHash]) -> list[Block]:
+        """The blocks of the longest known prefix of `path`, holes included."""
+        return self.tree.match(path)
+
+    def insert(self, path: Sequence[BlockHash]) -> list[Block]:
+        """Make every block of `path` known; return them all, root first."""
+        blocks = self.tree.match(path)
+        depth = len(blocks)
+        if depth == len(path):
+            return blocks
+        parent = blocks[-1] if blocks else None
+        for key in path[depth:]:
+            block = self._adopt(key, parent) if self.strays else Block(key, parent, self.num_groups)
+            blocks.append(block)
+            parent = block
+        self.tree.extend(path, depth, blocks[depth:])
+        return blocks
+
+    def get(self, key: BlockHash) -> Block | None:
+        """The block of `key`, stray or not."""
+        return self.tree.get(key) or self.strays.get(key)
+
+    def attach(self, key: BlockHash, parent_key: BlockHash | None, depth: int) -> Block:
+        """Make one block known whose parent is given by hash; a stray if the parent is not known."""
+        known = self.get(key)
+        if known is not None:
+            return known
+        parent = None if parent_key is None else self.tree.get(parent_key)
+        block = Block(key, parent, self.num_groups)
+        if parent_key is not None and parent is None:
+            block.depth = depth
+            self.strays[key] = block
+        else:
+            self.tree.attach(parent_key, [key], [block])
+        return block
+
+    def prune(self, block: Block | None) -> None:
+        """Forget a block that is nowhere any more, and the holes above it that nothing continues."""
+        while block is not None and not block.is_removed and block.is_gone:
+            if self.strays.pop(block.key, None) is None and not self.tree.prune(block.key):
+                return
+            block.is_removed = True
+            block = block.parent
+
+    def remove(self, key: BlockHash) -> list[Block]:
+        """Forget a block and all that continues it; return them."""
+        if self.strays.pop(key, None) is not None or key not in self.tree:
+            return []
+        removed = self.tree.remove(key)
+        for block in removed:
+            block.is_removed = True
+        return removed
+
+    def pages(self) -> Iterator[Page]:
+        """Every page that is known, in no order."""
+        stack = list(self.tree.children(None))
+        while stack:
+            key = stack.pop()
+            block = self.tree.get(key)
+            assert block is not None
+            yield from block.pages
+            stack.extend(self.tree.children(key))
+        for stray in self.strays.values():
+            yield from stray.pages
+
+    def _adopt(self, key: BlockHash, parent: Block | None) -> Block:
+        block = self.strays.pop(key, None)
+        if block is None:
+            return Block(key, parent, self.num_groups)
+        block.parent = parent
+        block.depth = 0 if parent is None else parent.depth + 1
+        return block

@@ -1,0 +1,80 @@
+"""Transfers that are under way, and the ones waiting to be handed to the lanes.
+
+Every transfer the planner makes gets a number and a Flight that remembers which pages it is about; its outcome finds
+them again by that number. A transfer leaves the planner through `take`, exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvstore.page import PageKey, PageMeta
+from kvstore.plan.catalog import Page
+from kvstore.plan.records import Op, Priority, Transfer
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One transfer under way. `pages` is parallel to the transfer's keys, but empty for a PROBE."""
+
+    transfer: Transfer
+    pages: Sequence[Page]
+    context: object = None
+
+
+class Flights:
+    """The book of transfers."""
+
+    def __init__(self) -> None:
+        self._flights: dict[int, Flight] = {}
+        self._outbox: list[Transfer] = []
+        self._next_id = 1
+
+    def send(
+        self,
+        op: Op,
+        tier: str,
+        keys: Sequence[PageKey],
+        pages: Sequence[Page] = (),
+        *,
+        priority: Priority,
+        deadline: float,
+        slots: Sequence[int] = (),
+        metas: Sequence[PageMeta] = (),
+        evict: Sequence[PageKey] = (),
+        expires_at: float = 0.0,
+        context: object = None,
+    ) -> Transfer:
+        """Make a transfer and put it in the outbox."""
+        transfer = Transfer(
+            self._next_id,
+            op,
+            tier,
+            tuple(keys),
+            priority,
+            deadline,
+            tuple(slots),
+            tuple(metas),
+            tuple(evict),
+            expires_at,
+        )
+        self._next_id += 1
+        self._flights[transfer.id] = Flight(transfer, pages, context)
+        self._outbox.append(transfer)
+        return transfer
+
+    def take(self) -> list[Transfer]:
+        """Everything to be handed to the lanes now."""
+        out, self._outbox = self._outbox, []
+        return out
+
+    def land(self, transfer_id: int) -> Flight | None:
+        """The flight of an outcome, which is then over; None for an unknown or a second outcome."""
+        return self._flights.pop(transfer_id, None)
+
+    def under_way(self) -> list[Flight]:
+        return list(self._flights.values())
+
+    def __len__(self) -> int:
+        return len(self._flights)

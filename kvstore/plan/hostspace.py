@@ -1,0 +1,179 @@
+"""Host memory as the planner sees it: slots, who is in them, and who leaves.
+
+Every slot is in one of three states, and `check` holds the sum to the capacity:
+
+    free        in the pool
+    filling     a fetch or a save lease writes it
+    resident    holds a page: either pinned (in no policy) or in the policy
+
+A page under way to a lower tier stays in the policy, so that the order of its path is kept, but is passed over when
+victims are
+taken: its bytes are being read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from eviction.policy import EvictionPolicy, Hint
+from kvstore.plan.catalog import Block, Catalog, Page, PageState
+from kvstore.plan.slots import SlotPool
+
+REUSED = Hint(hits=1)
+
+
+class HostSpace:
+    """Slots of host memory and the order in which their pages leave."""
+
+    def __init__(self, num_slots: int, policy: EvictionPolicy[Page], catalog: Catalog) -> None:
+        self.pool = SlotPool(num_slots)
+        self.policy = policy
+        self.num_resident = 0
+        self.num_filling = 0
+        self.evicted_pages = 0
+        self.expired_pages = 0
+        self._catalog = catalog
+
+    def take(self, n: int, path: Sequence[Block] = ()) -> list[int]:
+        """Slots for up to `n` pages, evicting pages that nobody holds; fewer when all else is held.
+
+        Blocks of `path` do not leave: a prompt larger than the cache would else push out its own head, without which
+        its tail is worth nothing.
+        """
+        slots = self.pool.take(n)
+        missing = n - len(slots)
+        if missing and self._evict(missing, path):
+            slots += self.pool.take(missing)
+        return slots
+
+    def take_for(self, pages: Sequence[Page], path: Sequence[Block]) -> list[int]:
+        """Give slots to the first of `pages` (absent ones, in the order of their worth): those are FILLING then."""
+        for page in pages:
+            page.state = PageState.FILLING  # before making room, which prunes blocks that are nowhere
+        slots = self.take(len(pages), path)
+        for page, slot in zip(pages, slots, strict=False):
+            page.slot = slot
+        self.num_filling += len(slots)
+        for page in pages[len(slots) :]:
+            page.state = PageState.ABSENT
+        return slots
+
+    def ready(self, page: Page) -> None:
+        """The slot of a filling page is whole. The caller pins it or enters it in the policy."""
+        page.state = PageState.READY
+        self.num_filling -= 1
+        self.num_resident += 1
+
+    def abandon(self, page: Page) -> None:
+        """A filling page will not become whole: its slot is free again."""
+        self.num_filling -= 1
+        self._free(page)
+
+    def drop(self, page: Page) -> None:
+        """A resident page that nobody holds leaves."""
+        self.policy.discard((page,))
+        self.num_resident -= 1
+        self._free(page)
+
+    def pin(self, page: Page) -> None:
+        """Hold a resident page."""
+        if page.pins == 0:
+            self.policy.discard((page,))
+        page.pins += 1
+
+    def unpin(self, pages: Sequence[Page], now: float, *, used: bool) -> None:
+        """Let go of resident pages, given in path order; those that nobody else holds become evictable again."""
+        loose: list[Page] = []
+        for page in pages:
+            page.pins -= 1
+            if page.pins == 0:
+                if not page.block.is_removed:
+                    loose.append(page)
+                elif not page.spilling:
+                    self.num_resident -= 1
+                    self._free(page)
+        self.enter(loose, now, used=used)
+
+    def enter(self, pages: Sequence[Page], now: float, *, used: bool) -> None:
+        """Make resident pages, given in path order, known to the policy."""
+        # Tail first: a leaf must look older than its parent, so that plain LRU evicts leaves before what they hang on.
+        group: list[Page] = []
+        hint: Hint | None = None
+        for page in reversed(pages):
+            if page.block.hint is not hint:
+                if group and hint is not None:
+                    self.policy.add(group, now, _with_use(hint, used))
+                group, hint = [], page.block.hint
+            group.append(page)
+        if group and hint is not None:
+            self.policy.add(group, now, _with_use(hint, used))
+
+    def touch(self, blocks: Sequence[Block], now: float) -> None:
+        """Note a use of a path, given root first."""
+        self.policy.touch((page for block in reversed(blocks) for page in block.pages), now)
+
+    def expire(self, now: float) -> list[Page]:
+        """Drop pages past their deadline; return them."""
+        expired = [page for page in self.policy.expired(now) if not page.spilling]
+        for page in expired:
+            self.drop(page)
+            self._catalog.prune(page.block)
+        self.expired_pages += len(expired)
+        return expired
+
+    @property
+    def num_evictable(self) -> int:
+        return len(self.policy)
+
+    def check(self, pages: Iterable[Page]) -> None:
+        """Assert conservation of slots and agreement of policy and pins. For tests."""
+        resident = filling = 0
+        seen: set[int] = set()
+        for page in pages:
+            if page.state == PageState.ABSENT:
+                assert page.slot == -1 and page not in self.policy and page.pins == 0, "absent page has a slot or a pin"
+                continue
+            assert page.slot not in seen, f"slot {page.slot} holds two pages"
+            seen.add(page.slot)
+            if page.state == PageState.READY:
+                resident += 1
+                if not page.block.is_removed:
+                    held = page.pins > 0
+                    assert held != (page in self.policy), f"pins {page.pins}, in policy {page in self.policy}"
+            else:
+                filling += 1
+                assert page not in self.policy, "a filling page is in the policy"
+        assert (resident, filling) == (self.num_resident, self.num_filling), (
+            f"counted {resident} resident and {filling} filling, booked {self.num_resident} and {self.num_filling}"
+        )
+        total = self.pool.num_free + self.num_filling + self.num_resident
+        assert total == self.pool.num_slots, f"{total} slots accounted for, {self.pool.num_slots} exist"
+
+    def _evict(self, n: int, path: Sequence[Block]) -> bool:
+        victims = self._victims(n, set(path))
+        for page in victims:
+            self.drop(page)
+        for page in victims:
+            self._catalog.prune(page.block)
+        self.evicted_pages += len(victims)
+        return bool(victims)
+
+    def _victims(self, n: int, path: set[Block]) -> list[Page]:
+        ask = n
+        while True:
+            ranked = self.policy.victims(ask)
+            free = [page for page in ranked if not page.spilling and page.block not in path]
+            if len(free) >= n or len(ranked) < ask:
+                return free[:n]
+            ask *= 2  # some of the oldest are being written behind: look further
+
+    def _free(self, page: Page) -> None:
+        self.pool.give((page.slot,))
+        page.slot = -1
+        page.state = PageState.ABSENT
+
+
+def _with_use(hint: Hint, used: bool) -> Hint:
+    if not used:
+        return hint
+    return REUSED if hint == Hint() else hint._replace(hits=max(1, hint.hits))

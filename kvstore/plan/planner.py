@@ -1,0 +1,463 @@
+"""The brain: decides what is loaded, saved, moved and evicted. It does no I/O, has no thread and no clock.
+
+Every method takes `now`, changes the books, and leaves transfers in an outbox (`take_transfers`); the store hands
+those to the lanes and brings their outcomes back (`outcome`). So the same code runs under a virtual clock over a
+trace, and in a server.
+
+A page's life in host memory:
+
+    ABSENT --prepare_save--> FILLING --complete--> READY --written behind--> READY, with copies below --evict--> ABSENT
+    ABSENT --prepare_load / prefetch--> FILLING --outcome ok--> READY        (outcome not ok: back to ABSENT)
+
+Called under the store's lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from eviction.policy import EvictionPolicy
+from kvstore.layout import Layout
+from kvstore.page import PageKey, PageMeta, split_key
+from kvstore.plan.cascade import LowerTier, TierPlan
+from kvstore.plan.catalog import SHARED_SESSION, Block, Catalog, Page, PageState
+from kvstore.plan.cost import CostModel, TierCost
+from kvstore.plan.flights import Flight, Flights
+from kvstore.plan.hostspace import HostSpace
+from kvstore.plan.keeper import Keeper
+from kvstore.plan.leases import Load, Save, slot_pages
+from kvstore.plan.loader import Loader
+from kvstore.plan.records import (
+    LeaseState,
+    LeaseStatus,
+    LoadLease,
+    Match,
+    Op,
+    Outcome,
+    Request,
+    SaveLease,
+    Transfer,
+)
+from kvstore.plan.scout import Scout
+from radix.hashing import BlockHash
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSettings:
+    """The numbers the planner works with; `build` takes them from the configuration.
+
+    wall_offset: Unix time minus the planner's clock, so that deadlines can be written down.
+    hash_bytes:  length of a block hash (32, or 16 for xxh3_128).
+    compare_tokens: verify the tokens of every block on a hit (hashes that are not collision resistant).
+    """
+
+    num_slots: int
+    min_hit_blocks: int = 1
+    load_or_recompute: bool = True
+    lookup_deadline_s: float = 0.05
+    load_deadline_s: float = 2.0
+    batch_pages: int = 8
+    max_prefetch_slots: int = 64
+    touch_interval_s: float = 60.0
+    wall_offset: float = 0.0
+    hash_bytes: int = 32
+    compare_tokens: bool = False
+
+
+class Planner:
+    """Prefix index, host slots, lower tiers, leases: one state machine over plain records."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        settings: PlanSettings,
+        policy: EvictionPolicy[Page],
+        tiers: Sequence[TierPlan] = (),
+    ) -> None:
+        self.layout = layout
+        self.settings = settings
+        groups = range(len(layout.groups))
+        self.windows = [layout.window_blocks(group) for group in groups]
+        page_bytes = [layout.stored_bytes(group) for group in groups]
+        self.catalog = Catalog(len(layout.groups))
+        self.flights = Flights()
+        self.host = HostSpace(settings.num_slots, policy, self.catalog)
+        self.tiers = [
+            LowerTier(
+                plan,
+                1 << index,
+                settings.batch_pages,
+                self.flights,
+                self.catalog,
+                settings.wall_offset,
+                page_bytes,
+                max_owed=2 * settings.num_slots,
+            )
+            for index, plan in enumerate(tiers)
+        ]
+        self.costs = CostModel(
+            {tier.plan.name: TierCost(tier.plan.workers) for tier in self.tiers}, settings.batch_pages * max(page_bytes)
+        )
+        self.scout = Scout(layout, settings, self.catalog, self.tiers, self.flights, self.costs)
+        self.loader = Loader(
+            settings, self.host, self.catalog, self.tiers, self.flights, self.scout, self.windows, page_bytes
+        )
+        self.keeper = Keeper(self.host, settings.wall_offset)
+        self.seconds_saved = 0.0
+        self.finish_reasons: dict[str, int] = {}
+        self._saves: dict[int, Save] = {}
+        self._finishing: set[int] = set()
+        self._next_lease = 1
+        self.counters = {
+            "saves": 0,
+            "saved_pages": 0,
+            "skipped_saves": 0,
+            "dedup_saves": 0,
+            "aborted_saves": 0,
+        }
+
+    # ---- looking up and loading -------------------------------------------------------------------------------
+
+    def lookup(self, request: Request, now: float) -> Match:
+        """The longest prefix worth loading, and whether a shared tier is still being asked."""
+        self.host.expire(now)
+        match, stale = self.scout.lookup(request, now)
+        if stale is not None:
+            self.loader.sample(request, stale, now)
+        return match
+
+    def prepare_load(self, request: Request, num_blocks: int, now: float, owner: str = "") -> LoadLease:
+        """Pin what is in host memory, make room for the rest, send the fetches."""
+        load = self.loader.prepare(self._lease_id(), request, num_blocks, now, owner)
+        by_tier: dict[str, int] = {}
+        for name in load.sources:
+            by_tier[name] = by_tier.get(name, 0) + 1
+        return LoadLease(
+            load.id,
+            load.num_blocks,
+            load.num_blocks * self.layout.block_size,
+            slot_pages(load.blocks, load.pages),
+            by_tier,
+        )
+
+    def poll(self, lease_id: int) -> LeaseStatus:
+        """How far a load lease is. A lease that ended has no usable block."""
+        load = self.loader.loads.get(lease_id)
+        if load is None:
+            return LeaseStatus(LeaseState.CLOSED, 0, 0)
+        usable = load.usable_blocks(self.windows)
+        return LeaseStatus(load.state, usable, usable * self.layout.block_size)
+
+    def is_waiting(self, lease_id: int) -> bool:
+        """True while a load lease waits for pages."""
+        load = self.loader.loads.get(lease_id)
+        return load is not None and load.waiting > 0
+
+    @property
+    def num_leases(self) -> int:
+        return len(self.loader.loads) + len(self._saves)
+
+    # ---- saving -----------------------------------------------------------------------------------------------
+
+    def prepare_save(self, request: Request, first: int, num_blocks: int, now: float, owner: str = "") -> SaveLease:
+        """Slots for the pages of blocks [first, first + num_blocks) that host memory does not have.
+
+        Never waits: where no slot is free and nothing can be evicted, the rest is skipped and counted.
+        """
+        end = min(first + num_blocks, len(request.keys))
+        first = max(0, first)
+        save = Save(self._lease_id(), request, [], owner)
+        blocks: list[int] = []
+        skipped = 0
+        if first < end:
+            path = self.scout.insert(request, end)
+            wanted: list[Page] = []
+            for index in range(first, len(path)):
+                for page in path[index].pages:
+                    if page.state == PageState.ABSENT:
+                        wanted.append(page)
+                        blocks.append(index)
+            self.counters["dedup_saves"] += (len(path) - first) * len(self.windows) - len(wanted)
+            slots = self.host.take_for(wanted, path)
+            skipped = len(wanted) - len(slots)
+            save.pages = wanted[: len(slots)]
+            del blocks[len(slots) :]
+            if skipped:
+                self.counters["skipped_saves"] += skipped
+                self.catalog.prune(path[-1])
+        self.counters["saves"] += 1
+        self._saves[save.id] = save
+        return SaveLease(save.id, slot_pages(blocks, save.pages), skipped)
+
+    def complete(self, lease_id: int, now: float, filled: Sequence[bool] | None = None) -> None:
+        """End a lease well: unpin after a load, publish after a save."""
+        load = self.loader.complete(lease_id, now)
+        if load is not None:
+            self._used(load, now)
+            return
+        save = self._saves.pop(lease_id, None)
+        if save is not None:
+            self._publish(save, filled, now)
+
+    def release(self, lease_id: int, now: float) -> None:
+        """End a lease badly: unpin, or drop what was being filled."""
+        if self.loader.release(lease_id, now):
+            return
+        save = self._saves.pop(lease_id, None)
+        if save is not None:
+            self._publish(save, [False] * len(save.pages), now)
+
+    def release_owner(self, owner: str, now: float) -> int:
+        """Release every lease of an owner that died."""
+        ids = [load.id for load in self.loader.loads.values() if load.owner == owner]
+        ids += [save.id for save in self._saves.values() if save.owner == owner]
+        for lease_id in ids:
+            self.release(lease_id, now)
+        return len(ids)
+
+    # ---- the end of a request, and what is said about it ------------------------------------------------------
+
+    def finished(self, request: Request, now: float, *, finish_reason: str = "", last_turn: bool = False) -> None:
+        """Refresh the request's path in every tier, or let its private part go first if no turn will follow.
+
+        finish_reason is counted: it predicts whether a turn follows (tool calls nearly always bring one), for
+        policies to come.
+        """
+        if finish_reason:
+            self.finish_reasons[finish_reason] = self.finish_reasons.get(finish_reason, 0) + 1
+        self.scout.requests.pop(request.id, None)
+        if any(save.request is request for save in self._saves.values()):
+            # Its last pages are still being copied: they join their path when they are published.
+            self._finishing.add(request.id)
+        path = self._known_path(request)
+        self._use(path, request, now)
+        self._promise(path, request)
+        if last_turn:
+            session = _session(request)
+            private = [block for block in path if block.session == session]
+            leaving = [page for block in reversed(private) for page in block.pages]
+            self.host.policy.demote(leaving)
+            for tier in self.tiers:
+                if tier.plan.policy is not None:
+                    tier.plan.policy.demote(leaving)
+
+    def pin(self, request: Request, now: float) -> int:
+        """Keep the request's blocks in host memory until unpin."""
+        return self.keeper.keep(self._known_path(request), float("inf"))
+
+    def unpin(self, request: Request, now: float) -> int:
+        """Undo pin."""
+        return self.keeper.let_go(self._known_path(request), now)
+
+    def forget(self, request: Request, first: int, now: float) -> int:
+        """Delete blocks from `first` on and all that continues them."""
+        if first >= len(request.keys):
+            return 0
+        removed = self.catalog.remove(request.keys[first])
+        self.keeper.let_go(removed, now)
+        pages = [page for block in removed for page in block.pages]
+        for page in pages:
+            if page.state == PageState.READY and page.pins == 0 and not page.spilling:
+                self.host.drop(page)
+        for tier in self.tiers:
+            tier.delete(pages, now)
+        return len(removed)
+
+    def prefetch(self, request: Request, now: float) -> int:
+        """Start bringing the known prefix into host memory; returns a ticket."""
+        self.host.expire(now)
+        return self.loader.prefetch(self._lease_id(), request, now)
+
+    def cancel(self, ticket: int) -> list[int]:
+        """End a prefetch; returns the transfers that need not be carried out any more."""
+        return self.loader.cancel(ticket)
+
+    # ---- what the world reports -------------------------------------------------------------------------------
+
+    def outcome(self, outcome: Outcome, now: float) -> None:
+        """Book what became of a transfer. Unknown and repeated outcomes are ignored."""
+        flight = self.flights.land(outcome.transfer_id)
+        if flight is None:
+            return
+        tier = self._tier(flight.transfer.tier)
+        if outcome.error is None and outcome.seconds > 0 and flight.transfer.op in (Op.FETCH, Op.PROBE):
+            self.costs.tiers[tier.plan.name].observe(outcome.seconds, outcome.num_bytes, now)
+        match flight.transfer.op:
+            case Op.FETCH:
+                self._fetched(tier, flight, outcome, now)
+            case Op.SPILL:
+                tier.spilled(flight, outcome, now)
+                self._drop_removed(flight.pages)
+            case Op.PROBE:
+                self.scout.answered(flight, outcome)
+                self.loader.resume_prefetches(now)
+            case Op.TOUCH:
+                tier.touched(flight, outcome, now)
+            case Op.DELETE:
+                pass
+
+    def set_tier_up(self, name: str, is_up: bool, now: float) -> None:
+        """A breaker opened or closed: lookups leave the tier out, or its debts are paid again."""
+        tier = self._tier(name)
+        tier.is_up = is_up
+        if is_up:
+            tier.pump(now)
+
+    def tick(self, now: float) -> None:
+        """Do what only time makes due: deadlines, promises that end, background measurements."""
+        self.host.expire(now)
+        self.keeper.expire(now)
+        for tier in self.tiers:
+            tier.expire(now)
+            tier.pump(now)
+
+    def observe_prefill(self, num_tokens: int, seconds: float) -> None:
+        """The engine computed `num_tokens` in `seconds`."""
+        self.costs.observe_prefill(num_tokens, seconds)
+
+    def restore(self, name: str, stored: Sequence[tuple[PageKey, PageMeta]], now: float) -> int:
+        """Book what a tier held when it was opened, least recently used first; returns the pages taken in."""
+        tier = self._tier(name)
+        taken: list[Page | None] = [None] * len(stored)
+        for index in sorted(range(len(stored)), key=lambda i: stored[i][1].depth):
+            page_key, meta = stored[index]
+            key, group, _ = split_key(page_key)
+            if group >= len(self.windows):
+                continue
+            parent = BlockHash(meta.parent[: self.settings.hash_bytes]) if meta.depth else None
+            block = self.catalog.attach(BlockHash(key[: self.settings.hash_bytes]), parent, meta.depth)
+            block.tokens = meta.tokens
+            taken[index] = block.pages[group]
+        for (_, meta), page in zip(stored, taken, strict=True):
+            if page is not None:
+                # What is left of its time; the tier itself refuses it after that anyway.
+                left_s = meta.expires_at - self.settings.wall_offset - now if meta.expires_at else None
+                tier.learn(page, now, left_s)
+        return sum(page is not None for page in taken)
+
+    def take_transfers(self) -> list[Transfer]:
+        """What the lanes have to carry now."""
+        return self.flights.take()
+
+    def take_promotions(self) -> list[int]:
+        """Transfers sent as prefetches that a request now waits for."""
+        return self.loader.take_promotions()
+
+    @property
+    def is_settled(self) -> bool:
+        """True if everything saved so far is written behind to every tier that is up."""
+        return all(tier.is_settled for tier in self.tiers)
+
+    def check(self) -> None:
+        """Assert what must always hold. For tests; walks everything."""
+        pages = list(self.catalog.pages())
+        known = set(pages)
+        held = [page for load in self.loader.loads.values() for page in load.pages if page not in load.lost]
+        filling = [page for save in self._saves.values() for page in save.pages]
+        flying = [page for flight in self.flights.under_way() for page in flight.pages]
+        self.host.check({*pages, *(page for page in [*held, *filling, *flying] if page not in known)})
+        pins: dict[Page, int] = {}
+        for page in held:
+            if page.state == PageState.READY:
+                pins[page] = pins.get(page, 0) + 1
+        for page in {*pages, *held}:
+            expected = pins.get(page, 0) + page.kept
+            assert page.pins == expected, f"page has {page.pins} pins, {expected} holders"
+        for tier in self.tiers:
+            tier.check(known)
+        self.catalog.tree.check()
+
+    # ---- private ----------------------------------------------------------------------------------------------
+
+    def _lease_id(self) -> int:
+        self._next_lease += 1
+        return self._next_lease
+
+    def _tier(self, name: str) -> LowerTier:
+        return next(tier for tier in self.tiers if tier.plan.name == name)
+
+    def _known_path(self, request: Request) -> list[Block]:
+        blocks = self.catalog.match(request.keys)
+        return self.scout.verified(request, blocks)
+
+    def _publish(self, save: Save, filled: Sequence[bool] | None, now: float) -> None:
+        if filled is not None and len(filled) != len(save.pages):
+            raise ValueError(f"filled has {len(filled)} entries, the lease has {len(save.pages)} pages")
+        whole: list[Page] = []
+        for index, page in enumerate(save.pages):
+            if (filled is None or filled[index]) and not page.block.is_removed:
+                self.host.ready(page)
+                whole.append(page)
+            else:
+                self.host.abandon(page)
+                self.counters["aborted_saves"] += 1
+        self.host.enter(whole, now, used=False)
+        for page in reversed(save.pages):
+            self.catalog.prune(page.block)
+        self.counters["saved_pages"] += len(whole)
+        request = save.request
+        blocks = list(dict.fromkeys(page.block for page in whole))
+        self._claim(blocks, request)
+        self._promise(blocks, request)
+        for tier in self.tiers:
+            tier.owe(whole, used=False)
+            tier.pump(now)
+        if request.id in self._finishing:
+            self._use(self._known_path(request), request, now)
+            if not any(other.request is request for other in self._saves.values()):
+                self._finishing.discard(request.id)
+
+    def _used(self, load: Load, now: float) -> None:
+        """Pages of a load were used: what admits on second use gets them; book the time they saved."""
+        pages = [page for page in load.pages if page.state == PageState.READY and page not in load.lost]
+        for tier in self.tiers:
+            if tier.plan.admit == "second_use":
+                tier.owe(pages, used=True)
+                tier.pump(now)
+        rate = self.costs.prefill_tokens_per_s
+        if rate and not load.lost:
+            computing = load.num_blocks * self.layout.block_size / rate
+            self.seconds_saved += computing - max(0.0, load.ready_at - load.started_at)
+
+    def _use(self, path: Sequence[Block], request: Request, now: float) -> None:
+        """Refresh a path: in the policies always, at the media not more often than every touch_interval_s."""
+        self._claim(path, request)
+        self.host.touch(path, now)
+        fresh = [block for block in path if now - block.touched_at > self.settings.touch_interval_s]
+        for block in fresh:
+            block.touched_at = now
+        for tier in self.tiers:
+            tier.touch(path, fresh, now)
+
+    def _promise(self, blocks: Sequence[Block], request: Request) -> None:
+        if request.options.pin:
+            self.keeper.keep(blocks, float("inf"))
+        elif request.options.retain_until:
+            self.keeper.keep(blocks, request.options.retain_until - self.settings.wall_offset)
+
+    def _claim(self, blocks: Sequence[Block], request: Request) -> None:
+        session = _session(request)
+        for block in blocks:
+            if block.session != session:
+                block.session = SHARED_SESSION if block.session else session
+
+    def _fetched(self, tier: LowerTier, flight: Flight, outcome: Outcome, now: float) -> None:
+        self.loader.fetched(tier, flight, outcome, now)
+        arrived = [page for page in flight.pages if page.state == PageState.READY and not page.block.is_removed]
+        for other in self.tiers:
+            if other is not tier and arrived:
+                other.owe(arrived, used=True)
+                other.pump(now)
+        self._drop_removed(flight.pages)
+        for page in reversed(flight.pages):
+            self.catalog.prune(page.block)
+
+    def _drop_removed(self, pages: Sequence[Page]) -> None:
+        for page in pages:
+            if page.block.is_removed and page.state == PageState.READY and page.pins == 0 and not page.spilling:
+                self.host.drop(page)
+
+
+def _session(request: Request) -> str:
+    return request.options.session or f"\0request {request.id}"

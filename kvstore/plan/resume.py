@@ -1,0 +1,51 @@
+"""The rule of conduct of layer groups: after how many blocks can a model resume?
+
+A full (or MLA) group needs every block of [0, N). A sliding group needs only its last `window_blocks` before N, so N is
+a resume point if the run of present blocks that ends at N is at least min(N, window_blocks) long:
+
+    full     x x x x x x x .
+    sliding  . . x x . x x .      window_blocks = 2
+    N can be 4 and 7 (and 0), not 5, 6 or 8
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def longest_resume(present: Sequence[Sequence[object]], windows: Sequence[int | None], limit: int) -> int:
+    """The largest N <= limit from which every group can resume.
+
+    present: per group, one truthy or falsy entry per block; a shorter list means absent from there on.
+    windows: per group, blocks needed before a resume point; None means all.
+    """
+    for group, window in enumerate(windows):
+        if window is None:
+            limit = min(limit, _leading(present[group], limit))
+    sliding = [(present[group], window) for group, window in enumerate(windows) if window is not None]
+    if not sliding or limit == 0:
+        return limit
+    best = 0
+    runs = [0] * len(sliding)
+    for block in range(limit):
+        resumable = True
+        for index, (flags, window) in enumerate(sliding):
+            run = runs[index] + 1 if block < len(flags) and flags[block] else 0
+            runs[index] = run
+            if run < window and run <= block:  # min(N, window) with N = block + 1
+                resumable = False
+        if resumable:
+            best = block + 1
+    return best
+
+
+def needed_from(num_blocks: int, window: int | None) -> int:
+    """The first block of a group that must be loaded to resume after `num_blocks`."""
+    return 0 if window is None else max(0, num_blocks - window)
+
+
+def _leading(flags: Sequence[object], limit: int) -> int:
+    for block, flag in enumerate(flags):
+        if not flag or block == limit:
+            return block
+    return min(len(flags), limit)

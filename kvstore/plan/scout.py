@@ -1,0 +1,294 @@
+"""Lookups: what is stored of a prompt, where, and how much of it is worth loading.
+
+The scout walks the catalog, asks shared tiers by probes, and weighs. It changes nothing but its own notes about
+requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from eviction.policy import Hint
+from kvstore.layout import Layout
+from kvstore.page import page_key
+from kvstore.plan.cascade import LowerTier
+from kvstore.plan.catalog import Block, Catalog, PageState
+from kvstore.plan.cost import CostModel
+from kvstore.plan.flights import Flight, Flights
+from kvstore.plan.records import CutReason, Match, Op, Outcome, Priority, Request
+from kvstore.plan.resume import longest_resume, needed_from
+from kvstore.plan.survey import (
+    ABSENT,
+    FIRST_LOWER,
+    IN_HOST,
+    Probe,
+    RequestState,
+    Survey,
+    locate,
+    tier_names,
+)
+
+if TYPE_CHECKING:
+    from kvstore.plan.planner import PlanSettings
+
+MAX_REQUESTS = 16_384  # notes kept about requests whose callers never say that they are over
+
+
+class Scout:
+    """Answers lookups. Under the store's lock."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        settings: PlanSettings,
+        catalog: Catalog,
+        tiers: Sequence[LowerTier],
+        flights: Flights,
+        costs: CostModel,
+    ) -> None:
+        self.requests: dict[int, RequestState] = {}
+        self.names = tier_names([tier.plan.name for tier in tiers])
+        self.counters = {"lookups": 0, "pending": 0, "collisions": 0, "matched_tokens": 0, "missed_tokens": 0}
+        self.cuts = {reason.value: 0 for reason in CutReason}
+        self.probes = {tier.plan.name: 0 for tier in tiers}
+        self._block_size = layout.block_size
+        self._windows = [layout.window_blocks(group) for group in range(len(layout.groups))]
+        self._page_bytes = [layout.stored_bytes(group) for group in range(len(layout.groups))]
+        self._settings = settings
+        self._catalog = catalog
+        self._tiers = tiers
+        self._flights = flights
+        self._costs = costs
+
+    def lookup(self, request: Request, now: float) -> tuple[Match, str | None]:
+        """The match, and the name of a tier that is avoided by an estimate so old that it should be measured again."""
+        state = self._state(request)
+        survey = self.survey(request)
+        pending = self._probe(state, survey, now)
+        if pending:
+            self.counters["pending"] += 1
+        elif state.num_counted != request.num_tokens:
+            state.num_counted = request.num_tokens
+            self._count(request, survey)
+        match = Match(
+            survey.worth,
+            survey.worth * self._block_size,
+            pending,
+            survey.by_tier(self.names),
+            survey.known,
+            survey.cut,
+        )
+        return match, self._stale_tier(survey, now)
+
+    def survey(self, request: Request) -> Survey:
+        """Where every page of the request is, as far as is known now."""
+        limit = self._limit(request)
+        blocks = self.verified(request, self._catalog.match(request.keys[:limit]))
+        order = self._readable()
+        survey = Survey(blocks, [locate(blocks, group, order) for group in range(len(self._windows))])
+        state = self.requests.get(request.id)
+        if state is not None and state.probes:
+            self._overlay(survey, state, limit)
+        survey.known = survey.worth = longest_resume(survey.sources, self._windows, limit)
+        if limit == 0:
+            survey.cut = CutReason.TOO_SHORT
+            return survey
+        if survey.known < limit:
+            survey.cut = self._reason(survey)
+        self._weigh(survey)
+        if 0 < survey.worth < self._settings.min_hit_blocks:
+            survey.worth, survey.cut = 0, CutReason.BELOW_MINIMUM
+        return survey
+
+    def insert(self, request: Request, end: int) -> list[Block]:
+        """Make blocks [0, end) of the request known; fewer where a hash collides. Returns them, root first."""
+        keys = request.keys[:end]
+        if self._settings.compare_tokens:
+            known = self._catalog.match(keys)
+            good = self.verified(request, known)
+            if len(good) < len(known):
+                return good
+            # A key known below another parent is a collision too: nothing from there on is saved.
+            tree = self._catalog.tree
+            keys = keys[: next((i for i in range(len(known), len(keys)) if keys[i] in tree), len(keys))]
+        path = self._catalog.insert(keys)
+        options = request.options
+        if options.priority or options.ttl_s is not None:
+            hint = Hint(options.priority, options.ttl_s)
+            for block in path:
+                if hint.priority >= block.hint.priority:
+                    block.hint = hint
+        if self._settings.compare_tokens:
+            for index, block in enumerate(path):
+                if not block.tokens:
+                    block.tokens = self._block_tokens(request, index)
+        return path
+
+    def verified(self, request: Request, blocks: list[Block]) -> list[Block]:
+        """Cut known blocks at the first whose tokens are not the request's (only where hashes may collide)."""
+        if not self._settings.compare_tokens:
+            return blocks
+        for index, block in enumerate(blocks):
+            if block.tokens and block.tokens != self._block_tokens(request, index):
+                self.counters["collisions"] += 1
+                return blocks[:index]
+        return blocks
+
+    def answered(self, flight: Flight, outcome: Outcome) -> None:
+        """Book the outcome of a PROBE. A tier that did not answer has nothing, as far as this request is concerned."""
+        assert isinstance(flight.context, tuple)
+        request, index = flight.context
+        state = self.requests.get(request.id)
+        probe = None if state is None else state.probes.get(index)
+        if probe is None or probe.transfer_id != flight.transfer.id:
+            return
+        probe.answer = outcome.ok
+        if outcome.error is None:
+            self._unlearn(self._tiers[index], request, probe)
+
+    def _state(self, request: Request) -> RequestState:
+        state = self.requests.get(request.id)
+        if state is None:
+            while len(self.requests) >= MAX_REQUESTS:
+                del self.requests[next(iter(self.requests))]
+            state = self.requests[request.id] = RequestState(request)
+        return state
+
+    def _limit(self, request: Request) -> int:
+        # The engine needs the hidden state of the last token, so that token is always computed.
+        return min(max(request.num_tokens - 1, 0) // self._block_size, len(request.keys))
+
+    def _readable(self) -> list[tuple[int, int]]:
+        """(bit, source code) of the tiers whose catalog entries count, the fastest first."""
+        tiers = [
+            (self._costs.tiers[tier.plan.name].seconds_per_byte or 0.0, tier.bit, FIRST_LOWER + index)
+            for index, tier in enumerate(self._tiers)
+            if tier.is_up and tier.plan.is_indexed
+        ]
+        return [(bit, code) for _, bit, code in sorted(tiers)]
+
+    def _overlay(self, survey: Survey, state: RequestState, limit: int) -> None:
+        """Enter what probes answered where the catalog knows nothing better."""
+        num_groups = len(self._windows)
+        for index, probe in state.probes.items():
+            if probe.answer is None or not self._tiers[index].is_up:
+                continue
+            code = FIRST_LOWER + index
+            for group, column in enumerate(survey.sources):
+                end = min(probe.end, limit)
+                if len(column) < end:
+                    column.extend([ABSENT] * (end - len(column)))
+                for block in range(probe.first, end):
+                    if column[block] == ABSENT and probe.answer[(block - probe.first) * num_groups + group]:
+                        known = survey.blocks[block].pages[group] if block < len(survey.blocks) else None
+                        if known is None or known.state != PageState.FILLING:
+                            column[block] = code
+
+    def _probe(self, state: RequestState, survey: Survey, now: float) -> bool:
+        """Ask shared tiers about what is missing; True while an answer is outstanding."""
+        request = state.request
+        limit = self._limit(request)
+        first = self._first_missing(survey, limit)
+        pending = False
+        for index, tier in enumerate(self._tiers):
+            if not (tier.is_up and tier.plan.is_shared):
+                continue
+            probe = state.probes.get(index)
+            if (probe is None or probe.end < limit) and first < limit:
+                keys = [
+                    page_key(request.keys[block], group)
+                    for block in range(first, limit)
+                    for group in range(len(self._windows))
+                ]
+                transfer = self._flights.send(
+                    Op.PROBE,
+                    tier.plan.name,
+                    keys,
+                    priority=Priority.LOAD,
+                    deadline=now + self._settings.lookup_deadline_s,
+                    context=(request, index),
+                )
+                probe = state.probes[index] = Probe(first, limit, transfer.id)
+                self.probes[tier.plan.name] += 1
+            pending = pending or (probe is not None and probe.answer is None)
+        return pending
+
+    def _first_missing(self, survey: Survey, limit: int) -> int:
+        full = longest_resume(
+            [column for column, window in zip(survey.sources, self._windows, strict=True) if window is None],
+            [None for window in self._windows if window is None],
+            limit,
+        )
+        first = full
+        for column, window in zip(survey.sources, self._windows, strict=True):
+            if window is not None:
+                start = needed_from(full, window)
+                first = min(first, next((b for b in range(start, full) if b >= len(column) or not column[b]), full))
+        return first
+
+    def _unlearn(self, tier: LowerTier, request: Request, probe: Probe) -> None:
+        """Forget copies that the catalog believed in and the tier no longer has."""
+        assert probe.answer is not None
+        num_groups = len(self._windows)
+        blocks = self._catalog.match(request.keys[: probe.end])
+        for block in reversed(blocks[probe.first :]):
+            for group, page in enumerate(block.pages):
+                there = probe.answer[(block.depth - probe.first) * num_groups + group]
+                if not there and tier.has(page) and not page.flight and not page.spilling & tier.bit:
+                    tier.forget_copy(page)
+            self._catalog.prune(block)
+
+    def _reason(self, survey: Survey) -> CutReason:
+        if survey.known < len(survey.blocks):
+            down = sum(tier.bit for tier in self._tiers if not tier.is_up)
+            if any(page.homes & down for page in survey.blocks[survey.known].pages):
+                return CutReason.TIER_DOWN
+        return CutReason.NEVER_STORED
+
+    def _weigh(self, survey: Survey) -> None:
+        """Cut the match where loading would be slower than computing."""
+        if not self._settings.load_or_recompute or self._costs.prefill_tokens_per_s is None:
+            return
+        runs: list[tuple[str | None, int, int]] = []
+        needed = [needed_from(survey.known, window) for window in self._windows]
+        for code, blocks in groupby(range(survey.known), key=lambda block: self._slowest(survey, block)):
+            members = list(blocks)
+            num_bytes = sum(
+                self._page_bytes[group]
+                for group, start in enumerate(needed)
+                for block in members
+                if block >= start and survey.source(block, group) > IN_HOST
+            )
+            runs.append((None if code <= IN_HOST else self.names[code], len(members), num_bytes))
+        if all(tier is None for tier, _, _ in runs):
+            return
+        cut = self._costs.best_cut(runs, self._block_size)
+        if cut < len(runs):
+            limit = sum(blocks for _, blocks, _ in runs[:cut])
+            survey.worth = longest_resume(survey.sources, self._windows, limit)
+            survey.cut = CutReason.NOT_WORTH
+
+    def _slowest(self, survey: Survey, block: int) -> int:
+        if len(survey.sources) == 1:
+            return survey.sources[0][block]
+        return max(survey.source(block, group) for group in range(len(survey.sources)))
+
+    def _stale_tier(self, survey: Survey, now: float) -> str | None:
+        if survey.cut is not CutReason.NOT_WORTH:
+            return None
+        name = self.names[self._slowest(survey, survey.worth)]
+        return name if name in self._costs.tiers and self._costs.wants_sample(name, now) else None
+
+    def _count(self, request: Request, survey: Survey) -> None:
+        self.counters["lookups"] += 1
+        self.counters["matched_tokens"] += survey.worth * self._block_size
+        self.counters["missed_tokens"] += request.num_tokens - survey.worth * self._block_size
+        self.cuts[survey.cut.value] += 1
+
+    def _block_tokens(self, request: Request, index: int) -> bytes:
+        if request.tokens is None:
+            return b""
+        width = 4 * self._block_size
+        return bytes(request.tokens[index * width : (index + 1) * width])

@@ -1,0 +1,104 @@
+"""Where is every page of a prompt, and how much of it should be loaded?
+
+A survey is one walk over the known prefix. It does no I/O: what the catalog does not know and a shared tier might,
+is asked by a probe, and the answer is remembered with the request until it is finished.
+
+    [0, worth)            will be loaded: on some tier, resumable, and faster than computing
+    [worth, known)        stored, but not worth loading (or not resumable)
+    [known, limit)        not stored anywhere that can be asked
+    [limit, len(tokens))  the last token is always computed by the engine, and so is a tail shorter than a block
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvstore.plan.catalog import Block, PageState
+from kvstore.plan.records import HOST, CutReason, Request
+
+ABSENT = 0  # source codes: ABSENT, IN_HOST, or FIRST_LOWER + index of a lower tier
+IN_HOST = 1
+FIRST_LOWER = 2
+
+
+@dataclass(slots=True)
+class Probe:
+    """One question to a shared tier about the blocks [first, end) of a request."""
+
+    first: int
+    end: int
+    transfer_id: int
+    answer: Sequence[bool] | None = None  # block-major, one entry per group; None while under way
+
+
+@dataclass(slots=True)
+class RequestState:
+    """What the planner remembers of a request between its first lookup and its end."""
+
+    request: Request
+    probes: dict[int, Probe] = field(default_factory=dict)  # by index of the lower tier
+    num_counted: int = -1  # prompt length at the last lookup that was counted in the statistics
+
+
+@dataclass(slots=True)
+class Survey:
+    """The answer: blocks known to the catalog, and the source of every page by group."""
+
+    blocks: list[Block]
+    sources: list[list[int]]
+    worth: int = 0
+    known: int = 0
+    cut: CutReason = CutReason.NONE
+
+    def source(self, block: int, group: int) -> int:
+        column = self.sources[group]
+        return column[block] if block < len(column) else ABSENT
+
+    def by_tier(self, names: Sequence[str]) -> dict[str, int]:
+        """Blocks of the worthwhile prefix by the slowest tier any of their pages comes from."""
+        counts: dict[str, int] = {}
+        for name in self.block_sources(names):
+            counts[name] = counts.get(name, 0) + 1
+        return counts
+
+    def block_sources(self, names: Sequence[str]) -> list[str]:
+        """Tier name of each block of the worthwhile prefix. Groups that are absent there are not needed there."""
+        if len(self.sources) == 1:
+            return [names[code] for code in self.sources[0][: self.worth]]
+        return [
+            names[max((self.source(block, group) for group in range(len(self.sources))), default=IN_HOST)]
+            for block in range(self.worth)
+        ]
+
+
+def locate(blocks: Sequence[Block], group: int, tier_order: Sequence[tuple[int, int]]) -> list[int]:
+    """Source code of the page of `group` in every block.
+
+    tier_order: (bit, code) of the tiers that may be read, preferred first.
+    """
+    ready, filling = PageState.READY, PageState.FILLING
+    codes: list[int] = []
+    append = codes.append
+    for block in blocks:
+        page = block.pages[group]
+        state = page.state
+        if state == ready or (state == filling and page.flight):
+            append(IN_HOST)
+            continue
+        homes = page.homes
+        if homes and state != filling:
+            for bit, code in tier_order:
+                if homes & bit:
+                    append(code)
+                    break
+            else:
+                append(ABSENT)
+            continue
+        append(ABSENT)
+    return codes
+
+
+def tier_names(lower: Sequence[str]) -> list[str]:
+    """Names by source code."""
+    return ["", HOST, *lower]

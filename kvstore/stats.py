@@ -1,0 +1,78 @@
+"""One snapshot of everything a store counts, as plain numbers, in the shape that kvstore/metrics.py documents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvstore.move.lane import Lane
+from kvstore.plan.planner import Planner
+from kvstore.plan.records import HOST
+
+
+def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
+    """Count. Under the store's lock for the planner's part; lanes and tiers are read without theirs."""
+    scout, loader, host, costs = planner.scout, planner.loader, planner.host, planner.costs
+    tiers = {tier.plan.name: tier for tier in planner.tiers}
+    media = {name: lane.tier.counters for name, lane in lanes.items()}
+    return {
+        "lookups": scout.counters["lookups"],
+        "lookup_pending": scout.counters["pending"],
+        "hit_blocks": dict(loader.hit_blocks),
+        "hit_tokens": {name: n * planner.layout.block_size for name, n in loader.hit_blocks.items()},
+        "matched_tokens": scout.counters["matched_tokens"],
+        "miss_tokens": scout.counters["missed_tokens"],
+        "cut": dict(scout.cuts),
+        "probes": dict(scout.probes),
+        "collisions": {HOST: scout.counters["collisions"]} | {name: m.collisions for name, m in media.items()},
+        "loads": loader.counters["loads"],
+        "loads_incomplete": loader.counters["load_failures"],
+        "load_failures": dict(loader.failures),
+        "shared_fetches": loader.counters["shared_fetches"],
+        "prefetches": loader.counters["prefetches"],
+        "corrupt_pages": {name: m.corrupt_pages for name, m in media.items()},
+        **planner.counters,
+        "spilled_pages": {name: tier.counters.spilled_pages for name, tier in tiers.items()},
+        "spill_failures": {name: tier.counters.failed_pages for name, tier in tiers.items()},
+        "spill_skipped": {name: tier.counters.lost_pages for name, tier in tiers.items()},
+        "owed_pages": {name: len(tier.owed) for name, tier in tiers.items()},
+        "evicted_pages": {HOST: host.evicted_pages}
+        | {name: tier.counters.evicted_pages + media[name].fallback_evictions for name, tier in tiers.items()},
+        "expired_pages": {HOST: host.expired_pages}
+        | {name: tier.counters.expired_pages + media[name].expired_pages for name, tier in tiers.items()},
+        "lost_pages": {name: m.lost_pages for name, m in media.items()},
+        **_lane_stats(lanes),
+        "slots": {
+            "free": host.pool.num_free,
+            "filling": host.num_filling,
+            "resident": host.num_resident,
+        },
+        "pinned_pages": host.num_resident - len(host.policy),
+        "leases": planner.num_leases,
+        "blocks": len(planner.catalog.tree),
+        "pages": {HOST: host.num_resident} | {name: tier.used_pages for name, tier in tiers.items()},
+        "capacity_pages": {HOST: host.pool.num_slots}
+        | {name: tier.plan.capacity_pages for name, tier in tiers.items() if tier.plan.capacity_pages is not None},
+        "slot_bytes": planner.layout.slot_bytes,
+        "prefill_rate": costs.prefill_tokens_per_s or 0.0,
+        "tier_bandwidth": {
+            name: 1.0 / cost.seconds_per_byte for name, cost in costs.tiers.items() if cost.seconds_per_byte
+        },
+        "tier_latency": {name: cost.latency_s for name, cost in costs.tiers.items()},
+        "ttft_saved_seconds": planner.seconds_saved,
+    }
+
+
+def _lane_stats(lanes: Mapping[str, Lane]) -> dict[str, Any]:
+    counters = {name: lane.counters for name, lane in lanes.items()}
+    return {
+        "lane_bytes": {n: {"fetch": c.fetched_bytes, "spill": c.spilled_bytes} for n, c in counters.items()},
+        "lane_seconds": {n: {"fetch": c.fetch_seconds, "spill": c.spill_seconds} for n, c in counters.items()},
+        "lane_transfers": {n: {"all": c.transfers} for n, c in counters.items()},
+        "lane_errors": {n: {"all": c.errors} for n, c in counters.items()},
+        "lane_refused": {n: c.refused for n, c in counters.items()},
+        "lane_expired": {n: c.expired for n, c in counters.items()},
+        "lane_queue": {n: c.queued for n, c in counters.items()},
+        "breaker_open": {n: int(not lane.is_up) for n, lane in lanes.items()},
+        "breaker_opens": {n: lane.breaker.num_opened for n, lane in lanes.items()},
+    }

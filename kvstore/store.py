@@ -1,0 +1,397 @@
+"""The store in this process: the facade with the one lock.
+
+Planning happens under the lock and takes microseconds; bytes never move under it. Lanes report outcomes from their
+own threads, the housekeeper reports ticks and tiers that went down or came back; each takes the lock, lets the
+planner book it, hands on what the planner wants carried next, and wakes whoever waits.
+
+The hard thing: a slot must not be reused while anything may still write to it. Slots are freed only by outcomes and
+by the ends of leases, and a lane answers for a transfer only when its worker has returned from the tier; so waiting
+has deadlines, slots do not.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.base import Tokens
+from kvstore.errors import RequestError, StoreClosed
+from kvstore.layout import Layout
+from kvstore.move.lane import Lane
+from kvstore.move.mover import Mover
+from kvstore.plan.planner import Planner
+from kvstore.plan.records import (
+    LeaseState,
+    LeaseStatus,
+    LoadLease,
+    Match,
+    Outcome,
+    Request,
+    RequestOptions,
+    SaveLease,
+)
+from kvstore.stats import snapshot
+from kvstore.tiers.host import HostSlab
+from radix.hashing import BlockHash, BlockHasher, bind_hashes
+from radix.namespace import Namespace
+
+log = logging.getLogger(__name__)
+
+
+class LocalStore:
+    """A KVStore (see base.py) that plans and keeps its pages in this process. Any thread.
+
+    Made by `kvstore.build.open_store`, which owns the choice of tiers and policies. Use it as a context manager, or
+    close it.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        namespace: Namespace,
+        planner: Planner,
+        slab: HostSlab,
+        lanes: Sequence[Lane] = (),
+        *,
+        close_timeout_s: float = 5.0,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._layout = layout
+        self.namespace = namespace
+        self._planner = planner
+        self._slab = slab
+        self._now = now
+        self._close_timeout_s = close_timeout_s
+        self._request_ids = count(1)
+        self._roots: dict[str, BlockHash] = {}
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._is_closed = False
+        self._lanes = {lane.name: lane for lane in lanes}
+        self._mover = Mover(lanes, self._on_outcome, self._on_tier_state, self._on_tick, now=now)
+
+    # ---- requests ---------------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        """The geometry of this store's pages."""
+        return self._layout
+
+    def request(self, tokens: Tokens, options: RequestOptions | None = None) -> Request:
+        """Hash the full blocks of `tokens` into a new request. Raises RequestError for what is no prompt."""
+        options = options or RequestOptions()
+        _check_options(options)
+        hasher = BlockHasher(
+            self._root(options.tenant),
+            self._layout.block_size,
+            self.namespace.hash,
+            keep_tokens=self.namespace.hash != "sha256",
+        )
+        _extend(hasher, tokens)
+        if hasher.num_tokens == 0:
+            raise RequestError("tokens is empty; a prompt has at least one token")
+        return Request(next(self._request_ids), hasher.keys, hasher.num_tokens, options, hasher.token_bytes, hasher)
+
+    def request_from_hashes(
+        self, hashes: Sequence[bytes], num_tokens: int, options: RequestOptions | None = None
+    ) -> Request:
+        """A request whose blocks an engine has hashed already."""
+        options = options or RequestOptions()
+        _check_options(options)
+        request = Request(next(self._request_ids), [], 0, options)
+        self.extend_hashes(request, hashes, num_tokens)
+        return request
+
+    def extend(self, request: Request, tokens: Tokens) -> None:
+        """Append tokens and hash the blocks they fill."""
+        if request.hasher is None:
+            raise RequestError("request was made from an engine's hashes; extend it with extend_hashes")
+        _extend(request.hasher, tokens)
+        request.num_tokens = request.hasher.num_tokens
+
+    def extend_hashes(self, request: Request, hashes: Sequence[bytes], num_tokens: int) -> None:
+        """Append hashes an engine made for further blocks."""
+        if request.hasher is not None:
+            raise RequestError("request was made from tokens; extend it with extend")
+        if self.namespace.hash != "sha256":
+            raise RequestError(f"store.hash is {self.namespace.hash!r}; engine hashes need 'sha256'")
+        blocks = len(request.keys) + len(hashes)
+        if num_tokens < max(1, blocks * self._layout.block_size) or num_tokens < request.num_tokens:
+            raise RequestError(
+                f"num_tokens is {num_tokens}; {blocks} blocks of {self._layout.block_size} tokens need at least "
+                f"{max(1, blocks * self._layout.block_size, request.num_tokens)}"
+            )
+        try:
+            request.keys += bind_hashes(self._root(request.options.tenant), hashes)
+        except (TypeError, ValueError) as error:
+            raise RequestError(str(error)) from None
+        request.num_tokens = num_tokens
+
+    # ---- lookups and loads ------------------------------------------------------------------------------------
+
+    def lookup(self, request: Request) -> Match:
+        """The longest prefix worth loading, at once."""
+        with self._lock:
+            self._check_open()
+            match = self._planner.lookup(request, self._now())
+            self._send()
+            return match
+
+    def wait_lookup(self, request: Request, timeout_s: float | None = None) -> Match:
+        """Lookup, waiting for pending tiers."""
+        wait_s = self._planner.settings.lookup_deadline_s if timeout_s is None else timeout_s
+        until = time.monotonic() + wait_s
+        with self._lock:
+            while True:
+                self._check_open()
+                match = self._planner.lookup(request, self._now())
+                self._send()
+                if not match.pending or not self._wait_until(until):
+                    return match
+
+    def prepare_load(self, request: Request, num_blocks: int, *, owner: str = "") -> LoadLease:
+        """Pin blocks [0, num_blocks) in host slots and start fetching what is not there."""
+        _check_range("num_blocks", num_blocks, len(request.keys))
+        with self._lock:
+            self._check_open()
+            lease = self._planner.prepare_load(request, num_blocks, self._now(), owner)
+            self._send()
+            return lease
+
+    def wait(self, lease: LoadLease, timeout_s: float | None = None) -> LeaseStatus:
+        """Wait until the lease is ready, at most until the load deadline."""
+        wait_s = self._planner.settings.load_deadline_s if timeout_s is None else timeout_s
+        until = time.monotonic() + wait_s
+        with self._lock:
+            while True:
+                self._check_open()
+                if not self._planner.is_waiting(lease.id) or not self._wait_until(until):
+                    return self._planner.poll(lease.id)
+
+    def poll(self, lease: LoadLease) -> LeaseStatus:
+        """The progress of a load lease, at once."""
+        with self._lock:
+            return self._planner.poll(lease.id) if not self._is_closed else LeaseStatus(LeaseState.CLOSED, 0, 0)
+
+    def prefetch(self, request: Request) -> int:
+        """Start bringing the known prefix into host memory; returns a ticket."""
+        with self._lock:
+            self._check_open()
+            ticket = self._planner.prefetch(request, self._now())
+            self._send()
+            return ticket
+
+    def cancel(self, ticket: int) -> None:
+        """Stop a prefetch."""
+        with self._lock:
+            if not self._is_closed:
+                self._mover.cancel(self._planner.cancel(ticket))
+
+    # ---- saves ------------------------------------------------------------------------------------------------
+
+    def prepare_save(self, request: Request, first: int, num_blocks: int, *, owner: str = "") -> SaveLease:
+        """Give slots for those pages of blocks [first, first + num_blocks) that host memory does not have."""
+        _check_range("first", first, len(request.keys))
+        _check_range("first + num_blocks", first + num_blocks, len(request.keys))
+        with self._lock:
+            self._check_open()
+            lease = self._planner.prepare_save(request, first, num_blocks, self._now(), owner)
+            self._send()
+            return lease
+
+    def complete(self, lease: LoadLease | SaveLease, *, filled: Sequence[bool] | None = None) -> None:
+        """End a lease well. A lease that ended already is ignored."""
+        if filled is not None and len(filled) != len(lease.pages):
+            raise RequestError(f"filled has {len(filled)} entries; the lease has {len(lease.pages)} pages")
+        with self._lock:
+            if not self._is_closed:
+                self._planner.complete(lease.id, self._now(), filled)
+                self._send()
+                self._changed.notify_all()
+
+    def release(self, lease: LoadLease | SaveLease) -> None:
+        """End a lease badly. A lease that ended already is ignored."""
+        with self._lock:
+            if not self._is_closed:
+                self._planner.release(lease.id, self._now())
+                self._send()
+                self._changed.notify_all()
+
+    def release_owner(self, owner: str) -> int:
+        """Release every lease of an owner that died."""
+        with self._lock:
+            self._check_open()
+            released = self._planner.release_owner(owner, self._now())
+            self._send()
+            return released
+
+    # ---- retention --------------------------------------------------------------------------------------------
+
+    def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
+        """The request is over."""
+        with self._lock:
+            if not self._is_closed:
+                self._planner.finished(request, self._now(), finish_reason=finish_reason, last_turn=last_turn)
+                self._send()
+
+    def pin(self, request: Request) -> int:
+        """Keep the request's resident pages in host memory until unpin; returns the blocks pinned."""
+        with self._lock:
+            self._check_open()
+            return self._planner.pin(request, self._now())
+
+    def unpin(self, request: Request) -> int:
+        """Undo pin; returns the blocks that had one."""
+        with self._lock:
+            self._check_open()
+            return self._planner.unpin(request, self._now())
+
+    def forget(self, request: Request, first: int = 0) -> int:
+        """Delete blocks from `first` on and all that continues them; returns the blocks deleted."""
+        _check_range("first", first, len(request.keys))
+        with self._lock:
+            self._check_open()
+            forgotten = self._planner.forget(request, first, self._now())
+            self._send()
+            return forgotten
+
+    def observe_prefill(self, num_tokens: int, seconds: float) -> None:
+        """Tell how fast the engine computes."""
+        with self._lock:
+            self._planner.observe_prefill(num_tokens, seconds)
+
+    # ---- bytes ------------------------------------------------------------------------------------------------
+
+    def slot_view(self, slot: int) -> memoryview:
+        """The bytes of a slot."""
+        return self._slab.view(slot)
+
+    def slot_array(self, slot: int) -> npt.NDArray[np.uint8]:
+        """The bytes of a slot as an array."""
+        return self._slab.array(slot)
+
+    @property
+    def slab_array(self) -> npt.NDArray[np.uint8]:
+        """The whole slab, for a device to page-lock."""
+        return self._slab.buffer
+
+    # ---- the store as a whole ---------------------------------------------------------------------------------
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything saved so far is written behind."""
+        until = time.monotonic() + timeout_s
+        with self._lock:
+            while not self._planner.is_settled:
+                if self._is_closed or not self._wait_until(until):
+                    return self._planner.is_settled
+            return True
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and gauges as plain numbers; kvstore/metrics.py documents them."""
+        with self._lock:
+            return snapshot(self._planner, self._lanes)
+
+    def check(self) -> None:
+        """Assert the planner's invariants. For tests."""
+        with self._lock:
+            self._planner.check()
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Write behind what is left, stop all threads, give everything back."""
+        timeout_s = self._close_timeout_s if timeout_s is None else timeout_s
+        until = time.monotonic() + timeout_s
+        if not self._is_closed and not self.flush(timeout_s):
+            log.warning("close: %s pages were not written behind in %.1f s", self.stats()["owed_pages"], timeout_s)
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._changed.notify_all()
+        self._mover.close(max(0.5, until - time.monotonic()))
+        for lane in self._lanes.values():
+            lane.tier.close()
+        if self._mover.num_hung:
+            log.warning("close: %d transfers hang in their tier; the slab stays mapped for them", self._mover.num_hung)
+        else:
+            self._slab.close()
+
+    def __enter__(self) -> LocalStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- callbacks of the mover -------------------------------------------------------------------------------
+
+    def _on_outcome(self, outcome: Outcome) -> None:
+        with self._lock:
+            self._planner.outcome(outcome, self._now())
+            self._send()
+            self._changed.notify_all()
+
+    def _on_tier_state(self, name: str, is_up: bool) -> None:
+        with self._lock:
+            self._planner.set_tier_up(name, is_up, self._now())
+            self._send()
+            self._changed.notify_all()
+
+    def _on_tick(self) -> None:
+        with self._lock:
+            if not self._is_closed:
+                self._planner.tick(self._now())
+                self._send()
+
+    # ---- private ----------------------------------------------------------------------------------------------
+
+    def _send(self) -> None:
+        """Hand the planner's transfers to the lanes. Under the lock, so that they go out in the planner's order."""
+        transfers = self._planner.take_transfers()
+        if transfers and not self._is_closed:
+            self._mover.submit(transfers)
+        promotions = self._planner.take_promotions()
+        if promotions and not self._is_closed:
+            self._mover.promote(promotions)
+
+    def _wait_until(self, until: float) -> bool:
+        left = until - time.monotonic()
+        return left > 0 and self._changed.wait(left)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StoreClosed("the store is closed")
+
+    def _root(self, tenant: str) -> BlockHash:
+        root = self._roots.get(tenant)
+        if root is None:
+            if len(self._roots) >= 4096:  # tenants come from outside: bounded
+                self._roots.clear()
+            own = self.namespace.salt
+            salt = f"{len(own)}:{own}{tenant}" if own else tenant  # framed: "a" + "bc" is not "ab" + "c"
+            root = self._roots[tenant] = self.namespace.with_salt(salt).root()
+        return root
+
+
+def _extend(hasher: BlockHasher, tokens: Tokens) -> None:
+    try:
+        hasher.extend(tokens)
+    except (TypeError, ValueError) as error:
+        raise RequestError(str(error)) from None
+
+
+def _check_options(options: RequestOptions) -> None:
+    if options.ttl_s is not None and not options.ttl_s > 0:
+        raise RequestError(f"options.ttl_s is {options.ttl_s}; it must be positive, or None for the configured time")
+    if options.retain_until < 0:
+        raise RequestError(f"options.retain_until is {options.retain_until}; it is a Unix time, or 0 for no promise")
+
+
+def _check_range(name: str, value: int, most: int) -> None:
+    if not 0 <= value <= most:
+        raise RequestError(f"{name} is {value}; the request has blocks 0 to {most}")

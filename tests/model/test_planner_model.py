@@ -1,0 +1,331 @@
+"""The planner against a world of dicts: random requests, leases, outcomes and failures in any order.
+
+The world keeps what every slot and every medium really holds, by page key. So it notices when the planner hands out
+a slot whose bytes are another page's, spills a slot that was given away, or forgets one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from eviction.registry import make_policy
+from kvstore.layout import GroupKind, LayerGroup, Layout
+from kvstore.page import page_key
+from kvstore.plan.cascade import TierPlan
+from kvstore.plan.planner import Planner, PlanSettings
+from kvstore.plan.records import LeaseState, Op, Outcome, Request, RequestOptions, Transfer
+from radix.namespace import BlockHash
+
+BLOCK = 4
+FULL = Layout(BLOCK, (LayerGroup(GroupKind.FULL, (0,), 4096),), "test", "uint8")
+HYBRID = Layout(
+    BLOCK,
+    (
+        LayerGroup(GroupKind.FULL, (0,), 4096),
+        LayerGroup(GroupKind.SLIDING, (1,), 4096, window=7),  # 2 blocks
+    ),
+    "test",
+    "uint8",
+)
+
+prompts = st.lists(st.integers(0, 1), min_size=1, max_size=6)  # one branch a block: 2 children each
+flags = st.lists(st.booleans(), min_size=64, max_size=64)
+
+
+def hashes(prompt: list[int]) -> list[BlockHash]:
+    keys, parent = [], b"root"
+    for block in prompt:
+        parent = hashlib.sha256(parent + bytes([block])).digest()
+        keys.append(BlockHash(parent))
+    return keys
+
+
+class PlannerMachine(RuleBasedStateMachine):
+    layout = FULL
+    policy = "lru"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 100.0
+        self.next_request = 1
+        self.media: dict[str, set[bytes]] = {"disk": set(), "redis": set()}
+        self.slots: dict[int, bytes | None] = {}
+        self.flying: dict[int, Transfer] = {}
+        self.loads: list[tuple[Any, Request]] = []
+        self.saves: list[tuple[Any, Request]] = []
+        self.requests: list[Request] = []
+        self.tickets: list[int] = []
+
+    @initialize(
+        num_slots=st.integers(2, 9), disk_pages=st.integers(2, 7), admit=st.sampled_from(["always", "second_use"])
+    )
+    def build(self, num_slots: int, disk_pages: int, admit: str) -> None:
+        self.num_slots = num_slots
+        self.planner = Planner(
+            self.layout,
+            PlanSettings(num_slots, batch_pages=2, max_prefetch_slots=3, touch_interval_s=5.0),
+            make_policy(self.policy, 300.0),
+            [
+                TierPlan("disk", disk_pages, make_policy("lru", 500.0), True, True, admit, ttl_s=500.0, window_pages=3),
+                TierPlan("redis", None, None, False, True, window_pages=3),
+            ],
+        )
+
+    # -- what callers do
+
+    @rule(
+        prompt=prompts,
+        tail=st.integers(0, BLOCK - 1),
+        pin=st.booleans(),
+        priority=st.integers(0, 1),
+        retain=st.booleans(),
+    )
+    def new_request(self, prompt: list[int], tail: int, pin: bool, priority: int, retain: bool) -> None:
+        options = RequestOptions(
+            pin=pin and self.next_request % 5 == 0,
+            priority=priority,
+            retain_until=self.now + 20 if retain and self.next_request % 3 == 0 else 0.0,
+        )
+        self.requests.append(Request(self.next_request, hashes(prompt), len(prompt) * BLOCK + tail, options))
+        self.next_request += 1
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def lookup(self, data: Any) -> None:
+        request = data.draw(st.sampled_from(self.requests))
+        match = self.planner.lookup(request, self.now)
+        assert match.num_blocks * BLOCK < request.num_tokens
+        assert sum(match.by_tier.values()) == match.num_blocks
+        self.collect()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), most=st.integers(0, 6))
+    def prepare_load(self, data: Any, most: int) -> None:
+        request = data.draw(st.sampled_from(self.requests))
+        lease = self.planner.prepare_load(request, most, self.now, owner=f"engine-{request.id % 2}")
+        assert lease.num_blocks <= most
+        self.loads.append((lease, request))
+        self.collect()
+        self.check_load(lease, request)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), first=st.integers(0, 5), num=st.integers(0, 6))
+    def prepare_save(self, data: Any, first: int, num: int) -> None:
+        request = data.draw(st.sampled_from(self.requests))
+        lease = self.planner.prepare_save(request, first, num, self.now, owner=f"engine-{request.id % 2}")
+        for page in lease.pages:
+            assert self.slots.get(page.slot) is None or not self.is_held(page.slot)
+            self.slots[page.slot] = None  # the caller is writing: it holds no page now
+        self.saves.append((lease, request))
+        self.collect()
+
+    @precondition(lambda self: self.saves)
+    @rule(data=st.data(), filled=flags)
+    def end_save(self, data: Any, filled: list[bool]) -> None:
+        lease, request = self.saves.pop(data.draw(st.integers(0, len(self.saves) - 1)))
+        filled = filled[: len(lease.pages)]
+        for page, ok in zip(lease.pages, filled, strict=True):
+            if ok:
+                self.slots[page.slot] = page_key(request.keys[page.block], page.group)
+        self.planner.complete(lease.id, self.now, filled)
+        self.planner.release(lease.id, self.now)  # a second end is ignored
+        self.collect()
+
+    @precondition(lambda self: self.loads)
+    @rule(data=st.data(), well=st.booleans())
+    def end_load(self, data: Any, well: bool) -> None:
+        lease, request = self.loads.pop(data.draw(st.integers(0, len(self.loads) - 1)))
+        self.check_load(lease, request)
+        (self.planner.complete if well else self.planner.release)(lease.id, self.now)
+        assert self.planner.poll(lease.id).state is LeaseState.CLOSED
+        self.collect()
+
+    @rule(engine=st.integers(0, 1))
+    def an_engine_dies(self, engine: int) -> None:
+        self.planner.release_owner(f"engine-{engine}", self.now)
+        self.loads = [(lease, r) for lease, r in self.loads if r.id % 2 != engine]
+        self.saves = [(lease, r) for lease, r in self.saves if r.id % 2 != engine]
+        self.collect()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), last_turn=st.booleans())
+    def finish(self, data: Any, last_turn: bool) -> None:
+        request = self.requests.pop(data.draw(st.integers(0, len(self.requests) - 1)))
+        self.planner.finished(request, self.now, last_turn=last_turn)
+        self.collect()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), verb=st.sampled_from(["pin", "unpin"]))
+    def pin_or_unpin(self, data: Any, verb: str) -> None:
+        getattr(self.planner, verb)(data.draw(st.sampled_from(self.requests)), self.now)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), first=st.integers(0, 5))
+    def forget(self, data: Any, first: int) -> None:
+        self.planner.forget(data.draw(st.sampled_from(self.requests)), first, self.now)
+        self.collect()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def prefetch(self, data: Any) -> None:
+        self.tickets.append(self.planner.prefetch(data.draw(st.sampled_from(self.requests)), self.now))
+        self.collect()
+
+    @precondition(lambda self: self.tickets)
+    @rule()
+    def cancel(self) -> None:
+        for transfer_id in self.planner.cancel(self.tickets.pop()):
+            transfer = self.flying.pop(transfer_id)
+            self.report(transfer, [False] * len(transfer.keys), "cancelled")
+
+    # -- what the world does
+
+    @precondition(lambda self: self.flying)
+    @rule(data=st.data(), luck=flags, fails=st.integers(0, 5))
+    def a_transfer_ends(self, data: Any, luck: list[bool], fails: int) -> None:
+        transfer = self.flying.pop(data.draw(st.sampled_from(sorted(self.flying))))
+        if fails == 0:
+            self.report(transfer, [False] * len(transfer.keys), "unreachable")
+        else:
+            self.carry(transfer, luck if fails == 1 else [True] * 64)
+
+    @rule(name=st.sampled_from(["disk", "redis"]), is_up=st.booleans())
+    def a_breaker_turns(self, name: str, is_up: bool) -> None:
+        self.planner.set_tier_up(name, is_up, self.now)
+        self.collect()
+
+    @rule(name=st.sampled_from(["disk", "redis"]))
+    def a_medium_loses_everything(self, name: str) -> None:
+        self.media[name].clear()
+
+    @rule(seconds=st.sampled_from([0.01, 1.0, 30.0, 400.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.planner.tick(self.now)
+        self.collect()
+
+    @rule(rate=st.sampled_from([10.0, 1e9]))
+    def the_engine_computes(self, rate: float) -> None:
+        self.planner.observe_prefill(1000, 1000 / rate)
+
+    # -- what must always hold
+
+    @invariant()
+    def the_books_are_right(self) -> None:
+        if hasattr(self, "planner"):
+            self.planner.check()
+            for lease, request in self.loads:
+                self.check_load(lease, request)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "planner"):
+            return
+        for lease, _ in [*self.loads, *self.saves]:
+            self.planner.release(lease.id, self.now)
+        self.loads, self.saves = [], []
+        self.collect()
+        for _ in range(10_000):
+            if not self.flying:
+                break
+            self.carry(self.flying.pop(min(self.flying)), [True] * 64)
+        self.planner.check()
+        assert not self.flying
+        assert self.planner.host.num_filling == 0
+        kept = self.planner.host.num_resident - len(self.planner.host.policy)
+        assert (kept == 0) == (len(self.planner.keeper) == 0)
+
+    # -- helpers
+
+    def collect(self) -> None:
+        for transfer in self.planner.take_transfers():
+            assert transfer.id not in self.flying
+            self.flying[transfer.id] = transfer
+            if transfer.op is Op.FETCH:
+                for slot in transfer.slots:
+                    self.slots[slot] = None
+        self.planner.take_promotions()
+
+    def carry(self, transfer: Transfer, luck: list[bool]) -> None:
+        medium = self.media[transfer.tier]
+        ok: list[bool] = []
+        match transfer.op:
+            case Op.FETCH:
+                for key, slot, lucky in zip(transfer.keys, transfer.slots, luck, strict=False):
+                    found = key in medium and lucky
+                    if found:
+                        self.slots[slot] = key
+                    ok.append(found)
+            case Op.SPILL:
+                medium.difference_update(transfer.evict)
+                for key, slot, lucky in zip(transfer.keys, transfer.slots, luck, strict=False):
+                    assert self.slots[slot] == key, "a slot was given away while it was being written behind"
+                    if lucky:
+                        medium.add(key)
+                    ok.append(lucky)
+            case Op.PROBE | Op.TOUCH:
+                ok = [key in medium for key in transfer.keys]
+            case Op.DELETE:
+                medium.difference_update(transfer.keys)
+                ok = [True] * len(transfer.keys)
+        self.report(transfer, ok, None)
+
+    def report(self, transfer: Transfer, ok: list[bool], error: str | None) -> None:
+        seconds = 0.0 if error else 0.001
+        self.planner.outcome(Outcome(transfer.id, tuple(ok), seconds, 4096 * sum(ok), error), self.now)
+        self.collect()
+
+    def check_load(self, lease: Any, request: Request) -> None:
+        status = self.planner.poll(lease.id)
+        assert status.num_blocks <= lease.num_blocks
+        needed = {(page.block, page.group) for page in lease.pages}
+        window = self.layout.window_blocks(1) if len(self.layout.groups) > 1 else None
+        for block in range(status.num_blocks):
+            assert (block, 0) in needed
+            if window is not None and block >= status.num_blocks - window:
+                assert (block, 1) in needed
+        for page in lease.pages:
+            usable = page.block < status.num_blocks
+            if usable and (page.group == 0 or page.block >= status.num_blocks - (window or 0)):
+                assert self.slots[page.slot] == page_key(request.keys[page.block], page.group), "wrong page in a slot"
+
+    def is_held(self, slot: int) -> bool:
+        return any(page.slot == slot for lease, _ in self.loads for page in lease.pages if self.is_live(lease, page))
+
+    def is_live(self, lease: Any, page: Any) -> bool:
+        load = self.planner.loader.loads[lease.id]
+        return any(own.slot == page.slot for own in load.pages if own not in load.lost)
+
+
+class HybridMachine(PlannerMachine):
+    layout = HYBRID
+
+
+class SieveMachine(PlannerMachine):
+    policy = "sieve"
+
+
+def _case(machine: type[PlannerMachine], examples: int) -> Any:
+    case = machine.TestCase
+    case.settings = settings(
+        max_examples=examples,
+        stateful_step_count=60,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+    )
+    return case
+
+
+TestPlanner = _case(PlannerMachine, 150)
+TestPlannerWithSlidingGroup = _case(HybridMachine, 150)
+TestPlannerWithSieve = _case(SieveMachine, 50)
+
+
+@pytest.mark.slow
+class TestPlannerLong(PlannerMachine.TestCase):  # type: ignore[name-defined,misc]
+    settings = settings(TestPlanner.settings, max_examples=3000, stateful_step_count=200)
