@@ -7,8 +7,8 @@ The planner never sees this: between `prepare_*` and `complete` of a lease, whoe
     piece p, run r of page i starts at                   piece 0 run 0 | piece 0 run 1 | ... | piece P-1 run R-1
     base[p] + i * page_stride[p] + r * run_stride[p]
 
-That one formula covers a paged engine (one run a piece, page_stride = bytes of a block) and a contiguous cache (page i =
-tokens [i * S, (i + 1) * S) of a tensor [heads, tokens, dim]: one run a head). `tables.py` makes both.
+That one formula covers a paged engine (one run a piece, page_stride = bytes of a block) and a contiguous cache (page i
+is tokens [i * S, (i + 1) * S) of a tensor [heads, tokens, dim]: one run a head). `tables.py` makes both.
 """
 
 from __future__ import annotations

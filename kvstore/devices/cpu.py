@@ -1,20 +1,21 @@
 """Copies for engines on the CPU: one call for all pages, without the GIL.
 
 The C extension `_copy` does it at about the speed of one memcpy of the same bytes; where it was not built, numpy does
-the same with a Python loop over pages and pieces. Both finish before they return, so their event is already done. Threads
-are the caller's affair: a copy holds no lock and releases the GIL.
+the same with a Python loop over pages and pieces. Both finish before they return, so their event is already done.
+Threads are the caller's affair: a copy holds no lock and releases the GIL.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import as_strided
 
 from kvstore.devices.base import CopyEvent, Int64s, PageTable
+from kvstore.devices.runs import memory_at
 from kvstore.errors import ConfigError
 
 _copy: Any
@@ -106,9 +107,9 @@ def _pieces(table: PageTable) -> list[tuple[npt.NDArray[np.uint8], int, int]]:
     for base, page_stride, num_runs, run_stride, run_bytes in zip(*(c.tolist() for c in _columns(table)), strict=True):
         address = base + table.first_page * page_stride
         extent = (num_pages - 1) * page_stride + (num_runs - 1) * run_stride + run_bytes
-        memory = (ctypes.c_uint8 * extent).from_address(address)
+        memory = memory_at(address, extent)
         shape, strides = (num_pages, num_runs, run_bytes), (page_stride, run_stride, 1)
         stop = start + num_runs * run_bytes
-        pieces.append((np.ndarray(shape, np.uint8, memory, strides=strides), start, stop))
+        pieces.append((as_strided(memory, shape, strides), start, stop))
         start = stop
     return pieces

@@ -1,8 +1,8 @@
 """Makes page tables from an engine's tensors.
 
-Works with numpy arrays and with torch tensors on any device; torch is not imported for it. What a table must promise is
-checked here, once, because nobody can check it later: each piece is contiguous where it is copied as one run, and no two
-pages overlap.
+Works with numpy arrays and with torch tensors on any device; torch is not imported for it. What a table must promise
+is checked here, once, because nobody can check it later: each piece is contiguous where it is copied as one run, and no
+two pages overlap.
 """
 
 from __future__ import annotations
