@@ -28,13 +28,14 @@ from redis.exceptions import (
     TryAgainError,
 )
 
+from kvstore.codec import codec_by_name
 from kvstore.errors import ConfigError, CorruptPage, TierUnavailable
-from kvstore.page import HEADER_BYTES, PageKey, PageMeta, encode_header
+from kvstore.page import HEADER_BYTES, PageKey, PageMeta
 from kvstore.tiers.base import StoredPage, TierCounters
 from kvstore.tiers.redis_parts import MAX_PARTS, max_parts, part_sizes
 from kvstore.tiers.redis_route import make_route
 from kvstore.tiers.redis_url import Kind, parse_redis_url
-from kvstore.tiers.redis_value import EXPIRES_FIELD, KeyNames, PageSink, Verdict, judge, set_page
+from kvstore.tiers.redis_value import EXPIRES_FIELD, KeyNames, PageSink, Verdict, encode_page, judge, set_page
 from kvstore.tiers.redis_wire import Reply, Wire, command
 
 TOKENS_BYTES = 0xFFFF  # the header counts a block's tokens in 16 bits
@@ -62,25 +63,27 @@ class RedisTier:
         self,
         url: str,
         *,
-        prefix: str = "kv:",
+        prefix: str = "kv",
         slot_bytes: int,
         ttl_s: float,
         connections: int = 3,
-        connect_timeout_s: float = 1.0,
+        connect_timeout_s: float = 0.5,
+        codec: str = "raw",
         now: Callable[[], float] = time.time,
     ) -> None:
         """Connects to nothing: a server that is not there is TierUnavailable when it is called.
 
         prefix:      text before every key; lets one server serve others too.
         slot_bytes:  the largest page.
-        ttl_s:       seconds after which a page that is neither touched nor given a deadline of its own expires.
+        ttl_s:       seconds after which a page that is not touched expires; 0 means never.
         connections: most connections to one server; one per lane thread is enough.
+        codec:       name of a codec in `kvstore.codec`; pages of every codec can be read.
 
         Raises ConfigError.
         """
         target = parse_redis_url(url)
         _check("redis.prefix", prefix, prefix.isascii() and not set(prefix) & set("{}"), "ASCII without braces")
-        _check("redis.ttl_s", ttl_s, ttl_s > 0, "positive")
+        _check("redis.ttl_s", ttl_s, ttl_s >= 0, "positive, or 0 for never")
         _check("redis.connections", connections, connections >= 1, "at least 1")
         _check("redis.connect_timeout_s", connect_timeout_s, connect_timeout_s > 0, "positive")
         self._max_parts = max_parts(HEADER_BYTES + TOKENS_BYTES + slot_bytes)
@@ -88,6 +91,7 @@ class RedisTier:
         self.url = target.masked
         self.counters = TierCounters(extra={"oom_replies": 0, "timeouts": 0, "failures": 0, "redirects": 0})
         self._ttl_s = ttl_s
+        self._codec = codec_by_name(codec)
         self._now = now
         self._names = KeyNames(prefix.encode(), tagged=target.kind is Kind.CLUSTER)
         self._route = make_route(target, connections=connections, connect_timeout_s=connect_timeout_s)
@@ -155,24 +159,19 @@ class RedisTier:
             self.delete(evict, timeout_s=timeout_s)
         ok = [False] * len(keys)
         now = self._now()
-        ttls = [self._ttl_ms(meta.expires_at, now) for meta in metas]
-        names = [
-            self._names.parts(key, len(part_sizes(HEADER_BYTES + len(meta.tokens) + meta.num_bytes)))
-            for key, meta in zip(keys, metas, strict=True)
-        ]
 
         def write(wire: Wire, indexes: list[int]) -> None:
-            counts = wire.ask([(b"EXISTS", *names[i]) for i in indexes])
-            for i, count in zip(indexes, counts, strict=True):
-                ok[i] = _checked(count, wire) == len(names[i])
-            missing = [i for i in indexes if not ok[i] and ttls[i] > 0]
-            buffers = self._buffers(missing[0], keys, views, metas, names, ttls, now) if missing else ([], 0)
-            for place, i in enumerate(missing):
-                wire.send(buffers[0], replies=buffers[1])
-                num_replies = buffers[1]
-                # The next page's checksum is computed while the server takes this one in.
-                if place + 1 < len(missing):
-                    buffers = self._buffers(missing[place + 1], keys, views, metas, names, ttls, now)
+            replies = wire.ask([(b"EXISTS", self._names.head(keys[i])) for i in indexes])
+            for i, reply in zip(indexes, replies, strict=True):
+                ok[i] = _checked(reply, wire) == 1
+            missing = [i for i in indexes if not ok[i] and self._ttl_ms(metas[i].expires_at, now) != 0]
+            encoded = (self._encode(keys[i], views[i], metas[i], now) for i in missing)
+            upcoming = next(encoded, None)
+            for i in missing:
+                assert upcoming is not None
+                buffers, num_replies = upcoming
+                wire.send(buffers, replies=num_replies)
+                upcoming = next(encoded, None)  # the server takes one page in while we compute the next checksum
                 stored = self._is_stored(wire.replies(num_replies), wire)
                 if stored is None:
                     return  # out of memory: the rest would only be sent to be refused
@@ -192,18 +191,18 @@ class RedisTier:
         ttl_ms = self._ttl_ms(expires_at, self._now())
 
         def refresh(wire: Wire, indexes: list[int]) -> None:
-            fields = [NO_DEADLINE] * len(indexes)
-            if not expires_at:
+            deadlines = [NO_DEADLINE] * len(indexes)
+            if not expires_at and ttl_ms is not None:
                 first, last = EXPIRES_FIELD
-                fields = wire.ask([(b"GETRANGE", self._names.head(keys[i]), first, last) for i in indexes])
+                deadlines = wire.ask([(b"GETRANGE", self._names.head(keys[i]), first, last) for i in indexes])
             commands: list[tuple[bytes | int, ...]] = []
-            for i, field in zip(indexes, fields, strict=True):
-                for name in self._names.parts(keys[i], self._max_parts):
-                    owns_deadline = _checked(field, wire) != NO_DEADLINE
-                    commands.append((b"TOUCH", name) if owns_deadline else (b"PEXPIRE", name, max(ttl_ms, 0)))
+            for i, deadline in zip(indexes, deadlines, strict=True):
+                keeps_deadline = ttl_ms is None or _checked(deadline, wire) != NO_DEADLINE
+                names = self._names.parts(keys[i], self._max_parts)
+                commands += [(b"TOUCH", name) if keeps_deadline else (b"PEXPIRE", name, ttl_ms or 0) for name in names]
             replies = wire.ask(commands)
-            for place, i in enumerate(indexes):
-                present[i] = _checked(replies[place * self._max_parts], wire) == 1 and ttl_ms > 0
+            for i, reply in zip(indexes, replies[:: self._max_parts], strict=True):
+                present[i] = _checked(reply, wire) == 1 and ttl_ms != 0
 
         self._on_each_node(keys, timeout_s, refresh)
         return present
@@ -290,22 +289,13 @@ class RedisTier:
         else:
             wire.ask([(b"UNWATCH",)])
 
-    def _buffers(
-        self,
-        i: int,
-        keys: Sequence[PageKey],
-        views: Sequence[memoryview],
-        metas: Sequence[PageMeta],
-        names: Sequence[list[bytes]],
-        ttls: Sequence[int],
-        now: float,
+    def _encode(
+        self, key: PageKey, view: memoryview, meta: PageMeta, now: float
     ) -> tuple[list[bytes | memoryview], int]:
-        """What to send for page `i`, and how many replies it will have."""
-        meta = metas[i]
-        body = views[i][: meta.num_bytes]
-        header = encode_header(keys[i], meta, body, created_at=now)
-        sizes = part_sizes(HEADER_BYTES + len(meta.tokens) + body.nbytes)
-        return set_page(names[i], sizes, [header, meta.tokens, body], ttls[i])
+        """What to send for a page, and how many replies it will have."""
+        pieces = encode_page(key, meta, view[: meta.num_bytes], self._codec, created_at=now)
+        sizes = part_sizes(sum(len(piece) for piece in pieces))
+        return set_page(self._names.parts(key, len(sizes)), sizes, pieces, self._ttl_ms(meta.expires_at, now))
 
     def _is_stored(self, replies: Sequence[Reply], wire: Wire) -> bool | None:
         """True if the page is there now, None if the server is out of memory."""
@@ -319,9 +309,11 @@ class RedisTier:
             _checked(reply, wire)
         return True  # SET NX answers nothing where another writer was first: the page is there
 
-    def _ttl_ms(self, expires_at: float, now: float) -> int:
-        ttl_s = min(self._ttl_s, expires_at - now) if expires_at else self._ttl_s
-        return int(ttl_s * 1000)
+    def _ttl_ms(self, expires_at: float, now: float) -> int | None:
+        """Until `expires_at` or for the tier's TTL, whichever ends sooner; None where there is neither, 0 if past."""
+        left = [self._ttl_s] if self._ttl_s else []
+        left += [expires_at - now] if expires_at else []
+        return max(0, int(min(left) * 1000)) if left else None
 
     def _count(self, what: str | None) -> None:
         if what is None:

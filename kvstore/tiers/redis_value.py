@@ -13,16 +13,19 @@ whose TTL is what counts, does not hand out a page that is past it.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Sequence
 from enum import Enum
 
-from kvstore.errors import CorruptPage
-from kvstore.page import HEADER_BYTES, PageHeader, PageKey, PageMeta, decode_header, verify_page
+from kvstore.codec import Codec, RawCodec, codec_by_id
+from kvstore.errors import ConfigError, CorruptPage
+from kvstore.page import HEADER_BYTES, PageHeader, PageKey, PageMeta, decode_header, encode_header, verify_page
 from kvstore.tiers.redis_parts import part_sizes
 from kvstore.tiers.redis_wire import command
 
-TOKEN_BYTES_FIELD = struct.Struct("<6xH")  # the header's token count, needed before the header can be verified
+# Codec and lengths of tokens and stored bytes, needed before the header can be verified: they say where the rest goes.
+PLACING_FIELDS = struct.Struct("<5xBH76xI")
 EXPIRES_FIELD = (96, 103)  # first and last byte of the header's expires_at, as GETRANGE wants them
 
 
@@ -45,23 +48,23 @@ class KeyNames:
 
 
 class PageSink:
-    """Takes a page as it arrives: header and tokens aside, the body into the slot."""
+    """Takes a page as it arrives: header and tokens aside, the body into the slot, or aside if it has to be decoded."""
 
     def __init__(self, slot: memoryview) -> None:
         self.header = bytearray(HEADER_BYTES)
-        self.tokens: bytearray | None = None  # made when the header, which says how many, is complete
+        self.tokens: bytearray | None = None  # made when the header is complete
         self.slot = slot
+        self.body = slot
         self._views = [memoryview(self.header)]
         self._done = 0
 
     def window(self, num_bytes: int) -> memoryview:
-        """The next place, at most `num_bytes` long; empty once the slot is full."""
+        """The next place, at most `num_bytes` long; empty once all is full."""
         while self._views and self._done == len(self._views[0]):
             del self._views[0]
             self._done = 0
             if self.tokens is None:
-                self.tokens = bytearray(TOKEN_BYTES_FIELD.unpack_from(self.header)[0])
-                self._views = [memoryview(self.tokens), self.slot]
+                self._place()
         return self._views[0][self._done : self._done + num_bytes] if self._views else memoryview(b"")
 
     def advance(self, num_bytes: int) -> None:
@@ -78,6 +81,14 @@ class PageSink:
         header = decode_header(self.seen)
         return part_sizes(HEADER_BYTES + header.token_bytes + header.stored_bytes)
 
+    def _place(self) -> None:
+        codec, token_bytes, stored_bytes = PLACING_FIELDS.unpack_from(self.header)
+        self.tokens = bytearray(token_bytes)
+        # The header may be garbled: an encoded page is never longer than a raw one (`encode_page`).
+        if codec != RawCodec.id and stored_bytes <= len(self.slot):
+            self.body = memoryview(bytearray(stored_bytes))
+        self._views = [memoryview(self.tokens), self.body]
+
 
 class Verdict(Enum):
     """What a read found."""
@@ -86,63 +97,90 @@ class Verdict(Enum):
     GONE = "gone"  # never there, expired or evicted
     TORN = "torn"  # some parts were evicted: what is left is of no use
     CORRUPT = "corrupt"
-    OTHER = "other"  # a whole page, but of another length or codec than asked for
+    UNREADABLE = "unreadable"  # a whole page in a codec that this process does not have
     COLLISION = "collision"  # a whole page of other tokens under the same hash
 
 
 def judge(key: PageKey, meta: PageMeta, sink: PageSink, lengths: Sequence[int | None]) -> Verdict:
-    """Compare what arrived (`lengths` of the parts asked for, bytes in `sink`) with what was asked for."""
+    """Compare what arrived (`lengths` of the parts asked for, bytes in `sink`) with what was asked for, and decode it.
+
+    After GOOD the slot has the page; after anything else its bytes are undefined.
+    """
     if all(length is None for length in lengths):
         return Verdict.GONE
     if lengths[0] is None:
         return Verdict.TORN
     try:
         header = decode_header(sink.seen)
+        # Parts beyond these are what is left of an older, longer encoding of the page.
         sizes = sink.sizes()
+        found = [*lengths, *([None] * len(sizes))][: len(sizes)]
+        if any(length not in (None, size) for length, size in zip(found, sizes, strict=True)):
+            return Verdict.CORRUPT
+        return Verdict.TORN if None in found else _judge_whole(key, meta, sink, header)
     except CorruptPage:
         return Verdict.CORRUPT
-    found = list(lengths) + [None] * (len(sizes) - len(lengths))
-    if any(length is None for length in found[: len(sizes)]):
-        return Verdict.TORN if _fits(found, sizes) else Verdict.CORRUPT
-    if not _fits(found, sizes) or any(length is not None for length in found[len(sizes) :]):
-        return Verdict.CORRUPT
-    return _judge_whole(key, meta, sink, header)
+
+
+def encode_page(
+    key: PageKey, meta: PageMeta, body: memoryview, codec: Codec, *, created_at: float
+) -> list[bytes | memoryview]:
+    """Header, tokens and stored bytes of a page. What a codec would not make smaller is stored raw."""
+    stored, codec_id = body, RawCodec.id
+    if codec.id != RawCodec.id:
+        out = memoryview(bytearray(codec.max_bytes(body.nbytes)))
+        num_bytes = codec.encode(body, out)
+        if num_bytes < body.nbytes:
+            stored, codec_id = out[:num_bytes], codec.id
+    header = encode_header(key, meta, stored, created_at=created_at, codec=codec_id)
+    return [header, meta.tokens, stored]
 
 
 def set_page(
-    names: Sequence[bytes], sizes: Sequence[int], pieces: Sequence[bytes | memoryview], ttl_ms: int
+    names: Sequence[bytes], sizes: Sequence[int], pieces: Sequence[bytes | memoryview], ttl_ms: int | None
 ) -> tuple[list[bytes | memoryview], int]:
     """Encode the commands that store a page; return the buffers to send, uncopied, and the number of replies.
 
-    names, sizes: keys and lengths of the parts; pieces: header, tokens and body, which are laid end to end.
+    names, sizes: keys and lengths of the parts; pieces: what `encode_page` made, which is laid end to end.
+    ttl_ms:       None for a page that does not expire.
 
     One part is one SET that leaves a page that is there alone (NX). Several parts are one transaction, so that readers
     see all or none; there the last of two writers at the same moment wins, whole.
     """
+    options = [] if ttl_ms is None else [b"PX", b"%d" % ttl_ms]
     if len(names) == 1:
-        buffers = _set(names[0], sizes[0], _cut(pieces, sizes)[0], [b"PX", b"%d" % ttl_ms, b"NX"])
-        return buffers, 1
-    buffers = [command(b"MULTI")]
+        return _set(names[0], sizes[0], _cut(pieces, sizes)[0], [*options, b"NX"]), 1
+    buffers: list[bytes | memoryview] = [command(b"MULTI")]
     for name, size, part in zip(names, sizes, _cut(pieces, sizes), strict=True):
-        buffers += _set(name, size, part, [b"PX", b"%d" % ttl_ms])
+        buffers += _set(name, size, part, options)
     return [*buffers, command(b"EXEC")], len(names) + 2
 
 
-def _fits(found: Sequence[int | None], sizes: Sequence[int]) -> bool:
-    return all(length is None or length == size for length, size in zip(found, sizes, strict=False))
-
-
 def _judge_whole(key: PageKey, meta: PageMeta, sink: PageSink, header: PageHeader) -> Verdict:
-    if header.key != key or header.stored_bytes > len(sink.slot):
-        return Verdict.CORRUPT
+    stored = sink.body[: header.stored_bytes]
     tokens = bytes(sink.tokens or b"")
-    if not verify_page(sink.seen, header, tokens, sink.slot[: header.stored_bytes]):
+    if header.key != key or header.raw_bytes != meta.num_bytes or stored.nbytes != header.stored_bytes:
         return Verdict.CORRUPT
-    if header.codec != 0 or header.stored_bytes != header.raw_bytes or header.raw_bytes != meta.num_bytes:
-        return Verdict.OTHER
+    if not verify_page(sink.seen, header, tokens, stored):
+        return Verdict.CORRUPT
     if meta.tokens and tokens != meta.tokens:
         return Verdict.COLLISION
+    if header.codec == RawCodec.id:
+        return Verdict.GOOD if header.stored_bytes == header.raw_bytes else Verdict.CORRUPT
+    codec = _codec(header.codec)
+    if codec is None:
+        return Verdict.UNREADABLE
+    codec.decode(stored, sink.slot[: header.raw_bytes])
     return Verdict.GOOD
+
+
+@functools.lru_cache
+def _codec(codec_id: int) -> Codec | None:
+    """None for a codec of a later release, or one whose package is not installed here: others can read the page."""
+    try:
+        return codec_by_id(codec_id)
+    except (CorruptPage, ConfigError):
+        return None
 
 
 def _cut(pieces: Sequence[bytes | memoryview], sizes: Sequence[int]) -> list[list[memoryview]]:
