@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 from eviction.registry import make_policy
 from kvstore.config import BreakerConfig, Config
@@ -20,6 +21,7 @@ from kvstore.tiers.redis import RedisTier
 from kvstore.units import format_bytes
 from radix.namespace import Namespace
 
+MAX_QUEUE = 8192  # batches that may wait in a lane; a prompt of 128K tokens in blocks of 16 makes 1024
 HASH_BYTES = {"sha256": 32, "xxh3_128": 16}
 
 
@@ -45,7 +47,14 @@ def open_store(config: Config, layout: Layout, namespace: Namespace) -> LocalSto
             opened.append(tier)
             plans.append(plan)
             lanes.append(
-                Lane(tier, slab.view, workers=plan.workers, breaker=_breaker(config.breaker), timeout_s=timeout_s)
+                Lane(
+                    tier,
+                    slab.view,
+                    workers=plan.workers,
+                    breaker=_breaker(config.breaker),
+                    timeout_s=timeout_s,
+                    max_queue=MAX_QUEUE,
+                )
             )
         planner = Planner(
             layout,
@@ -63,7 +72,7 @@ def open_store(config: Config, layout: Layout, namespace: Namespace) -> LocalSto
         raise
 
 
-def _lower_tiers(config: Config, layout: Layout, num_slots: int):  # type: ignore[no-untyped-def]
+def _lower_tiers(config: Config, layout: Layout, num_slots: int) -> Iterator[tuple[Tier, TierPlan, float]]:
     window = max(config.store.lane_batch_pages, int(config.store.max_dirty_fraction * num_slots))
     if config.disk.path is not None:
         disk = config.disk

@@ -73,6 +73,6 @@ def _lane_stats(lanes: Mapping[str, Lane]) -> dict[str, Any]:
         "lane_refused": {n: c.refused for n, c in counters.items()},
         "lane_expired": {n: c.expired for n, c in counters.items()},
         "lane_queue": {n: c.queued for n, c in counters.items()},
-        "breaker_open": {n: int(not lane.is_up) for n, lane in lanes.items()},
+        "breaker_open": {n: int(not lane.breaker.allow()) for n, lane in lanes.items()},
         "breaker_opens": {n: lane.breaker.num_opened for n, lane in lanes.items()},
     }

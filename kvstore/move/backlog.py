@@ -45,11 +45,17 @@ class Backlog:
                 return line.pop(transfer_id)
         return None
 
+    def promote(self, transfer_id: int) -> None:
+        """Move a waiting prefetch to the end of the loads: a request waits for it now. Unknown ids are ignored."""
+        transfer = self._lines[Priority.PREFETCH].pop(transfer_id, None)
+        if transfer is not None:
+            self._lines[Priority.LOAD][transfer_id] = transfer
+
     def remove_expired(self, now: float) -> list[Transfer]:
         """Remove and return those whose deadline has come. O(n)."""
         expired = [t for line in self._lines.values() for t in line.values() if t.deadline <= now]
         for transfer in expired:
-            del self._lines[transfer.priority][transfer.id]
+            self.remove(transfer.id)
         return expired
 
     def clear(self) -> list[Transfer]:

@@ -152,6 +152,12 @@ class Lane:
                     self._refuse(transfer, "cancelled")
             self.counters.queued = len(self._backlog)
 
+    def promote(self, transfer_ids: Iterable[int]) -> None:
+        """Let prefetches that still wait go with the loads: a request waits for them now."""
+        with self._wake:
+            for transfer_id in transfer_ids:
+                self._backlog.promote(transfer_id)
+
     def check(self, now: float) -> None:
         """What the housekeeper does here: expire what waits in vain, find stuck workers, ping a tier that is due.
 

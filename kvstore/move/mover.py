@@ -52,6 +52,7 @@ class Mover:
         if len(self.lanes) != len(lanes):
             raise ConfigError(f"mover: two lanes have one name: {[lane.name for lane in lanes]}")
         self.num_callback_errors = 0
+        self.num_hung = 0  # transfers left behind in their tier by `close`: their slots are still theirs
         self._on_outcome = on_outcome
         self._on_tier_state = on_tier_state
         self._on_tick = on_tick
@@ -90,6 +91,13 @@ class Mover:
                 for lane in self.lanes.values():
                     lane.cancel(ids)
 
+    def promote(self, transfer_ids: Iterable[int]) -> None:
+        """Let waiting prefetches go with the loads. Never blocks, never calls back."""
+        ids = list(transfer_ids)
+        with self._lock:
+            for lane in self.lanes.values():
+                lane.promote(ids)
+
     def close(self, timeout_s: float) -> int:
         """Drop what waits, let the workers finish what they carry, join all threads; return how many were dropped.
 
@@ -104,7 +112,7 @@ class Mover:
         until = time.monotonic() + timeout_s
         num_dropped = sum(lane.stop() for lane in self.lanes.values())
         left = [name for lane in self.lanes.values() for name in lane.join(max(0.0, until - time.monotonic()))]
-        num_hung = sum(lane.abandon() for lane in self.lanes.values())
+        num_hung = self.num_hung = sum(lane.abandon() for lane in self.lanes.values())
         self._inbox.put(None)
         if self._housekeeper is not threading.current_thread():
             self._housekeeper.join(max(self._tick_s, until - time.monotonic()))

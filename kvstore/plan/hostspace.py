@@ -131,7 +131,9 @@ class HostSpace:
         seen: set[int] = set()
         for page in pages:
             if page.state == PageState.ABSENT:
-                assert page.slot == -1 and page not in self.policy and page.pins == 0, "absent page has a slot or a pin"
+                assert page.slot == -1, "an absent page has a slot"
+                assert page.pins == 0, "an absent page is pinned"
+                assert page not in self.policy, "an absent page is in the policy"
                 continue
             assert page.slot not in seen, f"slot {page.slot} holds two pages"
             seen.add(page.slot)
