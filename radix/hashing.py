@@ -131,6 +131,9 @@ def chain_twin(root: BlockHash, blocks: memoryview, block_bytes: int) -> list[Bl
 
 def bind_twin(root: BlockHash, hashes: Sequence[bytes]) -> list[BlockHash]:
     """`_chain.bind_sha256` in Python."""
+    for at, engine_hash in enumerate(hashes):
+        if not isinstance(engine_hash, bytes):
+            raise TypeError(f"hashes[{at}] is {type(engine_hash).__name__}; it must be bytes")
     sha256 = hashlib.sha256
     return [BlockHash(sha256(root + engine_hash).digest()) for engine_hash in hashes]
 

@@ -56,6 +56,9 @@ class Namespace:
                 raise TypeError(f"namespace: {field.name} is {value!r}; it must be a str")
         check_block_size(self.block_size, "namespace: block_size")
         check_algorithm(self.hash, "namespace: hash")
+        for pair in self.extra:
+            if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
+                raise TypeError(f"namespace: extra has {pair!r}; it must hold (name, value) tuples of str")
         names = [name for name, _ in self.extra]
         if len(set(names)) < len(names):
             raise ValueError(f"namespace: extra names {sorted(names)} are not unique; give each name once")

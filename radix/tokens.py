@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def as_tokens(tokens: Any) -> TokenArray:
             f"tokens is {_kind(tokens)} of single bytes, which may be halves of ids; for raw uint32 ids pass "
             "memoryview(tokens).cast('B').cast('I')"
         )
-    if isinstance(tokens, (str, Mapping)) or np.isscalar(tokens) or tokens is None:
+    if tokens is None or isinstance(tokens, (str, Mapping, Number, np.generic)):
         raise TypeError(f"tokens is {_kind(tokens)}; {_RIGHT}")
     if isinstance(tokens, Sequence) and not isinstance(tokens, (array, memoryview)):
         return _from_sequence(tokens)
@@ -56,22 +57,18 @@ def _from_array(values: npt.NDArray[Any]) -> TokenArray:
     if values.ndim != 1:
         hint = "; pass one row" if values.ndim == 2 else ""
         raise ValueError(f"tokens has shape {values.shape}; {_RIGHT}{hint}")
-    _check_range(values)
+    if values.dtype.kind == "i" or values.dtype.itemsize > 4:
+        _check_range(values)
     if values.dtype == np.int32 and values.dtype.isnative:
         values = values.view(np.uint32)  # same bytes once the range is known: no copy
     return np.ascontiguousarray(values, dtype=np.uint32)
 
 
 def _check_range(values: npt.NDArray[Any]) -> None:
-    if not values.size:
-        return
-    if values.dtype.kind == "i" and values.min() < 0:
-        at = int(np.argmax(values < 0))
-    elif values.dtype.itemsize > 4 and values.max() >= _LIMIT:
-        at = int(np.argmax(values >= _LIMIT))
-    else:
-        return
-    raise ValueError(f"tokens[{at}] is {values[at]}; {_RIGHT}")
+    # Two passes without a temporary; only a failure pays for masks.
+    if values.size and (values.min() < 0 or values.max() >= _LIMIT):
+        at = int(np.argmax((values < 0) | (values >= _LIMIT)))
+        raise ValueError(f"tokens[{at}] is {values[at]}; {_RIGHT}")
 
 
 def _from_sequence(tokens: Sequence[Any]) -> TokenArray:
