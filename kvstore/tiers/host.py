@@ -80,7 +80,7 @@ class HostSlab:
         self._arrays = [self.buffer[start : start + slot_bytes] for start in bounds]
 
     def view(self, slot: int) -> memoryview:
-        """The bytes of a slot, writable: for reading, writing and receiving, never for slice assignment (holds the GIL)."""
+        """The bytes of a slot, writable: to be read into or received into; slice assignment would hold the GIL."""
         return self._views[slot]
 
     def array(self, slot: int) -> npt.NDArray[np.uint8]:
@@ -88,7 +88,7 @@ class HostSlab:
         return self._arrays[slot]
 
     def fileno(self) -> int:
-        """The descriptor of shared memory: slot i lies at offset i * slot_bytes. Raises ValueError for private memory."""
+        """The descriptor of shared memory, slot i at offset i * slot_bytes; ValueError for private memory."""
         if self._fd is None:
             raise ValueError("host slab: private memory has no file descriptor; make it with shared_name")
         return self._fd
@@ -121,8 +121,8 @@ def _check_fits(num_slots: int, slot_bytes: int) -> None:
     if size > available - _SPARE_BYTES:
         fitting = max(0, available - _SPARE_BYTES) // slot_bytes
         raise ConfigError(
-            f"host.capacity_bytes is {size} ({num_slots} slots of {slot_bytes} bytes), but only {available} bytes of memory "
-            f"are available: set it to at most {fitting * slot_bytes} ({fitting} slots)"
+            f"host.capacity_bytes is {size} ({num_slots} slots of {slot_bytes} bytes), but only {available} bytes of "
+            f"memory are available: set it to at most {fitting * slot_bytes} ({fitting} slots)"
         )
 
 

@@ -1,0 +1,371 @@
+"""A disk tier's directory, as this process has it open: lock file, index and slab file.
+
+    <disk.path>/lock           who may do what (directory_lock.py)
+    <disk.path>/index/         LMDB: which page lies in which slot (disk_index.py)
+    <disk.path>/pages.slab     the pages (slab_file.py)
+    <disk.path>/index.damaged/ the last index that could not be read, kept for a look
+
+LMDB allows a directory once per process, so tiers over the same one share this object. The first process that opens a
+directory has it to itself while it checks the index, takes back what dead writers left and grows the files; then others
+come in. An index that cannot be read is set aside and begun anew: it is a cache, and the pages it named are misses.
+
+After a fork the child may not use it (LMDB's rule): its calls raise TierUnavailable. Start children by spawn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import lmdb
+
+from kvstore.errors import ConfigError, CorruptPage, LayoutMismatch, TierFull, TierUnavailable
+from kvstore.tiers.directory_lock import DirectoryLock
+from kvstore.tiers.disk_index import DiskIndex, Geometry
+from kvstore.tiers.gate import Gate
+from kvstore.tiers.index_probe import index_is_sound
+from kvstore.tiers.slab_file import SlabFile
+
+OPEN_TIMEOUT_S = 30.0  # for another process that is setting the directory up; it may be walking a large index
+CLOSE_TIMEOUT_S = 5.0
+_INDEX_FIXED_BYTES = 64 << 20  # address space of an index without pages
+_INDEX_BYTES_PER_SLOT = 4096  # ... and per slot: ten times what a record without tokens takes
+_RESERVED_BYTES_PER_SLOT = 512  # disk blocks set aside for the index, so that a full disk does not stop it
+_READER_MAP_BYTES = 1 << 36
+_MAX_READERS = 1024
+
+# The index is not what was written: begin anew. Other errors of LMDB are about this moment or this process.
+_DAMAGE = (
+    CorruptPage,
+    lmdb.CorruptedError,
+    lmdb.InvalidError,
+    lmdb.VersionMismatchError,
+    lmdb.PageNotFoundError,
+    lmdb.IncompatibleError,
+    lmdb.BadDbiError,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class DiskDirectory:
+    """Shared by all tiers of this process over one directory. Any thread."""
+
+    def __init__(self, path: Path, geometry: Geometry | None, num_slots: int, *, direct: bool, read_only: bool) -> None:
+        """Open or create; `geometry` None takes what is there. Use `acquire` instead."""
+        self.path = path
+        self.read_only = read_only
+        self.lost_pages = 0
+        self._asked = geometry
+        self._asked_slots = num_slots
+        self._direct = direct
+        self._pid = os.getpid()
+        self._users = 1
+        self._gate = Gate()
+        self._opening = threading.Lock()
+        self._is_damaged = False
+        self._is_broken = False
+        self._lock: DirectoryLock | None = None
+        self._index: DiskIndex | None = None
+        self._slab: SlabFile | None = None
+        self.geometry: Geometry
+        self.num_slots: int
+        with self._opening:
+            self._open()
+
+    @property
+    def slab(self) -> SlabFile:
+        """The pages; only inside `use`."""
+        assert self._slab is not None
+        return self._slab
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[DiskIndex]:
+        """The index, for one call; it stays open until the call is over.
+
+        Raises TierFull where the index has no room left, TierUnavailable where it cannot be used. After damage the
+        directory stays unavailable until `revive`.
+        """
+        if os.getpid() != self._pid:
+            raise TierUnavailable(f"disk tier: {self.path} was opened before a fork; start children by spawn")
+        self._gate.enter()
+        try:
+            assert self._index is not None
+            yield self._index
+        except (lmdb.MapFullError, lmdb.DiskError) as error:
+            raise TierFull(f"disk tier: no room left for the index in {self.path}: {error}") from error
+        except (lmdb.Error, CorruptPage) as error:
+            self._is_broken = True
+            self._is_damaged = self._is_damaged or isinstance(error, _DAMAGE)
+            self._gate.shut(f"disk tier: the index in {self.path} failed: {error}")
+            raise TierUnavailable(f"disk tier: the index in {self.path} failed: {error}") from error
+        finally:
+            self._gate.leave()
+
+    def revive(self) -> None:
+        """Open again what broke; nothing if nothing did. Raises TierUnavailable if it still cannot be used."""
+        if not self._is_broken:
+            return
+        with self._opening:
+            if not self._is_broken:
+                return
+            if not self._gate.drain(CLOSE_TIMEOUT_S):
+                raise TierUnavailable(f"disk tier: calls into the broken index in {self.path} have not ended yet")
+            self._shut()
+            try:
+                self._open()
+            except (ConfigError, LayoutMismatch) as error:  # somebody changed the directory meanwhile
+                raise TierUnavailable(str(error)) from error
+            _log.warning("disk tier: %s is in use again", self.path)
+
+    def join(self, geometry: Geometry | None, num_slots: int, *, read_only: bool) -> None:
+        """Let one more tier of this process use it. Raises what opening it would raise."""
+        if self.read_only and not read_only:
+            raise ConfigError(f"disk.path is {self.path}: this process has it open for reading only; close that first")
+        if geometry is not None:
+            self._check_geometry(geometry)
+        if not read_only and num_slots != self.num_slots:
+            self._refit(num_slots)
+        self._users += 1
+
+    def leave(self) -> bool:
+        """End one tier's use; True if it was the last one and everything is closed."""
+        self._users -= 1
+        if self._users:
+            return False
+        with self._opening:
+            self._gate.shut(f"disk tier: {self.path} is closed")
+            if self._gate.drain(CLOSE_TIMEOUT_S):
+                self._shut()
+            else:
+                _log.error("disk tier: calls into %s have not ended; its files stay open", self.path)
+        return True
+
+    def _refit(self, num_slots: int) -> None:
+        """Change the number of slots while tiers of this process use the directory: they wait outside meanwhile."""
+        with self._opening:
+            self._gate.shut(f"disk tier: {self.path} is being resized; ask again")
+            try:
+                if not self._gate.drain(CLOSE_TIMEOUT_S):
+                    raise TierUnavailable(f"disk tier: calls into {self.path} have not ended; it cannot be resized now")
+                assert self._index is not None
+                self._fit(self._index, self.slab, self.geometry, num_slots)
+            finally:
+                self._gate.open()
+
+    # Opening.
+
+    def _open(self) -> None:
+        self._enter_path()
+        deadline = time.monotonic() + OPEN_TIMEOUT_S
+        try:
+            self._lock = self._open_lock()
+            alone = self._lock is not None and self._lock.enter(deadline, may_set_up=not self.read_only)
+            self._check_index(alone)
+            try:
+                self._open_files()
+            except _DAMAGE as error:
+                if not alone:
+                    raise TierUnavailable(
+                        f"disk tier: the index in {self.path} cannot be read and other processes have it open: {error}"
+                    ) from error
+                self._set_aside(str(error))
+                self._open_files()
+            if alone and self._lock is not None:
+                self._lock.share()
+        except BaseException as error:
+            self._shut()
+            if isinstance(error, lmdb.Error):
+                raise TierUnavailable(f"disk tier: the index in {self.path} cannot be opened: {error}") from error
+            if isinstance(error, OSError):
+                raise _config_error(self.path, error) from error
+            raise
+        self._is_damaged = self._is_broken = False
+        self._gate.open()
+
+    def _enter_path(self) -> None:
+        if self.read_only:
+            if not (self.path / "index" / "data.mdb").exists():
+                raise ConfigError(f"disk.path is {self.path}: there is no page directory to read")
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _config_error(self.path, error) from error
+
+    def _open_lock(self) -> DirectoryLock | None:
+        try:
+            return DirectoryLock(self.path / "lock", read_only=self.read_only)
+        except OSError:
+            if self.read_only:  # a copy of a directory, or one on a medium that nobody can write
+                return None
+            raise
+
+    def _check_index(self, alone: bool) -> None:
+        if alone and self._is_damaged:
+            self._set_aside("it failed while in use")
+        elif (alone or self.read_only) and not index_is_sound(self.path / "index", alone=alone):
+            if not alone:
+                raise TierUnavailable(f"disk tier: the index in {self.path} is damaged")
+            self._set_aside("a walk through it failed")
+
+    def _set_aside(self, reason: str) -> None:
+        self._close_files()
+        aside = self.path / "index.damaged"
+        _log.error("disk tier: %s: the index is damaged (%s); it moves to %s", self.path, reason, aside.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.path / "index").rename(aside)
+
+    def _open_files(self) -> None:
+        try:
+            index = self._index = self._open_index()
+            stored = index.geometry()
+            geometry = self._asked or stored
+            if geometry is None:
+                raise ConfigError(f"disk.path is {self.path}: the directory was never set up")
+            if stored is not None:
+                self.geometry = stored
+                self._check_geometry(geometry)
+            self.geometry = geometry
+            self._slab = SlabFile(
+                self.path / "pages.slab", geometry.slot_bytes, direct=self._direct, read_only=self.read_only
+            )
+            slots_in_file = self._slab.num_slots()
+            self.num_slots = index.num_slots()
+            if not self.read_only:
+                # Opened again after a failure: meanwhile another process may have made the directory larger.
+                self._fit(index, self._slab, geometry, max(self._asked_slots, self.num_slots if self._is_broken else 0))
+                self._note_lost(index.enter(slots_in_file))
+        except BaseException:
+            self._close_files()
+            raise
+
+    def _open_index(self) -> DiskIndex:
+        map_bytes = _READER_MAP_BYTES if self.read_only else _map_bytes(self._asked_slots)
+        env = lmdb.open(
+            str(self.path / "index"),
+            map_size=map_bytes,
+            readonly=self.read_only,
+            lock=not self.read_only or os.access(self.path / "index" / "lock.mdb", os.W_OK),
+            max_dbs=8,
+            max_readers=_MAX_READERS,
+            # A cache: after a crash of the machine (not of the process) the newest pages may be missing, and the walk
+            # at the next opening finds an index that was half written.
+            sync=False,
+            metasync=False,
+            lib_version=0,  # the format of LMDB 0.9, which every release of py-lmdb reads
+        )
+        try:
+            env.reader_check()
+            return DiskIndex(env, None if self.read_only else self._lock)
+        except BaseException:
+            env.close()
+            raise
+
+    def _check_geometry(self, geometry: Geometry) -> None:
+        if geometry != self.geometry:
+            raise LayoutMismatch(
+                f"disk.path is {self.path}: its pages have layout {self.geometry.layout} and slots of "
+                f"{self.geometry.slot_bytes} bytes, this store has layout {geometry.layout} and slots of "
+                f"{geometry.slot_bytes} bytes; give each layout a directory of its own (nothing was changed)"
+            )
+
+    def _fit(self, index: DiskIndex, slab: SlabFile, geometry: Geometry, num_slots: int) -> None:
+        """Give the directory `num_slots` slots. It grows; it does not shrink, since that would throw pages away."""
+        stored = index.num_slots()
+        if num_slots < stored:
+            raise ConfigError(
+                f"disk.capacity_bytes is {num_slots * geometry.slot_bytes}, but disk.path {self.path} already has "
+                f"{stored * geometry.slot_bytes} bytes of slots and does not shrink: set it to at least that, or remove "
+                f"the directory to start with a smaller one"
+            )
+        slab.reserve(num_slots)
+        _reserve(self.path / "index" / "data.mdb", num_slots * _RESERVED_BYTES_PER_SLOT)
+        index.grow_map(_map_bytes(num_slots))
+        if num_slots > stored or index.geometry() is None:
+            index.set_up(geometry, num_slots)
+        self.num_slots = num_slots
+
+    def _note_lost(self, lost: int) -> None:
+        self.lost_pages += lost
+        if lost:
+            _log.error("disk tier: %s was cut short; %d pages are lost", self.path / "pages.slab", lost)
+
+    # Closing.
+
+    def _close_files(self) -> None:
+        if self._index is not None:
+            self._index.close()
+            self._index = None
+        if self._slab is not None:
+            self._slab.close()
+            self._slab = None
+
+    def _shut(self) -> None:
+        self._close_files()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+_opened: dict[tuple[int, int, int], DiskDirectory] = {}  # (process, device, inode)
+_opened_lock = threading.Lock()  # opening and closing only; never held while bytes move
+
+
+def acquire(
+    path: Path, geometry: Geometry | None = None, num_slots: int = 0, *, direct: bool = True, read_only: bool = False
+) -> DiskDirectory:
+    """The directory at `path`, opened now or shared with this process's other tiers. End with `release`.
+
+    Raises ConfigError, LayoutMismatch, or TierUnavailable if other processes keep it from being used.
+    """
+    with _opened_lock:
+        shared = _opened.get(_identity(path)) if path.exists() else None
+        if shared is not None:
+            shared.join(geometry, num_slots, read_only=read_only)
+            return shared
+        directory = DiskDirectory(path, geometry, num_slots, direct=direct, read_only=read_only)
+        _opened[_identity(path)] = directory
+        return directory
+
+
+def release(directory: DiskDirectory) -> None:
+    """Undo one `acquire`."""
+    with _opened_lock:
+        if directory.leave():
+            for identity in [identity for identity, opened in _opened.items() if opened is directory]:
+                del _opened[identity]
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return os.getpid(), status.st_dev, status.st_ino
+
+
+def _map_bytes(num_slots: int) -> int:
+    return _INDEX_FIXED_BYTES + num_slots * _INDEX_BYTES_PER_SLOT
+
+
+def _reserve(path: Path, num_bytes: int) -> None:
+    """Put disk blocks behind a file as far as the filesystem can. Raises OSError if it is full."""
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+
+
+def _config_error(path: Path, error: OSError) -> ConfigError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ConfigError(
+            f"disk.path is {path}: the disk is full ({error}); free some space or set a smaller disk.capacity_bytes"
+        )
+    return ConfigError(f"disk.path is {path}: it must be a directory that this process may write ({error})")

@@ -1,0 +1,92 @@
+"""What the disk tier's index keeps for one page: the page header, where the bytes lie, and until when they live.
+
+    offset  bytes
+    0       128     page header, as in kvstore/page.py; its key is the index key
+    128     8       stamp u64 LE: position in the order of use
+    136     8       expires f64 LE: Unix time after which the page is not served; 0 never. A touch moves it, so the
+    header's does
+                    not count
+    144     4       slot u32 LE
+    148     4       zero
+    152     n       tokens; n stands in the header
+    152+n   8       xxh3_64 LE of everything before
+
+Its own checksum is needed because the index decides which slot is read and until when: the page's checksum does not see
+that.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import xxhash
+
+from kvstore.errors import CorruptPage
+from kvstore.page import HEADER_BYTES, PageHeader, PageMeta, decode_header
+
+_PLACE = struct.Struct("<QdII")
+_CHECKSUM = struct.Struct("<Q")
+_FIXED_BYTES = HEADER_BYTES + _PLACE.size + _CHECKSUM.size
+
+
+@dataclass(frozen=True, slots=True)
+class PageRecord:
+    """One published page. `raw_header` is kept because the page's checksum is computed over its bytes."""
+
+    header: PageHeader
+    raw_header: bytes
+    slot: int
+    stamp: int
+    expires_at: float
+    tokens: bytes
+
+    def is_expired(self, now: float) -> bool:
+        """True if the page must not be served at Unix time `now`."""
+        return 0 < self.expires_at <= now
+
+    def is_same_copy(self, other: PageRecord | None) -> bool:
+        """True if `other` describes these very bytes: a slot that was given away has another generation."""
+        return other is not None and self.slot == other.slot and self.header.generation == other.header.generation
+
+    @property
+    def meta(self) -> PageMeta:
+        """What was stored beside the bytes, with the deadline that counts."""
+        header = self.header
+        return PageMeta(header.raw_bytes, header.parent, header.depth, self.expires_at, self.tokens)
+
+
+def encode_record(raw_header: bytes, *, slot: int, stamp: int, expires_at: float, tokens: bytes) -> bytes:
+    """Make the index value of a page."""
+    body = raw_header + _PLACE.pack(stamp, expires_at, slot, 0) + tokens
+    return body + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body))
+
+
+def decode_record(key: bytes, raw: bytes) -> PageRecord:
+    """Parse the index value of `key`. Raises CorruptPage for any byte that is not as it was written."""
+    if len(raw) < _FIXED_BYTES:
+        raise CorruptPage(f"index record is {len(raw)} bytes, less than {_FIXED_BYTES}")
+    body_bytes = len(raw) - _CHECKSUM.size
+    (checksum,) = _CHECKSUM.unpack_from(raw, body_bytes)
+    if xxhash.xxh3_64_intdigest(raw[:body_bytes]) != checksum:
+        raise CorruptPage("index record does not fit its checksum")
+    raw_header = raw[:HEADER_BYTES]
+    header = decode_header(raw_header)
+    stamp, expires_at, slot, _ = _PLACE.unpack_from(raw, HEADER_BYTES)
+    tokens = raw[HEADER_BYTES + _PLACE.size : body_bytes]
+    if header.key != key or header.token_bytes != len(tokens):
+        raise CorruptPage("index record belongs to another key or has tokens of another length")
+    return PageRecord(header, raw_header, slot, stamp, expires_at, tokens)
+
+
+def encode_checked(body: bytes) -> bytes:
+    """Put a checksum before a small value of the index (its geometry, its state)."""
+    return _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body)) + body
+
+
+def decode_checked(raw: bytes) -> bytes:
+    """Undo `encode_checked`. Raises CorruptPage."""
+    body = raw[_CHECKSUM.size :]
+    if len(raw) < _CHECKSUM.size or xxhash.xxh3_64_intdigest(body) != _CHECKSUM.unpack_from(raw)[0]:
+        raise CorruptPage("a value of the index does not fit its checksum")
+    return body

@@ -1,0 +1,51 @@
+"""Counts calls in flight, so that what they use can be closed under none of them.
+
+LMDB unmaps its file on close: a thread that is reading at that moment dies with the whole process.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from kvstore.errors import TierUnavailable
+
+
+class Gate:
+    """Open or shut; calls pass only while it is open. Any thread."""
+
+    def __init__(self) -> None:
+        """A shut gate."""
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._reason: str | None = "not opened yet"
+
+    def enter(self) -> None:
+        """Begin a call. Raises TierUnavailable with the reason while the gate is shut."""
+        with self._changed:
+            if self._reason is not None:
+                raise TierUnavailable(self._reason)
+            self._inside += 1
+
+    def leave(self) -> None:
+        """End a call."""
+        with self._changed:
+            self._inside -= 1
+            if self._inside == 0:
+                self._changed.notify_all()
+
+    def open(self) -> None:
+        """Let calls pass."""
+        with self._changed:
+            self._reason = None
+
+    def shut(self, reason: str) -> None:
+        """Let no further call pass, and tell each why."""
+        with self._changed:
+            self._reason = reason
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until no call is inside; False if some still are after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            return self._changed.wait_for(lambda: self._inside == 0, max(0.0, deadline - time.monotonic()))
