@@ -14,7 +14,9 @@ from typer.core import TyperGroup
 from kvstore.cli.bench import bench
 from kvstore.cli.config import config
 from kvstore.cli.demo import demo
+from kvstore.cli.inspect import inspect
 from kvstore.cli.output import print_error
+from kvstore.cli.verify import verify
 from kvstore.errors import KVStoreError
 
 EXIT_ERROR = 2
@@ -84,4 +86,6 @@ def _global_options(
 
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(demo)
 app.command()(config)
+app.command(no_args_is_help=True)(inspect)
+app.command(no_args_is_help=True)(verify)
 app.command()(bench)

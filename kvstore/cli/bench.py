@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvstore.cli.output import console, print_json, table
+from kvstore.cli.output import add_row, console, print_json, table
 from kvstore.errors import ConfigError
 from kvstore.units import format_bytes, format_seconds
 
@@ -35,7 +35,7 @@ def bench(
     if not workloads:
         listing = table("workload", "needs", "what it measures")
         for name, workload in WORKLOADS.items():
-            listing.add_row(name, workload.argument, workload.summary)
+            add_row(listing, name, workload.argument, workload.summary)
         console().print(listing)
         return
     results = {}
@@ -76,7 +76,8 @@ def _as_table(workload: str, measured: Table) -> object:
     numbers = (f"{measured.unit}/s", "of ceiling", "time" if is_bytes else f"µs/{measured.unit.rstrip('s')}", "CPU s")
     output = table("case", *numbers, title=f"{workload}: {measured.name}", right=numbers)
     for timing in measured.timings:
-        output.add_row(
+        add_row(
+            output,
             timing.name,
             f"{format_bytes(timing.per_s)}/s" if is_bytes else f"{timing.per_s:,.0f}",
             f"{timing.ratio:.2f}",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvstore.cli.output import console, print_json, table
+from kvstore.cli.output import add_row, console, print_json, table
 from kvstore.errors import ConfigError
 
 
@@ -44,7 +44,7 @@ def config(
             output.add_section()
         section = row.field.partition(".")[0] + "."
         style = None if row.source == "default" else "bold"
-        output.add_row(row.field, row.text, row.source, *([row.description] if explain else []), style=style)
+        add_row(output, row.field, row.text, row.source, *([row.description] if explain else []), style=style)
     console().print(output)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
 PIPE_COLUMNS = 140  # a pipe has no width; 80 would fold paths
 
@@ -41,12 +42,21 @@ def print_error(message: str) -> None:
         printer.print(Text(f"kvstore: {line}", style="bold red"), soft_wrap=True)
 
 
+def add_row(rows: Table, *cells: str | Text, style: str | None = None) -> None:
+    """Add a row whose cells are text as it is: a path with brackets in it is not markup."""
+    from rich.text import Text
+
+    rows.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), style=style)
+
+
 def table(*columns: str, title: str | None = None, right: tuple[str, ...] = ()) -> Table:
     """An empty table; `right` names the columns of numbers."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    heading = None if title is None else Text(title)
+    made = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", title_style="bold", pad_edge=False)
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return made

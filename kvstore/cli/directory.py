@@ -1,0 +1,27 @@
+"""The DIR of `inspect` and `verify`: is it one of ours, and may we read it?"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvstore.errors import ConfigError
+
+Directory = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Directory of a disk tier (disk.path), in use or not.", show_default=False)
+]
+
+
+def check_directory(path: Path) -> None:
+    """Raise ConfigError, saying what to do, for what is not a readable directory of a disk tier."""
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist; give the directory of a disk tier (disk.path, see kvstore config)")
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a directory; give the directory of a disk tier (disk.path)")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise ConfigError(f"{path} cannot be read: permission denied; run this as the user that owns it")
+    if not (path / "index").is_dir():
+        raise ConfigError(f"{path} is not the directory of a disk tier: there is no index/ in it")
