@@ -132,6 +132,20 @@ class CacheBridge:
                 spans.append(Span(index, first_block, last_block, tuple(tensors)))
         return spans
 
+    def computed(self) -> Callable[[], None]:
+        """A call that returns, on any thread, when all that this thread has given the model's device so far is done.
+
+        A forward on a GPU returns before it is computed, and the worker that saves is on no stream of the engine's.
+        """
+        if self._torch_device.type != "cuda":
+            return _nothing
+        import torch
+
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._torch_device))
+        wait: Callable[[], None] = event.synchronize
+        return wait
+
     def recorder(self, cache: Any, num_tokens: int) -> Recorder:
         """A recorder for a cache that holds `num_tokens` tokens, a whole number of blocks."""
         return Recorder(self, self._layout, cache, num_tokens)
@@ -242,6 +256,10 @@ class Recorder:
     def _crop(self) -> None:
         for layer in self._layers():
             layer.crop(0)
+
+
+def _nothing() -> None:
+    """What a CPU has to wait for."""
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

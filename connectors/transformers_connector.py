@@ -19,7 +19,7 @@ lease that came out shorter is given back and asked for again at the boundary be
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -99,6 +99,8 @@ class TransformersConnector:
         self._step_blocks = prefill_chunk // self._block_size if self.reuse is Reuse.EXACT else 1
         self._owns_device = device is None
         self._device = device if device is not None else default_device(model)
+        if self._owns_device and (slab := getattr(store, "slab_array", None)) is not None:
+            self._device.register(slab)
         self._bridge = CacheBridge(model, shapes, layout, self._device)
         self._state = model_state(model)
         if self._state.training:
@@ -167,7 +169,7 @@ class TransformersConnector:
         """
         if not source:
             return False
-        if self._worker.submit(partial(self._save, request, tuple(source))):
+        if self._worker.submit(partial(self._save, request, tuple(source), self._bridge.computed())):
             return True
         self.counters.skipped_saves += 1
         return False
@@ -260,11 +262,12 @@ class TransformersConnector:
                 self._store.release(lease)  # a no-op after complete
         return None
 
-    def _save(self, request: Request, spans: Sequence[Span]) -> None:
+    def _save(self, request: Request, spans: Sequence[Span], wait_computed: Callable[[], None]) -> None:
         """Copy blocks into slots and publish them, a batch at a time. On the worker."""
         first = min(span.first_block for span in spans)
         last = min(max(span.last_block for span in spans), len(request.keys))
         try:
+            wait_computed()
             for start in range(first, last, SAVE_BATCH_BLOCKS):
                 self._save_batch(request, spans, start, min(SAVE_BATCH_BLOCKS, last - start))
             self.counters.saves += 1
@@ -300,11 +303,11 @@ def check_chunk(prefill_chunk: int, block_size: int) -> None:
 
 def default_device(model: Any) -> Device:
     """The device that reaches the model's memory."""
-    if model_device(model).type == "cuda":
+    where = model_device(model)
+    if where.type == "cuda":
         from kvstore.devices.cuda import CudaDevice
 
-        device: Device = CudaDevice()
-        return device
+        return CudaDevice(where.index or 0)
     from kvstore.devices.cpu import CpuDevice
 
     return CpuDevice()
