@@ -1,0 +1,524 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eviction.registry import make_policy
+from kvstore.errors import RequestError, StoreClosed
+from kvstore.page import PageKey
+from kvstore.plan.cascade import TierPlan
+from kvstore.plan.records import CutReason, LeaseState, RequestOptions
+from kvstore.store import LocalStore
+from kvstore.tiers.memory import MemoryTier
+from tests.helpers.stores import BLOCK, LAYOUT, PAGE_BYTES, load, open_small, prompt, save, store_over, use
+
+
+def memory_tier(capacity_pages: int = 128, name: str = "memory", **plan: object) -> tuple[MemoryTier, TierPlan]:
+    """A tier in a dict that the planner takes for a disk."""
+    fields: dict[str, object] = {"is_indexed": True, "is_shared": False, "policy": make_policy("lru")}
+    tier = MemoryTier(capacity_pages, LAYOUT.slot_bytes, name=name)
+    return tier, TierPlan(name=name, capacity_pages=capacity_pages, **(fields | plan))  # type: ignore[arg-type]
+
+
+def redis_like(name: str = "shared") -> tuple[MemoryTier, TierPlan]:
+    """A tier in a dict that others may write to, and that the catalog says nothing about."""
+    return memory_tier(name=name, is_indexed=False, is_shared=True, capacity_pages=128)
+
+
+@pytest.fixture
+def store() -> Iterator[LocalStore]:
+    with open_small() as store:
+        yield store
+        store.check()
+
+
+class TestRequests:
+    def test_growing_a_request_gives_the_keys_of_the_whole_prompt(self, store: LocalStore) -> None:
+        tokens = prompt(6, tail=5)
+
+        request = store.request(tokens[:20])
+        store.extend(request, tokens[20:23])
+        store.extend(request, tokens[23:])
+
+        assert request.keys == store.request(tokens).keys
+        assert request.num_tokens == len(tokens)
+
+    def test_tenants_share_no_key(self, store: LocalStore) -> None:
+        tokens = prompt(3)
+
+        ours = store.request(tokens, RequestOptions(tenant="a")).keys
+        theirs = store.request(tokens, RequestOptions(tenant="b")).keys
+
+        assert not set(ours) & set(theirs)
+
+    def test_hashes_of_an_engine_are_bound_to_the_namespace(self, store: LocalStore) -> None:
+        hashes = [bytes([i]) * 32 for i in range(3)]
+
+        request = store.request_from_hashes(hashes, 3 * BLOCK + 1)
+
+        assert len(request.keys) == 3
+        assert not set(request.keys) & set(hashes)
+
+    def test_fewer_tokens_than_the_hashes_cover_are_refused(self, store: LocalStore) -> None:
+        with pytest.raises(RequestError, match="num_tokens is 40"):
+            store.request_from_hashes([b"x" * 32] * 3, 40)
+
+    def test_a_prompt_without_a_full_block_is_a_miss_that_says_so(self, store: LocalStore) -> None:
+        match = store.lookup(store.request(prompt(1, tail=0)))  # its last token must be computed
+
+        assert (match.num_blocks, match.cut) == (0, CutReason.TOO_SHORT)
+
+
+class TestSavingAndLoading:
+    def test_what_was_saved_is_loaded(self, store: LocalStore) -> None:
+        assert use(store, prompt(5)) == 0
+        assert use(store, prompt(5)) == 5
+
+    def test_a_fork_loads_what_it_shares(self, store: LocalStore) -> None:
+        use(store, prompt(8))
+        fork = prompt(8)
+        fork[5 * BLOCK] += 1
+
+        assert use(store, fork) == 5
+
+    def test_the_last_token_is_always_left_to_compute(self, store: LocalStore) -> None:
+        use(store, prompt(4, tail=0))
+
+        assert store.lookup(store.request(prompt(4, tail=0))).num_tokens == 3 * BLOCK
+
+    def test_pages_that_were_not_filled_are_not_published(self, store: LocalStore) -> None:
+        request = store.request(prompt(4))
+        lease = store.prepare_save(request, 0, 4)
+
+        store.complete(lease, filled=[True, True, False, True])
+
+        assert store.lookup(request).num_blocks == 2
+
+    def test_a_released_save_leaves_nothing(self, store: LocalStore) -> None:
+        request = store.request(prompt(4))
+
+        store.release(store.prepare_save(request, 0, 4))
+
+        assert store.stats()["slots"]["free"] == 64
+        assert store.stats()["blocks"] == 0
+
+    def test_two_requests_do_not_save_a_block_twice(self, store: LocalStore) -> None:
+        first = store.prepare_save(store.request(prompt(4)), 0, 4)
+
+        second = store.prepare_save(store.request(prompt(4)), 0, 4)
+
+        assert (len(first.pages), len(second.pages)) == (4, 0)
+        assert store.stats()["dedup_saves"] == 4
+
+    def test_ending_a_lease_twice_is_harmless(self, store: LocalStore) -> None:
+        request = store.request(prompt(3))
+        save(store, request)
+        lease = store.prepare_load(request, 3)
+
+        store.complete(lease)
+        store.release(lease)
+
+        assert store.poll(lease).state is LeaseState.CLOSED
+
+    def test_a_prompt_larger_than_the_slab_keeps_its_head(self, store: LocalStore) -> None:
+        request = store.request(prompt(100))
+
+        lease = store.prepare_save(request, 0, 100)
+        store.complete(lease)
+        more = store.prepare_save(request, 64, 36)
+        store.complete(more)
+
+        assert [page.block for page in lease.pages] == list(range(64))
+        assert (lease.skipped, more.skipped, len(more.pages)) == (36, 36, 0)
+        assert store.lookup(request).num_blocks == 64
+
+    def test_a_slab_of_pinned_pages_skips_saves_and_still_answers(self, store: LocalStore) -> None:
+        request = store.request(prompt(64))
+        save(store, request)
+        assert store.pin(request) == 64
+
+        lease = store.prepare_save(store.request(prompt(3, seed=1)), 0, 3)
+        store.release(lease)
+
+        assert (len(lease.pages), lease.skipped) == (0, 3)
+        assert load(store, request)[0] == 64
+        assert store.unpin(request) == 64
+        assert save(store, store.request(prompt(3, seed=1))) == 3
+
+    def test_the_oldest_tail_leaves_first(self, store: LocalStore) -> None:
+        use(store, prompt(40, seed=1))
+        use(store, prompt(20, seed=2))
+
+        use(store, prompt(10, seed=3))  # 6 blocks too many
+
+        assert store.lookup(store.request(prompt(40, seed=1))).num_blocks == 34
+        assert store.lookup(store.request(prompt(20, seed=2))).num_blocks == 20
+
+    def test_the_dead_owner_of_a_lease_holds_nothing(self, store: LocalStore) -> None:
+        request = store.request(prompt(4))
+        save(store, request)
+        store.prepare_load(request, 4, owner="rank 0")
+        store.prepare_save(store.request(prompt(2, seed=1)), 0, 2, owner="rank 0")
+
+        assert store.release_owner("rank 0") == 2
+
+        assert store.stats()["leases"] == 0
+        assert store.stats()["pinned_pages"] == 0
+
+
+class TestLowerTiers:
+    def test_pages_come_back_from_disk_after_a_restart(self, tmp_path: Path) -> None:
+        with open_small(tmp_path) as store:
+            use(store, prompt(10))
+        with open_small(tmp_path) as store:
+            blocks, match = load(store, store.request(prompt(10)))
+
+        assert blocks == 10
+        assert match.by_tier == {"disk": 10}
+
+    def test_another_process_sees_what_this_one_writes(self, tmp_path: Path) -> None:
+        with open_small(tmp_path) as writer:
+            tier = writer._lanes["disk"].tier  # one process may open a directory once; a second store shares the tier
+            reader_plan = TierPlan("disk", 128, make_policy("lru"), is_indexed=True, is_shared=True)
+            use(writer, prompt(10))
+            assert writer.flush(5.0)
+            reader = store_over([(tier, reader_plan)])
+            try:
+                blocks, match = load(reader, reader.request(prompt(10)))
+            finally:
+                reader._mover.close(5.0)
+
+        assert blocks == 10
+        assert match.by_tier == {"disk": 10}
+
+    def test_what_left_host_memory_comes_from_below(self) -> None:
+        tier = memory_tier()
+        with store_over([tier], num_slots=8) as store:
+            use(store, prompt(8, seed=1))
+            assert store.flush(5.0)
+            use(store, prompt(8, seed=2))
+            assert store.flush(5.0)
+
+            blocks, match = load(store, store.request(prompt(8, seed=1)))
+            store.check()
+
+        assert blocks == 8
+        assert match.by_tier == {"memory": 8}
+
+    def test_a_lookup_asks_a_shared_tier_and_says_so(self) -> None:
+        shared = redis_like()
+        with store_over([shared]) as store:
+            use(store, prompt(4))
+            assert store.flush(5.0)
+            with_other = store_over([shared])
+            try:
+                request = with_other.request(prompt(4))
+                assert with_other.lookup(request).pending
+                assert with_other.wait_lookup(request, 5.0).num_blocks == 4
+                assert load(with_other, request)[0] == 4
+            finally:
+                with_other._mover.close(5.0)
+
+    def test_a_page_that_vanished_below_is_a_miss_and_is_saved_again(self) -> None:
+        tier, plan = memory_tier()
+        with store_over([(tier, plan)], num_slots=8) as store:
+            use(store, prompt(8, seed=1))
+            assert store.flush(5.0)
+            use(store, prompt(8, seed=2))
+            assert store.flush(5.0)
+            request = store.request(prompt(8, seed=1))
+            lost: PageKey = next(page.key for page in tier.scan() if page.key.startswith(request.keys[3]))
+            tier.delete([lost], timeout_s=1.0)
+
+            blocks, _ = load(store, request)
+            assert blocks == 3
+            save(store, request, 3)
+            assert load(store, request)[0] == 8
+            store.check()
+
+    def test_the_other_tier_is_tried_when_one_lost_the_page(self) -> None:
+        first, second = memory_tier(name="first"), memory_tier(name="second")
+        with store_over([first, second], num_slots=8) as store:
+            use(store, prompt(8, seed=1))
+            assert store.flush(5.0)
+            use(store, prompt(8, seed=2))
+            first[0].delete([page.key for page in first[0].scan()], timeout_s=1.0)
+
+            blocks, _ = load(store, store.request(prompt(8, seed=1)))
+
+        assert blocks == 8
+
+    def test_a_full_disk_keeps_the_heads_of_paths(self) -> None:
+        tier = memory_tier(capacity_pages=10)
+        with store_over([tier], num_slots=64) as store:
+            use(store, prompt(8, seed=1))
+            assert store.flush(5.0)
+            use(store, prompt(6, seed=2))
+            assert store.flush(5.0)
+            keys = {page.key for page in tier[0].scan()}
+            old, new = store.request(prompt(8, seed=1)).keys, store.request(prompt(6, seed=2)).keys
+            store.check()
+
+        # Each key is its block hash and four bytes of group and shard.
+        held = {key[:32] for key in keys}
+        assert [key in held for key in new] == [True] * 6
+        assert [key in held for key in old] == [True] * 4 + [False] * 4
+
+    def test_only_pages_used_again_are_admitted_where_that_is_asked(self) -> None:
+        tier = memory_tier(admit="second_use")
+        with store_over([tier]) as store:
+            use(store, prompt(4))
+            store.flush(5.0)
+            assert not list(tier[0].scan())
+
+            use(store, prompt(4))
+            store.flush(5.0)
+
+            assert len(list(tier[0].scan())) == 4
+
+    def test_a_flushed_shared_tier_is_filled_again_by_the_next_use(self) -> None:
+        tier, plan = redis_like()
+        with store_over([(tier, plan)], touch_interval_s=0.0) as store:
+            use(store, prompt(4))
+            assert store.flush(5.0)
+            tier.delete([page.key for page in tier.scan()], timeout_s=1.0)
+
+            use(store, prompt(4))
+            until = time.monotonic() + 5.0
+            while len(list(tier.scan())) < 4 and time.monotonic() < until:
+                time.sleep(0.01)
+
+            assert len(list(tier.scan())) == 4
+
+
+class TestRetention:
+    def test_a_time_to_live_of_a_request_ends_its_pages(self, store: LocalStore) -> None:
+        request = store.request(prompt(3), RequestOptions(ttl_s=1e-6))
+        save(store, request)
+        use(store, prompt(3, seed=1))
+
+        assert store.lookup(request).num_blocks == 0
+        assert store.lookup(store.request(prompt(3, seed=1))).num_blocks == 3
+        assert store.stats()["expired_pages"]["host"] == 3
+
+    def test_a_higher_priority_stays_longer(self, store: LocalStore) -> None:
+        use(store, prompt(20, seed=1), RequestOptions(priority=1))
+        use(store, prompt(44, seed=2))
+
+        use(store, prompt(30, seed=3))
+
+        assert store.lookup(store.request(prompt(20, seed=1))).num_blocks == 20
+        assert store.lookup(store.request(prompt(44, seed=2))).num_blocks == 14
+
+    def test_pages_retained_until_a_time_do_not_leave_before_it(self, store: LocalStore) -> None:
+        use(store, prompt(20, seed=1), RequestOptions(retain_until=time.time() + 60))
+        use(store, prompt(60, seed=2))
+
+        assert store.lookup(store.request(prompt(20, seed=1))).num_blocks == 20
+        assert store.stats()["pinned_pages"] == 20
+
+    def test_a_request_may_pin_what_it_saves(self, store: LocalStore) -> None:
+        use(store, prompt(20, seed=1), RequestOptions(pin=True))
+        use(store, prompt(60, seed=2))
+
+        assert store.lookup(store.request(prompt(20, seed=1))).num_blocks == 20
+        assert store.unpin(store.request(prompt(20, seed=1))) == 20
+
+    def test_after_the_last_turn_only_the_shared_part_keeps_its_place(self, store: LocalStore) -> None:
+        shared, ours = prompt(10, seed=1, tail=0), prompt(20, seed=2)
+        use(store, np.concatenate([shared, prompt(10, seed=3)]), RequestOptions(session="other"))
+        whole = np.concatenate([shared, ours])
+        request = store.request(whole, RequestOptions(session="mine"))
+        load(store, request)
+        save(store, request)
+        store.finished(request, finish_reason="stop", last_turn=True)
+
+        use(store, prompt(44, seed=4))  # 20 too many: exactly the private part of the session that is over
+
+        assert store.lookup(store.request(whole)).num_blocks == 10
+        other = np.concatenate([shared, prompt(10, seed=3)])
+        assert store.lookup(store.request(other)).num_blocks == 20
+
+    def test_forgotten_blocks_are_gone_from_every_tier(self) -> None:
+        tier = memory_tier()
+        with store_over([tier]) as store:
+            request = store.request(prompt(6))
+            save(store, request)
+            assert store.flush(5.0)
+
+            assert store.forget(request, 2) == 4
+            assert store.lookup(request).num_blocks == 2
+            until = time.monotonic() + 5.0
+            while len(list(tier[0].scan())) > 2 and time.monotonic() < until:
+                time.sleep(0.01)
+            store.check()
+
+            assert len(list(tier[0].scan())) == 2
+
+
+class TestPrefetch:
+    def test_prefetched_pages_wait_in_host_memory(self) -> None:
+        tier = memory_tier()
+        with store_over([tier], num_slots=8) as store:
+            use(store, prompt(6, seed=1))
+            assert store.flush(5.0)
+            use(store, prompt(8, seed=2))
+            assert store.flush(5.0)
+            request = store.request(prompt(6, seed=1))
+
+            store.prefetch(request)
+            until = time.monotonic() + 5.0
+            while store.lookup(request).by_tier != {"host": 6} and time.monotonic() < until:
+                time.sleep(0.01)
+
+            assert store.lookup(request).by_tier == {"host": 6}
+            store.check()
+
+    def test_a_prefetch_asks_the_shared_tier_first(self) -> None:
+        shared = redis_like()
+        with store_over([shared]) as store:
+            use(store, prompt(4))
+            assert store.flush(5.0)
+            other = store_over([shared])
+            try:
+                request = other.request(prompt(4))
+                other.prefetch(request)
+                until = time.monotonic() + 5.0
+                while other.stats()["slots"]["resident"] < 4 and time.monotonic() < until:
+                    time.sleep(0.01)
+                assert other.stats()["slots"]["resident"] == 4
+            finally:
+                other._mover.close(5.0)
+
+    def test_a_cancelled_prefetch_holds_nothing(self, store: LocalStore) -> None:
+        store.cancel(store.prefetch(store.request(prompt(4))))
+
+        assert store.stats()["slots"]["free"] == 64
+
+
+class TestThreads:
+    def test_concurrent_loads_of_one_prefix_share_their_fetches(self) -> None:
+        tier = memory_tier()
+        with store_over([tier], num_slots=16) as store:
+            use(store, prompt(8, seed=1))
+            assert store.flush(5.0)
+            use(store, prompt(16, seed=2))
+            assert store.flush(5.0)
+            request = store.request(prompt(8, seed=1))
+            leases = [store.prepare_load(request, 8) for _ in range(5)]
+            statuses = [store.wait(lease, 5.0) for lease in leases]
+            for lease in leases:
+                store.complete(lease)
+            store.check()
+
+            assert [status.num_blocks for status in statuses] == [8] * 5
+            assert store.stats()["lane_bytes"]["memory"]["fetch"] == 8 * PAGE_BYTES
+
+    def test_many_threads_always_get_the_right_bytes(self) -> None:
+        tier = memory_tier(capacity_pages=60)
+        failures: list[BaseException] = []
+        with store_over([tier], num_slots=24) as store:
+
+            def engine(number: int) -> None:
+                rng = np.random.default_rng(number)
+                try:
+                    for _ in range(60):
+                        shared = prompt(int(rng.integers(1, 8)), seed=0, tail=0)
+                        use(store, np.concatenate([shared, prompt(int(rng.integers(1, 6)), int(rng.integers(0, 9)))]))
+                except BaseException as error:
+                    failures.append(error)
+
+            threads = [threading.Thread(target=engine, args=(n,)) for n in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+            store.flush(5.0)
+            store.check()
+
+            assert not failures
+            assert store.stats()["leases"] == 0
+            assert store.stats()["pinned_pages"] == 0
+            assert store.stats()["slots"]["filling"] == 0
+
+
+class TestLoadOrRecompute:
+    def test_a_tier_slower_than_computing_is_left_alone(self) -> None:
+        tier = memory_tier()
+        with store_over([tier], num_slots=8) as store:
+            use(store, prompt(8, seed=1))
+            assert store.flush(5.0)
+            use(store, prompt(8, seed=2))
+            store.observe_prefill(1_000_000, 0.001)  # an engine that computes a billion tokens a second
+            store._planner.costs.tiers["memory"].observe(1.0, PAGE_BYTES, time.monotonic())
+
+            match = store.lookup(store.request(prompt(8, seed=1)))
+
+        assert (match.num_blocks, match.known, match.cut) == (0, 8, CutReason.NOT_WORTH)
+
+    def test_it_is_used_again_when_it_has_become_fast(self) -> None:
+        tier = memory_tier()
+        with store_over([tier], num_slots=16) as store:
+            use(store, prompt(8, seed=1))
+            assert store.flush(5.0)
+            use(store, prompt(16, seed=2))
+            assert store.flush(5.0)
+            store.observe_prefill(1_000, 1.0)
+            store._planner.costs.tiers["memory"].observe(100.0, PAGE_BYTES, now=0.0)  # long ago
+            request = store.request(prompt(8, seed=1))
+
+            assert store.lookup(request).cut is CutReason.NOT_WORTH  # and a sample is fetched in the background
+            until = time.monotonic() + 5.0
+            while store.stats()["slots"]["filling"] and time.monotonic() < until:
+                time.sleep(0.01)
+
+            assert store.lookup(request).num_blocks > 0
+            store.check()
+
+
+class TestHashesThatMayCollide:
+    def test_blocks_are_compared_token_by_token(self, tmp_path: Path) -> None:
+        with open_small(tmp_path, store={"hash": "xxh3_128"}) as store:
+            use(store, prompt(4))
+            request = store.request(prompt(4))
+            assert store.lookup(request).num_blocks == 4
+            assert request.tokens is not None
+            request.tokens[2 * 4 * BLOCK] ^= 1  # as if another prompt had the same hash
+
+            assert store.lookup(request).num_blocks == 2
+            assert store.stats()["collisions"]["host"] > 0
+
+    def test_tokens_are_compared_on_what_comes_from_disk(self, tmp_path: Path) -> None:
+        with open_small(tmp_path, store={"hash": "xxh3_128"}) as store:
+            use(store, prompt(4))
+        with open_small(tmp_path, store={"hash": "xxh3_128"}) as store:
+            assert load(store, store.request(prompt(4)))[0] == 4
+
+
+class TestClosing:
+    def test_a_closed_store_refuses_work(self) -> None:
+        store = open_small()
+        request = store.request(prompt(2))
+        store.close()
+        store.close()
+
+        with pytest.raises(StoreClosed):
+            store.lookup(request)
+
+    def test_closing_writes_behind_what_is_left(self, tmp_path: Path) -> None:
+        with open_small(tmp_path) as store:
+            save(store, store.request(prompt(50)))
+        with open_small(tmp_path) as store:
+            assert store.lookup(store.request(prompt(50))).known == 50
+
+    def test_no_thread_is_left(self, tmp_path: Path) -> None:
+        before = set(threading.enumerate())
+        with open_small(tmp_path) as store:
+            use(store, prompt(4))
+
+        assert {t for t in threading.enumerate() if t.name.startswith("kvstore")} <= before
