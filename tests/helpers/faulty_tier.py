@@ -1,8 +1,8 @@
 """A tier that fails on command, or by chance with a seed.
 
 It wraps any tier and keeps the contract of `kvstore/tiers/base.py` while it fails: a lost page is a miss, a corrupt one
-leaves rubbish in its slot and answers False, a medium that is away raises TierUnavailable. Only `fail` with another error
-and `hang(honour_timeout=False)` break it, as a bug or a dying disk would.
+leaves rubbish in its slot and answers False, a medium that is away raises TierUnavailable. Only `fail` with another
+error and `hang(honour_timeout=False)` break it, as a bug or a dying disk would.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from kvstore.tiers.base import StoredPage, Tier
 
 HANG_LIMIT_S = 60.0  # a test that forgets to resume ends all the same
 RUBBISH = 0xA5
+METHODS = ("contains", "read_into", "write_from", "touch", "delete", "ping")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ class FaultyTier:
         self._changed = threading.Condition()  # of everything below
         self._error: BaseException | None = None
         self._failures_left = 0.0
-        self._is_hanging = False
+        self._failing: Collection[str] = ()
+        self._hanging: Collection[str] = ()
         self._honour_timeout = True
         self._delay_s = 0.0
         self._lose_left = 0
@@ -76,18 +78,24 @@ class FaultyTier:
         self._num_inside = 0
         self._num_hanging = 0
 
-    # -- commands --------------------------------------------------------------------------------------------------------
+    # -- commands ------------------------------------------------------------------------------------------------------
 
-    def fail(self, times: float = float("inf"), error: BaseException | None = None) -> None:
-        """Let the next `times` calls raise `error` (TierUnavailable by default)."""
+    def fail(
+        self, times: float = float("inf"), error: BaseException | None = None, *, only: Collection[str] = METHODS
+    ) -> None:
+        """Let the next `times` calls of the methods `only` raise `error` (TierUnavailable by default)."""
         with self._changed:
+            self._failing = only
             self._failures_left = times
             self._error = error or TierUnavailable(f"tier {self.name} was told to fail")
 
-    def hang(self, *, honour_timeout: bool = True) -> None:
-        """Let calls wait for `recover`; with `honour_timeout` they raise TierUnavailable when their time is up."""
+    def hang(self, *, honour_timeout: bool = True, only: Collection[str] = METHODS) -> None:
+        """Let calls of the methods `only` wait for `recover`.
+
+        With `honour_timeout` they raise TierUnavailable when their time is up.
+        """
         with self._changed:
-            self._is_hanging, self._honour_timeout = True, honour_timeout
+            self._hanging, self._honour_timeout = only, honour_timeout
 
     def slow_down(self, seconds: float) -> None:
         """Let every call take so much longer."""
@@ -109,7 +117,7 @@ class FaultyTier:
             self.chances = Chances()
             self._failures_left = self._delay_s = 0.0
             self._lose_left = self._corrupt_left = 0
-            self._is_hanging = False
+            self._hanging = ()
             self._changed.notify_all()
 
     def wait_for_hanging(self, num_calls: int = 1, timeout_s: float = 10.0) -> None:
@@ -117,7 +125,7 @@ class FaultyTier:
         with self._changed:
             assert self._changed.wait_for(lambda: self._num_hanging >= num_calls, timeout_s), "nobody came to hang"
 
-    # -- Tier ------------------------------------------------------------------------------------------------------------
+    # -- Tier ----------------------------------------------------------------------------------------------------------
 
     @property
     def capacity_pages(self) -> int | None:
@@ -184,7 +192,7 @@ class FaultyTier:
         self.recover()
         self.inner.close()
 
-    # -- faults ----------------------------------------------------------------------------------------------------------
+    # -- faults --------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _inside(self, method: str, timeout_s: float) -> Iterator[None]:
@@ -205,15 +213,15 @@ class FaultyTier:
             delay_s = self._delay_s + (chances.slow_s if self._random.random() < chances.slow else 0.0)
             is_unavailable = self._random.random() < chances.unavailable
             is_unexpected = self._random.random() < chances.unexpected
-            if self._failures_left > 0:
+            if self._failures_left > 0 and method in self._failing:
                 self._failures_left -= 1
                 assert self._error is not None
                 raise self._error
-            if self._is_hanging:
+            if method in self._hanging:
                 self._num_hanging += 1
                 self._changed.notify_all()
                 limit_s = min(timeout_s, HANG_LIMIT_S) if self._honour_timeout else HANG_LIMIT_S
-                resumed = self._changed.wait_for(lambda: not self._is_hanging, limit_s)
+                resumed = self._changed.wait_for(lambda: method not in self._hanging, limit_s)
                 self._num_hanging -= 1
                 if not resumed:
                     raise TierUnavailable(f"tier {self.name} did not answer within {limit_s} s")
