@@ -247,6 +247,7 @@ class TestLowerTiers:
             use(store, prompt(8, seed=1))
             assert store.flush(5.0)
             use(store, prompt(8, seed=2))
+            assert store.flush(5.0)
             first[0].delete([page.key for page in first[0].scan()], timeout_s=1.0)
 
             blocks, _ = load(store, store.request(prompt(8, seed=1)))
@@ -454,6 +455,7 @@ class TestLoadOrRecompute:
             use(store, prompt(8, seed=1))
             assert store.flush(5.0)
             use(store, prompt(8, seed=2))
+            assert store.flush(5.0)
             store.observe_prefill(1_000_000, 0.001)  # an engine that computes a billion tokens a second
             store._planner.costs.tiers["memory"].observe(1.0, PAGE_BYTES, time.monotonic())
 
