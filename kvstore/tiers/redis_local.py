@@ -85,7 +85,7 @@ class LocalRedis:
         self._password = password
         self._tls_cert = tls_cert
         self._tls_key = tls_key
-        self._arguments = tuple(arguments)
+        self.arguments = tuple(arguments)
         self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._directory: Path | None = None
@@ -180,7 +180,7 @@ class LocalRedis:
         options += ["--lazyfree-lazy-eviction", "yes", "--lazyfree-lazy-expire", "yes"]
         with open(self._directory / "log", "ab") as log:
             return subprocess.Popen(
-                [self._binary, *options, *self._arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [self._binary, *options, *self.arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
 
     def _answers(self, port: int) -> bool:

@@ -76,10 +76,17 @@ def parse_redis_url(url: str) -> RedisTarget:
 
 
 def mask_url(url: str) -> str:
-    """`url` with every password replaced by ***."""
+    """`url` with every password replaced by ***, also where it stands in a wrong place."""
     url = re.sub(r"([?&]\w*password=)[^&]*", r"\1***", url)
+    start = re.match(r"\w[\w+.-]*:/{1,2}", url)
+    scheme = start[0] if start else ""
     # Up to the last @, since a password with an @ or / in it is a likely mistake and must not be shown either.
-    return re.sub(r"^(\w[\w+.-]*:/{0,2})?([^:@/]*):.*@", r"\1\2:***@", url)
+    userinfo, at, hosts = url[len(scheme) :].rpartition("@")
+    if not at:
+        return url
+    username, colon, _ = userinfo.partition(":")
+    # A name alone may well be a password whose colon was forgotten.
+    return f"{scheme}{username + colon if colon else ''}***@{hosts}"
 
 
 class _Reader:
