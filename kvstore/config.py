@@ -69,8 +69,8 @@ def _known_policy(name: str) -> str:
 
 
 def _plain_word(text: str) -> str:
-    if not re.fullmatch(r"[!-~]{1,64}", text):
-        raise ValueError("it must be 1 to 64 printable ASCII characters without spaces")
+    if not re.fullmatch(r"[!-z|~]{1,64}", text):
+        raise ValueError("it must be 1 to 64 printable ASCII characters, without spaces and braces")
     return text
 
 
@@ -163,13 +163,15 @@ class RedisConfig(Section):
         default=None,
         description="redis, rediss (TLS), unix, redis+sentinel or redis+cluster URL; its password is never printed.",
     )
-    ttl_s: Seconds = Field(default=86400.0, ge=0, description="A page unused for this long expires; 0 means never.")
+    ttl_s: Seconds = Field(default=86400.0, gt=0, description="A page unused for this long expires on the server.")
     connections: Count = Field(
         default=3, ge=1, le=64, description="Connections, each with one page under way; 2 to 4 are enough."
     )
     timeout_s: Seconds = Field(default=1.0, gt=0, le=600, description="Longest time for one batch of reads or writes.")
     connect_timeout_s: Seconds = Field(default=0.5, gt=0, le=600, description="Longest time for making a connection.")
-    prefix: Annotated[str, AfterValidator(_plain_word)] = Field(default="kv", description="What every key starts with.")
+    prefix: Annotated[str, AfterValidator(_plain_word)] = Field(
+        default="kv:", description="What every key on the server starts with."
+    )
     admit: Admit = Field(
         default="always", description="Which saved pages are written: all, or only from their second use on."
     )
@@ -313,4 +315,6 @@ def _allowed(name: str, info: FieldInfo) -> str:
                 bounds.append(f"{sign} {_readable(name, limit)}")
     if bounds:
         return ", ".join(bounds)
-    return "a path, `none`" if name == "path" else "a URL, `none`" if name == "url" else "text without spaces"
+    return (
+        "a path, `none`" if name == "path" else "a URL, `none`" if name == "url" else "text without spaces and braces"
+    )

@@ -49,7 +49,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.store",
         "kvstore.build",
         "kvstore.config",
-        "radix.namespace",  # a connector knows what makes its pages different; the value goes into the store's face
+        "radix.namespace",  # the values of the store's face: a connector knows what makes its pages different,
+        "radix.tokens",  # and takes tokens as the store does
         "connectors",
     ),
 }
@@ -61,7 +62,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "asyncio": ("kvstore.aio", "kvstore.service"),
     "aiohttp": ("kvstore.service",),
     "threading": ("kvstore.move", "kvstore.store", "kvstore.tiers", "kvstore.codec"),  # codec: storage per thread
-    "concurrent": ("kvstore.move", "kvstore.tiers"),
+    "concurrent": ("kvstore.move", "kvstore.tiers", "kvstore.lab.workloads"),  # workloads stand in for a lane
     "transformers": ("connectors", "kvstore.lab"),
     "vllm": ("connectors",),
     "sglang": ("connectors",),
@@ -103,12 +104,12 @@ def find_imports(modules: Mapping[str, Path]) -> list[Import]:
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
         for_types = _inside(tree, _is_type_checking)
         late = _inside(tree, lambda node: isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))) | for_types
-        found += [
+        found += dict.fromkeys(
             Import(module, target, node.lineno, node not in late, node in for_types)
             for node in ast.walk(tree)
             if isinstance(node, (ast.Import, ast.ImportFrom))
             for target in _targets(node, module, path, modules)
-        ]
+        )
     return found
 
 

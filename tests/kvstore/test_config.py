@@ -194,7 +194,9 @@ def test_config_is_frozen_and_travels_between_processes() -> None:
         ("disk.admit", "never", "it must be 'always' or 'second_use'"),
         ("disk.workers", 0, "disk.workers is 0 .*at least 1"),
         ("redis.connections", 1000, "it must be at most 64"),
-        ("redis.prefix", "a b", "it must be 1 to 64 printable ASCII characters without spaces"),
+        ("redis.prefix", "a b", "it must be 1 to 64 printable ASCII characters, without spaces and braces"),
+        ("redis.prefix", "{a}", "without spaces and braces"),
+        ("redis.ttl_s", 0, "it must be more than 0 s"),
         (
             "redis.url",
             "redi://h",

@@ -138,7 +138,7 @@ def store() -> Iterator[LocalStore]:
 
 
 def save_and_load(store: LocalStore) -> None:
-    request = store.request(list(range(8)))
+    request = store.request(list(range(9)))  # one more than two blocks: an engine computes at least one token
     lease = store.prepare_save(request, 0, 2)
     store.complete(lease)
     store.lookup(request)
