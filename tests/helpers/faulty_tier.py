@@ -216,7 +216,7 @@ class FaultyTier:
             if self._failures_left > 0 and method in self._failing:
                 self._failures_left -= 1
                 assert self._error is not None
-                raise self._error
+                raise type(self._error)(*self._error.args)  # a new one: a traceback would keep the caller's slots alive
             if method in self._hanging:
                 self._num_hanging += 1
                 self._changed.notify_all()
