@@ -6,9 +6,9 @@ All codecs here are lossless for any bytes, also for pages that are not what the
     raw      0   the bytes as they are
     planes   1   for bfloat16: the exponents are split off and compressed with zstd, sign and mantissa stay raw
 
-Exponents of real KV carry about 2.7 of 8 bits, sign and mantissa 7.9: so `planes` gives nearly all that lossless can give
-(1.47x of a bound of 1.50x on SmolLM2) at twice the speed of compressing both. The idea is ZipNN's (Hershcovitch et al.,
-2024).
+Exponents of real KV carry about 2.7 of 8 bits, sign and mantissa 7.9: so `planes` gives nearly all that lossless can
+give (1.47x of a bound of 1.50x on SmolLM2) at twice the speed of compressing both. The idea is ZipNN's (Hershcovitch et
+al., 2024).
 
 Any thread.
 """

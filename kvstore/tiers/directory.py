@@ -38,7 +38,7 @@ CLOSE_TIMEOUT_S = 5.0
 _INDEX_FIXED_BYTES = 64 << 20  # address space of an index without pages
 _INDEX_BYTES_PER_SLOT = 4096  # ... and per slot: ten times what a record without tokens takes
 _RESERVED_BYTES_PER_SLOT = 512  # disk blocks set aside for the index, so that a full disk does not stop it
-_READER_MAP_BYTES = 1 << 36
+_MAX_MAP_BYTES = 1 << 36  # 64 GiB of address space: 16 million slots at the figure above
 _MAX_READERS = 1024
 
 # The index is not what was written: begin anew. Other errors of LMDB are about this moment or this process.
@@ -248,7 +248,7 @@ class DiskDirectory:
             raise
 
     def _open_index(self) -> DiskIndex:
-        map_bytes = _READER_MAP_BYTES if self.read_only else _map_bytes(self._asked_slots)
+        map_bytes = _MAX_MAP_BYTES if self.read_only else _map_bytes(self._asked_slots)
         env = lmdb.open(
             str(self.path / "index"),
             map_size=map_bytes,
@@ -283,8 +283,8 @@ class DiskDirectory:
         if num_slots < stored:
             raise ConfigError(
                 f"disk.capacity_bytes is {num_slots * geometry.slot_bytes}, but disk.path {self.path} already has "
-                f"{stored * geometry.slot_bytes} bytes of slots and does not shrink: set it to at least that, or remove "
-                f"the directory to start with a smaller one"
+                f"{stored * geometry.slot_bytes} bytes of slots and does not shrink: set it to at least that, or "
+                f"remove the directory to start with a smaller one"
             )
         slab.reserve(num_slots)
         _reserve(self.path / "index" / "data.mdb", num_slots * _RESERVED_BYTES_PER_SLOT)
@@ -350,7 +350,7 @@ def _identity(path: Path) -> tuple[int, int, int]:
 
 
 def _map_bytes(num_slots: int) -> int:
-    return _INDEX_FIXED_BYTES + num_slots * _INDEX_BYTES_PER_SLOT
+    return min(_INDEX_FIXED_BYTES + num_slots * _INDEX_BYTES_PER_SLOT, _MAX_MAP_BYTES)
 
 
 def _reserve(path: Path, num_bytes: int) -> None:

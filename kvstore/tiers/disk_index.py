@@ -1,15 +1,14 @@
-"""The disk tier's index and slot allocator: small records in LMDB, shared by all processes on one directory.
+"""The disk tier's index: small records in LMDB, shared by all processes on one directory.
 
     pages    page key             -> record (disk_record.py)
     order    stamp u64 BE         -> page key; least recently used first
-    free     slot u32 BE          -> nothing; slots that were used and given back
-    writing  slot u32 BE          -> generation u64, writer u64 (LE): handed out, not yet published
+    free, writing                 -> slots (disk_slots.py)
     meta     "geometry", "state"  -> checked values: what never changes, and the allocator's counters
 
-A slot below the high water mark is in exactly one of pages, free and writing. To store a page a caller claims a slot
-(one short transaction), writes the bytes outside any transaction, and publishes (another one). Whoever dies between
-leaves a `writing` entry of a writer that no longer lives; it is taken back when room is needed. Stamps and generations
-come from one counter that only grows, so a slot that was given away and filled again is told from what it was.
+To store a page a caller claims a slot (one short transaction), writes the bytes outside any transaction, and publishes
+(another one). Whoever dies between leaves a claim of a writer that no longer lives; it is taken back when room is
+needed. Stamps and generations come from one counter that only grows, so a slot that was given away and filled again is
+told from what it was.
 
 Transactions are short and none is held across I/O: a reader that stays makes LMDB keep every page that was ever
 replaced. Any thread; writers wait for each other with a deadline.
@@ -30,23 +29,15 @@ import lmdb
 from kvstore.errors import CorruptPage, LayoutMismatch, TierUnavailable
 from kvstore.page import PageKey
 from kvstore.tiers.directory_lock import DirectoryLock
-from kvstore.tiers.disk_record import (
-    PageRecord,
-    decode_checked,
-    decode_record,
-    encode_checked,
-    encode_record,
-)
+from kvstore.tiers.disk_record import PageRecord, decode_checked, decode_record, encode_checked, encode_record
+from kvstore.tiers.disk_slots import AllocatorState, Claim, SlotAllocator, Txn
 
 DISK_FORMAT_VERSION = 1
 SCAN_BATCH = 1024  # records per read transaction of a scan: about 5 ms
 EVICTION_WINDOW = 64  # how far beyond the least recently used pages an eviction looks for expired ones
 
-_SLOT = struct.Struct(">I")
 _STAMP = struct.Struct(">Q")
-_WRITING = struct.Struct("<QQ")
-_STATE = struct.Struct("<QQIII")
-_OPEN_TIMEOUT_S = 10.0
+_SET_UP_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +47,6 @@ class Geometry:
     layout: str
     slot_bytes: int
     version: int = DISK_FORMAT_VERSION
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A slot handed out for writing. `generation` goes into the page header."""
-
-    slot: int
-    generation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,24 +85,6 @@ class ScanPosition:
     end: int
 
 
-@dataclass(slots=True)
-class _State:
-    """The allocator's counters. leaked: slots whose record was damaged, so that nothing names them any more."""
-
-    clock: int = 1
-    next_writer: int = 1
-    num_slots: int = 0
-    high_water: int = 0
-    leaked: int = 0
-
-    def encode(self) -> bytes:
-        return encode_checked(_STATE.pack(self.clock, self.next_writer, self.num_slots, self.high_water, self.leaked))
-
-    def tick(self) -> int:
-        self.clock += 1
-        return self.clock
-
-
 class DiskIndex:
     """Records and slots of one directory. See the head of the module for the tables."""
 
@@ -130,13 +95,12 @@ class DiskIndex:
         """
         self._env = env
         self._lock = lock
-        self._writer = 0
         self._orphans: list[Claim] = []  # claims that could be neither published nor freed
         self._pages = self._table(b"pages")
         self._order = self._table(b"order")
-        self._free = self._table(b"free")
-        self._writing = self._table(b"writing")
         self._meta = self._table(b"meta")
+        is_alive = lock.is_alive if lock else lambda _: True
+        self._slots = SlotAllocator(self._table(b"free"), self._table(b"writing"), is_alive)
 
     # Setting up.
 
@@ -160,7 +124,7 @@ class DiskIndex:
 
     def set_up(self, geometry: Geometry, num_slots: int) -> None:
         """Write the geometry of a new directory, or grow the number of slots of one that is there."""
-        with self._write(time.monotonic() + _OPEN_TIMEOUT_S) as (txn, state):
+        with self._write(time.monotonic() + _SET_UP_TIMEOUT_S) as (txn, state):
             fields = {"layout": geometry.layout, "slot_bytes": geometry.slot_bytes, "version": geometry.version}
             txn.put(b"geometry", encode_checked(json.dumps(fields).encode()), db=self._meta)
             state.num_slots = max(state.num_slots, num_slots)
@@ -173,10 +137,10 @@ class DiskIndex:
     def enter(self, slots_in_file: int) -> int:
         """Become a writer, take back what dead ones left, and drop pages beyond the file's end; return how many."""
         assert self._lock is not None
-        with self._write(time.monotonic() + _OPEN_TIMEOUT_S) as (txn, state):
-            self._writer, state.next_writer = state.next_writer, state.next_writer + 1
-            self._lock.live(self._writer)
-            self._reclaim(txn)
+        with self._write(time.monotonic() + _SET_UP_TIMEOUT_S) as (txn, state):
+            self._slots.writer, state.next_writer = state.next_writer, state.next_writer + 1
+            self._lock.live(self._slots.writer)
+            self._slots.reclaim(txn)
             lost = 0
             if slots_in_file < state.high_water:
                 for key, raw in list(txn.cursor(self._pages)):
@@ -185,7 +149,7 @@ class DiskIndex:
                             self._remove(txn, state, key)
                             lost += 1
             if state.leaked:
-                self._rebuild(txn, state)
+                self._repair(txn, state)
             return lost
 
     # Reading.
@@ -236,13 +200,14 @@ class DiskIndex:
         """Slots by state; `slots` is their sum and those never used."""
         with self._env.begin() as txn:
             state = self._state(txn)
-            pages, free, writing = (txn.stat(db)["entries"] for db in (self._pages, self._free, self._writing))
+            pages = txn.stat(self._pages)["entries"]
+            free, writing = self._slots.counts(txn, state)
         return {
             "slots": state.num_slots,
             "pages": pages,
             "writing": writing,
-            "free": free + state.num_slots - state.high_water,
-            "leaked": state.high_water - pages - free - writing,
+            "free": free,
+            "leaked": state.num_slots - pages - free - writing,
         }
 
     # Writing.
@@ -255,16 +220,14 @@ class DiskIndex:
             with self._write(deadline) as (txn, state):
                 orphans, self._orphans = self._orphans, []
                 for claim in orphans:
-                    self._give_back(txn, claim)
+                    self._slots.give_back(txn, claim)
                 for key in evict:
                     self._remove(txn, state, key)
                 claimed.answers.extend(self._is_stored(txn, state, key, now, claimed) for key in keys)
                 missing = [position for position, stored in enumerate(claimed.answers) if not stored]
                 slots, claimed.evicted = self._take(txn, state, len(missing), set(keys), now)
                 for position, slot in zip(missing, slots, strict=False):
-                    claim = Claim(slot, state.tick())
-                    txn.put(_SLOT.pack(slot), _WRITING.pack(claim.generation, self._writer), db=self._writing)
-                    claimed.answers[position] = claim
+                    claimed.answers[position] = self._slots.claim(txn, state, slot)
         except BaseException:
             self._orphans.extend(orphans)  # the transaction did not happen
             raise
@@ -279,18 +242,16 @@ class DiskIndex:
         answers = []
         with self._write(deadline) as (txn, state):
             for claim in failed:
-                self._give_back(txn, claim)
+                self._slots.give_back(txn, claim)
             for page in pages:
-                if not self._is_ours(txn, page.claim):
+                if not self._slots.settle(txn, page.claim):
                     answers.append(False)
                     continue
-                if txn.get(page.key, db=self._pages) is not None:
-                    self._give_back(txn, page.claim)
-                    answers.append(True)
-                    continue
-                txn.delete(_SLOT.pack(page.claim.slot), db=self._writing)
-                self._put(txn, state, page.key, page.raw_header, page.claim.slot, page.expires_at, page.tokens)
                 answers.append(True)
+                if txn.get(page.key, db=self._pages) is None:
+                    self._put(txn, state, page.key, page.raw_header, page.claim.slot, page.expires_at, page.tokens)
+                else:
+                    self._slots.free(txn, page.claim.slot)
         return answers
 
     def abandon(self, claims: Sequence[Claim]) -> None:
@@ -302,10 +263,9 @@ class DiskIndex:
         answers = []
         with self._write(deadline) as (txn, state):
             for key in keys:
-                try:
+                record = None
+                with contextlib.suppress(CorruptPage):
                     record = self._get(txn, key)
-                except CorruptPage:
-                    record = None
                 if record is None or record.is_expired(now):
                     answers.append(False)
                     continue
@@ -349,11 +309,11 @@ class DiskIndex:
     def _table(self, name: bytes) -> Any:
         if self._lock is None:
             return self._env.open_db(name, create=False)
-        with self._lock.writing(time.monotonic() + _OPEN_TIMEOUT_S):
+        with self._lock.writing(time.monotonic() + _SET_UP_TIMEOUT_S):
             return self._env.open_db(name)
 
     @contextlib.contextmanager
-    def _write(self, deadline: float) -> Iterator[tuple[lmdb.Transaction, _State]]:
+    def _write(self, deadline: float) -> Iterator[tuple[Txn, AllocatorState]]:
         assert self._lock is not None
         with self._lock.writing(deadline), self._env.begin(write=True) as txn:
             state = self._state(txn)
@@ -363,17 +323,17 @@ class DiskIndex:
             if after != before:
                 txn.put(b"state", after, db=self._meta)
 
-    def _state(self, txn: lmdb.Transaction) -> _State:
+    def _state(self, txn: Txn) -> AllocatorState:
         raw = txn.get(b"state", db=self._meta)
-        return _State() if raw is None else _State(*_STATE.unpack(decode_checked(raw)))
+        return AllocatorState() if raw is None else AllocatorState.decode(raw)
 
     # Records.
 
-    def _get(self, txn: lmdb.Transaction, key: bytes) -> PageRecord | None:
+    def _get(self, txn: Txn, key: bytes) -> PageRecord | None:
         raw = txn.get(key, db=self._pages)
         return None if raw is None else decode_record(key, raw)
 
-    def _is_stored(self, txn: lmdb.Transaction, state: _State, key: PageKey, now: float, claimed: Claimed) -> bool:
+    def _is_stored(self, txn: Txn, state: AllocatorState, key: PageKey, now: float, claimed: Claimed) -> bool:
         """True if the page is there to stay; what is expired or damaged is removed first."""
         try:
             record = self._get(txn, key)
@@ -389,8 +349,8 @@ class DiskIndex:
 
     def _put(
         self,
-        txn: lmdb.Transaction,
-        state: _State,
+        txn: Txn,
+        state: AllocatorState,
         key: PageKey,
         raw_header: bytes,
         slot: int,
@@ -402,7 +362,7 @@ class DiskIndex:
         txn.put(key, raw, db=self._pages)
         txn.put(_STAMP.pack(stamp), key, db=self._order)
 
-    def _remove(self, txn: lmdb.Transaction, state: _State, key: bytes) -> None:
+    def _remove(self, txn: Txn, state: AllocatorState, key: bytes) -> None:
         raw = txn.pop(key, db=self._pages)
         if raw is None:
             return
@@ -412,103 +372,68 @@ class DiskIndex:
             state.leaked += 1  # a slot number that cannot be trusted is not handed out
             return
         txn.delete(_STAMP.pack(record.stamp), db=self._order)
-        txn.put(_SLOT.pack(record.slot), b"", db=self._free)
+        self._slots.free(txn, record.slot)
 
-    # Slots.
+    # Room.
 
     def _take(
-        self, txn: lmdb.Transaction, state: _State, count: int, keep: set[PageKey], now: float
+        self, txn: Txn, state: AllocatorState, count: int, keep: set[PageKey], now: float
     ) -> tuple[list[int], int]:
-        """Up to `count` slots, and how many pages were evicted for them. Least disturbing source first."""
-        slots = self._take_free(txn, state, count)
-        if len(slots) < count and self._reclaim(txn):
-            slots += self._take_free(txn, state, count - len(slots))
+        """Up to `count` slots, and how many pages were evicted for them. The least disturbing source comes first."""
+        slots = self._slots.take(txn, state, count)
+        if len(slots) < count and self._slots.reclaim(txn):
+            slots += self._slots.take(txn, state, count - len(slots))
         if len(slots) < count and state.leaked:
-            self._rebuild(txn, state)
-            slots += self._take_free(txn, state, count - len(slots))
-        evicted = 0
-        if len(slots) < count:
-            # Only when somebody else stores here too: a planner alone names its victims and knows what fits.
-            for key in self._oldest(txn, count - len(slots), keep, now):
-                self._remove(txn, state, key)
-                evicted += 1
-            slots += self._take_free(txn, state, count - len(slots))
-        return slots, evicted
+            self._repair(txn, state)
+            slots += self._slots.take(txn, state, count - len(slots))
+        # Only needed when somebody else stores here too: a planner alone names its victims and knows what fits.
+        victims = self._oldest(txn, state, count - len(slots), keep, now) if len(slots) < count else []
+        for key in victims:
+            self._remove(txn, state, key)
+        slots += self._slots.take(txn, state, count - len(slots))
+        return slots, len(victims)
 
-    def _take_free(self, txn: lmdb.Transaction, state: _State, count: int) -> list[int]:
-        slots: list[int] = []
-        with txn.cursor(self._free) as cursor:
-            while len(slots) < count and cursor.first():
-                raw = cursor.key()
-                cursor.delete()
-                slot = _SLOT.unpack(raw)[0] if len(raw) == _SLOT.size else state.num_slots
-                if slot < state.high_water:
-                    slots.append(slot)
-        fresh = min(count - len(slots), state.num_slots - state.high_water)
-        slots.extend(range(state.high_water, state.high_water + fresh))
-        state.high_water += fresh
-        return slots
-
-    def _oldest(self, txn: lmdb.Transaction, count: int, keep: set[PageKey], now: float) -> list[PageKey]:
+    def _oldest(self, txn: Txn, state: AllocatorState, count: int, keep: set[PageKey], now: float) -> list[PageKey]:
         """Up to `count` keys outside `keep`: expired ones first, then the least recently used."""
         expired: list[PageKey] = []
         oldest: list[PageKey] = []
         stale: list[bytes] = []
+        damaged: list[PageKey] = []
         for looked, (raw_stamp, raw_key) in enumerate(txn.cursor(self._order)):
             if looked >= count + len(keep) + EVICTION_WINDOW:
                 break
-            key = PageKey(raw_key)
+            key, record = PageKey(raw_key), None
             try:
                 record = self._get(txn, key)
             except CorruptPage:
-                oldest.append(key)
-                continue
+                damaged.append(key)
             if record is None or _STAMP.pack(record.stamp) != raw_stamp:
                 stale.append(raw_stamp)
             elif key not in keep:
                 (expired if record.is_expired(now) else oldest).append(key)
         for raw_stamp in stale:
             txn.delete(raw_stamp, db=self._order)
+        for key in damaged:
+            self._remove(txn, state, key)
         return (expired + oldest)[:count]
 
-    def _is_ours(self, txn: lmdb.Transaction, claim: Claim) -> bool:
-        raw = txn.get(_SLOT.pack(claim.slot), db=self._writing)
-        return bool(raw == _WRITING.pack(claim.generation, self._writer))
-
-    def _give_back(self, txn: lmdb.Transaction, claim: Claim) -> None:
-        if self._is_ours(txn, claim):
-            txn.delete(_SLOT.pack(claim.slot), db=self._writing)
-            txn.put(_SLOT.pack(claim.slot), b"", db=self._free)
-
-    def _reclaim(self, txn: lmdb.Transaction) -> int:
-        """Give back the slots of writers that died; return how many."""
-        assert self._lock is not None
-        alive: dict[int, bool] = {self._writer: True}
-        dead: list[bytes] = []
-        for raw_slot, raw in txn.cursor(self._writing):
-            writer = _WRITING.unpack(raw)[1] if len(raw) == _WRITING.size else 0
-            if writer not in alive:
-                alive[writer] = writer < 1 << 62 and self._lock.is_alive(writer)
-            if not alive[writer]:
-                dead.append(raw_slot)
-        for raw_slot in dead:
-            txn.delete(raw_slot, db=self._writing)
-            txn.put(raw_slot, b"", db=self._free)
-        return len(dead)
-
-    def _rebuild(self, txn: lmdb.Transaction, state: _State) -> None:
-        """Work out from records and claims which slots are free. One pass over the index; only after damage."""
-        used, damaged = set(), []
+    def _repair(self, txn: Txn, state: AllocatorState) -> None:
+        """Drop damaged records, free the slots they held, and make the order anew. One pass over the index."""
+        used: set[int] = set()
+        order: list[tuple[bytes, bytes]] = []
+        damaged: list[bytes] = []
         for key, raw in txn.cursor(self._pages):
-            try:
-                used.add(decode_record(key, raw).slot)
-            except CorruptPage:
+            record = None
+            with contextlib.suppress(CorruptPage):
+                record = decode_record(key, raw)
+            if record is None:
                 damaged.append(key)
+            else:
+                used.add(record.slot)
+                order.append((_STAMP.pack(record.stamp), key))
         for key in damaged:
             txn.delete(key, db=self._pages)
-        used.update(_SLOT.unpack(raw)[0] for raw, _ in txn.cursor(self._writing) if len(raw) == _SLOT.size)
-        txn.drop(self._free, delete=False)
-        for slot in range(state.high_water):
-            if slot not in used:
-                txn.put(_SLOT.pack(slot), b"", db=self._free)
-        state.leaked = 0
+        txn.drop(self._order, delete=False)
+        for raw_stamp, key in sorted(order):
+            txn.put(raw_stamp, key, db=self._order)
+        self._slots.rebuild(txn, state, used)
