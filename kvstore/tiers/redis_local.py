@@ -22,6 +22,8 @@ from typing import Any
 from urllib.parse import quote
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from kvstore.errors import KVStoreError
 
@@ -126,6 +128,7 @@ class LocalRedis:
     def freeze(self) -> None:
         """Stop the server from running: connections stay open and nothing answers."""
         self._signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)  # the signal takes effect some time after it is sent
 
     def thaw(self) -> None:
         """Let a frozen server run again."""
@@ -199,10 +202,10 @@ class LocalRedis:
         return False
 
     def _client(self, port: int) -> redis.Redis:
-        tls: dict[str, Any] = {}
+        options: dict[str, Any] = {"password": self._password, "protocol": 2, "socket_timeout": self._start_timeout_s}
         if self._tls_cert is not None:
-            tls = {"ssl": True, "ssl_ca_certs": str(self._tls_cert)}
-        return redis.Redis(HOST, port, password=self._password, protocol=2, socket_timeout=self._start_timeout_s, **tls)
+            options |= {"ssl": True, "ssl_ca_certs": str(self._tls_cert)}
+        return redis.Redis(HOST, port, retry=Retry(NoBackoff(), 0), **options)
 
     def _reap(self) -> None:
         process, self._process = self._process, None

@@ -118,12 +118,12 @@ def _pings(client: redis.Redis) -> bool:
 
 
 @contextmanager
-def canned_server(answers: Sequence[bytes]) -> Iterator[int]:
+def canned_server(answers: Sequence[bytes], *, port: int = 0) -> Iterator[int]:
     """A server that answers the n-th request of each connection with `answers[n]`, then hangs up; yields its port.
 
     A request is whatever arrives at once: right for small commands on the loopback.
     """
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server(("127.0.0.1", port)) as listener:
 
         def serve() -> None:
             while True:
