@@ -143,6 +143,8 @@ class KVCacheModel:
     prefill_chunk: tokens per forward of a prompt, a multiple of the block size. With reuse="exact" hits end on its
                    multiples.
     reuse:         "exact": logits are bit-equal to a run without a store; "any": finer hits, equal up to rounding.
+    save_decode:   with "any", whether blocks that fill up while decoding are saved too (default: yes).
+    load_deadline_s: longest wait for the pages of a hit; None takes the store's own (see `TransformersConnector`).
     self_check:    True compares a resumed run with a plain one before the first request; None does so for model types
                    that this package was not tested with.
 
@@ -158,6 +160,7 @@ class KVCacheModel:
         prefill_chunk: int = 256,
         reuse: Reuse | str = Reuse.EXACT,
         save_decode: bool | None = None,
+        load_deadline_s: float | None = None,
         self_check: bool | None = None,
     ) -> None:
         check_chunk(prefill_chunk, store.layout.block_size if store is not None else 1)
@@ -172,7 +175,12 @@ class KVCacheModel:
             if self_check or (self_check is None and model.config.model_type not in PROVEN):
                 check_engine(model).require()
             self.connector = TransformersConnector(
-                model, store, prefill_chunk=prefill_chunk, reuse=reuse, save_decode=save_decode
+                model,
+                store,
+                prefill_chunk=prefill_chunk,
+                reuse=reuse,
+                save_decode=save_decode,
+                load_deadline_s=load_deadline_s,
             )
 
     @classmethod
@@ -199,6 +207,7 @@ class KVCacheModel:
                 prefill_chunk=prefill_chunk,
                 reuse=reuse,
                 save_decode=save_decode,
+                load_deadline_s=config.store.load_deadline_s,
                 self_check=self_check,
             )
         except BaseException:

@@ -11,14 +11,15 @@ Made once per model and store; any thread. A request walks through it like this:
 Nothing here raises for a failing store, a lost page or a full queue: it is counted in `counters`, logged, and the
 model computes.
 
-The hard thing: in mode "exact" a load must end on a boundary of the prefill chunks, but a store grants whatever it
-has. Where layers with a window are involved, the pages for resuming at N are not those for resuming earlier, so a
-lease that came out shorter is given back and asked for again at the boundary below.
+The hard thing: a load that comes out shorter than it was promised. In mode "exact" it must end on a boundary of the
+prefill chunks, and with sliding windows the pages for resuming at N are not those for resuming earlier. Such a lease is
+given back and another taken at a boundary below; all attempts together keep to one deadline.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,12 +33,12 @@ from kvstore.base import KVStore
 from kvstore.devices.base import Device
 from kvstore.errors import ConfigError, KVStoreError, LayoutMismatch, RequestError
 from kvstore.move.worker import Worker
-from kvstore.plan.records import Request, RequestOptions
+from kvstore.plan.records import LeaseState, Request, RequestOptions
 
 log = logging.getLogger(__name__)
 
 SAVE_BATCH_BLOCKS = 32  # slots held at once by a save; a guess, so that a long prompt does not empty the pool
-LOAD_ATTEMPTS = 3  # each one ends at a lower boundary; the pages it needs are in host memory by then
+LOAD_ATTEMPTS = 3  # each one ends at a lower boundary than the one before
 CLOSE_TIMEOUT_S = 10.0
 
 
@@ -59,6 +60,8 @@ class TransformersConnector:
     prefill_chunk: tokens per forward of a prompt; a multiple of the block size.
     reuse:         what a hit promises, see `Reuse`.
     save_decode:   save blocks that fill up while decoding too; only with "any", and its default there.
+    load_deadline_s: longest wait for pages, all attempts together; None leaves the first attempt to the store's own
+                   deadline, and further ones take what is in host memory.
     device:        moves the bytes; None chooses by where the model is. A device given is the caller's to close.
     max_queue:     save jobs that may wait; beyond it saves are skipped.
 
@@ -78,6 +81,7 @@ class TransformersConnector:
         prefill_chunk: int = 256,
         reuse: Reuse | str = Reuse.EXACT,
         save_decode: bool | None = None,
+        load_deadline_s: float | None = None,
         device: Device | None = None,
         max_queue: int = 64,
     ) -> None:
@@ -87,6 +91,7 @@ class TransformersConnector:
         if self.saves_decode and self.reuse is Reuse.EXACT:
             raise ConfigError("save_decode is True with reuse 'exact'; a decode step gives other bits than a prefill")
         self.counters = ConnectorCounters()
+        self._load_deadline_s = load_deadline_s
         self._model = model
         self._store = store
         self._block_size = store.layout.block_size
@@ -244,23 +249,34 @@ class TransformersConnector:
 
     def _load(self, request: Request, wanted: int) -> Loaded | None:
         """Lease, wait, copy; None if nothing could be had. Every lease is ended here."""
-        for _ in range(LOAD_ATTEMPTS):
+        began = time.monotonic()
+        for attempt in range(LOAD_ATTEMPTS):
             if not wanted:
                 return None
             lease = self._store.prepare_load(request, wanted)
             try:
-                status = self._store.wait(lease)
+                status = self._store.wait(lease, self._time_left(began, attempt))
                 usable = self._resumable(status.num_blocks, request)
                 if usable and (usable == status.num_blocks or not self._bridge.has_sliding):
                     cache = self._bridge.load(lease.pages, usable, self._store.slot_array)
                     by_tier = tokens_by_tier(lease.by_tier, usable, self._block_size)
                     self._store.complete(lease)
                     return Loaded(cache, usable * self._block_size, by_tier)
-                # Usable, but the windows that end at this lower boundary were not part of the lease: ask for those.
-                wanted = usable
             finally:
                 self._store.release(lease)  # a no-op after complete
+            if status.state is not LeaseState.READY:
+                return None  # the deadline: what is still on its way helps the next request
+            # A page was lost, and with it every resume point whose windows this lease has. The store knows by now: what
+            # does it have at a boundary below?
+            less = usable or self._resumable(self._store.lookup(request).num_blocks, request)
+            wanted = less if less < wanted else 0
         return None
+
+    def _time_left(self, began: float, attempt: int) -> float | None:
+        """Seconds that a wait may take, so that all attempts together keep to one deadline; None: the store's own."""
+        if self._load_deadline_s is not None:
+            return max(0.0, began + self._load_deadline_s - time.monotonic())
+        return None if attempt == 0 else 0.0
 
     def _save(self, request: Request, spans: Sequence[Span], wait_computed: Callable[[], None]) -> None:
         """Copy blocks into slots and publish them, a batch at a time. On the worker."""

@@ -33,7 +33,8 @@ class DictStore:
     """Keeps each page as bytes under (block hash, group).
 
     raises:    names of methods that raise RuntimeError.
-    lost:      (block, group) that are granted by a lease and then do not arrive.
+    lost:      (block, group) that are granted by a lease, do not arrive, and are known to be gone from then on.
+    late:      loads never become ready: what is not `lost` is there, the rest may come after the deadline.
     max_slots: pages one save lease may have; the rest is skipped.
     calls:     how often each method was called.
     """
@@ -44,6 +45,7 @@ class DictStore:
         self.pages: dict[tuple[bytes, int], bytes] = {}
         self.raises: set[str] = set()
         self.lost: set[tuple[int, int]] = set()
+        self.late = False
         self.max_slots = 1 << 30
         self.calls: Counter[str] = Counter()
         self.prefills: list[int] = []
@@ -68,6 +70,10 @@ class DictStore:
 
     def wait_lookup(self, request: Request, timeout_s: float | None = None) -> Match:
         self._call("wait_lookup")
+        return self.lookup(request)
+
+    def lookup(self, request: Request) -> Match:
+        self._call("lookup")
         blocks = self._resume_point(request, len(request.keys), set())
         return Match(blocks, blocks * self.layout.block_size, by_tier={"host": blocks})
 
@@ -90,11 +96,17 @@ class DictStore:
 
     def wait(self, lease: LoadLease, timeout_s: float | None = None) -> LeaseStatus:
         self._call("wait")
-        blocks = self._resume_point(self._requests[lease.id], lease.num_blocks, self.lost)
+        request = self._requests[lease.id]
+        blocks = self._resume_point(request, lease.num_blocks, self.lost)
         # Only what the lease has can be resumed from: a window that ends earlier may not be in it.
         have = {(page.block, page.group) for page in lease.pages}
         while blocks and not set(self._needed(blocks)) <= have:
             blocks -= 1
+        if self.late:
+            return LeaseStatus(LeaseState.WAITING, blocks, blocks * self.layout.block_size)
+        for block, group in self.lost & have:
+            self.pages.pop((request.keys[block], group), None)
+        self.lost -= have
         return LeaseStatus(LeaseState.READY, blocks, blocks * self.layout.block_size)
 
     def prepare_save(self, request: Request, first: int, num_blocks: int, *, owner: str = "") -> SaveLease:
