@@ -108,12 +108,11 @@ class LowerTier:
                 page.homes |= self.bit
                 self.counters.spilled_pages += 1
             else:
-                self.forget_copy(page)
+                self.forget_copies((page,))
                 self.counters.failed_pages += 1
+                self.catalog.prune(page.block)
             if page.block.is_removed:
                 self.delete([page], now)
-            else:
-                self.catalog.prune(page.block)
         self.pump(now)
 
     def has(self, page: Page) -> bool:
@@ -129,18 +128,19 @@ class LowerTier:
                 hint = page.block.hint if left_s is None else page.block.hint._replace(ttl_s=max(left_s, 1e-3))
                 self.plan.policy.add((page,), now, hint)
 
-    def forget_copy(self, page: Page) -> None:
-        """The tier no longer holds a page, or the spill of it failed."""
-        page.homes &= ~self.bit
-        self.used_pages -= 1
+    def forget_copies(self, pages: Sequence[Page]) -> None:
+        """The tier no longer holds pages, or the spill of them failed."""
+        keep = ~self.bit
+        for page in pages:
+            page.homes &= keep
+        self.used_pages -= len(pages)
         if self.plan.policy is not None:
-            self.plan.policy.discard((page,))
+            self.plan.policy.discard(pages)
 
     def delete(self, pages: Sequence[Page], now: float) -> None:
         """Have copies deleted."""
         copies = [page for page in pages if page.homes & self.bit]
-        for page in copies:
-            self.forget_copy(page)
+        self.forget_copies(copies)
         for start in range(0, len(copies), TOUCH_BATCH):
             batch = copies[start : start + TOUCH_BATCH]
             self.flights.send(
@@ -186,8 +186,7 @@ class LowerTier:
         if outcome.error is not None:
             return
         gone = [page for page, ok in zip(flight.pages, outcome.ok, strict=True) if not ok and page.homes & self.bit]
-        for page in gone:
-            self.forget_copy(page)
+        self.forget_copies(gone)
         self.owe([page for page in reversed(gone) if page.state == PageState.READY], used=True)
         for page in gone:
             self.catalog.prune(page.block)
@@ -275,8 +274,7 @@ class LowerTier:
             return []
         ranked = self.plan.policy.victims(excess + self.in_flight)
         victims = [page for page in ranked if not page.spilling & self.bit][:excess]
-        for page in victims:
-            self.forget_copy(page)
+        self.forget_copies(victims)
         keys = [page.key for page in victims]
         for page in victims:
             self.catalog.prune(page.block)

@@ -69,11 +69,12 @@ class HostSpace:
         self.num_filling -= 1
         self._free(page)
 
-    def drop(self, page: Page) -> None:
-        """A resident page that nobody holds leaves."""
-        self.policy.discard((page,))
-        self.num_resident -= 1
-        self._free(page)
+    def drop(self, pages: Sequence[Page]) -> None:
+        """Resident pages that nobody holds leave."""
+        self.policy.discard(pages)
+        self.num_resident -= len(pages)
+        for page in pages:
+            self._free(page)
 
     def pin(self, page: Page) -> None:
         """Hold a resident page."""
@@ -115,8 +116,10 @@ class HostSpace:
     def expire(self, now: float) -> list[Page]:
         """Drop pages past their deadline; return them."""
         expired = [page for page in self.policy.expired(now) if not page.spilling]
+        if not expired:
+            return []
+        self.drop(expired)
         for page in expired:
-            self.drop(page)
             self._catalog.prune(page.block)
         self.expired_pages += len(expired)
         return expired
@@ -153,8 +156,7 @@ class HostSpace:
 
     def _evict(self, n: int, path: Sequence[Block]) -> bool:
         victims = self._victims(n, set(path))
-        for page in victims:
-            self.drop(page)
+        self.drop(victims)
         for page in victims:
             self._catalog.prune(page.block)
         self.evicted_pages += len(victims)

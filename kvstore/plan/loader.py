@@ -134,21 +134,21 @@ class Loader:
             if ok and not page.block.is_removed:
                 tier.learn(page, now)
                 self._host.ready(page)
-                page.pins += len(page.waiters)
+                page.pins += len(page.waiters or ())
                 if not page.pins:
                     loose.append(page)
                 self._tell(page, now)
             else:
                 self.failures[tier.plan.name] += 1
                 if outcome.error is None and tier.has(page):
-                    tier.forget_copy(page)
+                    tier.forget_copies((page,))
                 elsewhere = self._elsewhere(page, tier)
                 if elsewhere and page.waiters and now < flight.transfer.deadline:
                     retry.append(page)
                     retry_codes.append(elsewhere)
                 else:
                     self._host.abandon(page)
-                    for load in page.waiters:
+                    for load in page.waiters or ():
                         load.lost.add(page)
                     self._tell(page, now)
             tier.let_go(page, now)
@@ -218,6 +218,8 @@ class Loader:
     def _join(self, load: Load) -> None:
         for page in load.pages:
             if page.state == PageState.FILLING:
+                if page.waiters is None:
+                    page.waiters = []
                 page.waiters.append(load)
                 load.waiting += 1
                 if page.flight:
@@ -281,8 +283,8 @@ class Loader:
         return 0
 
     def _tell(self, page: Page, now: float) -> None:
-        waiters, page.waiters = page.waiters, []
-        for load in waiters:
+        waiters, page.waiters = page.waiters, None
+        for load in waiters or ():
             load.waiting -= 1
             if not load.waiting:
                 self._set_ready(load, now)
@@ -301,7 +303,7 @@ class Loader:
                 continue
             if page.state == PageState.READY:
                 held.append(page)
-            else:
+            elif page.waiters is not None:
                 page.waiters.remove(load)
         self.load_seconds += max(0.0, load.ready_at - load.started_at)
         load.state = LeaseState.CLOSED

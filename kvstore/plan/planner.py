@@ -259,7 +259,7 @@ class Planner:
         pages = [page for block in removed for page in block.pages]
         for page in pages:
             if page.state == PageState.READY and page.pins == 0 and not page.spilling:
-                self.host.drop(page)
+                self.host.drop((page,))
         for tier in self.tiers:
             tier.delete(pages, now)
         return len(removed)
@@ -393,8 +393,9 @@ class Planner:
                 self.host.abandon(page)
                 self.counters["aborted_saves"] += 1
         self.host.enter(whole, now, used=False)
-        for page in reversed(save.pages):
-            self.catalog.prune(page.block)
+        if len(whole) < len(save.pages):
+            for page in reversed(save.pages):
+                self.catalog.prune(page.block)
         self.counters["saved_pages"] += len(whole)
         request = save.request
         blocks = list(dict.fromkeys(page.block for page in whole))
@@ -450,13 +451,14 @@ class Planner:
                 other.owe(arrived, used=True)
                 other.pump(now)
         self._drop_removed(flight.pages)
-        for page in reversed(flight.pages):
-            self.catalog.prune(page.block)
+        if len(arrived) < len(flight.pages):
+            for page in reversed(flight.pages):
+                self.catalog.prune(page.block)
 
     def _drop_removed(self, pages: Sequence[Page]) -> None:
         for page in pages:
             if page.block.is_removed and page.state == PageState.READY and page.pins == 0 and not page.spilling:
-                self.host.drop(page)
+                self.host.drop((page,))
 
 
 def _session(request: Request) -> str:

@@ -237,7 +237,7 @@ class Scout:
             for group, page in enumerate(block.pages):
                 there = probe.answer[(block.depth - probe.first) * num_groups + group]
                 if not there and tier.has(page) and not page.flight and not page.spilling & tier.bit:
-                    tier.forget_copy(page)
+                    tier.forget_copies((page,))
             self._catalog.prune(block)
 
     def _reason(self, survey: Survey) -> CutReason:

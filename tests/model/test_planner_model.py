@@ -327,5 +327,6 @@ TestPlannerWithSieve = _case(SieveMachine, 50)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 class TestPlannerLong(PlannerMachine.TestCase):  # type: ignore[name-defined,misc]
     settings = settings(TestPlanner.settings, max_examples=3000, stateful_step_count=200)
