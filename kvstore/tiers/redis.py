@@ -133,7 +133,8 @@ class RedisTier:
                 ok[i] = verdict is Verdict.GOOD
                 self._count(_COUNTED.get(verdict))
                 if verdict in (Verdict.CORRUPT, Verdict.TORN):
-                    spoiled.append((keys[i], sink.seen))
+                    # Without its head the other parts were received where the head belongs.
+                    spoiled.append((keys[i], b"" if lengths[0] is None else sink.seen))
             with suppress(TierUnavailable):  # the pages that were read are none the worse
                 for key, seen in spoiled:
                     self._drop_unchanged(wire, key, seen)
