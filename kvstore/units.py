@@ -76,13 +76,13 @@ def format_seconds(seconds: float) -> str:
     if seconds == 0:
         return "0 s"
     if abs(seconds) < 0.001:
-        return f"{_short(seconds * 1e6)} µs"
+        return f"{_short(seconds * 1e6, 3)} µs"
     if abs(seconds) < 1:
-        return f"{_short(seconds * 1e3)} ms"
+        return f"{_short(seconds * 1e3, 3)} ms"
     for name, factor, least in (("d", 86400.0, 2.0), ("h", 3600.0, 1.0), ("min", 60.0, 1.0)):
         if abs(seconds) >= factor * least:
-            return f"{_short(seconds / factor)} {name}"
-    return f"{_short(seconds)} s"
+            return f"{_short(seconds / factor, 3)} {name}"
+    return f"{_short(seconds, 3)} s"
 
 
 def _split(text: str, units: dict[str, int] | dict[str, float]) -> tuple[float, float | None]:
@@ -92,6 +92,6 @@ def _split(text: str, units: dict[str, int] | dict[str, float]) -> tuple[float, 
     return float(match[1]), units.get(match[2].lower())
 
 
-def _short(number: float) -> str:
-    # Four significant digits at most; a whole number keeps all of its own.
-    return f"{number:.0f}" if float(number).is_integer() else f"{number:.4g}"
+def _short(number: float, digits: int = 4) -> str:
+    # A whole number keeps all of its digits.
+    return f"{number:.0f}" if float(number).is_integer() else f"{number:.{digits}g}"

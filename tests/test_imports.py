@@ -99,7 +99,7 @@ def find_modules(root: Path, packages: tuple[str, ...] = PACKAGES) -> dict[str, 
 
 def find_imports(modules: Mapping[str, Path]) -> list[Import]:
     """Every import statement of every module, resolved to the module it loads."""
-    found = []
+    found: list[Import] = []
     for module, path in modules.items():
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
         for_types = _inside(tree, _is_type_checking)

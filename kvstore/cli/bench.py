@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def bench(
     workloads: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[WORKLOAD [DIR|URL]]...", help="What to run; without any, the list of what there is."),
+        typer.Argument(metavar="[WORKLOAD [ARGUMENT]]...", help="What to run; without any, the list of what there is."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds: a first impression.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with machine and versions.")] = False,
@@ -28,7 +28,7 @@ def bench(
 ) -> None:
     """Measure this machine: each workload beside its ceiling, taking turns.
 
-    For example: kvstore bench hash planner host disk /mnt/nvme/bench redis redis://127.0.0.1
+    For example: kvstore bench hash planner host disk /mnt/nvme redis local
     """
     from kvstore.lab.bench import WORKLOADS, report, run
 

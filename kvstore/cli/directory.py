@@ -11,7 +11,9 @@ import typer
 from kvstore.errors import ConfigError
 
 Directory = Annotated[
-    Path, typer.Argument(metavar="DIR", help="Directory of a disk tier (disk.path), in use or not.", show_default=False)
+    Path,
+    # readable=False: whether it can be read is checked below, with an answer that says what to do.
+    typer.Argument(metavar="DIR", help="Directory of a disk tier (disk.path), in use or not.", readable=False),
 ]
 
 

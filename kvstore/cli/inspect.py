@@ -67,8 +67,7 @@ def _trunks(directory: Path, facts: dict[str, Any]) -> list[Trunk]:
 
 def _summary(facts: dict[str, Any], now: float) -> object:
     slots = facts["slots"]
-    lines = table("", "", title=facts["path"])
-    lines.show_header = False
+    lines = table("directory", facts["path"])
     add_row(
         lines,
         "geometry",

@@ -58,5 +58,5 @@ def table(*columns: str, title: str | None = None, right: tuple[str, ...] = ()) 
     heading = None if title is None else Text(title)
     made = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", title_style="bold", pad_edge=False)
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        made.add_column(Text(column), justify="right" if column in right else "left", overflow="fold")
     return made

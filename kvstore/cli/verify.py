@@ -10,7 +10,6 @@ import typer
 
 from kvstore.cli.directory import Directory, check_directory
 from kvstore.cli.output import add_row, console, print_json, table
-from kvstore.page import split_key
 from kvstore.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -65,6 +64,8 @@ def verify(
 
 
 def _as_row(check: PageCheck) -> dict[str, Any]:
+    from kvstore.page import split_key
+
     block_hash, group, shard = split_key(check.key)
     depth = None if check.record is None else check.record.header.depth
     return {"block": block_hash.hex(), "group": group, "shard": shard, "depth": depth, "reason": check.reason}
@@ -76,7 +77,8 @@ def _print(result: dict[str, Any]) -> None:
     output = console()
     speed = result["good_bytes"] / max(result["seconds"], 1e-9)
     numbers = ("pages", "good", "bad", "bytes", "time", "rate")
-    summary = table(*numbers, title=result["path"], right=numbers)
+    summary = table(*numbers, right=numbers)
+    output.print(Text(result["path"], style="bold"), soft_wrap=True)
     add_row(
         summary,
         str(result["pages"]),
@@ -108,7 +110,8 @@ def _print(result: dict[str, Any]) -> None:
 
 def _progress(total: int, *, hidden: bool) -> Any:
     """A bar on standard error; yields a function that is called after each page with the number of bad ones so far."""
-    if hidden:
+    printer = console(stderr=True)
+    if hidden or not printer.is_terminal:
         return nullcontext(lambda num_bad: None)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -119,4 +122,4 @@ def _progress(total: int, *, hidden: bool) -> Any:
             return lambda num_bad: self.update(task, advance=1, bad=num_bad)
 
     columns = (TextColumn("verify"), BarColumn(), MofNCompleteColumn(), TextColumn("bad {task.fields[bad]}"))
-    return _Bar(*columns, TimeRemainingColumn(), console=console(stderr=True), transient=True)
+    return _Bar(*columns, TimeRemainingColumn(), console=printer, transient=True)

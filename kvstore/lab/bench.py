@@ -78,7 +78,7 @@ WORKLOADS: dict[str, Workload] = {
     "planner": Workload("lookups, saves and evictions per block, no bytes moved", "kvstore.lab.workloads.planner"),
     "host": Workload("save and load through a store in host memory, over memcpy", "kvstore.lab.workloads.host"),
     "disk": Workload("write and cold read of a disk tier, over raw O_DIRECT", "kvstore.lab.workloads.disk", "DIR"),
-    "redis": Workload("SET and GET of a Redis tier, over a bare socket", "kvstore.lab.workloads.redis", "URL"),
+    "redis": Workload("SET and GET of a Redis tier, over a bare socket", "kvstore.lab.workloads.redis", "URL|local"),
 }
 
 

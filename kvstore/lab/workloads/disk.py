@@ -24,6 +24,9 @@ from kvstore.tiers.host import HostSlab
 from kvstore.tiers.slab_file import SlabFile
 from kvstore.units import KiB, MiB
 
+PAGE_SIZES = (256 * KiB, 2 * MiB)
+TOTAL_BYTES = 128 * MiB
+QUICK_BYTES = 32 * MiB
 THREADS = 4
 BATCH_PAGES = 8  # pages a lane hands over at once
 TIMEOUT_S = 120.0
@@ -35,8 +38,8 @@ def run(argument: str, quick: bool) -> list[Table]:
     Raises ConfigError if the directory cannot be made or has no room.
     """
     tables = []
-    for page_bytes in (256 * KiB, 2 * MiB):
-        num_pages = (32 if quick else 128) * MiB // page_bytes
+    for page_bytes in PAGE_SIZES:
+        num_pages = (QUICK_BYTES if quick else TOTAL_BYTES) // page_bytes
         with _directory(argument) as path:
             tables += _measure(path, page_bytes, num_pages, quick)
     return tables

@@ -21,6 +21,7 @@ from kvstore.units import KiB, MiB
 from radix.namespace import Namespace
 
 BLOCK_SIZE = 64
+PAGE_SIZES = (256 * KiB, 2 * MiB)
 PROMPT_PAGES = 32
 PROMPTS_THAT_FIT = 4
 
@@ -29,16 +30,15 @@ Pages = npt.NDArray[np.uint8]
 
 def run(argument: str, quick: bool) -> list[Table]:
     """Measure pages of 256 KiB and 2 MiB; the store is full, so that every save evicts."""
-    return [_measure(page_bytes, quick) for page_bytes in (256 * KiB, 2 * MiB)]
+    return [_measure(page_bytes, quick) for page_bytes in PAGE_SIZES]
 
 
-def bench_layout(page_bytes: int) -> Layout:
-    """One group of one page per block."""
+def _layout(page_bytes: int) -> Layout:
     return Layout(BLOCK_SIZE, (LayerGroup(GroupKind.FULL, (0,), page_bytes),), "bench", "uint8")
 
 
 def _measure(page_bytes: int, quick: bool) -> Table:
-    layout = bench_layout(page_bytes)
+    layout = _layout(page_bytes)
     namespace = Namespace("bench", "1", layout.dtype, layout.fingerprint, BLOCK_SIZE)
     config = Config(host={"capacity_bytes": PROMPTS_THAT_FIT * PROMPT_PAGES * page_bytes})
     engine, elsewhere = (np.ones((PROMPT_PAGES, page_bytes), np.uint8) for _ in range(2))

@@ -14,14 +14,18 @@ from contextlib import closing
 
 import numpy as np
 
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.lab.bench import Case, Table, measure
 from kvstore.page import PageMeta, page_key
 from kvstore.tiers.host import HostSlab
 from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_local import LocalRedis
 from kvstore.tiers.redis_url import Kind, RedisTarget, parse_redis_url
 from kvstore.units import KiB, MiB
 
+PAGE_SIZES = (256 * KiB, 2 * MiB)
+TOTAL_BYTES = 64 * MiB
+QUICK_BYTES = 8 * MiB
 CONNECTIONS = 3
 LOOKUP_KEYS = 256
 TIMEOUT_S = 60.0
@@ -29,13 +33,19 @@ TTL_S = 600.0  # for what an interrupted run leaves behind
 
 
 def run(argument: str, quick: bool) -> list[Table]:
-    """Measure pages of 256 KiB and 2 MiB on the server at the URL `argument`. Raises ConfigError or TierUnavailable."""
+    """Measure pages of 256 KiB and 2 MiB on the server at the URL `argument`; "local" starts a private one.
+
+    Raises ConfigError, TierUnavailable, or RedisNotInstalled.
+    """
+    if argument == "local":
+        with LocalRedis() as server:
+            return run(server.url, quick)
     target = parse_redis_url(argument)
     if target.kind is not Kind.SINGLE or target.tls is not None:
         raise ConfigError(f"bench redis: {target.masked} has no bare socket to compare with; give redis:// or unix://")
     tables = []
-    for page_bytes in (256 * KiB, 2 * MiB):
-        tables += _measure(argument, target, page_bytes, (8 if quick else 64) * MiB // page_bytes, quick)
+    for page_bytes in PAGE_SIZES:
+        tables += _measure(argument, target, page_bytes, (QUICK_BYTES if quick else TOTAL_BYTES) // page_bytes, quick)
     return tables
 
 
@@ -43,7 +53,7 @@ class BareSocket:
     """The least a client of Redis can do: commands out of, and values into, memory that is there already."""
 
     def __init__(self, target: RedisTarget) -> None:
-        """Connect and log in. Raises ConfigError if the server does not answer."""
+        """Connect and log in. Raises TierUnavailable if the server does not answer, ConfigError if it refuses."""
         try:
             if target.path:
                 self._socket = socket.socket(socket.AF_UNIX)
@@ -53,7 +63,7 @@ class BareSocket:
                 self._socket = socket.create_connection(target.nodes[0], timeout=TIMEOUT_S)
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
-            raise ConfigError(f"bench redis: {target.masked} cannot be reached: {error}") from error
+            raise TierUnavailable(f"bench redis: {target.masked} cannot be reached: {error}") from error
         self._rest = bytearray()
         if target.password is not None:
             self._ask(b"AUTH", *([target.username.encode()] if target.username else []), target.password.encode())
@@ -119,7 +129,7 @@ class BareSocket:
 
     def _receive(self, num_bytes: int) -> int:
         if not num_bytes:
-            raise ConfigError("bench redis: the server closed the connection")
+            raise TierUnavailable("bench redis: the server closed the connection")
         return num_bytes
 
 

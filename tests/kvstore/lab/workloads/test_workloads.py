@@ -1,0 +1,108 @@
+"""Every workload runs, small, and hands back what `kvstore bench` prints. How fast is no matter here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvstore.errors import ConfigError, TierUnavailable
+from kvstore.lab.bench import WORKLOADS, Table
+from kvstore.lab.workloads import disk, hash, host, planner, redis
+from kvstore.tiers.redis_local import LocalRedis
+from kvstore.tiers.redis_url import parse_redis_url
+from kvstore.units import KiB
+from tests.helpers.redis_server import NEEDS_REDIS
+
+
+def check(tables: list[Table], *units: str) -> None:
+    assert [table.unit for table in tables] == list(units)
+    for table in tables:
+        assert table.timings[0].ratio == 1.0
+        assert all(timing.ratio > 0 and timing.per_s > 0 and timing.amount > 0 for timing in table.timings)
+        assert len({timing.name for timing in table.timings}) == len(table.timings)
+
+
+def test_every_workload_of_the_list_has_its_module() -> None:
+    modules = {module.__name__ for module in (disk, hash, host, planner, redis)}
+
+    assert {workload.module for workload in WORKLOADS.values()} == modules
+
+
+def test_hash_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hash, "NUM_TOKENS", 2048)
+
+    check(hash.run("", True), "tokens")
+
+
+def test_planner_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "PROMPT_BLOCKS", 16)
+    monkeypatch.setattr(planner, "SHARED_BLOCKS", 12)
+    monkeypatch.setattr(planner, "NUM_SLOTS", 64)
+
+    check(planner.run("", True), "blocks")
+
+
+def test_host_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "PAGE_SIZES", (4 * KiB, 8 * KiB))
+    monkeypatch.setattr(host, "PROMPT_PAGES", 4)
+
+    check(host.run("", True), "bytes", "bytes")
+
+
+def test_disk_runs_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(disk, "PAGE_SIZES", (4 * KiB, 16 * KiB))
+    monkeypatch.setattr(disk, "QUICK_BYTES", 128 * KiB)
+
+    check(disk.run(str(tmp_path), True), "bytes", "bytes", "bytes", "bytes")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_needs_a_directory_that_is_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"bench disk: cannot make a directory in .*nowhere"):
+        disk.run(str(tmp_path / "nowhere"), True)
+
+
+@pytest.mark.redis
+class TestRedis:
+    pytestmark = NEEDS_REDIS
+
+    @pytest.fixture(autouse=True)
+    def _small(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(redis, "PAGE_SIZES", (4 * KiB, 16 * KiB))
+        monkeypatch.setattr(redis, "QUICK_BYTES", 64 * KiB)
+
+    @pytest.mark.parametrize("by", ["url", "unix_url"])
+    def test_redis_runs_and_leaves_nothing_behind(self, by: str) -> None:
+        with LocalRedis() as server:
+            check(redis.run(getattr(server, by), True), "bytes", "bytes", "keys", "bytes", "bytes", "keys")
+
+            assert server.client().dbsize() == 0
+
+    def test_redis_starts_a_server_of_its_own(self) -> None:
+        check(redis.run("local", True)[:1], "bytes")
+
+    def test_bare_socket_logs_in_and_moves_values_of_any_size(self) -> None:
+        with LocalRedis(password="s3cret") as server:
+            bare = redis.BareSocket(parse_redis_url(server.url))
+            for size in (1, 4095, 3 << 20):
+                value = bytes(i % 251 for i in range(251)) * (size // 251 + 1)
+                out = memoryview(bytearray(size))
+
+                bare.set(b"k", memoryview(value)[:size])
+                bare.get_into(b"k", out)
+
+                assert out == memoryview(value)[:size]
+            assert bare.exists([b"k", b"other", b"k"]) == 2
+            bare.close()
+
+
+def test_redis_that_is_not_there_is_told() -> None:
+    with pytest.raises(TierUnavailable, match=r"bench redis: redis://127.0.0.1:1/0 cannot be reached"):
+        redis.run("redis://127.0.0.1:1/0", True)
+
+
+@pytest.mark.parametrize("url", ["rediss://h", "redis+cluster://h", "redis+sentinel://h/main"])
+def test_redis_without_a_bare_socket_is_told(url: str) -> None:
+    with pytest.raises(ConfigError, match="has no bare socket to compare with"):
+        redis.run(url, True)
