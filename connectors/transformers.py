@@ -21,8 +21,9 @@ import numpy as np
 from connectors.transformers_check import PROVEN, check_engine
 from connectors.transformers_connector import TransformersConnector, check_chunk
 from connectors.transformers_forward import Forward, chunk_bounds
-from connectors.transformers_identity import Reuse, model_namespace, rope_limit
+from connectors.transformers_identity import Reuse, model_namespace
 from connectors.transformers_layout import model_layout, new_cache
+from connectors.transformers_positions import steady_tokens
 from connectors.transformers_session import ColdSession, open_session
 from connectors.transformers_text import Sampler, Sampling, TextStream
 from kvstore.base import KVStore
@@ -168,7 +169,7 @@ class KVCacheModel:
         self.tokenizer = tokenizer
         self.prefill_chunk = prefill_chunk
         self._forward = Forward(model)
-        self._rope_limit = rope_limit(model.config)
+        self._steady_tokens = steady_tokens(model.config)
         self._owned_store: KVStore | None = None
         self.connector: TransformersConnector | None = None
         if store is not None:
@@ -328,7 +329,7 @@ class KVCacheModel:
         """Look the prompt up and load what there is."""
         run = _Run(tokens, self.prefill_chunk)
         connector = self.connector
-        if self._rope_limit is not None and len(tokens) + max_new_tokens > self._rope_limit:
+        if self._steady_tokens is not None and len(tokens) + max_new_tokens > self._steady_tokens:
             # Its positions are encoded by its length: computed in one piece, as transformers does, and kept to itself.
             connector, run.chunk = None, len(tokens)
         run.session = open_session(connector, lambda: new_cache(self.model), tokens, options)

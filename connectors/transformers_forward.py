@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from connectors.transformers_layout import model_device
+from connectors.transformers_positions import max_tokens
 from kvstore.errors import RequestError
 from radix.tokens import TokenArray, as_tokens
 
@@ -45,9 +46,7 @@ class Forward:
         self._keeps_logits = "logits_to_keep" in inspect.signature(_forward_of(model)).parameters
         embeddings = model.get_input_embeddings()
         self.vocab_size = int(embeddings.num_embeddings)
-        config = model.config.get_text_config(decoder=True)
-        limit = getattr(config, "max_position_embeddings", None)
-        self.max_tokens = int(limit) if limit else None
+        self.max_tokens = max_tokens(model.config)
 
     def __call__(self, tokens: TokenArray, cache: Any, start: int, *, last_only: bool = True) -> torch.Tensor:
         """Run `tokens`, which stand at `start` of the prompt, through the model; the cache grows by them.

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from connectors.transformers_layout import model_device
+from connectors.transformers_positions import steady_tokens
 from kvstore.errors import ConfigError
 from kvstore.layout import Layout
 
@@ -45,8 +46,6 @@ _COSMETIC = {
     "transformers_version",
     "use_cache",
 }
-# Rotary embeddings whose frequencies are rewritten in place while the model runs.
-_MOVING_ROPE = ("dynamic", "longrope")
 
 
 class Reuse(str, Enum):
@@ -144,7 +143,7 @@ def weights_fingerprint(model: Any) -> str:
     Not a cryptographic hash: it tells models apart, it does not defend against one made to collide.
     """
     digest = xxhash.xxh3_128()
-    moving = rope_limit(model.config) is not None
+    moving = steady_tokens(model.config) is not None
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -184,23 +183,6 @@ def active_adapters(model: Any) -> str:
     if not names:
         return ""
     return "+".join(sorted(names)) + "#" + hashlib.sha256(repr(acting).encode()).hexdigest()[:16]
-
-
-def rope_limit(config: Any) -> int | None:
-    """Tokens up to which positions are encoded in one way, for models that change their rope beyond; None for all
-    others.
-
-    A longer prompt is computed whole and never stored: its first pages differ from those of a shorter one.
-    """
-    config = config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
-    by_layer = [entry for entry in rope.values() if isinstance(entry, dict)] or [rope]
-    limits = [
-        int(entry.get("original_max_position_embeddings") or config.max_position_embeddings)
-        for entry in by_layer
-        if any(kind in str(entry.get("rope_type", "")) for kind in _MOVING_ROPE)
-    ]
-    return min(limits, default=None)
 
 
 def _without_cosmetics(value: Any) -> Any:

@@ -209,7 +209,12 @@ def test_saves_that_find_no_queue_are_skipped_and_counted(opened: Any) -> None:
     connector = model.connector
     assert connector is not None
     gate, blocked = threading.Event(), threading.Event()
-    connector._worker.submit(lambda: blocked.set() or gate.wait(10))
+
+    def block() -> None:
+        blocked.set()
+        gate.wait(10)
+
+    connector._worker.submit(block)
     assert blocked.wait(10)
     while connector._worker.submit(lambda: None):
         pass

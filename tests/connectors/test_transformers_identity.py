@@ -11,7 +11,6 @@ from connectors.transformers_identity import (
     check_reuse,
     model_namespace,
     model_state,
-    rope_limit,
     weights_fingerprint,
 )
 from connectors.transformers_layout import model_layout
@@ -162,30 +161,6 @@ def test_weights_whose_bytes_cannot_be_read_are_refused_with_the_way_out() -> No
 
     with pytest.raises(ConfigError, match=r"'w' cannot be read.*revision="):
         weights_fingerprint(model)
-
-
-@pytest.mark.parametrize(
-    ("fields", "limit"),
-    [
-        ({}, None),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, None),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, 2048),
-        (
-            {
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "original_max_position_embeddings": 512,
-                    "short_factor": [1.0] * 8,
-                    "long_factor": [2.0] * 8,
-                }
-            },
-            512,
-        ),
-    ],
-)
-def test_ropes_that_depend_on_the_length_have_a_limit(fields: dict[str, Any], limit: int | None) -> None:
-    assert rope_limit(tiny_config("llama_gqa", **fields)) == limit
 
 
 def test_a_model_without_adapters_has_none() -> None:
