@@ -14,7 +14,7 @@ from itertools import filterfalse, islice, repeat
 from typing import Generic
 
 from eviction.policy import K
-from eviction.ranked import Ranked, split_known
+from eviction.ranked import Ranked, all_new
 
 SMALL_SHARE = 0.1  # of all keys, on trial; the paper's value
 MOST_USES = 3  # two bits of uses, as in the paper: more would let old glory live long
@@ -36,17 +36,18 @@ class S3FifoOrder(Generic[K]):
         self._main: OrderedDict[K, int] = OrderedDict()
         self._condemned: OrderedDict[K, bool] = OrderedDict()  # value: came from small
         self._ghost: OrderedDict[K, None] = OrderedDict()
+        self._most_keys = 0  # held at one time: the capacity, as far as can be seen from here; bounds the ghost
 
     def add(self, keys: list[K], hits: int) -> None:
         """Put new keys on trial; those with hits, or thrown out lately, into main."""
-        known, new = split_known(keys, self._small, self._main, self._condemned)
-        self.touch(known)
-        if hits > 0:
-            self._main.update(dict.fromkeys(new, min(hits, MOST_USES)))
-        else:
-            self._main.update(dict.fromkeys(filter(self._ghost.__contains__, new), 0))
-            self._small.update(dict.fromkeys(filterfalse(self._ghost.__contains__, new), 0))
-        deque(map(self._ghost.pop, new, repeat(None)), maxlen=0)
+        if all_new(keys, self._small, self._main, self._condemned):
+            self._add_new(keys, hits)
+            return
+        for key in keys:
+            if key in self:
+                self.touch([key])
+            else:
+                self._add_new([key], hits)
 
     def touch(self, keys: list[K]) -> None:
         """Count a use of known keys; a key given several times counts once."""
@@ -65,7 +66,7 @@ class S3FifoOrder(Generic[K]):
             for key in keys:
                 if self._condemned.pop(key, False):
                     self._ghost[key] = None
-            while len(self._ghost) > len(self):
+            while len(self._ghost) > self._most_keys:
                 self._ghost.popitem(last=False)
 
     def victims(self, n: int) -> list[K]:
@@ -91,6 +92,15 @@ class S3FifoOrder(Generic[K]):
 
     def __contains__(self, key: object) -> bool:
         return key in self._small or key in self._main or key in self._condemned
+
+    def _add_new(self, keys: list[K], hits: int) -> None:
+        if hits > 0:
+            self._main.update(dict.fromkeys(keys, min(hits, MOST_USES)))
+        else:
+            self._main.update(dict.fromkeys(filter(self._ghost.__contains__, keys), 0))
+            self._small.update(dict.fromkeys(filterfalse(self._ghost.__contains__, keys), 0))
+        deque(map(self._ghost.pop, keys, repeat(None)), maxlen=0)
+        self._most_keys = max(self._most_keys, len(self))
 
 
 class S3Fifo(Ranked[K]):

@@ -12,7 +12,7 @@ from itertools import islice, repeat
 from typing import Generic
 
 from eviction.policy import K
-from eviction.ranked import Ranked, split_known
+from eviction.ranked import Ranked, all_new
 
 
 class SieveOrder(Generic[K]):
@@ -30,9 +30,14 @@ class SieveOrder(Generic[K]):
 
     def add(self, keys: list[K], hits: int) -> None:
         """Put new keys at the newest end, their bit set if they were used before."""
-        known, new = split_known(keys, self._ahead, self._passed, self._condemned)
-        self.touch(known)
-        self._ahead.update(dict.fromkeys(new, hits > 0))
+        if all_new(keys, self._ahead, self._passed, self._condemned):
+            self._ahead.update(dict.fromkeys(keys, hits > 0))
+            return
+        for key in keys:
+            if key in self:
+                self.touch([key])
+            else:
+                self._ahead[key] = hits > 0
 
     def touch(self, keys: list[K]) -> None:
         """Set the bit of known keys."""
@@ -42,7 +47,7 @@ class SieveOrder(Generic[K]):
             for key in filter(self._condemned.__contains__, keys):
                 del self._condemned[key]
                 self._passed[key] = False  # as if the hand had met the bit set, and cleared it
-            self._wrap()
+                self._wrap()
 
     def discard(self, keys: list[K]) -> None:
         """Forget keys."""

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+from math import inf, nan
+
+import pytest
+
+from eviction.lru import Lru
+from eviction.policy import EvictionPolicy, Hint
+from eviction.s3fifo import S3Fifo
+from eviction.sieve import Sieve
+from eviction.ttl import Ttl
+from tests.contracts.eviction_policy import EvictionPolicyContract
+
+
+class TestTtlNever(EvictionPolicyContract):
+    def new_policy(self) -> EvictionPolicy[str]:
+        return Ttl(Lru())
+
+
+class TestTtlFarAway(EvictionPolicyContract):
+    """Deadlines are kept, but none is reached within the suite."""
+
+    def new_policy(self) -> EvictionPolicy[str]:
+        return Ttl(Lru(), ttl_s=1e12)
+
+
+class TestTtlOverSieve(EvictionPolicyContract):
+    def new_policy(self) -> EvictionPolicy[str]:
+        return Ttl(Sieve(), ttl_s=1e12)
+
+
+class TestTtlOverS3Fifo(EvictionPolicyContract):
+    def new_policy(self) -> EvictionPolicy[str]:
+        return Ttl(S3Fifo(), ttl_s=1e12)
+
+
+@pytest.fixture
+def policy() -> Ttl[str]:
+    return Ttl(Lru(), ttl_s=10.0)
+
+
+def test_a_key_expires_at_its_deadline_and_not_before(policy: Ttl[str]) -> None:
+    policy.add("a", 5.0)
+
+    assert policy.expired(14.999) == []
+    assert policy.expired(15.0) == ["a"]
+
+
+def test_an_expired_key_stays_until_it_is_discarded(policy: Ttl[str]) -> None:
+    policy.add("ab", 0.0)
+
+    assert policy.expired(10.0) == policy.expired(11.0) == ["a", "b"]
+    assert len(policy) == 2
+
+    policy.discard("a")
+    assert policy.expired(12.0) == ["b"]
+
+
+@pytest.mark.parametrize("again", ["touch", "add"])
+def test_a_use_moves_the_deadline(policy: Ttl[str], again: str) -> None:
+    policy.add("ab", 0.0)
+    getattr(policy, again)("a", 6.0)
+
+    assert policy.expired(15.0) == ["b"]
+    assert policy.expired(16.0) == ["b", "a"]
+
+
+def test_an_expired_key_that_is_used_lives_again(policy: Ttl[str]) -> None:
+    policy.add("a", 0.0)
+    assert policy.expired(20.0) == ["a"]
+
+    policy.touch("a", 20.0)
+
+    assert policy.expired(29.0) == []
+    assert policy.expired(30.0) == ["a"]
+
+
+def test_demotion_does_not_move_the_deadline(policy: Ttl[str]) -> None:
+    policy.add("a", 0.0)
+    policy.demote("a")
+
+    assert policy.expired(10.0) == ["a"]
+
+
+def test_a_key_may_bring_its_own_ttl_and_keeps_it_when_used(policy: Ttl[str]) -> None:
+    policy.add("short", 0.0)
+    policy.add(["long"], 0.0, Hint(ttl_s=100.0))
+    policy.touch(["long"], 50.0)
+
+    assert "long" not in policy.expired(149.0)
+    assert "long" in policy.expired(150.0)
+
+
+@pytest.mark.parametrize("never", [0, 0.0, inf])
+def test_a_key_may_live_for_ever(policy: Ttl[str], never: float) -> None:
+    policy.add(["a"], 0.0, Hint(ttl_s=never))
+    policy.touch(["a"], 1.0)
+
+    assert policy.expired(1e12) == []
+
+
+@pytest.mark.parametrize("never", [None, 0, 0.0, inf])
+def test_a_policy_without_ttl_expires_nothing_but_keys_with_their_own(never: float | None) -> None:
+    policy: Ttl[str] = Ttl(Lru(), never)
+    policy.add("ab", 0.0)
+    policy.add("b", 0.0, Hint(ttl_s=5.0))
+
+    assert policy.expired(1e12) == ["b"]
+
+
+def test_the_latest_hint_decides_the_ttl(policy: Ttl[str]) -> None:
+    policy.add(["a"], 0.0, Hint(ttl_s=100.0))
+    policy.add(["a"], 0.0)
+    assert policy.expired(10.0) == ["a"]
+
+    policy.add(["a"], 10.0, Hint(ttl_s=0))
+    assert policy.expired(1e12) == []
+
+
+def test_a_deadline_that_has_passed_already(policy: Ttl[str]) -> None:
+    policy.add(["late"], 50.0, Hint(ttl_s=-1.0))
+
+    assert policy.expired(50.0) == ["late"]
+
+
+def test_a_discarded_key_does_not_expire(policy: Ttl[str]) -> None:
+    policy.add("a", 0.0)
+    policy.add("b", 0.0, Hint(ttl_s=3.0))
+    policy.discard("ab")
+
+    assert policy.expired(1e12) == []
+
+
+def test_expired_keys_come_earliest_deadline_first_whatever_their_ttl(policy: Ttl[str]) -> None:
+    policy.add("c", 0.0)  # 10
+    policy.add("a", 0.0, Hint(ttl_s=2.0))
+    policy.add("b", 0.0, Hint(ttl_s=9.0))
+    policy.add("e", 0.0, Hint(ttl_s=100.0))
+    policy.add("d", 1.0)  # 11
+
+    assert policy.expired(50.0) == ["a", "b", "c", "d"]
+    assert policy.expired(100.0) == ["a", "b", "c", "d", "e"]
+
+
+def test_a_ttl_used_again_after_its_last_key_left(policy: Ttl[str]) -> None:
+    policy.add("a", 0.0, Hint(ttl_s=3.0))
+    policy.discard("a")
+    policy.add("b", 1.0, Hint(ttl_s=3.0))
+
+    assert policy.expired(3.5) == []
+    assert policy.expired(4.0) == ["b"]
+    policy.discard("b")
+    assert policy.expired(9.0) == []
+    policy.add("c", 9.0, Hint(ttl_s=3.0))
+    assert policy.expired(12.0) == ["c"]
+
+
+def test_victims_are_the_expired_first_then_as_the_inner_policy_says(policy: Ttl[str]) -> None:
+    policy.add("abc", 0.0, Hint(ttl_s=0))
+    policy.add("xy", 0.0)
+    policy.expired(10.0)  # tells the time
+
+    assert policy.victims(1) == ["x"]
+    assert policy.victims(3) == ["x", "y", "a"]
+    assert policy.victims(9) == ["x", "y", "a", "b", "c"]
+    assert policy.victims(0) == []
+
+
+def test_more_expired_keys_than_victims_asked_for(policy: Ttl[str]) -> None:
+    policy.add("abcd", 0.0)
+    policy.add("s", 0.0, Hint(ttl_s=1.0))
+    policy.touch("", 99.0)
+
+    assert policy.victims(3) == ["s", "a", "b"]
+
+
+def test_a_clock_that_steps_back_brings_no_deadline_forward(policy: Ttl[str]) -> None:
+    policy.add("a", 100.0)
+    policy.add("b", 50.0)
+
+    assert policy.expired(61.0) == []
+    assert policy.expired(110.0) == ["a", "b"]
+
+
+def test_many_ttls_at_once() -> None:
+    policy: Ttl[int] = Ttl(Lru())
+    for number in range(1000):
+        policy.add([number], 0.0, Hint(ttl_s=1.0 + (number * 7) % 1000))
+    policy.touch(range(0, 1000, 2), 0.5)
+
+    expired = policy.expired(500.0)
+
+    # Key k has deadline 1 + 7k mod 1000, half a second more if it is even.
+    assert sorted(expired) == [k for k in range(1000) if 1 + k * 7 % 1000 + (0 if k % 2 else 0.5) <= 500.0]
+    deadlines = [1 + k * 7 % 1000 + (0 if k % 2 else 0.5) for k in expired]
+    assert deadlines == sorted(deadlines)
+
+
+@pytest.mark.parametrize("ttl_s", [-1.0, nan])
+def test_a_ttl_below_zero_is_refused(ttl_s: float) -> None:
+    with pytest.raises(ValueError, match=f"ttl_s is {ttl_s}; it must be at least 0 seconds"):
+        Ttl(Lru(), ttl_s)
+
+
+def test_a_hint_that_is_no_number_is_refused_and_nothing_is_added(policy: Ttl[str]) -> None:
+    with pytest.raises(ValueError, match="ttl_s is nan"):
+        policy.add("a", 0.0, Hint(ttl_s=nan))
+
+    assert len(policy) == 0
