@@ -124,6 +124,8 @@ class _Strided:
     def check_rows(self) -> None:
         """Raise ValueError unless the inner two dimensions are contiguous, row by row."""
         _, tokens, dim = self.shape
+        if tokens == 0:
+            return
         if (dim > 1 and self.strides[2] != self.item_bytes) or (
             tokens > 1 and self.strides[1] != self.item_bytes * dim
         ):
