@@ -70,6 +70,8 @@ class Proxy:
             except OSError:
                 self._close(client)
                 continue
+            for sock in (client, server):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._sockets += [client, server]
             self._start(self._pass_requests, client, server)
