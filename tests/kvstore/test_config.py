@@ -13,6 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from eviction.registry import POLICIES
+from kvstore import settings
 from kvstore.config import Config, HostConfig, effective, markdown, variable
 from kvstore.errors import ConfigError
 from kvstore.secret import SecretUrl
@@ -323,7 +324,7 @@ def test_file_that_fails_while_being_read_is_told(tmp_path: Path, monkeypatch: p
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(file))
 
-    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr(settings, "TomlConfigSettingsSource", denied)
 
     assert refusal(file) == f"configuration file {file} (the path given) cannot be read: Permission denied"
 
