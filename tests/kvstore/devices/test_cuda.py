@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,159 @@ class TestCudaDevice(DeviceContract):
 
         device.close()
         assert not torch.from_numpy(slab).is_pinned()
+
+
+class PretendEvent:
+    """A CUDA event that is reached when the test says so."""
+
+    is_reached = True
+
+    def query(self) -> bool:
+        return self.is_reached
+
+    def synchronize(self) -> None:
+        self.is_reached = True
+
+
+class PretendStream:
+    """A CUDA stream whose work is done at once, on the CPU."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.waited_for: list[Any] = []
+        self.events: list[PretendEvent] = []
+
+    def wait_stream(self, stream: Any) -> None:
+        self.waited_for.append(stream)
+
+    def wait_event(self, event: Any) -> None:
+        self.waited_for.append(event)
+
+    def record_event(self) -> PretendEvent:
+        self.events.append(PretendEvent())
+        return self.events[-1]
+
+    def synchronize(self) -> None:
+        for event in self.events:
+            event.synchronize()
+
+
+class PretendRuntime:
+    """The two calls of the CUDA runtime that page-lock memory."""
+
+    def __init__(self) -> None:
+        self.error = 0
+        self.locked: list[int] = []
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        self.locked += [] if self.error else [address]
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.locked.remove(address)
+        return 0
+
+
+class TestCudaDeviceOnThePretendGpu(DeviceContract):
+    """Everything but the GPU itself: parts, order, references and page locks, with torch tensors on the CPU."""
+
+    @pytest.fixture
+    def runtime(self) -> PretendRuntime:
+        return PretendRuntime()
+
+    @pytest.fixture
+    def engine_stream(self) -> PretendStream:
+        return PretendStream()
+
+    @pytest.fixture(params=[30_000, 8 << 20])
+    def device(
+        self,
+        request: pytest.FixtureRequest,
+        monkeypatch: pytest.MonkeyPatch,
+        runtime: PretendRuntime,
+        engine_stream: PretendStream,
+    ) -> Iterator[CudaDevice]:
+        pretended = {
+            "is_available": lambda: True,
+            "device_count": lambda: 1,
+            "Stream": PretendStream,
+            "current_stream": lambda device: engine_stream,
+            "stream": lambda stream: nullcontext(),
+            "device": lambda device: nullcontext(),
+            "cudart": lambda: runtime,
+        }
+        for name, value in pretended.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        device = CudaDevice(0, staging_bytes=request.param)
+        device._device = torch.device("cpu")
+        device._kernel = None
+        yield device
+        device.close()
+
+    def place(self, array: npt.NDArray[Any]) -> Any:
+        return torch.from_numpy(np.array(array))
+
+    def look(self, tensor: Any) -> npt.NDArray[Any]:
+        return np.asarray(tensor.numpy())
+
+    def test_our_stream_waits_for_the_engines(self, device: CudaDevice, engine_stream: PretendStream) -> None:
+        table = paged_table([self.place(numbers((2, 8)))])
+
+        device.copy_out(table, [0], slots_for(table, 1))
+
+        assert device._out_stream.waited_for == [engine_stream]
+        assert device._in_stream.waited_for == []
+
+    def test_the_engines_stream_can_wait_for_ours(self, device: CudaDevice, engine_stream: PretendStream) -> None:
+        table = paged_table([self.place(numbers((2, 8)))])
+
+        event: Any = device.copy_in(table, [0], slots_for(table, 1))
+        event.hold_back(engine_stream)
+
+        assert engine_stream.waited_for == device._in_stream.events
+
+    def test_tables_and_slots_live_until_their_copy_is_done(
+        self, device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(PretendEvent, "is_reached", False)
+        table = paged_table([self.place(numbers((2, 8)))])
+        events = [device.copy_out(table, [0], slots_for(table, 1)) for _ in range(3)]
+        assert len(device._in_flight) == 3
+
+        events[0].wait()
+        device.copy_out(table, [0], slots_for(table, 1))
+        assert len(device._in_flight) == 3
+
+        device.close()
+        assert not device._in_flight
+
+    def test_a_slab_is_page_locked_until_close(self, device: CudaDevice, runtime: PretendRuntime) -> None:
+        slab = np.zeros(4096, np.uint8)
+
+        device.register(slab)
+        assert runtime.locked == [slab.ctypes.data]
+
+        device.close()
+        assert runtime.locked == []
+
+    def test_where_page_locking_is_refused_copies_go_on(
+        self, device: CudaDevice, runtime: PretendRuntime, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        runtime.error = 2
+        device.register(np.zeros(4096, np.uint8))
+
+        assert "CUDA error 2" in caplog.text
+        self.test_a_slot_holds_the_pieces_of_its_page_end_to_end(device)
+
+    def test_tensors_elsewhere_are_refused(self, device: CudaDevice) -> None:
+        table = paged_table([numbers((2, 8))])
+
+        with pytest.raises(ValueError, match="a tensor on cpu"):
+            device.copy_out(table, [0], slots_for(table, 1))
+
+    def test_a_device_that_is_not_there_is_refused(self, device: CudaDevice) -> None:
+        with pytest.raises(ConfigError, match="index 1; there are 1 devices"):
+            CudaDevice(1)
 
 
 @pytest.mark.skipif(has_gpu, reason="there is a CUDA device")
