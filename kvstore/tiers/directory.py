@@ -37,9 +37,11 @@ OPEN_TIMEOUT_S = 30.0  # for another process that is setting the directory up; i
 CLOSE_TIMEOUT_S = 5.0
 _INDEX_FIXED_BYTES = 64 << 20  # address space of an index without pages
 _INDEX_BYTES_PER_SLOT = 4096  # ... and per slot: ten times what a record without tokens takes
+_RESERVED_FIXED_BYTES = 1 << 20  # replaced pages stay until the next transaction
 _RESERVED_BYTES_PER_SLOT = 512  # disk blocks set aside for the index, so that a full disk does not stop it
 _MAX_MAP_BYTES = 1 << 36  # 64 GiB of address space: 16 million slots at the figure above
 _MAX_READERS = 1024
+_LOCK_FILE_BYTES = 128 << 10  # twice what LMDB asks for that many readers
 
 # The index is not what was written: begin anew. Other errors of LMDB are about this moment or this process.
 _DAMAGE = (
@@ -182,6 +184,8 @@ class DiskDirectory:
                 self._lock.share()
         except BaseException as error:
             self._shut()
+            if isinstance(error, lmdb.DiskError):
+                raise _config_error(self.path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
             if isinstance(error, lmdb.Error):
                 raise TierUnavailable(f"disk tier: the index in {self.path} cannot be opened: {error}") from error
             if isinstance(error, OSError):
@@ -248,6 +252,10 @@ class DiskDirectory:
             raise
 
     def _open_index(self) -> DiskIndex:
+        if not self.read_only:
+            (self.path / "index").mkdir(exist_ok=True)
+            # LMDB maps its lock file and writes to it: without blocks behind it a full disk would end the process.
+            _reserve(self.path / "index" / "lock.mdb", _LOCK_FILE_BYTES)
         map_bytes = _MAX_MAP_BYTES if self.read_only else _map_bytes(self._asked_slots)
         env = lmdb.open(
             str(self.path / "index"),
@@ -287,7 +295,7 @@ class DiskDirectory:
                 f"remove the directory to start with a smaller one"
             )
         slab.reserve(num_slots)
-        _reserve(self.path / "index" / "data.mdb", num_slots * _RESERVED_BYTES_PER_SLOT)
+        _reserve(self.path / "index" / "data.mdb", _RESERVED_FIXED_BYTES + num_slots * _RESERVED_BYTES_PER_SLOT)
         index.grow_map(_map_bytes(num_slots))
         if num_slots > stored or index.geometry() is None:
             index.set_up(geometry, num_slots)
@@ -355,7 +363,7 @@ def _map_bytes(num_slots: int) -> int:
 
 def _reserve(path: Path, num_bytes: int) -> None:
     """Put disk blocks behind a file as far as the filesystem can. Raises OSError if it is full."""
-    with path.open("r+b") as file:
+    with path.open("ab") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, num_bytes)
         except OSError as error:

@@ -27,7 +27,7 @@ from typing import Any
 import lmdb
 
 from kvstore.errors import CorruptPage, LayoutMismatch, TierUnavailable
-from kvstore.page import PageKey
+from kvstore.page import KEY_BYTES, PageKey
 from kvstore.tiers.directory_lock import DirectoryLock
 from kvstore.tiers.disk_record import PageRecord, decode_checked, decode_record, encode_checked, encode_record
 from kvstore.tiers.disk_slots import AllocatorState, Claim, SlotAllocator, Txn
@@ -180,10 +180,12 @@ class DiskIndex:
             if not cursor.set_range(_STAMP.pack(position.start)):
                 return records, None
             for looked, (raw_stamp, key) in enumerate(cursor):
+                if len(raw_stamp) != _STAMP.size:  # damage
+                    continue
                 (stamp,) = _STAMP.unpack(raw_stamp)
                 if stamp > position.end:
                     break
-                if looked == SCAN_BATCH:
+                if looked >= SCAN_BATCH:
                     return records, ScanPosition(stamp, position.end)
                 with contextlib.suppress(CorruptPage):
                     record = self._get(txn, key)
@@ -194,7 +196,8 @@ class DiskIndex:
     def keys(self) -> list[PageKey]:
         """The keys of all records, also of damaged ones."""
         with self._env.begin() as txn:
-            return [PageKey(key) for key in txn.cursor(self._pages).iternext(values=False)]
+            keys = txn.cursor(self._pages).iternext(values=False)
+            return [PageKey(key) for key in keys if len(key) == KEY_BYTES]  # nobody asks for any other
 
     def usage(self) -> dict[str, int]:
         """Slots by state; `slots` is their sum and those never used."""
