@@ -85,7 +85,7 @@ class Block:
         self.key = key
         self.parent = parent
         self.depth: int = 0 if parent is None else parent.depth + 1
-        # A tuple and no list of waiters yet: what the garbage collector need not walk costs nothing to keep by the million.
+        # A tuple, and no list of waiters yet: what the garbage collector need not walk may be kept by the million.
         self.pages = (Page(self, 0),) if num_groups == 1 else tuple(Page(self, group) for group in range(num_groups))
         self.hint: Hint = NO_HINT
         self.session = ""

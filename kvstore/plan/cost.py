@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WEIGHT = 0.25  # of a new sample; four transfers replace most of an old belief
+STALE_WEIGHT = 0.5  # of one that comes after REMEASURE_AFTER_S without any: a tier that recovered is back after three
 REMEASURE_AFTER_S = 10.0  # how long an estimate that keeps a tier unused is believed
 MIN_PREFILL_TOKENS = 16  # shorter prefills measure overhead, not a rate
 
@@ -26,15 +27,16 @@ class TierCost:
 
     def observe(self, seconds: float, num_bytes: int, now: float) -> None:
         """Take in one finished batch."""
-        self.measured_at = now
+        weight = STALE_WEIGHT if now - self.measured_at > REMEASURE_AFTER_S else WEIGHT
         if num_bytes == 0:
             self.latency_s += WEIGHT * (seconds - self.latency_s)
             return
+        self.measured_at = now
         sample = max(seconds - self.latency_s, 0.1 * seconds) / num_bytes
         if self.seconds_per_byte is None:
             self.seconds_per_byte = sample
         else:
-            self.seconds_per_byte += WEIGHT * (sample - self.seconds_per_byte)
+            self.seconds_per_byte += weight * (sample - self.seconds_per_byte)
 
     def load_seconds(self, num_bytes: int, batch_bytes: int) -> float:
         """Expected time to load `num_bytes`; 0 while nothing is known, so that a new tier gets its chance."""
