@@ -6,7 +6,9 @@ own cost.
 
 from __future__ import annotations
 
-from itertools import count
+from collections import deque
+from contextlib import closing
+from itertools import count, cycle
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +19,13 @@ from kvstore.lab.bench import Case, Table, measure
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.records import Request
 from kvstore.store import LocalStore
+from kvstore.tiers.host import HostSlab
 from kvstore.units import KiB, MiB
 from radix.namespace import Namespace
 
 BLOCK_SIZE = 64
 PAGE_SIZES = (256 * KiB, 2 * MiB)
-PROMPT_PAGES = 32
+PROMPT_BYTES = 32 * MiB
 PROMPTS_THAT_FIT = 4
 
 Pages = npt.NDArray[np.uint8]
@@ -30,48 +33,56 @@ Pages = npt.NDArray[np.uint8]
 
 def run(argument: str, quick: bool) -> list[Table]:
     """Measure pages of 256 KiB and 2 MiB; the store is full, so that every save evicts."""
-    return [_measure(page_bytes, quick) for page_bytes in PAGE_SIZES]
+    return [_measure(page_bytes, PROMPT_BYTES // page_bytes, quick) for page_bytes in PAGE_SIZES]
 
 
-def _layout(page_bytes: int) -> Layout:
-    return Layout(BLOCK_SIZE, (LayerGroup(GroupKind.FULL, (0,), page_bytes),), "bench", "uint8")
-
-
-def _measure(page_bytes: int, quick: bool) -> Table:
-    layout = _layout(page_bytes)
+def _measure(page_bytes: int, num_pages: int, quick: bool) -> Table:
+    layout = Layout(BLOCK_SIZE, (LayerGroup(GroupKind.FULL, (0,), page_bytes),), "bench", "uint8")
     namespace = Namespace("bench", "1", layout.dtype, layout.fingerprint, BLOCK_SIZE)
-    config = Config(host={"capacity_bytes": PROMPTS_THAT_FIT * PROMPT_PAGES * page_bytes})
-    engine, elsewhere = (np.ones((PROMPT_PAGES, page_bytes), np.uint8) for _ in range(2))
-    starts = count(0, PROMPT_PAGES * BLOCK_SIZE)
-    with open_store(config, layout, namespace) as store:
-        requests: list[Request] = []
+    capacity = PROMPTS_THAT_FIT * num_pages
+    config = Config(host={"capacity_bytes": capacity * page_bytes})
+    engine = np.ones((num_pages, page_bytes), np.uint8)
+    starts = count(0, num_pages * BLOCK_SIZE)
+    slots = cycle(range(capacity))
+    # Memory like the store's, used in turn like the store's: else memcpy would stay in the processor's cache.
+    with closing(HostSlab(capacity, page_bytes)) as elsewhere, open_store(config, layout, namespace) as store:
+        stored: deque[Request] = deque()  # least recently used first
+        fresh: list[Request] = []
 
         def new_prompt() -> None:
             start = next(starts)
             # One token more than the pages hold: an engine has to compute at least one.
-            tokens = np.arange(start, start + PROMPT_PAGES * BLOCK_SIZE + 1, dtype=np.uint32)
-            requests.append(store.request(tokens))
+            fresh[:] = [store.request(np.arange(start, start + num_pages * BLOCK_SIZE + 1, dtype=np.uint32))]
 
         def memcpy() -> None:
-            for page in range(PROMPT_PAGES):
-                np.copyto(elsewhere[page], engine[page])
+            for page in engine:
+                np.copyto(elsewhere.array(next(slots)), page)
+
+        def save() -> None:
+            if len(stored) == PROMPTS_THAT_FIT:
+                stored.popleft()
+            stored.append(fresh[0])
+            _save(store, fresh[0], engine)
+
+        def load() -> None:
+            stored.rotate(-1)
+            _load(store, stored[-1], engine)
 
         for _ in range(PROMPTS_THAT_FIT):
             new_prompt()
-            _save(store, requests[-1], engine)
-        num_bytes = PROMPT_PAGES * page_bytes
+            save()
         cases = [
-            Case("memcpy (np.copyto, a page at a time)", memcpy, num_bytes),
-            Case("save: lease, copy in, publish", lambda: _save(store, requests[-1], engine), num_bytes, new_prompt),
-            Case("load: lookup, lease, copy out, release", lambda: _load(store, requests[-1], engine), num_bytes),
+            Case("memcpy (np.copyto, a page at a time)", memcpy, PROMPT_BYTES),
+            Case("save: lease, copy in, publish", save, PROMPT_BYTES, prepare=new_prompt),
+            Case("load: lookup, lease, copy out, release", load, PROMPT_BYTES),
         ]
-        return measure(f"{PROMPT_PAGES} pages of {page_bytes // KiB} KiB", "bytes", cases, quick=quick)
+        return measure(f"{num_pages} pages of {page_bytes // KiB} KiB", "bytes", cases, quick=quick)
 
 
 def _save(store: LocalStore, request: Request, engine: Pages) -> None:
-    lease = store.prepare_save(request, 0, PROMPT_PAGES)
-    if len(lease.pages) != PROMPT_PAGES:
-        raise RuntimeError(f"bench host: {len(lease.pages)} of {PROMPT_PAGES} pages found a slot")
+    lease = store.prepare_save(request, 0, len(engine))
+    if len(lease.pages) != len(engine):
+        raise RuntimeError(f"bench host: {len(lease.pages)} of {len(engine)} pages found a slot")
     for page in lease.pages:
         np.copyto(store.slot_array(page.slot), engine[page.block])
     store.complete(lease)
@@ -80,8 +91,8 @@ def _save(store: LocalStore, request: Request, engine: Pages) -> None:
 def _load(store: LocalStore, request: Request, engine: Pages) -> None:
     match = store.lookup(request)
     lease = store.prepare_load(request, match.num_blocks)
-    if len(lease.pages) != PROMPT_PAGES:
-        raise RuntimeError(f"bench host: {len(lease.pages)} of {PROMPT_PAGES} pages were found again")
+    if len(lease.pages) != len(engine):
+        raise RuntimeError(f"bench host: {len(lease.pages)} of {len(engine)} pages were found again")
     for page in lease.pages:
         np.copyto(engine[page.block], store.slot_array(page.slot))
     store.complete(lease)

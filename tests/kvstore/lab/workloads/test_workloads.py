@@ -45,7 +45,7 @@ def test_planner_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_host_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "PAGE_SIZES", (4 * KiB, 8 * KiB))
-    monkeypatch.setattr(host, "PROMPT_PAGES", 4)
+    monkeypatch.setattr(host, "PROMPT_BYTES", 32 * KiB)
 
     check(host.run("", True), "bytes", "bytes")
 
