@@ -7,7 +7,7 @@ tensor of the device's kind from an array, `look` reads it back.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -162,6 +162,18 @@ class DeviceContract:
         device.copy_in(table, pages, slots).wait()
 
         np.testing.assert_array_equal(self.look(tensor), array)
+
+    @pytest.mark.parametrize("pages", [range(48), [*range(20), *range(22, 48)], [5, 6, 5, 6, 7], [47]])
+    def test_the_pages_of_a_prompt_follow_each_other(self, device: Device, pages: Sequence[int]) -> None:
+        keys, values = numbers((3, 48 * 16, 64)), numbers((2, 48 * 16, 33), "float32", seed=1)
+        table = token_table([self.place(keys), self.place(values)], 16)
+        slots = slots_for(table, len(pages), spare=3)
+
+        device.copy_out(table, pages, slots).wait()
+
+        for page, slot in zip(pages, slots, strict=True):
+            tokens = slice(16 * page, 16 * (page + 1))
+            assert slot.tobytes() == bytes_of(keys[:, tokens], values[:, tokens]) + bytes([EMPTY] * 3)
 
     def test_the_slot_behind_the_page_is_left_alone(self, device: Device) -> None:
         table = paged_table([self.place(numbers((2, 5), "uint8"))])
