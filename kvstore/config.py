@@ -28,6 +28,8 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
+    field_validator,
 )
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -187,7 +189,17 @@ class BreakerConfig(Section):
     probe_after_s: Seconds = Field(
         default=1.0, gt=0, description="Time until the first probe; each one that fails doubles it."
     )
-    probe_max_s: Seconds = Field(default=30.0, gt=0, description="Longest time between two probes.")
+    probe_max_s: Seconds = Field(
+        default=30.0, gt=0, validate_default=True, description="Longest time between two probes."
+    )
+
+    @field_validator("probe_max_s")
+    @classmethod
+    def _not_before_the_first_probe(cls, probe_max_s: float, info: ValidationInfo) -> float:
+        first = info.data.get("probe_after_s", 0.0)
+        if probe_max_s < first:
+            raise ValueError(f"it must be at least probe_after_s, which is {format_seconds(first)}")
+        return probe_max_s
 
 
 class Config(BaseSettings):
@@ -203,13 +215,12 @@ class Config(BaseSettings):
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def __init__(self, *, _given: Mapping[str, Setting] | None = None, **values: Any) -> None:
-        given = _given or {}
         try:
             super().__init__(**values)
         except ValidationError as error:
             # `from None`: the library's own error would print a password that is part of a wrong URL.
-            raise explain(type(self), error, given) from None
-        self._origins = {name: setting.origin for name, setting in given.items()}
+            raise explain(type(self), error, _given) from None
+        self._origins = {name: setting.origin for name, setting in (_given or {}).items()}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None, **overrides: Any) -> Config:

@@ -156,12 +156,15 @@ def nest(values: Mapping[str, Setting]) -> dict[str, dict[str, Any]]:
     return nested
 
 
-def explain(settings: type[BaseModel], error: ValidationError, given: Mapping[str, Setting]) -> ConfigError:
-    """Say in our words what a validation found: field, value, source, and what would be right."""
+def explain(settings: type[BaseModel], error: ValidationError, given: Mapping[str, Setting] | None) -> ConfigError:
+    """Say in our words what a validation found: field, value, source, and what would be right.
+
+    given: what was read, by full name; None where all values are keyword arguments.
+    """
     problems = []
     for item in error.errors(include_url=False):
         name = ".".join(str(part) for part in item["loc"][:2])
-        setting = given.get(name, Setting(item["input"], KEYWORD))
+        setting = (given or {}).get(name, Setting(item["input"], KEYWORD if given is None else "default"))
         if item["type"] == "extra_forbidden":
             problems.append(_unknown(name, setting.origin, known_fields(settings)))
         else:

@@ -229,6 +229,15 @@ def test_unknown_keyword_is_told_with_what_was_meant(name: str, hint: str) -> No
     assert refusal(**overrides).startswith(f"{name} (from keyword argument) is unknown; {hint}")
 
 
+def test_probes_cannot_begin_after_their_longest_pause() -> None:
+    overrides: dict[str, Any] = {"breaker.probe_after_s": "1min"}
+
+    assert (
+        refusal(**overrides)
+        == "breaker.probe_max_s is 30.0 (from default); it must be at least probe_after_s, which is 1 min"
+    )
+
+
 def test_unknown_section_is_told_once() -> None:
     assert refusal(hots={"ttl_s": 1, "policy": "lru"}) == "hots (from keyword argument) is unknown; did you mean host?"
 
