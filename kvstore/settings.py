@@ -23,6 +23,8 @@ from kvstore.secret import mask_url
 
 DEFAULT_FILE = Path("kvstore.toml")
 FILE_VARIABLE = "KVSTORE_CONFIG"
+# Variables with our prefix that are no fields: the file to read, and where the redis-server for tests and demo is.
+OTHER_VARIABLES = frozenset({FILE_VARIABLE, "KVSTORE_REDIS_SERVER"})
 PREFIX = "KVSTORE_"
 DELIMITER = "__"
 KEYWORD = "keyword argument"
@@ -103,7 +105,7 @@ def read_environment(settings: type[BaseSettings]) -> dict[str, Setting]:
     problems = []
     for variable in os.environ:
         upper = variable.upper()
-        if not upper.startswith(PREFIX) or upper == FILE_VARIABLE or _SERVICE_LINK.fullmatch(upper):
+        if not upper.startswith(PREFIX) or upper in OTHER_VARIABLES or _SERVICE_LINK.fullmatch(upper):
             continue
         if upper in expected:
             names[expected[upper]] = variable

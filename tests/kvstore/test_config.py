@@ -161,6 +161,18 @@ def test_variables_that_kubernetes_makes_for_services_are_not_judged(monkeypatch
     assert Config.load() == Config()
 
 
+def test_every_variable_the_package_reads_is_known_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = set()
+    for package in ("radix", "eviction", "kvstore", "connectors"):
+        for source in (ROOT / package).rglob("*.py"):
+            read |= set(re.findall(r'"(KVSTORE_[A-Z_]*[A-Z])"', source.read_text()))
+    for name in read - {"KVSTORE_CONFIG"}:
+        monkeypatch.setenv(name, "x")
+
+    assert {"KVSTORE_CONFIG", "KVSTORE_REDIS_SERVER"} <= read
+    assert Config.load() == Config()
+
+
 def test_config_is_frozen_and_travels_between_processes() -> None:
     config = Config.load(**{"redis.url": SECRET_URL})
 
