@@ -104,42 +104,44 @@ class RedisTier:
 
     def contains(self, keys: Sequence[PageKey], *, timeout_s: float) -> list[bool]:
         """Which pages have their head there. One that has lost another part to eviction is found out when read."""
+        heads = [self._names.head(key) for key in keys]
         present = [False] * len(keys)
 
         def ask(wire: Wire, indexes: list[int]) -> None:
-            replies = wire.ask([(b"EXISTS", self._names.head(keys[i])) for i in indexes])
+            replies = wire.ask([(b"EXISTS", heads[i]) for i in indexes])
             for i, reply in zip(indexes, replies, strict=True):
                 present[i] = _checked(reply, wire) == 1
 
-        self._on_each_node(keys, timeout_s, ask)
+        self._on_each_node(heads, timeout_s, ask)
         return present
 
     def read_into(
         self, keys: Sequence[PageKey], views: Sequence[memoryview], metas: Sequence[PageMeta], *, timeout_s: float
     ) -> list[bool]:
         """Fill `views[i]` with the page of `keys[i]`; see Tier. What is corrupt or torn is deleted if unchanged."""
+        heads = [self._names.head(key) for key in keys]
         ok = [False] * len(keys)
 
         def read(wire: Wire, indexes: list[int]) -> None:
-            spoiled: list[tuple[PageKey, bytes]] = []
-            self._ask_head(wire, keys[indexes[0]])
+            spoiled: list[tuple[bytes, bytes]] = []
+            self._ask_head(wire, heads[indexes[0]])
             for place, i in enumerate(indexes):
                 sink = PageSink(views[i])
-                lengths = self._receive(wire, keys[i], sink)
+                lengths = self._receive(wire, heads[i], sink)
                 # Asked for before the last page is verified: the server sends while we compute the checksum.
                 if place + 1 < len(indexes):
-                    self._ask_head(wire, keys[indexes[place + 1]])
+                    self._ask_head(wire, heads[indexes[place + 1]])
                 verdict = judge(keys[i], metas[i], sink, lengths)
                 ok[i] = verdict is Verdict.GOOD
                 self._count(_COUNTED.get(verdict))
                 if verdict in (Verdict.CORRUPT, Verdict.TORN):
                     # Without its head the other parts were received where the head belongs.
-                    spoiled.append((keys[i], b"" if lengths[0] is None else sink.seen))
+                    spoiled.append((heads[i], b"" if lengths[0] is None else sink.seen))
             with suppress(TierUnavailable):  # the pages that were read are none the worse
-                for key, seen in spoiled:
-                    self._drop_unchanged(wire, key, seen)
+                for head, seen in spoiled:
+                    self._drop_unchanged(wire, head, seen)
 
-        self._on_each_node(keys, timeout_s, read)
+        self._on_each_node(heads, timeout_s, read)
         return ok
 
     def write_from(
@@ -158,15 +160,16 @@ class RedisTier:
         deadline = time.monotonic() + timeout_s
         if evict:
             self.delete(evict, timeout_s=timeout_s)
+        heads = [self._names.head(key) for key in keys]
         ok = [False] * len(keys)
         now = self._now()
 
         def write(wire: Wire, indexes: list[int]) -> None:
-            replies = wire.ask([(b"EXISTS", self._names.head(keys[i])) for i in indexes])
+            replies = wire.ask([(b"EXISTS", heads[i]) for i in indexes])
             for i, reply in zip(indexes, replies, strict=True):
                 ok[i] = _checked(reply, wire) == 1
             missing = [i for i in indexes if not ok[i] and self._ttl_ms(metas[i].expires_at, now) != 0]
-            encoded = (self._encode(keys[i], views[i], metas[i], now) for i in missing)
+            encoded = (self._encode(keys[i], heads[i], views[i], metas[i], now) for i in missing)
             upcoming = next(encoded, None)
             for i in missing:
                 assert upcoming is not None
@@ -178,7 +181,7 @@ class RedisTier:
                     return  # out of memory: the rest would only be sent to be refused
                 ok[i] = stored
 
-        self._on_each_node(keys, deadline - time.monotonic(), write)
+        self._on_each_node(heads, deadline - time.monotonic(), write)
         return ok
 
     def touch(self, keys: Sequence[PageKey], *, expires_at: float, timeout_s: float) -> list[bool]:
@@ -188,6 +191,7 @@ class RedisTier:
         written without a deadline gets the full TTL again, and one written with a deadline keeps it; finding out which
         is which takes a second round trip.
         """
+        heads = [self._names.head(key) for key in keys]
         present = [False] * len(keys)
         ttl_ms = self._ttl_ms(expires_at, self._now())
 
@@ -195,27 +199,28 @@ class RedisTier:
             deadlines = [NO_DEADLINE] * len(indexes)
             if not expires_at and ttl_ms is not None:
                 first, last = EXPIRES_FIELD
-                deadlines = wire.ask([(b"GETRANGE", self._names.head(keys[i]), first, last) for i in indexes])
+                deadlines = wire.ask([(b"GETRANGE", heads[i], first, last) for i in indexes])
             commands: list[tuple[bytes | int, ...]] = []
             for i, deadline in zip(indexes, deadlines, strict=True):
                 keeps_deadline = ttl_ms is None or _checked(deadline, wire) != NO_DEADLINE
-                names = self._names.parts(keys[i], self._max_parts)
+                names = self._names.parts(heads[i], self._max_parts)
                 commands += [(b"TOUCH", name) if keeps_deadline else (b"PEXPIRE", name, ttl_ms or 0) for name in names]
             replies = wire.ask(commands)
             for i, reply in zip(indexes, replies[:: self._max_parts], strict=True):
                 present[i] = _checked(reply, wire) == 1 and ttl_ms != 0
 
-        self._on_each_node(keys, timeout_s, refresh)
+        self._on_each_node(heads, timeout_s, refresh)
         return present
 
     def delete(self, keys: Sequence[PageKey], *, timeout_s: float) -> None:
         """Forget pages; the server frees the memory in the background."""
+        heads = [self._names.head(key) for key in keys]
 
         def forget(wire: Wire, indexes: list[int]) -> None:
-            for reply in wire.ask([(b"UNLINK", *self._names.parts(keys[i], self._max_parts)) for i in indexes]):
+            for reply in wire.ask([(b"UNLINK", *self._names.parts(heads[i], self._max_parts)) for i in indexes]):
                 _checked(reply, wire)
 
-        self._on_each_node(keys, timeout_s, forget)
+        self._on_each_node(heads, timeout_s, forget)
 
     def scan(self) -> Iterator[StoredPage]:
         """Yield nothing: walking a shared server would cost it more than it brings."""
@@ -238,12 +243,11 @@ class RedisTier:
 
     # -- private
 
-    def _on_each_node(self, keys: Sequence[PageKey], timeout_s: float, work: Callable[[Wire, list[int]], None]) -> None:
+    def _on_each_node(self, heads: Sequence[bytes], timeout_s: float, work: Callable[[Wire, list[int]], None]) -> None:
         """Call `work` with a wire to each node and the indexes of its keys; again if the cluster has changed."""
-        if not keys:
+        if not heads:
             return
         deadline = time.monotonic() + timeout_s
-        heads = [self._names.head(key) for key in keys]
         try:
             if not (self._try_nodes(heads, deadline, work) or self._try_nodes(heads, deadline, work)):
                 raise TierUnavailable("redis cluster: slots moved twice during one call")
@@ -264,11 +268,11 @@ class RedisTier:
             return False
         return True
 
-    def _ask_head(self, wire: Wire, key: PageKey) -> None:
+    def _ask_head(self, wire: Wire, head: bytes) -> None:
         # With at most two parts both come in one reply, of one moment; a large value is never asked for with another.
-        wire.send([_mget(self._names.parts(key, 2 if self._max_parts == 2 else 1))], replies=1)
+        wire.send([_mget(self._names.parts(head, 2 if self._max_parts == 2 else 1))], replies=1)
 
-    def _receive(self, wire: Wire, key: PageKey, sink: PageSink) -> list[int | None]:
+    def _receive(self, wire: Wire, head: bytes, sink: PageSink) -> list[int | None]:
         """Take the reply to `_ask_head` and fetch the other parts of a page that has many, one by one."""
         lengths = _lengths(wire.reply_into(sink), wire)
         if self._max_parts > 2 and lengths[0] is not None:
@@ -276,14 +280,14 @@ class RedisTier:
                 count = min(len(sink.sizes()), self._max_parts)
             except CorruptPage:
                 return lengths
-            for name in self._names.parts(key, count)[1:]:
+            for name in self._names.parts(head, count)[1:]:
                 wire.send([_mget([name])], replies=1)
                 lengths += _lengths(wire.reply_into(sink), wire)
         return lengths
 
-    def _drop_unchanged(self, wire: Wire, key: PageKey, seen: bytes) -> None:
+    def _drop_unchanged(self, wire: Wire, head: bytes, seen: bytes) -> None:
         """Delete a page whose head still starts with `seen`: another writer may have stored a good one meanwhile."""
-        names = self._names.parts(key, self._max_parts)
+        names = self._names.parts(head, self._max_parts)
         replies = wire.ask([(b"WATCH", *names), (b"GETRANGE", names[0], 0, HEADER_BYTES - 1)])
         if replies[1] == seen:
             wire.ask([(b"MULTI",), (b"UNLINK", *names), (b"EXEC",)])
@@ -291,12 +295,12 @@ class RedisTier:
             wire.ask([(b"UNWATCH",)])
 
     def _encode(
-        self, key: PageKey, view: memoryview, meta: PageMeta, now: float
+        self, key: PageKey, head: bytes, view: memoryview, meta: PageMeta, now: float
     ) -> tuple[list[bytes | memoryview], int]:
         """What to send for a page, and how many replies it will have."""
         pieces = encode_page(key, meta, view[: meta.num_bytes], self._codec, created_at=now)
         sizes = part_sizes(sum(len(piece) for piece in pieces))
-        return set_page(self._names.parts(key, len(sizes)), sizes, pieces, self._ttl_ms(meta.expires_at, now))
+        return set_page(self._names.parts(head, len(sizes)), sizes, pieces, self._ttl_ms(meta.expires_at, now))
 
     def _is_stored(self, replies: Sequence[Reply], wire: Wire) -> bool | None:
         """True if the page is there now, None if the server is out of memory."""

@@ -41,9 +41,9 @@ class KeyNames:
         tag = b"{%s}" % key[:8].hex().encode() if self._tagged else b""
         return self._prefix + tag + key
 
-    def parts(self, key: PageKey, count: int) -> list[bytes]:
+    @staticmethod
+    def parts(head: bytes, count: int) -> list[bytes]:
         """The keys of all parts of a page, head first."""
-        head = self.head(key)
         return [head, *(head + bytes([number]) for number in range(1, count))]
 
 
@@ -78,8 +78,7 @@ class PageSink:
 
     def sizes(self) -> list[int]:
         """The parts the header announces. Raises CorruptPage if there is no readable header."""
-        header = decode_header(self.seen)
-        return part_sizes(HEADER_BYTES + header.token_bytes + header.stored_bytes)
+        return _sizes(decode_header(self.seen))
 
     def _place(self) -> None:
         codec, token_bytes, stored_bytes = PLACING_FIELDS.unpack_from(self.header)
@@ -154,6 +153,10 @@ def set_page(
     for name, size, part in zip(names, sizes, _cut(pieces, sizes), strict=True):
         buffers += _set(name, size, part, options)
     return [*buffers, command(b"EXEC")], len(names) + 2
+
+
+def _sizes(header: PageHeader) -> list[int]:
+    return part_sizes(HEADER_BYTES + header.token_bytes + header.stored_bytes)
 
 
 def _judge_whole(key: PageKey, meta: PageMeta, sink: PageSink, header: PageHeader) -> Verdict:

@@ -35,7 +35,8 @@ from redis.exceptions import (
 from kvstore.errors import TierUnavailable
 
 LINE_BYTES = 16 << 10  # longest line of a reply; also what is read at a time while no page is expected
-HEAD_BYTES = 64  # read at a time before a page, so that hardly any of it lands in the line buffer and is copied
+# Read at a time around a page: lines, header and a short last part at once, and little of the body, which is copied.
+HEAD_BYTES = 512
 BULK_BYTES = 1 << 20  # longest string that is not received into a sink; a longer one is a garbled length
 ARRAY_LENGTH = 1 << 20
 PAGE_BYTES = 512 << 20  # what Redis itself allows; a longer string is a garbled length
@@ -62,11 +63,8 @@ def command(*args: bytes | int) -> bytes:
     >>> command(b"EXISTS", b"k")
     b'*2\\r\\n$6\\r\\nEXISTS\\r\\n$1\\r\\nk\\r\\n'
     """
-    pieces = [b"*%d\r\n" % len(args)]
-    for arg in args:
-        text = b"%d" % arg if isinstance(arg, int) else arg
-        pieces.append(b"$%d\r\n%s\r\n" % (len(text), text))
-    return b"".join(pieces)
+    texts = [arg if isinstance(arg, bytes) else b"%d" % arg for arg in args]
+    return b"*%d\r\n" % len(texts) + b"".join([b"$%d\r\n%b\r\n" % (len(text), text) for text in texts])
 
 
 class PageParser(_RESP2Parser):
@@ -111,13 +109,13 @@ class PageParser(_RESP2Parser):
             reply = self._parse(line, HEAD_BYTES)
             if isinstance(reply, ResponseError):
                 return reply
-            raise InvalidResponse(f"expected an array of strings, got {line[:40]!r}")
+            raise InvalidResponse(f"expected an array of strings, got {bytes(line[:40])!r}")
         lengths: list[int | None] = []
-        for _ in range(_number(line, ARRAY_LENGTH)):
+        for _ in range(_length(line, ARRAY_LENGTH)):
             line = self._next_line(HEAD_BYTES)
             if line[:1] != b"$":
-                raise InvalidResponse(f"expected a string, got {line[:40]!r}")
-            length = _number(line, PAGE_BYTES)
+                raise InvalidResponse(f"expected a string, got {bytes(line[:40])!r}")
+            length = _length(line, PAGE_BYTES)
             lengths.append(None if length < 0 else length)
             if length >= 0:
                 self._receive(length, sink)
@@ -147,32 +145,32 @@ class PageParser(_RESP2Parser):
     def _reply(self, read_bytes: int) -> Reply:
         return self._parse(self._next_line(read_bytes), read_bytes)
 
-    def _parse(self, line: bytes, read_bytes: int) -> Reply:
+    def _parse(self, line: bytearray, read_bytes: int) -> Reply:
         kind = line[:1]
         if kind == b":":
-            return _number(line, None)
+            return _number(line)
         if kind == b"+":
-            return line[1:]
+            return bytes(line[1:])
         if kind == b"$":
-            length = _number(line, BULK_BYTES)
+            length = _length(line, BULK_BYTES)
             return None if length < 0 else self._bulk(length)
         if kind == b"*":
-            count = _number(line, ARRAY_LENGTH)
+            count = _length(line, ARRAY_LENGTH)
             return None if count < 0 else [self._reply(read_bytes) for _ in range(count)]
         if kind == b"-":
             error = self.parse_error(line[1:].decode(errors="replace"))  # type: ignore[no-untyped-call]
             if isinstance(error, ResponseError):
                 return error
             raise error  # LOADING, NOAUTH, too many clients: the server will not talk to us
-        raise InvalidResponse(f"a reply starts with {line[:40]!r}")
+        raise InvalidResponse(f"a reply starts with {bytes(line[:40])!r}")
 
-    def _next_line(self, read_bytes: int) -> bytes:
+    def _next_line(self, read_bytes: int) -> bytearray:
         while True:
             end = self._line.find(b"\r\n", self._start, self._end)
             if end >= 0:
                 line = self._line[self._start : end]
                 self._start = end + 2
-                return bytes(line)
+                return line
             self._fill(read_bytes)
 
     def _fill(self, read_bytes: int) -> None:
@@ -321,14 +319,19 @@ class Wire:
             raise
 
 
-def _number(line: bytes, most: int | None) -> int:
+def _number(line: bytearray) -> int:
     try:
-        number = int(line[1:])
+        return int(line[1:])
     except ValueError:
-        raise InvalidResponse(f"not a number: {line[:40]!r}") from None
-    if most is not None and not -1 <= number <= most:
-        raise InvalidResponse(f"a length of {number} is out of range")
-    return number
+        raise InvalidResponse(f"not a number: {bytes(line[:40])!r}") from None
+
+
+def _length(line: bytearray, most: int) -> int:
+    """-1 says that there is nothing, not even an empty string or list."""
+    length = _number(line)
+    if not -1 <= length <= most:
+        raise InvalidResponse(f"a length of {length} is out of range")
+    return length
 
 
 def _reason(error: Exception) -> str:
