@@ -58,25 +58,50 @@ def test_only_what_is_past_its_deadline_expires() -> None:
     assert ids(backlog) == [2, 3]
 
 
-@given(st.lists(st.tuples(st.sampled_from(["push", "pop", "remove", "expire", "clear"]), st.integers(0, 11))))
+def test_a_promoted_prefetch_goes_behind_the_loads_that_wait_and_before_the_other_prefetches() -> None:
+    backlog = Backlog(4)
+    for number, priority in enumerate([Priority.PREFETCH, Priority.PREFETCH, Priority.LOAD, Priority.SAVE]):
+        backlog.push(transfer(number, priority))
+
+    for transfer_id in (1, 2, 3, 99):
+        backlog.promote(transfer_id)
+
+    assert ids(backlog) == [2, 1, 0, 3]
+
+
+STEPS = ["push", "push", "pop", "remove", "promote", "expire", "clear"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 11))))
 def test_whatever_happens_each_transfer_comes_out_once_and_in_order(steps: list[tuple[str, int]]) -> None:
     backlog = Backlog(3)
-    waiting: list[Transfer] = []
+    waiting: list[Transfer] = []  # in the order of arrival in its line
+    promoted: set[int] = set()
+
+    def line_of(t: Transfer) -> Priority:
+        return Priority.LOAD if t.id in promoted else t.priority
+
     for number, (step, choice) in enumerate(steps):
         match step:
             case "push":
                 new = transfer(number, Priority(choice % 3), deadline=float(choice))
-                has_room = sum(t.priority is new.priority for t in waiting) < 3
+                has_room = sum(line_of(t) is new.priority for t in waiting) < 3
                 assert backlog.push(new) is has_room
                 waiting += [new] if has_room else []
             case "pop":
-                expected = min(waiting, key=lambda t: (t.priority, t.id), default=None)
+                expected = min(waiting, key=line_of, default=None)
                 assert backlog.pop() == expected
                 waiting = [t for t in waiting if t is not expected]
             case "remove":
                 chosen = waiting[choice % len(waiting)] if waiting else None
                 assert backlog.remove(chosen.id if chosen else -1) == chosen
                 waiting = [t for t in waiting if t is not chosen]
+            case "promote":
+                chosen = waiting[choice % len(waiting)] if waiting else None
+                backlog.promote(chosen.id if chosen else -1)
+                if chosen is not None and line_of(chosen) is Priority.PREFETCH:
+                    promoted.add(chosen.id)
+                    waiting = [t for t in waiting if t is not chosen] + [chosen]
             case "expire":
                 expired = backlog.remove_expired(float(choice))
                 assert sorted(t.id for t in expired) == sorted(t.id for t in waiting if t.deadline <= choice)

@@ -117,6 +117,22 @@ def test_loads_go_before_prefetches_and_prefetches_before_saves(
     assert lane.counters.queued == 0
 
 
+def test_a_prefetch_that_a_request_waits_for_goes_with_the_loads(
+    lane: Lane, tier: FaultyTier, make: Transfers, recorder: Recorder
+) -> None:
+    tier.hang(honour_timeout=False)
+    first = make(Op.PROBE)
+    lane.submit([first])
+    tier.wait_for_hanging()
+    early, wanted = (make(Op.PROBE, priority=Priority.PREFETCH) for _ in range(2))
+    lane.submit([early, wanted])
+
+    lane.promote([wanted.id, first.id, 999])
+    tier.recover()
+
+    assert [o.transfer_id for o in recorder.wait(3)] == [first.id, wanted.id, early.id]
+
+
 # Saves and loads.
 
 

@@ -245,6 +245,7 @@ def test_whatever_a_tier_does_each_transfer_has_exactly_one_outcome(
         batch = transfers[start : start + 20]
         mover.submit(batch)
         mover.cancel([t.id for t in rng.sample(batch, 2)])
+        mover.promote([t.id for t in rng.sample(batch, 5)])
         if rng.random() < 0.3:
             recorder.wait(rng.randrange(start // 2 + 1))
 
@@ -301,6 +302,7 @@ def test_close_leaves_a_hung_worker_behind_and_says_so(
 
     assert mover.close(0.02) == 2
 
+    assert mover.num_hung == 1
     assert "still run: kvstore-memory-0" in caplog.text
     assert "dropped 1 waiting transfers and 1 that hung" in caplog.text
     assert len(recorder.outcomes) == 2
