@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 HASH_BYTES = 32
 KEY_BYTES = HASH_BYTES + 4
 HEADER_BYTES = 128
+KEY_OFFSET = 8  # where the key stands in the header
 
 _SUFFIX = struct.Struct(">HH")
 # magic, version, codec, token bytes, key, parent hash, depth, raw length, stored length, created, expires, generation

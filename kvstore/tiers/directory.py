@@ -103,9 +103,10 @@ class DiskDirectory:
             yield self._index
         except (lmdb.MapFullError, lmdb.DiskError) as error:
             raise TierFull(f"disk tier: no room left for the index in {self.path}: {error}") from error
-        except (lmdb.Error, CorruptPage) as error:
+        except (lmdb.Error, CorruptPage, SystemError) as error:
+            # SystemError: py-lmdb's Cursor.delete does not notice that the step to the next record has failed.
             self._is_broken = True
-            self._is_damaged = self._is_damaged or isinstance(error, _DAMAGE)
+            self._is_damaged = self._is_damaged or isinstance(error, (*_DAMAGE, SystemError))
             self._gate.shut(f"disk tier: the index in {self.path} failed: {error}")
             raise TierUnavailable(f"disk tier: the index in {self.path} failed: {error}") from error
         finally:

@@ -150,9 +150,9 @@ class DiskTier:
 
             # Another process may have given a slot away while we read it. What no longer has its record is lost, not
             # corrupt, and is not served even where the bytes were still whole.
-            still = index.find([keys[i] for i, _, _ in reads]).records
-            for (i, record, read), after in zip(reads, still, strict=True):
-                if not record.is_same_copy(after) or read is _Read.SHORT:
+            still = index.still_there([record for _, record, _ in reads])
+            for (i, record, read), is_there in zip(reads, still, strict=True):
+                if not is_there or read is _Read.SHORT:
                     self.counters.lost_pages += 1
                 elif read is _Read.TORN:
                     self.counters.corrupt_pages += 1

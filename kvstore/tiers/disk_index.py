@@ -27,9 +27,16 @@ from typing import Any
 import lmdb
 
 from kvstore.errors import CorruptPage, LayoutMismatch, TierUnavailable
-from kvstore.page import KEY_BYTES, PageKey
+from kvstore.page import HEADER_BYTES, KEY_BYTES, PageKey
 from kvstore.tiers.directory_lock import DirectoryLock
-from kvstore.tiers.disk_record import PageRecord, decode_checked, decode_record, encode_checked, encode_record
+from kvstore.tiers.disk_record import (
+    PageRecord,
+    decode_checked,
+    decode_place,
+    decode_record,
+    encode_checked,
+    encode_record,
+)
 from kvstore.tiers.disk_slots import AllocatorState, Claim, SlotAllocator, Txn
 
 DISK_FORMAT_VERSION = 1
@@ -167,6 +174,14 @@ class DiskIndex:
                 found.records.append(record)
         return found
 
+    def still_there(self, records: Sequence[PageRecord]) -> list[bool]:
+        """Which records still describe the same copies; a touch meanwhile does not matter."""
+        with self._env.begin() as txn:
+            return [
+                (txn.get(record.header.key, db=self._pages) or b"")[:HEADER_BYTES] == record.raw_header
+                for record in records
+            ]
+
     def scan(self, position: ScanPosition | None = None) -> tuple[list[PageRecord], ScanPosition | None]:
         """Some records, least recently used first, and where to go on; None at the end.
 
@@ -224,11 +239,13 @@ class DiskIndex:
                 orphans, self._orphans = self._orphans, []
                 for claim in orphans:
                     self._slots.give_back(txn, claim)
-                for key in evict:
-                    self._remove(txn, state, key)
+                spare = [slot for key in evict if (slot := self._unlink(txn, state, key)) is not None]
                 claimed.answers.extend(self._is_stored(txn, state, key, now, claimed) for key in keys)
                 missing = [position for position, stored in enumerate(claimed.answers) if not stored]
-                slots, claimed.evicted = self._take(txn, state, len(missing), set(keys), now)
+                # The victims' slots go to the new pages without a way through the table of free ones.
+                for slot in spare[len(missing) :]:
+                    self._slots.free(txn, slot)
+                slots, claimed.evicted = self._take(txn, state, len(missing), spare[: len(missing)], set(keys), now)
                 for position, slot in zip(missing, slots, strict=False):
                     claimed.answers[position] = self._slots.claim(txn, state, slot)
         except BaseException:
@@ -251,8 +268,16 @@ class DiskIndex:
                     answers.append(False)
                     continue
                 answers.append(True)
-                if txn.get(page.key, db=self._pages) is None:
-                    self._put(txn, state, page.key, page.raw_header, page.claim.slot, page.expires_at, page.tokens)
+                stamp = state.tick()
+                raw = encode_record(
+                    page.raw_header,
+                    slot=page.claim.slot,
+                    stamp=stamp,
+                    expires_at=page.expires_at,
+                    tokens=page.tokens,
+                )
+                if txn.put(page.key, raw, overwrite=False, db=self._pages):
+                    txn.put(_STAMP.pack(stamp), page.key, db=self._order)
                 else:
                     self._slots.free(txn, page.claim.slot)
         return answers
@@ -273,8 +298,16 @@ class DiskIndex:
                     answers.append(False)
                     continue
                 txn.delete(_STAMP.pack(record.stamp), db=self._order)
-                until = expires_at or record.expires_at
-                self._put(txn, state, key, record.raw_header, record.slot, until, record.tokens)
+                stamp = state.tick()
+                raw = encode_record(
+                    record.raw_header,
+                    slot=record.slot,
+                    stamp=stamp,
+                    expires_at=expires_at or record.expires_at,
+                    tokens=record.tokens,
+                )
+                txn.put(key, raw, db=self._pages)
+                txn.put(_STAMP.pack(stamp), key, db=self._order)
                 answers.append(True)
         return answers
 
@@ -299,9 +332,8 @@ class DiskIndex:
                     continue
                 self._remove(txn, state, key)
             for record in records:
-                with contextlib.suppress(CorruptPage):
-                    if record.is_same_copy(self._get(txn, record.header.key)):
-                        self._remove(txn, state, record.header.key)
+                if (txn.get(record.header.key, db=self._pages) or b"")[:HEADER_BYTES] == record.raw_header:
+                    self._remove(txn, state, record.header.key)
 
     def close(self) -> None:
         """Close the environment. No other call may be under way."""
@@ -350,40 +382,31 @@ class DiskIndex:
         self._remove(txn, state, key)
         return False
 
-    def _put(
-        self,
-        txn: Txn,
-        state: AllocatorState,
-        key: PageKey,
-        raw_header: bytes,
-        slot: int,
-        expires_at: float,
-        tokens: bytes,
-    ) -> None:
-        stamp = state.tick()
-        raw = encode_record(raw_header, slot=slot, stamp=stamp, expires_at=expires_at, tokens=tokens)
-        txn.put(key, raw, db=self._pages)
-        txn.put(_STAMP.pack(stamp), key, db=self._order)
-
     def _remove(self, txn: Txn, state: AllocatorState, key: bytes) -> None:
+        slot = self._unlink(txn, state, key)
+        if slot is not None:
+            self._slots.free(txn, slot)
+
+    def _unlink(self, txn: Txn, state: AllocatorState, key: bytes) -> int | None:
+        """Forget a record; the slot it named, if there was one and it can be trusted."""
         raw = txn.pop(key, db=self._pages)
         if raw is None:
-            return
+            return None
         try:
-            record = decode_record(key, raw)
+            slot, stamp = decode_place(key, raw)
         except CorruptPage:
-            state.leaked += 1  # a slot number that cannot be trusted is not handed out
-            return
-        txn.delete(_STAMP.pack(record.stamp), db=self._order)
-        self._slots.free(txn, record.slot)
+            state.leaked += 1
+            return None
+        txn.delete(_STAMP.pack(stamp), db=self._order)
+        return slot
 
     # Room.
 
     def _take(
-        self, txn: Txn, state: AllocatorState, count: int, keep: set[PageKey], now: float
+        self, txn: Txn, state: AllocatorState, count: int, spare: list[int], keep: set[PageKey], now: float
     ) -> tuple[list[int], int]:
-        """Up to `count` slots, and how many pages were evicted for them. The least disturbing source comes first."""
-        slots = self._slots.take(txn, state, count)
+        """`spare` and more, up to `count` slots, and how many pages were evicted. The least disturbing source first."""
+        slots = spare + self._slots.take(txn, state, count - len(spare))
         if len(slots) < count and self._slots.reclaim(txn):
             slots += self._slots.take(txn, state, count - len(slots))
         if len(slots) < count and state.leaked:

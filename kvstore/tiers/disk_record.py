@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import xxhash
 
 from kvstore.errors import CorruptPage
-from kvstore.page import HEADER_BYTES, PageHeader, PageMeta, decode_header
+from kvstore.page import HEADER_BYTES, KEY_BYTES, KEY_OFFSET, PageHeader, PageMeta, decode_header
 
 _PLACE = struct.Struct("<QdII")
 _CHECKSUM = struct.Struct("<Q")
@@ -44,10 +44,6 @@ class PageRecord:
     def is_expired(self, now: float) -> bool:
         """True if the page must not be served at Unix time `now`."""
         return 0 < self.expires_at <= now
-
-    def is_same_copy(self, other: PageRecord | None) -> bool:
-        """True if `other` describes these very bytes: a slot that was given away has another generation."""
-        return other is not None and self.slot == other.slot and self.header.generation == other.header.generation
 
     @property
     def meta(self) -> PageMeta:
@@ -77,6 +73,20 @@ def decode_record(key: bytes, raw: bytes) -> PageRecord:
     if header.key != key or header.token_bytes != len(tokens):
         raise CorruptPage("index record belongs to another key or has tokens of another length")
     return PageRecord(header, raw_header, slot, stamp, expires_at, tokens)
+
+
+def decode_place(key: bytes, raw: bytes) -> tuple[int, int]:
+    """Slot and stamp of the index value of `key`, for when nothing else is needed. Raises CorruptPage."""
+    body_bytes = len(raw) - _CHECKSUM.size
+    if (
+        len(raw) < _FIXED_BYTES
+        or xxhash.xxh3_64_intdigest(raw[:body_bytes]) != _CHECKSUM.unpack_from(raw, body_bytes)[0]
+    ):
+        raise CorruptPage("index record does not fit its checksum")
+    if raw[KEY_OFFSET : KEY_OFFSET + KEY_BYTES] != key:
+        raise CorruptPage("index record belongs to another key")
+    stamp, _, slot, _ = _PLACE.unpack_from(raw, HEADER_BYTES)
+    return slot, stamp
 
 
 def encode_checked(body: bytes) -> bytes:

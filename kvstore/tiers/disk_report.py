@@ -112,7 +112,7 @@ def _check(directory: DiskDirectory, key: PageKey, slot: memoryview) -> PageChec
             return PageCheck(key, False, f"slot {record.slot} cannot be read: {error}", record)
         if is_there and verify_page(record.raw_header, record.header, record.tokens, slot[:num_bytes]):
             return PageCheck(key, True, "", record)
-        if not record.is_same_copy(index.find([key]).records[0]):
+        if not index.still_there([record])[0]:
             return None
         reason = "does not fit its checksum" if is_there else "lies beyond the end of the slab file"
         return PageCheck(key, False, f"slot {record.slot} {reason}", record)
