@@ -87,7 +87,7 @@ METRICS: tuple[MetricSpec, ...] = (
     _counter("aborted_saves", "saves_aborted", "Save leases released or expired before they were complete."),
     _counter("spilled_pages", "spilled_pages", "Pages written to a lower tier.", "tier"),
     _counter("spill_failures", "spill_failed_pages", "Pages a lower tier failed to take.", "tier"),
-    _counter("spill_skipped", "spill_skipped_pages", "Pages a tier was not given: busy, down or not admitted.", "tier"),
+    _counter("spill_lost", "spill_lost_pages", "Pages evicted from host memory before a tier got them.", "tier"),
     # Leaving.
     _counter("evicted_pages", "evicted_pages", "Copies that made room for others.", "tier"),
     _counter("expired_pages", "expired_pages", "Copies that outlived their TTL.", "tier"),

@@ -6,14 +6,13 @@ whole URL has to be asked for.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import core_schema
 
 from kvstore.errors import ConfigError
-from kvstore.tiers.redis_url import parse_redis_url
+from kvstore.tiers.redis_url import mask_url, parse_redis_url
 
 
 class SecretUrl:
@@ -58,15 +57,3 @@ class SecretUrl:
             # "redis.url is ...; it ...": whoever reads the configuration tells field and value, with the source.
             raise ValueError(str(error).partition("; ")[2]) from None
         return cls(value)
-
-
-def mask_url(text: str) -> str:
-    """Hide what may be a password in a URL, however malformed the URL is."""
-    text = re.sub(r"(?i)(password=)[^&#]*", r"\1***", text)
-    # Up to the last @: a password that should have been percent-encoded may have an @ or a / of its own.
-    login, at, rest = text.rpartition("@")
-    if not at:
-        return text
-    start = login.find("://") + 3 if "://" in login else 0
-    user, colon, _ = login[start:].partition(":")
-    return f"{login[:start]}{user}{':***' if colon else ''}@{rest}"

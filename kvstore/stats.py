@@ -34,7 +34,7 @@ def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
         **planner.counters,
         "spilled_pages": {name: tier.counters.spilled_pages for name, tier in tiers.items()},
         "spill_failures": {name: tier.counters.failed_pages for name, tier in tiers.items()},
-        "spill_skipped": {name: tier.counters.lost_pages for name, tier in tiers.items()},
+        "spill_lost": {name: tier.counters.lost_pages for name, tier in tiers.items()},
         "owed_pages": {name: len(tier.owed) for name, tier in tiers.items()},
         "evicted_pages": {HOST: host.evicted_pages}
         | {name: tier.counters.evicted_pages + media[name].fallback_evictions for name, tier in tiers.items()},
