@@ -5,6 +5,8 @@ through the small queue without disturbing the main one. Two things differ here:
 policy holds, since a policy is not told a capacity; and a key that comes back from a pin with hits has proved itself
 and enters the main queue, because in this store a use is a pin, so that uses show in `Hint.hits` more often than in
 `touch`.
+
+Unlike recency, this order may name a block before one that continues it: the evicting side has to cope with that.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Zhang et al., "SIEVE is Simpler than LRU: an Efficient Turn-Key Eviction Algorithm for Web Caches", NSDI 2024. A use
 sets a bit and moves nothing. The hand goes from the oldest key to the newest: a set bit is cleared and the key stays in
 its place, a clear one condemns it; past the newest key it starts again at the oldest.
+
+Unlike recency, this order may name a block before one that continues it: the evicting side has to cope with that.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def check_block_size(block_size: int, name: str = "block_size") -> None:
     if not isinstance(block_size, int) or isinstance(block_size, bool):
         raise TypeError(f"{name} is {block_size!r}; it must be an int, in tokens")
     if not 1 <= block_size < 1 << 32:
-        raise ValueError(f"{name} is {block_size}; it must be at least 1 token (usual: 16 to 256)")
+        raise ValueError(f"{name} is {block_size}; it must be at least 1 token (usual: 16 to 256) and below 2**32")
 
 
 def check_algorithm(algorithm: str, name: str = "algorithm") -> None:

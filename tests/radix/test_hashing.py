@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import re
 from pathlib import Path
 from types import ModuleType
@@ -140,6 +141,17 @@ def test_hasher_keeps_no_tokens_unless_asked() -> None:
     hasher.extend(range(8))
 
     assert hasher.token_bytes is None
+
+
+def test_a_pickled_hasher_goes_on_where_it_was() -> None:
+    hasher = BlockHasher(ROOT, 4, keep_tokens=True)
+    hasher.extend(range(6))
+
+    copy = pickle.loads(pickle.dumps(hasher))
+    copy.extend([6, 7])
+
+    assert copy.keys == hash_blocks(range(8), 4, root=ROOT)
+    assert len(hasher.keys) == 1
 
 
 def test_refused_tokens_leave_the_hasher_as_it_was() -> None:
