@@ -12,7 +12,8 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import core_schema
 
 from kvstore.errors import ConfigError
-from kvstore.tiers.redis_url import mask_url, parse_redis_url
+from kvstore.tiers.redis_url import mask_url as mask_url  # for whoever prints settings
+from kvstore.tiers.redis_url import parse_redis_url
 
 
 class SecretUrl:
