@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,6 +87,19 @@ class TestHeader:
         assert raw[104:112] == bytes([7, 0, 0, 0, 0, 0, 0, 0])  # generation
         assert raw[112:120].hex() == "7621850826819919"
         assert raw[120:128] == bytes(8)
+
+    def test_the_published_example_is_what_is_written(self) -> None:
+        text = (Path(__file__).parents[2] / "docs/formats.md").read_text()
+        example = text.split("## Page header")[1].split("codec raw:\n\n")[1].split("\n\n")[0]
+        page = bytes(range(256))
+
+        meta = PageMeta(len(page), b"\x22" * 32, depth=3, expires_at=2.5)
+        raw = encode_header(page_key(b"\x11" * 32, 1, 2), meta, memoryview(page), created_at=1.5, generation=7)
+
+        assert raw == bytes.fromhex(example)
+        # The checksum again, from its description alone.
+        checksum = xxhash.xxh3_64_intdigest(page, seed=xxhash.xxh3_64_intdigest(raw[:112]))
+        assert raw[112:120] == checksum.to_bytes(8, "little")
 
     def test_the_root_has_no_parent(self) -> None:
         raw = encode_header(page_key(BLOCK), PageMeta(4), memoryview(b"page"), created_at=0.0)
