@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -146,21 +147,19 @@ class ClusterRoute:
         self._connections = connections
         self._lock = threading.Lock()
         self._nodes: dict[Address, Node] = {}
-        self._ranges: list[tuple[int, int, Address]] = []  # first slot, last slot, master
+        self._ranges: list[tuple[int, int, Address]] = []  # first slot, last slot, master; sorted
         self._closed = False
 
     def split(self, keys: Sequence[bytes], deadline: float) -> list[tuple[Node, list[int]]]:
         ranges = self._slot_ranges(deadline)
+        starts = [first for first, _, _ in ranges]
         groups: dict[Address, list[int]] = {}
         for index, key in enumerate(keys):
             slot = key_slot(key)
-            for first, last, address in ranges:
-                if first <= slot <= last:
-                    groups.setdefault(address, []).append(index)
-                    break
-            else:
-                self.forget()
+            place = bisect_right(starts, slot) - 1
+            if place < 0 or ranges[place][1] < slot:
                 raise TierUnavailable(f"redis cluster: no node has slot {slot}")
+            groups.setdefault(ranges[place][2], []).append(index)
         return [(self._node(address), indexes) for address, indexes in groups.items()]
 
     def nodes(self, deadline: float) -> list[Node]:
@@ -203,7 +202,7 @@ class ClusterRoute:
             ranges.append((first, last, (host, master[1])))
         if not ranges:
             raise TierUnavailable(f"redis {_text(address)}: the cluster has no slots assigned")
-        return ranges
+        return sorted(ranges)
 
     def _node(self, address: Address) -> Node:
         with self._lock:

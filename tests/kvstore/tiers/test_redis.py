@@ -355,17 +355,18 @@ class TestTime:
 
         assert [self.lives_for(medium, key) for key in (near, far, none)] == [[60, 60], [600, 600], [600, 600]]
 
-    def test_touch_gives_the_full_ttl_to_a_page_without_a_deadline_of_its_own(self, medium: Medium) -> None:
+    def test_touch_sets_a_deadline_no_later_than_the_ttl_and_without_one_leaves_it(self, medium: Medium) -> None:
         clock = FakeClock()
-        own, none = keys_of("page", 2)
+        key = key_of("page")
         with closing(make_tier(medium, ttl_s=600, now=clock)) as tier:
-            store(tier, [own], SLOT_BYTES, meta=PageMeta(SLOT_BYTES, expires_at=clock() + 60))
-            store(tier, [none], SLOT_BYTES)
+            store(tier, [key], SLOT_BYTES)
             medium.pass_time(30)
+            seen = []
+            for expires_at in (0.0, clock() + 60, 0.0, clock() + 6000):
+                assert tier.touch([key], expires_at=expires_at, timeout_s=TIMEOUT_S) == [True]
+                seen.append(self.lives_for(medium, key))
 
-            assert tier.touch([own, none], expires_at=0.0, timeout_s=TIMEOUT_S) == [True, True]
-
-        assert [self.lives_for(medium, key) for key in (own, none)] == [[30, 30], [600, 600]]
+        assert seen == [[570, 570], [60, 60], [60, 60], [600, 600]]
 
     def test_touch_with_a_deadline_in_the_past_ends_the_page(self, medium: Medium) -> None:
         clock = FakeClock()

@@ -218,6 +218,13 @@ class TestCluster:
             with pytest.raises(TierUnavailable, match="no slots assigned"):
                 tier.contains(keys_of("page", 1), timeout_s=TIMEOUT_S)
 
+    def test_a_slot_that_no_node_has_is_unavailable(self) -> None:
+        with canned_server([b"*1\r\n*3\r\n:9\r\n:9\r\n*2\r\n$9\r\n127.0.0.1\r\n:1\r\n"]) as port:
+            tier = RedisTier(f"redis+cluster://127.0.0.1:{port}", slot_bytes=SLOT_BYTES, ttl_s=60)
+
+            with pytest.raises(TierUnavailable, match="no node has slot"):
+                tier.contains(keys_of("page", 8), timeout_s=TIMEOUT_S)
+
     def test_a_slot_on_the_move_is_a_miss_and_not_a_failure(self) -> None:
         slots = b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$0\r\n\r\n:%d\r\n"
         port = free_port()

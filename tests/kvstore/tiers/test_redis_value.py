@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import struct
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,7 +9,6 @@ from kvstore.codec import RawCodec, codec_by_name
 from kvstore.page import HEADER_BYTES, PageMeta, decode_header, encode_header
 from kvstore.tiers.redis_parts import part_sizes
 from kvstore.tiers.redis_value import (
-    EXPIRES_FIELD,
     PLACING_FIELDS,
     KeyNames,
     PageSink,
@@ -54,10 +51,8 @@ def test_a_page_has_one_key_per_part_and_a_cluster_sees_one_tag_in_them() -> Non
 
 def test_the_fields_read_before_verification_are_where_the_header_has_them() -> None:
     header = encode_header(KEY, META, BODY, created_at=1.0, codec=7)
-    first, last = EXPIRES_FIELD
 
     assert PLACING_FIELDS.unpack_from(header) == (7, len(META.tokens), BODY.nbytes)
-    assert struct.unpack("<d", header[first : last + 1]) == (META.expires_at,)
 
 
 @given(chunk=st.integers(1, 9000))
