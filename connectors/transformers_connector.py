@@ -133,7 +133,7 @@ class TransformersConnector:
             raise  # bad options: the caller's mistake, before any work was done
         except Exception as error:
             self.counters.load_failures += 1
-            log.warning("request not looked up, computing: %s: %s", type(error).__name__, error)
+            _warn("a request was not looked up and is computed", error)
             return None
 
     def matched_tokens(self, request: Request) -> int:
@@ -142,7 +142,7 @@ class TransformersConnector:
             match = self._store.wait_lookup(request)
         except Exception as error:
             self.counters.load_failures += 1
-            log.warning("lookup failed, computing: %s: %s", type(error).__name__, error)
+            _warn("a lookup failed, the prompt is computed", error)
             return 0
         return self._resumable(match.num_blocks, request) * self._block_size
 
@@ -153,7 +153,7 @@ class TransformersConnector:
             loaded = self._load(request, wanted)
         except Exception as error:
             self.counters.load_failures += 1
-            log.warning("load of %d blocks failed, computing: %s: %s", wanted, type(error).__name__, error)
+            _warn(f"a load of {wanted} blocks failed, the prompt is computed", error)
             loaded = None
         if loaded is None:
             self.counters.short_loads += wanted > 0
@@ -185,7 +185,7 @@ class TransformersConnector:
             self._store.extend(request, tokens)
         except Exception as error:
             self.counters.save_failures += 1
-            log.warning("decoded blocks not saved: %s: %s", type(error).__name__, error)
+            _warn("decoded blocks are not saved", error)
 
     def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
         """Tell the store, after the request's saves: what it says about the path must find the new blocks there."""
@@ -198,7 +198,7 @@ class TransformersConnector:
         try:
             self._store.observe_prefill(num_tokens, seconds)
         except Exception as error:
-            log.warning("prefill rate not taken: %s: %s", type(error).__name__, error)
+            _warn("a prefill rate was not taken", error)
 
     def forget(self, request: Request) -> int:
         """Delete the prompt's blocks and all that continue them. Saves still queued are waited for first."""
@@ -289,7 +289,7 @@ class TransformersConnector:
             self.counters.saves += 1
         except Exception as error:
             self.counters.save_failures += 1
-            log.warning("save of blocks [%d, %d) failed: %s: %s", first, last, type(error).__name__, error)
+            _warn(f"a save of blocks [{first}, {last}) failed", error)
 
     def _save_batch(self, request: Request, spans: Sequence[Span], first: int, num_blocks: int) -> None:
         lease = self._store.prepare_save(request, first, num_blocks)
@@ -304,8 +304,8 @@ class TransformersConnector:
     def _finish(self, request: Request, finish_reason: str, last_turn: bool) -> None:
         try:
             self._store.finished(request, finish_reason=finish_reason, last_turn=last_turn)
-        except KVStoreError as error:  # closed meanwhile
-            log.debug("finish not told: %s", error)
+        except Exception as error:
+            _warn("the end of a request was not told", error)
 
 
 def check_chunk(prefill_chunk: int, block_size: int) -> None:
@@ -327,3 +327,8 @@ def default_device(model: Any) -> Device:
     from kvstore.devices.cpu import CpuDevice
 
     return CpuDevice()
+
+
+def _warn(what: str, error: Exception) -> None:
+    """Log a failure that became a miss; with its traceback where it is none of the store's own errors."""
+    log.warning("%s: %s: %s", what, type(error).__name__, error, exc_info=not isinstance(error, KVStoreError))

@@ -111,7 +111,7 @@ class StoreSession(ColdSession):
         except Exception as error:
             self._failed = True
             self._connector.counters.save_failures += 1
-            log.warning("request %d is not saved: %s: %s", self._request.id, type(error).__name__, error)
+            log.warning("request %d is not saved: %s", self._request.id, error, exc_info=True)
 
 
 def open_session(
