@@ -31,14 +31,14 @@ from kvstore.tiers.directory_lock import DirectoryLock
 from kvstore.tiers.disk_index import DiskIndex, Geometry
 from kvstore.tiers.gate import Gate
 from kvstore.tiers.index_probe import index_is_sound
-from kvstore.tiers.slab_file import SlabFile
+from kvstore.tiers.slab_file import FILE_MODE, SlabFile
 
 OPEN_TIMEOUT_S = 30.0  # for another process that is setting the directory up; it may be walking a large index
 CLOSE_TIMEOUT_S = 5.0
 _INDEX_FIXED_BYTES = 64 << 20  # address space of an index without pages
-_INDEX_BYTES_PER_SLOT = 4096  # ... and per slot: ten times what a record without tokens takes
+_INDEX_BYTES_PER_SLOT = 4096  # ... and per slot; a page without tokens takes about 600 (100K pages, random keys)
 _RESERVED_FIXED_BYTES = 1 << 20  # replaced pages stay until the next transaction
-_RESERVED_BYTES_PER_SLOT = 512  # disk blocks set aside for the index, so that a full disk does not stop it
+_RESERVED_BYTES_PER_SLOT = 768  # disk blocks set aside for the index, so that a full disk does not stop it
 _MAX_MAP_BYTES = 1 << 36  # 64 GiB of address space: 16 million slots at the figure above
 _MAX_READERS = 1024
 _LOCK_FILE_BYTES = 128 << 10  # twice what LMDB asks for that many readers
@@ -68,7 +68,7 @@ class DiskDirectory:
         self._asked = geometry
         self._asked_slots = num_slots
         self._direct = direct
-        self._pid = os.getpid()
+        self.pid = os.getpid()
         self._users = 1
         self._gate = Gate()
         self._opening = threading.Lock()
@@ -95,7 +95,7 @@ class DiskDirectory:
         Raises TierFull where the index has no room left, TierUnavailable where it cannot be used. After damage the
         directory stays unavailable until `revive`.
         """
-        if os.getpid() != self._pid:
+        if os.getpid() != self.pid:
             raise TierUnavailable(f"disk tier: {self.path} was opened before a fork; start children by spawn")
         self._gate.enter()
         try:
@@ -154,14 +154,18 @@ class DiskDirectory:
     def _refit(self, num_slots: int) -> None:
         """Change the number of slots while tiers of this process use the directory: they wait outside meanwhile."""
         with self._opening:
+            if self._is_broken or self._index is None:
+                raise TierUnavailable(f"disk tier: {self.path} is out of use in this process; it cannot be resized now")
             self._gate.shut(f"disk tier: {self.path} is being resized; ask again")
             try:
                 if not self._gate.drain(CLOSE_TIMEOUT_S):
                     raise TierUnavailable(f"disk tier: calls into {self.path} have not ended; it cannot be resized now")
-                assert self._index is not None
                 self._fit(self._index, self.slab, self.geometry, num_slots)
+            except (lmdb.Error, OSError) as error:
+                raise self._not_opened(error) from error
             finally:
-                self._gate.open()
+                if not self._is_broken:
+                    self._gate.open()
 
     # Opening.
 
@@ -185,12 +189,8 @@ class DiskDirectory:
                 self._lock.share()
         except BaseException as error:
             self._shut()
-            if isinstance(error, lmdb.DiskError):
-                raise _config_error(self.path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
-            if isinstance(error, lmdb.Error):
-                raise TierUnavailable(f"disk tier: the index in {self.path} cannot be opened: {error}") from error
-            if isinstance(error, OSError):
-                raise _config_error(self.path, error) from error
+            if isinstance(error, (lmdb.Error, OSError)):
+                raise self._not_opened(error) from error
             raise
         self._is_damaged = self._is_broken = False
         self._gate.open()
@@ -201,9 +201,9 @@ class DiskDirectory:
                 raise ConfigError(f"disk.path is {self.path}: there is no page directory to read")
             return
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise _config_error(self.path, error) from error
+            raise self._not_opened(error) from error
 
     def _open_lock(self) -> DirectoryLock | None:
         try:
@@ -254,7 +254,7 @@ class DiskDirectory:
 
     def _open_index(self) -> DiskIndex:
         if not self.read_only:
-            (self.path / "index").mkdir(exist_ok=True)
+            (self.path / "index").mkdir(mode=0o700, exist_ok=True)
             # LMDB maps its lock file and writes to it: without blocks behind it a full disk would end the process.
             _reserve(self.path / "index" / "lock.mdb", _LOCK_FILE_BYTES)
         map_bytes = _MAX_MAP_BYTES if self.read_only else _map_bytes(self._asked_slots)
@@ -263,6 +263,7 @@ class DiskDirectory:
             map_size=map_bytes,
             readonly=self.read_only,
             lock=not self.read_only or os.access(self.path / "index" / "lock.mdb", os.W_OK),
+            mode=FILE_MODE,
             max_dbs=8,
             max_readers=_MAX_READERS,
             # A cache: after a crash of the machine (not of the process) the newest pages may be missing, and the walk
@@ -307,6 +308,19 @@ class DiskDirectory:
         if lost:
             _log.error("disk tier: %s was cut short; %d pages are lost", self.path / "pages.slab", lost)
 
+    def _not_opened(self, error: lmdb.Error | OSError) -> ConfigError | TierUnavailable:
+        if isinstance(error, lmdb.DiskError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return ConfigError(
+                f"disk.path is {self.path}: the disk is full ({error}); free some space or set a smaller "
+                f"disk.capacity_bytes"
+            )
+        if isinstance(error, OSError):
+            what = "read" if self.read_only else "write"
+            return ConfigError(
+                f"disk.path is {self.path}: it must be a directory that this process may {what} ({error})"
+            )
+        return TierUnavailable(f"disk tier: the index in {self.path} cannot be opened: {error}")
+
     # Closing.
 
     def _close_files(self) -> None:
@@ -347,6 +361,8 @@ def acquire(
 
 def release(directory: DiskDirectory) -> None:
     """Undo one `acquire`."""
+    if os.getpid() != directory.pid:
+        return  # a forked child: what it inherited is its parent's, and so are the locks it would wait for
     with _opened_lock:
         if directory.leave():
             for identity in [identity for identity, opened in _opened.items() if opened is directory]:
@@ -364,17 +380,11 @@ def _map_bytes(num_slots: int) -> int:
 
 def _reserve(path: Path, num_bytes: int) -> None:
     """Put disk blocks behind a file as far as the filesystem can. Raises OSError if it is full."""
-    with path.open("ab") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-
-
-def _config_error(path: Path, error: OSError) -> ConfigError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ConfigError(
-            f"disk.path is {path}: the disk is full ({error}); free some space or set a smaller disk.capacity_bytes"
-        )
-    return ConfigError(f"disk.path is {path}: it must be a directory that this process may write ({error})")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+    try:
+        os.posix_fallocate(fd, 0, num_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    finally:
+        os.close(fd)

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvstore.errors import TierUnavailable
+from kvstore.tiers.slab_file import FILE_MODE
 
 _USERS, _WRITE, _WRITERS = 0, 1, 16  # byte offsets
 _POLL_S = 0.001  # fcntl has no wait with a deadline; a transaction takes about this long
@@ -33,7 +34,7 @@ class DirectoryLock:
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         """Open the file, creating it unless `read_only`. Raises OSError."""
-        self._fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT) | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT) | os.O_CLOEXEC, FILE_MODE)
         self._threads = threading.Lock()  # POSIX locks do not tell threads of one process apart
 
     def enter(self, deadline: float, *, may_set_up: bool = True) -> bool:

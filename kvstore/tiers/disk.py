@@ -184,7 +184,7 @@ class DiskTier:
         """
         deadline, now = time.monotonic() + timeout_s, self._now()
         self._check_open()
-        if self._read_only:
+        if self._read_only or not (keys or evict):
             return [False] * len(keys)
         for meta in metas:
             if meta.num_bytes > self._slot_bytes:

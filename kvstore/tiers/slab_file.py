@@ -20,6 +20,8 @@ import numpy as np
 from kvstore.errors import ConfigError
 from kvstore.layout import SLOT_ALIGNMENT
 
+FILE_MODE = 0o600  # what a model made of somebody's prompt is nobody else's to read
+
 _log = logging.getLogger(__name__)
 
 
@@ -31,7 +33,7 @@ class SlabFile:
         self.path = path
         self.slot_bytes = slot_bytes
         flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
-        self._fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(path, flags | os.O_CLOEXEC, FILE_MODE)
         self._direct_fd = self._open_direct(flags) if direct else None
         self._retired_fd: int | None = None
 

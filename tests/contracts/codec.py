@@ -81,7 +81,7 @@ class CodecContract:
             decoded(codec, blob, len(page) + 1)
 
     def test_a_damaged_blob_is_corrupt_or_some_page_but_never_another_error(self, codec: Codec) -> None:
-        # The page's checksum is over the encoded bytes and is verified first; this is about what comes after a collision.
+        # The page's checksum, over the encoded bytes, is verified before: this is about what it might overlook.
         page = PAGES["kv"]
         blob = bytearray(encoded(codec, page))
         rng = random.Random(3)

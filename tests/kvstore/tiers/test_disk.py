@@ -190,6 +190,14 @@ class TestBadConfiguration:
                 tier.write_from([key_of("page")], views, [PageMeta(SLOT_BYTES + 1)], timeout_s=TIMEOUT_S)
 
 
+def test_only_the_owner_can_read_what_is_stored(tmp_path: Path) -> None:
+    open_disk(tmp_path / "cache").close()
+
+    paths = [tmp_path / "cache", *(tmp_path / "cache").rglob("*")]
+    assert len(paths) == 6
+    assert all(path.stat().st_mode & 0o077 == 0 for path in paths)
+
+
 class TestReadingOnly:
     def test_pages_are_read_and_nothing_is_written(self, tmp_path: Path) -> None:
         keys = keys_of("page", 2)
@@ -269,9 +277,12 @@ class TestSharingInOneProcess:
             store(tier, keys_of("page", 1), SLOT_BYTES)
             pid = os.fork()
             if pid == 0:
-                os._exit(is_told(lambda: tier.ping(timeout_s=1)) + is_told(lambda: open_disk(tmp_path)))
+                told = is_told(lambda: tier.ping(timeout_s=1)) + is_told(lambda: open_disk(tmp_path))
+                tier.close()
+                os._exit(told)
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
 
+            assert store(tier, keys_of("page", 2), SLOT_BYTES) == [True, True]
             assert fetch(tier, keys_of("page", 1), SLOT_BYTES) == [payload(keys_of("page", 1)[0], SLOT_BYTES)]
 
 
