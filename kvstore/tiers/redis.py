@@ -87,6 +87,8 @@ class RedisTier:
         _check("redis.connect_timeout_s", connect_timeout_s, connect_timeout_s > 0, "positive")
         self._max_parts = max_parts(HEADER_BYTES + TOKENS_BYTES + slot_bytes)
         _check("slot_bytes", slot_bytes, slot_bytes > 0 and self._max_parts <= MAX_PARTS, "from 1 to about 500 MiB")
+        # Two parts come in one reply, of one moment, since one is small; a large value is never asked for with another.
+        self._at_once = 2 if self._max_parts == 2 else 1
         self.url = target.masked
         self.counters = TierCounters(extra={"oom_replies": 0, "timeouts": 0, "failures": 0, "redirects": 0})
         self._ttl_s = ttl_s
@@ -260,20 +262,19 @@ class RedisTier:
         return True
 
     def _ask_head(self, wire: Wire, head: bytes) -> None:
-        # With at most two parts both come in one reply, of one moment; a large value is never asked for with another.
-        wire.send([_mget(self._names.parts(head, 2 if self._max_parts == 2 else 1))], replies=1)
+        wire.send([command(b"MGET", *self._names.parts(head, self._at_once))], replies=1)
 
     def _receive(self, wire: Wire, head: bytes, sink: PageSink) -> list[int | None]:
         """Take the reply to `_ask_head` and fetch the other parts of a page that has many, one by one."""
-        lengths = _lengths(wire.reply_into(sink), wire)
-        if self._max_parts > 2 and lengths[0] is not None:
+        lengths = _lengths(wire.reply_into(sink, self._at_once), wire)
+        if self._at_once == 1 and lengths[0] is not None:
             try:
                 count = min(len(sink.sizes()), self._max_parts)
             except CorruptPage:
                 return lengths
             for name in self._names.parts(head, count)[1:]:
-                wire.send([_mget([name])], replies=1)
-                lengths += _lengths(wire.reply_into(sink), wire)
+                wire.send([command(b"MGET", name)], replies=1)
+                lengths += _lengths(wire.reply_into(sink, 1), wire)
         return lengths
 
     def _drop_unchanged(self, wire: Wire, head: bytes, seen: bytes) -> None:
@@ -346,7 +347,3 @@ def _is_moving(reply: Reply) -> bool:
 def _lengths(reply: list[int | None] | ResponseError, wire: Wire) -> list[int | None]:
     checked = _checked(reply, wire)
     return checked if isinstance(checked, list) else [None]
-
-
-def _mget(names: Sequence[bytes]) -> bytes:
-    return command(b"MGET", *names)

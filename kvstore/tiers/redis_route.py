@@ -195,11 +195,14 @@ class ClusterRoute:
             (reply,) = wire.ask([(b"CLUSTER", b"SLOTS")])
         if isinstance(reply, ResponseError):
             raise TierUnavailable(f"redis {_text(address)}: {reply}; use redis:// for a server that is not a cluster")
-        ranges = []
-        for first, last, master, *_ in reply:
+        try:
             # A node that does not know its own name leaves it empty: it is the one we asked.
-            host = master[0].decode() if master[0] else address[0]
-            ranges.append((first, last, (host, master[1])))
+            ranges = [
+                (int(first), int(last), (master[0].decode() or address[0], int(master[1])))
+                for first, last, master, *_ in reply
+            ]
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise TierUnavailable(f"redis {_text(address)}: its table of slots cannot be read: {error}") from error
         if not ranges:
             raise TierUnavailable(f"redis {_text(address)}: the cluster has no slots assigned")
         return sorted(ranges)
@@ -274,10 +277,13 @@ class _Sentinels:
         finally:
             wire.close()
         if not isinstance(reply, list):
-            raise TierUnavailable(
-                f"redis sentinel {_text(address)}: {reply or f'knows no master named {target.service!r}'}"
-            )
-        return reply[0].decode(), int(reply[1])
+            failure = reply or f"knows no master named {target.service!r}"
+            raise TierUnavailable(f"redis sentinel {_text(address)}: {failure}")
+        try:
+            host, port = reply
+            return host.decode(), int(port)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise TierUnavailable(f"redis sentinel {_text(address)}: its answer cannot be read: {error}") from error
 
 
 def _first_answer(

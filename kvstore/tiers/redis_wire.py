@@ -39,6 +39,7 @@ LINE_BYTES = 16 << 10  # longest line of a reply; also what is read at a time wh
 HEAD_BYTES = 512
 BULK_BYTES = 1 << 20  # longest string that is not received into a sink; a longer one is a garbled length
 ARRAY_LENGTH = 1 << 20
+NESTING = 8  # lists in lists; CLUSTER SLOTS has three levels
 PAGE_BYTES = 512 << 20  # what Redis itself allows; a longer string is a garbled length
 IOV_BUFFERS = 512  # the kernel takes 1024
 
@@ -114,8 +115,8 @@ class PageParser(_RESP2Parser):
                 replies.append(self._reply(LINE_BYTES))
         return replies
 
-    def read_into(self, sink: Sink) -> list[int | None] | ResponseError:
-        """Read an array of strings, laying them end to end into `sink`; return their lengths, None for absent ones.
+    def read_into(self, sink: Sink, count: int) -> list[int | None] | ResponseError:
+        """Read an array of `count` strings, laying them end to end into `sink`; return their lengths, None for absent.
 
         What does not fit is read and thrown away, so that the connection stays usable.
         """
@@ -126,7 +127,9 @@ class PageParser(_RESP2Parser):
                 return reply
             raise InvalidResponse(f"expected an array of strings, got {bytes(line[:40])!r}")
         lengths: list[int | None] = []
-        for _ in range(_length(line, ARRAY_LENGTH)):
+        if _length(line, ARRAY_LENGTH) != count:
+            raise InvalidResponse(f"expected {count} strings, got {bytes(line[:40])!r}")
+        for _ in range(count):
             line = self._next_line(HEAD_BYTES)
             if line[:1] != b"$":
                 raise InvalidResponse(f"expected a string, got {bytes(line[:40])!r}")
@@ -157,10 +160,10 @@ class PageParser(_RESP2Parser):
 
     # -- private
 
-    def _reply(self, read_bytes: int) -> Reply:
-        return self._parse(self._next_line(read_bytes), read_bytes)
+    def _reply(self, read_bytes: int, depth: int = 0) -> Reply:
+        return self._parse(self._next_line(read_bytes), read_bytes, depth)
 
-    def _parse(self, line: bytearray, read_bytes: int) -> Reply:
+    def _parse(self, line: bytearray, read_bytes: int, depth: int = 0) -> Reply:
         kind = line[:1]
         if kind == b":":
             return _number(line)
@@ -169,15 +172,21 @@ class PageParser(_RESP2Parser):
         if kind == b"$":
             length = _length(line, BULK_BYTES)
             return None if length < 0 else self._bulk(length)
-        if kind == b"*":
+        if kind == b"*" and depth < NESTING:
             count = _length(line, ARRAY_LENGTH)
-            return None if count < 0 else [self._reply(read_bytes) for _ in range(count)]
+            return None if count < 0 else [self._reply(read_bytes, depth + 1) for _ in range(count)]
         if kind == b"-":
-            error = self.parse_error(line[1:].decode(errors="replace"))  # type: ignore[no-untyped-call]
-            if isinstance(error, ResponseError):
-                return error
-            raise error  # LOADING, NOAUTH, too many clients: the server will not talk to us
+            return self._error(line[1:].decode(errors="replace"))
         raise InvalidResponse(f"a reply starts with {bytes(line[:40])!r}")
+
+    def _error(self, text: str) -> ResponseError:
+        try:
+            error = self.parse_error(text)  # type: ignore[no-untyped-call]
+        except (ValueError, TypeError):  # a redirect that does not say where to
+            raise InvalidResponse(f"an error reply cannot be read: {text[:80]!r}") from None
+        if isinstance(error, ResponseError):
+            return error
+        raise error  # LOADING, NOAUTH, too many clients: the server will not talk to us
 
     def _next_line(self, read_bytes: int) -> bytearray:
         while True:
@@ -297,10 +306,10 @@ class Wire:
         self._owed -= count
         return replies
 
-    def reply_into(self, sink: Sink) -> list[int | None] | ResponseError:
-        """Take one reply, an array of strings, into `sink`; return their lengths, None for absent ones."""
+    def reply_into(self, sink: Sink, count: int) -> list[int | None] | ResponseError:
+        """Take one reply, an array of `count` strings, into `sink`; return their lengths, None for absent ones."""
         with self._unavailable():
-            reply = self._parser.read_into(sink)
+            reply = self._parser.read_into(sink, count)
         self._owed -= 1
         return reply
 

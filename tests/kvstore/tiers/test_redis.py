@@ -419,23 +419,22 @@ class TestLeaks:
         assert _open_sockets() == sockets_before
         wait_until(lambda: _clients(medium) == clients_before, "the server has seen them go")
 
-    def test_a_call_that_is_under_way_while_the_tier_closes_ends(self, medium: Medium) -> None:
+    def test_a_call_that_is_under_way_while_the_tier_closes_ends_and_leaves_no_socket(self, medium: Medium) -> None:
         sockets_before = _open_sockets()
         tier = make_tier(medium)
-        keys = keys_of("page", 50)
-        started = threading.Event()
+        answers: list[list[bool]] = []
+        thread = threading.Thread(target=lambda: answers.append(store(tier, keys_of("page", 5), SLOT_BYTES)))
 
-        def read() -> None:
-            started.set()
-            store(tier, keys, SLOT_BYTES)
-
-        thread = threading.Thread(target=read)
-        thread.start()
-        started.wait(TIMEOUT_S)
-        tier.close()
+        medium.server.freeze()
+        try:
+            thread.start()
+            wait_until(lambda: _open_sockets() > sockets_before, "the call waits for the frozen server")
+            tier.close()
+        finally:
+            medium.server.thaw()
         thread.join(TIMEOUT_S)
 
-        assert not thread.is_alive()
+        assert answers == [[True] * 5]
         assert _open_sockets() == sockets_before
 
 

@@ -148,6 +148,14 @@ class TestSentinel:
             with pytest.raises(TierUnavailable, match="knows no master named 'other'"):
                 ping(node)
 
+    @pytest.mark.parametrize("answer", [b"*1\r\n$1\r\nh\r\n", b"*2\r\n$1\r\nh\r\n$1\r\nx\r\n", b"*2\r\n:1\r\n:2\r\n"])
+    def test_an_answer_that_cannot_be_read_is_unavailable(self, answer: bytes) -> None:
+        with canned_server([answer]) as port:
+            node = node_of(f"redis+sentinel://127.0.0.1:{port}/main")
+
+            with pytest.raises(TierUnavailable, match="its answer cannot be read"):
+                ping(node)
+
     def test_a_frozen_sentinel_does_not_use_up_the_time_of_the_next(self, tmp_path: Path) -> None:
         with LocalRedis() as frozen, LocalRedis() as master, sentinel_of(master, "main", tmp_path) as port:
             frozen.freeze()
@@ -216,6 +224,14 @@ class TestCluster:
             tier = RedisTier(f"redis+cluster://127.0.0.1:{port}", slot_bytes=SLOT_BYTES, ttl_s=60)
 
             with pytest.raises(TierUnavailable, match="no slots assigned"):
+                tier.contains(keys_of("page", 1), timeout_s=TIMEOUT_S)
+
+    @pytest.mark.parametrize("table", [b":1\r\n", b"*1\r\n*1\r\n:0\r\n", b"*1\r\n*3\r\n:0\r\n:9\r\n*1\r\n$1\r\nh\r\n"])
+    def test_a_table_that_cannot_be_read_is_unavailable(self, table: bytes) -> None:
+        with canned_server([table]) as port:
+            tier = RedisTier(f"redis+cluster://127.0.0.1:{port}", slot_bytes=SLOT_BYTES, ttl_s=60)
+
+            with pytest.raises(TierUnavailable, match="table of slots cannot be read"):
                 tier.contains(keys_of("page", 1), timeout_s=TIMEOUT_S)
 
     def test_a_slot_that_no_node_has_is_unavailable(self) -> None:

@@ -126,6 +126,10 @@ def test_a_server_that_does_not_talk_to_us_is_unavailable(peer: Peer, text: str)
         b"$99999999999\r\n",
         b"*99999999999\r\n",
         b"$3\r\nabcde",
+        b"*1\r\n" * 2000,
+        b"-MOVED\r\n",
+        b"-MOVED 1 nowhere\r\n",
+        b"-ASK x h:1\r\n",
         b"x" * (LINE_BYTES + 1),
     ],
 )
@@ -158,7 +162,7 @@ def test_strings_are_laid_end_to_end_whatever_pieces_they_arrive_in(
     peer.wire.send([command(b"MGET"), command(b"PING")], replies=2)
     thread = threading.Thread(target=serve)
     thread.start()
-    lengths = peer.wire.reply_into(sink)
+    lengths = peer.wire.reply_into(sink, len(values))
     after = peer.wire.replies(1)
     thread.join()
     peer.close()
@@ -174,19 +178,60 @@ def test_what_does_not_fit_is_read_past(peer: Peer) -> None:
 
     peer.wire.send([command(b"X")], replies=2)
 
-    assert peer.wire.reply_into(sink) == [3, 40000]
+    assert peer.wire.reply_into(sink, 2) == [3, 40000]
     assert bytes(sink.data) == b"abcd"
     assert peer.wire.replies(1) == [b"OK"]
     assert peer.wire.is_reusable
 
 
-@pytest.mark.parametrize("answer", [b"+OK\r\n", b"*1\r\n:1\r\n", b"*1\r\n$-2\r\n", b"*x\r\n", b"*1\r\n$1\r\nab\r\n"])
+PIECES = [
+    b"*",
+    b"$",
+    b":",
+    b"-",
+    b"+",
+    b"\r\n",
+    b"0",
+    b"1",
+    b"2",
+    b"-1",
+    b"7",
+    b"MOVED 1 h:1",
+    b"OOM x",
+    b"LOADING",
+    b"ab",
+]
+
+
+@given(answer=st.lists(st.one_of(st.sampled_from(PIECES), st.binary(max_size=5)), max_size=40).map(b"".join))
+def test_no_answer_does_more_harm_than_closing_the_wire(answer: bytes) -> None:
+    for into_sink in (False, True):
+        peer = Peer()
+        peer.server.sendall(answer)
+        peer.server.shutdown(socket.SHUT_WR)
+        peer.wire.send([command(b"X")], replies=1)
+        try:
+            if into_sink:
+                peer.wire.reply_into(Flat(10), 1)
+            else:
+                peer.wire.replies(1)
+        except TierUnavailable:
+            assert not peer.wire.is_reusable
+        else:
+            assert peer.wire.is_reusable
+        peer.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"+OK\r\n", b"*0\r\n", b"*2\r\n", b"*-1\r\n", b"*1\r\n:1\r\n", b"*1\r\n$-2\r\n", b"*x\r\n", b"*1\r\n$1\r\nab\r\n"],
+)
 def test_a_reply_that_is_no_array_of_strings_closes_the_wire(peer: Peer, answer: bytes) -> None:
     peer.server.sendall(answer)
     peer.wire.send([command(b"X")], replies=1)
 
     with pytest.raises(TierUnavailable):
-        peer.wire.reply_into(Flat(100))
+        peer.wire.reply_into(Flat(100), 1)
 
     assert not peer.wire.is_reusable
 
@@ -195,7 +240,7 @@ def test_an_error_in_place_of_a_page_is_a_value(peer: Peer) -> None:
     peer.server.sendall(b"-MOVED 5 h:1\r\n")
     peer.wire.send([command(b"X")], replies=1)
 
-    assert isinstance(peer.wire.reply_into(Flat(100)), MovedError)
+    assert isinstance(peer.wire.reply_into(Flat(100), 1), MovedError)
     assert peer.wire.is_reusable
 
 
