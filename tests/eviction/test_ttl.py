@@ -176,10 +176,11 @@ def test_more_expired_keys_than_victims_asked_for(policy: Ttl[str]) -> None:
 
 def test_a_clock_that_steps_back_brings_no_deadline_forward(policy: Ttl[str]) -> None:
     policy.add("a", 100.0)
-    policy.add("b", 50.0)
+    policy.add("b", 50.0, Hint(ttl_s=5.0))
 
-    assert policy.expired(61.0) == []
-    assert policy.expired(110.0) == ["a", "b"]
+    assert policy.expired(60.0) == []
+    assert policy.expired(105.0) == ["b"]
+    assert policy.expired(110.0) == ["b", "a"]
 
 
 def test_many_ttls_at_once() -> None:
