@@ -10,7 +10,7 @@ and takes away what is left.
     touch      PEXPIRE with a deadline, TOUCH without; in one round trip
 
 Every call ends within its `timeout_s`, whatever the server does. Called from the threads of one lane, each call on its
-own connection, one page outstanding on each. Not safe across a fork.
+own connection, one page outstanding on each.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ server has hung up, is never among them. Any thread.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from bisect import bisect_right
@@ -67,14 +68,19 @@ class Node:
         self.where = where
         self._connect = connect
         self._connections = connections
-        self._permits = threading.BoundedSemaphore(connections)
-        self._lock = threading.Lock()
-        self._idle: list[Wire] = []
         self._closed = False
+        self._idle: list[Wire] = []
+        self._begin()
 
     @contextmanager
     def lease(self, deadline: float) -> Iterator[Wire]:
         """A wire for one call. Raises TierUnavailable if none is free or can be made before `deadline`."""
+        if self._pid != os.getpid():
+            # After a fork both processes hold the same sockets and would read each other's replies.
+            inherited = self._idle
+            self._begin()
+            for wire in inherited:
+                wire.close()  # redis-py closes only our copy of the socket: the parent's connection lives on
         if not self._permits.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TierUnavailable(f"redis {self.where}: all {self._connections} connections are busy")
         try:
@@ -98,6 +104,12 @@ class Node:
         with self._lock:
             self._closed = True
         self.drop_idle()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._permits = threading.BoundedSemaphore(self._connections)
+        self._lock = threading.Lock()
+        self._idle = []
 
     def _take(self, deadline: float) -> Wire:
         while True:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -73,6 +74,24 @@ class TestNode:
             server.start()
 
             ping(node)
+            node.close()
+
+    def test_a_forked_process_makes_its_own_wire_and_leaves_the_parents_alone(self) -> None:
+        with LocalRedis() as server:
+            node = node_of(server.url, connections=1)
+            ours = ping(node)
+
+            child = os.fork()
+            if child == 0:  # no pytest from here on: the exit status says it all
+                status = 1
+                try:
+                    status = 0 if ping(node) is not ours else 2
+                finally:
+                    os._exit(status)
+            _, status = os.waitpid(child, 0)
+
+            assert os.waitstatus_to_exitcode(status) == 0
+            assert ping(node) is ours
             node.close()
 
     def test_no_more_wires_than_allowed_are_out_at_once(self) -> None:
