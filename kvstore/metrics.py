@@ -92,6 +92,7 @@ METRICS: tuple[MetricSpec, ...] = (
     _counter("evicted_pages", "evicted_pages", "Copies that made room for others.", "tier"),
     _counter("expired_pages", "expired_pages", "Copies that outlived their TTL.", "tier"),
     _counter("lost_pages", "lost_pages", "Copies believed to be in a tier that were not.", "tier"),
+    _counter("tier_events", "tier_events", "What only the tier sees: timeouts, OOM replies.", "tier", "event"),
     # Moving.
     _counter("lane_bytes", "lane_bytes", "Bytes moved between host memory and a tier.", "tier", "op"),
     _counter("lane_seconds", "lane_seconds", "Seconds inside a tier, summed over a lane's threads.", "tier", "op"),

@@ -41,6 +41,7 @@ def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
         "expired_pages": {HOST: host.expired_pages}
         | {name: tier.counters.expired_pages + media[name].expired_pages for name, tier in tiers.items()},
         "lost_pages": {name: m.lost_pages for name, m in media.items()},
+        "tier_events": {name: dict(m.extra) for name, m in media.items()},
         **_lane_stats(lanes),
         "slots": {
             "free": host.pool.num_free,

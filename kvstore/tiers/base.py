@@ -1,8 +1,8 @@
 """A tier is a place for bytes: blocking, batched, with no bookkeeping.
 
-The planner knows what lies where; a tier only moves pages between slots of the host slab and its medium, and verifies what it reads.
-It is called from the threads of one lane (several at once, so a tier is thread-safe) and never under the store's
-lock. Single pages fail by a False in the answer; the whole medium fails by TierUnavailable.
+The planner knows what lies where; a tier only moves pages between slots of the host slab and its medium, and
+verifies what it reads. It is called from the threads of one lane (several at once, so a tier is thread-safe) and
+never under the store's lock. Single pages fail by a False in the answer; the whole medium fails by TierUnavailable.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class TierCounters:
 class Tier(Protocol):
     """Where pages live below host memory.
 
-    All I/O methods take `timeout_s`, the time left for the whole batch: where the medium allows it (sockets) it is enforced and
-    TierUnavailable raised. `views[i]` is a whole slot, `layout.slot_bytes` long and aligned to 4096 bytes; of it
-    `metas[i].num_bytes` carry data. The tier keeps no reference to a view after it returns.
+    All I/O methods take `timeout_s`, the time left for the whole batch: where the medium allows it (sockets) it is
+    enforced and TierUnavailable raised. `views[i]` is a whole slot, `layout.slot_bytes` long and aligned to 4096
+    bytes; of it `metas[i].num_bytes` carry data. The tier keeps no reference to a view after it returns.
     """
 
     name: str
@@ -57,8 +57,8 @@ class Tier(Protocol):
     ) -> list[bool]:
         """Fill `views[i]` with the page of `keys[i]`; False where it is gone, expired, corrupt or of another length.
 
-        Verified before True is returned: key, length, checksum, expiry and, if `metas[i].tokens` is not empty, tokens. A corrupt copy
-        is dropped from the tier and counted. A False entry leaves its view undefined.
+        Verified before True is returned: key, length, checksum, expiry and, if `metas[i].tokens` is not empty,
+        tokens. A corrupt copy is dropped from the tier and counted. A False entry leaves its view undefined.
         """
 
     def write_from(
@@ -72,8 +72,9 @@ class Tier(Protocol):
     ) -> list[bool]:
         """Store pages and publish those that are whole; False where there was no room or the write failed.
 
-        `evict` leave first, in the same transaction where the medium has one. A key that is already there keeps its bytes (first
-        writer wins) and answers True. A page is visible to readers either whole or not at all, also after a crash.
+        `evict` leave first, in the same transaction where the medium has one. A key that is already there keeps its
+        bytes (first writer wins) and answers True. A page is visible to readers either whole or not at all, also
+        after a crash.
         """
 
     def touch(self, keys: Sequence[PageKey], *, expires_at: float, timeout_s: float) -> list[bool]:
