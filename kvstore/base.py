@@ -69,8 +69,11 @@ class KVStore(Protocol):
     def wait_lookup(self, request: Request, timeout_s: float | None = None) -> Match:
         """Lookup, waiting for pending tiers at most `timeout_s` (default: the configured lookup deadline)."""
 
-    def prepare_load(self, request: Request, num_blocks: int, *, owner: str = "") -> LoadLease:
-        """Pin blocks [0, num_blocks) in host slots and start fetching what is not there. May grant fewer."""
+    def prepare_load(self, request: Request, num_blocks: int, *, first: int = 0, owner: str = "") -> LoadLease:
+        """Pin blocks [first, num_blocks) in host slots and start fetching what is not there. May grant fewer.
+
+        first: the blocks before it are in the engine's own memory already.
+        """
 
     def wait(self, lease: LoadLease, timeout_s: float | None = None) -> LeaseStatus:
         """Wait until the lease is ready, at most `timeout_s` (default: the configured load deadline)."""

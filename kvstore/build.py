@@ -25,8 +25,10 @@ MAX_QUEUE = 8192  # batches that may wait in a lane; a prompt of 128K tokens in 
 HASH_BYTES = {"sha256": 32, "xxh3_128": 16}
 
 
-def open_store(config: Config, layout: Layout, namespace: Namespace) -> LocalStore:
+def open_store(config: Config, layout: Layout, namespace: Namespace, *, shared_name: str | None = None) -> LocalStore:
     """Open a store with the tiers that `config` turns on; what the disk holds is known when this returns.
+
+    shared_name: put the slab into memory that other processes can map (`LocalStore.slab_handle`), under this name.
 
     Raises ConfigError if something cannot be had (memory, disk space, a URL), LayoutMismatch if the directory holds
     pages of another geometry. A Redis server that does not answer is no error: its tier is down until it does.
@@ -38,7 +40,7 @@ def open_store(config: Config, layout: Layout, namespace: Namespace) -> LocalSto
             f"host.capacity_bytes is {format_bytes(config.host.capacity_bytes)}, less than one page of this model "
             f"({format_bytes(layout.slot_bytes)}); give at least {format_bytes(16 * layout.slot_bytes)}"
         )
-    slab = HostSlab(num_slots, layout.slot_bytes, huge_pages=config.host.huge_pages)
+    slab = HostSlab(num_slots, layout.slot_bytes, shared_name=shared_name, huge_pages=config.host.huge_pages)
     opened: list[Tier] = []
     try:
         plans: list[TierPlan] = []

@@ -38,7 +38,7 @@ from kvstore.plan.records import (
     SaveLease,
 )
 from kvstore.stats import snapshot
-from kvstore.tiers.host import HostSlab
+from kvstore.tiers.host import HostSlab, SlabHandle
 from radix.hashing import BlockHash, BlockHasher, bind_hashes
 from radix.namespace import Namespace
 
@@ -156,12 +156,13 @@ class LocalStore:
                 if not match.pending or not self._wait_until(until):
                     return match
 
-    def prepare_load(self, request: Request, num_blocks: int, *, owner: str = "") -> LoadLease:
-        """Pin blocks [0, num_blocks) in host slots and start fetching what is not there."""
+    def prepare_load(self, request: Request, num_blocks: int, *, first: int = 0, owner: str = "") -> LoadLease:
+        """Pin blocks [first, num_blocks) in host slots and start fetching what is not there."""
         _check_range("num_blocks", num_blocks, len(request.keys))
+        _check_range("first", first, num_blocks)
         with self._lock:
             self._check_open()
-            lease = self._planner.prepare_load(request, num_blocks, self._now(), owner)
+            lease = self._planner.prepare_load(request, num_blocks, self._now(), owner, first)
             self._send()
             return lease
 
@@ -276,6 +277,11 @@ class LocalStore:
     def slot_array(self, slot: int) -> npt.NDArray[np.uint8]:
         """The bytes of a slot as an array."""
         return self._slab.array(slot)
+
+    @property
+    def slab_handle(self) -> SlabHandle:
+        """How another process maps the slab; ValueError unless the store was opened with a shared one."""
+        return self._slab.handle
 
     @property
     def slab_array(self) -> npt.NDArray[np.uint8]:

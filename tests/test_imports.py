@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.plan.records",
         "kvstore.errors",
         "kvstore.devices",
+        "kvstore.tiers.host",  # a worker process maps the slab
         "kvstore.move.worker",
         "kvstore.store",
         "kvstore.build",

@@ -20,6 +20,7 @@ class Load:
 
     pages:   parallel to the SlotPages of the public lease, in path order.
     sources: tier name of each block's first group.
+    first:   the blocks before it are in the engine's own memory.
     waiting: pages whose fetch is not over.
     lost:    pages that failed to load: they are in no slot and hold no pin.
     """
@@ -36,12 +37,14 @@ class Load:
     lost: set[Page] = field(default_factory=set)
     ready_at: float = 0.0
     state: LeaseState = LeaseState.WAITING
+    first: int = 0
 
     def usable_blocks(self, windows: Sequence[int | None]) -> int:
         """Blocks that can be resumed from with the pages that are ready now."""
         if not self.waiting and not self.lost:
             return self.num_blocks
-        present = [bytearray(self.num_blocks) for _ in windows]
+        ahead = bytes([1]) * self.first
+        present = [bytearray(ahead.ljust(self.num_blocks, b"\0")) for _ in windows]
         for block, page in zip(self.blocks, self.pages, strict=True):
             if page not in self.lost and page.state == PageState.READY:
                 present[page.group][block] = 1

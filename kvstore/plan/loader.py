@@ -60,8 +60,11 @@ class Loader:
         self._asked: dict[int, Request] = {}  # prefetches waiting for a probe
         self._promotions: list[int] = []
 
-    def prepare(self, lease_id: int, request: Request, num_blocks: int, now: float, owner: str) -> Load:
-        """Make a load lease over as many of the first `num_blocks` blocks as are stored and find room."""
+    def prepare(self, lease_id: int, request: Request, num_blocks: int, now: float, owner: str, first: int = 0) -> Load:
+        """Make a load lease over as many of the first `num_blocks` blocks as are stored and find room.
+
+        first: blocks before it are in the engine already: they count as present and get no page.
+        """
         survey = self._scout.survey(request)
         limit = min(num_blocks, survey.known)
         while True:
@@ -70,7 +73,7 @@ class Loader:
             if len(path) < granted:
                 limit = len(path)
                 continue
-            blocks, pages, codes = self._needed(survey, path, granted)
+            blocks, pages, codes = self._needed(survey, path, granted, first)
             absent = [index for index, page in enumerate(pages) if page.state == PageState.ABSENT]
             for page in pages:
                 if page.state == PageState.READY:
@@ -93,6 +96,7 @@ class Loader:
             self._sources(survey, granted),
             owner,
             now,
+            first=min(first, granted),
         )
         self._join(load)
         self._fetch([pages[i] for i in absent], [codes[i] for i in absent], now)
@@ -108,7 +112,7 @@ class Loader:
         if load is None:
             return None
         usable = load.usable_blocks(self._windows)
-        for name in load.sources[:usable]:
+        for name in load.sources[load.first : usable]:
             self.hit_blocks[name] += 1
         self._end(load, now, used=usable > 0)
         return load
@@ -194,13 +198,15 @@ class Loader:
         promotions, self._promotions = self._promotions, []
         return promotions
 
-    def _needed(self, survey: Survey, path: Sequence[Block], granted: int) -> tuple[list[int], list[Page], list[int]]:
+    def _needed(
+        self, survey: Survey, path: Sequence[Block], granted: int, first: int = 0
+    ) -> tuple[list[int], list[Page], list[int]]:
         """Block index, page and source code of every page a resume after `granted` blocks needs, in path order."""
-        starts = [needed_from(granted, window) for window in self._windows]
+        starts = [max(first, needed_from(granted, window)) for window in self._windows]
         blocks: list[int] = []
         pages: list[Page] = []
         codes: list[int] = []
-        for index in range(granted):
+        for index in range(first, granted):
             block_pages = path[index].pages
             for group, start in enumerate(starts):
                 if index >= start:

@@ -127,11 +127,11 @@ class Planner:
             self.loader.sample(request, stale, now)
         return match
 
-    def prepare_load(self, request: Request, num_blocks: int, now: float, owner: str = "") -> LoadLease:
-        """Pin what is in host memory, make room for the rest, send the fetches."""
-        load = self.loader.prepare(self._lease_id(), request, num_blocks, now, owner)
+    def prepare_load(self, request: Request, num_blocks: int, now: float, owner: str = "", first: int = 0) -> LoadLease:
+        """Pin blocks [first, num_blocks) that are in host memory, make room for the rest, send the fetches."""
+        load = self.loader.prepare(self._lease_id(), request, num_blocks, now, owner, first)
         by_tier: dict[str, int] = {}
-        for name in load.sources:
+        for name in load.sources[load.first :]:
             by_tier[name] = by_tier.get(name, 0) + 1
         return LoadLease(
             load.id,

@@ -16,6 +16,7 @@ import ctypes
 import logging
 import mmap
 import os
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,18 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+class SlabHandle(NamedTuple):
+    """What another process of the same user needs to map a shared slab. Plain data: it travels.
+
+    path: the descriptor of the process that made the slab, under /proc; it needs no name in /dev/shm, so nothing is
+          left behind by a process that dies, and the small /dev/shm of a container does not matter.
+    """
+
+    path: str
+    num_slots: int
+    slot_bytes: int
 
 
 class HostSlab:
@@ -74,10 +87,36 @@ class HostSlab:
             _advise(self.buffer, mmap.MADV_HUGEPAGE)  # refused where the kernel has none; the slab works all the same
         if prefault and not _advise(self.buffer, _MADV_POPULATE_WRITE):
             self.buffer[::SLOT_ALIGNMENT] = 0
-        slab = self.buffer.data
-        bounds = range(0, size, slot_bytes)
-        self._views = [slab[start : start + slot_bytes] for start in bounds]
-        self._arrays = [self.buffer[start : start + slot_bytes] for start in bounds]
+        self._cut()
+
+    @classmethod
+    def attach(cls, handle: SlabHandle, *, prefault: bool = True) -> HostSlab:
+        """Map the shared slab of another process; it may end before this one does, the memory stays.
+
+        Raises OSError if the slab is gone or another user's, ConfigError if its size is not what the handle says.
+        """
+        _check_geometry(handle.num_slots, handle.slot_bytes)
+        slab = cls.__new__(cls)
+        slab.num_slots, slab.slot_bytes = handle.num_slots, handle.slot_bytes
+        slab._fd = os.open(handle.path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            size, there = handle.num_slots * handle.slot_bytes, os.fstat(slab._fd).st_size
+            if there != size:
+                raise ConfigError(f"host slab: {handle.path} has {there} bytes, the handle says {size}")
+            slab.buffer = _map(size, slab._fd)
+        except BaseException:
+            slab._close_fd()
+            raise
+        _advise(slab.buffer, mmap.MADV_HUGEPAGE)
+        if prefault:
+            _advise(slab.buffer, _MADV_POPULATE_WRITE)  # without it the pages are mapped one by one, as they are used
+        slab._cut()
+        return slab
+
+    @property
+    def handle(self) -> SlabHandle:
+        """How another process maps this slab; ValueError for private memory."""
+        return SlabHandle(f"/proc/{os.getpid()}/fd/{self.fileno()}", self.num_slots, self.slot_bytes)
 
     def view(self, slot: int) -> memoryview:
         """The bytes of a slot, writable: to be read into or received into; slice assignment would hold the GIL."""
@@ -99,6 +138,12 @@ class HostSlab:
         self._arrays = []
         self.buffer = np.empty(0, np.uint8)
         self._close_fd()
+
+    def _cut(self) -> None:
+        slab = self.buffer.data
+        bounds = range(0, self.num_slots * self.slot_bytes, self.slot_bytes)
+        self._views = [slab[start : start + self.slot_bytes] for start in bounds]
+        self._arrays = [self.buffer[start : start + self.slot_bytes] for start in bounds]
 
     def _close_fd(self) -> None:
         if self._fd is not None:

@@ -77,7 +77,7 @@ class DictStore:
         blocks = self._resume_point(request, len(request.keys), set())
         return Match(blocks, blocks * self.layout.block_size, by_tier={"host": blocks})
 
-    def prepare_load(self, request: Request, num_blocks: int, *, owner: str = "") -> LoadLease:
+    def prepare_load(self, request: Request, num_blocks: int, *, first: int = 0, owner: str = "") -> LoadLease:
         self._call("prepare_load")
         blocks = self._resume_point(request, num_blocks, set())
         pages = []

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,18 @@ class TestSavingAndLoading:
         store.release(lease)
 
         assert store.poll(lease).state is LeaseState.CLOSED
+
+    def test_blocks_the_engine_has_are_neither_pinned_nor_counted(self, store: LocalStore) -> None:
+        request = store.request(prompt(4))
+        save(store, request)
+
+        lease = store.prepare_load(request, 4, first=3)
+        status = store.poll(lease)
+        store.complete(lease)
+
+        assert [page.block for page in lease.pages] == [3]
+        assert (status.num_blocks, lease.by_tier) == (4, {"host": 1})
+        assert store.stats()["hit_blocks"] == {"host": 1}
 
     def test_a_prompt_larger_than_the_slab_keeps_its_head(self, store: LocalStore) -> None:
         request = store.request(prompt(100))
@@ -269,6 +282,17 @@ class TestLowerTiers:
         held = {key[:32] for key in keys}
         assert [key in held for key in new] == [True] * 6
         assert [key in held for key in old] == [True] * 4 + [False] * 4
+
+    def test_pages_of_another_writer_do_not_overfill_the_books(self) -> None:
+        tier, plan = memory_tier(capacity_pages=4, is_shared=True)
+        reader_plan = replace(plan, policy=make_policy("lru"))
+        with store_over([(tier, plan)]) as writer, store_over([(tier, reader_plan)]) as reader:
+            for seed in range(3):  # each prompt pushes the one before out of the tier
+                use(writer, prompt(4, seed=seed))
+                assert writer.flush(5.0)
+                assert load(reader, reader.request(prompt(4, seed=seed)))[0] == 4
+                assert reader.stats()["pages"]["memory"] == 4
+            reader.check()
 
     def test_only_pages_used_again_are_admitted_where_that_is_asked(self) -> None:
         tier = memory_tier(admit="second_use")

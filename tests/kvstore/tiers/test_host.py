@@ -19,6 +19,42 @@ from kvstore.tiers.memory_limit import available_memory
 SLOT_BYTES = 12_288
 
 
+class TestAttach:
+    def test_another_mapping_sees_the_same_bytes(self) -> None:
+        slab = HostSlab(3, SLOT_BYTES, shared_name="kvstore-test")
+
+        other = HostSlab.attach(slab.handle)
+        np.copyto(other.array(1), 9)
+
+        assert slab.array(1)[0] == 9
+        assert other.array(2).ctypes.data != slab.array(2).ctypes.data
+        slab.close()
+        assert other.array(1)[0] == 9
+        other.close()
+
+    def test_a_slab_of_another_size_is_refused(self) -> None:
+        slab = HostSlab(3, SLOT_BYTES, shared_name="kvstore-test")
+
+        with pytest.raises(ConfigError, match="the handle says"):
+            HostSlab.attach(slab.handle._replace(num_slots=4))
+        slab.close()
+
+    def test_a_slab_that_is_gone_is_an_os_error(self) -> None:
+        slab = HostSlab(3, SLOT_BYTES, shared_name="kvstore-test")
+        handle = slab.handle
+        slab.close()
+
+        with pytest.raises(FileNotFoundError):
+            HostSlab.attach(handle)
+
+    def test_private_memory_has_no_handle(self) -> None:
+        slab = HostSlab(3, SLOT_BYTES)
+
+        with pytest.raises(ValueError, match="private"):
+            _ = slab.handle
+        slab.close()
+
+
 @pytest.mark.parametrize("shared_name", [None, "kvstore-test"])
 class TestSlots:
     def test_slots_lie_end_to_end_and_start_at_a_huge_page(self, shared_name: str | None) -> None:
