@@ -127,6 +127,7 @@ class LowerTier:
             if self.plan.policy is not None:
                 hint = page.block.hint if left_s is None else page.block.hint._replace(ttl_s=max(left_s, 1e-3))
                 self.plan.policy.add((page,), now, hint)
+            self._forget_excess()
 
     def forget_copies(self, pages: Sequence[Page]) -> None:
         """The tier no longer holds pages, or the spill of them failed."""
@@ -216,13 +217,22 @@ class LowerTier:
             f"{self.plan.name}: {len(copies | flying)} copies, {self.used_pages} booked"
         )
         assert len(flying) == self.in_flight, f"{self.plan.name}: {len(flying)} flying, {self.in_flight} booked"
-        if self.plan.capacity_pages is not None:
+        if self.plan.capacity_pages is not None and not self.plan.is_shared:  # else others' pages are learned of late
             assert self.used_pages <= self.plan.capacity_pages, f"{self.plan.name}: over capacity"
 
     @property
     def is_settled(self) -> bool:
         """True if nothing is owed or under way, or nothing can be paid."""
         return not self.in_flight and (not self.owed or not self.is_up)
+
+    def _forget_excess(self) -> None:
+        """More is booked than the tier can hold: others have written there, and what is oldest has made room."""
+        if self.plan.capacity_pages is None or self.used_pages <= self.plan.capacity_pages:
+            return
+        victims = self._victims(self.used_pages - self.plan.capacity_pages)
+        self.forget_copies(victims)
+        for page in victims:
+            self.catalog.prune(page.block)
 
     def _drop_lost(self) -> None:
         # Only while the tier is down: pages that left host memory in the meantime will never be paid.
@@ -267,19 +277,22 @@ class LowerTier:
         return True
 
     def _make_room(self, n: int) -> list[PageKey]:
-        if self.plan.capacity_pages is None or self.plan.policy is None:
+        if self.plan.capacity_pages is None:
             return []
-        excess = self.used_pages + n - self.plan.capacity_pages
-        if excess <= 0:
-            return []
-        ranked = self.plan.policy.victims(excess + self.in_flight)
-        victims = [page for page in ranked if not page.spilling & self.bit][:excess]
+        victims = self._victims(self.used_pages + n - self.plan.capacity_pages)
         self.forget_copies(victims)
         keys = [page.key for page in victims]
         for page in victims:
             self.catalog.prune(page.block)
         self.counters.evicted_pages += len(victims)
         return keys
+
+    def _victims(self, n: int) -> list[Page]:
+        """Up to `n` copies that may leave, the first to go first."""
+        if n <= 0 or self.plan.policy is None:
+            return []
+        ranked = self.plan.policy.victims(n + self.in_flight)
+        return [page for page in ranked if not page.spilling & self.bit][:n]
 
     def _ttl_s(self, page: Page) -> float:
         own = page.block.hint.ttl_s
