@@ -97,7 +97,7 @@ def disk_store(stack: ExitStack, path: Path, **disk: Any) -> LocalStore:
 def faulty_disk_store(stack: ExitStack, path: Path) -> tuple[LocalStore, FaultyTier]:
     tier = FaultyTier(DiskTier.open(path, LAYOUT.fingerprint, LAYOUT.slot_bytes, DISK_PAGES * PAGE_BYTES))
     plan = TierPlan("disk", DISK_PAGES, make_policy("lru"), is_indexed=True, is_shared=False, workers=2)
-    numbers = {"lookup_deadline_s": LOOKUP_DEADLINE_S, "load_deadline_s": LOAD_DEADLINE_S}
+    numbers: dict[str, Any] = {"lookup_deadline_s": LOOKUP_DEADLINE_S, "load_deadline_s": LOAD_DEADLINE_S}
     store = store_over([(tier, plan)], num_slots=NUM_SLOTS, timeout_s=0.5, **numbers)
     return stack.enter_context(store), tier
 
@@ -202,7 +202,8 @@ def redis_frozen(stack: ExitStack, path: Path) -> Scene:
 
 def redis_slow(stack: ExitStack, path: Path, **store: Any) -> Scene:
     """Every 4 KiB of a reply take 5 ms more: a page of 8 KiB about 15, and a whole prompt still less than allowed."""
-    proxy = stack.enter_context(SlowProxy(_server(stack).port))
+    proxy = SlowProxy(_server(stack).port)
+    stack.enter_context(proxy)
 
     def slow_down(seconds: float) -> None:
         proxy.delay_s = seconds

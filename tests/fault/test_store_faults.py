@@ -226,6 +226,6 @@ def test_a_flipped_bit_in_a_redis_value_is_a_miss(
             names: Any = client.keys("*")
             name = sorted(name for name in names if key in name)[part]
             value: Any = client.getrange(name, byte, byte)
-            client.setrange(name, byte, bytes([value[0] ^ 1 << byte % 8]))  # type: ignore[arg-type]
+            client.setrange(name, byte, bytes([value[0] ^ 1 << byte % 8]))
 
     check_that_one_bad_page_is_a_miss(store, "redis", flip)
