@@ -65,12 +65,9 @@ class TransformersConnector:
     device:        moves the bytes; None chooses by where the model is. A device given is the caller's to close.
     max_queue:     save jobs that may wait; beyond it saves are skipped.
 
-    Raises ConfigError, UnsupportedModel or LayoutMismatch if this model and this store cannot work together: the
-                                                                                                              store
-                                                                                                              must
-                                                                                                              have
-    been opened with `model_namespace` of this model, chunk and mode. That its weights are the same ones is the
-    caller's promise.
+    Raises ConfigError, UnsupportedModel or LayoutMismatch if this model and this store cannot work together: the store
+    must have been opened with `model_namespace` of this model, chunk and mode. That its weights are the same ones is
+    the caller's promise.
     """
 
     def __init__(

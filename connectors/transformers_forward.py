@@ -44,8 +44,7 @@ class Forward:
         self._model = model
         self._device = model_device(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(_forward_of(model)).parameters
-        embeddings = model.get_input_embeddings()
-        self.vocab_size = int(embeddings.num_embeddings)
+        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self.max_tokens = max_tokens(model.config)
 
     def __call__(self, tokens: TokenArray, cache: Any, start: int, *, last_only: bool = True) -> torch.Tensor:

@@ -1,12 +1,17 @@
 """The small arithmetic that all connectors share."""
 
 import doctest
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import connectors.base
 from connectors.base import pages_by_group, resume_blocks, tokens_by_tier
 from kvstore.plan.records import SlotPage
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_examples_in_the_docstrings_hold() -> None:
@@ -52,3 +57,11 @@ def test_pages_are_sorted_by_group_and_block() -> None:
 )
 def test_tokens_by_tier_add_up_to_what_arrived(granted: dict[str, int], arrived: int, expected: dict[str, int]) -> None:
     assert tokens_by_tier(granted, arrived, 16) == expected
+
+
+def test_importing_the_connector_imports_no_engine() -> None:
+    code = "import sys, connectors.transformers; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+
+    assert printed.stdout.strip() == "[]"
