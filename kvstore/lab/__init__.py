@@ -1,1 +1,1 @@
-"""The laboratory: programs that show and measure the store with real models. Nothing else imports it but the command line."""
+"""The laboratory: programs that show and measure the store. Only the command line imports it."""

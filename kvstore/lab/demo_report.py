@@ -1,7 +1,7 @@
 """What the demo saw: stages, the table, two sentences and the JSON file.
 
-A stage is one or more turns; a turn is one prompt answered with the store, beside the same prompt computed without it. Pure:
-no process, no model; the demo fills these values and tests make them up.
+A stage is one or more turns; a turn is one prompt answered with the store, beside the same prompt computed without it.
+Pure: no process, no model; the demo fills these values and tests make them up.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ TIERS = ("host", "disk", "redis")
 
 # The stages in the order in which they are played and shown.
 TITLES = {
-    "cold": "cold: nothing stored yet",
-    "host": "same prompt, warm from host memory",
-    "disk": "new process, warm from disk",
-    "redis": "second replica, warm from Redis only",
+    "cold": "cold",
+    "host": "host",
+    "disk": "disk, new process",
+    "redis": "redis, second replica",
     "conversation": "conversation",
-    "fork": "forked prompt that shares half",
+    "fork": "fork that shares half",
 }
 BAR_TITLES = {
     "cold": "cold",
@@ -152,14 +152,14 @@ def write_json(report: Report, path: Path, explained: Mapping[str, Any] | None =
 
 def make_table(report: Report) -> Table:
     """One row per turn."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("stage")
-    table.add_column("prompt\ntokens", justify="right")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    table.add_column("stage", no_wrap=True)
+    table.add_column("prompt\ntokens", justify="right", no_wrap=True)
     for tier in TIERS:
-        table.add_column(f"from\n{tier}", justify="right")
-    table.add_column("TTFT", justify="right")
-    table.add_column("speed-up\nover cold", justify="right")
-    table.add_column("same tokens\nas cold", justify="center")
+        table.add_column(f"from\n{tier}", justify="right", no_wrap=True)
+    table.add_column("TTFT", justify="right", no_wrap=True)
+    table.add_column("speed-up", justify="right", no_wrap=True)
+    table.add_column("same\ntokens", justify="center", no_wrap=True)
     for stage in report.stages:
         for number, turn in enumerate(stage.turns, start=1):
             title = TITLES[stage.name]

@@ -2,8 +2,9 @@
 
     python -m kvstore.lab.gguf_model FILE.gguf DIRECTORY
 
-Run as a child of `models`: it needs about 0.9 GB and half a minute for a model of 135M parameters. `transformers` reads GGUF
-itself but refuses to save what it has read, and parses the file anew for config, tokenizer and weights; both are mended here.
+Run as a child of `models`: it needs about 0.9 GB and half a minute for a model of 135M parameters. `transformers` reads
+GGUF itself but refuses to save what it has read, and parses the file anew for config, tokenizer and weights; both are
+mended here.
 """
 
 from __future__ import annotations

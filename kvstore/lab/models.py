@@ -7,8 +7,8 @@ Three kinds, named by `--model`:
     a directory or hub id  anything `transformers` can load as a causal language model
     random               a small Llama with random weights: no download, meaningless text, real ratios
 
-Importing this module costs nothing: torch and transformers run in child processes (`gguf_model`, `random_model`), so that
-the caller stays light and the converter's 0.9 GB of peak memory are given back.
+Importing this module costs nothing: torch and transformers run in child processes (`gguf_model`, `random_model`), so
+that the caller stays light and the converter's 0.9 GB of peak memory are given back.
 
 The hard thing: two demos may start at once, or one may be killed while it converts. A model directory is therefore made
 under a temporary name and renamed when it is whole, with a file lock around the making.

@@ -2,8 +2,8 @@
 
     python -m kvstore.lab.random_model DIRECTORY
 
-For a demo without any download, and for tests. The text it writes means nothing; sizes, times and the equality of tokens
-are as real as any model's. The same seed makes the same weights every time.
+For a demo without any download, and for tests. The text it writes means nothing; sizes, times and the equality of
+tokens are as real as any model's. The same seed makes the same weights every time.
 """
 
 from __future__ import annotations
