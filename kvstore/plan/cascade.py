@@ -112,7 +112,7 @@ class LowerTier:
                 self.counters.failed_pages += 1
                 self.catalog.prune(page.block)
             if page.block.is_removed:
-                self.delete([page], now)
+                self.delete([page])
         self.pump(now)
 
     def has(self, page: Page) -> bool:
@@ -138,20 +138,18 @@ class LowerTier:
         if self.plan.policy is not None:
             self.plan.policy.discard(pages)
 
-    def delete(self, pages: Sequence[Page], now: float) -> None:
-        """Have copies deleted."""
-        copies = [page for page in pages if page.homes & self.bit]
+    def copies(self, pages: Sequence[Page]) -> list[Page]:
+        """Those of `pages` that the tier holds."""
+        return [page for page in pages if page.homes & self.bit]
+
+    def delete(self, pages: Sequence[Page], also: Sequence[PageKey] = ()) -> None:
+        """Have copies deleted, and whatever the medium may have under the keys `also`."""
+        copies = self.copies(pages)
         self.forget_copies(copies)
-        for start in range(0, len(copies), TOUCH_BATCH):
-            batch = copies[start : start + TOUCH_BATCH]
-            self.flights.send(
-                Op.DELETE,
-                self.plan.name,
-                [page.key for page in batch],
-                batch,
-                priority=Priority.SAVE,
-                deadline=float("inf"),
-            )
+        keys = list(dict.fromkeys([*(page.key for page in copies), *also]))
+        for start in range(0, len(keys), TOUCH_BATCH):
+            batch = keys[start : start + TOUCH_BATCH]
+            self.flights.send(Op.DELETE, self.plan.name, batch, priority=Priority.SAVE, deadline=float("inf"))
 
     def hold(self, page: Page) -> None:
         """A fetch reads the copy: it must not be evicted."""
@@ -199,7 +197,7 @@ class LowerTier:
             return
         expired = [page for page in self.plan.policy.expired(now) if not page.spilling & self.bit]
         if expired:
-            self.delete(expired, now)
+            self.delete(expired)
             for page in expired:
                 self.catalog.prune(page.block)
             self.counters.expired_pages += len(expired)

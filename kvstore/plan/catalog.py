@@ -7,13 +7,16 @@ The catalog keeps blocks in a radix tree, so that the longest known prefix is on
 is left anywhere is pruned, unless something continues it: then it stays as a *hole*, and lookups end there until
 somebody computes it again.
 
+A tier that every lookup asks (Redis) is no reason to remember a block: only as long as another tier has a page of it,
+it is noted that Redis has one too. Otherwise the catalog would grow with everything that was ever saved.
+
 Pages found on disk before their parents (another process was still writing them) have no place in the tree yet. They
 wait in `strays` and are adopted when their path is inserted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -65,11 +68,6 @@ class Page:
         """The page's name in every tier."""
         return page_key(self.block.key, self.group)
 
-    @property
-    def is_gone(self) -> bool:
-        """True if no copy is anywhere and none is under way."""
-        return not (self.state or self.homes or self.spilling)
-
 
 class Block:
     """One known block of tokens.
@@ -93,11 +91,10 @@ class Block:
         self.touched_at = float("-inf")
         self.is_removed = False
 
-    @property
-    def is_gone(self) -> bool:
-        """True if none of its pages is anywhere."""
+    def is_gone(self, homes_that_count: int) -> bool:
+        """True if none of its pages is in host memory, on a tier of that bit set, or under way."""
         for page in self.pages:  # noqa: SIM110 - a generator costs 3x here, and every eviction asks
-            if page.state or page.homes or page.spilling:
+            if page.state or page.homes & homes_that_count or page.spilling:
                 return False
         return True
 
@@ -108,10 +105,16 @@ class Block:
 
 
 class Catalog:
-    """All known blocks, by path and by hash."""
+    """All known blocks, by path and by hash.
+
+    homes_that_count: bit set of the tiers for whose copies a block is remembered.
+    on_prune:         told of every block that is forgotten because nothing of it is left there.
+    """
 
     def __init__(self, num_groups: int) -> None:
         self.num_groups = num_groups
+        self.homes_that_count = -1
+        self.on_prune: Callable[[Block], None] = lambda block: None
         self.tree: RadixTree[Block] = RadixTree()
         self.strays: dict[BlockHash, Block] = {}
 
@@ -153,10 +156,11 @@ class Catalog:
 
     def prune(self, block: Block | None) -> None:
         """Forget a block that is nowhere any more, and the holes above it that nothing continues."""
-        while block is not None and not block.is_removed and block.is_gone:
+        while block is not None and not block.is_removed and block.is_gone(self.homes_that_count):
             if self.strays.pop(block.key, None) is None and not self.tree.prune(block.key):
                 return
             block.is_removed = True
+            self.on_prune(block)
             block = block.parent
 
     def remove(self, key: BlockHash) -> list[Block]:

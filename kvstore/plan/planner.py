@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from eviction.policy import EvictionPolicy
 from kvstore.layout import Layout
-from kvstore.page import PageKey, PageMeta, split_key
+from kvstore.page import PageKey, PageMeta, page_key, split_key
 from kvstore.plan.cascade import LowerTier, TierPlan
 from kvstore.plan.catalog import SHARED_SESSION, Block, Catalog, Page, PageState
 from kvstore.plan.cost import CostModel, TierCost
@@ -96,6 +96,8 @@ class Planner:
             )
             for index, plan in enumerate(tiers)
         ]
+        self.catalog.homes_that_count = sum(tier.bit for tier in self.tiers if tier.plan.is_indexed)
+        self.catalog.on_prune = self._pruned
         self.costs = CostModel(
             {tier.plan.name: TierCost(tier.plan.workers) for tier in self.tiers}, settings.batch_pages * max(page_bytes)
         )
@@ -251,7 +253,7 @@ class Planner:
         return self.keeper.let_go(self._known_path(request), now)
 
     def forget(self, request: Request, first: int, now: float) -> int:
-        """Delete blocks from `first` on and all that continues them."""
+        """Delete blocks from `first` on and all that is known to continue them."""
         if first >= len(request.keys):
             return 0
         removed = self.catalog.remove(request.keys[first])
@@ -260,8 +262,9 @@ class Planner:
         for page in pages:
             if page.state == PageState.READY and page.pins == 0 and not page.spilling:
                 self.host.drop((page,))
+        own = [page_key(key, group) for key in request.keys[first:] for group in range(len(self.windows))]
         for tier in self.tiers:
-            tier.delete(pages, now)
+            tier.delete(pages, () if tier.plan.is_indexed else own)  # there may be what the catalog does not remember
         return len(removed)
 
     def prefetch(self, request: Request, now: float) -> int:
@@ -442,6 +445,10 @@ class Planner:
         for block in blocks:
             if block.session != session:
                 block.session = SHARED_SESSION if block.session else session
+
+    def _pruned(self, block: Block) -> None:
+        for tier in self.tiers:
+            tier.forget_copies(tier.copies(block.pages))
 
     def _fetched(self, tier: LowerTier, flight: Flight, outcome: Outcome, now: float) -> None:
         self.loader.fetched(tier, flight, outcome, now)

@@ -294,6 +294,32 @@ class TestLowerTiers:
                 assert reader.stats()["pages"]["memory"] == 4
             reader.check()
 
+    def test_what_only_an_asked_tier_has_is_not_remembered_here(self) -> None:
+        tier, plan = redis_like()
+        with store_over([(tier, plan)], num_slots=8) as store:
+            for seed in range(8):
+                use(store, prompt(8, seed=seed))
+                assert store.flush(5.0)
+            store.check()
+
+            assert store.stats()["blocks"] == store.stats()["pages"]["shared"] == 8
+            assert load(store, store.request(prompt(8, seed=0)))[0] == 8  # it is asked all the same
+
+    def test_forgetting_reaches_what_is_not_remembered_here(self) -> None:
+        tier, plan = redis_like()
+        with store_over([(tier, plan)], num_slots=8) as store:
+            use(store, prompt(8, seed=0))
+            assert store.flush(5.0)
+            use(store, prompt(8, seed=1))
+            assert store.flush(5.0)
+
+            store.forget(store.request(prompt(8, seed=0)), 2)
+            until = time.monotonic() + 5.0
+            while len(list(tier.scan())) > 10 and time.monotonic() < until:
+                time.sleep(0.01)
+
+            assert store.wait_lookup(store.request(prompt(8, seed=0)), 5.0).num_blocks == 2
+
     def test_only_pages_used_again_are_admitted_where_that_is_asked(self) -> None:
         tier = memory_tier(admit="second_use")
         with store_over([tier]) as store:
