@@ -56,7 +56,7 @@ class CostModel:
 
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """Take in one prefill of the engine."""
-        if num_tokens < MIN_PREFILL_TOKENS or seconds <= 0:
+        if not (num_tokens >= MIN_PREFILL_TOKENS and 0 < seconds < float("inf")):  # not a number is not either
             return
         rate = num_tokens / seconds
         if self.prefill_tokens_per_s is None:
