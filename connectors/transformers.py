@@ -467,8 +467,8 @@ def open_store_for(
     salt: str = "",
     revision: str | None = None,
 ) -> KVStore:
-    """Open the configured tiers for the pages of `model`, under its namespace."""
-    from kvstore.build import open_store
+    """Open the configured tiers, or attach to the configured daemon, for the pages of `model` under its namespace."""
+    from kvstore.build import open_configured
 
     check_chunk(prefill_chunk, config.store.block_size)
     layout = model_layout(model, config.store.block_size)
@@ -481,4 +481,4 @@ def open_store_for(
         revision=revision,
         hash_name=config.store.hash,
     )
-    return open_store(config, layout, namespace)
+    return open_configured(config, layout, namespace)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 from eviction.registry import make_policy
+from kvstore.base import KVStore
 from kvstore.config import BreakerConfig, Config
 from kvstore.errors import ConfigError
 from kvstore.layout import Layout
@@ -74,10 +75,26 @@ def open_store(config: Config, layout: Layout, namespace: Namespace, *, shared_n
         raise
 
 
+def open_configured(config: Config, layout: Layout, namespace: Namespace) -> KVStore:
+    """The store that the configuration asks for: that of a daemon where `service.url` names one, else one in here."""
+    service = config.service
+    if service.url is None:
+        return open_store(config, layout, namespace)
+    from kvstore.service.connect import connect
+
+    return connect(
+        service.url,
+        layout,
+        namespace,
+        call_timeout_s=service.call_timeout_s,
+        retry_max_s=service.retry_max_s,
+    )
+
+
 def _lower_tiers(config: Config, layout: Layout, num_slots: int) -> Iterator[tuple[Tier, TierPlan, float]]:
     window = max(config.store.lane_batch_pages, int(config.store.max_dirty_fraction * num_slots))
-    if config.disk.path is not None:
-        disk = config.disk
+    disk, redis = config.disk, config.redis
+    if disk.path is not None:
         tier: Tier = DiskTier.open(
             disk.path,
             layout.fingerprint,
@@ -97,8 +114,7 @@ def _lower_tiers(config: Config, layout: Layout, num_slots: int) -> Iterator[tup
             workers=disk.workers,
         )
         yield tier, plan, disk.timeout_s
-    if config.redis.url is not None:
-        redis = config.redis
+    if redis.url is not None:
         tier = RedisTier(
             redis.url.reveal(),
             prefix=redis.prefix,

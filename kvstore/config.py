@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import (
@@ -27,6 +28,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    SecretStr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -74,6 +76,21 @@ def _plain_word(text: str) -> str:
     if not re.fullmatch(r"[!-z|~]{1,64}", text):
         raise ValueError("it must be 1 to 64 printable ASCII characters, without spaces and braces")
     return text
+
+
+def _daemon_url(url: str | None) -> str | None:
+    if url is None:
+        return None
+    parts = urlsplit(url)
+    if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/") and len(parts.path) > 1:
+        return url
+    try:
+        has_port = parts.port is not None
+    except ValueError:
+        has_port = False
+    if parts.scheme in ("http", "https") and parts.hostname and has_port and parts.username is None:
+        return url
+    raise ValueError("it must be unix:///path/of/socket, http://host:port or https://host:port")
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Ge(4096)]  # at least one aligned slot
@@ -202,6 +219,38 @@ class BreakerConfig(Section):
         return probe_max_s
 
 
+class ServiceConfig(Section):
+    """The node daemon (`kvstore serve`), and how its clients reach it."""
+
+    url: Annotated[str | None, BeforeValidator(_off_when_empty), AfterValidator(_daemon_url)] = Field(
+        default=None,
+        description="For clients: the daemon to use, unix:///path or http(s)://host:port; none keeps the store here.",
+    )
+    token: Annotated[SecretStr | None, BeforeValidator(_off_when_empty)] = Field(
+        default=None, description="For clients: what proves the tenant to a daemon over http; never printed."
+    )
+    call_timeout_s: Seconds = Field(
+        default=1.0, gt=0, le=60, description="For clients: longest wait for an answer beyond what the call may take."
+    )
+    retry_max_s: Seconds = Field(
+        default=2.0, gt=0, le=600, description="For clients: longest time between two tries to reach a daemon again."
+    )
+    socket: Annotated[Path | None, BeforeValidator(_off_when_empty)] = Field(
+        default=None,
+        description="Unix socket of the daemon; none means kvstore.sock in $XDG_RUNTIME_DIR, or /tmp/kvstore-UID.sock.",
+    )
+    max_namespaces: Count = Field(
+        default=1,
+        ge=1,
+        le=256,
+        description="Namespaces (models) that may be open; host and disk capacity are shared equally among them.",
+    )
+    max_clients: Count = Field(default=256, ge=1, le=65536, description="Clients that may be attached at once.")
+    drain_s: Seconds = Field(
+        default=5.0, ge=0, le=600, description="At the end: longest wait for open leases and for what is owed to disk."
+    )
+
+
 class Config(BaseSettings):
     """All sections. Frozen; `Config.load` reads file and environment, the constructor only its keywords."""
 
@@ -212,6 +261,7 @@ class Config(BaseSettings):
     disk: DiskConfig = Field(default_factory=DiskConfig)
     redis: RedisConfig = Field(default_factory=RedisConfig)
     breaker: BreakerConfig = Field(default_factory=BreakerConfig)
+    service: ServiceConfig = Field(default_factory=ServiceConfig)
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def __init__(self, *, _given: Mapping[str, Setting] | None = None, **values: Any) -> None:
@@ -327,5 +377,9 @@ def _allowed(name: str, info: FieldInfo) -> str:
     if bounds:
         return ", ".join(bounds)
     return (
-        "a path, `none`" if name == "path" else "a URL, `none`" if name == "url" else "text without spaces and braces"
+        "a path, `none`"
+        if info.annotation == (Path | None)
+        else "a URL, `none`"
+        if name == "url"
+        else "text without spaces and braces"
     )

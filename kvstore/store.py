@@ -15,7 +15,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -37,9 +36,9 @@ from kvstore.plan.records import (
     RequestOptions,
     SaveLease,
 )
+from kvstore.requests import RequestMaker, check_range
 from kvstore.stats import snapshot
 from kvstore.tiers.host import HostSlab, SlabHandle
-from radix.hashing import BlockHash, BlockHasher, bind_hashes
 from radix.namespace import Namespace
 
 log = logging.getLogger(__name__)
@@ -69,11 +68,11 @@ class LocalStore:
         self._slab = slab
         self._now = now
         self._close_timeout_s = close_timeout_s
-        self._request_ids = count(1)
-        self._roots: dict[str, BlockHash] = {}
+        self._requests = RequestMaker(namespace)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._is_closed = False
+        self._listeners: list[Callable[[], None]] = []
         self._lanes = {lane.name: lane for lane in lanes}
         self._mover = Mover(lanes, self._on_outcome, self._on_tier_state, self._on_tick, now=now)
 
@@ -86,53 +85,21 @@ class LocalStore:
 
     def request(self, tokens: Tokens, options: RequestOptions | None = None) -> Request:
         """Hash the full blocks of `tokens` into a new request. Raises RequestError for what is no prompt."""
-        options = options or RequestOptions()
-        _check_options(options)
-        hasher = BlockHasher(
-            self._root(options.tenant),
-            self._layout.block_size,
-            self.namespace.hash,
-            keep_tokens=self.namespace.hash != "sha256",
-        )
-        _extend(hasher, tokens)
-        if hasher.num_tokens == 0:
-            raise RequestError("tokens is empty; a prompt has at least one token")
-        return Request(next(self._request_ids), hasher.keys, hasher.num_tokens, options, hasher.token_bytes, hasher)
+        return self._requests.request(tokens, options)
 
     def request_from_hashes(
         self, hashes: Sequence[bytes], num_tokens: int, options: RequestOptions | None = None
     ) -> Request:
         """A request whose blocks an engine has hashed already."""
-        options = options or RequestOptions()
-        _check_options(options)
-        request = Request(next(self._request_ids), [], 0, options)
-        self.extend_hashes(request, hashes, num_tokens)
-        return request
+        return self._requests.request_from_hashes(hashes, num_tokens, options)
 
     def extend(self, request: Request, tokens: Tokens) -> None:
         """Append tokens and hash the blocks they fill."""
-        if request.hasher is None:
-            raise RequestError("request was made from an engine's hashes; extend it with extend_hashes")
-        _extend(request.hasher, tokens)
-        request.num_tokens = request.hasher.num_tokens
+        self._requests.extend(request, tokens)
 
     def extend_hashes(self, request: Request, hashes: Sequence[bytes], num_tokens: int) -> None:
         """Append hashes an engine made for further blocks."""
-        if request.hasher is not None:
-            raise RequestError("request was made from tokens; extend it with extend")
-        if self.namespace.hash != "sha256":
-            raise RequestError(f"store.hash is {self.namespace.hash!r}; engine hashes need 'sha256'")
-        blocks = len(request.keys) + len(hashes)
-        if num_tokens < max(1, blocks * self._layout.block_size) or num_tokens < request.num_tokens:
-            raise RequestError(
-                f"num_tokens is {num_tokens}; {blocks} blocks of {self._layout.block_size} tokens need at least "
-                f"{max(1, blocks * self._layout.block_size, request.num_tokens)}"
-            )
-        try:
-            request.keys += bind_hashes(self._root(request.options.tenant), hashes)
-        except (TypeError, ValueError) as error:
-            raise RequestError(str(error)) from None
-        request.num_tokens = num_tokens
+        self._requests.extend_hashes(request, hashes, num_tokens)
 
     # ---- lookups and loads ------------------------------------------------------------------------------------
 
@@ -158,8 +125,8 @@ class LocalStore:
 
     def prepare_load(self, request: Request, num_blocks: int, *, first: int = 0, owner: str = "") -> LoadLease:
         """Pin blocks [first, num_blocks) in host slots and start fetching what is not there."""
-        _check_range("num_blocks", num_blocks, len(request.keys))
-        _check_range("first", first, num_blocks)
+        check_range("num_blocks", num_blocks, len(request.keys))
+        check_range("first", first, num_blocks)
         with self._lock:
             self._check_open()
             lease = self._planner.prepare_load(request, num_blocks, self._now(), owner, first)
@@ -199,8 +166,8 @@ class LocalStore:
 
     def prepare_save(self, request: Request, first: int, num_blocks: int, *, owner: str = "") -> SaveLease:
         """Give slots for those pages of blocks [first, first + num_blocks) that host memory does not have."""
-        _check_range("first", first, len(request.keys))
-        _check_range("first + num_blocks", first + num_blocks, len(request.keys))
+        check_range("first", first, len(request.keys))
+        check_range("first + num_blocks", first + num_blocks, len(request.keys))
         with self._lock:
             self._check_open()
             lease = self._planner.prepare_save(request, first, num_blocks, self._now(), owner)
@@ -215,7 +182,7 @@ class LocalStore:
             if not self._is_closed:
                 self._planner.complete(lease.id, self._now(), filled)
                 self._send()
-                self._changed.notify_all()
+                self._tell()
 
     def release(self, lease: LoadLease | SaveLease) -> None:
         """End a lease badly. A lease that ended already is ignored."""
@@ -223,7 +190,7 @@ class LocalStore:
             if not self._is_closed:
                 self._planner.release(lease.id, self._now())
                 self._send()
-                self._changed.notify_all()
+                self._tell()
 
     def release_owner(self, owner: str) -> int:
         """Release every lease of an owner that died."""
@@ -256,7 +223,7 @@ class LocalStore:
 
     def forget(self, request: Request, first: int = 0) -> int:
         """Delete blocks from `first` on and all that continues them; returns the blocks deleted."""
-        _check_range("first", first, len(request.keys))
+        check_range("first", first, len(request.keys))
         with self._lock:
             self._check_open()
             forgotten = self._planner.forget(request, first, self._now())
@@ -304,6 +271,15 @@ class LocalStore:
         with self._lock:
             return snapshot(self._planner, self._lanes)
 
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called whenever a wait may be over: an outcome, a tier's state, the end of a lease.
+
+        For a server that cannot block in `wait`. It is called under the lock, from any thread: it may only note that
+        there is something to look at.
+        """
+        with self._lock:
+            self._listeners.append(listener)
+
     def check(self) -> None:
         """Assert the planner's invariants. For tests."""
         with self._lock:
@@ -319,7 +295,7 @@ class LocalStore:
             if self._is_closed:
                 return
             self._is_closed = True
-            self._changed.notify_all()
+            self._tell()
         self._mover.close(max(0.5, until - time.monotonic()))
         for lane in self._lanes.values():
             lane.tier.close()
@@ -340,13 +316,13 @@ class LocalStore:
         with self._lock:
             self._planner.outcome(outcome, self._now())
             self._send()
-            self._changed.notify_all()
+            self._tell()
 
     def _on_tier_state(self, name: str, is_up: bool) -> None:
         with self._lock:
             self._planner.set_tier_up(name, is_up, self._now())
             self._send()
-            self._changed.notify_all()
+            self._tell()
 
     def _on_tick(self) -> None:
         with self._lock:
@@ -365,6 +341,12 @@ class LocalStore:
         if promotions and not self._is_closed:
             self._mover.promote(promotions)
 
+    def _tell(self) -> None:
+        """Wake whoever waits. Under the lock."""
+        self._changed.notify_all()
+        for listener in self._listeners:
+            listener()
+
     def _wait_until(self, until: float) -> bool:
         left = until - time.monotonic()
         return left > 0 and self._changed.wait(left)
@@ -372,32 +354,3 @@ class LocalStore:
     def _check_open(self) -> None:
         if self._is_closed:
             raise StoreClosed("the store is closed")
-
-    def _root(self, tenant: str) -> BlockHash:
-        root = self._roots.get(tenant)
-        if root is None:
-            if len(self._roots) >= 4096:  # tenants come from outside: bounded
-                self._roots.clear()
-            own = self.namespace.salt
-            salt = f"{len(own)}:{own}{tenant}" if own else tenant  # framed: "a" + "bc" is not "ab" + "c"
-            root = self._roots[tenant] = self.namespace.with_salt(salt).root()
-        return root
-
-
-def _extend(hasher: BlockHasher, tokens: Tokens) -> None:
-    try:
-        hasher.extend(tokens)
-    except (TypeError, ValueError) as error:
-        raise RequestError(str(error)) from None
-
-
-def _check_options(options: RequestOptions) -> None:
-    if options.ttl_s is not None and not options.ttl_s > 0:
-        raise RequestError(f"options.ttl_s is {options.ttl_s}; it must be positive, or None for the configured time")
-    if options.retain_until < 0:
-        raise RequestError(f"options.retain_until is {options.retain_until}; it is a Unix time, or 0 for no promise")
-
-
-def _check_range(name: str, value: int, most: int) -> None:
-    if not 0 <= value <= most:
-        raise RequestError(f"{name} is {value}; the request has blocks 0 to {most}")

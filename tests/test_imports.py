@@ -62,7 +62,8 @@ CONNECTORS_USERS = ("connectors", "kvstore.lab")
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "asyncio": ("kvstore.aio", "kvstore.service"),
     "aiohttp": ("kvstore.service",),
-    "threading": ("kvstore.move", "kvstore.store", "kvstore.tiers", "kvstore.codec"),  # codec: storage per thread
+    # codec: storage per thread; service: the client's locks, for the daemon itself has one thread
+    "threading": ("kvstore.move", "kvstore.store", "kvstore.tiers", "kvstore.codec", "kvstore.service"),
     "concurrent": ("kvstore.move", "kvstore.tiers", "kvstore.lab.workloads"),  # workloads stand in for a lane
     "transformers": ("connectors", "kvstore.lab"),
     "vllm": ("connectors",),

@@ -16,6 +16,7 @@ from kvstore.cli.config import config
 from kvstore.cli.demo import demo
 from kvstore.cli.inspect import inspect
 from kvstore.cli.output import print_error
+from kvstore.cli.serve import serve
 from kvstore.cli.verify import verify
 from kvstore.errors import KVStoreError
 
@@ -29,6 +30,7 @@ First steps:
   kvstore demo           a real model answers over a long shared prompt
   kvstore config         what is configured, and where each value comes from
   kvstore bench          the workloads that measure this machine
+  kvstore serve          one cache for all engine processes of this machine
 \b
 Looking after a disk tier, also while it is in use:
   kvstore inspect DIR    what is stored: pages, bytes, ages, biggest prefixes
@@ -86,6 +88,7 @@ def _global_options(
 
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(demo)
 app.command()(config)
+app.command()(serve)
 app.command(no_args_is_help=True)(inspect)
 app.command(no_args_is_help=True)(verify)
 app.command()(bench)

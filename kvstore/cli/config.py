@@ -33,7 +33,7 @@ def config(
     if markdown:
         typer.echo(settings.markdown(), nl=False)
         return
-    rows = settings.effective(settings.Config.load(file, **_overrides(setting or [])))
+    rows = settings.effective(settings.Config.load(file, **overrides(setting or [])))
     if as_json:
         print_json({row.field: {"value": row.json_value, "source": row.source} for row in rows})
         return
@@ -48,7 +48,8 @@ def config(
     console().print(output)
 
 
-def _overrides(assignments: list[str]) -> dict[str, Any]:
+def overrides(assignments: list[str]) -> dict[str, Any]:
+    """The values of `--set FIELD=VALUE` options."""
     values: dict[str, Any] = {}
     for text in assignments:
         field, equals, value = text.partition("=")

@@ -1,0 +1,105 @@
+"""Requests of one namespace: prompts turned into chained block hashes, with all that can be wrong about them checked.
+
+The same for a store in this process and for the client of a daemon, so that both name a page alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+
+from kvstore.base import Tokens
+from kvstore.errors import RequestError
+from kvstore.plan.records import Request, RequestOptions
+from radix.hashing import BlockHash, BlockHasher, bind_hashes
+from radix.namespace import Namespace
+
+MAX_ROOTS = 4096  # tenants come from outside: what is remembered of them is bounded
+
+
+class RequestMaker:
+    """Makes and extends the requests of a namespace. Any thread."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self._namespace = namespace
+        self._block_size = namespace.block_size
+        self._ids = count(1)
+        self._roots: dict[str, BlockHash] = {}
+
+    def request(self, tokens: Tokens, options: RequestOptions | None = None) -> Request:
+        """Hash the full blocks of `tokens` into a new request. Raises RequestError for what is no prompt."""
+        options = options or RequestOptions()
+        check_options(options)
+        hash_name = self._namespace.hash
+        hasher = BlockHasher(self.root(options.tenant), self._block_size, hash_name, keep_tokens=hash_name != "sha256")
+        _extend(hasher, tokens)
+        if hasher.num_tokens == 0:
+            raise RequestError("tokens is empty; a prompt has at least one token")
+        return Request(next(self._ids), hasher.keys, hasher.num_tokens, options, hasher.token_bytes, hasher)
+
+    def request_from_hashes(
+        self, hashes: Sequence[bytes], num_tokens: int, options: RequestOptions | None = None
+    ) -> Request:
+        """A request whose blocks an engine has hashed already."""
+        options = options or RequestOptions()
+        check_options(options)
+        request = Request(next(self._ids), [], 0, options)
+        self.extend_hashes(request, hashes, num_tokens)
+        return request
+
+    def extend(self, request: Request, tokens: Tokens) -> None:
+        """Append tokens and hash the blocks they fill."""
+        if request.hasher is None:
+            raise RequestError("request was made from an engine's hashes; extend it with extend_hashes")
+        _extend(request.hasher, tokens)
+        request.num_tokens = request.hasher.num_tokens
+
+    def extend_hashes(self, request: Request, hashes: Sequence[bytes], num_tokens: int) -> None:
+        """Append hashes an engine made for further blocks."""
+        if request.hasher is not None:
+            raise RequestError("request was made from tokens; extend it with extend")
+        if self._namespace.hash != "sha256":
+            raise RequestError(f"store.hash is {self._namespace.hash!r}; engine hashes need 'sha256'")
+        blocks = len(request.keys) + len(hashes)
+        if num_tokens < max(1, blocks * self._block_size) or num_tokens < request.num_tokens:
+            raise RequestError(
+                f"num_tokens is {num_tokens}; {blocks} blocks of {self._block_size} tokens need at least "
+                f"{max(1, blocks * self._block_size, request.num_tokens)}"
+            )
+        try:
+            request.keys += bind_hashes(self.root(request.options.tenant), hashes)
+        except (TypeError, ValueError) as error:
+            raise RequestError(str(error)) from None
+        request.num_tokens = num_tokens
+
+    def root(self, tenant: str) -> BlockHash:
+        """The hash before the first block of a tenant's prompts."""
+        root = self._roots.get(tenant)
+        if root is None:
+            if len(self._roots) >= MAX_ROOTS:
+                self._roots.clear()
+            own = self._namespace.salt
+            salt = f"{len(own)}:{own}{tenant}" if own else tenant  # framed: "a" + "bc" is not "ab" + "c"
+            root = self._roots[tenant] = self._namespace.with_salt(salt).root()
+        return root
+
+
+def check_options(options: RequestOptions) -> None:
+    """Raise RequestError for options no request can have."""
+    if options.ttl_s is not None and not options.ttl_s > 0:
+        raise RequestError(f"options.ttl_s is {options.ttl_s}; it must be positive, or None for the configured time")
+    if not options.retain_until >= 0:
+        raise RequestError(f"options.retain_until is {options.retain_until}; it is a Unix time, or 0 for no promise")
+
+
+def check_range(name: str, value: int, most: int, least: int = 0) -> None:
+    """Raise RequestError unless `value` is a number of blocks that the request has."""
+    if not least <= value <= most:
+        raise RequestError(f"{name} is {value}; the request has blocks {least} to {most}")
+
+
+def _extend(hasher: BlockHasher, tokens: Tokens) -> None:
+    try:
+        hasher.extend(tokens)
+    except (TypeError, ValueError) as error:
+        raise RequestError(str(error)) from None

@@ -1,0 +1,13 @@
+"""The node daemon: one cache for all engine processes of a machine, and the client that speaks to it.
+
+    protocol     frames and messages; the same over a unix socket and over an upgraded HTTP connection
+    namespaces   layouts and namespaces as JSON, checked
+    stores       the daemon's stores, one per namespace, each over a slab in shared memory
+    session      what the daemon holds for one client: its requests and leases
+    channel      one connection of a client, in the daemon's event loop
+    daemon       the process: listens, drains, closes
+    link         a client's connections: deadlines, re-attaching
+    client       RemoteStore: the store's face, spoken over a link
+
+asyncio lives here and nowhere else but in kvstore/aio.py.
+"""

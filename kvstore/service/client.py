@@ -1,0 +1,448 @@
+"""RemoteStore: the store's face (kvstore/base.py) over a link to a node daemon.
+
+Prompts are hashed here, planning happens in the daemon, and bytes are copied by the caller between its own pages and
+the slab, which is mapped into this process. While the daemon is away everything is a miss: lookups match nothing,
+leases have no page, and no call waits longer than its deadline. It is attached again by the first call after it is
+back.
+
+A lease belongs to the attachment it was granted under. Its slots stay mapped until it ends, even if the daemon is gone
+by then: what was ready may still be copied, and what is being saved is written to where nobody looks.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.base import Tokens
+from kvstore.errors import ConfigError, LayoutMismatch, RequestError, StoreClosed
+from kvstore.layout import Layout
+from kvstore.plan.records import (
+    CutReason,
+    LeaseState,
+    LeaseStatus,
+    LoadLease,
+    Match,
+    Request,
+    RequestOptions,
+    SaveLease,
+)
+from kvstore.requests import RequestMaker, check_range
+from kvstore.service import protocol
+from kvstore.service.link import EPOCH_BITS, Attachment, DaemonDown, Link
+from kvstore.service.namespaces import check_pair, layout_to_json, namespace_to_json
+from kvstore.service.protocol import Op, Status
+from kvstore.service.wire import Dial
+from kvstore.tiers.host import HostSlab, SlabHandle
+from radix.namespace import Namespace
+
+log = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S = 30.0  # of the first hello: the daemon may have to read a directory of millions of pages
+MISS = Match(0, 0, cut=CutReason.NEVER_STORED)
+CLOSED = LeaseStatus(LeaseState.CLOSED, 0, 0)
+LOOKUP_DEADLINE_S = 0.05  # while no daemon has told its own
+LOAD_DEADLINE_S = 2.0
+
+
+@dataclass(slots=True)
+class _Held:
+    """A lease that is open. status: of a load, as last heard."""
+
+    attachment: Attachment
+    owner: str
+    status: LeaseStatus | None
+
+
+class RemoteStore:
+    """A KVStore (see base.py) kept by a daemon on this machine. Any thread.
+
+    Made by `kvstore.connect`. A daemon that cannot be reached is no error: the store is empty until it can.
+    Raises ConfigError or LayoutMismatch if the daemon refuses this layout or namespace.
+    """
+
+    def __init__(
+        self,
+        dial: Dial,
+        layout: Layout,
+        namespace: Namespace,
+        *,
+        call_timeout_s: float = 1.0,
+        retry_max_s: float = 2.0,
+        client: str = "",
+    ) -> None:
+        check_pair(layout, namespace)
+        self._layout = layout
+        self.namespace = namespace
+        self._requests = RequestMaker(namespace)
+        self._lease_ids = count(1)
+        self._held: dict[int, _Held] = {}
+        self._slabs: dict[int, HostSlab] = {}  # by epoch: of the attachment, and of lost ones with leases
+        self._lock = threading.Lock()  # of the two tables above; never held while calling
+        self._is_closed = False
+        greeting = {"layout": layout_to_json(layout), "namespace": namespace_to_json(namespace), "client": client}
+        self._link = Link(dial, protocol.encode_json(greeting), call_timeout_s=call_timeout_s, retry_max_s=retry_max_s)
+        try:
+            self._attach(HELLO_TIMEOUT_S)
+        except DaemonDown as error:
+            log.warning("no daemon yet, the store starts empty: %s", error)
+
+    # ---- requests ---------------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        """The geometry of this store's pages."""
+        return self._layout
+
+    @property
+    def is_attached(self) -> bool:
+        """True if a daemon was there at the last call."""
+        attachment = self._link.attachment
+        return attachment is not None and not attachment.is_lost
+
+    @property
+    def num_attached(self) -> int:
+        """How often a daemon was attached to; more than one after a restart."""
+        return self._link.num_attached
+
+    def request(self, tokens: Tokens, options: RequestOptions | None = None) -> Request:
+        """Hash the full blocks of `tokens` into a new request. Raises RequestError for what is no prompt."""
+        return self._requests.request(tokens, options)
+
+    def request_from_hashes(
+        self, hashes: Sequence[bytes], num_tokens: int, options: RequestOptions | None = None
+    ) -> Request:
+        """A request whose blocks an engine has hashed already."""
+        return self._requests.request_from_hashes(hashes, num_tokens, options)
+
+    def extend(self, request: Request, tokens: Tokens) -> None:
+        """Append tokens and hash the blocks they fill."""
+        self._requests.extend(request, tokens)
+
+    def extend_hashes(self, request: Request, hashes: Sequence[bytes], num_tokens: int) -> None:
+        """Append hashes an engine made for further blocks."""
+        self._requests.extend_hashes(request, hashes, num_tokens)
+
+    # ---- lookups and loads ------------------------------------------------------------------------------------
+
+    def lookup(self, request: Request) -> Match:
+        """The longest prefix worth loading."""
+        return self.wait_lookup(request, 0.0)
+
+    def wait_lookup(self, request: Request, timeout_s: float | None = None) -> Match:
+        """Lookup, waiting for pending tiers."""
+        self._check_open()
+        attachment = self._link.attachment
+        if timeout_s is None:
+            timeout_s = LOOKUP_DEADLINE_S if attachment is None else attachment.lookup_deadline_s
+        timeout_s = _bounded(timeout_s)
+        try:
+            _, answer = self._ask(Op.LOOKUP, request, lambda part: protocol.encode_lookup(part, timeout_s), timeout_s)
+            return protocol.decode_match(answer)
+        except (DaemonDown, protocol.ProtocolError):
+            return MISS
+
+    def prepare_load(self, request: Request, num_blocks: int, *, first: int = 0, owner: str = "") -> LoadLease:
+        """Pin blocks [first, num_blocks) in host slots and start fetching what is not there."""
+        check_range("num_blocks", num_blocks, len(request.keys))
+        check_range("first", first, num_blocks)
+        self._check_open()
+        lease_id = next(self._lease_ids)
+        try:
+            attachment, answer = self._prepare(Op.PREPARE_LOAD, request, lease_id, first, num_blocks, owner)
+            lease, status = protocol.decode_load(answer, lease_id, attachment.slot_base)
+        except (DaemonDown, protocol.ProtocolError):
+            return LoadLease(lease_id, 0, 0, ())
+        self._hold(lease_id, _Held(attachment, owner, status))
+        return lease
+
+    def wait(self, lease: LoadLease, timeout_s: float | None = None) -> LeaseStatus:
+        """Wait until the lease is ready, at most until the load deadline."""
+        self._check_open()
+        held = self._held.get(lease.id)
+        if held is None or held.status is None:
+            return CLOSED
+        if held.status.state is LeaseState.READY:
+            return held.status  # final: no need to ask
+        if held.attachment is not self._link.attachment:
+            return CLOSED
+        timeout_s = _bounded(held.attachment.load_deadline_s if timeout_s is None else timeout_s)
+        try:
+            message = protocol.encode_wait(lease.id, timeout_s)
+            _, answer = self._link.call(held.attachment, Op.WAIT, message, timeout_s)
+            held.status = protocol.decode_status(answer)
+        except (DaemonDown, protocol.ProtocolError):
+            return CLOSED
+        return held.status
+
+    def poll(self, lease: LoadLease) -> LeaseStatus:
+        """The progress of a load lease."""
+        return self.wait(lease, 0.0) if not self._is_closed else CLOSED
+
+    def prefetch(self, request: Request) -> int:
+        """Start bringing the known prefix into host memory; returns a ticket, 0 if there is no daemon."""
+        self._check_open()
+        return self._number(Op.PREFETCH, request, bytes)
+
+    def cancel(self, ticket: int) -> None:
+        """Stop a prefetch."""
+        if ticket:
+            self._tell(Op.CANCEL, protocol.encode_number(ticket))
+
+    # ---- saves ------------------------------------------------------------------------------------------------
+
+    def prepare_save(self, request: Request, first: int, num_blocks: int, *, owner: str = "") -> SaveLease:
+        """Give slots for those pages of blocks [first, first + num_blocks) that host memory does not have."""
+        check_range("first", first, len(request.keys))
+        check_range("first + num_blocks", first + num_blocks, len(request.keys))
+        self._check_open()
+        lease_id = next(self._lease_ids)
+        try:
+            attachment, answer = self._prepare(Op.PREPARE_SAVE, request, lease_id, first, first + num_blocks, owner)
+            lease = protocol.decode_save(answer, lease_id, attachment.slot_base)
+        except (DaemonDown, protocol.ProtocolError):
+            return SaveLease(lease_id, (), num_blocks * len(self._layout.groups))
+        self._hold(lease_id, _Held(attachment, owner, None))
+        return lease
+
+    def complete(self, lease: LoadLease | SaveLease, *, filled: Sequence[bool] | None = None) -> None:
+        """End a lease well. A lease that ended already is ignored."""
+        if filled is not None and len(filled) != len(lease.pages):
+            raise RequestError(f"filled has {len(filled)} entries; the lease has {len(lease.pages)} pages")
+        self._end(lease.id, Op.COMPLETE, protocol.encode_complete(lease.id, filled))
+
+    def release(self, lease: LoadLease | SaveLease) -> None:
+        """End a lease badly. A lease that ended already is ignored."""
+        self._end(lease.id, Op.RELEASE, protocol.encode_lease(lease.id))
+
+    def release_owner(self, owner: str) -> int:
+        """Release every lease of an owner that died."""
+        self._check_open()
+        with self._lock:
+            mine = [lease_id for lease_id, held in self._held.items() if held.owner == owner]
+        for lease_id in mine:
+            self._end(lease_id, Op.RELEASE, protocol.encode_lease(lease_id))
+        return len(mine)
+
+    # ---- retention --------------------------------------------------------------------------------------------
+
+    def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
+        """The request is over."""
+        if self._is_closed:
+            return
+        self._number(
+            Op.FINISHED, request, lambda part: protocol.encode_finished(part, finish_reason, last_turn), answers=False
+        )
+        attachment = self._link.attachment
+        if attachment is not None:
+            attachment.sent.pop(request.id, None)
+
+    def pin(self, request: Request) -> int:
+        """Keep the request's resident pages in host memory until unpin; returns the blocks pinned."""
+        self._check_open()
+        return self._number(Op.PIN, request, bytes)
+
+    def unpin(self, request: Request) -> int:
+        """Undo pin; returns the blocks that had one."""
+        self._check_open()
+        return self._number(Op.UNPIN, request, bytes)
+
+    def forget(self, request: Request, first: int = 0) -> int:
+        """Delete blocks from `first` on and all that continues them; returns the blocks deleted."""
+        check_range("first", first, len(request.keys))
+        self._check_open()
+        return self._number(Op.FORGET, request, lambda part: protocol.encode_number(first) + part)
+
+    def observe_prefill(self, num_tokens: int, seconds: float) -> None:
+        """Tell how fast the engine computes."""
+        if num_tokens > 0 and 0 < seconds < float("inf"):
+            self._tell(Op.OBSERVE_PREFILL, protocol.encode_prefill(num_tokens, seconds))
+
+    # ---- bytes ------------------------------------------------------------------------------------------------
+
+    def slot_view(self, slot: int) -> memoryview:
+        """The bytes of a slot."""
+        return self._slabs[slot >> EPOCH_BITS].view(slot & ((1 << EPOCH_BITS) - 1))
+
+    def slot_array(self, slot: int) -> npt.NDArray[np.uint8]:
+        """The bytes of a slot as an array."""
+        return self._slabs[slot >> EPOCH_BITS].array(slot & ((1 << EPOCH_BITS) - 1))
+
+    @property
+    def slab_array(self) -> npt.NDArray[np.uint8] | None:
+        """The whole slab, for a device to page-lock; None while there is no daemon."""
+        attachment = self._link.attachment
+        return None if attachment is None else attachment.slab.buffer
+
+    @property
+    def slab_handle(self) -> SlabHandle:
+        """How another process of this user maps the slab; ValueError while there is no daemon."""
+        attachment = self._link.attachment
+        if attachment is None:
+            raise ValueError("there is no slab: the daemon is not attached")
+        return attachment.slab.handle
+
+    # ---- the store as a whole ---------------------------------------------------------------------------------
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything saved so far is written behind."""
+        self._check_open()
+        timeout_s = _bounded(timeout_s)
+        try:
+            attachment = self._attached()
+            _, answer = self._link.call(attachment, Op.FLUSH, protocol.encode_seconds(timeout_s), timeout_s)
+            return _as_number(answer) == 1
+        except (DaemonDown, protocol.ProtocolError):
+            return False
+
+    def stats(self) -> dict[str, Any]:
+        """The daemon's counters and gauges of this namespace; empty while there is no daemon."""
+        try:
+            attachment = self._attached()
+            return protocol.decode_json(self._link.call(attachment, Op.STATS, b"")[1])
+        except (DaemonDown, protocol.ProtocolError):
+            return {}
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Detach: the daemon releases what was leased and keeps the pages. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._link.close()
+        with self._lock:
+            self._held.clear()
+            for slab in self._slabs.values():
+                slab.close()
+
+    def __enter__(self) -> RemoteStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- private ----------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StoreClosed("the store is closed")
+
+    def _attached(self) -> Attachment:
+        try:
+            return self._attach(self._link.call_timeout_s)
+        except (ConfigError, LayoutMismatch) as error:
+            # Another daemon than the one at the start. Loud then, quiet now: an engine's step is no place to raise.
+            raise DaemonDown(str(error)) from None
+
+    def _attach(self, timeout_s: float) -> Attachment:
+        known = self._link.attachment
+        attachment = self._link.attach(timeout_s)
+        if attachment is not known:
+            with self._lock:
+                self._slabs[attachment.slot_base >> EPOCH_BITS] = attachment.slab
+            self._drop_slabs()
+        if attachment.orphans:
+            self._release_orphans(attachment)
+        return attachment
+
+    def _ask(
+        self, op: Op, request: Request, message: Callable[[bytes], bytes], wait_s: float = 0.0
+    ) -> tuple[Attachment, bytes]:
+        """A call about a request, bringing the keys that the daemon does not know yet."""
+        attachment = self._attached()
+        num_keys = len(request.keys)
+        base = min(attachment.sent.get(request.id, 0), num_keys)
+        part = protocol.encode_request(request, base, num_keys)
+        status, answer = self._link.call(attachment, op, message(part), wait_s)
+        if status is Status.RESEND:
+            part = protocol.encode_request(request, 0, num_keys)
+            status, answer = self._link.call(attachment, op, message(part), wait_s)
+        if status is not Status.OK:
+            raise DaemonDown(f"{op.name} was answered {status.name}")
+        attachment.note_sent(request.id, num_keys)
+        return attachment, answer
+
+    def _prepare(
+        self, op: Op, request: Request, lease_id: int, first: int, end: int, owner: str
+    ) -> tuple[Attachment, bytes]:
+        attachment = self._link.attachment
+        try:
+            return self._ask(op, request, lambda part: protocol.encode_prepare(part, lease_id, first, end, owner))
+        except DaemonDown:
+            if attachment is not None:
+                attachment.orphans.append(lease_id)  # it may have been granted all the same
+            raise
+
+    def _hold(self, lease_id: int, held: _Held) -> None:
+        with self._lock:
+            self._held[lease_id] = held
+            held.attachment.num_leases += 1
+
+    def _end(self, lease_id: int, op: Op, message: bytes) -> None:
+        with self._lock:
+            held = self._held.pop(lease_id, None)
+            if held is None:
+                return
+            held.attachment.num_leases -= 1
+        attachment = held.attachment
+        if attachment is not self._link.attachment:
+            self._drop_slabs()
+            return
+        try:
+            self._link.call(attachment, op, message)
+        except DaemonDown:
+            attachment.orphans.append(lease_id)
+
+    def _release_orphans(self, attachment: Attachment) -> None:
+        while attachment.orphans:
+            try:
+                lease_id = attachment.orphans.pop()
+            except IndexError:
+                return
+            try:
+                self._link.call(attachment, Op.RELEASE, protocol.encode_lease(lease_id))
+            except DaemonDown:
+                attachment.orphans.append(lease_id)
+                raise
+
+    def _drop_slabs(self) -> None:
+        """Unmap slabs of lost attachments that no lease needs any more."""
+        current = self._link.attachment
+        with self._lock:
+            needed = {held.attachment.slot_base >> EPOCH_BITS for held in self._held.values()}
+            if current is not None:
+                needed.add(current.slot_base >> EPOCH_BITS)
+            for epoch in set(self._slabs) - needed:
+                self._slabs.pop(epoch).close()
+
+    def _number(self, op: Op, request: Request, message: Callable[[bytes], bytes], *, answers: bool = True) -> int:
+        try:
+            _, answer = self._ask(op, request, message)
+            return _as_number(answer) if answers else 0
+        except (DaemonDown, protocol.ProtocolError):
+            return 0
+
+    def _tell(self, op: Op, message: bytes) -> None:
+        if self._is_closed:
+            return
+        try:
+            self._link.call(self._attached(), op, message)
+        except DaemonDown:
+            log.debug("%s was not told to the daemon", op.name)
+
+
+def _bounded(timeout_s: float) -> float:
+    return min(max(0.0, timeout_s), protocol.MAX_TIMEOUT_S)
+
+
+def _as_number(answer: bytes) -> int:
+    reader = protocol.Reader(answer)
+    number = protocol.read_number(reader)
+    reader.end()
+    return number

@@ -1,0 +1,224 @@
+"""The process behind `kvstore serve`: listens, greets clients, and gives everything back at the end.
+
+One event loop carries it all; bytes are moved by the stores' lanes, and by the clients themselves in shared memory.
+
+The end, on SIGTERM or SIGINT: nobody new is let in, lookups answer miss and prepares grant nothing; leases that are
+open may end, for `service.drain_s`; then connections are closed, what is owed to disk and Redis is written, and the
+stores are closed. The next daemon finds the disk as it was left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import signal
+import socket
+import stat
+from pathlib import Path
+from typing import Any
+
+from kvstore.config import Config
+from kvstore.errors import ConfigError, StoreClosed
+from kvstore.service.channel import Channel, Greeting
+from kvstore.service.namespaces import layout_from_json, namespace_from_json
+from kvstore.service.session import Session
+from kvstore.service.stores import Stores
+from kvstore.service.tenants import LOCAL, Tenant
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 128
+DRAIN_STEP_S = 0.02
+
+
+class Daemon:
+    """Listens on a unix socket for clients on this machine. Its event loop only."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.stores = Stores(config)
+        self.sessions: dict[str, Session] = {}
+        self.is_ready = False
+        self.is_draining = False
+        self._channels: set[Channel] = set()
+        self._server: asyncio.AbstractServer | None = None
+        self._socket: Path | None = None
+        self._stop: asyncio.Event | None = None
+
+    @property
+    def tenants(self) -> list[Tenant]:
+        """Everyone who may have stores here."""
+        return [LOCAL]
+
+    async def start(self) -> None:
+        """Open what lies on disk, then listen. Raises ConfigError if the socket cannot be had."""
+        self._stop = asyncio.Event()
+        num_stores = await self.stores.restore(self.tenants)
+        self._socket = socket_path(self.config.service.socket)
+        listener = _listen(self._socket)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(self._accept, sock=listener, backlog=BACKLOG)
+        self.is_ready = True
+        log.info("listening on %s, %d stores opened from disk", self._socket, num_stores)
+
+    async def run(self) -> None:
+        """Start, serve until SIGTERM, SIGINT or `stop`, and close."""
+        loop = asyncio.get_running_loop()
+        try:
+            await self.start()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self.stop)
+            assert self._stop is not None
+            await self._stop.wait()
+        finally:
+            await self.close()
+
+    def stop(self) -> None:
+        """Have `run` come to its end."""
+        if self._stop is not None:
+            self._stop.set()
+
+    async def close(self) -> None:
+        """Drain, hang up, flush. Idempotent."""
+        self.is_draining, self.is_ready = True, False
+        until = asyncio.get_running_loop().time() + self.config.service.drain_s
+        if self._server is not None:
+            self._server.close()
+        for session in self.sessions.values():
+            session.is_draining = True
+        while self.num_leases and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(DRAIN_STEP_S)
+        if self.num_leases:
+            log.warning("close: %d leases are still open after %.1f s", self.num_leases, self.config.service.drain_s)
+        for channel in list(self._channels):
+            channel.close()
+        await asyncio.sleep(0)
+        for session in list(self.sessions.values()):
+            self._end(session)
+        left_s = max(1.0, until - asyncio.get_running_loop().time())
+        await self.stores.close(left_s)
+        if self._server is not None and self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.unlink()
+            self._server = None
+
+    @property
+    def num_leases(self) -> int:
+        """Leases that clients hold."""
+        return sum(len(session.leases) for session in self.sessions.values())
+
+    # ---- what channels ask --------------------------------------------------------------------------------------
+
+    async def hello(self, channel: Channel, message: dict[str, Any]) -> Greeting:
+        """Open a session, and its store if need be."""
+        if self.is_draining:
+            raise StoreClosed("the daemon is closing")
+        if len(self.sessions) >= self.config.service.max_clients:
+            raise ConfigError(f"service.max_clients is {self.config.service.max_clients}, and as many are attached")
+        layout = layout_from_json(message.get("layout"))
+        namespace = namespace_from_json(message.get("namespace"))
+        opened = await self.stores.open(LOCAL, layout, namespace)
+        session = Session(secrets.token_hex(16), opened, channel.peer)
+        session.anchors.add(channel)
+        self.sessions[session.id] = session
+        store = self.config.store
+        answer = {
+            "session": session.id,
+            "namespace": opened.id,
+            "num_slots": opened.handle.num_slots,
+            "slot_bytes": opened.handle.slot_bytes,
+            "lookup_deadline_s": store.lookup_deadline_s,
+            "load_deadline_s": store.load_deadline_s,
+        }
+        log.info("client %s attached to %s", channel.peer, opened.id)
+        fd = os.open(opened.handle.path, os.O_RDWR | os.O_CLOEXEC) if channel.is_local else None
+        return Greeting(session, answer, fd)
+
+    def attach(self, channel: Channel, message: dict[str, Any]) -> Session | None:
+        """Another connection of a session; with "anchor" one of those that keep it alive."""
+        session = self.sessions.get(str(message.get("session")))
+        if session is not None and message.get("anchor") is True:
+            session.anchors.add(channel)
+        return session
+
+    def lost(self, channel: Channel) -> None:
+        """A connection ended; with its last anchor, a client."""
+        self._channels.discard(channel)
+        session = channel.session
+        if session is not None and channel in session.anchors:
+            session.anchors.discard(channel)
+            if not session.anchors:
+                self._end(session)
+
+    # ---- private ------------------------------------------------------------------------------------------------
+
+    def _end(self, session: Session) -> None:
+        if self.sessions.pop(session.id, None) is None:
+            return
+        num_released = session.close()
+        for channel in list(self._channels):
+            if channel.session is session:
+                channel.close()
+        if num_released:
+            log.warning("client %s is gone: released its %d leases", session.client, num_released)
+        else:
+            log.info("client %s detached", session.client)
+
+    def _accept(self) -> Channel:
+        channel = Channel(self, "local", is_local=True)
+        self._channels.add(channel)
+        return channel
+
+
+def socket_path(path: Path | None) -> Path:
+    """Where the socket is: as configured, else in the user's runtime directory, else in /tmp under the user's id."""
+    if path is not None:
+        return path
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "kvstore.sock" if runtime else Path(f"/tmp/kvstore-{os.getuid()}.sock")
+
+
+def _listen(path: Path) -> socket.socket:
+    """Bind the socket for its owner alone, taking the place of one that nobody listens on any more."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _make_way(path)
+        before = os.umask(0o177)  # there must be no moment in which others may connect
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"service.socket is {path}: {error.strerror or error}") from None
+    except BaseException:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def _make_way(path: Path) -> None:
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ConfigError(f"service.socket is {path}, which is no socket; name another path")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except OSError as error:
+            if error.errno == errno.ECONNREFUSED:
+                path.unlink(missing_ok=True)
+                return
+    raise ConfigError(f"service.socket is {path}, where another daemon listens; stop it or name another path")
+
+
+def serve(config: Config) -> None:
+    """Run a daemon until it is told to stop."""
+    asyncio.run(Daemon(config).run())

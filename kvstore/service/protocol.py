@@ -1,0 +1,465 @@
+"""Frames and messages between a client and the daemon, the same over a unix socket and over an upgraded connection.
+
+A frame is a header of 16 bytes and a body:
+
+    magic u16 | version u8 | op u8 | status u8 | 3 zero bytes | body length u32 | sequence u32      little endian
+
+A client has one call under way per connection; the answer repeats op and sequence. Hot messages are packed structs,
+rare ones JSON; nothing is ever unpickled, and every length is checked against a bound before memory is taken for it.
+
+A message about a request names it by a number of the client's, and brings only the keys that the daemon has not seen:
+`base` says how many the client believes are there. A daemon that knows another number answers RESEND, and the
+message comes again with all keys. So the daemon may forget, restart or be another one, and nothing is out of step.
+
+Leases are numbered by the client, too: a call whose answer never came can still be undone.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from kvstore.errors import KVStoreError, RequestError
+from kvstore.plan.records import (
+    CutReason,
+    LeaseState,
+    LeaseStatus,
+    LoadLease,
+    Match,
+    Request,
+    RequestOptions,
+    SaveLease,
+    SlotPage,
+)
+from radix.hashing import BlockHash
+
+MAGIC = 0x564B  # "KV"
+VERSION = 1
+KEY_BYTES = 32
+MAX_BODY_BYTES = 8 << 20  # 256K keys; a prompt of a million tokens in blocks of 16 has 64K
+MAX_KEYS = MAX_BODY_BYTES // KEY_BYTES // 2
+MAX_TEXT_BYTES = 4096  # options, owners and reasons
+MAX_TIMEOUT_S = 600.0
+
+HEADER = struct.Struct("<HBBB3xII")
+_REQUEST = struct.Struct("<QIIQI")  # id, base, new keys, num_tokens, bytes of options
+_LOOKUP = struct.Struct("<f")  # timeout
+_PREPARE = struct.Struct("<QIII")  # lease id, first, end, bytes of the owner
+_LEASE = struct.Struct("<Q")
+_WAIT = struct.Struct("<Qf")
+_COMPLETE = struct.Struct("<QI")  # lease id, 1 + number of flags; 0 means all
+_MATCH = struct.Struct("<IIIBBB")  # blocks, tokens, known, pending, cut, tiers
+_LOAD = struct.Struct("<IIBIIBI")  # blocks, tokens, state, usable blocks, usable tokens, tiers, pages
+_SAVE = struct.Struct("<II")  # skipped, pages
+_STATUS = struct.Struct("<BII")
+_PAGE = struct.Struct("<IHI")
+_TIER = struct.Struct("<BI")
+_NUMBER = struct.Struct("<q")
+_SECONDS = struct.Struct("<d")
+_PREFILL = struct.Struct("<qd")
+PAGE_HEAD = struct.Struct("<QIIQ")  # lease id, index in the lease, bytes of the page, xxh3_64 of them
+
+CUTS = tuple(CutReason)
+STATES = tuple(LeaseState)
+
+
+class Op(IntEnum):
+    """What a frame asks for, or answers."""
+
+    HELLO = 1  # JSON: layout, namespace -> JSON: session, slab; over a unix socket with the slab's descriptor
+    ATTACH = 2  # JSON: session -> another connection of it
+    LOOKUP = 3
+    PREPARE_LOAD = 4
+    WAIT = 5
+    PREPARE_SAVE = 6
+    COMPLETE = 7
+    RELEASE = 8
+    RELEASE_OWNER = 9
+    PREFETCH = 10
+    CANCEL = 11
+    FINISHED = 12
+    PIN = 13
+    UNPIN = 14
+    FORGET = 15
+    OBSERVE_PREFILL = 16
+    FLUSH = 17
+    STATS = 18
+    READ = 19  # remote clients: pages of a load lease, one frame each
+    WRITE = 20  # remote clients: one page of a save lease; has no answer
+
+
+class Status(IntEnum):
+    """How an answer is meant."""
+
+    OK = 0
+    RESEND = 1  # the daemon does not know the request as the client thinks: send all keys
+    ERROR = 2  # JSON: type, message; the client raises it
+    GONE = 3  # the session is not known (any more): say hello again
+
+
+class ProtocolError(KVStoreError):
+    """The other side sent what this protocol does not have; the connection is closed."""
+
+
+class Frame(NamedTuple):
+    """A header, taken apart."""
+
+    op: Op
+    status: Status
+    num_bytes: int
+    sequence: int
+
+
+def encode_frame(op: Op, body: bytes | bytearray = b"", sequence: int = 0, status: Status = Status.OK) -> bytes:
+    """A frame with its body."""
+    return HEADER.pack(MAGIC, VERSION, op, status, len(body), sequence) + body
+
+
+def decode_header(raw: bytes | bytearray | memoryview) -> Frame:
+    """Parse 16 bytes. Raises ProtocolError for what is no header of this version, or announces too much."""
+    magic, version, op, status, num_bytes, sequence = HEADER.unpack(raw)
+    if magic != MAGIC:
+        raise ProtocolError(f"frame starts with {magic:#06x}, not {MAGIC:#06x}: this is no kvstore client")
+    if version != VERSION:
+        raise ProtocolError(f"frame has protocol version {version}; this release speaks {VERSION}")
+    if num_bytes > MAX_BODY_BYTES:
+        raise ProtocolError(f"frame announces {num_bytes} bytes; at most {MAX_BODY_BYTES} are allowed")
+    try:
+        return Frame(Op(op), Status(status), num_bytes, sequence)
+    except ValueError:
+        raise ProtocolError(f"frame has op {op} and status {status}, which this release does not know") from None
+
+
+class Reader:
+    """Takes a body apart, front to back. Raises ProtocolError where it is too short, or too long at the end."""
+
+    __slots__ = ("_at", "_raw")
+
+    def __init__(self, raw: bytes) -> None:
+        self._raw = raw
+        self._at = 0
+
+    def unpack(self, form: struct.Struct) -> tuple[Any, ...]:
+        """The next fields."""
+        end = self._at + form.size
+        if end > len(self._raw):
+            raise ProtocolError(f"message of {len(self._raw)} bytes ends within a field of {form.size} at {self._at}")
+        fields = form.unpack_from(self._raw, self._at)
+        self._at = end
+        return fields
+
+    def take(self, num_bytes: int) -> bytes:
+        """The next bytes."""
+        end = self._at + num_bytes
+        if end > len(self._raw):
+            raise ProtocolError(f"message of {len(self._raw)} bytes ends within a field of {num_bytes} at {self._at}")
+        data = self._raw[self._at : end]
+        self._at = end
+        return data
+
+    def text(self, num_bytes: int) -> str:
+        """The next bytes as text."""
+        if num_bytes > MAX_TEXT_BYTES:
+            raise ProtocolError(f"text of {num_bytes} bytes; at most {MAX_TEXT_BYTES} are allowed")
+        try:
+            return self.take(num_bytes).decode()
+        except UnicodeDecodeError:
+            raise ProtocolError("text is not UTF-8") from None
+
+    def end(self) -> None:
+        """Nothing may be left."""
+        if self._at != len(self._raw):
+            raise ProtocolError(f"message has {len(self._raw) - self._at} bytes too many")
+
+
+def decode_json(raw: bytes) -> dict[str, Any]:
+    """A JSON object. Raises ProtocolError for anything else."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise ProtocolError("message is not JSON") from None
+    if not isinstance(value, dict):
+        raise ProtocolError(f"message is a JSON {type(value).__name__}; it must be an object")
+    return value
+
+
+def encode_json(value: object) -> bytes:
+    """Compact JSON."""
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def encode_error(error: KVStoreError) -> bytes:
+    """An error on its way to the client that caused it."""
+    return encode_json({"type": type(error).__name__, "message": str(error)})
+
+
+# ---- requests -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPart:
+    """What a message says about its request. options: None where they were sent before."""
+
+    id: int
+    base: int
+    keys: list[BlockHash]
+    num_tokens: int
+    options: RequestOptions | None
+
+
+def encode_request(request: Request, base: int, end: int) -> bytes:
+    """The request, with its keys [base, end)."""
+    options = _encode_options(request.options) if base == 0 else b""
+    keys = request.keys[base:end]
+    return _REQUEST.pack(request.id, base, len(keys), request.num_tokens, len(options)) + options + b"".join(keys)
+
+
+def read_request(reader: Reader) -> RequestPart:
+    """The request of a message."""
+    request_id, base, num_keys, num_tokens, num_options = reader.unpack(_REQUEST)
+    if base + num_keys > MAX_KEYS:
+        raise ProtocolError(f"request has {base + num_keys} keys; at most {MAX_KEYS} are allowed")
+    options = _decode_options(reader.text(num_options)) if base == 0 else None
+    raw = reader.take(num_keys * KEY_BYTES)
+    keys = [BlockHash(raw[at : at + KEY_BYTES]) for at in range(0, len(raw), KEY_BYTES)]
+    return RequestPart(request_id, base, keys, num_tokens, options)
+
+
+def _encode_options(options: RequestOptions) -> bytes:
+    # The tenant stays here: it is part of the keys already.
+    fields = {
+        "session": options.session,
+        "priority": options.priority,
+        "ttl_s": options.ttl_s,
+        "retain_until": options.retain_until,
+        "pin": options.pin,
+    }
+    usual = RequestOptions()
+    said = {name: value for name, value in fields.items() if value != getattr(usual, name)}
+    raw = encode_json(said) if said else b""
+    if len(raw) > MAX_TEXT_BYTES:
+        raise RequestError(f"options have {len(raw)} bytes as JSON; at most {MAX_TEXT_BYTES} are allowed")
+    return raw
+
+
+_OPTION_TYPES: dict[str, tuple[type, ...]] = {
+    "session": (str,),
+    "priority": (int,),
+    "ttl_s": (int, float),
+    "retain_until": (int, float),
+    "pin": (bool,),
+}
+
+
+def options_from_json(fields: dict[str, Any]) -> RequestOptions:
+    """Options as they stand in JSON. Raises RequestError naming the field."""
+    for name, value in fields.items():
+        kinds = _OPTION_TYPES.get(name)
+        if kinds is None:
+            raise RequestError(f"options.{name} is not known; known are {', '.join(_OPTION_TYPES)}")
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise RequestError(f"options.{name} is {value!r:.80}; it must be of type {kinds[-1].__name__}")
+    if not -(1 << 31) <= fields.get("priority", 0) < 1 << 31:
+        raise RequestError(f"options.priority is {fields['priority']}; it must fit into 32 bits")
+    try:
+        return RequestOptions(**fields)
+    except TypeError as error:
+        raise RequestError(f"options: {error}") from None
+
+
+def _decode_options(text: str) -> RequestOptions:
+    return options_from_json(decode_json(text.encode())) if text else RequestOptions()
+
+
+# ---- calls, as the client makes them and the daemon reads them ------------------------------------------------------
+
+
+def encode_lookup(request: bytes, timeout_s: float) -> bytes:
+    return _LOOKUP.pack(timeout_s) + request
+
+
+def read_timeout(reader: Reader) -> float:
+    (timeout_s,) = reader.unpack(_LOOKUP)
+    return check_timeout(timeout_s)
+
+
+def check_timeout(timeout_s: float) -> float:
+    """A wait the daemon is willing to do."""
+    if not 0 <= timeout_s <= MAX_TIMEOUT_S:
+        raise ProtocolError(f"timeout is {timeout_s} s; it must be in [0, {MAX_TIMEOUT_S}]")
+    return float(timeout_s)
+
+
+def encode_prepare(request: bytes, lease_id: int, first: int, end: int, owner: str) -> bytes:
+    raw = owner.encode()
+    return _PREPARE.pack(lease_id, first, end, len(raw)) + raw + request
+
+
+def read_prepare(reader: Reader) -> tuple[int, int, int, str]:
+    """Lease id, blocks [first, end), owner."""
+    lease_id, first, end, num_owner = reader.unpack(_PREPARE)
+    return lease_id, first, end, reader.text(num_owner)
+
+
+def encode_lease(lease_id: int) -> bytes:
+    return _LEASE.pack(lease_id)
+
+
+def read_lease(reader: Reader) -> int:
+    (lease_id,) = reader.unpack(_LEASE)
+    return int(lease_id)
+
+
+def encode_wait(lease_id: int, timeout_s: float) -> bytes:
+    return _WAIT.pack(lease_id, timeout_s)
+
+
+def read_wait(reader: Reader) -> tuple[int, float]:
+    lease_id, timeout_s = reader.unpack(_WAIT)
+    return lease_id, check_timeout(timeout_s)
+
+
+def encode_complete(lease_id: int, filled: Sequence[bool] | None) -> bytes:
+    if filled is None:
+        return _COMPLETE.pack(lease_id, 0)
+    return _COMPLETE.pack(lease_id, len(filled) + 1) + bytes(map(bool, filled))
+
+
+def read_complete(reader: Reader) -> tuple[int, list[bool] | None]:
+    lease_id, flags = reader.unpack(_COMPLETE)
+    return lease_id, None if flags == 0 else [flag != 0 for flag in reader.take(flags - 1)]
+
+
+def encode_finished(request: bytes, finish_reason: str, last_turn: bool) -> bytes:
+    raw = finish_reason.encode()[:MAX_TEXT_BYTES]
+    return _TIER.pack(last_turn, len(raw)) + raw + request
+
+
+def read_finished(reader: Reader) -> tuple[str, bool]:
+    """Finish reason, last turn."""
+    last_turn, num_reason = reader.unpack(_TIER)
+    return reader.text(num_reason), bool(last_turn)
+
+
+def encode_number(number: int) -> bytes:
+    return _NUMBER.pack(number)
+
+
+def read_number(reader: Reader) -> int:
+    (number,) = reader.unpack(_NUMBER)
+    return int(number)
+
+
+def encode_seconds(seconds: float) -> bytes:
+    return _SECONDS.pack(seconds)
+
+
+def read_seconds(reader: Reader) -> float:
+    (seconds,) = reader.unpack(_SECONDS)
+    return check_timeout(seconds)
+
+
+def encode_prefill(num_tokens: int, seconds: float) -> bytes:
+    return _PREFILL.pack(num_tokens, seconds)
+
+
+def read_prefill(reader: Reader) -> tuple[int, float]:
+    num_tokens, seconds = reader.unpack(_PREFILL)
+    return num_tokens, seconds
+
+
+# ---- answers --------------------------------------------------------------------------------------------------------
+
+
+def encode_match(match: Match) -> bytes:
+    head = _MATCH.pack(
+        match.num_blocks, match.num_tokens, match.known, match.pending, CUTS.index(match.cut), len(match.by_tier)
+    )
+    return head + _encode_tiers(match.by_tier)
+
+
+def decode_match(raw: bytes) -> Match:
+    reader = Reader(raw)
+    num_blocks, num_tokens, known, pending, cut, num_tiers = reader.unpack(_MATCH)
+    by_tier = _read_tiers(reader, num_tiers)
+    reader.end()
+    return Match(num_blocks, num_tokens, bool(pending), by_tier, known, _member(CUTS, cut))
+
+
+def encode_load(lease: LoadLease, status: LeaseStatus) -> bytes:
+    head = _LOAD.pack(
+        lease.num_blocks,
+        lease.num_tokens,
+        STATES.index(status.state),
+        status.num_blocks,
+        status.num_tokens,
+        len(lease.by_tier),
+        len(lease.pages),
+    )
+    return head + _encode_tiers(lease.by_tier) + _encode_pages(lease.pages)
+
+
+def decode_load(raw: bytes, lease_id: int, slot_base: int) -> tuple[LoadLease, LeaseStatus]:
+    """slot_base: added to slot numbers, so that those of different slabs differ."""
+    reader = Reader(raw)
+    num_blocks, num_tokens, state, usable, usable_tokens, num_tiers, num_pages = reader.unpack(_LOAD)
+    by_tier = _read_tiers(reader, num_tiers)
+    pages = _read_pages(reader, num_pages, slot_base)
+    reader.end()
+    status = LeaseStatus(_member(STATES, state), usable, usable_tokens)
+    return LoadLease(lease_id, num_blocks, num_tokens, pages, by_tier), status
+
+
+def encode_status(status: LeaseStatus) -> bytes:
+    return _STATUS.pack(STATES.index(status.state), status.num_blocks, status.num_tokens)
+
+
+def decode_status(raw: bytes) -> LeaseStatus:
+    reader = Reader(raw)
+    state, num_blocks, num_tokens = reader.unpack(_STATUS)
+    reader.end()
+    return LeaseStatus(_member(STATES, state), num_blocks, num_tokens)
+
+
+def encode_save(lease: SaveLease) -> bytes:
+    return _SAVE.pack(lease.skipped, len(lease.pages)) + _encode_pages(lease.pages)
+
+
+def decode_save(raw: bytes, lease_id: int, slot_base: int) -> SaveLease:
+    reader = Reader(raw)
+    skipped, num_pages = reader.unpack(_SAVE)
+    pages = _read_pages(reader, num_pages, slot_base)
+    reader.end()
+    return SaveLease(lease_id, pages, skipped)
+
+
+def _encode_pages(pages: Sequence[SlotPage]) -> bytes:
+    pack = _PAGE.pack
+    return b"".join([pack(page.block, page.group, page.slot) for page in pages])
+
+
+def _read_pages(reader: Reader, num_pages: int, slot_base: int) -> tuple[SlotPage, ...]:
+    raw = reader.take(num_pages * _PAGE.size)
+    return tuple([SlotPage(block, group, slot_base + slot) for block, group, slot in _PAGE.iter_unpack(raw)])
+
+
+def _encode_tiers(by_tier: dict[str, int]) -> bytes:
+    return b"".join(_TIER.pack(len(name), count) + name.encode() for name, count in by_tier.items())
+
+
+def _read_tiers(reader: Reader, num_tiers: int) -> dict[str, int]:
+    by_tier = {}
+    for _ in range(num_tiers):
+        num_name, count = reader.unpack(_TIER)
+        by_tier[reader.text(num_name)] = count
+    return by_tier
+
+
+def _member(members: tuple[Any, ...], index: int) -> Any:
+    if index >= len(members):
+        raise ProtocolError(f"answer has number {index} where only {len(members)} are known")
+    return members[index]

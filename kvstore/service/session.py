@@ -1,0 +1,309 @@
+"""What the daemon holds for one client: its requests and its leases.
+
+A session speaks messages (bytes in, bytes out) and knows no socket. It lives as long as one of its anchors, the
+connections a client keeps for nothing else; when the last is gone, so is the client, and `close` releases its leases:
+what it was reading may be evicted again, what it was writing vanishes.
+
+The hard thing: a client whose call timed out does not know whether a lease was granted. It releases the number it had
+chosen, over another connection, and that message may come first; so the number of a lease that is not known is kept
+for a while, and a lease that is already released is not granted.
+
+In the daemon's event loop: messages take microseconds under the store's lock, and what would wait answers `Pending`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvstore.errors import RequestError
+from kvstore.plan.records import (
+    CutReason,
+    LeaseState,
+    LeaseStatus,
+    LoadLease,
+    Match,
+    Request,
+    RequestOptions,
+    SaveLease,
+)
+from kvstore.service import protocol
+from kvstore.service.protocol import Op, ProtocolError, Reader, RequestPart
+from kvstore.service.stores import OpenStore
+
+MAX_REQUESTS = 16_384  # as many as the planner keeps notes about
+MAX_LEASES = 16_384
+MAX_TICKETS = 4096
+MAX_TOMBSTONES = 1024
+
+_CLOSED = LeaseStatus(LeaseState.CLOSED, 0, 0)
+
+
+class Resend(Exception):
+    """The request is not known here as the client thinks: it shall send all keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """An answer that is not there yet.
+
+    look:      returns the answer, or None to be asked again after the store has changed.
+    give_up:   the answer after `timeout_s`.
+    """
+
+    look: Callable[[], bytes | None]
+    give_up: Callable[[], bytes]
+    timeout_s: float
+
+
+class Session:
+    """One client's requests and leases over one store. The daemon's event loop only."""
+
+    def __init__(self, session_id: str, opened: OpenStore, client: str) -> None:
+        self.id = session_id
+        self.opened = opened
+        self.client = client
+        self.anchors: set[object] = set()
+        self.is_draining = False
+        self.leases: dict[int, LoadLease | SaveLease] = {}
+        self._store = opened.store
+        self._requests: OrderedDict[int, Request] = OrderedDict()
+        self._owners: dict[int, str] = {}  # lease id -> the client's own word for who holds it
+        self._tickets: OrderedDict[int, None] = OrderedDict()
+        self._tombstones: OrderedDict[int, None] = OrderedDict()
+        self._handlers: dict[Op, Callable[[Reader], bytes | Pending]] = {
+            Op.LOOKUP: self._lookup,
+            Op.PREPARE_LOAD: self._prepare_load,
+            Op.WAIT: self._wait,
+            Op.PREPARE_SAVE: self._prepare_save,
+            Op.COMPLETE: self._complete,
+            Op.RELEASE: self._release,
+            Op.RELEASE_OWNER: self._release_owner,
+            Op.PREFETCH: self._prefetch,
+            Op.CANCEL: self._cancel,
+            Op.FINISHED: self._finished,
+            Op.PIN: self._pin,
+            Op.UNPIN: self._unpin,
+            Op.FORGET: self._forget,
+            Op.OBSERVE_PREFILL: self._observe_prefill,
+            Op.FLUSH: self._flush,
+            Op.STATS: self._stats,
+        }
+
+    def handle(self, op: Op, body: bytes) -> bytes | Pending:
+        """Answer a message. Raises Resend, ProtocolError, or a KVStoreError that is the client's own fault."""
+        handler = self._handlers.get(op)
+        if handler is None:
+            raise ProtocolError(f"a session has no {op.name}")
+        return handler(Reader(body))
+
+    def close(self) -> int:
+        """Release every lease; returns how many. Idempotent."""
+        leases = list(self.leases.values())
+        for lease in leases:
+            self._store.release(lease)
+        self.leases.clear()
+        self._owners.clear()
+        return len(leases)
+
+    # ---- lookups and loads --------------------------------------------------------------------------------------
+
+    def _lookup(self, reader: Reader) -> bytes | Pending:
+        timeout_s = protocol.read_timeout(reader)
+        request = self._request(reader)
+        if self.is_draining:
+            return protocol.encode_match(Match(0, 0, cut=CutReason.NEVER_STORED))
+        match = self._store.lookup(request)
+        if not match.pending or timeout_s <= 0:
+            return protocol.encode_match(match)
+
+        def look() -> bytes | None:
+            nonlocal match
+            match = self._store.lookup(request)
+            return None if match.pending else protocol.encode_match(match)
+
+        return Pending(look, lambda: protocol.encode_match(match), timeout_s)
+
+    def _prepare_load(self, reader: Reader) -> bytes:
+        lease_id, first, end, owner = protocol.read_prepare(reader)
+        request = self._request(reader)
+        if not self._may_grant(lease_id):
+            return protocol.encode_load(LoadLease(0, 0, 0, ()), _CLOSED)
+        lease = self._store.prepare_load(request, end, first=first, owner=self._owner(owner))
+        self._grant(lease_id, lease, owner)
+        return protocol.encode_load(lease, self._store.poll(lease))
+
+    def _wait(self, reader: Reader) -> bytes | Pending:
+        lease_id, timeout_s = protocol.read_wait(reader)
+        reader.end()
+        lease = self.leases.get(lease_id)
+        if not isinstance(lease, LoadLease):
+            return protocol.encode_status(_CLOSED)
+        status = self._store.poll(lease)
+        if status.state is not LeaseState.WAITING or timeout_s <= 0:
+            return protocol.encode_status(status)
+
+        def look() -> bytes | None:
+            now = self._store.poll(lease)
+            return None if now.state is LeaseState.WAITING else protocol.encode_status(now)
+
+        return Pending(look, lambda: protocol.encode_status(self._store.poll(lease)), timeout_s)
+
+    def _prefetch(self, reader: Reader) -> bytes:
+        request = self._request(reader)
+        ticket = self._store.prefetch(request)
+        self._tickets[ticket] = None
+        if len(self._tickets) > MAX_TICKETS:
+            self._tickets.popitem(last=False)
+        return protocol.encode_number(ticket)
+
+    def _cancel(self, reader: Reader) -> bytes:
+        ticket = protocol.read_number(reader)
+        reader.end()
+        if ticket in self._tickets:  # its own only: tickets count through all clients
+            del self._tickets[ticket]
+            self._store.cancel(ticket)
+        return b""
+
+    # ---- saves, and the ends of leases --------------------------------------------------------------------------
+
+    def _prepare_save(self, reader: Reader) -> bytes:
+        lease_id, first, end, owner = protocol.read_prepare(reader)
+        request = self._request(reader)
+        if end < first:
+            raise RequestError(f"blocks [{first}, {end}) is no range")
+        if not self._may_grant(lease_id):
+            return protocol.encode_save(SaveLease(0, ()))
+        lease = self._store.prepare_save(request, first, end - first, owner=self._owner(owner))
+        self._grant(lease_id, lease, owner)
+        return protocol.encode_save(lease)
+
+    def _complete(self, reader: Reader) -> bytes:
+        lease_id, filled = protocol.read_complete(reader)
+        reader.end()
+        lease = self.leases.get(lease_id)
+        if lease is not None:
+            self._store.complete(lease, filled=filled)  # refuses flags of another length: the lease stays
+            self._drop(lease_id)
+        return b""
+
+    def _release(self, reader: Reader) -> bytes:
+        lease_id = protocol.read_lease(reader)
+        reader.end()
+        lease = self.leases.get(lease_id)
+        if lease is None:
+            self._tombstones[lease_id] = None
+            if len(self._tombstones) > MAX_TOMBSTONES:
+                self._tombstones.popitem(last=False)
+        else:
+            self._store.release(lease)
+            self._drop(lease_id)
+        return b""
+
+    def _release_owner(self, reader: Reader) -> bytes:
+        owner = reader.text(protocol.read_number(reader))
+        reader.end()
+        mine = [lease_id for lease_id, name in self._owners.items() if name == owner]
+        for lease_id in mine:
+            self._store.release(self.leases[lease_id])
+            self._drop(lease_id)
+        return protocol.encode_number(len(mine))
+
+    # ---- retention, and the store as a whole --------------------------------------------------------------------
+
+    def _finished(self, reader: Reader) -> bytes:
+        finish_reason, last_turn = protocol.read_finished(reader)
+        part = protocol.read_request(reader)
+        reader.end()
+        request = self._take_request(part)
+        self._store.finished(request, finish_reason=finish_reason, last_turn=last_turn)
+        self._requests.pop(part.id, None)
+        return b""
+
+    def _pin(self, reader: Reader) -> bytes:
+        return protocol.encode_number(self._store.pin(self._request(reader)))
+
+    def _unpin(self, reader: Reader) -> bytes:
+        return protocol.encode_number(self._store.unpin(self._request(reader)))
+
+    def _forget(self, reader: Reader) -> bytes:
+        first = protocol.read_number(reader)
+        return protocol.encode_number(self._store.forget(self._request(reader), first))
+
+    def _observe_prefill(self, reader: Reader) -> bytes:
+        num_tokens, seconds = protocol.read_prefill(reader)
+        reader.end()
+        if not 0 < num_tokens < 1 << 32 or not 0 < seconds < float("inf"):
+            raise RequestError(f"observe_prefill of {num_tokens} tokens in {seconds} s; both must be positive")
+        self._store.observe_prefill(num_tokens, seconds)
+        return b""
+
+    def _flush(self, reader: Reader) -> bytes | Pending:
+        timeout_s = protocol.read_seconds(reader)
+        reader.end()
+
+        def look() -> bytes | None:
+            return protocol.encode_number(1) if self._store.flush(0.0) else None
+
+        return look() or Pending(look, lambda: protocol.encode_number(0), timeout_s)
+
+    def _stats(self, reader: Reader) -> bytes:
+        reader.end()
+        return protocol.encode_json(self._store.stats())
+
+    # ---- private ------------------------------------------------------------------------------------------------
+
+    def _request(self, reader: Reader) -> Request:
+        part = protocol.read_request(reader)
+        reader.end()
+        return self._take_request(part)
+
+    def _take_request(self, part: RequestPart) -> Request:
+        """The request of a message, brought up to date."""
+        request = self._requests.get(part.id)
+        if part.base == 0:
+            request = self._whole_request(part, request)
+        elif request is None or len(request.keys) < part.base:
+            raise Resend
+        else:
+            # Another connection may have brought the same keys meanwhile; what is known is not appended again.
+            request.keys += self.opened.bind(part.keys[len(request.keys) - part.base :])
+        request.num_tokens = max(request.num_tokens, part.num_tokens)
+        if request.num_tokens < len(request.keys) * self.opened.layout.block_size:
+            raise RequestError(
+                f"request has {request.num_tokens} tokens; its {len(request.keys)} blocks need at least "
+                f"{len(request.keys) * self.opened.layout.block_size}"
+            )
+        return request
+
+    def _whole_request(self, part: RequestPart, known: Request | None) -> Request:
+        keys = self.opened.bind(part.keys)
+        if known is not None and known.keys[: len(keys)] == keys[: len(known.keys)]:
+            known.keys += keys[len(known.keys) :]
+            return known
+        while len(self._requests) >= MAX_REQUESTS:
+            self._requests.popitem(last=False)
+        # Planner ids must differ between clients: this one's number is the store's, not the client's.
+        request = self.opened.new_request(keys, part.num_tokens, part.options or RequestOptions())
+        self._requests[part.id] = request
+        return request
+
+    def _may_grant(self, lease_id: int) -> bool:
+        if lease_id in self.leases:
+            raise RequestError(f"lease {lease_id} is open already; each call needs a number of its own")
+        if len(self.leases) >= MAX_LEASES:
+            raise RequestError(f"this client holds {len(self.leases)} leases; it may hold {MAX_LEASES}")
+        return not self.is_draining and self._tombstones.pop(lease_id, self) is self
+
+    def _grant(self, lease_id: int, lease: LoadLease | SaveLease, owner: str) -> None:
+        self.leases[lease_id] = lease
+        if owner:
+            self._owners[lease_id] = owner
+
+    def _drop(self, lease_id: int) -> None:
+        del self.leases[lease_id]
+        self._owners.pop(lease_id, None)
+
+    def _owner(self, owner: str) -> str:
+        return f"{self.id}/{owner}"

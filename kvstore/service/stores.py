@@ -1,0 +1,260 @@
+"""The daemon's stores: one per tenant and namespace, each planning over a slab in shared memory.
+
+A store is opened by the first client that says hello with its namespace, and stays open for those that follow. Host
+and disk capacity are shared equally among the `service.max_namespaces` that a tenant may have, so that opening one more
+never takes memory from one in use.
+
+What a disk tier holds outlives the daemon: beside the pages lies `namespace.json`, from which `restore` opens the same
+stores again before the first client comes.
+
+In the daemon's event loop; opening and closing, which read directories and flush, happen in threads of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+from kvstore.build import open_store
+from kvstore.config import Config
+from kvstore.errors import ConfigError, KVStoreError, StoreClosed
+from kvstore.layout import SLOT_ALIGNMENT, Layout
+from kvstore.plan.records import Request, RequestOptions
+from kvstore.service.namespaces import (
+    check_pair,
+    layout_from_json,
+    layout_to_json,
+    namespace_from_json,
+    namespace_to_json,
+)
+from kvstore.service.tenants import LOCAL, Tenant
+from kvstore.store import LocalStore
+from kvstore.tiers.host import SlabHandle
+from radix.hashing import BlockHash, bind_hashes
+from radix.namespace import Namespace
+
+log = logging.getLogger(__name__)
+
+NAMESPACE_FILE = "namespace.json"
+ID_DIGITS = 32  # of the namespace's root hash: 128 bits, as a directory name
+
+
+class Watch:
+    """Tells the event loop that a store has changed. `wake` is called by any thread; the rest is the loop's."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiters: dict[int, Callable[[], None]] = {}
+        self._next = 0
+        self._is_noted = False
+
+    def wake(self) -> None:
+        """Have the waiters look again. Under the store's lock, so it only leaves a note, and one at a time."""
+        if self._waiters and not self._is_noted:
+            self._is_noted = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._look)
+
+    def add(self, waiter: Callable[[], None]) -> int:
+        """Call `waiter` after every change until `remove`. The caller looks once itself, after this."""
+        self._next += 1
+        self._waiters[self._next] = waiter
+        return self._next
+
+    def remove(self, number: int) -> None:
+        """Idempotent."""
+        self._waiters.pop(number, None)
+
+    def _look(self) -> None:
+        self._is_noted = False
+        for waiter in list(self._waiters.values()):
+            waiter()
+
+
+@dataclass(slots=True, eq=False)
+class OpenStore:
+    """A store in use.
+
+    id:        names it in the API and on disk: the head of the namespace's root hash.
+    namespace: as clients know it; the store's own has the tenant's salt in it.
+    """
+
+    id: str
+    tenant: Tenant
+    layout: Layout
+    namespace: Namespace
+    store: LocalStore
+    handle: SlabHandle
+    watch: Watch
+    request_ids: Iterator[int] = field(default_factory=lambda: count(1))
+
+    def new_request(self, keys: list[BlockHash], num_tokens: int, options: RequestOptions) -> Request:
+        """A request under bound keys, numbered for the planner: clients count for themselves, and all from one."""
+        return Request(next(self.request_ids), keys, num_tokens, options)
+
+    def bind(self, keys: Sequence[BlockHash]) -> list[BlockHash]:
+        """The tenant's own names of blocks: no key a client could send names a page of another tenant."""
+        return bind_hashes(self.store.namespace.root(), keys) if self.tenant.salt else list(keys)
+
+
+class Stores:
+    """Opens, finds and closes the stores of a daemon. Its event loop only."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._open: dict[tuple[str, str], OpenStore] = {}
+        self._opening: dict[tuple[str, str], asyncio.Task[OpenStore]] = {}
+        self._is_closed = False
+
+    async def open(self, tenant: Tenant, layout: Layout, namespace: Namespace) -> OpenStore:
+        """The tenant's store of a namespace, opened now if it is not.
+
+        Raises ConfigError, LayoutMismatch or StoreClosed.
+        """
+        check_pair(layout, namespace)
+        place = (tenant.name, namespace_id(namespace))
+        opened = self._open.get(place)
+        if opened is not None:
+            return opened
+        if self._is_closed:
+            raise StoreClosed("the daemon is closing")
+        task = self._opening.get(place)
+        if task is None:
+            self._check_room(tenant)
+            # Not the caller's own task: a client that gives up must not take the store from those who wait with it.
+            task = self._opening[place] = asyncio.create_task(self._open_new(place, tenant, layout, namespace))
+        return await asyncio.shield(task)
+
+    async def restore(self, tenants: Sequence[Tenant]) -> int:
+        """Open the stores whose pages lie on disk; returns how many. What cannot be opened is logged and left."""
+        num_opened = 0
+        for tenant in tenants:
+            directory = self._tenant_directory(tenant)
+            if directory is None or not directory.is_dir():
+                continue
+            for file in sorted(directory.glob(f"*/{NAMESPACE_FILE}")):
+                num_opened += await self._restore_one(tenant, file)
+        return num_opened
+
+    def find(self, tenant: Tenant, store_id: str) -> OpenStore | None:
+        """The tenant's store of that id."""
+        return self._open.get((tenant.name, store_id))
+
+    def of(self, tenant: Tenant) -> list[OpenStore]:
+        """All stores of a tenant, in the order in which they were opened."""
+        return [opened for (name, _), opened in self._open.items() if name == tenant.name]
+
+    def all(self) -> list[OpenStore]:
+        """All stores of all tenants."""
+        return list(self._open.values())
+
+    async def close(self, timeout_s: float) -> None:
+        """Flush and close every store, side by side, within about `timeout_s`. Idempotent."""
+        self._is_closed = True
+        for task in list(self._opening.values()):
+            with contextlib.suppress(KVStoreError, OSError):
+                await task
+        opened = list(self._open.values())
+        await asyncio.gather(*(asyncio.to_thread(one.store.close, timeout_s) for one in opened))
+
+    async def _open_new(
+        self, place: tuple[str, str], tenant: Tenant, layout: Layout, namespace: Namespace
+    ) -> OpenStore:
+        try:
+            config = self._share(tenant, place[1])
+            own = namespace if not tenant.salt else namespace.with_salt(_framed(namespace.salt, tenant.salt))
+            store = await asyncio.to_thread(_open, config, layout, namespace, own)
+            watch = Watch(asyncio.get_running_loop())
+            store.listen(watch.wake)
+            opened = OpenStore(place[1], tenant, layout, namespace, store, store.slab_handle, watch)
+            self._open[place] = opened
+            log.info(
+                "opened %s of tenant %s: model %s, %d slots of %d bytes",
+                place[1],
+                tenant.name,
+                namespace.model,
+                opened.handle.num_slots,
+                opened.handle.slot_bytes,
+            )
+            return opened
+        finally:
+            del self._opening[place]
+
+    async def _restore_one(self, tenant: Tenant, file: Path) -> bool:
+        try:
+            value = json.loads(file.read_bytes())
+            await self.open(tenant, layout_from_json(value["layout"]), namespace_from_json(value["namespace"]))
+        except (KVStoreError, OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is not opened: %s", file.parent, error)
+            return False
+        return True
+
+    def _check_room(self, tenant: Tenant) -> None:
+        most = self._config.service.max_namespaces
+        taken = [place for place in (*self._open, *self._opening) if place[0] == tenant.name]
+        if len(taken) >= most:
+            raise ConfigError(
+                f"service.max_namespaces is {most}, and as many are open: {', '.join(place[1] for place in taken)}; "
+                "raise it and start the daemon again (host and disk capacity are shared equally among them)"
+            )
+
+    def _share(self, tenant: Tenant, store_id: str) -> Config:
+        """The configuration of one store: its share of the tenant's capacity, and its place on disk."""
+        config, most = self._config, self._config.service.max_namespaces
+        host_bytes = min(tenant.host_bytes or config.host.capacity_bytes, config.host.capacity_bytes)
+        disk_bytes = min(tenant.disk_bytes or config.disk.capacity_bytes, config.disk.capacity_bytes)
+        directory = self._tenant_directory(tenant)
+        return config.model_copy(
+            update={
+                "host": config.host.model_copy(update={"capacity_bytes": max(SLOT_ALIGNMENT, host_bytes // most)}),
+                "disk": config.disk.model_copy(
+                    update={
+                        "path": None if directory is None else directory / store_id,
+                        "capacity_bytes": max(SLOT_ALIGNMENT, disk_bytes // most),
+                    }
+                ),
+                "redis": config.redis if tenant.redis else config.redis.model_copy(update={"url": None}),
+            }
+        )
+
+    def _tenant_directory(self, tenant: Tenant) -> Path | None:
+        path = self._config.disk.path
+        return None if path is None or tenant.disk_bytes == 0 else Path(path) / tenant.name
+
+
+def namespace_id(namespace: Namespace) -> str:
+    """The name of a namespace in the API and on disk."""
+    return namespace.root().hex()[:ID_DIGITS]
+
+
+def _open(config: Config, layout: Layout, namespace: Namespace, own: Namespace) -> LocalStore:
+    store = open_store(config, layout, own, shared_name=f"kvstore-{namespace_id(namespace)}")
+    if config.disk.path is not None:
+        _write_namespace(Path(config.disk.path), layout, namespace)
+    return store
+
+
+def _write_namespace(directory: Path, layout: Layout, namespace: Namespace) -> None:
+    """Write `namespace.json` whole or not at all. It holds salts, so it is its owner's alone."""
+    value = {"layout": layout_to_json(layout), "namespace": namespace_to_json(namespace)}
+    written = directory / (NAMESPACE_FILE + ".new")
+    with open(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    written.replace(directory / NAMESPACE_FILE)
+
+
+def _framed(own: str, tenant: str) -> str:
+    # Another frame than RequestMaker's, so that no request salt of the local tenant can spell a tenant's name.
+    return f"tenant {len(tenant)}:{tenant}{own}"
+
+
+__all__ = ["LOCAL", "OpenStore", "Stores", "Watch", "namespace_id"]

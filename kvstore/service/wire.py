@@ -1,0 +1,147 @@
+"""One connection to a daemon, as a client has it: a call goes out, its answer comes back, or a deadline passes.
+
+Blocking, for one thread at a time. After any error the connection is of no more use: an answer that comes late must not
+be taken for that of the next call.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from kvstore.errors import ConfigError
+from kvstore.service import protocol
+from kvstore.service.protocol import HEADER, Frame, Op, ProtocolError, Status
+
+RECEIVE_BYTES = 64 << 10  # most answers come whole in one call
+
+Dial = Callable[[float], "Wire"]
+
+
+class Wire:
+    """A connected socket that frames go over. One thread at a time."""
+
+    __slots__ = ("_sequence", "socket")
+
+    def __init__(self, connected: socket.socket) -> None:
+        self.socket = connected
+        self._sequence = 0
+
+    def call(self, op: Op, body: bytes, timeout_s: float) -> tuple[Status, bytes]:
+        """Send a message and return its answer. Raises OSError (TimeoutError after `timeout_s`) or ProtocolError."""
+        until = time.monotonic() + timeout_s
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        self.socket.settimeout(timeout_s)
+        self.socket.sendall(protocol.encode_frame(op, body, self._sequence))
+        data = self._receive(until)
+        frame = self._header(op, data)
+        return frame.status, self._rest(data, frame, until)
+
+    def hello(self, body: bytes, timeout_s: float) -> tuple[Status, bytes, int | None]:
+        """Say hello over a unix socket; the answer, and the slab's descriptor, which is the caller's to close."""
+        until = time.monotonic() + timeout_s
+        self._sequence += 1
+        self.socket.settimeout(timeout_s)
+        self.socket.sendall(protocol.encode_frame(Op.HELLO, body, self._sequence))
+        fds = array.array("i")
+        data, ancillary, _, _ = self.socket.recvmsg(RECEIVE_BYTES, socket.CMSG_SPACE(fds.itemsize))
+        for level, kind, raw in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
+        try:
+            for fd in fds:
+                os.set_inheritable(fd, False)
+            received = bytearray(data)
+            if not received:
+                raise ConnectionResetError("the daemon closed the connection")
+            frame = self._header(Op.HELLO, received if len(received) >= HEADER.size else self._more(received, until))
+            return frame.status, self._rest(received, frame, until), fds[0] if fds else None
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+
+    @property
+    def is_lost(self) -> bool:
+        """True if the other side has hung up. Does not wait."""
+        try:
+            self.socket.settimeout(0)
+            return self.socket.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        """Hang up. Idempotent."""
+        with contextlib.suppress(OSError):
+            self.socket.close()
+
+    def _header(self, op: Op, data: bytearray) -> Frame:
+        frame = protocol.decode_header(memoryview(data)[: HEADER.size])
+        if (frame.op, frame.sequence) != (op, self._sequence) and frame.status is not Status.ERROR:
+            raise ProtocolError(f"asked {op.name} {self._sequence}, answered {frame.op.name} {frame.sequence}")
+        return frame
+
+    def _rest(self, data: bytearray, frame: Frame, until: float) -> bytes:
+        end = HEADER.size + frame.num_bytes
+        while len(data) < end:
+            data += self._some(until)
+        if len(data) > end:
+            raise ProtocolError(f"answer of {frame.num_bytes} bytes is followed by {len(data) - end} more")
+        return bytes(memoryview(data)[HEADER.size :])
+
+    def _receive(self, until: float) -> bytearray:
+        return self._more(bytearray(), until)
+
+    def _more(self, data: bytearray, until: float) -> bytearray:
+        while len(data) < HEADER.size:
+            data += self._some(until)
+        return data
+
+    def _some(self, until: float) -> bytes:
+        left_s = until - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("no answer in time")
+        self.socket.settimeout(left_s)
+        data = self.socket.recv(RECEIVE_BYTES)
+        if not data:
+            raise ConnectionResetError("the daemon closed the connection")
+        return data
+
+
+def dial_unix(path: str) -> Dial:
+    """How to reach a daemon by its socket."""
+
+    def dial(timeout_s: float) -> Wire:
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connected.settimeout(timeout_s)
+            connected.connect(path)
+            _check_peer(connected, path)
+        except BaseException:
+            connected.close()
+            raise
+        return Wire(connected)
+
+    return dial
+
+
+def unix_path(url: str) -> str | None:
+    """The path of a unix:// URL; None for another."""
+    parts = urlsplit(url)
+    return parts.path if parts.scheme == "unix" else None
+
+
+def _check_peer(connected: socket.socket, path: str) -> None:
+    # Somebody else may have put a socket where ours is expected; prompts and their KV must not go there.
+    form = struct.Struct("3i")
+    _, uid, _ = form.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, form.size))
+    if uid not in (0, os.getuid()):
+        raise ConfigError(f"service.url is unix://{path}, but user {uid} listens there; use a path of your own")

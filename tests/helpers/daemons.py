@@ -1,0 +1,144 @@
+"""Daemons for tests: one in a thread of this process with a loop of its own, or one in a process that can be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kvstore.config import Config
+from kvstore.service.client import RemoteStore
+from kvstore.service.connect import connect
+from kvstore.service.daemon import Daemon
+from tests.helpers.stores import LAYOUT, PAGE_BYTES, namespace
+
+T = TypeVar("T")
+START_S = 30.0
+
+
+def daemon_config(socket: Path, disk: Path | None = None, **sections: Any) -> Config:
+    """64 host slots and, where asked for, 128 pages of disk."""
+    values: dict[str, Any] = {
+        "host": {"capacity_bytes": 64 * PAGE_BYTES, "huge_pages": False},
+        "service": {"socket": socket},
+    }
+    if disk is not None:
+        values["disk"] = {"path": disk, "capacity_bytes": 128 * PAGE_BYTES, "workers": 2}
+    for section, fields in sections.items():
+        values[section] = {**values.get(section, {}), **fields}
+    return Config(**values)
+
+
+class LocalDaemon:
+    """A daemon in a thread of this process, whose inside a test can look at."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.daemon = Daemon(config)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="test-daemon", daemon=True)
+        self._thread.start()
+        self.call(self.daemon.start())
+
+    def call(self, work: Any) -> Any:
+        """Run a coroutine in the daemon's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(START_S)
+
+    def look(self, read: Callable[[Daemon], T]) -> T:
+        """Read something of the daemon, in its loop."""
+
+        async def reading() -> T:
+            return read(self.daemon)
+
+        result: T = self.call(reading())
+        return result
+
+    def stop(self) -> None:
+        """Drain and close. Idempotent."""
+        if self._thread.is_alive():
+            self.call(self.daemon.close())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(START_S)
+            self._loop.close()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+
+@contextmanager
+def local_daemon(socket: Path, disk: Path | None = None, **sections: Any) -> Iterator[LocalDaemon]:
+    """A daemon in this process for the length of a block."""
+    daemon = LocalDaemon(daemon_config(socket, disk, **sections))
+    try:
+        yield daemon
+    finally:
+        daemon.stop()
+
+
+class DaemonProcess:
+    """`kvstore serve` in a process of its own."""
+
+    def __init__(self, socket: Path, disk: Path | None = None, *settings: str, host_pages: int = 64) -> None:
+        self.socket = socket
+        self.settings = [
+            f"host.capacity_bytes={host_pages * PAGE_BYTES}",
+            "host.huge_pages=false",
+            *([] if disk is None else [f"disk.path={disk}", f"disk.capacity_bytes={128 * PAGE_BYTES}"]),
+            *settings,
+        ]
+        self.process: subprocess.Popen[bytes]
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it listens."""
+        command = [sys.executable, "-m", "kvstore", "serve", "-v", "--socket", str(self.socket)]
+        for setting in self.settings:
+            command += ["--set", setting]
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        wait_until(self._listens, f"the daemon ended with {self.process.poll()}")
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGCONT)
+            self.process.kill()
+        self.process.wait(START_S)
+
+    def terminate(self) -> int:
+        """Ask it to end; its exit code."""
+        self.process.terminate()
+        return self.process.wait(START_S)
+
+    def _listens(self) -> bool:
+        if self.process.poll() is not None:
+            raise AssertionError(f"the daemon ended with {self.process.returncode}")
+        import socket
+
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.socket)) == 0
+
+
+def attach(socket: Path, **options: Any) -> RemoteStore:
+    """A client with the tests' layout and namespace."""
+    return connect(f"unix://{socket}", LAYOUT, namespace(), **options)
+
+
+def wait_until(condition: Callable[[], bool], told: str = "it did not come true", timeout_s: float = START_S) -> None:
+    """Wait for something another thread or process does."""
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until, told
+        time.sleep(0.01)
