@@ -152,7 +152,7 @@ class Channel(asyncio.BufferedProtocol):
             self._refuse(frame, ProtocolError(f"{frame.op.name} failed in the daemon: {type(error).__name__}"))
 
     def _refuse(self, frame: Frame, error: ProtocolError) -> None:
-        log.warning("client %s: %s", self.peer, error)
+        log.info("client %s: %s", self.peer, error)
         self.answer(frame, protocol.encode_error(error), Status.ERROR)
         self.close()
 

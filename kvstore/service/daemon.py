@@ -31,7 +31,7 @@ from kvstore.service.tenants import LOCAL, Tenant
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 128
+BACKLOG = 1024
 DRAIN_STEP_S = 0.02
 
 
