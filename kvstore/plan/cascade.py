@@ -73,6 +73,7 @@ class LowerTier:
     used_pages: int = 0
     in_flight: int = 0
     owed: dict[Page, None] = field(default_factory=dict)
+    leaving: dict[PageKey, int] = field(default_factory=dict)  # deletes under way, by key
     counters: SpillCounters = field(default_factory=SpillCounters)
 
     def owe(self, pages: Sequence[Page], *, used: bool) -> None:
@@ -147,9 +148,19 @@ class LowerTier:
         copies = self.copies(pages)
         self.forget_copies(copies)
         keys = list(dict.fromkeys([*(page.key for page in copies), *also]))
+        for key in keys:
+            self.leaving[key] = self.leaving.get(key, 0) + 1
         for start in range(0, len(keys), TOUCH_BATCH):
             batch = keys[start : start + TOUCH_BATCH]
             self.flights.send(Op.DELETE, self.plan.name, batch, priority=Priority.SAVE, deadline=float("inf"))
+
+    def deleted(self, flight: Flight) -> None:
+        """Book the outcome of a DELETE."""
+        for key in flight.transfer.keys:
+            if key in self.leaving:
+                self.leaving[key] -= 1
+                if not self.leaving[key]:
+                    del self.leaving[key]
 
     def hold(self, page: Page) -> None:
         """A fetch reads the copy: it must not be evicted."""

@@ -217,7 +217,7 @@ class Loader:
 
     def _sources(self, survey: Survey, granted: int) -> list[str]:
         worth, survey.worth = survey.worth, granted
-        names = survey.block_sources(self._scout.names)
+        names = survey.block_sources(self._scout.names, self._windows)
         survey.worth = worth
         return names
 

@@ -298,7 +298,7 @@ class Planner:
             case Op.TOUCH:
                 tier.touched(flight, outcome, now)
             case Op.DELETE:
-                pass
+                tier.deleted(flight)
 
     def set_tier_up(self, name: str, is_up: bool, now: float) -> None:
         """A breaker opened or closed: lookups leave the tier out, or its debts are paid again."""

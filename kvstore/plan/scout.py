@@ -76,7 +76,7 @@ class Scout:
             survey.worth,
             survey.worth * self._block_size,
             pending,
-            survey.by_tier(self.names),
+            survey.by_tier(self.names, self._windows),
             survey.known,
             survey.cut,
         )
@@ -144,7 +144,9 @@ class Scout:
         probe = None if state is None else state.probes.get(index)
         if probe is None or probe.transfer_id != flight.transfer.id:
             return
-        probe.answer = outcome.ok
+        # A probe may overtake a delete: what is leaving is not there any more.
+        leaving = self._tiers[index].leaving
+        probe.answer = [ok and key not in leaving for key, ok in zip(flight.transfer.keys, outcome.ok, strict=True)]
         if outcome.error is None:
             self._unlearn(self._tiers[index], request, probe)
 
@@ -216,6 +218,9 @@ class Scout:
         return pending
 
     def _first_missing(self, survey: Survey, limit: int) -> int:
+        if None not in self._windows:
+            # Nothing but windows: any later resume point may be there, each with its own window.
+            return survey.known
         full = longest_resume(
             [column for column, window in zip(survey.sources, self._windows, strict=True) if window is None],
             [None for window in self._windows if window is None],

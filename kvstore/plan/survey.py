@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from kvstore.plan.catalog import Block, PageState
 from kvstore.plan.records import HOST, CutReason, Request
+from kvstore.plan.resume import needed_from
 
 ABSENT = 0  # source codes: ABSENT, IN_HOST, or FIRST_LOWER + index of a lower tier
 IN_HOST = 1
@@ -55,21 +56,28 @@ class Survey:
         column = self.sources[group]
         return column[block] if block < len(column) else ABSENT
 
-    def by_tier(self, names: Sequence[str]) -> dict[str, int]:
+    def by_tier(self, names: Sequence[str], windows: Sequence[int | None]) -> dict[str, int]:
         """Blocks of the worthwhile prefix by the slowest tier any of their pages comes from."""
         counts: dict[str, int] = {}
-        for name in self.block_sources(names):
+        for name in self.block_sources(names, windows):
             counts[name] = counts.get(name, 0) + 1
         return counts
 
-    def block_sources(self, names: Sequence[str]) -> list[str]:
-        """Tier name of each block of the worthwhile prefix. Groups that are absent there are not needed there."""
-        if len(self.sources) == 1:
+    def block_sources(self, names: Sequence[str], windows: Sequence[int | None]) -> list[str]:
+        """Tier name of each block of the worthwhile prefix, by the slowest tier of the pages it needs.
+
+        A block before every window needs none: it is spared by the pages behind it, and counts as theirs.
+        """
+        if len(self.sources) == 1 and windows[0] is None:
             return [names[code] for code in self.sources[0][: self.worth]]
-        return [
-            names[max((self.source(block, group) for group in range(len(self.sources))), default=IN_HOST)]
-            for block in range(self.worth)
-        ]
+        starts = [needed_from(self.worth, window) for window in windows]
+        found: list[str] = []
+        name = HOST
+        for block in range(self.worth - 1, -1, -1):
+            codes = [self.source(block, group) for group, start in enumerate(starts) if block >= start]
+            name = names[max(codes)] if codes else name
+            found.append(name)
+        return found[::-1]
 
 
 def locate(blocks: Sequence[Block], group: int, tier_order: Sequence[tuple[int, int]]) -> list[int]:

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from kvstore.plan.cascade import TierPlan
 from kvstore.plan.records import CutReason, LeaseState, RequestOptions
 from kvstore.store import LocalStore
 from kvstore.tiers.memory import MemoryTier
+from tests.helpers.faulty_tier import FaultyTier
 from tests.helpers.stores import BLOCK, LAYOUT, PAGE_BYTES, load, open_small, prompt, save, store_over, use
 
 
@@ -410,6 +412,22 @@ class TestRetention:
             store.check()
 
             assert len(list(tier[0].scan())) == 2
+
+    def test_a_lookup_right_after_forgetting_finds_nothing(self) -> None:
+        tier, plan = redis_like()
+        faulty = FaultyTier(tier)
+        with store_over([(faulty, replace(plan, workers=2))]) as store:
+            request = store.request(prompt(6))
+            save(store, request)
+            assert store.flush(5.0)
+            store.finished(request)
+            faulty.hang(only=("delete",))
+
+            store.forget(request)
+            found = store.wait_lookup(store.request(prompt(6)), 5.0).num_blocks
+            faulty.recover()
+
+        assert found == 0
 
 
 class TestPrefetch:

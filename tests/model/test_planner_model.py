@@ -20,6 +20,7 @@ from kvstore.page import page_key
 from kvstore.plan.cascade import TierPlan
 from kvstore.plan.planner import Planner, PlanSettings
 from kvstore.plan.records import LeaseState, Op, Outcome, Request, RequestOptions, Transfer
+from kvstore.plan.resume import needed_from
 from radix.namespace import BlockHash
 
 BLOCK = 4
@@ -33,6 +34,7 @@ HYBRID = Layout(
     "test",
     "uint8",
 )
+SLIDING = Layout(BLOCK, (LayerGroup(GroupKind.SLIDING, (0,), 4096, window=7),), "test", "uint8")  # 2 blocks
 
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=6)  # one branch a block: 2 children each
 flags = st.lists(st.booleans(), min_size=64, max_size=64)
@@ -283,16 +285,12 @@ class PlannerMachine(RuleBasedStateMachine):
     def check_load(self, lease: Any, request: Request) -> None:
         status = self.planner.poll(lease.id)
         assert status.num_blocks <= lease.num_blocks
-        needed = {(page.block, page.group) for page in lease.pages}
-        window = self.layout.window_blocks(1) if len(self.layout.groups) > 1 else None
-        for block in range(status.num_blocks):
-            assert (block, 0) in needed
-            if window is not None and block >= status.num_blocks - window:
-                assert (block, 1) in needed
-        for page in lease.pages:
-            usable = page.block < status.num_blocks
-            if usable and (page.group == 0 or page.block >= status.num_blocks - (window or 0)):
-                assert self.slots[page.slot] == page_key(request.keys[page.block], page.group), "wrong page in a slot"
+        windows = [self.layout.window_blocks(group) for group in range(len(self.layout.groups))]
+        slots = {(page.block, page.group): page.slot for page in lease.pages}
+        for group, window in enumerate(windows):
+            for block in range(needed_from(status.num_blocks, window), status.num_blocks):
+                slot = slots[block, group]  # every page of a resume point is in the lease
+                assert self.slots[slot] == page_key(request.keys[block], group), "wrong page in a slot"
 
     def is_held(self, slot: int) -> bool:
         return any(page.slot == slot for lease, _ in self.loads for page in lease.pages if self.is_live(lease, page))
@@ -304,6 +302,10 @@ class PlannerMachine(RuleBasedStateMachine):
 
 class HybridMachine(PlannerMachine):
     layout = HYBRID
+
+
+class SlidingMachine(PlannerMachine):
+    layout = SLIDING
 
 
 class SieveMachine(PlannerMachine):
@@ -323,6 +325,7 @@ def _case(machine: type[PlannerMachine], examples: int) -> Any:
 
 TestPlanner = _case(PlannerMachine, 150)
 TestPlannerWithSlidingGroup = _case(HybridMachine, 150)
+TestPlannerOfWindowsOnly = _case(SlidingMachine, 100)
 TestPlannerWithSieve = _case(SieveMachine, 50)
 
 
