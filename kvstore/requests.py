@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
+from numbers import Integral, Real
 
 from kvstore.base import Tokens
 from kvstore.errors import RequestError
@@ -60,6 +61,12 @@ class RequestMaker:
             raise RequestError("request was made from tokens; extend it with extend")
         if self._namespace.hash != "sha256":
             raise RequestError(f"store.hash is {self._namespace.hash!r}; engine hashes need 'sha256'")
+        if not isinstance(num_tokens, Integral):
+            raise RequestError(f"num_tokens is {num_tokens!r}; it must be an int")
+        if not isinstance(hashes, Sequence):
+            raise RequestError(f"hashes is {hashes!r:.40}; it must be a sequence of bytes")
+        if b"" in hashes:
+            raise RequestError(f"hashes[{hashes.index(b'')}] is empty; it would be one name for different blocks")
         blocks = len(request.keys) + len(hashes)
         if num_tokens < max(1, blocks * self._block_size) or num_tokens < request.num_tokens:
             raise RequestError(
@@ -86,16 +93,39 @@ class RequestMaker:
 
 def check_options(options: RequestOptions) -> None:
     """Raise RequestError for options no request can have."""
-    if options.ttl_s is not None and not options.ttl_s > 0:
-        raise RequestError(f"options.ttl_s is {options.ttl_s}; it must be positive, or None for the configured time")
-    if not options.retain_until >= 0:
-        raise RequestError(f"options.retain_until is {options.retain_until}; it is a Unix time, or 0 for no promise")
+    if not isinstance(options, RequestOptions):
+        raise RequestError(f"options is a {type(options).__name__}; it must be RequestOptions")
+    for name in ("tenant", "session"):
+        if not _is_text(getattr(options, name)):
+            raise RequestError(f"options.{name} is {getattr(options, name)!r}; it must be text")
+    if not isinstance(options.priority, Integral):
+        raise RequestError(f"options.priority is {options.priority!r}; it must be an int")
+    if options.ttl_s is not None and not (isinstance(options.ttl_s, Real) and options.ttl_s > 0):
+        raise RequestError(f"options.ttl_s is {options.ttl_s!r}; it must be positive, or None for the configured time")
+    if not (isinstance(options.retain_until, Real) and options.retain_until >= 0):
+        raise RequestError(f"options.retain_until is {options.retain_until!r}; it is a Unix time, or 0 for no promise")
 
 
 def check_range(name: str, value: int, most: int, least: int = 0) -> None:
     """Raise RequestError unless `value` is a number of blocks that the request has."""
+    if not isinstance(value, Integral):
+        raise RequestError(f"{name} is {value!r}; it must be an int")
     if not least <= value <= most:
         raise RequestError(f"{name} is {value}; the request has blocks {least} to {most}")
+
+
+def check_blocks(request: Request, first: int, num_blocks: int) -> None:
+    """Raise RequestError unless the request has the blocks [first, first + num_blocks)."""
+    check_range("first", first, len(request.keys))
+    check_range("num_blocks", num_blocks, len(request.keys))
+    check_range("first + num_blocks", first + num_blocks, len(request.keys))
+
+
+def _is_text(value: object) -> bool:
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:  # half of a surrogate pair: it has no bytes to hash
+        return False
 
 
 def _extend(hasher: BlockHasher, tokens: Tokens) -> None:

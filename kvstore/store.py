@@ -36,7 +36,7 @@ from kvstore.plan.records import (
     RequestOptions,
     SaveLease,
 )
-from kvstore.requests import RequestMaker, check_range
+from kvstore.requests import RequestMaker, check_blocks, check_range
 from kvstore.stats import snapshot
 from kvstore.tiers.host import HostSlab, SlabHandle
 from radix.namespace import Namespace
@@ -166,8 +166,7 @@ class LocalStore:
 
     def prepare_save(self, request: Request, first: int, num_blocks: int, *, owner: str = "") -> SaveLease:
         """Give slots for those pages of blocks [first, first + num_blocks) that host memory does not have."""
-        check_range("first", first, len(request.keys))
-        check_range("first + num_blocks", first + num_blocks, len(request.keys))
+        check_blocks(request, first, num_blocks)
         with self._lock:
             self._check_open()
             lease = self._planner.prepare_save(request, first, num_blocks, self._now(), owner)

@@ -34,7 +34,7 @@ from kvstore.plan.records import (
     RequestOptions,
     SaveLease,
 )
-from kvstore.requests import RequestMaker, check_range
+from kvstore.requests import RequestMaker, check_blocks, check_range
 from kvstore.service import protocol
 from kvstore.service.link import EPOCH_BITS, Attachment, DaemonDown, Link
 from kvstore.service.namespaces import check_pair, layout_to_json, namespace_to_json
@@ -200,8 +200,7 @@ class RemoteStore:
 
     def prepare_save(self, request: Request, first: int, num_blocks: int, *, owner: str = "") -> SaveLease:
         """Give slots for those pages of blocks [first, first + num_blocks) that host memory does not have."""
-        check_range("first", first, len(request.keys))
-        check_range("first + num_blocks", first + num_blocks, len(request.keys))
+        check_blocks(request, first, num_blocks)
         self._check_open()
         lease_id = next(self._lease_ids)
         try:
