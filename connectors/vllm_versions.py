@@ -1,0 +1,64 @@
+"""All that depends on the version of vLLM: which are supported, and where they keep what we use.
+
+vLLM calls its connector interface experimental and changes it between minor releases, so a version that was not tested
+is refused with a clear message instead of failing somewhere inside an engine step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvstore.errors import ConfigError
+
+SUPPORTED = ("0.32",)  # minor releases the engine tests have run with
+
+
+def check_version(version: str) -> None:
+    """Raise ConfigError unless `version` is of a supported minor release."""
+    if ".".join(version.split("+")[0].split(".")[:2]) not in SUPPORTED:
+        raise ConfigError(
+            f"vLLM {version} is not supported by this release of kvtiers; supported are "
+            f"{', '.join(f'{minor}.x' for minor in SUPPORTED)}. Install vllm=={SUPPORTED[-1]}.* "
+            "or a kvtiers release that names yours"
+        )
+
+
+def null_safe_block_ids(scheduler_output: Any, request_id: str) -> Any:
+    """vLLM's block ids of a scheduled request, one list per group; None if it was not scheduled (0.32)."""
+    state = scheduler_output.kv_connector_block_state
+    return None if state is None else state.get_block_ids(request_id)
+
+
+def block_stored(hashes: list[bytes], block_size: int) -> Any:
+    """The event that tells a router which blocks can be had here (0.32)."""
+    from vllm.distributed.kv_events import MEDIUM_CPU, BlockStored
+    from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+    return BlockStored(
+        block_hashes=[maybe_convert_block_hash(one) for one in hashes],
+        parent_block_hash=None,
+        token_ids=[],
+        block_size=block_size,
+        lora_id=None,
+        medium=MEDIUM_CPU,
+        lora_name=None,
+    )
+
+
+def all_cleared() -> Any:
+    """The event that tells a router to forget what it knows of this engine (0.32)."""
+    from vllm.distributed.kv_events import AllBlocksCleared
+
+    return AllBlocksCleared()
+
+
+def hit_sources(tokens: dict[str, int]) -> dict[Any, int]:
+    """Tokens by tier in vLLM's words; Redis has none there, so it is "external" (0.32)."""
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    names = {"host": CacheHitSource.HOST, "disk": CacheHitSource.DISK}
+    sources: dict[Any, int] = {}
+    for tier, count in tokens.items():
+        source = names.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED)
+        sources[source] = sources.get(source, 0) + count
+    return sources

@@ -1,0 +1,174 @@
+"""One vLLM engine in this process (or with its core in another one), as the tests drive it.
+
+Also a command: `python -m tests.engines.vllm.engine SCRIPT.json` runs a list of steps in a new process and prints one
+JSON line per step, so that a test can look at an engine that has never seen the prompts before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+BLOCK = 32
+
+
+def transfer_config(extra: dict[str, Any] | None, **changes: Any) -> dict[str, Any] | None:
+    """The `kv_transfer_config` of an engine with our connector; None for one without."""
+    if extra is None:
+        return None
+    return {
+        "kv_connector": "KVStoreConnector",
+        "kv_connector_module_path": "connectors.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": extra,
+        **changes,
+    }
+
+
+def make_prompt(num_tokens: int, seed: int) -> list[int]:
+    """Random token ids without the special ones."""
+    numbers = random.Random(seed)
+    return [numbers.randrange(3, 2048) for _ in range(num_tokens)]
+
+
+class Engine:
+    """A vLLM engine for tests: greedy, eager, on CPU.
+
+    extra: kv_connector_extra_config; None runs vLLM without us.
+    """
+
+    def __init__(
+        self, model: str, extra: dict[str, Any] | None, transfer: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM
+
+        values: dict[str, Any] = {
+            "dtype": "bfloat16",
+            "max_model_len": 4096,
+            "enforce_eager": True,
+            "max_num_seqs": 8,
+            "block_size": BLOCK,
+            "disable_log_stats": False,
+            "kv_transfer_config": transfer_config(extra, **(transfer or {})),
+        }
+        self.llm = LLM(model=model, **{**values, **options})
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, **fields: Any) -> list[dict[str, Any]]:
+        """Greedy tokens of each prompt, how many prompt tokens were cached, and the time of the whole call."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        inputs = [{"prompt_token_ids": list(prompt), **fields} for prompt in prompts]
+        wall, cpu = time.perf_counter(), time.process_time()
+        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        return [
+            {
+                "tokens": list(output.outputs[0].token_ids),
+                "cached": output.num_cached_tokens or 0,
+                "finish": output.outputs[0].finish_reason,
+                "wall_s": wall,
+                "cpu_s": cpu,
+            }
+            for output in outputs
+        ]
+
+    def ask(self, prompt: Sequence[int], max_tokens: int = 8, **fields: Any) -> dict[str, Any]:
+        """One prompt."""
+        return self.generate([prompt], max_tokens, **fields)[0]
+
+    @property
+    def scheduler(self) -> Any:
+        """vLLM's scheduler; only with everything in one process."""
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def half(self) -> Any:
+        """Our scheduler's half; only with everything in one process."""
+        return self.scheduler.connector._scheduler
+
+    @property
+    def worker(self) -> Any:
+        """Our worker's half; only with everything in one process."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()._worker
+
+    def settle(self, timeout_s: float = 30.0) -> None:
+        """Wait until what was saved is published and written behind; only with everything in one process."""
+        until = time.monotonic() + timeout_s
+        core = self.llm.llm_engine.engine_core.engine_core
+        while self.half.is_saving and time.monotonic() < until:
+            core.step()
+            time.sleep(0.002)
+        assert self.half.store.flush(max(0.1, until - time.monotonic()))
+
+    def forget_own_cache(self) -> None:
+        """Empty vLLM's prefix cache, so that only the store can help."""
+        if self.llm.llm_engine.vllm_config.kv_transfer_config is not None and self.is_in_process:
+            self.settle()
+        until = time.monotonic() + 30
+        while not self.llm.reset_prefix_cache():
+            assert time.monotonic() < until, "vLLM's blocks are still in use"
+            time.sleep(0.01)
+
+    @property
+    def is_in_process(self) -> bool:
+        """True if the scheduler is an object of this process."""
+        return hasattr(self.llm.llm_engine.engine_core, "engine_core")
+
+    def metrics(self) -> dict[str, float]:
+        """vLLM's metrics, summed by name."""
+        totals: dict[str, float] = {}
+        for metric in self.llm.get_metrics():
+            if hasattr(metric, "value"):
+                labels = dict(metric.labels)
+                tail = labels.get("tier") or labels.get("source") or labels.get("state")
+                name = f"{metric.name}.{tail}" if tail else metric.name
+                totals[name] = totals.get(name, 0.0) + float(metric.value)
+        return totals
+
+    def close(self) -> None:
+        """Stop the engine; everything saved is written behind."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def main() -> None:
+    """Run the steps of a script; see tests/engines/vllm/conftest.py, which writes them."""
+    script = json.loads(sys.argv[1])
+    engine = Engine(script["model"], script.get("extra"), script.get("transfer"), **script.get("options", {}))
+    for step in script["steps"]:
+        if step["do"] == "generate":
+            answer: Any = engine.generate(step["prompts"], step.get("max_tokens", 8))
+        elif step["do"] == "forget":
+            answer = engine.forget_own_cache()
+        elif step["do"] == "metrics":
+            answer = engine.metrics()
+        elif step["do"] == "sleep":
+            answer = time.sleep(step["seconds"])
+        else:
+            raise SystemExit(f"unknown step {step['do']!r}")
+        print("ANSWER " + json.dumps(answer), flush=True)
+    engine.close()
+    print("CLOSED", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Tiny models with random weights, as Hugging Face directories that vLLM loads: one per kind of attention."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+VOCAB = 2048
+KINDS = ("gqa", "sliding", "mla")
+
+
+def make_model(target: Path, kind: str = "gqa", *, seed: int = 0, **changes: Any) -> Path:
+    """Write a model of `kind` into `target` (made if absent) and return it; the same seed makes the same weights.
+
+    changes: of the configuration, by its own names.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    target.mkdir(parents=True, exist_ok=True)
+    if (target / "model.safetensors").is_file():
+        return target
+    config = AutoConfig.for_model(**{**_configs()[kind], **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            # Wider than usual, so that attention is peaked and the tokens really depend on the prefix.
+            if weights.ndim == 2 and "embed" not in name:
+                weights.normal_(0, 1.6 * weights.shape[1] ** -0.5)
+    model.save_pretrained(target)
+    _write_tokenizer(target)
+    return target
+
+
+def _configs() -> dict[str, dict[str, Any]]:
+    common = {"vocab_size": VOCAB, "max_position_embeddings": 16384, "tie_word_embeddings": False}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    llama = {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    }
+    sliding = {
+        "model_type": "gemma3_text",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "sliding_window": 128,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        "query_pre_attn_scalar": 64,
+        "tie_word_embeddings": True,
+    }
+    mla = {
+        "model_type": "deepseek_v2",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 64,
+        "head_dim": 64,
+        "first_k_dense_replace": 3,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+    }
+    return {name: {**common, **ids, **own} for name, own in (("gqa", llama), ("sliding", sliding), ("mla", mla))}
+
+
+def _write_tokenizer(target: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary.setdefault(symbol, len(vocabulary))
+    while len(vocabulary) < VOCAB:
+        vocabulary[f"<x{len(vocabulary)}>"] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(target / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "model_max_length": 16384,
+    }
+    (target / "tokenizer_config.json").write_text(json.dumps(settings))
