@@ -30,6 +30,7 @@ class Medium:
         self.server = server
         self.url = url
         self.client: Any = server.client()
+        self.client.ping()  # connects now, so that the connection is the fixture's and not a test's
 
     def names(self, key: PageKey) -> list[bytes]:
         """The keys of a page's parts, head first."""

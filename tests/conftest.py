@@ -1,0 +1,119 @@
+"""What holds for every test: nothing is left behind, and what is missing on a machine skips with a reason or fails.
+
+--run-slow       also the tests marked `slow` (make test-long)
+--require-redis  a missing redis-server is an error, not a skip; continuous integration says so
+--require-model  the same for the converted SmolLM2
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from kvstore.lab.models import find_smollm2
+from kvstore.tiers.redis_local import RedisNotInstalled, find_redis_server
+
+GRACE_S = 5.0  # what ends by itself may take this long; a test that leaves nothing waits not at all
+FILES = Path("/proc/self/fd")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run the tests marked slow")
+    parser.addoption("--require-redis", action="store_true", help="fail, rather than skip, without a redis-server")
+    parser.addoption("--require-model", action="store_true", help="fail, rather than skip, without the real model")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--require-redis") and _redis_problem():
+        raise pytest.UsageError(f"--require-redis: {_redis_problem()}")
+    if config.getoption("--require-model") and find_smollm2() is None:
+        raise pytest.UsageError("--require-model: the model is not in the cache; run .ci/setup model")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {
+        "slow": "" if config.getoption("--run-slow") else "takes minutes: --run-slow, or make test-long",
+        "redis": _redis_problem(),
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Generator[None, object, object]:
+    """Note what a fixture of a wider scope opens: it outlives the test that happened to ask for it first."""
+    if fixturedef.scope == "function":
+        return (yield)
+    threads, files = set(threading.enumerate()), _open_files()
+    try:
+        return (yield)
+    finally:
+        _outliving.threads |= set(threading.enumerate()) - threads
+        _outliving.files |= set(_open_files().items()) - set(files.items())
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    """Fail a test that leaves a thread behind."""
+    before = set(threading.enumerate())
+    yield
+    left = [thread for thread in threading.enumerate() if thread not in before | _outliving.threads]
+    until = time.monotonic() + GRACE_S
+    for thread in left:
+        thread.join(max(0.0, until - time.monotonic()))
+    assert [thread.name for thread in left if thread.is_alive()] == []
+
+
+@pytest.fixture(autouse=True)
+def no_file_is_left() -> Iterator[None]:
+    """Fail a test that leaves a file, pipe or socket open. Does nothing where there is no /proc."""
+    before = _open_files()
+    yield
+    if _left(before):
+        gc.collect()  # an exception kept by the test's own report may hold a frame that holds a file
+    assert _left(before) == []
+
+
+@dataclass
+class _Outliving:
+    """What fixtures of a wider scope than one test opened while they were set up."""
+
+    threads: set[threading.Thread] = field(default_factory=set)
+    files: set[tuple[str, str]] = field(default_factory=set)
+
+
+_outliving = _Outliving()
+
+
+def _left(before: dict[str, str]) -> list[str]:
+    known = set(before.items()) | _outliving.files
+    return sorted(target for number, target in _open_files().items() if (number, target) not in known)
+
+
+def _open_files() -> dict[str, str]:
+    """Number -> what it is, of every open file; a number that was reused for something else counts as new."""
+    if not FILES.is_dir():
+        return {}
+    files = {}
+    for number in os.listdir(FILES):
+        with suppress(OSError):  # the one that listed the directory
+            files[number] = os.readlink(FILES / number)
+    return files
+
+
+def _redis_problem() -> str:
+    try:
+        find_redis_server()
+    except RedisNotInstalled as error:
+        return str(error)
+    return ""
