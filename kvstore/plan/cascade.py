@@ -191,6 +191,11 @@ class LowerTier:
                     expires_at=self._expires_at(ttl_s, now),
                 )
 
+    def make_up(self, blocks: Sequence[Block], now: float) -> None:
+        """Owe what the tier should have had for some time: a write may have failed, or the copy turned out bad."""
+        self.owe([page for block in blocks for page in block.pages if page.state == PageState.READY], used=False)
+        self.pump(now)
+
     def touched(self, flight: Flight, outcome: Outcome, now: float) -> None:
         """Book the outcome of a TOUCH: pages that are gone (a flushed Redis) are owed again."""
         if outcome.error is not None:

@@ -429,10 +429,12 @@ class Planner:
         self._claim(path, request)
         self.host.touch(path, now)
         fresh = [block for block in path if now - block.touched_at > self.settings.touch_interval_s]
+        used_before = [block for block in fresh if block.touched_at > float("-inf")]
         for block in fresh:
             block.touched_at = now
         for tier in self.tiers:
             tier.touch(path, fresh, now)
+            tier.make_up(used_before, now)
 
     def _promise(self, blocks: Sequence[Block], request: Request) -> None:
         if request.options.pin:

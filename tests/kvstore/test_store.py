@@ -4,14 +4,13 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from eviction.registry import make_policy
-from kvstore.errors import RequestError, StoreClosed
+from kvstore.errors import RequestError, StoreClosed, TierFull
 from kvstore.page import PageKey
 from kvstore.plan.cascade import TierPlan
 from kvstore.plan.records import CutReason, LeaseState, RequestOptions
@@ -295,6 +294,21 @@ class TestLowerTiers:
                 assert load(reader, reader.request(prompt(4, seed=seed)))[0] == 4
                 assert reader.stats()["pages"]["memory"] == 4
             reader.check()
+
+    def test_a_write_that_failed_is_made_up_for_at_the_next_use(self) -> None:
+        inner, plan = memory_tier()
+        tier = FaultyTier(inner)
+        tier.fail(1, TierFull("no room just now"), only=("write_from",))
+        with store_over([(tier, plan)], touch_interval_s=0.0) as store:
+            use(store, prompt(4))
+            assert store.flush(5.0)
+            assert len(inner) == 0
+
+            use(store, prompt(4))
+            assert store.flush(5.0)
+
+            assert len(inner) == 4
+            assert store.stats()["spill_failures"]["memory"] == 4
 
     def test_what_only_an_asked_tier_has_is_not_remembered_here(self) -> None:
         tier, plan = redis_like()
