@@ -8,13 +8,14 @@ from typing import Any
 from kvstore.move.lane import Lane
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import HOST
+from kvstore.tiers.base import TierCounters
 
 
 def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
     """Count. Under the store's lock for the planner's part; lanes and tiers are read without theirs."""
     scout, loader, host, costs = planner.scout, planner.loader, planner.host, planner.costs
     tiers = {tier.plan.name: tier for tier in planner.tiers}
-    media = {name: lane.tier.counters for name, lane in lanes.items()}
+    media = {name: lanes[name].tier.counters if name in lanes else TierCounters() for name in tiers}
     return {
         "lookups": scout.counters["lookups"],
         "lookup_pending": scout.counters["pending"],
@@ -47,12 +48,13 @@ def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
             "free": host.pool.num_free,
             "filling": host.num_filling,
             "resident": host.num_resident,
-        },
+        }
+        | ({"retired": host.pool.num_retired} if host.pool.num_retired else {}),
         "pinned_pages": host.num_resident - len(host.policy),
         "leases": planner.num_leases,
         "blocks": len(planner.catalog.tree),
         "pages": {HOST: host.num_resident} | {name: tier.used_pages for name, tier in tiers.items()},
-        "capacity_pages": {HOST: host.pool.num_slots}
+        "capacity_pages": {HOST: host.pool.num_in_use}
         | {name: tier.plan.capacity_pages for name, tier in tiers.items() if tier.plan.capacity_pages is not None},
         "slot_bytes": planner.layout.slot_bytes,
         "prefill_rate": costs.prefill_tokens_per_s or 0.0,

@@ -21,12 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.base import Tokens
-from kvstore.errors import RequestError, StoreClosed
+from kvstore.errors import ConfigError, RequestError, StoreClosed
 from kvstore.layout import Layout
 from kvstore.move.lane import Lane
 from kvstore.move.mover import Mover
+from kvstore.plan.cascade import TierPlan
+from kvstore.plan.journal import BlockEvent, Journal
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import (
+    Explanation,
     LeaseState,
     LeaseStatus,
     LoadLease,
@@ -234,6 +237,85 @@ class LocalStore:
         with self._lock:
             self._planner.observe_prefill(num_tokens, seconds)
 
+    def set_ttl(self, request: Request, ttl_s: float) -> int:
+        """Give the request's known blocks a time to live from now on; returns how many."""
+        if not ttl_s > 0:
+            raise RequestError(f"ttl_s is {ttl_s}; it must be a positive number of seconds")
+        with self._lock:
+            self._check_open()
+            known = self._planner.set_ttl(request, ttl_s, self._now())
+            self._send()
+            return known
+
+    def clear(self) -> int:
+        """Delete every block that is known, in every tier that can be reached; returns how many."""
+        with self._lock:
+            self._check_open()
+            cleared = self._planner.clear(self._now())
+            self._send()
+            return cleared
+
+    # ---- what operators ask and change, while requests run -------------------------------------------------------
+
+    def explain(self, request: Request) -> Explanation:
+        """Why a request matches what it matches, and not more."""
+        with self._lock:
+            self._check_open()
+            return self._planner.explain(request)
+
+    def keep_journal(self, journal: Journal) -> None:
+        """Write down from now on what comes and goes, for `explain` and `take_events`."""
+        with self._lock:
+            self._planner.catalog.journal = journal
+
+    def take_events(self) -> list[BlockEvent]:
+        """What came and went since the last call; nothing without a journal that wants events."""
+        with self._lock:
+            journal = self._planner.catalog.journal
+            return [] if journal is None else journal.take_events()
+
+    def resize_host(self, num_slots: int) -> None:
+        """Use `num_slots` of the slots; memory of the others goes back to the system as they come free."""
+        most = self._planner.host.pool.num_slots
+        if not 1 <= num_slots <= most:
+            raise ConfigError(f"host: {num_slots} slots are asked for; the slab has 1 to {most}")
+        with self._lock:
+            self._check_open()
+            self._planner.resize_host(num_slots)
+            self._slab.discard(self._planner.host.pool.take_retired())
+
+    def attach_tier(self, lane: Lane, plan: TierPlan) -> None:
+        """Take up one more tier while requests run. Raises ConfigError if there is one of its name."""
+        stored = [(page.key, page.meta) for page in lane.tier.scan()]
+        with self._lock:
+            self._check_open()
+            self._mover.add(lane)
+            self._lanes[lane.name] = lane
+            self._planner.attach_tier(plan)
+            self._planner.restore(lane.name, stored, self._now())
+            self._send()
+            self._tell()
+
+    def detach_tier(self, name: str, timeout_s: float = 5.0) -> bool:
+        """Take a tier away while requests run; its pages stay in the medium, and are a miss until it is back.
+
+        False if a transfer still hangs in it after `timeout_s`: the tier is out of use, but not closed; call again.
+        Raises ConfigError if there is no such tier.
+        """
+        with self._lock:
+            self._check_open()
+            if name not in self._lanes:
+                raise ConfigError(f"there is no tier {name!r}; there are {', '.join(sorted(self._lanes)) or 'none'}")
+            self._planner.detach_tier(name)
+            self._send()
+            self._tell()
+        if not self._mover.remove(name, timeout_s):
+            return False
+        with self._lock:
+            lane = self._lanes.pop(name)
+        lane.tier.close()
+        return True
+
     # ---- bytes ------------------------------------------------------------------------------------------------
 
     def slot_view(self, slot: int) -> memoryview:
@@ -328,6 +410,7 @@ class LocalStore:
             if not self._is_closed:
                 self._planner.tick(self._now())
                 self._send()
+                self._slab.discard(self._planner.host.pool.take_retired())
 
     # ---- private ----------------------------------------------------------------------------------------------
 

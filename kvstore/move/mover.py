@@ -98,6 +98,30 @@ class Mover:
             for lane in self.lanes.values():
                 lane.promote(ids)
 
+    def add(self, lane: Lane) -> None:
+        """Take up one more lane, not started yet. Raises ConfigError if there is one of its name."""
+        with self._lock:
+            if self._closed:
+                raise StoreClosed("the mover is closed")
+            if lane.name in self.lanes:
+                raise ConfigError(f"mover: there is a lane {lane.name!r} already")
+            lane.start(self._deliver, self._inbox.put, self._now)
+            self.lanes = {**self.lanes, lane.name: lane}  # a new dict: the housekeeper may be walking the old one
+
+    def remove(self, name: str, timeout_s: float) -> bool:
+        """Stop a lane and answer for what it has; False, with the lane kept, if a worker hangs in its tier.
+
+        What waits is dropped at once. Not under the store's lock: the workers that are joined may be waiting for it.
+        """
+        lane = self.lanes[name]
+        num_dropped = lane.stop()
+        if lane.join(timeout_s):
+            return False
+        log.info("lane %s is removed, %d waiting transfers dropped", name, num_dropped)
+        with self._lock:
+            self.lanes = {other: lane for other, lane in self.lanes.items() if other != name}
+        return True
+
     def close(self, timeout_s: float) -> int:
         """Drop what waits, let the workers finish what they carry, join all threads; return how many were dropped.
 

@@ -16,6 +16,7 @@ from eviction.policy import EvictionPolicy
 from kvstore.page import PageKey
 from kvstore.plan.catalog import Block, Catalog, Page, PageState
 from kvstore.plan.flights import Flight, Flights
+from kvstore.plan.journal import Left
 from kvstore.plan.records import Op, Outcome, Priority
 
 TOUCH_BATCH = 512  # keys; one Redis round trip or one LMDB transaction of a few milliseconds
@@ -70,6 +71,7 @@ class LowerTier:
     page_bytes: Sequence[int]
     max_owed: int
     is_up: bool = True
+    is_detached: bool = False  # taken away by an operator: it has nothing, and gets nothing
     used_pages: int = 0
     in_flight: int = 0
     owed: dict[Page, None] = field(default_factory=dict)
@@ -78,7 +80,7 @@ class LowerTier:
 
     def owe(self, pages: Sequence[Page], *, used: bool) -> None:
         """Pages are whole in host memory: remember those this tier should have."""
-        if self.plan.admit == "second_use" and not used:
+        if self.is_detached or (self.plan.admit == "second_use" and not used):
             return
         bit = self.bit
         for page in pages:
@@ -105,9 +107,11 @@ class LowerTier:
         self.in_flight -= len(flight.pages)
         for page, ok in zip(flight.pages, outcome.ok, strict=True):
             page.spilling &= ~self.bit
-            if ok:
+            if ok and not self.is_detached:
                 page.homes |= self.bit
                 self.counters.spilled_pages += 1
+                if self.catalog.journal is not None:
+                    self.catalog.journal.stored(self.plan.name, (page,))
             else:
                 self.forget_copies((page,))
                 self.counters.failed_pages += 1
@@ -121,8 +125,10 @@ class LowerTier:
 
     def learn(self, page: Page, now: float, left_s: float | None = None) -> None:
         """The tier turned out to hold a page that was not booked; `left_s` of its time are left, if it has a limit."""
-        if not page.homes & self.bit:
+        if not page.homes & self.bit and not self.is_detached:
             page.homes |= self.bit
+            if self.catalog.journal is not None:
+                self.catalog.journal.stored(self.plan.name, (page,))
             if not page.spilling & self.bit:
                 self.used_pages += 1
             if self.plan.policy is not None:
@@ -130,8 +136,10 @@ class LowerTier:
                 self.plan.policy.add((page,), now, hint)
             self._forget_excess()
 
-    def forget_copies(self, pages: Sequence[Page]) -> None:
-        """The tier no longer holds pages, or the spill of them failed."""
+    def forget_copies(self, pages: Sequence[Page], why: Left | None = Left.LOST) -> None:
+        """The tier no longer holds pages, or the spill of them failed. why: None if it may well still hold them."""
+        if self.catalog.journal is not None and why is not None:
+            self.catalog.journal.removed(self.plan.name, self.copies(pages), why)
         keep = ~self.bit
         for page in pages:
             page.homes &= keep
@@ -143,10 +151,12 @@ class LowerTier:
         """Those of `pages` that the tier holds."""
         return [page for page in pages if page.homes & self.bit]
 
-    def delete(self, pages: Sequence[Page], also: Sequence[PageKey] = ()) -> None:
+    def delete(self, pages: Sequence[Page], also: Sequence[PageKey] = (), why: Left = Left.DELETED) -> None:
         """Have copies deleted, and whatever the medium may have under the keys `also`."""
+        if self.is_detached:
+            return
         copies = self.copies(pages)
-        self.forget_copies(copies)
+        self.forget_copies(copies, why)
         keys = list(dict.fromkeys([*(page.key for page in copies), *also]))
         for key in keys:
             self.leaving[key] = self.leaving.get(key, 0) + 1
@@ -213,10 +223,24 @@ class LowerTier:
             return
         expired = [page for page in self.plan.policy.expired(now) if not page.spilling & self.bit]
         if expired:
-            self.delete(expired)
+            self.delete(expired, why=Left.EXPIRED)
             for page in expired:
                 self.catalog.prune(page.block)
             self.counters.expired_pages += len(expired)
+
+    def detach(self) -> None:
+        """The tier is taken away: it has nothing any more. What is on its way there fails, or counts for nothing."""
+        self.is_up, self.is_detached = False, True
+        self.owed.clear()
+        copies = self.copies(list(self.catalog.pages()))
+        self.forget_copies(copies, Left.DETACHED)
+        for page in copies:
+            self.catalog.prune(page.block)
+
+    def attach(self, plan: TierPlan) -> None:
+        """The tier is back, perhaps another one; nothing is known of what it holds."""
+        self.plan = plan
+        self.is_up, self.is_detached = True, False
 
     def check(self, pages: set[Page]) -> None:
         """Assert that the books agree with the pages. For tests."""
@@ -244,7 +268,7 @@ class LowerTier:
         if self.plan.capacity_pages is None or self.used_pages <= self.plan.capacity_pages:
             return
         victims = self._victims(self.used_pages - self.plan.capacity_pages)
-        self.forget_copies(victims)
+        self.forget_copies(victims, Left.EVICTED)
         for page in victims:
             self.catalog.prune(page.block)
 
@@ -294,7 +318,7 @@ class LowerTier:
         if self.plan.capacity_pages is None:
             return []
         victims = self._victims(self.used_pages + n - self.plan.capacity_pages)
-        self.forget_copies(victims)
+        self.forget_copies(victims, Left.EVICTED)
         keys = [page.key for page in victims]
         for page in victims:
             self.catalog.prune(page.block)

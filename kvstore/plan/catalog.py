@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from eviction.policy import NO_HINT, Hint
 from kvstore.page import PageKey, PageMeta, page_key
+from kvstore.plan.journal import Journal
 from radix.hashing import BlockHash
 from radix.tree import RadixTree
 
@@ -117,6 +118,7 @@ class Catalog:
         self.on_prune: Callable[[Block], None] = lambda block: None
         self.tree: RadixTree[Block] = RadixTree()
         self.strays: dict[BlockHash, Block] = {}
+        self.journal: Journal | None = None  # told what comes and goes, where anybody wants to know
 
     def match(self, path: Sequence[BlockHash]) -> list[Block]:
         """The blocks of the longest known prefix of `path`, holes included."""
@@ -171,6 +173,15 @@ class Catalog:
         for block in removed:
             block.is_removed = True
         return removed
+
+    def clear(self) -> list[Block]:
+        """Forget every block; return them."""
+        removed = [block for key in self.tree.children(None) for block in self.remove(key)]
+        strays = list(self.strays.values())
+        self.strays.clear()
+        for stray in strays:
+            stray.is_removed = True
+        return removed + strays
 
     def pages(self) -> Iterator[Page]:
         """Every page that is known, in no order."""

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Sequence
 
 from eviction.policy import EvictionPolicy, Hint
 from kvstore.plan.catalog import Block, Catalog, Page, PageState
+from kvstore.plan.journal import Left
+from kvstore.plan.records import HOST
 from kvstore.plan.slots import SlotPool
 
 REUSED = Hint(hits=1)
@@ -63,16 +65,20 @@ class HostSpace:
         page.state = PageState.READY
         self.num_filling -= 1
         self.num_resident += 1
+        if self._catalog.journal is not None:
+            self._catalog.journal.stored(HOST, (page,))
 
     def abandon(self, page: Page) -> None:
         """A filling page will not become whole: its slot is free again."""
         self.num_filling -= 1
         self._free(page)
 
-    def drop(self, pages: Sequence[Page]) -> None:
+    def drop(self, pages: Sequence[Page], why: Left = Left.DELETED) -> None:
         """Resident pages that nobody holds leave."""
         self.policy.discard(pages)
         self.num_resident -= len(pages)
+        if self._catalog.journal is not None:
+            self._catalog.journal.removed(HOST, pages, why)
         for page in pages:
             self._free(page)
 
@@ -91,8 +97,7 @@ class HostSpace:
                 if not page.block.is_removed:
                     loose.append(page)
                 elif not page.spilling:
-                    self.num_resident -= 1
-                    self._free(page)
+                    self.drop((page,))
         self.enter(loose, now, used=used)
 
     def enter(self, pages: Sequence[Page], now: float, *, used: bool) -> None:
@@ -118,11 +123,17 @@ class HostSpace:
         expired = [page for page in self.policy.expired(now) if not page.spilling]
         if not expired:
             return []
-        self.drop(expired)
+        self.drop(expired, Left.EXPIRED)
         for page in expired:
             self._catalog.prune(page.block)
         self.expired_pages += len(expired)
         return expired
+
+    def resize(self, num_slots: int) -> None:
+        """Use `num_slots` of the slots from now on; pages that nobody holds leave, the others' slots follow them."""
+        self.pool.resize(num_slots)
+        while self.pool.num_retiring and self._evict(self.pool.num_retiring, ()):
+            pass
 
     @property
     def num_evictable(self) -> int:
@@ -151,12 +162,12 @@ class HostSpace:
         assert (resident, filling) == (self.num_resident, self.num_filling), (
             f"counted {resident} resident and {filling} filling, booked {self.num_resident} and {self.num_filling}"
         )
-        total = self.pool.num_free + self.num_filling + self.num_resident
+        total = self.pool.num_free + self.pool.num_retired + self.num_filling + self.num_resident
         assert total == self.pool.num_slots, f"{total} slots accounted for, {self.pool.num_slots} exist"
 
     def _evict(self, n: int, path: Sequence[Block]) -> bool:
         victims = self._victims(n, set(path))
-        self.drop(victims)
+        self.drop(victims, Left.EVICTED)
         for page in victims:
             self._catalog.prune(page.block)
         self.evicted_pages += len(victims)

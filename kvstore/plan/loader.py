@@ -194,6 +194,11 @@ class Loader:
             end += 1
         self._bring(request, survey, end, self._settings.batch_pages, now)
 
+    def add_tier(self, name: str) -> None:
+        """One more lower tier; the list of tiers is the planner's."""
+        self.hit_blocks[name] = 0
+        self.failures[name] = 0
+
     def take_promotions(self) -> list[int]:
         promotions, self._promotions = self._promotions, []
         return promotions

@@ -29,6 +29,7 @@ from kvstore.plan.keeper import Keeper
 from kvstore.plan.leases import Load, Save, slot_pages
 from kvstore.plan.loader import Loader
 from kvstore.plan.records import (
+    Explanation,
     LeaseState,
     LeaseStatus,
     LoadLease,
@@ -83,20 +84,9 @@ class Planner:
         self.catalog = Catalog(len(layout.groups))
         self.flights = Flights()
         self.host = HostSpace(settings.num_slots, policy, self.catalog)
-        self.tiers = [
-            LowerTier(
-                plan,
-                1 << index,
-                settings.batch_pages,
-                self.flights,
-                self.catalog,
-                settings.wall_offset,
-                page_bytes,
-                max_owed=2 * settings.num_slots,
-            )
-            for index, plan in enumerate(tiers)
-        ]
-        self.catalog.homes_that_count = sum(tier.bit for tier in self.tiers if tier.plan.is_indexed)
+        self._page_bytes = page_bytes
+        self.tiers = [self._lower_tier(plan, index) for index, plan in enumerate(tiers)]
+        self._count_homes()
         self.catalog.on_prune = self._pruned
         self.costs = CostModel(
             {tier.plan.name: TierCost(tier.plan.workers) for tier in self.tiers}, settings.batch_pages * max(page_bytes)
@@ -257,15 +247,41 @@ class Planner:
         if first >= len(request.keys):
             return 0
         removed = self.catalog.remove(request.keys[first])
-        self.keeper.let_go(removed, now)
-        pages = [page for block in removed for page in block.pages]
-        for page in pages:
-            if page.state == PageState.READY and page.pins == 0 and not page.spilling:
-                self.host.drop((page,))
+        pages = self._let_leave(removed, now)
         own = [page_key(key, group) for key in request.keys[first:] for group in range(len(self.windows))]
         for tier in self.tiers:
             tier.delete(pages, () if tier.plan.is_indexed else own)  # there may be what the catalog does not remember
         return len(removed)
+
+    def clear(self, now: float) -> int:
+        """Delete every block that is known; returns how many."""
+        removed = self.catalog.clear()
+        pages = self._let_leave(removed, now)
+        for tier in self.tiers:
+            tier.delete(pages)
+        if self.catalog.journal is not None:
+            self.catalog.journal.cleared()
+        return len(removed)
+
+    def set_ttl(self, request: Request, ttl_s: float, now: float) -> int:
+        """Give the known blocks of a request a time to live from now on, in every tier; returns how many."""
+        path = self._known_path(request)
+        for block in path:
+            block.hint = block.hint._replace(ttl_s=ttl_s)
+            block.touched_at = now
+        pages = [page for block in path for page in block.pages]
+        self.host.enter([page for page in pages if page in self.host.policy], now, used=False)
+        for tier in self.tiers:
+            if tier.plan.policy is not None:
+                for page in reversed(pages):
+                    if page in tier.plan.policy:
+                        tier.plan.policy.add((page,), now, page.block.hint)
+            tier.touch(path, path, now)
+        return len(path)
+
+    def explain(self, request: Request) -> Explanation:
+        """Why a request matches what it matches."""
+        return self.scout.explain(request)
 
     def prefetch(self, request: Request, now: float) -> int:
         """Start bringing the known prefix into host memory; returns a ticket."""
@@ -303,9 +319,31 @@ class Planner:
     def set_tier_up(self, name: str, is_up: bool, now: float) -> None:
         """A breaker opened or closed: lookups leave the tier out, or its debts are paid again."""
         tier = self._tier(name)
-        tier.is_up = is_up
-        if is_up:
+        tier.is_up = is_up and not tier.is_detached
+        if tier.is_up:
             tier.pump(now)
+
+    def attach_tier(self, plan: TierPlan) -> None:
+        """A tier is there from now on, or is back; `restore` tells what it holds. Its lane must be there."""
+        known = next((tier for tier in self.tiers if tier.plan.name == plan.name), None)
+        if known is not None:
+            known.attach(plan)
+        else:
+            tier = self._lower_tier(plan, len(self.tiers))
+            self.costs.tiers[plan.name] = TierCost(plan.workers)
+            self.scout.add_tier(plan.name)
+            self.loader.add_tier(plan.name)
+            self.tiers.append(tier)
+        self._count_homes()
+
+    def detach_tier(self, name: str) -> None:
+        """A tier is taken away: what it holds is forgotten, and nothing is sent there any more."""
+        self._tier(name).detach()
+        self._count_homes()
+
+    def resize_host(self, num_slots: int) -> None:
+        """Use fewer or more of the host slots."""
+        self.host.resize(num_slots)
 
     def tick(self, now: float) -> None:
         """Do what only time makes due: deadlines, promises that end, background measurements."""
@@ -448,9 +486,34 @@ class Planner:
             if block.session != session:
                 block.session = SHARED_SESSION if block.session else session
 
+    def _lower_tier(self, plan: TierPlan, index: int) -> LowerTier:
+        settings = self.settings
+        return LowerTier(
+            plan,
+            1 << index,
+            settings.batch_pages,
+            self.flights,
+            self.catalog,
+            settings.wall_offset,
+            self._page_bytes,
+            max_owed=2 * settings.num_slots,
+        )
+
+    def _count_homes(self) -> None:
+        self.catalog.homes_that_count = sum(t.bit for t in self.tiers if t.plan.is_indexed and not t.is_detached)
+
+    def _let_leave(self, removed: Sequence[Block], now: float) -> list[Page]:
+        """Blocks are forgotten: their pages leave host memory, those in use as soon as they are not; returns all."""
+        self.keeper.let_go(removed, now)
+        pages = [page for block in removed for page in block.pages]
+        for page in pages:
+            if page.state == PageState.READY and page.pins == 0 and not page.spilling:
+                self.host.drop((page,))
+        return pages
+
     def _pruned(self, block: Block) -> None:
         for tier in self.tiers:
-            tier.forget_copies(tier.copies(block.pages))
+            tier.forget_copies(tier.copies(block.pages), None)
 
     def _fetched(self, tier: LowerTier, flight: Flight, outcome: Outcome, now: float) -> None:
         self.loader.fetched(tier, flight, outcome, now)

@@ -145,6 +145,24 @@ class SlotPage:
     slot: int
 
 
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why a lookup matched what it matched, and not the block after that.
+
+    match:   what a lookup would say now, without asking shared tiers.
+    block:   index of the first block that is not matched; None if none is missing.
+    key:     its hash.
+    tiers:   the tiers that hold pages of it, with whether they are up.
+    left:    when it last left a tier, from which and why (Unix time, tier, reason); None if that is not remembered.
+    """
+
+    match: Match
+    block: int | None = None
+    key: BlockHash | None = None
+    tiers: dict[str, bool] = field(default_factory=dict)
+    left: tuple[float, str, str] | None = None
+
+
 class LeaseState(Enum):
     """Where a load lease stands."""
 

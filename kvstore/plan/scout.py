@@ -17,7 +17,7 @@ from kvstore.plan.cascade import LowerTier
 from kvstore.plan.catalog import Block, Catalog, PageState
 from kvstore.plan.cost import CostModel
 from kvstore.plan.flights import Flight, Flights
-from kvstore.plan.records import CutReason, Match, Op, Outcome, Priority, Request
+from kvstore.plan.records import HOST, CutReason, Explanation, Match, Op, Outcome, Priority, Request
 from kvstore.plan.resume import longest_resume, needed_from
 from kvstore.plan.survey import (
     ABSENT,
@@ -102,6 +102,27 @@ class Scout:
             survey.worth, survey.cut = 0, CutReason.BELOW_MINIMUM
         return survey
 
+    def explain(self, request: Request) -> Explanation:
+        """Why the match ends where it does. Counts nothing, asks nobody."""
+        survey = self.survey(request)
+        worth = survey.worth
+        names = survey.by_tier(self.names, self._windows)
+        match = Match(worth, worth * self._block_size, False, names, survey.known, survey.cut)
+        if survey.cut in (CutReason.NONE, CutReason.TOO_SHORT):
+            return Explanation(match)
+        at = survey.known if survey.cut in (CutReason.NEVER_STORED, CutReason.TIER_DOWN) else worth
+        block = survey.blocks[at] if at < len(survey.blocks) else None
+        tiers: dict[str, bool] = {}
+        if block is not None:
+            if any(page.state == PageState.READY for page in block.pages):
+                tiers[HOST] = True
+            tiers |= {t.plan.name: t.is_up for t in self._tiers if any(t.has(page) for page in block.pages)}
+        journal = self._catalog.journal
+        left = None if journal is None else journal.departure(request.keys[at])
+        return Explanation(
+            match, at, request.keys[at], tiers, None if left is None else (left.at, left.tier, left.why.value)
+        )
+
     def insert(self, request: Request, end: int) -> list[Block]:
         """Make blocks [0, end) of the request known; fewer where a hash collides. Returns them, root first."""
         keys = request.keys[:end]
@@ -125,6 +146,11 @@ class Scout:
                 if not block.tokens:
                     block.tokens = self._block_tokens(request, index)
         return path
+
+    def add_tier(self, name: str) -> None:
+        """One more lower tier, behind those that are known; the list of tiers is the planner's."""
+        self.names.append(name)
+        self.probes[name] = 0
 
     def verified(self, request: Request, blocks: list[Block]) -> list[Block]:
         """Cut known blocks at the first whose tokens are not the request's (only where hashes may collide)."""

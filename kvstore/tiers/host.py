@@ -16,6 +16,7 @@ import ctypes
 import logging
 import mmap
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from kvstore.tiers.memory_limit import available_memory
 
 HUGE_PAGE_BYTES = 2 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the mmap module
+_MADV_REMOVE = 9  # not in the mmap module before Python 3.13
 _MAP_FIXED = 0x10  # not in the mmap module
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _SPARE_BYTES = 64 << 20  # what a full slab leaves of the available memory for everybody else
@@ -131,6 +133,12 @@ class HostSlab:
         if self._fd is None:
             raise ValueError("host slab: private memory has no file descriptor; make it with shared_name")
         return self._fd
+
+    def discard(self, slots: Iterable[int]) -> None:
+        """Give the memory of slots back to the system; they read as zeros when they are used again."""
+        advice = _MADV_REMOVE if self._fd is not None else mmap.MADV_DONTNEED
+        for slot in slots:
+            _advise(self.array(slot), advice)
 
     def close(self) -> None:
         """Let go of the memory; it returns to the system with the last view that callers still hold. Idempotent."""

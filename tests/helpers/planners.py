@@ -1,0 +1,46 @@
+"""Planners with a journal, and requests of blocks that are nothing but hashes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from eviction.registry import make_policy
+from kvstore.layout import GroupKind, LayerGroup, Layout
+from kvstore.plan.cascade import TierPlan
+from kvstore.plan.journal import Journal
+from kvstore.plan.planner import Planner, PlanSettings
+from kvstore.plan.records import Outcome, Request, RequestOptions
+from radix.hashing import BlockHash
+
+BLOCK = 4
+LAYOUT = Layout(BLOCK, (LayerGroup(GroupKind.FULL, (0,), 4096),), "test", "uint8")
+
+
+def make(num_slots: int = 8, disk_pages: int | None = None) -> tuple[Planner, Journal]:
+    tiers = []
+    if disk_pages is not None:
+        tiers = [TierPlan("disk", disk_pages, make_policy("lru"), is_indexed=True, is_shared=False)]
+    planner = Planner(LAYOUT, PlanSettings(num_slots, load_or_recompute=False), make_policy("lru"), tiers)
+    journal = planner.catalog.journal = Journal(lambda: 1000.0)
+    journal.wants_events = True
+    return planner, journal
+
+
+def path(seed: int, num_blocks: int) -> Request:
+    rng = np.random.default_rng(seed)
+    keys = [BlockHash(rng.bytes(32)) for _ in range(num_blocks)]
+    return Request(seed + 1, keys, num_blocks * BLOCK + 1, RequestOptions())
+
+
+def save(planner: Planner, request: Request) -> None:
+    lease = planner.prepare_save(request, 0, len(request.keys), 0.0)
+    planner.complete(lease.id, 0.0)
+    land(planner)
+
+
+def land(planner: Planner) -> None:
+    """Every transfer succeeds."""
+    while transfers := planner.take_transfers():
+        for transfer in transfers:
+            planner.outcome(Outcome(transfer.id, (True,) * len(transfer.keys), 0.001, 1), 0.0)
+    planner.check()
