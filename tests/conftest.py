@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sysconfig
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -23,6 +24,9 @@ from kvstore.tiers.redis_local import RedisNotInstalled, find_redis_server
 
 GRACE_S = 5.0  # what ends by itself may take this long; a test that leaves nothing waits not at all
 FILES = Path("/proc/self/fd")
+# Libraries keep these for the rest of the process: fonts and the like, and the monitor of progress bars.
+LIBRARIES = sysconfig.get_path("purelib")
+LIBRARY_THREADS = {"tqdm_monitor"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,7 +71,8 @@ def no_thread_is_left() -> Iterator[None]:
     """Fail a test that leaves a thread behind."""
     before = set(threading.enumerate())
     yield
-    left = [thread for thread in threading.enumerate() if thread not in before | _outliving.threads]
+    known = before | _outliving.threads
+    left = [thread for thread in threading.enumerate() if thread not in known and thread.name not in LIBRARY_THREADS]
     until = time.monotonic() + GRACE_S
     for thread in left:
         thread.join(max(0.0, until - time.monotonic()))
@@ -97,7 +102,8 @@ _outliving = _Outliving()
 
 def _left(before: dict[str, str]) -> list[str]:
     known = set(before.items()) | _outliving.files
-    return sorted(target for number, target in _open_files().items() if (number, target) not in known)
+    new = (target for number, target in _open_files().items() if (number, target) not in known)
+    return sorted(target for target in new if not target.startswith(LIBRARIES))
 
 
 def _open_files() -> dict[str, str]:

@@ -87,8 +87,8 @@ class Explanation:
                 for step in self.steps
             ),
             f"This model has {kind}. K and V (2) x {self.layers} layers x {self.kv_heads} heads x {self.head_dim} "
-            f"numbers x {self.value_bytes} bytes = {self.token_bytes:,} bytes per token; {last.num_tokens:,} tokens take "
-            f"{format_bytes(self.token_bytes * last.num_tokens)}.",
+            f"numbers x {self.value_bytes} bytes = {self.token_bytes:,} bytes per token; {last.num_tokens:,} tokens "
+            f"take {format_bytes(self.token_bytes * last.num_tokens)}.",
         ]
         if self.kv_heads != self.query_heads:
             told.append(

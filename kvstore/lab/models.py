@@ -88,7 +88,7 @@ def resolve_model(spec: str | None, progress: Progress = lambda _: None) -> Demo
     if spec == RANDOM:
         return DemoModel(str(random_directory(progress)), RANDOM_NAME, is_random=True)
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if spec and path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(f"model: {spec!r} has no config.json; it must be a Hugging Face model directory")
         return DemoModel(str(path.resolve()), path.resolve().name)
@@ -112,7 +112,7 @@ def smollm2_directory(progress: Progress = lambda _: None) -> Path:
         progress("converting the GGUF to bfloat16 safetensors (once, about half a minute)")
         _run_maker("kvstore.lab.gguf_model", [str(gguf), str(partial)], progress)
 
-    return _made_once(cache_directory() / SMOLLM2_DIRECTORY, make)
+    return made_once(cache_directory() / SMOLLM2_DIRECTORY, make)
 
 
 def random_directory(progress: Progress = lambda _: None) -> Path:
@@ -122,7 +122,7 @@ def random_directory(progress: Progress = lambda _: None) -> Path:
         progress("making a small model with random weights")
         _run_maker("kvstore.lab.random_model", [str(partial)], progress)
 
-    return _made_once(cache_directory() / RANDOM_DIRECTORY, make)
+    return made_once(cache_directory() / RANDOM_DIRECTORY, make)
 
 
 def is_complete(directory: Path) -> bool:
@@ -197,7 +197,7 @@ def _run(command: list[str], timeout_s: float, what: str, environment: dict[str,
         raise ModelUnavailable(f"model: the {what} failed: " + (" | ".join(lines[-3:]) or f"exit {done.returncode}"))
 
 
-def _made_once(directory: Path, make: Callable[[Path, Path], None]) -> Path:
+def made_once(directory: Path, make: Callable[[Path, Path], None]) -> Path:
     """Return `directory`, calling `make(partial, scratch)` under a lock if it is not complete."""
     if is_complete(directory):
         return directory
