@@ -1,13 +1,37 @@
-"""The store: see base.py for its face, build.py for how one is opened in this process, service/ for the node daemon."""
+"""A tiered store of KV-cache pages.
+
+    from kvstore import Config, open_store, connect
+
+`open_store(config, layout, namespace)` opens a store in this process, `connect(url, layout, namespace)` one that a node
+daemon keeps; both have the face of `kvstore.base.KVStore`. Importing the package loads none of that.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvstore.base import KVStore
+    from kvstore.build import open_store
+    from kvstore.config import Config
+    from kvstore.errors import KVStoreError
     from kvstore.layout import Layout
+    from kvstore.plan.records import RequestOptions
     from kvstore.service.client import RemoteStore
     from radix.namespace import Namespace
+
+__all__ = ["Config", "KVStore", "KVStoreError", "Layout", "Namespace", "RequestOptions", "connect", "open_store"]
+
+_HOMES = {
+    "Config": "kvstore.config",
+    "KVStore": "kvstore.base",
+    "KVStoreError": "kvstore.errors",
+    "Layout": "kvstore.layout",
+    "Namespace": "radix.namespace",
+    "RequestOptions": "kvstore.plan.records",
+    "open_store": "kvstore.build",
+}
 
 
 def connect(url: str, layout: Layout, namespace: Namespace, **options: Any) -> RemoteStore:
@@ -15,3 +39,10 @@ def connect(url: str, layout: Layout, namespace: Namespace, **options: Any) -> R
     from kvstore.service.connect import connect as connect_to
 
     return connect_to(url, layout, namespace, **options)
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'kvstore' has no attribute {name!r}")
+    return getattr(import_module(home), name)
