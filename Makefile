@@ -38,9 +38,11 @@ test: lint  ## lint, types and all tests but the slow ones
 test-long: override ARGS += --run-slow
 test-long: test  ## the slow tests too
 
-bench: setup  ## the benchmarks, JSON in bench.json
+bench: setup  ## all workloads beside their ceilings; JSON in bench.json
 	@.ci/setup redis
-	@.venv/bin/kvstore bench $(ARGS)
+	@dir=$$(mktemp -d ./bench.XXXXXX) && trap 'rm -rf "$$dir"' EXIT && \
+	.venv/bin/kvstore bench hash planner host disk "$$dir" $$(command -v redis-server >/dev/null && echo redis local) \
+	    --out bench.json $(ARGS)
 
 clean:  ## remove .venv, caches and what was built
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -78,6 +79,12 @@ def demo(
             "--redis/--no-redis", help="Default: with Redis if a redis-server is installed.", show_default=False
         ),
     ] = None,
+    redis_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Use this server, under a prefix of this run's own, in place of a private one."
+        ),
+    ] = None,
     directory: Annotated[
         Path | None,
         typer.Option(help="Keep the disk tier here (new or empty), to look at it with `kvstore inspect`."),
@@ -93,7 +100,7 @@ def demo(
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-demo-")))
         disk_path = _disk_directory(directory, scratch)
-        server, left_out = _redis_server(redis, stack)
+        found_url, left_out = _redis_server(redis, redis_url, stack)
         with show.step("model") as step:
             chosen = resolve_model(model, step.update)
             step.note(chosen.name)
@@ -109,7 +116,8 @@ def demo(
             threads=min(_cores(), MAX_THREADS),
             prefill_chunk=PREFILL_CHUNK,
             disk_path=str(disk_path),
-            redis_url=server.url if server is not None else None,
+            redis_url=found_url,
+            redis_prefix=f"kvstore-demo-{uuid.uuid4().hex[:12]}:",
         )
         play = Play(spec, prompt_tokens, scratch, show)
         stages = play.stages()
@@ -254,12 +262,14 @@ def _prompt(system: str, question: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}, {"role": "user", "content": question}]
 
 
-def _redis_server(wanted: bool | None, stack: ExitStack) -> tuple[LocalRedis | None, str]:
-    """A private server, or None with the reason."""
+def _redis_server(wanted: bool | None, url: str | None, stack: ExitStack) -> tuple[str | None, str]:
+    """The URL of the server to use, which is a private one unless `url` names another; or None with the reason."""
     if wanted is False:
         return None, "--no-redis was given"
+    if url is not None:
+        return url, ""
     try:
-        return stack.enter_context(LocalRedis()), ""
+        return stack.enter_context(LocalRedis()).url, ""
     except RedisNotInstalled as error:
         if wanted:
             raise

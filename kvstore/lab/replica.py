@@ -1,9 +1,9 @@
 """One replica of the demo: a model, a tokenizer and a store in a process of its own.
 
-    python -m kvstore.lab.replica SPEC
+    python -m kvstore.lab.replica
 
-SPEC is a `ReplicaSpec` as JSON. The replica reads one JSON object per line on standard input and writes JSON lines on
-standard output: any number of {"event": "piece"}, then one {"event": "done"} or {"event": "error"} per command.
+It reads one JSON object per line on standard input: first a `ReplicaSpec`, then commands. It writes JSON lines on
+standard output: any number of {"event": "piece"}, then one {"event": "done"} or {"event": "error"} per line it read.
 Whatever a library prints goes to standard error. It ends at the end of its input.
 
     {"do": "prompts", "prompt_tokens": n}           the demo's system prompts, cut to length by this model's tokenizer
@@ -35,6 +35,7 @@ Messages = Sequence[Mapping[str, str]]
 
 HOST_BYTES = 1 << 30
 DISK_BYTES = 2 << 30
+REDIS_TTL_S = 3600.0  # a server that outlives the demo forgets it soon
 FLUSH_TIMEOUT_S = 60.0
 # Longer than a server's: a demo on a loaded laptop should show what the tiers hold, not how short a deadline can be.
 LOOKUP_DEADLINE_S = 2.0
@@ -50,7 +51,8 @@ class ReplicaSpec:
     threads:        of torch; equal in all replicas.
     prefill_chunk:  tokens per forward of a prompt.
     disk_path:      directory of the disk tier; None turns it off.
-    redis_url:      None turns Redis off.
+    redis_url:      None turns Redis off. May hold a password, so a spec never goes on a command line.
+    redis_prefix:   of all keys on that server.
     """
 
     source: str
@@ -59,9 +61,10 @@ class ReplicaSpec:
     prefill_chunk: int
     disk_path: str | None = None
     redis_url: str | None = None
+    redis_prefix: str = "kv:"
 
     def to_json(self) -> str:
-        """One line, for a command line."""
+        """One line."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -91,7 +94,7 @@ class Replica:
             store={"lookup_deadline_s": LOOKUP_DEADLINE_S, "load_deadline_s": LOAD_DEADLINE_S},
             host={"capacity_bytes": HOST_BYTES},
             disk={"path": spec.disk_path, "capacity_bytes": DISK_BYTES},
-            redis={"url": spec.redis_url},
+            redis={"url": spec.redis_url, "prefix": spec.redis_prefix, "ttl_s": REDIS_TTL_S},
         )
         self.store: KVStore = open_store_for(self.model, config, prefill_chunk=spec.prefill_chunk)
         options = {"tokenizer": self.tokenizer, "prefill_chunk": spec.prefill_chunk}
@@ -195,7 +198,7 @@ def main() -> None:
         out.flush()
 
     try:
-        serve(ReplicaSpec.from_json(sys.argv[1]), sys.stdin, emit)
+        serve(ReplicaSpec.from_json(sys.stdin.readline()), sys.stdin, emit)
     except (KVStoreError, OSError, ValueError) as error:
         # A model that cannot be loaded, a directory that cannot be written: an answer, not an accident.
         emit({"event": "error", "message": f"{type(error).__name__}: {error}"})

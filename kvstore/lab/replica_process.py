@@ -44,13 +44,14 @@ class ReplicaProcess:
         command = command or [sys.executable, "-m", "kvstore.lab.replica"]
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [*command, spec.to_json()],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=_environment(spec),
             )
         try:
+            self._send(spec.to_json())
             self._await_done(START_TIMEOUT_S, lambda _: None)
         except BaseException:
             self.kill()
@@ -84,12 +85,7 @@ class ReplicaProcess:
         on_event: Callable[[Mapping[str, Any]], None] = lambda _: None,
     ) -> dict[str, Any]:
         """Send one command and return its answer. Raises ReplicaFailed."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(command).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._failure("it has ended") from None
+        self._send(json.dumps(command))
         return self._await_done(timeout_s, on_event)
 
     def close(self) -> None:
@@ -116,6 +112,14 @@ class ReplicaProcess:
     def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
         # After an error or Ctrl-C nobody wants to wait for a clean end.
         self.close() if kind is None else self.kill()
+
+    def _send(self, line: str) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failure("it has ended") from None
 
     def _await_done(self, timeout_s: float, on_event: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s

@@ -16,6 +16,7 @@ PREAMBLE = """
 import json, sys, time
 def say(event, **fields):
     print(json.dumps({"event": event, **fields}), flush=True)
+spec = sys.stdin.readline()
 """
 ANSWER = {"prompt_tokens": 9, "reused": {"disk": 4}, "ttft_s": 0.5, "cpu_s": 1, "tokens": [3, 1], "text": "yes"}
 
@@ -47,8 +48,8 @@ for line in sys.stdin:
     assert (answer.prompt_tokens, answer.reused, answer.tokens) == (9, {"disk": 4}, (3, 1))
 
 
-def test_the_spec_arrives_as_the_last_argument(start: Start) -> None:
-    with start('spec = sys.argv[-1]\nsay("done")\nsys.stdin.readline()\nsay("done", spec=spec)') as replica:
+def test_the_spec_arrives_as_the_first_line(start: Start) -> None:
+    with start('say("done")\nsys.stdin.readline()\nsay("done", spec=spec)') as replica:
         assert ReplicaSpec.from_json(replica.call({"do": "?"})["spec"]) == SPEC
 
 
