@@ -108,6 +108,13 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._hook_seconds = 0.0
         self._steps = 0
         self._config = parse_extra_config(transfer.kv_connector_extra_config, transfer.kv_role)
+        if not vllm_config.cache_config.enable_prefix_caching and not self._config.fields.without_prefix_caching:
+            raise ConfigError(
+                "vLLM's prefix caching is off: by --no-enable-prefix-caching, or because vLLM does not support it for "
+                "this model on this platform; where it does not, a prompt that begins with loaded pages would give "
+                "other tokens. If it was you who turned it off, and it is supported, set "
+                '"without_prefix_caching": true in kv_connector_extra_config'
+            )
         self._engine = engine_layout(vllm_config, kv_cache_config)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None

@@ -30,12 +30,15 @@ class ConnectorFields:
     min_load_tokens: a hit that adds fewer tokens than this to vLLM's own prefix cache is not loaded.
     weights:         "sampled" identifies the weights by sizes, headers and samples of their files, "full" by all their
                      bytes; anything else is taken as the name of the weights, and you vouch for it.
+    without_prefix_caching: use the store although vLLM's own prefix cache is off. vLLM turns it off by itself where a
+                     prompt must not begin in the middle (MLA on CPUs without AMX, for one); then reuse is not exact.
     """
 
     load: str = "async"
     save: str = "prompt"
     min_load_tokens: int = 0
     weights: str = "sampled"
+    without_prefix_caching: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,10 @@ def _fields(given: Mapping[str, Any]) -> ConnectorFields:
     if not isinstance(least, int) or isinstance(least, bool) or least < 0:
         raise ConfigError(
             f"kv_connector_extra_config: min_load_tokens is {least!r}; it must be a number of tokens >= 0"
+        )
+    if not isinstance(own.without_prefix_caching, bool):
+        raise ConfigError(
+            f"kv_connector_extra_config: without_prefix_caching is {own.without_prefix_caching!r}; it is true or false"
         )
     if not isinstance(own.weights, str) or not own.weights:
         raise ConfigError(

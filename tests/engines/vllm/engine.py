@@ -1,7 +1,7 @@
 """One vLLM engine in this process (or with its core in another one), as the tests drive it.
 
-Also a command: `python -m tests.engines.vllm.engine SCRIPT.json` runs a list of steps in a new process and prints one
-JSON line per step, so that a test can look at an engine that has never seen the prompts before.
+Also a command, which `EngineProcess` starts: an engine in a new process, which has never seen the prompts before. It
+reads one JSON line per call and prints one per answer.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 ENVIRONMENT = {
@@ -24,6 +26,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 BLOCK = 32
+ANSWER = "ANSWER "  # what a line of the pipe begins with; vLLM prints there too
 
 
 def transfer_config(extra: dict[str, Any] | None, **changes: Any) -> dict[str, Any] | None:
@@ -146,28 +149,90 @@ class Engine:
         return totals
 
     def close(self) -> None:
-        """Stop the engine; everything saved is written behind."""
+        """Stop the engine; everything saved is written behind, and another one can be made in this process."""
+        if self.is_in_process and self.scheduler.connector is not None:
+            self.settle()
         self.llm.llm_engine.engine_core.shutdown()
+        if self.is_in_process:
+            from vllm.distributed import cleanup_dist_env_and_memory
+            from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
+
+            del self.llm
+            ensure_kv_transfer_shutdown()
+            cleanup_dist_env_and_memory()
+
+
+class EngineProcess:
+    """An `Engine` in a process of its own; the same calls, over a pipe. Use it as a context manager."""
+
+    def __init__(self, model: str, extra: dict[str, Any] | None, *, processes: bool = False, **values: Any) -> None:
+        settings = json.dumps({"model": model, "extra": extra, **values})
+        environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.engines.vllm.engine", settings],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parents[3],
+        )
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int = 8) -> list[dict[str, Any]]:
+        """As Engine.generate."""
+        answers: list[dict[str, Any]] = self._call("generate", [list(p) for p in prompts], max_tokens)
+        return answers
+
+    def ask(self, prompt: Sequence[int], max_tokens: int = 8) -> dict[str, Any]:
+        """One prompt."""
+        return self.generate([prompt], max_tokens)[0]
+
+    def metrics(self) -> dict[str, float]:
+        """As Engine.metrics."""
+        values: dict[str, float] = self._call("metrics")
+        return values
+
+    def close(self) -> None:
+        """Stop it; everything saved is written behind."""
+        if self._process.poll() is None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+        assert self._process.wait(120) == 0
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def kill(self) -> None:
+        """End it without a chance to clean up."""
+        self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.close()
+        finally:
+            self.kill()
+
+    def _call(self, verb: str, *arguments: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([verb, *arguments]) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith(ANSWER):
+                return json.loads(line.removeprefix(ANSWER))
+        raise AssertionError(f"the engine process ended ({self._process.wait()}) instead of answering {verb}")
 
 
 def main() -> None:
-    """Run the steps of a script; see tests/engines/vllm/conftest.py, which writes them."""
-    script = json.loads(sys.argv[1])
-    engine = Engine(script["model"], script.get("extra"), script.get("transfer"), **script.get("options", {}))
-    for step in script["steps"]:
-        if step["do"] == "generate":
-            answer: Any = engine.generate(step["prompts"], step.get("max_tokens", 8))
-        elif step["do"] == "forget":
-            answer = engine.forget_own_cache()
-        elif step["do"] == "metrics":
-            answer = engine.metrics()
-        elif step["do"] == "sleep":
-            answer = time.sleep(step["seconds"])
-        else:
-            raise SystemExit(f"unknown step {step['do']!r}")
-        print("ANSWER " + json.dumps(answer), flush=True)
+    """Answer calls until the input ends."""
+    settings = json.loads(sys.argv[1])
+    engine = Engine(settings["model"], settings["extra"], settings.get("transfer"), **settings.get("options", {}))
+    for line in sys.stdin:
+        verb, *arguments = json.loads(line)
+        print(ANSWER + json.dumps(getattr(engine, verb)(*arguments)), flush=True)
     engine.close()
-    print("CLOSED", flush=True)
 
 
 if __name__ == "__main__":

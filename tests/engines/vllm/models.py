@@ -8,6 +8,7 @@ from typing import Any
 
 VOCAB = 2048
 KINDS = ("gqa", "sliding", "mla")
+_WIDTH = {"gqa": 1.6, "sliding": 1.0, "mla": 1.0}
 
 
 def make_model(target: Path, kind: str = "gqa", *, seed: int = 0, **changes: Any) -> Path:
@@ -28,7 +29,7 @@ def make_model(target: Path, kind: str = "gqa", *, seed: int = 0, **changes: Any
         for name, weights in model.named_parameters():
             # Wider than usual, so that attention is peaked and the tokens really depend on the prefix.
             if weights.ndim == 2 and "embed" not in name:
-                weights.normal_(0, 1.6 * weights.shape[1] ** -0.5)
+                weights.normal_(0, _WIDTH[kind] * weights.shape[1] ** -0.5)
     model.save_pretrained(target)
     _write_tokenizer(target)
     return target
