@@ -408,8 +408,10 @@ class LocalStore:
     def _on_tick(self) -> None:
         with self._lock:
             if not self._is_closed:
-                self._planner.tick(self._now())
+                is_over = self._planner.tick(self._now())
                 self._send()
+                if is_over:
+                    self._tell()
                 self._slab.discard(self._planner.host.pool.take_retired())
 
     # ---- private ----------------------------------------------------------------------------------------------

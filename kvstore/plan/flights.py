@@ -24,9 +24,14 @@ class Flight:
 
 
 class Flights:
-    """The book of transfers."""
+    """The book of transfers.
+
+    stalled: those that were inside their tier when it went down. They may take for ever; nobody should wait for them.
+    """
 
     def __init__(self) -> None:
+        self.stalled: set[int] = set()
+        self._has_new_stalled = False
         self._flights: dict[int, Flight] = {}
         self._outbox: list[Transfer] = []
         self._next_id = 1
@@ -71,7 +76,20 @@ class Flights:
 
     def land(self, transfer_id: int) -> Flight | None:
         """The flight of an outcome, which is then over; None for an unknown or a second outcome."""
+        self.stalled.discard(transfer_id)
         return self._flights.pop(transfer_id, None)
+
+    def stall(self, tier: str) -> None:
+        """The tier went down: nobody should wait for what is under way there."""
+        self.stalled.update(i for i, flight in self._flights.items() if flight.transfer.tier == tier)
+        self._has_new_stalled = True
+
+    def take_stalled(self) -> list[Flight]:
+        """What is still under way of that, once after each `stall`."""
+        if not self._has_new_stalled:
+            return []
+        self._has_new_stalled = False
+        return [self._flights[i] for i in self.stalled]
 
     def under_way(self) -> list[Flight]:
         return list(self._flights.values())

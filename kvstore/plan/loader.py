@@ -159,6 +159,18 @@ class Loader:
         self._host.enter(loose, now, used=False)
         self._fetch(retry, retry_codes, now)
 
+    def give_up(self, pages: Sequence[Page], now: float) -> bool:
+        """Let who waits for the fetch of these pages go on without them; True if anybody did.
+
+        Their slots stay taken until the fetch comes back.
+        """
+        awaited = [page for page in pages if page.waiters]
+        for page in awaited:
+            for load in page.waiters or ():
+                load.lost.add(page)
+            self._tell(page, now)
+        return bool(awaited)
+
     def prefetch(self, ticket: int, request: Request, now: float) -> int:
         """Fetch what is worth loading of a request, within the prefetch bound; waits for a probe if one is needed."""
         match, _ = self._scout.lookup(request, now)

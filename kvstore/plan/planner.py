@@ -322,6 +322,8 @@ class Planner:
         tier.is_up = is_up and not tier.is_detached
         if tier.is_up:
             tier.pump(now)
+        else:
+            self.flights.stall(name)
 
     def attach_tier(self, plan: TierPlan) -> None:
         """A tier is there from now on, or is back; `restore` tells what it holds. Its lane must be there."""
@@ -339,19 +341,23 @@ class Planner:
     def detach_tier(self, name: str) -> None:
         """A tier is taken away: what it holds is forgotten, and nothing is sent there any more."""
         self._tier(name).detach()
+        self.flights.stall(name)
         self._count_homes()
 
     def resize_host(self, num_slots: int) -> None:
         """Use fewer or more of the host slots."""
         self.host.resize(num_slots)
 
-    def tick(self, now: float) -> None:
-        """Do what only time makes due: deadlines, promises that end, background measurements."""
+    def tick(self, now: float) -> bool:
+        """Do what only time makes due: deadlines, promises that end. True if a load need not wait any more."""
         self.host.expire(now)
         self.keeper.expire(now)
         for tier in self.tiers:
             tier.expire(now)
             tier.pump(now)
+        # What had not begun when its tier went down has been answered for by now, and may be on its way from another
+        # tier; the rest is inside and may never come back.
+        return self.loader.give_up([page for flight in self.flights.take_stalled() for page in flight.pages], now)
 
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """The engine computed `num_tokens` in `seconds`."""

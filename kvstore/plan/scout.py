@@ -87,7 +87,8 @@ class Scout:
         limit = self._limit(request)
         blocks = self.verified(request, self._catalog.match(request.keys[:limit]))
         order = self._readable()
-        survey = Survey(blocks, [locate(blocks, group, order) for group in range(len(self._windows))])
+        stalled = self._flights.stalled
+        survey = Survey(blocks, [locate(blocks, group, order, stalled) for group in range(len(self._windows))])
         state = self.requests.get(request.id)
         if state is not None and state.probes:
             self._overlay(survey, state, limit)

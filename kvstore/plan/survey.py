@@ -11,7 +11,7 @@ is asked by a probe, and the answer is remembered with the request until it is f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.plan.catalog import Block, PageState
@@ -80,10 +80,13 @@ class Survey:
         return found[::-1]
 
 
-def locate(blocks: Sequence[Block], group: int, tier_order: Sequence[tuple[int, int]]) -> list[int]:
+def locate(
+    blocks: Sequence[Block], group: int, tier_order: Sequence[tuple[int, int]], stalled: Collection[int] = ()
+) -> list[int]:
     """Source code of the page of `group` in every block.
 
     tier_order: (bit, code) of the tiers that may be read, preferred first.
+    stalled:    fetches that must not be waited for: what they fill counts as absent.
     """
     ready, filling = PageState.READY, PageState.FILLING
     codes: list[int] = []
@@ -91,7 +94,7 @@ def locate(blocks: Sequence[Block], group: int, tier_order: Sequence[tuple[int, 
     for block in blocks:
         page = block.pages[group]
         state = page.state
-        if state == ready or (state == filling and page.flight):
+        if state == ready or (state == filling and page.flight and page.flight not in stalled):
             append(IN_HOST)
             continue
         homes = page.homes

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from kvstore.page import PageKey, page_key
+from kvstore.plan.records import LeaseState
 from kvstore.store import LocalStore
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.redis_local import LocalRedis
@@ -106,6 +107,29 @@ class TestAfterAFault:
 
             tier.recover()
             store.release(others)
+
+    def test_nobody_waits_for_a_fetch_that_hangs_in_a_tier_that_is_down(self, tmp_path: Path) -> None:
+        with ExitStack() as stack:
+            store, tier = faulty_disk_store(stack, tmp_path)
+            for blocks, seed in PROMPTS:
+                use(store, prompt(blocks, seed))
+                assert store.flush(FLUSH_S)
+            tier.hang(honour_timeout=False)
+            request = store.request(prompt(*PROMPTS[0]))
+
+            lease = store.prepare_load(request, 8)
+            status = store.wait(lease, timeout_s=60.0)  # ends when the breaker opens
+
+            assert (status.state, status.num_blocks) == (LeaseState.READY, 0)
+            assert store.lookup(store.request(prompt(*PROMPTS[0]))).num_blocks == 0
+            store.complete(lease)
+            store.check()
+            tier.recover()
+            engine = Engine(store, PROMPTS[:1], threads=1)
+            engine.start()
+            assert engine.run(lambda: store.lookup(request).num_blocks == 8)
+            engine.stop()
+            assert engine.tally.wrong == 0
 
 
 # ---- one flipped bit -------------------------------------------------------------------------------------------------
