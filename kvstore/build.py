@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from eviction.registry import make_policy
 from kvstore.base import KVStore
@@ -12,6 +12,7 @@ from kvstore.errors import ConfigError
 from kvstore.layout import Layout
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
+from kvstore.move.rows import RowMover
 from kvstore.plan.cascade import TierPlan
 from kvstore.plan.planner import Planner, PlanSettings
 from kvstore.store import LocalStore
@@ -73,6 +74,68 @@ def open_store(config: Config, layout: Layout, namespace: Namespace, *, shared_n
             tier.close()
         slab.close()
         raise
+
+
+def open_rows(config: Config, layout: Layout, memory: memoryview, row_bytes: int) -> RowMover:
+    """The lower tiers that `config` turns on, over rows of memory that an engine owns; no planner, no host tier.
+
+    memory: flat and writable; rows of `row_bytes`, at most `layout.slot_bytes`. Raises what `open_store` raises.
+    """
+    opened: list[Tier] = []
+    try:
+        parts = []
+        for part in _lower_tiers(config, layout, memory.nbytes // row_bytes):
+            opened.append(part[0])
+            parts.append(part)
+
+        def make_lanes(slot_view: Callable[[int], memoryview]) -> list[Lane]:
+            return [
+                Lane(
+                    tier,
+                    slot_view,
+                    workers=plan.workers,
+                    breaker=_breaker(config.breaker),
+                    timeout_s=timeout_s,
+                    max_queue=MAX_QUEUE,
+                )
+                for tier, plan, timeout_s in parts
+            ]
+
+        return RowMover(make_lanes, memory, row_bytes)
+    except BaseException:
+        for tier in opened:
+            tier.close()
+        raise
+
+
+def attach_tier(store: LocalStore, config: Config, name: str) -> None:
+    """Open the tier `name` as `config` has it and give it to a store that is in use.
+
+    Raises ConfigError if the configuration has no such tier, or as `open_store` does.
+    """
+    num_slots = store.slab_array.nbytes // store.layout.slot_bytes
+    sections = {"disk": ("disk", "redis"), "redis": ("redis", "disk")}
+    if name not in sections:
+        raise ConfigError(f"there is no kind of tier {name!r}; there are {', '.join(sections)}")
+    _, other = sections[name]
+    off = {"path": None} if other == "disk" else {"url": None}
+    only = config.model_copy(update={other: getattr(config, other).model_copy(update=off)})
+    for tier, plan, timeout_s in _lower_tiers(only, store.layout, num_slots):
+        lane = Lane(
+            tier,
+            store.slot_view,
+            workers=plan.workers,
+            breaker=_breaker(config.breaker),
+            timeout_s=timeout_s,
+            max_queue=MAX_QUEUE,
+        )
+        try:
+            store.attach_tier(lane, plan)
+        except BaseException:
+            tier.close()
+            raise
+        return
+    raise ConfigError(f"{name}.{'path' if name == 'disk' else 'url'} is none; without it there is no tier to attach")
 
 
 def open_configured(config: Config, layout: Layout, namespace: Namespace) -> KVStore:

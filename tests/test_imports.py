@@ -47,6 +47,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.devices",
         "kvstore.tiers.host",  # a worker process maps the slab
         "kvstore.move.worker",
+        "kvstore.move.rows",  # an engine that owns its host memory,
+        "kvstore.page",  # and so names pages itself
         "kvstore.store",
         "kvstore.build",
         "kvstore.config",
