@@ -142,8 +142,8 @@ class HostSlab:
 
     def close(self) -> None:
         """Let go of the memory; it returns to the system with the last view that callers still hold. Idempotent."""
-        self._views = []
-        self._arrays = []
+        self._views: list[memoryview] = []
+        self._arrays: list[npt.NDArray[np.uint8]] = []
         self.buffer = np.empty(0, np.uint8)
         self._close_fd()
 
