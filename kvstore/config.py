@@ -239,6 +239,22 @@ class ServiceConfig(Section):
         default=None,
         description="Unix socket of the daemon; none means kvstore.sock in $XDG_RUNTIME_DIR, or /tmp/kvstore-UID.sock.",
     )
+    host: str = Field(
+        default="127.0.0.1",
+        description="Address of the HTTP API; anything but loopback needs tokens_file.",
+    )
+    port: Annotated[Count | None, BeforeValidator(_off_when_empty)] = Field(
+        default=8470, ge=0, le=65535, description="Port of the HTTP API; 0 takes any free one, none turns it off."
+    )
+    tokens_file: Annotated[Path | None, BeforeValidator(_off_when_empty)] = Field(
+        default=None, description="TOML file of tenants with their tokens and shares; none: whoever connects is local."
+    )
+    tls_cert: Annotated[Path | None, BeforeValidator(_off_when_empty)] = Field(
+        default=None, description="Certificate chain (PEM) of the HTTP API; with tls_key it speaks TLS only."
+    )
+    tls_key: Annotated[Path | None, BeforeValidator(_off_when_empty)] = Field(
+        default=None, description="Private key (PEM) of tls_cert."
+    )
     max_namespaces: Count = Field(
         default=1,
         ge=1,

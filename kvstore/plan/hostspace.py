@@ -132,6 +132,10 @@ class HostSpace:
     def resize(self, num_slots: int) -> None:
         """Use `num_slots` of the slots from now on; pages that nobody holds leave, the others' slots follow them."""
         self.pool.resize(num_slots)
+        self.shrink()
+
+    def shrink(self) -> None:
+        """Evict what nobody holds any more as long as slots have to retire."""
         while self.pool.num_retiring and self._evict(self.pool.num_retiring, ()):
             pass
 

@@ -352,6 +352,7 @@ class Planner:
         """Do what only time makes due: deadlines, promises that end. True if a load need not wait any more."""
         self.host.expire(now)
         self.keeper.expire(now)
+        self.host.shrink()
         for tier in self.tiers:
             tier.expire(now)
             tier.pump(now)

@@ -17,6 +17,7 @@ from kvstore.errors import KVStoreError
 from kvstore.service import protocol
 from kvstore.service.protocol import HEADER, Frame, Op, ProtocolError, Status
 from kvstore.service.session import Pending, Resend, Session
+from kvstore.service.tenants import Tenant
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,9 @@ class Greeting:
 class Channel(asyncio.BufferedProtocol):
     """Frames in, frames out. The daemon's event loop only."""
 
-    def __init__(self, host: Host, peer: str, *, is_local: bool) -> None:
+    def __init__(self, host: Host, peer: str, *, tenant: Tenant, is_local: bool) -> None:
         self.peer = peer
+        self.tenant = tenant
         self.is_local = is_local
         self.session: Session | None = None
         self._host = host

@@ -23,11 +23,14 @@ from typing import Any
 
 from kvstore.config import Config
 from kvstore.errors import ConfigError, StoreClosed
+from kvstore.service.app import App, check_exposure
 from kvstore.service.channel import Channel, Greeting
+from kvstore.service.events import EventHub
+from kvstore.service.metrics import open_files
 from kvstore.service.namespaces import layout_from_json, namespace_from_json
 from kvstore.service.session import Session
 from kvstore.service.stores import Stores
-from kvstore.service.tenants import LOCAL, Tenant
+from kvstore.service.tenants import LOCAL, Tenant, read_tokens
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ DRAIN_STEP_S = 0.02
 
 
 class Daemon:
-    """Listens on a unix socket for clients on this machine. Its event loop only."""
+    """Listens on a unix socket for clients on this machine, and on HTTP for the rest. Its event loop only."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -48,20 +51,34 @@ class Daemon:
         self._server: asyncio.AbstractServer | None = None
         self._socket: Path | None = None
         self._stop: asyncio.Event | None = None
+        service = config.service
+        self.tokens = None if service.tokens_file is None else read_tokens(service.tokens_file)
+        self.events = EventHub(self.stores.all)
+        self.app = App(self)
+        self.num_clients = 0
+        self.num_reclaimed = 0
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether HTTP clients must prove who they are."""
+        return self.tokens is not None
 
     @property
     def tenants(self) -> list[Tenant]:
         """Everyone who may have stores here."""
-        return [LOCAL]
+        return [LOCAL, *(self.tokens.tenants if self.tokens is not None else [])]
 
     async def start(self) -> None:
         """Open what lies on disk, then listen. Raises ConfigError if the socket cannot be had."""
         self._stop = asyncio.Event()
+        check_exposure(self.config.service)
         num_stores = await self.stores.restore(self.tenants)
         self._socket = socket_path(self.config.service.socket)
         listener = _listen(self._socket)
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(self._accept, sock=listener, backlog=BACKLOG)
+        if self.config.service.port is not None:
+            await self.app.start(self.config.service)
         self.is_ready = True
         log.info("listening on %s, %d stores opened from disk", self._socket, num_stores)
 
@@ -94,8 +111,10 @@ class Daemon:
             await asyncio.sleep(DRAIN_STEP_S)
         if self.num_leases:
             log.warning("close: %d leases are still open after %.1f s", self.num_leases, self.config.service.drain_s)
+        await self.events.close()
         for channel in list(self._channels):
             channel.close()
+        await self.app.close()
         await asyncio.sleep(0)
         for session in list(self.sessions.values()):
             self._end(session)
@@ -111,6 +130,26 @@ class Daemon:
         """Leases that clients hold."""
         return sum(len(session.leases) for session in self.sessions.values())
 
+    def own_metrics(self) -> dict[str, float]:
+        """The daemon's own numbers, by metric name."""
+        return {
+            "kvstore_service_clients": len(self.sessions),
+            "kvstore_service_connections": len(self._channels),
+            "kvstore_service_client_leases": self.num_leases,
+            "kvstore_service_clients_total": self.num_clients,
+            "kvstore_service_leases_reclaimed_total": self.num_reclaimed,
+            "kvstore_service_http_requests_total": self.app.num_requests,
+            "kvstore_service_http_refused_total": self.app.num_refused,
+            "kvstore_service_event_streams": self.events.num_streams,
+            "kvstore_service_open_files": open_files(),
+        }
+
+    def remote_channel(self, tenant: Tenant, peer: str) -> Channel:
+        """A connection of a client on another machine."""
+        channel = Channel(self, peer, tenant=tenant, is_local=False)
+        self._channels.add(channel)
+        return channel
+
     # ---- what channels ask --------------------------------------------------------------------------------------
 
     async def hello(self, channel: Channel, message: dict[str, Any]) -> Greeting:
@@ -121,10 +160,11 @@ class Daemon:
             raise ConfigError(f"service.max_clients is {self.config.service.max_clients}, and as many are attached")
         layout = layout_from_json(message.get("layout"))
         namespace = namespace_from_json(message.get("namespace"))
-        opened = await self.stores.open(LOCAL, layout, namespace)
+        opened = await self.stores.open(channel.tenant, layout, namespace)
         session = Session(secrets.token_hex(16), opened, channel.peer)
         session.anchors.add(channel)
         self.sessions[session.id] = session
+        self.num_clients += 1
         store = self.config.store
         answer = {
             "session": session.id,
@@ -141,6 +181,8 @@ class Daemon:
     def attach(self, channel: Channel, message: dict[str, Any]) -> Session | None:
         """Another connection of a session; with "anchor" one of those that keep it alive."""
         session = self.sessions.get(str(message.get("session")))
+        if session is not None and session.opened.tenant != channel.tenant:
+            return None
         if session is not None and message.get("anchor") is True:
             session.anchors.add(channel)
         return session
@@ -163,13 +205,14 @@ class Daemon:
         for channel in list(self._channels):
             if channel.session is session:
                 channel.close()
+        self.num_reclaimed += num_released
         if num_released:
             log.warning("client %s is gone: released its %d leases", session.client, num_released)
         else:
             log.info("client %s detached", session.client)
 
     def _accept(self) -> Channel:
-        channel = Channel(self, "local", is_local=True)
+        channel = Channel(self, "local", tenant=LOCAL, is_local=True)
         self._channels.add(channel)
         return channel
 

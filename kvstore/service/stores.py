@@ -17,16 +17,20 @@ import contextlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 from kvstore.build import open_store
 from kvstore.config import Config
 from kvstore.errors import ConfigError, KVStoreError, StoreClosed
 from kvstore.layout import SLOT_ALIGNMENT, Layout
-from kvstore.plan.records import Request, RequestOptions
+from kvstore.plan.journal import Journal
+from kvstore.plan.records import Match, Request, RequestOptions
+from kvstore.requests import RequestMaker
 from kvstore.service.namespaces import (
     check_pair,
     layout_from_json,
@@ -34,13 +38,15 @@ from kvstore.service.namespaces import (
     namespace_from_json,
     namespace_to_json,
 )
-from kvstore.service.tenants import LOCAL, Tenant
+from kvstore.service.tenants import Tenant
 from kvstore.store import LocalStore
 from kvstore.tiers.host import SlabHandle
 from radix.hashing import BlockHash, bind_hashes
 from radix.namespace import Namespace
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NAMESPACE_FILE = "namespace.json"
 ID_DIGITS = 32  # of the namespace's root hash: 128 bits, as a directory name
@@ -84,6 +90,7 @@ class OpenStore:
 
     id:        names it in the API and on disk: the head of the namespace's root hash.
     namespace: as clients know it; the store's own has the tenant's salt in it.
+    root:      what clients chain their block hashes from.
     """
 
     id: str
@@ -93,11 +100,48 @@ class OpenStore:
     store: LocalStore
     handle: SlabHandle
     watch: Watch
+    journal: Journal
+    root: BlockHash
     request_ids: Iterator[int] = field(default_factory=lambda: count(1))
 
     def new_request(self, keys: list[BlockHash], num_tokens: int, options: RequestOptions) -> Request:
         """A request under bound keys, numbered for the planner: clients count for themselves, and all from one."""
         return Request(next(self.request_ids), keys, num_tokens, options)
+
+    async def wait_lookup(self, request: Request, timeout_s: float) -> Match:
+        """Lookup, waiting for pending tiers without blocking the loop."""
+
+        def look() -> Match | None:
+            match = self.store.lookup(request)
+            return None if match.pending else match
+
+        return await self.wait_for(look, timeout_s) or self.store.lookup(request)
+
+    async def wait_for(self, look: Callable[[], T | None], timeout_s: float) -> T | None:
+        """What `look` returns once it is not None; None after `timeout_s`. It is asked after every change."""
+        found = look()
+        if found is not None or timeout_s <= 0:
+            return found
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        def again() -> None:
+            try:
+                found = look()
+            except KVStoreError as error:
+                if not future.done():
+                    future.set_exception(error)
+                return
+            if found is not None and not future.done():
+                future.set_result(found)
+
+        waiter = self.watch.add(again)
+        again()
+        try:
+            return await asyncio.wait_for(future, timeout_s)
+        except asyncio.TimeoutError:
+            return None
+        finally:
+            self.watch.remove(waiter)
 
     def bind(self, keys: Sequence[BlockHash]) -> list[BlockHash]:
         """The tenant's own names of blocks: no key a client could send names a page of another tenant."""
@@ -168,12 +212,15 @@ class Stores:
         self, place: tuple[str, str], tenant: Tenant, layout: Layout, namespace: Namespace
     ) -> OpenStore:
         try:
-            config = self._share(tenant, place[1])
+            config = self.share(tenant, place[1])
             own = namespace if not tenant.salt else namespace.with_salt(_framed(namespace.salt, tenant.salt))
             store = await asyncio.to_thread(_open, config, layout, namespace, own)
             watch = Watch(asyncio.get_running_loop())
             store.listen(watch.wake)
-            opened = OpenStore(place[1], tenant, layout, namespace, store, store.slab_handle, watch)
+            journal = Journal(time.time)
+            store.keep_journal(journal)
+            root = RequestMaker(namespace).root("")
+            opened = OpenStore(place[1], tenant, layout, namespace, store, store.slab_handle, watch, journal, root)
             self._open[place] = opened
             log.info(
                 "opened %s of tenant %s: model %s, %d slots of %d bytes",
@@ -205,7 +252,7 @@ class Stores:
                 "raise it and start the daemon again (host and disk capacity are shared equally among them)"
             )
 
-    def _share(self, tenant: Tenant, store_id: str) -> Config:
+    def share(self, tenant: Tenant, store_id: str) -> Config:
         """The configuration of one store: its share of the tenant's capacity, and its place on disk."""
         config, most = self._config, self._config.service.max_namespaces
         host_bytes = min(tenant.host_bytes or config.host.capacity_bytes, config.host.capacity_bytes)
@@ -255,6 +302,3 @@ def _write_namespace(directory: Path, layout: Layout, namespace: Namespace) -> N
 def _framed(own: str, tenant: str) -> str:
     # Another frame than RequestMaker's, so that no request salt of the local tenant can spell a tenant's name.
     return f"tenant {len(tenant)}:{tenant}{own}"
-
-
-__all__ = ["LOCAL", "OpenStore", "Stores", "Watch", "namespace_id"]

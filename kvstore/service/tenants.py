@@ -3,11 +3,37 @@
 A tenant's pages lie in stores of its own, cut to its quota; so one tenant can neither see nor evict what another
 stored, and its statistics are its own. In Redis, which all tenants share, the salt in every block hash keeps them
 apart. Clients on the unix socket, and on loopback where no tokens are configured, are the tenant LOCAL.
+
+The file is TOML, and readable by its owner only:
+
+    [[tenant]]
+    name = "blue"
+    token = "at least 16 characters"
+    host_bytes = "2GiB"      # its share of host memory and disk; 0 turns its disk tier off
+    disk_bytes = "20GiB"
+    redis = true
+    operator = false         # may see all tenants' metrics, and attach, detach and resize tiers
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from kvstore.errors import ConfigError
+from kvstore.units import parse_bytes
+
+_toml: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+MIN_TOKEN = 16  # characters
+MAX_TENANTS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +56,94 @@ class Tenant:
 
 
 LOCAL = Tenant("local", is_operator=True)
+
+
+class Tokens:
+    """Which token is whose. Immutable; any thread."""
+
+    def __init__(self, pairs: Sequence[tuple[str, Tenant]]) -> None:
+        # Digests are compared: of one length whatever the token, and none stays in memory in the clear.
+        self._digests = [(_digest(token), tenant) for token, tenant in pairs]
+
+    def find(self, token: str) -> Tenant | None:
+        """The tenant of a token. Takes the same time whether and where it is found."""
+        given, found = _digest(token), None
+        for digest, tenant in self._digests:
+            if hmac.compare_digest(given, digest):
+                found = tenant
+        return found
+
+    @property
+    def tenants(self) -> list[Tenant]:
+        """All tenants, each once."""
+        return list(dict.fromkeys(tenant for _, tenant in self._digests))
+
+
+def read_tokens(path: Path) -> Tokens:
+    """Read the tenants' file. Raises ConfigError naming the entry and field."""
+    name = f"service.tokens_file {path}"
+    try:
+        if path.stat().st_mode & 0o077:
+            raise ConfigError(f"{name} may be read by others; run: chmod 600 {path}")
+        value = _toml.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, _toml.TOMLDecodeError) as error:
+        raise ConfigError(f"{name}: {error}") from None
+    entries = value.get("tenant")
+    if set(value) != {"tenant"} or not isinstance(entries, list) or not 1 <= len(entries) <= MAX_TENANTS:
+        raise ConfigError(f"{name}: it must hold 1 to {MAX_TENANTS} [[tenant]] tables and nothing else")
+    pairs = [_entry(f"{name}: tenant {index + 1}", entry) for index, entry in enumerate(entries)]
+    for what, values in (("names", [t.name for _, t in pairs]), ("tokens", [token for token, _ in pairs])):
+        if len(set(values)) < len(values):
+            raise ConfigError(f"{name}: two tenants have one of their {what} in common")
+    return Tokens(pairs)
+
+
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "token": (str,),
+    "salt": (str,),
+    "host_bytes": (int, str),
+    "disk_bytes": (int, str),
+    "redis": (bool,),
+    "operator": (bool,),
+}
+
+
+def _entry(where: str, entry: Any) -> tuple[str, Tenant]:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{where}: it must be a table")
+    for field, value in entry.items():
+        kinds = _FIELDS.get(field)
+        if kinds is None:
+            raise ConfigError(f"{where}: {field} is not known; known are {', '.join(_FIELDS)}")
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ConfigError(f"{where}: {field} must be {' or '.join(kind.__name__ for kind in kinds)}")
+    name, token = entry.get("name", ""), entry.get("token", "")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name) or name == LOCAL.name:
+        raise ConfigError(f"{where}: name is {name!r}; it must be a word of a-z, 0-9, - and _, and not {LOCAL.name!r}")
+    if len(token) < MIN_TOKEN:
+        raise ConfigError(f"{where}: token has {len(token)} characters; it must have at least {MIN_TOKEN}")
+    return token, Tenant(
+        name,
+        entry.get("salt") or name,
+        _size(where, "host_bytes", entry),
+        _size(where, "disk_bytes", entry),
+        entry.get("redis", True),
+        entry.get("operator", False),
+    )
+
+
+def _size(where: str, field: str, entry: dict[str, Any]) -> int | None:
+    if field not in entry:
+        return None
+    try:
+        size = parse_bytes(entry[field])
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{where}: {field} is {entry[field]!r}; {error}") from None
+    if not isinstance(size, int) or size < 0 or (field == "host_bytes" and size == 0):
+        raise ConfigError(f"{where}: {field} is {entry[field]!r}; it must be a size such as '2GiB'")
+    return size
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()

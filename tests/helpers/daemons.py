@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +30,7 @@ def daemon_config(socket: Path, disk: Path | None = None, **sections: Any) -> Co
     """64 host slots and, where asked for, 128 pages of disk."""
     values: dict[str, Any] = {
         "host": {"capacity_bytes": 64 * PAGE_BYTES, "huge_pages": False},
-        "service": {"socket": socket},
+        "service": {"socket": socket, "port": None},
     }
     if disk is not None:
         values["disk"] = {"path": disk, "capacity_bytes": 128 * PAGE_BYTES, "workers": 2}
@@ -74,6 +76,46 @@ class LocalDaemon:
         self._loop.run_forever()
 
 
+class Http:
+    """A client of the HTTP API that hides nothing."""
+
+    def __init__(self, port: int, token: str | None = None) -> None:
+        self.port = port
+        self.token = token
+
+    def call(
+        self, method: str, path: str, body: Any = None, *, headers: dict[str, str] | None = None
+    ) -> tuple[int, Any]:
+        """Status, and the body: parsed if it is JSON. body: bytes as they are, anything else as JSON."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            sent = dict(headers or {})
+            if self.token is not None:
+                sent.setdefault("Authorization", f"Bearer {self.token}")
+            if body is not None and not isinstance(body, bytes):
+                body = json.dumps(body).encode()
+                sent.setdefault("Content-Type", "application/json")
+            connection.request(method, path, body, sent)
+            answer = connection.getresponse()
+            raw = answer.read()
+            is_json = "json" in answer.headers.get("Content-Type", "")
+            return answer.status, json.loads(raw) if is_json else raw
+        finally:
+            connection.close()
+
+    def get(self, path: str) -> Any:
+        """The body of a GET that must succeed."""
+        status, body = self.call("GET", path)
+        assert status == 200, body
+        return body
+
+    def post(self, path: str, **fields: Any) -> Any:
+        """The body of a POST that must succeed."""
+        status, body = self.call("POST", path, fields)
+        assert status == 200, body
+        return body
+
+
 @contextmanager
 def local_daemon(socket: Path, disk: Path | None = None, **sections: Any) -> Iterator[LocalDaemon]:
     """A daemon in this process for the length of a block."""
@@ -92,6 +134,7 @@ class DaemonProcess:
         self.settings = [
             f"host.capacity_bytes={host_pages * PAGE_BYTES}",
             "host.huge_pages=false",
+            "service.port=none",
             *([] if disk is None else [f"disk.path={disk}", f"disk.capacity_bytes={128 * PAGE_BYTES}"]),
             *settings,
         ]

@@ -48,7 +48,7 @@ def test_a_smaller_host_evicts_what_nobody_holds_and_waits_for_the_rest() -> Non
     assert planner.lookup(loose, 0.0).num_blocks == 0
     assert planner.host.num_resident == 3
     planner.complete(lease.id, 0.0)
-    save(planner, path(2, 2))
+    planner.tick(0.0)
 
     assert planner.host.num_resident == 2
     planner.resize_host(6)

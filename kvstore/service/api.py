@@ -1,0 +1,378 @@
+"""The operations of the HTTP API, over the daemon's stores.
+
+Handlers get checked bodies (see routes) and raise `Problem`, or an error of ours that becomes one. What a tenant may
+not see does not exist for it: another's namespace is a 404, as one that never was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from kvstore.build import attach_tier
+from kvstore.config import Config
+from kvstore.errors import ConfigError, RequestError
+from kvstore.metrics import CONTENT_TYPE
+from kvstore.plan.records import HOST, Match, Request, RequestOptions
+from kvstore.service import metrics, pages
+from kvstore.service.explain import explain
+from kvstore.service.models import (
+    Attach,
+    BlocksAnswer,
+    Cancel,
+    Delete,
+    ExplainAnswer,
+    InNamespace,
+    Lookup,
+    MatchAnswer,
+    NamespaceAnswer,
+    NamespacesAnswer,
+    NewNamespace,
+    Prompt,
+    Read,
+    Resize,
+    StatsAnswer,
+    StatusAnswer,
+    TicketAnswer,
+    TierAnswer,
+    TiersAnswer,
+    Ttl,
+)
+from kvstore.service.namespaces import layout_from_json, namespace_from_json
+from kvstore.service.problems import Problem
+from kvstore.service.routes import Call, Route
+from kvstore.service.stores import OpenStore
+from radix.hashing import BlockHash, hash_blocks
+
+if TYPE_CHECKING:
+    from kvstore.service.daemon import Daemon
+
+EVENT_KEEPALIVE_S = 15.0
+MAX_EVENT_STREAMS = 64
+DETACH_TIMEOUT_S = 5.0
+
+
+class Api:
+    """All operations. The daemon's event loop only."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._changing: set[tuple[str, str, str]] = set()  # (tenant, namespace, tier) being attached or detached
+
+    def routes(self) -> list[Route]:
+        """The table."""
+        return [
+            Route("GET", "/healthz", self.health, "Is the process alive?", answer=StatusAnswer, is_open=True),
+            Route("GET", "/readyz", self.ready, "Does it serve?", answer=StatusAnswer, is_open=True, errors=(503,)),
+            Route("GET", "/metrics", self.metrics, "Prometheus metrics.", produces="text/plain"),
+            Route("GET", "/v1/stats", self.stats, "Counters and gauges.", query=InNamespace, answer=StatsAnswer,
+                  errors=(404,)),
+            Route("GET", "/v1/namespaces", self.namespaces, "The open namespaces.", answer=NamespacesAnswer),
+            Route("POST", "/v1/namespaces", self.open_namespace, "Open a namespace.", body=NewNamespace,
+                  answer=NamespaceAnswer, errors=(409, 503)),
+            Route("POST", "/v1/namespaces/{namespace}/clear", self.clear, "Delete all of a namespace.",
+                  answer=BlocksAnswer, errors=(404,)),
+            Route("POST", "/v1/lookup", self.lookup, "What is stored of a prompt?", body=Lookup, answer=MatchAnswer,
+                  errors=(404, 409)),
+            Route("POST", "/v1/explain", self.explain, "Why did this prompt miss?", body=Prompt, answer=ExplainAnswer,
+                  errors=(404, 409)),
+            Route("POST", "/v1/prefetch", self.prefetch, "Bring a prefix into host memory.", body=Prompt,
+                  answer=TicketAnswer, errors=(404, 409)),
+            Route("POST", "/v1/prefetch/cancel", self.cancel, "Stop a prefetch.", body=Cancel, answer=BlocksAnswer,
+                  errors=(404, 409)),
+            Route("POST", "/v1/pin", self.pin, "Keep a prefix in host memory.", body=Prompt, answer=BlocksAnswer,
+                  errors=(404, 409)),
+            Route("POST", "/v1/unpin", self.unpin, "Undo pin.", body=Prompt, answer=BlocksAnswer, errors=(404, 409)),
+            Route("POST", "/v1/ttl", self.ttl, "Give a prefix a time to live.", body=Ttl, answer=BlocksAnswer,
+                  errors=(404, 409)),
+            Route("POST", "/v1/delete", self.delete, "Delete a prefix and all that continues it.", body=Delete,
+                  answer=BlocksAnswer, errors=(404, 409)),
+            Route("GET", "/v1/tiers", self.tiers, "The tiers.", query=InNamespace, answer=TiersAnswer, errors=(404,)),
+            Route("POST", "/v1/tiers/{tier}/attach", self.attach, "Attach a tier.", body=Attach, answer=TiersAnswer,
+                  needs_operator=True, errors=(403, 404, 409)),
+            Route("POST", "/v1/tiers/{tier}/detach", self.detach, "Detach a tier.", body=InNamespace,
+                  answer=TiersAnswer, needs_operator=True, errors=(403, 404, 409)),
+            Route("POST", "/v1/tiers/{tier}/resize", self.resize, "Give a tier another capacity.", body=Resize,
+                  answer=TiersAnswer, needs_operator=True, errors=(403, 404, 409)),
+            Route("POST", "/v1/pages/read", self.read_pages, "The pages of a stored prefix, as a framed stream.",
+                  body=Read, produces=pages.CONTENT_TYPE, errors=(404, 409)),
+            Route("PUT", "/v1/pages", self.write_pages, "Store pages, given as a framed stream.", body=Prompt,
+                  consumes=pages.CONTENT_TYPE, answer=BlocksAnswer, errors=(404, 409)),
+            Route("GET", "/v1/events", self.events, "What comes and goes, as server-sent events.", query=InNamespace,
+                  produces="text/event-stream", errors=(404, 429)),
+        ]  # fmt: skip
+
+    # ---- the daemon ---------------------------------------------------------------------------------------------
+
+    async def health(self, call: Call) -> StatusAnswer:
+        return StatusAnswer(status="ok")
+
+    async def ready(self, call: Call) -> StatusAnswer:
+        if not self._daemon.is_ready:
+            raise Problem(503, "draining" if self._daemon.is_draining else "starting", Retry_After="1")
+        return StatusAnswer(status="ready")
+
+    async def metrics(self, call: Call) -> web.Response:
+        if call.tenant.is_operator:
+            body = metrics.render(self._daemon.stores.all(), self._daemon.own_metrics())
+        else:
+            body = metrics.render(self._daemon.stores.of(call.tenant), {})
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+
+    async def stats(self, call: Call) -> StatsAnswer:
+        return StatsAnswer(namespaces={opened.id: opened.store.stats() for opened in self._some(call)})
+
+    # ---- namespaces -----------------------------------------------------------------------------------------------
+
+    async def namespaces(self, call: Call) -> NamespacesAnswer:
+        return NamespacesAnswer(namespaces=[_namespace(opened) for opened in self._daemon.stores.of(call.tenant)])
+
+    async def open_namespace(self, call: Call) -> NamespaceAnswer:
+        body: NewNamespace = call.body
+        if not self._daemon.is_ready:
+            raise Problem(503, "draining", Retry_After="1")
+        layout, namespace = layout_from_json(body.layout), namespace_from_json(body.namespace)
+        try:
+            return _namespace(await self._daemon.stores.open(call.tenant, layout, namespace))
+        except ConfigError as error:
+            if str(error).startswith(("layout", "namespace")):
+                raise
+            raise Problem(409, "the namespace is not opened", str(error)) from None
+
+    async def clear(self, call: Call) -> BlocksAnswer:
+        opened = self._one(call, call.request.match_info["namespace"])
+        return BlocksAnswer(blocks=opened.store.clear())
+
+    # ---- prefixes -------------------------------------------------------------------------------------------------
+
+    async def lookup(self, call: Call) -> MatchAnswer:
+        body: Lookup = call.body
+        opened, request = self._request(call)
+        return _match(await opened.wait_lookup(request, body.timeout_s))
+
+    async def explain(self, call: Call) -> ExplainAnswer:
+        opened, request = self._request(call)
+        others: list[tuple[OpenStore, Request]] = []
+        body: Prompt = call.body
+        if body.tokens is not None:  # hashes of one namespace say nothing in another
+            others = [
+                (other, _hashed(other, body))
+                for other in self._daemon.stores.of(call.tenant)
+                if other is not opened and other.layout.block_size == opened.layout.block_size
+            ]
+        return explain(opened, request, others)
+
+    async def prefetch(self, call: Call) -> TicketAnswer:
+        opened, request = self._request(call)
+        return TicketAnswer(ticket=opened.store.prefetch(request))
+
+    async def cancel(self, call: Call) -> BlocksAnswer:
+        body: Cancel = call.body
+        self._one(call, body.namespace).store.cancel(body.ticket)
+        return BlocksAnswer(blocks=0)
+
+    async def pin(self, call: Call) -> BlocksAnswer:
+        opened, request = self._request(call)
+        return BlocksAnswer(blocks=opened.store.pin(request))
+
+    async def unpin(self, call: Call) -> BlocksAnswer:
+        opened, request = self._request(call)
+        return BlocksAnswer(blocks=opened.store.unpin(request))
+
+    async def ttl(self, call: Call) -> BlocksAnswer:
+        opened, request = self._request(call)
+        return BlocksAnswer(blocks=opened.store.set_ttl(request, call.body.ttl_s))
+
+    async def delete(self, call: Call) -> BlocksAnswer:
+        body: Delete = call.body
+        opened, request = self._request(call)
+        if body.first > len(request.keys):
+            raise Problem(400, "the body is not valid", f"the prompt has {len(request.keys)} full blocks", "first")
+        return BlocksAnswer(blocks=opened.store.forget(request, body.first))
+
+    # ---- tiers ------------------------------------------------------------------------------------------------------
+
+    async def tiers(self, call: Call) -> TiersAnswer:
+        return _tiers(self._some(call))
+
+    async def attach(self, call: Call) -> TiersAnswer:
+        body: Attach = call.body
+        opened, tier = self._tier(call)
+        if (body.path or body.url) and not self._daemon.has_tokens:
+            # Whoever reaches loopback would make the daemon write where it may, or connect to where it can.
+            raise Problem(403, "only the configured tier", "another path or url needs service.tokens_file", "path")
+        config = self._attach_config(opened, body)
+        with self._change(opened, tier):
+            await asyncio.to_thread(attach_tier, opened.store, config, tier)
+        return _tiers([opened])
+
+    async def detach(self, call: Call) -> TiersAnswer:
+        opened, tier = self._tier(call)
+        with self._change(opened, tier):
+            if not await asyncio.to_thread(opened.store.detach_tier, tier, DETACH_TIMEOUT_S):
+                raise Problem(409, "a transfer hangs in the tier", "it is out of use, but not closed; call again")
+        return _tiers([opened])
+
+    async def resize(self, call: Call) -> TiersAnswer:
+        body: Resize = call.body
+        opened, tier = self._tier(call, may_be_host=True)
+        if tier == HOST:
+            opened.store.resize_host(body.capacity_bytes // opened.layout.slot_bytes)
+            return _tiers([opened])
+        if tier != "disk":
+            raise Problem(409, "this tier has no capacity", "redis evicts by itself: set maxmemory there", "tier")
+        config = self._attach_config(opened, Attach(capacity_bytes=body.capacity_bytes))
+        with self._change(opened, tier):
+            if not await asyncio.to_thread(opened.store.detach_tier, tier, DETACH_TIMEOUT_S):
+                raise Problem(409, "a transfer hangs in the tier", "it is out of use, but not closed; call again")
+            await asyncio.to_thread(attach_tier, opened.store, config, tier)
+        return _tiers([opened])
+
+    # ---- bytes and events -------------------------------------------------------------------------------------------
+
+    async def read_pages(self, call: Call) -> web.StreamResponse:
+        opened, request = self._request(call)
+        return await pages.send(call.request, opened, request, call.body)
+
+    async def write_pages(self, call: Call) -> BlocksAnswer:
+        def opened_for(body: Prompt) -> tuple[OpenStore, Request]:
+            return self._request(Call(call.request, call.tenant, body))
+
+        return BlocksAnswer(blocks=await pages.receive(call.request, opened_for))
+
+    async def events(self, call: Call) -> web.StreamResponse:
+        hub = self._daemon.events
+        if hub.num_streams >= MAX_EVENT_STREAMS:
+            raise Problem(429, "too many event streams", f"{MAX_EVENT_STREAMS} are open", Retry_After="5")
+        self._some(call)
+        wanted = call.body.namespace
+        stream = hub.listen(lambda opened: opened.tenant.name == call.tenant.name and wanted in (None, opened.id))
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+        try:
+            await response.prepare(call.request)
+            while not self._daemon.is_draining:
+                await response.write(await stream.take(EVENT_KEEPALIVE_S))
+        except ConnectionError:
+            pass
+        finally:
+            hub.leave(stream)
+        return response
+
+    # ---- private ----------------------------------------------------------------------------------------------------
+
+    def _one(self, call: Call, namespace: str | None) -> OpenStore:
+        """The namespace that is meant. Problem 404 if there is none such, 409 if it is not clear."""
+        if namespace is not None:
+            opened = self._daemon.stores.find(call.tenant, namespace)
+            if opened is None:
+                raise Problem(404, "there is no such namespace", field="namespace")
+            return opened
+        known = self._daemon.stores.of(call.tenant)
+        if len(known) == 1:
+            return known[0]
+        detail = "none is open" if not known else f"{len(known)} are open; say which: GET /v1/namespaces lists them"
+        raise Problem(409, "it is not clear which namespace", detail, "namespace")
+
+    def _some(self, call: Call) -> list[OpenStore]:
+        """The namespace of a query, or all of the tenant's."""
+        wanted: str | None = call.body.namespace
+        return self._daemon.stores.of(call.tenant) if wanted is None else [self._one(call, wanted)]
+
+    def _request(self, call: Call) -> tuple[OpenStore, Request]:
+        opened = self._one(call, call.body.namespace)
+        return opened, _hashed(opened, call.body)
+
+    def _tier(self, call: Call, *, may_be_host: bool = False) -> tuple[OpenStore, str]:
+        tier = call.request.match_info["tier"]
+        if tier not in ("disk", "redis") and not (may_be_host and tier == HOST):
+            raise Problem(404, "there is no such tier", field="tier")
+        return self._one(call, call.body.namespace), tier
+
+    def _attach_config(self, opened: OpenStore, body: Attach) -> Config:
+        config = self._daemon.stores.share(opened.tenant, opened.id)
+        disk = config.disk.model_dump() | {
+            name: value for name, value in (("path", body.path), ("capacity_bytes", body.capacity_bytes)) if value
+        }
+        redis = {name: getattr(config.redis, name) for name in type(config.redis).model_fields}
+        return Config(
+            **{
+                "store": config.store.model_dump(),
+                "host": config.host.model_dump(),
+                "disk": disk,
+                "redis": redis | ({"url": body.url} if body.url else {}),
+                "breaker": config.breaker.model_dump(),
+            }
+        )
+
+    @contextlib.contextmanager
+    def _change(self, opened: OpenStore, tier: str):  # type: ignore[no-untyped-def]
+        """One change of a tier at a time; what is wrong with it becomes a 409."""
+        place = (opened.tenant.name, opened.id, tier)
+        if place in self._changing:
+            raise Problem(409, "the tier is being changed", "ask again when that is over", "tier")
+        self._changing.add(place)
+        try:
+            yield
+        except (ConfigError, RequestError) as error:
+            raise Problem(409, "the tier is not changed", str(error)) from None
+        finally:
+            self._changing.discard(place)
+
+
+def _hashed(opened: OpenStore, body: Prompt) -> Request:
+    block_size = opened.layout.block_size
+    if body.tokens is not None:
+        keys = hash_blocks(body.tokens, block_size, root=opened.root)
+        num_tokens = len(body.tokens)
+    else:
+        assert body.keys is not None
+        keys = [BlockHash(bytes.fromhex(key)) for key in body.keys]
+        num_tokens = len(keys) * block_size + 1  # whoever sends hashes wants all of them
+    return opened.new_request(opened.bind(keys), num_tokens, RequestOptions())
+
+
+def _namespace(opened: OpenStore) -> NamespaceAnswer:
+    namespace = opened.namespace
+    return NamespaceAnswer(
+        id=opened.id,
+        model=namespace.model,
+        revision=namespace.revision,
+        dtype=namespace.dtype,
+        adapter=namespace.adapter,
+        block_size=namespace.block_size,
+        slot_bytes=opened.handle.slot_bytes,
+        num_slots=opened.handle.num_slots,
+    )
+
+
+def _match(match: Match) -> MatchAnswer:
+    return MatchAnswer(
+        num_blocks=match.num_blocks,
+        num_tokens=match.num_tokens,
+        pending=match.pending,
+        by_tier=match.by_tier,
+        known=match.known,
+        cut=match.cut.value,
+    )
+
+
+def _tiers(stores: list[OpenStore]) -> TiersAnswer:
+    rows = []
+    for opened in stores:
+        stats = opened.store.stats()
+        capacity = stats["capacity_pages"]
+        for name in [HOST, *stats["breaker_open"]]:
+            pages_fit = capacity.get(name)
+            rows.append(
+                TierAnswer(
+                    namespace=opened.id,
+                    tier=name,
+                    is_up=name == HOST or not stats["breaker_open"][name],
+                    pages=stats["pages"].get(name, 0),
+                    capacity_bytes=None if pages_fit is None else pages_fit * stats["slot_bytes"],
+                )
+            )
+    return TiersAnswer(tiers=rows)

@@ -1,0 +1,234 @@
+"""The aiohttp application: lets requests in, has their bodies checked, and turns errors into problems."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from importlib.metadata import PackageNotFoundError, version
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+from pydantic import ValidationError
+
+from kvstore.config import ServiceConfig
+from kvstore.errors import ConfigError, KVStoreError, RequestError, StoreClosed
+from kvstore.service import problems
+from kvstore.service.api import Api
+from kvstore.service.problems import Problem
+from kvstore.service.protocol import encode_json
+from kvstore.service.routes import Call, Route, document
+from kvstore.service.tenants import LOCAL, Tenant
+
+if TYPE_CHECKING:
+    from kvstore.service.daemon import Daemon
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 16 << 20  # a million tokens as JSON
+BODY_TIMEOUT_S = 30.0
+UPGRADE = "kvstore/1"
+
+
+class App:
+    """The HTTP side of a daemon. Its event loop only."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.port = 0
+        self.num_requests = 0
+        self.num_refused = 0
+        self._daemon = daemon
+        self._runner: web.AppRunner | None = None
+        self.routes = Api(daemon).routes()
+        self._document = encode_json(document(self.routes, _version(), with_tokens=daemon.has_tokens))
+
+    async def start(self, config: ServiceConfig) -> None:
+        """Listen. Raises ConfigError for an address that cannot be had, or that would be open to everybody."""
+        check_exposure(config)
+        context = _tls(config)
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._middleware])
+        for route in self.routes:
+            app.router.add_route(route.method, route.path, self._handler(route))
+        app.router.add_get("/v1/openapi.json", self._openapi)
+        app.router.add_get("/v1/channel", self._channel)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=1.0,
+            max_line_size=16384,
+        )
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, config.host, config.port, ssl_context=context, backlog=1024)
+        try:
+            await site.start()
+        except OSError as error:
+            await self.close()
+            raise ConfigError(
+                f"service.host {config.host}, service.port {config.port}: {error.strerror or error}"
+            ) from None
+        self.port = self._runner.addresses[0][1]
+        log.info("HTTP API on %s:%d%s", config.host, self.port, " with TLS" if context else "")
+
+    async def close(self) -> None:
+        """Stop listening and hang up. Idempotent."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    # ---- one request ------------------------------------------------------------------------------------------------
+
+    def _handler(self, route: Route) -> Any:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            tenant = LOCAL if route.is_open else self._tenant(request)
+            if route.needs_operator and not tenant.is_operator:
+                raise Problem(403, "this is for operators", "the tenant's entry in the tokens file says who is one")
+            answer = await route.handler(Call(request, tenant, await self._body(route, request)))
+            if isinstance(answer, web.StreamResponse):
+                return answer
+            return web.Response(body=answer.model_dump_json().encode(), content_type="application/json")
+
+        return handle
+
+    @web.middleware
+    async def _middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        self.num_requests += 1
+        try:
+            self._check_host(request)
+            response: web.StreamResponse = await handler(request)
+            return response
+        except Problem as problem:
+            return self._refuse(request, problem)
+        except web.HTTPException as error:
+            allowed = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+            return self._refuse(request, Problem(error.status, error.reason.lower(), **allowed))
+        except RequestError as error:
+            return self._refuse(request, Problem(400, "the request is not valid", str(error), _field(error)))
+        except StoreClosed:
+            return self._refuse(request, Problem(503, "the daemon is closing", Retry_After="1"))
+        except ConfigError as error:
+            return self._refuse(request, Problem(400, "the request is not valid", str(error), _field(error)))
+        except KVStoreError as error:
+            return self._refuse(request, Problem(409, "not possible now", str(error)))
+        except (ConnectionError, asyncio.CancelledError):
+            raise
+        except Exception:
+            log.exception("%s %s failed", request.method, request.path)
+            return self._refuse(request, Problem(500, "a fault in the daemon"))
+
+    def _refuse(self, request: web.Request, problem: Problem) -> web.Response:
+        self.num_refused += 1
+        response = problem.response()
+        if request.can_read_body and not request.content.at_eof():
+            response.force_close()  # what is left of the body is not read
+        return response
+
+    async def _body(self, route: Route, request: web.Request) -> Any:
+        if route.query is not None:
+            for name in request.query:
+                if len(request.query.getall(name)) > 1:
+                    raise Problem(400, "the query is not valid", "given more than once", name[:64])
+            try:
+                return route.query.model_validate(dict(request.query))
+            except ValidationError as error:
+                raise problems.of_validation(error, "query") from None
+        if route.body is None:
+            return None
+        # Browsers send what asks for no leave of ours (text, forms) from any page: only the announced type is read.
+        if request.content_type != route.consumes:
+            raise Problem(415, f"the body must be {route.consumes}", field="Content-Type")
+        if route.consumes != "application/json":
+            return None  # the handler reads it as it comes
+        try:
+            raw = await asyncio.wait_for(request.read(), BODY_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            raise Problem(400, "the body did not come in time", field="body") from None
+        try:
+            return route.body.model_validate_json(raw)
+        except ValidationError as error:
+            raise problems.of_validation(error, "body") from None
+
+    def _tenant(self, request: web.Request) -> Tenant:
+        tokens = self._daemon.tokens
+        if tokens is None:
+            return LOCAL
+        kind, _, token = request.headers.get("Authorization", "").partition(" ")
+        tenant = tokens.find(token.strip()) if kind.lower() == "bearer" else None
+        if tenant is None:
+            raise Problem(401, "a token is needed", "send: Authorization: Bearer TOKEN", WWW_Authenticate="Bearer")
+        return tenant
+
+    def _check_host(self, request: web.Request) -> None:
+        """Without tokens only names of this machine are answered: a page elsewhere could rebind its own name to us."""
+        if self._daemon.tokens is None and not _is_loopback((request.url.host or "").strip("[]")):
+            raise Problem(400, "the Host header names another machine", field="Host")
+
+    # ---- two routes beside the table --------------------------------------------------------------------------
+
+    async def _openapi(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._document, content_type="application/json")
+
+    async def _channel(self, request: web.Request) -> web.StreamResponse:
+        """Turn the connection over to the framed protocol."""
+        tenant = self._tenant(request)
+        if request.headers.get("Upgrade", "").lower() != UPGRADE or request.transport is None:
+            raise Problem(426, "this is no page", f"send: Connection: Upgrade, Upgrade: {UPGRADE}", Upgrade=UPGRADE)
+        if self._daemon.is_draining:
+            raise Problem(503, "the daemon is closing", Retry_After="1")
+        transport, handler = request.transport, request.protocol
+        channel = self._daemon.remote_channel(tenant, f"{tenant.name}@{request.remote}")
+        transport.write(
+            f"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {UPGRADE}\r\n\r\n".encode()
+        )
+        transport.set_protocol(channel)
+        channel.connection_made(transport)
+        try:
+            await asyncio.shield(channel.closed)
+        finally:
+            channel.close()
+            handler.connection_lost(None)  # aiohttp does not hear of it any more, and would keep the handler for ever
+        return web.Response()
+
+
+def check_exposure(config: ServiceConfig) -> None:
+    """Raise ConfigError if the API would be open to other machines without tokens."""
+    if not _is_loopback(config.host) and config.tokens_file is None:
+        raise ConfigError(
+            f"service.host is {config.host!r}, which other machines can reach; set service.tokens_file first "
+            "(and tls_cert and tls_key, unless the network is trusted)"
+        )
+    if (config.tls_cert is None) != (config.tls_key is None):
+        raise ConfigError("service.tls_cert and service.tls_key belong together; give both or none")
+
+
+def _tls(config: ServiceConfig) -> ssl.SSLContext | None:
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"service.tls_cert {config.tls_cert}, tls_key {config.tls_key}: {error}") from None
+    return context
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _field(error: KVStoreError) -> str:
+    """Our messages begin with the field: "layout.block_size is 0; ..."."""
+    return str(error).split(" ", 1)[0].rstrip(":")[:64]
+
+
+def _version() -> str:
+    try:
+        return version("kvtiers")
+    except PackageNotFoundError:
+        return "0"

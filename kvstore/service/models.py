@@ -1,0 +1,205 @@
+"""The bodies of the HTTP API, checked by pydantic; the OpenAPI document is made from these very models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_TOKENS = 1 << 20
+MAX_KEYS = 1 << 16
+
+Token = Annotated[int, Field(ge=0, lt=1 << 32)]
+Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+NamespaceId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", description="Id of a namespace, from /v1/namespaces.")]
+Seconds = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Body(BaseModel):
+    """Unknown fields are refused; numbers are numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class InNamespace(Body):
+    """Something about one namespace."""
+
+    namespace: NamespaceId | None = Field(default=None, description="Not needed where there is only one.")
+
+
+class Prompt(InNamespace):
+    """A prompt: its token ids, or the hashes of its full blocks."""
+
+    tokens: Annotated[list[Token], Field(min_length=1, max_length=MAX_TOKENS)] | None = None
+    keys: Annotated[list[Key], Field(min_length=1, max_length=MAX_KEYS)] | None = Field(
+        default=None, description="Block hashes as the client library chains them, hexadecimal, root first."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Prompt:
+        if (self.tokens is None) == (self.keys is None):
+            raise ValueError("give either tokens or keys")
+        return self
+
+
+class Lookup(Prompt):
+    """What is stored of a prompt?"""
+
+    timeout_s: Seconds = Field(default=0.05, ge=0, le=10, description="Longest wait for a shared tier's answer.")
+
+
+class Ttl(Prompt):
+    """A new time to live for a prefix."""
+
+    ttl_s: Seconds = Field(gt=0, le=10 * 365 * 86400)
+
+
+class Delete(Prompt):
+    """Delete a prefix from a block on, and all that continues it."""
+
+    first: int = Field(default=0, ge=0, le=MAX_TOKENS)
+
+
+class Read(Prompt):
+    """Pages to read."""
+
+    num_blocks: int | None = Field(default=None, ge=0, le=MAX_TOKENS, description="At most this many; else all.")
+    timeout_s: Seconds = Field(default=2.0, ge=0, le=60, description="Longest wait for the pages.")
+
+
+class Cancel(InNamespace):
+    """A prefetch to be stopped."""
+
+    ticket: int = Field(ge=0, lt=1 << 63)
+
+
+class NewNamespace(Body):
+    """A layout and a namespace; see kvstore/service/namespaces.py."""
+
+    layout: dict[str, Any]
+    namespace: dict[str, Any]
+
+
+class Attach(InNamespace):
+    """A tier to attach, as configured unless said otherwise."""
+
+    path: str | None = Field(default=None, max_length=4096, description="Directory, for disk.")
+    url: str | None = Field(default=None, max_length=4096, description="URL, for redis.")
+    capacity_bytes: int | None = Field(default=None, ge=4096, lt=1 << 60, description="Size, for disk.")
+
+
+class Resize(InNamespace):
+    """A tier's new capacity."""
+
+    capacity_bytes: int = Field(ge=4096, lt=1 << 60)
+
+
+# ---- answers
+
+
+class Answer(BaseModel):
+    """What comes back."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class MatchAnswer(Answer):
+    """Blocks [0, num_blocks) can be loaded."""
+
+    num_blocks: int
+    num_tokens: int
+    pending: bool
+    by_tier: dict[str, int]
+    known: int
+    cut: str
+
+
+class BlocksAnswer(Answer):
+    """How many blocks it concerned."""
+
+    blocks: int
+
+
+class TicketAnswer(Answer):
+    """Names a prefetch."""
+
+    ticket: int
+
+
+class NamespaceAnswer(Answer):
+    """A namespace that is open."""
+
+    id: str
+    model: str
+    revision: str
+    dtype: str
+    adapter: str
+    block_size: int
+    slot_bytes: int
+    num_slots: int
+
+
+class NamespacesAnswer(Answer):
+    """All namespaces of the tenant."""
+
+    namespaces: list[NamespaceAnswer]
+
+
+class TierAnswer(Answer):
+    """One tier of one namespace. capacity_bytes: none where the medium evicts by itself."""
+
+    namespace: str
+    tier: str
+    is_up: bool
+    pages: int
+    capacity_bytes: int | None
+
+
+class TiersAnswer(Answer):
+    """All tiers of the tenant's namespaces."""
+
+    tiers: list[TierAnswer]
+
+
+class ExplainAnswer(Answer):
+    """Why a prompt matches what it matches.
+
+    reason: hit, too_short, never_stored, evicted, expired, deleted, lost, detached, tier_down, not_worth,
+            below_minimum or other_namespace.
+    text:   the same as a sentence.
+    elsewhere: namespaces that have more of the prompt, and the fields in which they differ.
+    """
+
+    reason: str
+    text: str
+    num_blocks: int
+    num_tokens: int
+    known: int
+    by_tier: dict[str, int]
+    block: int | None
+    tiers: dict[str, bool]
+    left_at: float | None
+    left_tier: str | None
+    elsewhere: list[dict[str, Any]]
+
+
+class StatsAnswer(Answer):
+    """Counters and gauges by namespace, as kvstore/metrics.py documents them."""
+
+    namespaces: dict[str, dict[str, Any]]
+
+
+class StatusAnswer(Answer):
+    """Whether the daemon lives, or serves."""
+
+    status: Literal["ok", "ready", "starting", "draining"]
+
+
+class ProblemAnswer(Answer):
+    """RFC 9457, with the field that is wrong."""
+
+    type: str
+    title: str
+    status: int
+    detail: str = ""
+    field: str = ""
