@@ -9,7 +9,7 @@ PY := .venv/bin/python
 ARGS ?=
 export PYTHON
 
-.PHONY: help setup demo test test-long lint format bench clean
+.PHONY: help setup demo test test-vllm test-long lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,11 @@ test: lint  ## lint, types and all tests but the slow ones
 	@.ci/setup redis
 	@.ci/setup model
 	@$(PY) -m pytest $(ARGS)
+
+test-vllm: setup  ## the tests with a real vLLM engine, in an environment of their own
+	@.ci/setup redis
+	@.ci/setup model
+	@.ci/test-vllm $(ARGS)
 
 test-long: override ARGS += --run-slow
 test-long: test  ## the slow tests too

@@ -75,6 +75,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
 # module from outside -> imported inside functions only, so that importing our packages stays cheap and engines optional
 LAZY = ("torch", "transformers", "vllm", "sglang", "triton", "matplotlib", "gguf")
 LAZY_EXCEPT = ("connectors.transformers", "connectors.vllm", "connectors.sglang", "kvstore.lab")
+# What only vLLM itself imports, beside connectors.vllm: their base classes are its own.
+LAZY_EXCEPT += ("connectors.vllm_metrics", "connectors.vllm_tier", "connectors.vllm_cpu_spec")
 
 
 @dataclass(frozen=True)

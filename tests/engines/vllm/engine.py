@@ -149,15 +149,18 @@ class Engine:
         return totals
 
     def close(self) -> None:
-        """Stop the engine; everything saved is written behind, and another one can be made in this process."""
+        """Stop the engine: all that was saved is written behind, this process can have another one. Idempotent."""
+        if not hasattr(self, "llm"):
+            return
         if self.is_in_process and self.scheduler.connector is not None:
             self.settle()
+        in_process = self.is_in_process
         self.llm.llm_engine.engine_core.shutdown()
-        if self.is_in_process:
+        del self.llm
+        if in_process:
             from vllm.distributed import cleanup_dist_env_and_memory
             from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
 
-            del self.llm
             ensure_kv_transfer_shutdown()
             cleanup_dist_env_and_memory()
 

@@ -12,7 +12,6 @@ from tests.engines.vllm.conftest import MiB, Reference
 from tests.engines.vllm.engine import BLOCK, Engine, EngineProcess, make_prompt
 
 PROMPTS = [make_prompt(1000, 1), make_prompt(2500, 2)]
-FORK = PROMPTS[0][:600] + make_prompt(60, 3)
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +51,15 @@ def disk(folder: Path) -> dict[str, object]:
 def test_a_new_process_takes_a_prompt_from_disk(
     folder: Path, processes: bool, model_of: Callable[[str], str], reference: Reference
 ) -> None:
+    fork_prompt = PROMPTS[0][:600] + make_prompt(60, 30 + processes)
     with EngineProcess(model_of("gqa"), disk(folder), processes=processes) as engine:
         unknown = engine.ask(make_prompt(2500, 99))
         answers = [engine.ask(prompt) for prompt in PROMPTS]
-        fork = engine.ask(FORK)
+        fork = engine.ask(fork_prompt)
         metrics = engine.metrics()
 
     assert [answer["tokens"] for answer in answers] == reference.tokens(PROMPTS)
-    assert fork["tokens"] == reference.tokens([FORK])[0]
+    assert fork["tokens"] == reference.tokens([fork_prompt])[0]
     assert [answer["cached"] for answer in answers] == [999 // BLOCK * BLOCK, 2499 // BLOCK * BLOCK]
     assert fork["cached"] == 600 // BLOCK * BLOCK  # vLLM's own cache by now
     assert metrics["vllm:kvstore_hit_tokens.disk"] == sum(answer["cached"] for answer in answers)
