@@ -2,8 +2,8 @@
 
     "spec_name": "CpuTieringSpec", "spec_module_path": "connectors.vllm_cpu_spec"    (instead of TieringOffloadingSpec)
 
-Only the worker is ours: vLLM's own copies with CUDA streams. Everything else (scheduler, host memory, tiers, metrics)
-is vLLM's, untouched. On an engine without a GPU "device memory" is memory too, so a copy is done when `submit_*` returns:
+Only the worker is ours: vLLM's own copies with CUDA streams. All the rest (scheduler, host memory, tiers, metrics)
+Only the worker is ours, since vLLM's copies with CUDA streams. The rest (scheduler, host memory, tiers, metrics) is
 nothing has to be held, and a block may be overwritten right after.
 """
 
@@ -124,6 +124,8 @@ class HostCopyWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM's classes 
 class CpuTieringSpec(TieringOffloadingSpec):  # type: ignore[misc]
     """TieringOffloadingSpec for engines on the CPU. Raises ConfigError for what it cannot do."""
 
+    _worker: HostCopyWorker | None
+
     def __init__(self, config: Any) -> None:
         versions.check_version(vllm.__version__)
         if config.canonical_layout:
@@ -132,9 +134,9 @@ class CpuTieringSpec(TieringOffloadingSpec):  # type: ignore[misc]
 
     def get_worker(self, kv_caches: Any) -> HostCopyWorker:
         """The worker; vLLM's own refuses every platform but GPUs."""
-        worker: HostCopyWorker = self._worker or self.create_worker(kv_caches)
-        self._worker = worker
-        return worker
+        if self._worker is None:
+            self._worker = self.create_worker(kv_caches)
+        return self._worker
 
     def create_worker(self, kv_caches: Any) -> HostCopyWorker:
         """Map the engine's host memory and copy to and from it."""

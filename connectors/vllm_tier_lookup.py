@@ -110,11 +110,15 @@ class Lookups:
                 known.where.append(tier)
 
     def where(self, key: bytes, tiers: Sequence[str]) -> list[str]:
-        """Tiers among `tiers` to load a chunk from, in their order; all of them if nothing is known any more."""
+        """Tiers among `tiers` to load a chunk from: those that have it, then those that have not answered yet.
+
+        All of them if nothing is known any more.
+        """
         known = self._known.get(key)
         if known is None or not known.where:
             return list(tiers)
-        return [tier for tier in tiers if tier in known.where]
+        sure = [tier for tier in tiers if tier in known.where]
+        return sure + [tier for tier in tiers if tier in known.waiting]
 
     def lost(self, tier: str, key: bytes) -> None:
         """A tier did not give a chunk it had."""
