@@ -1,0 +1,328 @@
+"""The scheduler's half over a real store in memory, with stand-ins for vLLM's requests, blocks and pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from connectors.vllm_config import parse_extra_config
+from connectors.vllm_layout import EngineLayout
+from connectors.vllm_messages import StepPlan, StepReport
+from connectors.vllm_scheduler import SchedulerHalf
+from kvstore.layout import GroupKind, LayerGroup, Layout
+from kvstore.plan.records import LeaseState, LeaseStatus, Match
+from kvstore.store import LocalStore
+from tests.helpers.stores import BLOCK, LAYOUT, open_small
+
+ENGINE = EngineLayout(LAYOUT, (0,), (("a", "b"),), ((4096, 4096),))
+
+
+class Pool:
+    """vLLM's block pool as far as we use it: references per block."""
+
+    def __init__(self) -> None:
+        self.blocks = [SimpleNamespace(block_id=n, is_null=n == 0, references=0) for n in range(200)]
+
+    def touch(self, blocks: Sequence[Any]) -> None:
+        for block in blocks:
+            block.references += 1
+
+    def free_blocks(self, blocks: Any) -> None:
+        for block in blocks:
+            block.references -= 1
+            assert block.references >= 0
+
+    @property
+    def num_held(self) -> int:
+        return sum(block.references for block in self.blocks)
+
+
+def request(name: str, num_tokens: int, seed: int = 0) -> Any:
+    """One of vLLM's, as far as we use it."""
+    hashes = [bytes([seed, n]) * 16 for n in range(num_tokens // BLOCK)]
+    return SimpleNamespace(
+        request_id=name,
+        num_tokens=num_tokens,
+        num_prompt_tokens=num_tokens,
+        num_computed_tokens=0,
+        block_hashes=hashes,
+        kv_transfer_params=None,
+        status=SimpleNamespace(name="FINISHED_STOPPED"),
+    )
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class World:
+    """A half with its surroundings."""
+
+    def __init__(self, store: Any, engine: EngineLayout = ENGINE, world: int = 1, **extra: Any) -> None:
+        self.clock = Clock()
+        self.pool = Pool()
+        self.store = store
+        config = parse_extra_config(extra, "kv_both")
+        self.half = SchedulerHalf(store, engine, config, None, world=world, num_slots=64, now=self.clock)
+        self.half.bind_pool(self.pool)
+
+    def save(self, asked: Any, first_block: int = 1) -> StepPlan:
+        """One step that computes all of `asked` in blocks from `first_block` on."""
+        self.half.new_request(asked)
+        ids = list(range(first_block, first_block + len(asked.block_hashes)))
+        return self.half.plan_step({asked.request_id: asked.num_tokens}, lambda name: (ids,))
+
+    def stored(self, asked: Any) -> None:
+        """Save all of `asked`, copied well."""
+        for job in self.save(asked).saves:
+            self.half.reported(StepReport(done={job.lease: 1}))
+        self.half.request_finished(asked)
+
+    def blocks(self, count: int, first: int = 50) -> list[list[Any]]:
+        return [[SimpleNamespace(block_id=first + n, is_null=False) for n in range(count)]]
+
+
+@pytest.fixture
+def store() -> Iterator[LocalStore]:
+    with open_small() as store:
+        yield store
+
+
+@pytest.fixture
+def world(store: LocalStore) -> World:
+    return World(store)
+
+
+def test_a_step_that_fills_blocks_saves_them(world: World) -> None:
+    plan = world.save(request("a", 4 * BLOCK + 3))
+
+    assert [len(part.slots) for part in plan.saves[0].copies] == [4]
+    assert plan.saves[0].copies[0].blocks == (1, 2, 3, 4)
+    assert plan.layout == LAYOUT.fingerprint
+
+
+def test_blocks_are_held_until_the_copy_is_reported(world: World) -> None:
+    plan = world.save(request("a", 4 * BLOCK))
+    assert world.pool.num_held == 4
+    assert world.half.is_saving
+
+    world.half.reported(StepReport(done={plan.saves[0].lease: 1}))
+
+    assert world.pool.num_held == 0
+    assert not world.half.is_saving
+    assert world.store.stats()["saved_pages"] == 4
+
+
+def test_a_block_counts_only_when_every_rank_has_copied_it(store: LocalStore) -> None:
+    world = World(store, world=2)
+    plan = world.save(request("a", 2 * BLOCK))
+    lease = plan.saves[0].lease
+
+    world.half.reported(StepReport(done={lease: 1}))
+    assert store.stats()["saved_pages"] == 0
+    world.half.reported(StepReport(done={lease: 1}))
+
+    assert store.stats()["saved_pages"] == 2
+
+
+def test_one_rank_that_fails_spoils_the_save(store: LocalStore) -> None:
+    world = World(store, world=2)
+    lease = world.save(request("a", 2 * BLOCK)).saves[0].lease
+
+    world.half.reported(StepReport(done={lease: 1}, failed={lease}))
+    world.half.reported(StepReport(done={lease: 1}))
+
+    assert store.stats()["saved_pages"] == 0
+    assert world.pool.num_held == 0
+    assert store.stats()["slots"]["free"] == 64
+
+
+def test_a_prompt_that_is_stored_is_promised_without_its_last_token(world: World) -> None:
+    world.stored(request("a", 4 * BLOCK))
+    again = request("b", 4 * BLOCK)
+    world.half.new_request(again)
+
+    assert world.half.matched(again, 0) == (3 * BLOCK, True)
+
+
+def test_what_the_engine_has_is_not_promised_again(world: World) -> None:
+    world.stored(request("a", 4 * BLOCK + 1))
+    again = request("b", 4 * BLOCK + 1)
+    world.half.new_request(again)
+
+    assert world.half.matched(again, 3 * BLOCK) == (BLOCK, True)
+    world.half.allocated(again, world.blocks(5), BLOCK)
+    plan = world.half.plan_step({}, lambda name: None)
+
+    assert plan.loads[0].copies[0].blocks == (53,)
+
+
+def test_a_load_that_failed_is_not_promised_again(world: World) -> None:
+    world.stored(request("a", 4 * BLOCK + 1))
+    again = request("b", 4 * BLOCK + 1)
+    world.half.new_request(again)
+    world.half.matched(again, 0)
+    world.half.allocated(again, world.blocks(5), 4 * BLOCK)
+    lease = world.half.plan_step({}, lambda name: None).loads[0].lease
+
+    world.half.reported(StepReport(done={lease: 1}, failed={lease}))
+
+    assert world.half.matched(again, 0) == (0, False)
+    assert world.store.stats()["leases"] == 0
+
+
+def test_a_page_vllm_reads_and_the_lease_lacks_makes_the_load_bad(store: LocalStore) -> None:
+    layout = Layout(
+        BLOCK,
+        (LayerGroup(GroupKind.FULL, (0,), 8192), LayerGroup(GroupKind.SLIDING, (1,), 8192, BLOCK + 1)),
+        "test:bytes",
+        "uint8",
+    )
+    lease = SimpleNamespace(
+        id=7,
+        pages=(
+            SimpleNamespace(group=0, block=0, slot=0),
+            SimpleNamespace(group=0, block=1, slot=1),
+            SimpleNamespace(group=1, block=1, slot=2),
+        ),
+    )
+    half = World(store, EngineLayout(layout, (0, 1), (("a",), ("b",)), ((8192,), (8192,)))).half
+    null, real = SimpleNamespace(block_id=0, is_null=True), SimpleNamespace(block_id=9, is_null=False)
+
+    _, inside = half._load_copies(lease, [[real, real], [null, real]], 0, 2)  # type: ignore[arg-type]
+    _, outside = half._load_copies(lease, [[real, real], [real, real]], 0, 2)  # type: ignore[arg-type]
+
+    assert (inside, outside) == (True, False)
+
+
+class Pending:
+    """A store whose answers take as long as the test says."""
+
+    def __init__(self, store: LocalStore) -> None:
+        self._store = store
+        self.is_asked = True
+        self.is_fetching = True
+
+    def lookup(self, asked: Any) -> Match:
+        match = self._store.lookup(asked)
+        return Match(0, 0, pending=True) if self.is_asked else match
+
+    def poll(self, lease: Any) -> LeaseStatus:
+        return LeaseStatus(LeaseState.WAITING, 1, BLOCK) if self.is_fetching else self._store.poll(lease)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+class TestPatience:
+    @pytest.fixture
+    def slow(self, store: LocalStore) -> World:
+        World(store).stored(request("a", 4 * BLOCK + 1))
+        return World(Pending(store), **{"store.lookup_deadline_s": 0.5, "store.load_deadline_s": 2.0})
+
+    def test_vllm_asks_again_until_the_pages_are_there(self, slow: World) -> None:
+        asked = request("b", 4 * BLOCK + 1)
+        slow.half.new_request(asked)
+
+        assert slow.half.matched(asked, 0) == (None, False)
+        slow.store.is_asked = False
+        assert slow.half.matched(asked, 0) == (None, False)
+        slow.store.is_fetching = False
+        assert slow.half.matched(asked, 0) == (4 * BLOCK, True)
+
+    def test_a_lookup_without_an_answer_is_given_up(self, slow: World) -> None:
+        asked = request("b", 4 * BLOCK + 1)
+        slow.half.new_request(asked)
+        slow.half.matched(asked, 0)
+        slow.clock.now += 0.6
+
+        assert slow.half.matched(asked, 0) == (0, False)
+
+    def test_what_came_before_the_patience_ended_is_used(self, slow: World) -> None:
+        asked = request("b", 4 * BLOCK + 1)
+        slow.half.new_request(asked)
+        slow.store.is_asked = False
+        slow.half.matched(asked, 0)
+        slow.clock.now += 3.0
+
+        assert slow.half.matched(asked, 0) == (BLOCK, True)
+        assert slow.half.counters["short_loads"] == 1
+
+    def test_a_request_that_ends_while_it_waits_leaves_no_lease(self, slow: World, store: LocalStore) -> None:
+        asked = request("b", 4 * BLOCK + 1)
+        slow.half.new_request(asked)
+        slow.store.is_asked = False
+        slow.half.matched(asked, 0)
+        assert store.stats()["leases"] == 1
+
+        slow.half.request_finished(asked)
+
+        assert store.stats()["leases"] == 0
+
+
+def test_if_vllm_does_not_load_the_lease_is_let_go(world: World) -> None:
+    world.stored(request("a", 4 * BLOCK + 1))
+    again = request("b", 4 * BLOCK + 1)
+    world.half.new_request(again)
+    world.half.matched(again, 0)
+
+    world.half.allocated(again, world.blocks(5), 0)
+
+    assert world.store.stats()["leases"] == 0
+
+
+def test_after_a_reset_nothing_stored_before_is_found(world: World) -> None:
+    world.stored(request("a", 4 * BLOCK + 1))
+
+    world.half.reset("new weights")
+    again = request("b", 4 * BLOCK + 1)
+    world.half.new_request(again)
+
+    assert world.half.matched(again, 0) == (0, False)
+
+
+def test_a_save_under_way_at_a_reset_is_dropped(world: World) -> None:
+    lease = world.save(request("a", 2 * BLOCK)).saves[0].lease
+
+    world.half.reset("new weights")
+    world.half.saved(lease, True)
+    world.half.reported(StepReport(done={lease: 1}))
+
+    assert world.store.stats()["saved_pages"] == 0
+    assert world.pool.num_held == 0
+
+
+def test_only_prompts_are_saved_unless_told_otherwise(store: LocalStore) -> None:
+    for save, expected in (("prompt", 2), ("all", 3)):
+        world = World(store, save=save)
+        asked = request(save, 3 * BLOCK, seed=len(save))
+        asked.num_prompt_tokens = 2 * BLOCK + 5
+        plan = world.save(asked)
+
+        assert sum(len(part.slots) for job in plan.saves for part in job.copies) == expected
+
+
+def test_hints_of_a_request_reach_the_store(world: World) -> None:
+    asked = request("a", BLOCK)
+    asked.kv_transfer_params = {"kvstore": {"session": "s", "priority": 2, "ttl_s": 60}}
+
+    world.half.new_request(asked)
+
+    options = world.half._tracked["a"].store.options
+    assert (options.session, options.priority, options.ttl_s) == ("s", 2, 60.0)
+
+
+def test_where_tokens_came_from_adds_up(world: World) -> None:
+    world.stored(request("a", 4 * BLOCK + 1))
+    again = request("b", 4 * BLOCK + 1)
+    world.half.new_request(again)
+    world.half.matched(again, 0)
+    world.half.allocated(again, world.blocks(5), 4 * BLOCK)
+
+    assert world.half.hit_sources(again, 4 * BLOCK) == {"host": 4 * BLOCK}

@@ -1,0 +1,218 @@
+"""The worker's half over tensors of the test's own and a shared slab: bytes arrive, failures are told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from connectors.vllm_layout import EngineLayout
+from connectors.vllm_messages import LoadJob, PageCopies, SaveJob, StepPlan, StepReport
+from connectors.vllm_worker import WorkerHalf, page_tables
+from kvstore.devices.cpu import CpuDevice
+from kvstore.errors import ConfigError
+from kvstore.layout import GroupKind, LayerGroup, Layout
+from kvstore.tiers.host import HostSlab
+
+NUM_BLOCKS = 6
+LAYER_BYTES = 2 * 4 * 8 * 2  # heads, tokens, content, bytes
+
+
+def engine_of(shards: int = 1) -> EngineLayout:
+    layout = Layout(4, (LayerGroup(GroupKind.FULL, (0, 1), 2 * LAYER_BYTES),), "test", "bfloat16", shards)
+    return EngineLayout(layout, (0,), (("a", "b"),), ((LAYER_BYTES, LAYER_BYTES),))
+
+
+def caches() -> dict[str, torch.Tensor]:
+    return {name: torch.randn(NUM_BLOCKS, 2, 4, 8).to(torch.bfloat16) for name in ("a", "b")}
+
+
+@pytest.fixture
+def slab() -> Iterator[HostSlab]:
+    slab = HostSlab(8, 4096, shared_name="kvstore-test", huge_pages=False)
+    yield slab
+    slab.close()
+
+
+class Rank:
+    """One worker half and its tensors."""
+
+    def __init__(self, slab: HostSlab, rank: int = 0, shards: int = 1) -> None:
+        self.engine = engine_of(shards)
+        self.tensors = caches()
+        self.slab = slab
+        self.half = WorkerHalf(self.engine, rank, CpuDevice())
+        self.half.register(page_tables(self.engine, self.tensors, NUM_BLOCKS))
+
+    def step(self, *jobs: LoadJob | SaveJob, layout: str | None = None) -> None:
+        loads = [job for job in jobs if isinstance(job, LoadJob)]
+        saves = [job for job in jobs if isinstance(job, SaveJob)]
+        plan = StepPlan(1, layout or self.engine.layout.fingerprint, self.slab.handle, loads, saves)
+        self.half.begin(plan)
+        self.half.start_loads()
+        self.half.start_saves()
+
+    def settle(self, num_leases: int) -> tuple[set[str], set[str], StepReport]:
+        """Results and report of `num_leases` copies."""
+        until = time.monotonic() + 10
+        finished: set[str] = set()
+        failed: set[str] = set()
+        report = StepReport()
+        while len(report.done) < num_leases and time.monotonic() < until:
+            new = self.half.take_results()
+            finished |= new[0]
+            failed |= new[1]
+            report = report.merge(self.half.take_report() or StepReport())
+            time.sleep(0.001)
+        return finished, failed, report
+
+
+def copies(slots: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[PageCopies, ...]:
+    return (PageCopies(0, slots, blocks),)
+
+
+def test_a_block_comes_back_as_it_was_saved(slab: HostSlab) -> None:
+    rank = Rank(slab)
+    before = {name: tensor.clone() for name, tensor in rank.tensors.items()}
+
+    rank.step(SaveJob(1, "r", copies((3, 5), (1, 4))))
+    rank.settle(1)
+    for tensor in rank.tensors.values():
+        tensor.zero_()
+    rank.step(LoadJob(2, "r", copies((3, 5), (0, 2))))
+    finished, failed, report = rank.settle(1)
+
+    assert (finished, failed, report.done) == ({"r"}, set(), {2: 1})
+    for name, tensor in rank.tensors.items():
+        assert torch.equal(tensor[0], before[name][1])
+        assert torch.equal(tensor[2], before[name][4])
+        assert not tensor[[1, 3, 4, 5]].any()
+    rank.half.close()
+
+
+def test_a_synchronous_load_has_ended_when_the_step_goes_on(slab: HostSlab) -> None:
+    rank = Rank(slab)
+    slab.array(0)[:] = 7
+
+    rank.step(LoadJob(1, "r", copies((0,), (3,)), is_async=False))
+
+    assert rank.tensors["a"][3].view(torch.uint8).eq(7).all()
+    finished, _, report = rank.settle(1)
+    assert finished == set()
+    assert report.done == {1: 1}
+    rank.half.close()
+
+
+def test_ranks_lie_side_by_side_in_a_slot(slab: HostSlab) -> None:
+    ranks = [Rank(slab, rank, shards=2) for rank in range(2)]
+    for rank in ranks:
+        rank.step(SaveJob(1, "r", copies((0,), (1,))))
+        rank.settle(1)
+
+    page = slab.array(0)[: 4 * LAYER_BYTES].reshape(2, 2, LAYER_BYTES)
+    for number, rank in enumerate(ranks):
+        for layer, name in enumerate(("a", "b")):
+            own = rank.tensors[name][1].reshape(-1).view(torch.uint8).numpy()
+            np.testing.assert_array_equal(page[number, layer], own)
+        rank.half.close()
+
+
+def test_with_one_shard_only_the_first_rank_saves(slab: HostSlab) -> None:
+    rank = Rank(slab, rank=1, shards=1)
+
+    rank.step(SaveJob(1, "r", copies((0,), (1,))))
+    _, _, report = rank.settle(1)
+
+    assert report.done == {1: 1}
+    assert not slab.array(0).any()
+    rank.half.close()
+
+
+@pytest.mark.parametrize("bad", [{"layout": "another"}, {}])
+def test_a_load_that_cannot_be_copied_is_told(slab: HostSlab, bad: dict[str, Any]) -> None:
+    rank = Rank(slab)
+    blocks = (NUM_BLOCKS + 3,) if not bad else (2,)
+
+    rank.step(LoadJob(1, "r", copies((0,), blocks)), **bad)
+    finished, failed, report = rank.settle(1)
+
+    assert (finished, failed, report.failed) == ({"r"}, {"r"}, {1})
+    assert rank.half.take_bad_blocks() == set(blocks)
+    assert rank.half.take_bad_blocks() == set()
+    rank.half.close()
+
+
+def test_after_a_failed_synchronous_load_nothing_of_the_request_is_saved(slab: HostSlab) -> None:
+    rank = Rank(slab)
+    load = LoadJob(1, "r", copies((0,), (NUM_BLOCKS,)), is_async=False)
+
+    rank.step(load, SaveJob(2, "r", copies((1,), (2,))), SaveJob(3, "other", copies((2,), (3,))))
+    _, _, report = rank.settle(3)
+
+    assert report.failed == {1, 2}
+    assert not slab.array(1).any()
+    assert slab.array(2).any()
+    rank.half.close()
+
+
+def test_a_slab_that_is_gone_fails_the_copy_and_not_the_engine(slab: HostSlab) -> None:
+    rank = Rank(slab)
+    gone = HostSlab(8, 4096, shared_name="kvstore-gone", huge_pages=False)
+    rank.slab = gone
+    handle = gone.handle
+    gone.close()
+    plan = StepPlan(1, rank.engine.layout.fingerprint, handle, [LoadJob(1, "r", copies((0,), (1,)))], [])
+
+    rank.half.begin(plan)
+    rank.half.start_loads()
+    _, failed, report = rank.settle(1)
+
+    assert failed == {"r"}
+    assert "FileNotFoundError" in report.error or "Error" in report.error
+    rank.half.close()
+
+
+def test_finer_kernel_blocks_are_seen_as_the_schedulers(slab: HostSlab) -> None:
+    engine = engine_of()
+    fine = {name: torch.randn(2 * NUM_BLOCKS, 2, 2, 8).to(torch.bfloat16) for name in ("a", "b")}
+
+    (table,) = page_tables(engine, fine, NUM_BLOCKS)
+
+    assert table.num_pages == NUM_BLOCKS
+    assert table.page_stride.tolist() == [LAYER_BYTES, LAYER_BYTES]
+
+
+def test_tensors_that_do_not_hold_the_blocks_are_refused() -> None:
+    with pytest.raises(ConfigError, match="layer b has no KV tensor"):
+        page_tables(engine_of(), {"a": caches()["a"]}, NUM_BLOCKS)
+    with pytest.raises(ConfigError, match="do not lie in it one by one"):
+        page_tables(engine_of(), caches(), NUM_BLOCKS - 1)
+    split = {name: torch.zeros(2, NUM_BLOCKS, 4, 8).bfloat16().transpose(0, 1) for name in ("a", "b")}
+    with pytest.raises(ConfigError, match="do not lie in it one by one"):
+        page_tables(engine_of(), split, NUM_BLOCKS)
+
+
+def test_sizes_that_differ_from_the_configuration_are_refused(slab: HostSlab) -> None:
+    rank = Rank(slab)
+    layout = Layout(4, (LayerGroup(GroupKind.FULL, (0, 1), 4 * LAYER_BYTES),), "test", "bfloat16")
+    other = WorkerHalf(EngineLayout(layout, (0,), (("a", "b"),), ((1, 1),)), 0, CpuDevice())
+
+    with pytest.raises(ConfigError, match="by its configuration"):
+        other.register(page_tables(rank.engine, rank.tensors, NUM_BLOCKS))
+    other.close()
+    rank.half.close()
+
+
+def test_reports_of_ranks_add_up() -> None:
+    one = StepReport(done={1: 1, 2: 1}, failed={2}, loaded_bytes=5, error="why")
+    two = StepReport(done={1: 1}, saved_bytes=7)
+
+    both = one.merge(two)
+
+    assert both.done == {1: 2, 2: 1}
+    assert both.failed == {2}
+    assert (both.loaded_bytes, both.saved_bytes, both.error) == (5, 7, "why")

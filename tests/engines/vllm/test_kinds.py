@@ -1,0 +1,137 @@
+"""Models of every kind of attention that vLLM runs on a CPU, and a real one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvstore.lab.models import find_smollm2
+from tests.engines.vllm.conftest import MiB, Reference
+from tests.engines.vllm.engine import BLOCK, Engine, EngineProcess, make_prompt
+
+pytestmark = pytest.mark.timeout(600)
+
+
+class TestSlidingWindow:
+    """Five layers in six look back 128 tokens; vLLM makes six groups of them."""
+
+    @pytest.fixture(scope="class")
+    def engine(self, open_engine: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory) -> Engine:
+        folder = tmp_path_factory.mktemp("disk")
+        return open_engine({"disk": {"path": str(folder), "capacity_bytes": 64 * MiB}, "save": "all"}, kind="sliding")
+
+    def test_there_are_groups_with_and_without_a_window(self, engine: Engine) -> None:
+        windows = [group.window for group in engine.half._engine.layout.groups]
+
+        assert None in windows
+        assert 128 in windows
+
+    @pytest.mark.parametrize("shared", [1000, 640, 100])
+    def test_tokens_are_those_without_us(self, engine: Engine, reference: Reference, shared: int) -> None:
+        whole = make_prompt(1000, 1)
+        engine.ask(whole)
+        engine.forget_own_cache()
+        prompt = whole[:shared] + make_prompt(40, shared)
+
+        answer = engine.ask(prompt)
+
+        assert answer["tokens"] == reference.tokens([prompt], kind="sliding")[0]
+        assert answer["cached"] == shared // BLOCK * BLOCK
+
+    def test_only_the_window_of_a_sliding_group_is_loaded(self, engine: Engine) -> None:
+        prompt = make_prompt(1000, 5)
+        engine.ask(prompt)
+        engine.forget_own_cache()
+        layout = engine.half._engine.layout
+        before = engine.half.counters["loaded_bytes"]
+
+        engine.ask(prompt)
+
+        pages = sum(
+            group.page_bytes * (layout.window_blocks(index) or 999 // BLOCK)
+            for index, group in enumerate(layout.groups)
+        )
+        assert engine.half.counters["loaded_bytes"] - before == pages
+
+    def test_a_conversation_goes_on(self, engine: Engine, reference: Reference) -> None:
+        prompt = make_prompt(300, 7)
+        for turn in range(3):
+            engine.forget_own_cache()
+            answer = engine.ask(prompt, 24)
+            assert answer["tokens"] == reference.tokens([prompt], 24, kind="sliding")[0]
+            assert (answer["cached"] > 0) == (turn > 0)
+            prompt = prompt + answer["tokens"] + make_prompt(70, 80 + turn)
+
+
+def test_mla_is_refused_where_vllm_cannot_begin_in_the_middle(open_engine: Callable[..., Engine]) -> None:
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        pytest.skip("vLLM has prefix caching for MLA on CPUs with AMX")
+
+    with pytest.raises(Exception, match="prefix caching is off"):
+        open_engine({}, kind="mla")
+
+
+def test_mla_blocks_come_back_as_they_were(open_engine: Callable[..., Engine], tmp_path: Path) -> None:
+    extra = {"disk": {"path": str(tmp_path), "capacity_bytes": 64 * MiB}, "without_prefix_caching": True}
+    engine = open_engine(extra, kind="mla")
+    prompt = make_prompt(500, 9)
+    first = blocks_of(engine, prompt)
+
+    again = open_engine(extra, kind="mla")
+
+    assert again.half._engine.layout.shards == 1
+    assert blocks_of(again, prompt) == first
+    assert again.half.counters["loaded_tokens"] > 0
+
+
+def blocks_of(engine: Engine, prompt: list[int]) -> bytes:
+    """The first 20 blocks of the prompt, all layers, as they lie in the engine while it answers."""
+    from vllm import SamplingParams
+
+    llm_engine = engine.llm.llm_engine
+    llm_engine.add_request(
+        "r", {"prompt_token_ids": prompt}, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    )
+    found = b""
+    while llm_engine.has_unfinished_requests():
+        llm_engine.step()
+        request = next(iter(engine.scheduler.requests.values()), None)
+        if request is not None and request.num_computed_tokens >= len(prompt):
+            (ids, *_) = engine.scheduler.kv_cache_manager.get_block_ids(request.request_id)
+            tensors = engine.worker._tables[0].keep_alive
+            found = b"".join(
+                tensor[ids[:20]].contiguous().view(-1).view(dtype=bytes_type()).numpy().tobytes() for tensor in tensors
+            )
+    engine.settle()
+    assert found
+    return found
+
+
+def bytes_type() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+@pytest.mark.skipif(find_smollm2() is None, reason="the real model is not in the cache; run .ci/setup model")
+def test_the_real_model_goes_on_in_a_new_process(tmp_path: Path) -> None:
+    model = str(find_smollm2())
+    prompt = make_prompt(1500, 3)
+    extra = {"host": {"capacity_bytes": 256 * MiB}, "disk": {"path": str(tmp_path), "capacity_bytes": 256 * MiB}}
+
+    with EngineProcess(model, None) as plain:
+        expected = plain.ask(prompt, 16)
+    with EngineProcess(model, extra, processes=True) as first:
+        saving = first.ask(prompt, 16)
+    with EngineProcess(model, extra) as second:
+        loading = second.ask(prompt, 16)
+
+    assert saving["tokens"] == expected["tokens"]
+    assert loading["tokens"] == expected["tokens"]
+    assert (saving["cached"], loading["cached"]) == (0, 1499 // BLOCK * BLOCK)
+    assert loading["wall_s"] < expected["wall_s"] / 2
