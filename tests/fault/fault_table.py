@@ -180,7 +180,8 @@ def main() -> int:
 
 def is_good(row: dict[str, Any]) -> bool:
     """Right answers only, the fault felt, the tier back, nothing left over."""
-    return bool(row["right"] == row["requests"] and row["is_felt"] and row["healed_s"] is not None and not row["leaks"])
+    is_back = row["healed_s"] is not None or not row["is_lifted"]
+    return bool(row["right"] == row["requests"] and row["is_felt"] and is_back and not row["leaks"])
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

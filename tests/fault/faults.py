@@ -131,6 +131,16 @@ def no_redis() -> str:
     return ""
 
 
+def redis_well(stack: ExitStack, path: Path) -> Scene:
+    """Nothing happens: what the others are to be compared with."""
+    return Scene(redis_store(stack, _server(stack).url), healed=hits("redis"))
+
+
+def disk_well(stack: ExitStack, path: Path) -> Scene:
+    """Nothing happens, on a disk that is smaller than the prompts."""
+    return Scene(disk_store(stack, path, capacity_bytes=FEW_PAGES * PAGE_BYTES), healed=hits("disk"))
+
+
 # ---- Redis -----------------------------------------------------------------------------------------------------------
 
 
@@ -605,6 +615,8 @@ TRIALS: dict[str, Callable[[ExitStack, Path], None]] = {
 
 EXT4 = can("mkfs.ext4", "mount", "umount")
 FAULTS = [
+    Fault("none, with Redis", "redis", redis_well, needs=no_redis),
+    Fault("none, with a disk", "disk", disk_well),
     Fault("redis absent (packets dropped)", "redis", redis_absent, True, from_start=True, needs=no_redis),
     Fault("redis refuses connections", "redis", redis_refusing, True, from_start=True, needs=no_redis),
     Fault("redis cut in the middle of a reply", "redis", redis_cut, True, needs=no_redis),

@@ -66,6 +66,7 @@ def test_the_table_tells_good_rows_from_bad_ones() -> None:
     row |= {"is_lifted": True, "slowest_ms": {WAITS[0]: 7.0}, "breaker_opened": 0, "counters": {}, "errors": []}
 
     assert is_good(row)
+    assert is_good(row | {"healed_s": None, "is_lifted": False})
     assert not any(is_good(row | bad) for bad in ({"right": 1}, {"is_felt": False}, {"healed_s": None}, {"leaks": "x"}))
     assert "| f | 2 | 2 | 7 | 0 | 0 | no | 0.5 | none |" in markdown([row])
     assert "not played: no root" in markdown([{"fault": "f", "skipped": "no root"}])
