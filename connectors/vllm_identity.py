@@ -120,7 +120,7 @@ def adapter_name(lora_request: Any) -> str:
 def config_digest(model: Any) -> str:
     """32 hex digits of the model's configuration as the engine runs it."""
     config = getattr(model, "hf_config", None)
-    values = config.to_dict() if hasattr(config, "to_dict") else {}
+    values = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     text = json.dumps(_plain(values), sort_keys=True, default=str)
     text += "|" + str(getattr(model, "hf_overrides", None) or "")
     if "rope" in text:

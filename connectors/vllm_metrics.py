@@ -45,7 +45,7 @@ class KVStoreStats(KVConnectorStats):  # type: ignore[misc]  # vLLM's classes ar
 
     def reset(self) -> None:
         """Begin a new interval."""
-        self.data = {"added": {}, "now": {}}
+        self.data: dict[str, Any] = {"added": {}, "now": {}}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Add the counters of `other`, take over its gauges."""

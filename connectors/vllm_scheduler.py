@@ -149,7 +149,8 @@ class SchedulerHalf:
             tracked.lease, tracked.first = lease, first
         status = self.store.poll(tracked.lease)
         if status.state is LeaseState.WAITING and not self._is_late(tracked):
-            return self._ask_again(tracked), False
+            self._ask_again(tracked)
+            return None, False
         num_blocks = min(status.num_blocks, tracked.most)
         tokens = num_blocks * self._block_size - num_computed
         if tokens <= 0 or tokens < self._config.fields.min_load_tokens:
@@ -303,13 +304,17 @@ class SchedulerHalf:
         """A lease on what is worth loading; 0 if nothing is, None to ask again."""
         match = self.store.lookup(tracked.store)
         if match.pending and not self._is_late(tracked, self._config.store.store.lookup_deadline_s):
-            return self._ask_again(tracked)
+            self._ask_again(tracked)
+            return None
         end = min(match.num_blocks, tracked.most)
         if end <= first or (end - first) * self._block_size < self._config.fields.min_load_tokens:
             return 0
         groups = len(self._engine.layout.groups)
         if self._leased and self._leased + (end - first) * groups > self._max_leased:
-            return 0 if self._is_late(tracked) else self._ask_again(tracked)
+            if self._is_late(tracked):
+                return 0
+            self._ask_again(tracked)
+            return None
         lease = self.store.prepare_load(tracked.store, end, first=first)
         if lease.num_blocks <= first:
             self.store.release(lease)

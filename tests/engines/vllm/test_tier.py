@@ -1,0 +1,191 @@
+"""vLLM's own offloading with KVStoreTier below it, in real engines: what one process stored, another loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvstore.tiers.redis_local import LocalRedis
+from tests.engines.vllm.engine import BLOCK, ENVIRONMENT, make_prompt
+from tests.engines.vllm.tier_engine import TierEngine
+from tests.helpers.redis_server import NEEDS_REDIS
+
+MiB = 1 << 20
+PROMPT = make_prompt(1000, seed=11)
+FULL = 1000 // BLOCK * BLOCK
+DEVICE, DISK = "vllm:prompt_tokens_cached_by_source.device", "vllm:prompt_tokens_cached_by_source.disk"
+COMPUTED = "vllm:prompt_tokens_by_source.local_compute"
+
+
+def on_disk(path: Path) -> dict[str, Any]:
+    return {"disk": {"path": str(path), "capacity_bytes": 32 * MiB}}
+
+
+def in_new_process(model: str, entry: dict[str, Any], steps: Sequence[Any], **offloading: Any) -> list[Any]:
+    """Run steps in an engine that has never seen a prompt, and return their answers."""
+    script = json.dumps({"model": model, "entry": entry, "steps": list(steps), "offloading": offloading})
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.engines.vllm.tier_engine", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **ENVIRONMENT},
+        cwd=Path(__file__).parents[3],
+    )
+    lines = run.stdout.splitlines()
+    assert "CLOSED" in lines, run.stderr[-4000:]
+    return [json.loads(line.removeprefix("ANSWER ")) for line in lines if line.startswith("ANSWER ")]
+
+
+@pytest.fixture(scope="module")
+def open_tier_engine(model_of: Callable[[str], str]) -> Iterator[Callable[..., TierEngine]]:
+    """Make an engine in this process; one lives at a time, the one before is closed."""
+    current: list[TierEngine] = []
+
+    def make(entry: dict[str, Any], *, kind: str = "gqa", **values: Any) -> TierEngine:
+        while current:
+            current.pop().close()
+        engine = TierEngine(model_of(kind), entry, **values)
+        current.append(engine)
+        return engine
+
+    yield make
+    while current:
+        current.pop().close()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("_", [pytest.param("", marks=NEEDS_REDIS)])
+def test_new_processes_take_a_prompt_from_disk_and_from_redis_only(
+    open_tier_engine: Callable[..., TierEngine], model_of: Callable[[str], str], reference: Any, tmp_path: Path, _: str
+) -> None:
+    (expected,) = reference.tokens([PROMPT])
+    with LocalRedis() as server:
+        redis = {"redis": {"url": server.url}}
+        first = open_tier_engine({**on_disk(tmp_path / "pages"), **redis})
+        assert first.ask(PROMPT)["tokens"] == expected
+        first.settle()
+        first.close()
+
+        from_disk, disk_numbers = in_new_process(model_of("gqa"), on_disk(tmp_path / "pages"), [PROMPT, "metrics"])
+        from_redis, redis_numbers = in_new_process(model_of("gqa"), redis, [PROMPT, "metrics"])
+
+    for answer, numbers in ((from_disk, disk_numbers), (from_redis, redis_numbers)):
+        assert answer["tokens"] == expected
+        assert answer["cached"] == FULL
+        assert numbers[COMPUTED] == len(PROMPT) - FULL
+        assert numbers[DISK] == FULL
+        assert numbers["vllm:kvstore_tier_loaded_chunks"] == FULL // BLOCK
+
+
+def test_after_everything_above_is_forgotten_the_disk_helps(
+    open_tier_engine: Callable[..., TierEngine], reference: Any, tmp_path: Path
+) -> None:
+    forked = [*PROMPT[:600], *make_prompt(60, seed=12)]
+    stranger = make_prompt(300, seed=13)
+    engine = open_tier_engine(on_disk(tmp_path / "pages"))
+    engine.ask(PROMPT)
+    engine.forget()
+
+    answers = [engine.ask(prompt) for prompt in (PROMPT, forked, stranger)]
+
+    assert [answer["tokens"] for answer in answers] == reference.tokens([PROMPT, forked, stranger])
+    assert [answer["cached"] for answer in answers] == [FULL, 600 // BLOCK * BLOCK, 0]
+
+
+def test_a_flipped_byte_on_disk_is_computed_again(
+    open_tier_engine: Callable[..., TierEngine], reference: Any, tmp_path: Path
+) -> None:
+    engine = open_tier_engine(on_disk(tmp_path / "pages"))
+    engine.ask(PROMPT)
+    engine.forget()
+    row_bytes = engine.tier.block_size_bytes
+    with (tmp_path / "pages" / "pages.slab").open("r+b") as slab:
+        slots = [slot for slot in range(FULL // BLOCK) if slab.seek(slot * row_bytes) >= 0 and any(slab.read(64))]
+        slab.seek(slots[len(slots) // 2] * row_bytes + 1000)
+        byte = slab.read(1)[0]
+        slab.seek(-1, os.SEEK_CUR)
+        slab.write(bytes([byte ^ 1]))
+
+    answer = engine.ask(PROMPT)
+
+    assert [answer["tokens"]] == reference.tokens([PROMPT])
+    assert answer["cached"] < FULL
+    assert engine.tier.core.mover.tier_counters("disk").corrupt_pages == 1
+    engine.forget()  # what was computed again is stored again
+    assert engine.ask(PROMPT)["cached"] == FULL
+
+
+@pytest.mark.parametrize("_", [pytest.param("", marks=NEEDS_REDIS)])
+def test_a_redis_that_dies_is_a_miss(open_tier_engine: Callable[..., TierEngine], reference: Any, _: str) -> None:
+    other = make_prompt(200, seed=14)
+    with LocalRedis() as server:
+        engine = open_tier_engine({"redis": {"url": server.url, "timeout_s": 0.5}})
+        engine.ask(PROMPT)
+        engine.forget()
+        assert engine.ask(PROMPT)["cached"] == FULL
+        engine.forget()
+    for _number in range(2):
+        answers = [engine.ask(PROMPT), engine.ask(other)]
+
+        assert [answer["tokens"] for answer in answers] == reference.tokens([PROMPT, other])
+        assert [answer["cached"] for answer in answers] == [0, 0]
+        engine.forget()
+
+
+def test_a_model_with_sliding_windows_stores_and_loads_what_the_windows_need(
+    open_tier_engine: Callable[..., TierEngine], reference: Any, tmp_path: Path
+) -> None:
+    engine = open_tier_engine(on_disk(tmp_path / "pages"), kind="sliding")
+    first = engine.ask(PROMPT)
+    engine.forget()
+
+    second = engine.ask(PROMPT)
+
+    assert [first["tokens"]] == [second["tokens"]] == reference.tokens([PROMPT], kind="sliding")
+    assert first["cached"] == 0
+    assert second["cached"] == FULL
+    groups = len(engine.tier._offloading_spec.config.groups)
+    loaded = engine.tier.core.counters.by_tier["disk"].loaded_chunks
+    assert FULL // BLOCK < loaded < groups * (FULL // BLOCK)
+
+
+def test_chunks_of_several_blocks_are_copied_to_their_places(
+    open_tier_engine: Callable[..., TierEngine], reference: Any, tmp_path: Path
+) -> None:
+    engine = open_tier_engine(on_disk(tmp_path / "pages"), offloading={"blocks_per_chunk": 4})
+    forked = [*PROMPT[: 5 * BLOCK + 7], *make_prompt(90, seed=15)]
+    engine.ask(PROMPT)
+    engine.forget()
+    engine.ask(PROMPT[: 2 * BLOCK + 1])  # vLLM's own cache then begins in the middle of a chunk
+
+    answers = [engine.ask(PROMPT), engine.ask(forked)]
+
+    assert [answer["tokens"] for answer in answers] == reference.tokens([PROMPT, forked])
+    assert answers[0]["cached"] == FULL // (4 * BLOCK) * 4 * BLOCK
+
+
+def test_many_requests_at_once_give_the_same_tokens(
+    open_tier_engine: Callable[..., TierEngine], reference: Any, tmp_path: Path
+) -> None:
+    prompts = [[*PROMPT[: 100 * number], *make_prompt(40, seed=20 + number)] for number in range(1, 7)]
+    engine = open_tier_engine(on_disk(tmp_path / "pages"), offloading={"cpu_bytes_to_use": 4 * MiB})
+    engine.generate(prompts)
+    engine.forget()
+
+    answers = engine.generate(prompts)
+
+    assert [answer["tokens"] for answer in answers] == reference.tokens(prompts)
+    assert sum(answer["cached"] for answer in answers) > 0
+
+
+def test_an_unknown_key_stops_the_engine_at_its_start(open_tier_engine: Callable[..., TierEngine]) -> None:
+    with pytest.raises(Exception, match="unknown key 'dsk'; did you mean 'disk'"):
+        open_tier_engine({"dsk": {"path": "/tmp/x"}})
