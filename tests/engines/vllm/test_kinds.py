@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -50,10 +49,8 @@ class TestSlidingWindow:
 
         engine.ask(prompt)
 
-        pages = sum(
-            group.page_bytes * (layout.window_blocks(index) or 999 // BLOCK)
-            for index, group in enumerate(layout.groups)
-        )
+        num_blocks = [layout.window_blocks(index) or 999 // BLOCK for index in range(len(layout.groups))]
+        pages = sum(group.page_bytes * count for group, count in zip(layout.groups, num_blocks, strict=True))
         assert engine.half.counters["loaded_bytes"] - before == pages
 
     def test_a_conversation_goes_on(self, engine: Engine, reference: Reference) -> None:
@@ -91,31 +88,23 @@ def test_mla_blocks_come_back_as_they_were(open_engine: Callable[..., Engine], t
 
 def blocks_of(engine: Engine, prompt: list[int]) -> bytes:
     """The first 20 blocks of the prompt, all layers, as they lie in the engine while it answers."""
+    import torch
     from vllm import SamplingParams
 
     llm_engine = engine.llm.llm_engine
-    llm_engine.add_request(
-        "r", {"prompt_token_ids": prompt}, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-    )
+    sampling = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    llm_engine.add_request("r", {"prompt_token_ids": prompt}, sampling)
     found = b""
     while llm_engine.has_unfinished_requests():
         llm_engine.step()
         request = next(iter(engine.scheduler.requests.values()), None)
         if request is not None and request.num_computed_tokens >= len(prompt):
             (ids, *_) = engine.scheduler.kv_cache_manager.get_block_ids(request.request_id)
-            tensors = engine.worker._tables[0].keep_alive
-            found = b"".join(
-                tensor[ids[:20]].contiguous().view(-1).view(dtype=bytes_type()).numpy().tobytes() for tensor in tensors
-            )
+            pieces = [tensor[ids[:20]].contiguous().view(-1) for tensor in engine.worker._tables[0].keep_alive]
+            found = b"".join(piece.view(torch.uint8).numpy().tobytes() for piece in pieces)
     engine.settle()
     assert found
     return found
-
-
-def bytes_type() -> Any:
-    import torch
-
-    return torch.uint8
 
 
 @pytest.mark.skipif(find_smollm2() is None, reason="the real model is not in the cache; run .ci/setup model")

@@ -1,4 +1,4 @@
-"""`vllm serve` as it is run: two replicas over HTTP that share a Redis server, with the metrics an operator looks at."""
+"""`vllm serve` as it is run: two replicas over HTTP share a Redis server; the metrics an operator looks at."""
 
 from __future__ import annotations
 
@@ -99,9 +99,8 @@ def test_the_second_replica_takes_what_the_first_computed(replicas: list[Replica
     until = time.monotonic() + 20
     tokens: list[int] = []
     while time.monotonic() < until and second.metric("vllm:kvstore_hit_tokens_total", 'tier="redis"') == 0:
-        tokens = second.ask(
-            [*prompt[:-1], 3 + int(time.monotonic()) % 1000]
-        )  # another last token: its own cache helps not
+        # Another last token each time, so that the replica's own cache does not hide the other's pages.
+        tokens = second.ask([*prompt[:-1], 3 + int(time.monotonic()) % 1000])
         time.sleep(0.5)
 
     assert tokens
