@@ -2,8 +2,8 @@
 
     "spec_name": "CpuTieringSpec", "spec_module_path": "connectors.vllm_cpu_spec"    (instead of TieringOffloadingSpec)
 
-Only the worker is ours: vLLM's own copies with CUDA streams. All the rest (scheduler, host memory, tiers, metrics)
-Only the worker is ours, since vLLM's copies with CUDA streams. The rest (scheduler, host memory, tiers, metrics) is
+Only the worker is ours; vLLM's copies with CUDA streams. The rest (scheduler, host memory, tiers, metrics) is vLLM's,
+untouched. On an engine without a GPU "device memory" is memory too, so a copy is done when `submit_*` returns:
 nothing has to be held, and a block may be overwritten right after.
 """
 
