@@ -149,6 +149,9 @@ def open_configured(config: Config, layout: Layout, namespace: Namespace) -> KVS
         service.url,
         layout,
         namespace,
+        token=None if service.token is None else service.token.get_secret_value(),
+        tls_ca=service.tls_ca,
+        staging_bytes=service.staging_bytes,
         call_timeout_s=service.call_timeout_s,
         retry_max_s=service.retry_max_s,
     )

@@ -229,6 +229,12 @@ class ServiceConfig(Section):
     token: Annotated[SecretStr | None, BeforeValidator(_off_when_empty)] = Field(
         default=None, description="For clients: what proves the tenant to a daemon over http; never printed."
     )
+    tls_ca: Annotated[Path | None, BeforeValidator(_off_when_empty)] = Field(
+        default=None, description="For clients: certificates to trust for https (PEM); none trusts the system's."
+    )
+    staging_bytes: Bytes = Field(
+        default=GiB // 4, description="For clients over http: host memory for pages on their way (a guess)."
+    )
     call_timeout_s: Seconds = Field(
         default=1.0, gt=0, le=60, description="For clients: longest wait for an answer beyond what the call may take."
     )
@@ -239,11 +245,11 @@ class ServiceConfig(Section):
         default=None,
         description="Unix socket of the daemon; none means kvstore.sock in $XDG_RUNTIME_DIR, or /tmp/kvstore-UID.sock.",
     )
-    host: str = Field(
+    http_host: str = Field(
         default="127.0.0.1",
         description="Address of the HTTP API; anything but loopback needs tokens_file.",
     )
-    port: Annotated[Count | None, BeforeValidator(_off_when_empty)] = Field(
+    http_port: Annotated[Count | None, BeforeValidator(_off_when_empty)] = Field(
         default=8470, ge=0, le=65535, description="Port of the HTTP API; 0 takes any free one, none turns it off."
     )
     tokens_file: Annotated[Path | None, BeforeValidator(_off_when_empty)] = Field(

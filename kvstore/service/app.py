@@ -60,16 +60,16 @@ class App:
             max_line_size=16384,
         )
         await self._runner.setup()
-        site = web.TCPSite(self._runner, config.host, config.port, ssl_context=context, backlog=1024)
+        site = web.TCPSite(self._runner, config.http_host, config.http_port, ssl_context=context, backlog=1024)
         try:
             await site.start()
         except OSError as error:
             await self.close()
             raise ConfigError(
-                f"service.host {config.host}, service.port {config.port}: {error.strerror or error}"
+                f"service.http_host {config.http_host}, service.http_port {config.http_port}: {error.strerror or error}"
             ) from None
         self.port = self._runner.addresses[0][1]
-        log.info("HTTP API on %s:%d%s", config.host, self.port, " with TLS" if context else "")
+        log.info("HTTP API on %s:%d%s", config.http_host, self.port, " with TLS" if context else "")
 
     async def close(self) -> None:
         """Stop listening and hang up. Idempotent."""
@@ -193,9 +193,9 @@ class App:
 
 def check_exposure(config: ServiceConfig) -> None:
     """Raise ConfigError if the API would be open to other machines without tokens."""
-    if not _is_loopback(config.host) and config.tokens_file is None:
+    if not _is_loopback(config.http_host) and config.tokens_file is None:
         raise ConfigError(
-            f"service.host is {config.host!r}, which other machines can reach; set service.tokens_file first "
+            f"service.http_host is {config.http_host!r}, which other machines can reach; set service.tokens_file first "
             "(and tls_cert and tls_key, unless the network is trusted)"
         )
     if (config.tls_cert is None) != (config.tls_key is None):

@@ -13,9 +13,11 @@ import os
 import socket
 from typing import Any, Protocol, cast
 
+import numpy as np
+
 from kvstore.errors import KVStoreError
 from kvstore.service import protocol
-from kvstore.service.protocol import HEADER, Frame, Op, ProtocolError, Status
+from kvstore.service.protocol import HEADER, PAGE_HEAD, Frame, Op, ProtocolError, Status
 from kvstore.service.session import Pending, Resend, Session
 from kvstore.service.tenants import Tenant
 
@@ -49,6 +51,43 @@ class Greeting:
         self.fd = fd
 
 
+class _Incoming:
+    """One page between the socket and its slot.
+
+    Its lease may end meanwhile, by another connection; then the slot is somebody else's, and what still comes goes
+    nowhere. So the slot is looked up again for every piece.
+    """
+
+    def __init__(self, session: Session, lease_id: int, index: int, size: int, checksum: int) -> None:
+        self._session = session
+        self._lease_id = lease_id
+        self._index = index
+        self._size = size
+        self._checksum = checksum
+        self._at = 0
+        session.writable(lease_id, index, size)  # refuses a page that the lease does not have
+
+    def room(self) -> memoryview:
+        """Where the next bytes go."""
+        view = self._session.writable(self._lease_id, self._index, self._size)
+        if view is None:
+            return memoryview(bytearray(min(BUFFER_BYTES, self._size - self._at)))
+        return view[self._at :]
+
+    def take(self, data: memoryview) -> None:
+        """Bytes that were received elsewhere; `advance` counts them."""
+        if len(data):
+            np.copyto(np.frombuffer(self.room(), np.uint8)[: len(data)], np.frombuffer(data, np.uint8))
+
+    def advance(self, num_bytes: int) -> bool:
+        """So many bytes came; True if they were the last."""
+        self._at += num_bytes
+        if self._at < self._size:
+            return False
+        self._session.written(self._lease_id, self._index, self._checksum)
+        return True
+
+
 class Channel(asyncio.BufferedProtocol):
     """Frames in, frames out. The daemon's event loop only."""
 
@@ -66,6 +105,10 @@ class Channel(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._waiter = 0
         self._greeting: asyncio.Task[None] | None = None
+        self._page: _Incoming | None = None  # a page on its way from the socket into its slot
+        self._sending: asyncio.Task[None] | None = None
+        self._may_write = asyncio.Event()
+        self._may_write.set()
         self.closed: asyncio.Future[None] = self._loop.create_future()
 
     # ---- the transport's calls ----------------------------------------------------------------------------------
@@ -75,22 +118,36 @@ class Channel(asyncio.BufferedProtocol):
         self._timer = self._loop.call_later(HELLO_TIMEOUT_S, self._transport.abort)
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        if self._page is not None:
+            return self._page.room()
         if self._end == len(self._buffer):
             self._grow(2 * len(self._buffer))
         return memoryview(self._buffer)[self._end :]
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._end += nbytes
+        if self._page is None:
+            self._end += nbytes
+        else:
+            self._advance(nbytes)
         self._parse()
+
+    def pause_writing(self) -> None:
+        self._may_write.clear()
+
+    def resume_writing(self) -> None:
+        self._may_write.set()
 
     def eof_received(self) -> bool:
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self._may_write.set()
         self._stop_waiting()
         if self._greeting is not None:
             self._greeting.cancel()
+        if self._sending is not None:
+            self._sending.cancel()
         if not self.closed.done():
             self.closed.set_result(None)
         self._host.lost(self)
@@ -109,7 +166,7 @@ class Channel(asyncio.BufferedProtocol):
 
     def _parse(self) -> None:
         start = 0
-        while not self._is_busy and self._transport is not None and not self._transport.is_closing():
+        while self._may_parse:
             if self._end - start < HEADER.size:
                 break
             try:
@@ -117,7 +174,16 @@ class Channel(asyncio.BufferedProtocol):
             except ProtocolError as error:
                 self._refuse(Frame(Op.HELLO, Status.OK, 0, 0), error)
                 return
+            if frame.op is Op.WRITE and not self.is_local:
+                taken = self._begin_page(frame, start)
+                if not taken:
+                    break
+                start += taken
+                continue
             end = start + HEADER.size + frame.num_bytes
+            if frame.op is Op.READ and frame.num_bytes > protocol.MAX_BODY_BYTES:
+                self._refuse(frame, ProtocolError(f"READ of {frame.num_bytes} bytes"))
+                return
             if end > self._end:
                 self._grow(end - start)
                 break
@@ -130,12 +196,20 @@ class Channel(asyncio.BufferedProtocol):
             if not self._end and len(self._buffer) > BUFFER_BYTES:
                 self._buffer = bytearray(BUFFER_BYTES)
 
+    @property
+    def _may_parse(self) -> bool:
+        transport = self._transport
+        return not self._is_busy and self._page is None and transport is not None and not transport.is_closing()
+
     def _handle(self, frame: Frame, body: bytes) -> None:
         try:
             if frame.op is Op.HELLO or frame.op is Op.ATTACH:
                 self._meet(frame, protocol.decode_json(body))
             elif self.session is None:
                 raise ProtocolError(f"the first frame is {frame.op.name}; it must be HELLO or ATTACH")
+            elif frame.op is Op.READ and not self.is_local:
+                self._set_busy(True)
+                self._sending = self._loop.create_task(self._send_pages(frame, self.session.readable(body)))
             else:
                 result = self.session.handle(frame.op, body)
                 if isinstance(result, Pending):
@@ -204,6 +278,52 @@ class Channel(asyncio.BufferedProtocol):
         if sent < len(data):
             self._transport.write(data[sent:])
 
+    # ---- pages of remote clients ---------------------------------------------------------------------------------
+
+    def _begin_page(self, frame: Frame, start: int) -> int:
+        """A page is coming: what of it is in the buffer goes to its slot, the rest will be received there.
+
+        Returns the bytes taken from the buffer; 0 if the head is not whole yet.
+        """
+        head_end = start + HEADER.size + PAGE_HEAD.size
+        if head_end > self._end:
+            self._grow(head_end - start)
+            return 0
+        lease_id, index, size, checksum = PAGE_HEAD.unpack_from(self._buffer, start + HEADER.size)
+        try:
+            if self.session is None:
+                raise ProtocolError("the first frame is WRITE; it must be HELLO or ATTACH")
+            if frame.num_bytes != PAGE_HEAD.size + size:
+                raise ProtocolError(f"WRITE of {frame.num_bytes} bytes announces a page of {size}")
+            self._page = _Incoming(self.session, lease_id, index, size, checksum)
+            have = min(size, self._end - head_end)
+            self._page.take(memoryview(self._buffer)[head_end : head_end + have])
+        except ProtocolError as error:
+            self._refuse(frame, error)
+            return 0
+        self._advance(have)
+        return int(head_end + have - start)
+
+    def _advance(self, num_bytes: int) -> None:
+        assert self._page is not None
+        if self._page.advance(num_bytes):
+            self._page = None
+
+    async def _send_pages(self, frame: Frame, frames: list[tuple[bytes, memoryview]]) -> None:
+        try:
+            for head, view in frames:
+                if self._transport is None:
+                    return
+                header = HEADER.pack(
+                    protocol.MAGIC, protocol.VERSION, Op.READ, Status.OK, len(head) + len(view), frame.sequence
+                )
+                self._transport.write(header + head)
+                self._transport.write(view)
+                await self._may_write.wait()
+        finally:
+            self._sending = None
+            self._set_busy(False)
+
     # ---- waiting ------------------------------------------------------------------------------------------------
 
     def _wait(self, frame: Frame, pending: Pending) -> None:
@@ -250,4 +370,7 @@ class Channel(asyncio.BufferedProtocol):
 
     def _grow(self, num_bytes: int) -> None:
         if num_bytes > len(self._buffer):
-            self._buffer += bytes(num_bytes - len(self._buffer))
+            # A new one: the loop may hold a view of the old, which then cannot be resized.
+            grown = bytearray(num_bytes)
+            grown[: self._end] = memoryview(self._buffer)[: self._end]
+            self._buffer = grown

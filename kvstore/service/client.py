@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -33,12 +34,14 @@ from kvstore.plan.records import (
     Request,
     RequestOptions,
     SaveLease,
+    SlotPage,
 )
 from kvstore.requests import RequestMaker, check_blocks, check_range
 from kvstore.service import protocol
 from kvstore.service.link import EPOCH_BITS, Attachment, DaemonDown, Link
 from kvstore.service.namespaces import check_pair, layout_to_json, namespace_to_json
 from kvstore.service.protocol import Op, Status
+from kvstore.service.staging import Staging
 from kvstore.service.wire import Dial
 from kvstore.tiers.host import HostSlab, SlabHandle
 from radix.namespace import Namespace
@@ -59,6 +62,8 @@ class _Held:
     attachment: Attachment
     owner: str
     status: LeaseStatus | None
+    pages: tuple[SlotPage, ...] = ()
+    has_come: bool = True  # False while the pages of a load are still to be brought from another machine
 
 
 class RemoteStore:
@@ -77,13 +82,16 @@ class RemoteStore:
         call_timeout_s: float = 1.0,
         retry_max_s: float = 2.0,
         client: str = "",
+        staging: Staging | None = None,
     ) -> None:
+        """staging: slots here for the pages of a daemon that cannot share its own; None for one on this machine."""
         check_pair(layout, namespace)
         self._layout = layout
         self.namespace = namespace
         self._requests = RequestMaker(namespace)
         self._lease_ids = count(1)
         self._held: dict[int, _Held] = {}
+        self._staging = staging
         self._slabs: dict[int, HostSlab] = {}  # by epoch: of the attachment, and of lost ones with leases
         self._lock = threading.Lock()  # of the two tables above; never held while calling
         self._is_closed = False
@@ -160,7 +168,14 @@ class RemoteStore:
             lease, status = protocol.decode_load(answer, lease_id, attachment.slot_base)
         except (DaemonDown, protocol.ProtocolError):
             return LoadLease(lease_id, 0, 0, ())
-        self._hold(lease_id, _Held(attachment, owner, status))
+        held = _Held(attachment, owner, status, lease.pages)
+        if self._staging is not None:
+            placed = self._staging.place(lease.pages)
+            if placed is None:
+                return self._less(request, lease_id, attachment, first, num_blocks, owner)
+            lease = replace(lease, pages=placed)
+            held.pages, held.has_come = placed, not placed
+        self._hold(lease_id, held)
         return lease
 
     def wait(self, lease: LoadLease, timeout_s: float | None = None) -> LeaseStatus:
@@ -169,18 +184,22 @@ class RemoteStore:
         held = self._held.get(lease.id)
         if held is None or held.status is None:
             return CLOSED
-        if held.status.state is LeaseState.READY:
+        if held.status.state is LeaseState.READY and held.has_come:
             return held.status  # final: no need to ask
         if held.attachment is not self._link.attachment:
             return CLOSED
         timeout_s = _bounded(held.attachment.load_deadline_s if timeout_s is None else timeout_s)
+        until = time.monotonic() + timeout_s
         try:
-            message = protocol.encode_wait(lease.id, timeout_s)
-            _, answer = self._link.call(held.attachment, Op.WAIT, message, timeout_s)
-            held.status = protocol.decode_status(answer)
+            if held.status.state is not LeaseState.READY:
+                message = protocol.encode_wait(lease.id, timeout_s)
+                _, answer = self._link.call(held.attachment, Op.WAIT, message, timeout_s)
+                held.status = protocol.decode_status(answer)
+            if self._staging is not None and held.status.state is LeaseState.READY:
+                self._bring(lease.id, held, self._staging, until)
         except (DaemonDown, protocol.ProtocolError):
             return CLOSED
-        return held.status
+        return held.status if held.has_come else LeaseStatus(LeaseState.WAITING, 0, 0)
 
     def poll(self, lease: LoadLease) -> LeaseStatus:
         """The progress of a load lease."""
@@ -208,14 +227,24 @@ class RemoteStore:
             lease = protocol.decode_save(answer, lease_id, attachment.slot_base)
         except (DaemonDown, protocol.ProtocolError):
             return SaveLease(lease_id, (), num_blocks * len(self._layout.groups))
-        self._hold(lease_id, _Held(attachment, owner, None))
+        if self._staging is not None:
+            placed = self._staging.place(lease.pages)
+            if placed is None:
+                self._abandon(attachment, lease_id)
+                return SaveLease(lease_id, (), lease.skipped + len(lease.pages))
+            lease = replace(lease, pages=placed)
+        self._hold(lease_id, _Held(attachment, owner, None, lease.pages))
         return lease
 
     def complete(self, lease: LoadLease | SaveLease, *, filled: Sequence[bool] | None = None) -> None:
         """End a lease well. A lease that ended already is ignored."""
         if filled is not None and len(filled) != len(lease.pages):
             raise RequestError(f"filled has {len(filled)} entries; the lease has {len(lease.pages)} pages")
-        self._end(lease.id, Op.COMPLETE, protocol.encode_complete(lease.id, filled))
+        held = self._held.get(lease.id)
+        if self._staging is not None and held is not None and held.status is None and held.pages:
+            self._send(lease.id, held, self._staging, filled)
+        else:
+            self._end(lease.id, Op.COMPLETE, protocol.encode_complete(lease.id, filled))
 
     def release(self, lease: LoadLease | SaveLease) -> None:
         """End a lease badly. A lease that ended already is ignored."""
@@ -268,24 +297,30 @@ class RemoteStore:
 
     def slot_view(self, slot: int) -> memoryview:
         """The bytes of a slot."""
+        if self._staging is not None:
+            return self._staging.slab.view(slot)
         return self._slabs[slot >> EPOCH_BITS].view(slot & ((1 << EPOCH_BITS) - 1))
 
     def slot_array(self, slot: int) -> npt.NDArray[np.uint8]:
         """The bytes of a slot as an array."""
+        if self._staging is not None:
+            return self._staging.slab.array(slot)
         return self._slabs[slot >> EPOCH_BITS].array(slot & ((1 << EPOCH_BITS) - 1))
 
     @property
     def slab_array(self) -> npt.NDArray[np.uint8] | None:
         """The whole slab, for a device to page-lock; None while there is no daemon."""
+        if self._staging is not None:
+            return self._staging.slab.buffer
         attachment = self._link.attachment
-        return None if attachment is None else attachment.slab.buffer
+        return None if attachment is None or attachment.slab is None else attachment.slab.buffer
 
     @property
     def slab_handle(self) -> SlabHandle:
         """How another process of this user maps the slab; ValueError while there is no daemon."""
         attachment = self._link.attachment
-        if attachment is None:
-            raise ValueError("there is no slab: the daemon is not attached")
+        if attachment is None or attachment.slab is None:
+            raise ValueError("there is no slab: the daemon is not attached, or on another machine")
         return attachment.slab.handle
 
     # ---- the store as a whole ---------------------------------------------------------------------------------
@@ -319,6 +354,8 @@ class RemoteStore:
             self._held.clear()
             for slab in self._slabs.values():
                 slab.close()
+            if self._staging is not None:
+                self._staging.slab.close()
 
     def __enter__(self) -> RemoteStore:
         return self
@@ -343,8 +380,9 @@ class RemoteStore:
         known = self._link.attachment
         attachment = self._link.attach(timeout_s)
         if attachment is not known:
-            with self._lock:
-                self._slabs[attachment.slot_base >> EPOCH_BITS] = attachment.slab
+            if attachment.slab is not None:
+                with self._lock:
+                    self._slabs[attachment.slot_base >> EPOCH_BITS] = attachment.slab
             self._drop_slabs()
         if attachment.orphans:
             self._release_orphans(attachment)
@@ -389,6 +427,7 @@ class RemoteStore:
             if held is None:
                 return
             held.attachment.num_leases -= 1
+        self._unplace(held)
         attachment = held.attachment
         if attachment is not self._link.attachment:
             self._drop_slabs()
@@ -397,6 +436,57 @@ class RemoteStore:
             self._link.call(attachment, op, message)
         except DaemonDown:
             attachment.orphans.append(lease_id)
+
+    def _unplace(self, held: _Held) -> None:
+        if self._staging is not None and not self._is_closed:
+            self._staging.give_back(held.pages)
+
+    def _abandon(self, attachment: Attachment, lease_id: int) -> None:
+        try:
+            self._link.call(attachment, Op.RELEASE, protocol.encode_lease(lease_id))
+        except DaemonDown:
+            attachment.orphans.append(lease_id)
+
+    def _less(
+        self, request: Request, lease_id: int, attachment: Attachment, first: int, num_blocks: int, owner: str
+    ) -> LoadLease:
+        """A lease that found no room here is given back, and tried once more for what fits."""
+        self._abandon(attachment, lease_id)
+        assert self._staging is not None
+        fits = first + self._staging.num_free // len(self._layout.groups)
+        if not first < fits < num_blocks:
+            return LoadLease(lease_id, 0, 0, ())
+        return self.prepare_load(request, fits, first=first, owner=owner)
+
+    def _bring(self, lease_id: int, held: _Held, staging: Staging, until: float) -> None:
+        """Receive the pages of a load that is ready over there."""
+        assert held.status is not None
+        if held.has_come:
+            return
+        left_s = max(until - time.monotonic(), 0.0) + self._link.call_timeout_s
+        with self._link.borrow(held.attachment) as wire:
+            is_whole = staging.receive(wire, lease_id, held.pages, held.status.num_blocks, left_s)
+        held.has_come = True
+        if not is_whole:
+            held.status = LeaseStatus(LeaseState.READY, 0, 0)
+
+    def _send(self, lease_id: int, held: _Held, staging: Staging, filled: Sequence[bool] | None) -> None:
+        """Send the pages of a save, and complete it on the same connection."""
+        with self._lock:
+            if self._held.pop(lease_id, None) is None:
+                return
+            held.attachment.num_leases -= 1
+        flags = [True] * len(held.pages) if filled is None else filled
+        timeout_s = held.attachment.load_deadline_s + self._link.call_timeout_s
+        try:
+            if held.attachment is self._link.attachment:
+                with self._link.borrow(held.attachment) as wire:
+                    staging.send(wire, lease_id, held.pages, flags, timeout_s)
+                    wire.call(Op.COMPLETE, protocol.encode_complete(lease_id, flags), self._link.call_timeout_s)
+        except DaemonDown:
+            held.attachment.orphans.append(lease_id)
+        finally:
+            self._unplace(held)
 
     def _release_orphans(self, attachment: Attachment) -> None:
         while attachment.orphans:

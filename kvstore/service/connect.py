@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ssl
+from pathlib import Path
+from urllib.parse import urlsplit
+
 from kvstore.errors import ConfigError
 from kvstore.layout import Layout
 from kvstore.service.client import RemoteStore
-from kvstore.service.wire import dial_unix, unix_path
+from kvstore.service.staging import Staging
+from kvstore.service.wire import Dial, dial_http, dial_unix, unix_path
 from radix.namespace import Namespace
+
+STAGING_BYTES = 256 << 20
 
 
 def connect(
@@ -14,23 +21,51 @@ def connect(
     layout: Layout,
     namespace: Namespace,
     *,
+    token: str | None = None,
+    tls_ca: Path | None = None,
+    staging_bytes: int = STAGING_BYTES,
     call_timeout_s: float = 1.0,
     retry_max_s: float = 2.0,
     client: str = "",
 ) -> RemoteStore:
-    """The store of a namespace, kept by the daemon at `url` (unix:///path/of/socket).
+    """The store of a namespace, kept by the daemon at `url`: unix:///path/of/socket, or http(s)://host:port.
+
+    token:  proves the tenant to a daemon over http.
+    tls_ca: certificates to trust for https, PEM; None trusts those of the system.
+    staging_bytes: host memory here for pages on their way to and from another machine.
 
     A daemon that cannot be reached is no error: the store is empty until it can. Raises ConfigError or LayoutMismatch
-    if the URL is none, or if the daemon refuses the namespace.
+    if the URL is none, or if the daemon refuses the namespace or the token.
     """
-    path = unix_path(url)
-    if not path:
-        raise ConfigError(f"service.url is {url!r}; it must be unix:///path/of/socket")
+    dial, is_local = _dial(url, token, tls_ca)
     return RemoteStore(
-        dial_unix(path),
+        dial,
         layout,
         namespace,
         call_timeout_s=call_timeout_s,
         retry_max_s=retry_max_s,
         client=client,
+        staging=None if is_local else Staging(layout, max(staging_bytes, layout.slot_bytes)),
     )
+
+
+def _dial(url: str, token: str | None, tls_ca: Path | None) -> tuple[Dial, bool]:
+    path = unix_path(url)
+    if path:
+        return dial_unix(path), True
+    parts = urlsplit(url)
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if parts.scheme not in ("http", "https") or not host or not port:
+        raise ConfigError(f"service.url is {url!r}; it must be unix:///path/of/socket or http(s)://host:port")
+    if token is not None and any(not 32 < ord(char) < 127 for char in token):
+        raise ConfigError("service.token has characters that a header cannot carry")
+    context = None
+    if parts.scheme == "https":
+        try:
+            context = ssl.create_default_context(cafile=None if tls_ca is None else str(tls_ca))
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"service.tls_ca is {tls_ca}: {error}") from None
+    return dial_http(host, port, context=context, token=token), False

@@ -77,7 +77,7 @@ class Daemon:
         listener = _listen(self._socket)
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(self._accept, sock=listener, backlog=BACKLOG)
-        if self.config.service.port is not None:
+        if self.config.service.http_port is not None:
             await self.app.start(self.config.service)
         self.is_ready = True
         log.info("listening on %s, %d stores opened from disk", self._socket, num_stores)
@@ -161,7 +161,7 @@ class Daemon:
         layout = layout_from_json(message.get("layout"))
         namespace = namespace_from_json(message.get("namespace"))
         opened = await self.stores.open(channel.tenant, layout, namespace)
-        session = Session(secrets.token_hex(16), opened, channel.peer)
+        session = Session(secrets.token_hex(16), opened, channel.peer, is_remote=not channel.is_local)
         session.anchors.add(channel)
         self.sessions[session.id] = session
         self.num_clients += 1

@@ -22,7 +22,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from kvstore.errors import ConfigError, KVStoreError, LayoutMismatch, RequestError
@@ -50,13 +50,13 @@ class DaemonDown(KVStoreError):
 
 
 class Attachment:
-    """One session with one daemon, and its slab. Any thread.
+    """One session with one daemon, and its slab, which a daemon on another machine cannot share. Any thread.
 
     sent:    request id -> keys the daemon knows of it.
     orphans: leases that may have been granted in an answer that never came.
     """
 
-    def __init__(self, epoch: int, answer: dict[str, Any], anchor: Wire, slab: HostSlab) -> None:
+    def __init__(self, epoch: int, answer: dict[str, Any], anchor: Wire, slab: HostSlab | None) -> None:
         self.session = str(answer["session"])
         self.namespace_id = str(answer["namespace"])
         self.lookup_deadline_s = float(answer["lookup_deadline_s"])
@@ -149,21 +149,30 @@ class Link:
 
         Raises DaemonDown, or RequestError if the daemon says that the caller is wrong.
         """
+        with self.borrow(attachment) as wire:
+            status, answer = wire.call(op, body, wait_s + self.call_timeout_s)
+        if status is Status.ERROR:
+            raise _error(answer)
+        return status, answer
+
+    @contextlib.contextmanager
+    def borrow(self, attachment: Attachment) -> Iterator[Wire]:
+        """A connection for a while. After an error it is closed, and DaemonDown raised."""
         wire: Wire | None = None
         try:
             wire = self._take(attachment)
-            status, answer = wire.call(op, body, wait_s + self.call_timeout_s)
+            yield wire
         except (OSError, ProtocolError) as error:
             if wire is not None:
                 wire.close()
             self._failed(attachment, error)
-            raise DaemonDown(f"{op.name}: {error}") from None
+            raise DaemonDown(str(error)) from None
+        except BaseException:
+            if wire is not None:
+                wire.close()
+            raise
         self._give(attachment, wire)
-        if self._backoff_s:
-            self._backoff_s = 0.0
-        if status is Status.ERROR:
-            raise _error(answer)
-        return status, answer
+        self._backoff_s = 0.0
 
     def close(self) -> None:
         """Hang up; the daemon releases what was leased. Idempotent."""
@@ -188,10 +197,8 @@ class Link:
             if status is Status.ERROR:
                 raise _error(body)
             answer = json.loads(body)
-            if fd is None:
-                raise ProtocolError("the daemon sent no slab")
-            handle = SlabHandle(f"/proc/self/fd/{fd}", int(answer["num_slots"]), int(answer["slot_bytes"]))
-            attachment = Attachment(self.num_attached, answer, wire, HostSlab.attach(handle))
+            slab = self._slab(fd, answer) if wire.is_local else None
+            attachment = Attachment(self.num_attached, answer, wire, slab)
         except BaseException:
             wire.close()
             raise
@@ -202,6 +209,11 @@ class Link:
         self._backoff_s = 0.0
         self.attachment = attachment
         return attachment
+
+    def _slab(self, fd: int | None, answer: dict[str, Any]) -> HostSlab:
+        if fd is None:
+            raise ProtocolError("the daemon sent no slab")
+        return HostSlab.attach(SlabHandle(f"/proc/self/fd/{fd}", int(answer["num_slots"]), int(answer["slot_bytes"])))
 
     def _take(self, attachment: Attachment) -> Wire:
         try:

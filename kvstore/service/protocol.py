@@ -42,6 +42,7 @@ VERSION = 1
 KEY_BYTES = 32
 MAX_BODY_BYTES = 8 << 20  # 256K keys; a prompt of a million tokens in blocks of 16 has 64K
 MAX_KEYS = MAX_BODY_BYTES // KEY_BYTES // 2
+MAX_PAGE_FRAME = (1 << 30) + 64  # a page goes from slot to socket and back; no memory is taken for it
 MAX_TEXT_BYTES = 4096  # options, owners and reasons
 MAX_TIMEOUT_S = 600.0
 
@@ -61,6 +62,7 @@ _TIER = struct.Struct("<BI")
 _NUMBER = struct.Struct("<q")
 _SECONDS = struct.Struct("<d")
 _PREFILL = struct.Struct("<qd")
+_READ = struct.Struct("<QII")  # lease id, first page, number of pages
 PAGE_HEAD = struct.Struct("<QIIQ")  # lease id, index in the lease, bytes of the page, xxh3_64 of them
 
 CUTS = tuple(CutReason)
@@ -126,8 +128,8 @@ def decode_header(raw: bytes | bytearray | memoryview) -> Frame:
         raise ProtocolError(f"frame starts with {magic:#06x}, not {MAGIC:#06x}: this is no kvstore client")
     if version != VERSION:
         raise ProtocolError(f"frame has protocol version {version}; this release speaks {VERSION}")
-    if num_bytes > MAX_BODY_BYTES:
-        raise ProtocolError(f"frame announces {num_bytes} bytes; at most {MAX_BODY_BYTES} are allowed")
+    if num_bytes > (MAX_PAGE_FRAME if op in (Op.READ, Op.WRITE) else MAX_BODY_BYTES):
+        raise ProtocolError(f"frame announces {num_bytes} bytes, more than is allowed")
     try:
         return Frame(Op(op), Status(status), num_bytes, sequence)
     except ValueError:
@@ -343,6 +345,16 @@ def read_finished(reader: Reader) -> tuple[str, bool]:
     """Finish reason, last turn."""
     last_turn, num_reason = reader.unpack(_TIER)
     return reader.text(num_reason), bool(last_turn)
+
+
+def encode_read(lease_id: int, first: int, num_pages: int) -> bytes:
+    return _READ.pack(lease_id, first, num_pages)
+
+
+def read_read(reader: Reader) -> tuple[int, int, int]:
+    """Lease id, first page, number of pages."""
+    lease_id, first, num_pages = reader.unpack(_READ)
+    return lease_id, first, num_pages
 
 
 def encode_number(number: int) -> bytes:

@@ -17,6 +17,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import xxhash
+
 from kvstore.errors import RequestError
 from kvstore.plan.records import (
     CutReason,
@@ -60,16 +62,18 @@ class Pending:
 class Session:
     """One client's requests and leases over one store. The daemon's event loop only."""
 
-    def __init__(self, session_id: str, opened: OpenStore, client: str) -> None:
+    def __init__(self, session_id: str, opened: OpenStore, client: str, *, is_remote: bool = False) -> None:
         self.id = session_id
         self.opened = opened
         self.client = client
+        self.is_remote = is_remote
         self.anchors: set[object] = set()
         self.is_draining = False
         self.leases: dict[int, LoadLease | SaveLease] = {}
         self._store = opened.store
         self._requests: OrderedDict[int, Request] = OrderedDict()
         self._owners: dict[int, str] = {}  # lease id -> the client's own word for who holds it
+        self._received: dict[int, set[int]] = {}  # lease id -> pages that came over the wire
         self._tickets: OrderedDict[int, None] = OrderedDict()
         self._tombstones: OrderedDict[int, None] = OrderedDict()
         self._handlers: dict[Op, Callable[[Reader], bytes | Pending]] = {
@@ -105,6 +109,7 @@ class Session:
             self._store.release(lease)
         self.leases.clear()
         self._owners.clear()
+        self._received.clear()
         return len(leases)
 
     # ---- lookups and loads --------------------------------------------------------------------------------------
@@ -183,6 +188,11 @@ class Session:
         lease_id, filled = protocol.read_complete(reader)
         reader.end()
         lease = self.leases.get(lease_id)
+        if self.is_remote and isinstance(lease, SaveLease):
+            # Only what arrived, whatever the client believes.
+            received = self._received.get(lease_id, set())
+            asked = [True] * len(lease.pages) if filled is None else filled
+            filled = [flag and index in received for index, flag in enumerate(asked)]
         if lease is not None:
             self._store.complete(lease, filled=filled)  # refuses flags of another length: the lease stays
             self._drop(lease_id)
@@ -209,6 +219,49 @@ class Session:
             self._store.release(self.leases[lease_id])
             self._drop(lease_id)
         return protocol.encode_number(len(mine))
+
+    # ---- pages of remote clients ----------------------------------------------------------------------------------
+
+    def readable(self, body: bytes) -> list[tuple[bytes, memoryview]]:
+        """What a READ asks for: a head and the bytes of each page; no bytes for a page that did not load."""
+        reader = Reader(body)
+        lease_id, first, num_pages = protocol.read_read(reader)
+        reader.end()
+        lease = self.leases.get(lease_id)
+        if not isinstance(lease, LoadLease):
+            raise RequestError(f"lease {lease_id} is no load lease of this client")
+        if first + num_pages > len(lease.pages):
+            raise RequestError(f"pages [{first}, {first + num_pages}) are asked for; the lease has {len(lease.pages)}")
+        usable = self._store.poll(lease).num_blocks
+        frames = []
+        for index, page in enumerate(lease.pages[first : first + num_pages], first):
+            size = self.opened.layout.stored_bytes(page.group) if page.block < usable else 0
+            view = self._store.slot_view(page.slot)[:size]
+            checksum = xxhash.xxh3_64_intdigest(view)
+            frames.append((protocol.PAGE_HEAD.pack(lease_id, index, size, checksum), view))
+        return frames
+
+    def writable(self, lease_id: int, index: int, num_bytes: int) -> memoryview | None:
+        """Where a page that is being received goes; None if the lease has ended. Ask again for every piece of it."""
+        lease = self.leases.get(lease_id)
+        if not isinstance(lease, SaveLease):
+            return None
+        if index >= len(lease.pages):
+            raise ProtocolError(f"page {index} is sent; the lease has {len(lease.pages)}")
+        page = lease.pages[index]
+        stored = self.opened.layout.stored_bytes(page.group)
+        if num_bytes != stored:
+            raise ProtocolError(f"a page of {num_bytes} bytes is sent; the layout has {stored}")
+        return self._store.slot_view(page.slot)[:stored]
+
+    def written(self, lease_id: int, index: int, checksum: int) -> None:
+        """A page is there as a whole; it counts if its bytes are those that were sent."""
+        lease = self.leases.get(lease_id)
+        if isinstance(lease, SaveLease):
+            page = lease.pages[index]
+            view = self._store.slot_view(page.slot)[: self.opened.layout.stored_bytes(page.group)]
+            if xxhash.xxh3_64_intdigest(view) == checksum:
+                self._received.setdefault(lease_id, set()).add(index)
 
     # ---- retention, and the store as a whole --------------------------------------------------------------------
 
@@ -304,6 +357,7 @@ class Session:
     def _drop(self, lease_id: int) -> None:
         del self.leases[lease_id]
         self._owners.pop(lease_id, None)
+        self._received.pop(lease_id, None)
 
     def _owner(self, owner: str) -> str:
         return f"{self.id}/{owner}"

@@ -10,6 +10,7 @@ import array
 import contextlib
 import os
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from kvstore.errors import ConfigError
 from kvstore.service import protocol
 from kvstore.service.protocol import HEADER, Frame, Op, ProtocolError, Status
 
+MAX_HTTP_BYTES = 16_384  # of headers
 RECEIVE_BYTES = 64 << 10  # most answers come whole in one call
 
 Dial = Callable[[float], "Wire"]
@@ -27,10 +29,12 @@ Dial = Callable[[float], "Wire"]
 class Wire:
     """A connected socket that frames go over. One thread at a time."""
 
-    __slots__ = ("_sequence", "socket")
+    __slots__ = ("_sequence", "_until", "is_local", "socket")
 
-    def __init__(self, connected: socket.socket) -> None:
+    def __init__(self, connected: socket.socket, *, is_local: bool = True) -> None:
         self.socket = connected
+        self.is_local = is_local  # a unix socket, over which the slab's descriptor comes
+        self._until = 0.0
         self._sequence = 0
 
     def call(self, op: Op, body: bytes, timeout_s: float) -> tuple[Status, bytes]:
@@ -50,7 +54,7 @@ class Wire:
         self.socket.settimeout(timeout_s)
         self.socket.sendall(protocol.encode_frame(Op.HELLO, body, self._sequence))
         fds = array.array("i")
-        data, ancillary, _, _ = self.socket.recvmsg(RECEIVE_BYTES, socket.CMSG_SPACE(fds.itemsize))
+        data, ancillary = self._receive_message(fds.itemsize)
         for level, kind, raw in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
@@ -67,13 +71,53 @@ class Wire:
                 os.close(fd)
             raise
 
+    # ---- pages: frames that are not answered one by one -----------------------------------------------------------
+
+    def begin(self, timeout_s: float) -> None:
+        """Give the transfers that follow, until the next call, so much time."""
+        self._until = time.monotonic() + timeout_s
+
+    def send(self, op: Op, body: bytes) -> None:
+        """Send a frame whose answers are taken by `take`."""
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        self.socket.settimeout(self._left_s(self._until))
+        self.socket.sendall(protocol.encode_frame(op, body, self._sequence))
+
+    def send_page(self, head: bytes, view: memoryview) -> None:
+        """Send a page from where it lies."""
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        header = HEADER.pack(
+            protocol.MAGIC, protocol.VERSION, Op.WRITE, Status.OK, len(head) + len(view), self._sequence
+        )
+        self.socket.settimeout(self._left_s(self._until))
+        self.socket.sendall(header + head)
+        self.socket.sendall(view)
+
+    def take(self, num_bytes: int) -> bytes:
+        """The next bytes."""
+        data = bytearray(num_bytes)
+        self.take_into(memoryview(data))
+        return bytes(data)
+
+    def take_into(self, view: memoryview) -> None:
+        """Receive straight into a slot."""
+        at = 0
+        while at < len(view):
+            self.socket.settimeout(self._left_s(self._until))
+            received = self.socket.recv_into(view[at:])
+            if not received:
+                raise ConnectionResetError("the daemon closed the connection")
+            at += received
+
     @property
     def is_lost(self) -> bool:
         """True if the other side has hung up. Does not wait."""
         try:
             self.socket.settimeout(0)
+            if isinstance(self.socket, ssl.SSLSocket):  # which cannot peek; nothing is ever sent on an idle connection
+                return self.socket.recv(1) == b""
             return self.socket.recv(1, socket.MSG_PEEK) == b""
-        except BlockingIOError:
+        except (BlockingIOError, ssl.SSLWantReadError):
             return False
         except OSError:
             return True
@@ -105,11 +149,20 @@ class Wire:
             data += self._some(until)
         return data
 
-    def _some(self, until: float) -> bytes:
+    def _receive_message(self, item_bytes: int) -> tuple[bytes, list[tuple[int, int, bytes]]]:
+        if not self.is_local:  # TLS has no recvmsg
+            return self.socket.recv(RECEIVE_BYTES), []
+        data, ancillary, _, _ = self.socket.recvmsg(RECEIVE_BYTES, socket.CMSG_SPACE(item_bytes))
+        return data, ancillary
+
+    def _left_s(self, until: float) -> float:
         left_s = until - time.monotonic()
         if left_s <= 0:
             raise TimeoutError("no answer in time")
-        self.socket.settimeout(left_s)
+        return left_s
+
+    def _some(self, until: float) -> bytes:
+        self.socket.settimeout(self._left_s(until))
         data = self.socket.recv(RECEIVE_BYTES)
         if not data:
             raise ConnectionResetError("the daemon closed the connection")
@@ -131,6 +184,51 @@ def dial_unix(path: str) -> Dial:
         return Wire(connected)
 
     return dial
+
+
+def dial_http(host: str, port: int, *, context: ssl.SSLContext | None = None, token: str | None = None) -> Dial:
+    """How to reach a daemon on another machine: by its HTTP port, which turns the connection over to frames."""
+    name = f"[{host}]" if ":" in host else host
+    lines = [
+        "GET /v1/channel HTTP/1.1",
+        f"Host: {name}:{port}",
+        "Connection: Upgrade",
+        "Upgrade: kvstore/1",
+        *([] if token is None else [f"Authorization: Bearer {token}"]),
+    ]
+    request = ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+    def dial(timeout_s: float) -> Wire:
+        until = time.monotonic() + timeout_s
+        connected = socket.create_connection((host, port), timeout_s)
+        try:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if context is not None:
+                connected = context.wrap_socket(connected, server_hostname=host)
+            connected.sendall(request)
+            _check_upgraded(connected, until)
+        except BaseException:
+            connected.close()
+            raise
+        return Wire(connected, is_local=False)
+
+    return dial
+
+
+def _check_upgraded(connected: socket.socket, until: float) -> None:
+    """Read the answer to the upgrade, and not a byte more. Raises ConfigError if the token is refused."""
+    answer = bytearray()
+    while not answer.endswith(b"\r\n\r\n"):
+        connected.settimeout(max(0.001, until - time.monotonic()))
+        byte = connected.recv(1)
+        if not byte or len(answer) > MAX_HTTP_BYTES:
+            raise ConnectionResetError("the daemon did not upgrade the connection")
+        answer += byte
+    status = answer.split(b" ", 2)[1:2]
+    if status in ([b"401"], [b"403"]):
+        raise ConfigError("service.token is refused by the daemon")
+    if status != [b"101"]:
+        raise ConnectionResetError(f"the daemon answered {bytes(answer[:80])!r}")
 
 
 def unix_path(url: str) -> str | None:

@@ -30,7 +30,7 @@ def daemon_config(socket: Path, disk: Path | None = None, **sections: Any) -> Co
     """64 host slots and, where asked for, 128 pages of disk."""
     values: dict[str, Any] = {
         "host": {"capacity_bytes": 64 * PAGE_BYTES, "huge_pages": False},
-        "service": {"socket": socket, "port": None},
+        "service": {"socket": socket, "http_port": None},
     }
     if disk is not None:
         values["disk"] = {"path": disk, "capacity_bytes": 128 * PAGE_BYTES, "workers": 2}
@@ -48,7 +48,11 @@ class LocalDaemon:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="test-daemon", daemon=True)
         self._thread.start()
-        self.call(self.daemon.start())
+        try:
+            self.call(self.daemon.start())
+        except BaseException:
+            self.stop()
+            raise
 
     def call(self, work: Any) -> Any:
         """Run a coroutine in the daemon's loop."""
@@ -134,7 +138,7 @@ class DaemonProcess:
         self.settings = [
             f"host.capacity_bytes={host_pages * PAGE_BYTES}",
             "host.huge_pages=false",
-            "service.port=none",
+            "service.http_port=none",
             *([] if disk is None else [f"disk.path={disk}", f"disk.capacity_bytes={128 * PAGE_BYTES}"]),
             *settings,
         ]

@@ -23,7 +23,7 @@ def daemon(tmp_path: Path) -> Iterator[LocalDaemon]:
     with local_daemon(
         tmp_path / "kv.sock",
         tmp_path / "disk",
-        service={"port": 0, "max_namespaces": 2},
+        service={"http_port": 0, "max_namespaces": 2},
         store={"load_or_recompute": False},
     ) as daemon:
         yield daemon

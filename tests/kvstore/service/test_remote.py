@@ -1,0 +1,269 @@
+"""A client on another machine, so to speak: the same store over an upgraded HTTP connection, bytes and all."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvstore.errors import ConfigError
+from kvstore.plan.records import LeaseState
+from kvstore.service.client import RemoteStore
+from kvstore.service.connect import connect
+from kvstore.service.protocol import HEADER, MAGIC, PAGE_HEAD, VERSION, Op, Status
+from kvstore.service.wire import dial_http
+from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon, wait_until
+from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, page_of, prompt, save, use
+
+BLUE, RED = "blue-token-0123456789", "red-token-0123456789"
+TENANTS = f"""
+[[tenant]]
+name = "blue"
+token = "{BLUE}"
+host_bytes = {32 * PAGE_BYTES}
+disk_bytes = {16 * PAGE_BYTES}
+operator = true
+
+[[tenant]]
+name = "red"
+token = "{RED}"
+disk_bytes = 0
+"""
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[LocalDaemon]:
+    with local_daemon(tmp_path / "kv.sock", tmp_path / "disk", service={"http_port": 0}) as daemon:
+        yield daemon
+        for opened in daemon.daemon.stores.all():
+            opened.store.check()
+
+
+@pytest.fixture
+def store(daemon: LocalDaemon) -> Iterator[RemoteStore]:
+    with remote(daemon) as store:
+        yield store
+        stats = store.stats()
+        assert stats["leases"] == stats["slots"]["filling"] == 0
+        assert store._staging is not None
+        assert store._staging.num_free == store._staging.slab.num_slots
+
+
+def remote(daemon: LocalDaemon, token: str | None = None, staging_pages: int = 64) -> RemoteStore:
+    url = f"http://127.0.0.1:{daemon.daemon.app.port}"
+    return connect(url, LAYOUT, namespace(), token=token, staging_bytes=staging_pages * PAGE_BYTES)
+
+
+def test_local_and_remote_clients_share_pages_both_ways(store: RemoteStore, daemon: LocalDaemon) -> None:
+    assert daemon.config.service.socket is not None
+    with attach(daemon.config.service.socket) as local:
+        save(local, local.request(prompt(10)))
+        save(store, store.request(prompt(10, 1)))
+
+        assert load(store, store.request(prompt(10)))[0] == 10
+        assert load(local, local.request(prompt(10, 1)))[0] == 10
+
+
+def test_pages_come_from_disk_over_the_wire(store: RemoteStore) -> None:
+    for seed in range(8):
+        use(store, prompt(10, seed))
+        assert store.flush(10.0)
+
+    loaded, match = load(store, store.request(prompt(10)))
+
+    assert (loaded, match.by_tier) == (10, {"disk": 10})
+
+
+def test_a_page_that_was_not_filled_is_not_published(store: RemoteStore) -> None:
+    request = store.request(prompt(3))
+    lease = store.prepare_save(request, 0, 3)
+    for page in lease.pages:
+        np.copyto(store.slot_array(page.slot), page_of(request.keys[page.block], 0, PAGE_BYTES))
+
+    store.complete(lease, filled=[True, False, True])
+
+    assert load(store, store.request(prompt(3)))[0] == 1
+
+
+def test_more_pages_than_this_process_has_slots_for_are_loaded_in_part(daemon: LocalDaemon) -> None:
+    with remote(daemon) as store, remote(daemon, staging_pages=4) as small:
+        save(store, store.request(prompt(10)))
+        request = small.request(prompt(10))
+
+        lease = small.prepare_load(request, 10)
+
+        assert lease.num_blocks == 4
+        assert small.wait(lease).num_blocks == 4
+        small.complete(lease)
+        full = small.prepare_save(small.request(prompt(5, 1)), 0, 5)
+        assert (full.pages, full.skipped) == ((), 5)
+        assert small.stats()["leases"] == 0
+
+
+def test_a_remote_client_that_hangs_up_in_the_middle_of_a_page_leaves_nothing(daemon: LocalDaemon) -> None:
+    with remote(daemon) as store:
+        dying = remote(daemon)
+        lease = dying.prepare_save(dying.request(prompt(2)), 0, 2)
+        attachment = dying._link.attachment
+        assert attachment is not None
+        wire = dying._link._take(attachment)
+        head = PAGE_HEAD.pack(lease.id, 0, PAGE_BYTES, 0)
+        wire.socket.sendall(HEADER.pack(MAGIC, VERSION, Op.WRITE, Status.OK, len(head) + PAGE_BYTES, 9) + head)
+        wire.socket.sendall(bytes(PAGE_BYTES // 2))
+
+        wire.close()
+        dying.close()
+
+        wait_until(lambda: store.stats()["leases"] == 0)
+        assert store.stats()["slots"]["free"] == 64
+
+
+def test_a_page_for_a_lease_that_ended_goes_nowhere(store: RemoteStore) -> None:
+    lease = store.prepare_save(store.request(prompt(2)), 0, 2)
+    attachment = store._link.attachment
+    assert attachment is not None
+    wire = store._link._take(attachment)
+    head = PAGE_HEAD.pack(lease.id, 0, PAGE_BYTES, 0)
+    wire.socket.sendall(HEADER.pack(MAGIC, VERSION, Op.WRITE, Status.OK, len(head) + PAGE_BYTES, 9) + head)
+    wire.socket.sendall(b"\xff" * 100)
+    store.release(lease)
+    save(store, store.request(prompt(64, 1)))  # every slot
+
+    wire.socket.sendall(b"\xff" * (PAGE_BYTES - 100))
+    assert wire.call(Op.STATS, b"", 5.0)[0] is Status.OK
+    wire.close()
+
+    assert load(store, store.request(prompt(64, 1)))[0] == 64
+
+
+@pytest.mark.parametrize(("index", "size"), [(9, PAGE_BYTES), (0, 100)])
+def test_a_page_the_lease_does_not_have_ends_the_connection(store: RemoteStore, index: int, size: int) -> None:
+    lease = store.prepare_save(store.request(prompt(2)), 0, 2)
+    attachment = store._link.attachment
+    assert attachment is not None
+    wire = store._link._take(attachment)
+    head = PAGE_HEAD.pack(lease.id, index, size, 0)
+
+    wire.socket.sendall(HEADER.pack(MAGIC, VERSION, Op.WRITE, Status.OK, len(head) + size, 9) + head)
+
+    assert b"ProtocolError" in wire.socket.recv(4096)
+    assert wire.socket.recv(1) == b""
+    wire.close()
+    store.release(lease)
+
+
+def test_a_daemon_that_is_gone_is_a_miss_over_http_too(tmp_path: Path) -> None:
+    with local_daemon(tmp_path / "kv.sock", service={"http_port": 0}) as daemon:
+        store = remote(daemon)
+        save(store, store.request(prompt(3)))
+        lease = store.prepare_load(store.request(prompt(3)), 3)
+    assert store.wait(lease).state is LeaseState.CLOSED
+    store.complete(lease)
+    assert store.lookup(store.request(prompt(3))).num_blocks == 0
+    store.close()
+
+
+# ---- tenants
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Iterator[LocalDaemon]:
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(TENANTS)
+    tokens.chmod(0o600)
+    sections = {"service": {"http_port": 0, "tokens_file": tokens}, "store": {"load_or_recompute": False}}
+    with local_daemon(tmp_path / "kv.sock", tmp_path / "disk", **sections) as daemon:
+        yield daemon
+
+
+def test_tenants_see_neither_each_others_pages_nor_numbers(shared: LocalDaemon) -> None:
+    port = shared.daemon.app.port
+    with remote(shared, BLUE) as blue, remote(shared, RED) as red:
+        save(blue, blue.request(prompt(5)))
+        keys = [key.hex() for key in blue.request(prompt(5)).keys]
+
+        assert load(blue, blue.request(prompt(5)))[0] == 5
+        assert red.lookup(red.request(prompt(5))).num_blocks == 0
+        assert Http(port, BLUE).post("/v1/lookup", keys=keys)["num_blocks"] == 5
+        assert Http(port, RED).post("/v1/lookup", keys=keys)["num_blocks"] == 0
+        (stats,) = Http(port, RED).get("/v1/stats")["namespaces"].values()
+        assert stats["saved_pages"] == 0
+        metrics = Http(port, RED).get("/metrics").decode()
+        assert 'tenant="red"' in metrics
+        assert "blue" not in metrics
+        assert "kvstore_service" not in metrics
+        assert 'tenant="red"' in Http(port, BLUE).get("/metrics").decode()
+
+
+def test_a_tenants_quota_is_its_stores_size(shared: LocalDaemon) -> None:
+    with remote(shared, BLUE) as blue, remote(shared, RED) as red:
+        assert blue.stats()["capacity_pages"] == {"host": 32, "disk": 16}
+        assert red.stats()["capacity_pages"] == {"host": 64}
+        use(red, prompt(20))
+        for seed in range(8):
+            use(blue, prompt(20, seed))
+
+        assert load(red, red.request(prompt(20)))[0] == 20
+        assert blue.stats()["pages"]["host"] <= 32
+
+
+@pytest.mark.parametrize("path", ["/v1/stats", "/v1/namespaces", "/metrics", "/v1/tiers", "/v1/events"])
+def test_a_wrong_token_learns_nothing(shared: LocalDaemon, path: str) -> None:
+    port = shared.daemon.app.port
+
+    answers = [Http(port, token).call("GET", path) for token in (None, "wrong", BLUE[:-1], BLUE + "x", "ü")]
+
+    assert {status for status, _ in answers} == {401}
+    assert len({str(body) for _, body in answers}) == 1
+    assert Http(port).get("/healthz") == {"status": "ok"}
+
+
+def test_only_operators_change_tiers(shared: LocalDaemon) -> None:
+    port = shared.daemon.app.port
+    with remote(shared, BLUE), remote(shared, RED):
+        assert Http(port, RED).call("POST", "/v1/tiers/disk/detach", {})[0] == 403
+        assert Http(port, BLUE).call("POST", "/v1/tiers/disk/detach", {})[0] == 200
+
+
+def test_a_client_with_a_wrong_token_is_told_at_the_start(shared: LocalDaemon) -> None:
+    with pytest.raises(ConfigError, match=r"service\.token is refused"):
+        remote(shared, "wrong-token-0123456789")
+
+
+def test_a_session_of_another_tenant_cannot_be_joined(shared: LocalDaemon) -> None:
+    with remote(shared, BLUE) as blue:
+        attachment = blue._link.attachment
+        assert attachment is not None
+        wire = dial_http("127.0.0.1", shared.daemon.app.port, token=RED)(5.0)
+
+        status, _ = wire.call(Op.ATTACH, b'{"session":"%s"}' % attachment.session.encode(), 5.0)
+
+        assert status is Status.GONE
+        wire.close()
+
+
+def test_pages_travel_over_tls(tmp_path: Path) -> None:
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-keyout", str(key), "-out", str(cert)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+    except FileNotFoundError:
+        pytest.skip("there is no openssl to make a certificate with")
+    service = {"http_port": 0, "tls_cert": cert, "tls_key": key}
+    with local_daemon(tmp_path / "kv.sock", service=service) as daemon:
+        url = f"https://127.0.0.1:{daemon.daemon.app.port}"
+        with connect(url, LAYOUT, namespace(), tls_ca=cert, staging_bytes=64 * PAGE_BYTES) as store:
+            save(store, store.request(prompt(10)))
+            assert load(store, store.request(prompt(10)))[0] == 10
+        with connect(url, LAYOUT, namespace(), staging_bytes=4 * PAGE_BYTES) as distrusting:
+            assert not distrusting.is_attached
+
+
+def test_a_bind_for_everybody_needs_tokens(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ConfigError, match=r"service\.http_host is '0\.0\.0\.0'"),
+        local_daemon(tmp_path / "kv.sock", service={"http_port": 0, "http_host": "0.0.0.0"}),
+    ):
+        pass
