@@ -39,7 +39,7 @@ from connectors.vllm_identity import adapter_name, engine_namespace
 from connectors.vllm_layout import EngineLayout, engine_layout
 from connectors.vllm_messages import StepPlan, StepReport
 from connectors.vllm_metrics import KVStorePromMetrics, KVStoreStats, Snapshots
-from connectors.vllm_scheduler import SchedulerHalf
+from connectors.vllm_scheduler import SchedulerHalf, check_redis
 from connectors.vllm_worker import WorkerHalf, page_tables
 from kvstore.build import open_store
 from kvstore.devices.base import Device
@@ -335,6 +335,12 @@ def _scheduler_half(vllm_config: Any, config: ConnectorConfig, engine: EngineLay
         vllm_config, engine.layout, weights=config.fields.weights, vllm_version=vllm.__version__
     )
     store = open_store(config.store, engine.layout, namespace, shared_name=f"kvstore-{os.getpid()}")
+    if config.store.redis.url is not None and config.fields.require_redis:
+        try:
+            check_redis(store, config, engine.layout.block_size)
+        except ConfigError:
+            store.close(0)
+            raise
     handle = store.slab_handle
     half = SchedulerHalf(
         store,

@@ -32,6 +32,8 @@ class ConnectorFields:
                      bytes; anything else is taken as the name of the weights, and you vouch for it.
     without_prefix_caching: use the store although vLLM's own prefix cache is off. vLLM turns it off by itself where a
                      prompt must not begin in the middle (MLA on CPUs without AMX, for one); then reuse is not exact.
+    require_redis:   a Redis server that does not answer at the start is an error; false: start without it, and use it
+                     as soon as it answers.
     """
 
     load: str = "async"
@@ -39,6 +41,7 @@ class ConnectorFields:
     min_load_tokens: int = 0
     weights: str = "sampled"
     without_prefix_caching: bool = False
+    require_redis: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +107,9 @@ def _fields(given: Mapping[str, Any]) -> ConnectorFields:
         raise ConfigError(
             f"kv_connector_extra_config: min_load_tokens is {least!r}; it must be a number of tokens >= 0"
         )
-    if not isinstance(own.without_prefix_caching, bool):
-        raise ConfigError(
-            f"kv_connector_extra_config: without_prefix_caching is {own.without_prefix_caching!r}; it is true or false"
-        )
+    for name in ("without_prefix_caching", "require_redis"):
+        if not isinstance(getattr(own, name), bool):
+            raise ConfigError(f"kv_connector_extra_config: {name} is {getattr(own, name)!r}; it is true or false")
     if not isinstance(own.weights, str) or not own.weights:
         raise ConfigError(
             f"kv_connector_extra_config: weights is {own.weights!r}; it must be 'sampled', 'full' or a name"

@@ -19,6 +19,7 @@ of the request nor a preemption has to wait for it, and the engine never waits f
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from connectors.vllm_config import ConnectorConfig
 from connectors.vllm_layout import EngineLayout
 from connectors.vllm_messages import LoadJob, PageCopies, SaveJob, StepPlan, StepReport
 from kvstore.base import KVStore
+from kvstore.errors import ConfigError
 from kvstore.plan.records import LeaseState, LoadLease, Request, RequestOptions, SaveLease
 from kvstore.tiers.host import SlabHandle
 
@@ -446,6 +448,24 @@ COUNTERS = (
     "save_failures",
     "hook_errors",
 )
+
+
+def check_redis(store: KVStore, config: ConnectorConfig, block_size: int) -> None:
+    """Ask the Redis tier about a page that nobody has. Raises ConfigError if there is no answer in time."""
+    redis = config.store.redis
+    wait_s = redis.connect_timeout_s + redis.timeout_s
+    nobody = store.request_from_hashes([secrets.token_bytes(32)], block_size + 1)
+    until = time.monotonic() + wait_s
+    match = store.wait_lookup(nobody, wait_s)
+    while match.pending and time.monotonic() < until:
+        match = store.wait_lookup(nobody, until - time.monotonic())
+    store.finished(nobody)
+    errors = store.stats().get("lane_errors", {}).get("redis", {})
+    if match.pending or any(errors.values()):
+        raise ConfigError(
+            f"redis.url: the server does not answer within {wait_s:.1f} s; start it or mend the URL, or set "
+            '"require_redis": false in kv_connector_extra_config to start without it'
+        )
 
 
 def _options(request: Any, tenant: str) -> RequestOptions:

@@ -11,10 +11,12 @@ import pytest
 from connectors.vllm_config import parse_extra_config
 from connectors.vllm_layout import EngineLayout
 from connectors.vllm_messages import StepPlan, StepReport
-from connectors.vllm_scheduler import SchedulerHalf
+from connectors.vllm_scheduler import SchedulerHalf, check_redis
+from kvstore.errors import ConfigError
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.records import LeaseState, LeaseStatus, Match
 from kvstore.store import LocalStore
+from kvstore.tiers.redis_local import free_port
 from tests.helpers.stores import BLOCK, LAYOUT, open_small
 
 ENGINE = EngineLayout(LAYOUT, (0,), (("a", "b"),), ((4096, 4096),))
@@ -316,6 +318,17 @@ def test_hints_of_a_request_reach_the_store(world: World) -> None:
 
     options = world.half._tracked["a"].store.options
     assert (options.session, options.priority, options.ttl_s) == ("s", 2, 60.0)
+
+
+def test_a_redis_server_that_does_not_answer_is_refused_at_the_start() -> None:
+    url = f"redis://127.0.0.1:{free_port()}"
+    config = parse_extra_config({"redis": {"url": url}}, "kv_both")
+
+    with (
+        open_small(redis_url=url) as store,
+        pytest.raises(ConfigError, match=r"redis\.url: the server does not answer"),
+    ):
+        check_redis(store, config, BLOCK)
 
 
 def test_where_tokens_came_from_adds_up(world: World) -> None:

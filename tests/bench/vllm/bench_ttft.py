@@ -3,8 +3,8 @@
     $VENV/bin/python -m tests.bench.vllm.bench_ttft [--lengths 1024,4096,8192] [--reps 3] [--out ttft.json]
 
 One engine in one process, random prompts, one token each, so that a call takes about its TTFT. Rows of a length are
-taken in turn, so that ratios compare like with like; medians, CPU seconds of the process beside wall seconds. The model has
-random weights (Llama, 16 layers, 8 KV heads of 64, bfloat16: 32 KiB per token), about 200M parameters.
+taken in turn, so that ratios compare like with like; medians, CPU seconds of the process beside wall seconds. The model
+has random weights (Llama, 16 layers, 8 KV heads of 64, bfloat16: 32 KiB per token), about 200M parameters.
 
 `no_reuse` is cold with saving to host memory, `cold` is vLLM without a connector, in a process of its own.
 """

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.engines.vllm.engine import ENVIRONMENT, Engine, EngineProcess
+from tests.engines.vllm.engine import ENVIRONMENT, Engine, EngineProcess, clean_up
 from tests.engines.vllm.models import make_model
 
 if importlib.util.find_spec("vllm") is None:
@@ -75,7 +75,11 @@ def open_engine(model_of: Callable[[str], str]) -> Iterator[Callable[..., Engine
         while current:
             current.pop().close()
         sections: dict[str, Any] = {"host": {"capacity_bytes": 64 * MiB, "huge_pages": False}, **(extra or {})}
-        engine = Engine(model_of(kind), sections, **values)
+        try:
+            engine = Engine(model_of(kind), sections, **values)
+        except BaseException:
+            clean_up()
+            raise
         current.append(engine)
         return engine
 

@@ -158,11 +158,16 @@ class Engine:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         if in_process:
-            from vllm.distributed import cleanup_dist_env_and_memory
-            from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
+            clean_up()
 
-            ensure_kv_transfer_shutdown()
-            cleanup_dist_env_and_memory()
+
+def clean_up() -> None:
+    """Undo what an engine of this process, started or not, has left in vLLM's globals."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
+
+    ensure_kv_transfer_shutdown()
+    cleanup_dist_env_and_memory()
 
 
 class EngineProcess:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,21 +45,31 @@ def in_new_process(model: str, entry: dict[str, Any], steps: Sequence[Any], **of
     return [json.loads(line.removeprefix("ANSWER ")) for line in lines if line.startswith("ANSWER ")]
 
 
-@pytest.fixture(scope="module")
-def open_tier_engine(model_of: Callable[[str], str]) -> Iterator[Callable[..., TierEngine]]:
-    """Make an engine in this process; one lives at a time, the one before is closed."""
+@pytest.fixture(autouse=True)
+def no_file_is_left() -> None:
+    """vLLM keeps sockets and pipes of its own; what is ours is looked at by `open_tier_engine`."""
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> None:
+    """The same for threads."""
+
+
+@pytest.fixture
+def open_tier_engine(model_of: Callable[[str], str], tmp_path: Path) -> Iterator[Callable[..., TierEngine]]:
+    """Make an engine in this process; closed at the end, and then nothing of ours is left."""
     current: list[TierEngine] = []
 
     def make(entry: dict[str, Any], *, kind: str = "gqa", **values: Any) -> TierEngine:
-        while current:
-            current.pop().close()
-        engine = TierEngine(model_of(kind), entry, **values)
-        current.append(engine)
-        return engine
+        current.append(TierEngine(model_of(kind), entry, **values))
+        return current[-1]
 
     yield make
-    while current:
-        current.pop().close()
+    for engine in current:
+        engine.close()
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("kvstore-")] == []
+    descriptors = Path("/proc/self/fd").iterdir()
+    assert [file for one in descriptors if (file := os.path.realpath(one)).startswith(str(tmp_path))] == []
 
 
 @pytest.mark.timeout(600)

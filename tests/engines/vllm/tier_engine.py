@@ -62,10 +62,6 @@ class TierEngine(Engine):
         self.settle()
         assert self.llm.reset_prefix_cache(reset_connector=True)
 
-    def close(self) -> None:
-        """Stop the engine."""
-        self.llm.llm_engine.engine_core.shutdown()
-
 
 def main() -> None:
     """Run the steps of a script: prompts to ask, "settle", "forget" or "metrics"."""
