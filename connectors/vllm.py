@@ -222,7 +222,13 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @quiet(lambda: None)
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """vLLM has blocks for the request."""
-        self._half.allocated(request, blocks.blocks, num_external_tokens)
+        try:
+            self._half.allocated(request, blocks.blocks, num_external_tokens)
+        except Exception:
+            # vLLM counts on the load now and would wait for it for ever: tell it that it failed.
+            if num_external_tokens:
+                self._half.refuse(request, blocks.blocks)
+            raise
 
     @quiet(dict)
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:

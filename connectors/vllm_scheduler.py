@@ -35,6 +35,8 @@ from kvstore.tiers.host import SlabHandle
 
 log = logging.getLogger(__name__)
 
+NO_LEASE = 0  # the planner counts from 1
+NEVER = 1 << 40  # more blocks than any prompt has
 MAX_LEASED_FRACTION = 0.5  # of the host slots, for pages on their way to waiting requests
 
 
@@ -129,7 +131,7 @@ class SchedulerHalf:
             tenant = f"{tenant}|{self._salt}"
         options = _options(request, tenant)
         store_request = self.store.request_from_hashes([], max(1, request.num_tokens), options)
-        self._tracked[request.request_id] = Tracked(request, store_request, most=1 << 40)
+        self._tracked[request.request_id] = Tracked(request, store_request, most=NEVER)
 
     # ---- loading ----------------------------------------------------------------------------------------------
 
@@ -193,6 +195,18 @@ class SchedulerHalf:
         )
         self.counters["load_requests"] += 1
 
+    def refuse(self, request: Any, blocks: Sequence[Sequence[Any]]) -> None:
+        """Report the load that vLLM counts on as failed, so that it computes."""
+        tracked = self._tracked.get(request.request_id)
+        first = tracked.first if tracked is not None else 0
+        if tracked is not None:
+            tracked.most = first
+            self._let_go(tracked)
+        ids = tuple(block.block_id for row in blocks for block in row[first:] if not block.is_null)
+        part = PageCopies(0, (-1,) * len(ids), ids)
+        is_async = self._config.fields.load == "async"
+        self._plan.loads.append(LoadJob(NO_LEASE, request.request_id, (part,), is_async, is_bad=True))
+
     def hit_sources(self, request: Any, num_tokens: int) -> dict[str, int]:
         """Where the tokens that are loaded for the request come from, by tier."""
         tracked = self._tracked.get(request.request_id)
@@ -213,8 +227,14 @@ class SchedulerHalf:
         """
         for name, num_tokens in scheduled.items():
             tracked = self._tracked.get(name)
-            if tracked is not None and self._config.saves:
+            if tracked is None or not self._config.saves:
+                continue
+            try:
                 self._plan_save(name, tracked, num_tokens, block_ids)
+            except Exception:  # a save that cannot be planned must not keep the loads of this step from the workers
+                self.counters["save_failures"] += 1
+                log.exception("kvstore: a save of request %s could not be planned", name)
+                tracked.num_saved = NEVER
         plan, self._plan = self._plan, StepPlan()
         plan.num_tokens = sum(scheduled.values())
         if plan.loads or plan.saves:

@@ -331,6 +331,37 @@ def test_a_redis_server_that_does_not_answer_is_refused_at_the_start() -> None:
         check_redis(store, config, BLOCK)
 
 
+def test_a_save_that_cannot_be_planned_keeps_no_load_back(world: World) -> None:
+    world.stored(request("a", 4 * BLOCK + 1))
+    again = request("b", 4 * BLOCK + 1)
+    world.half.new_request(again)
+    world.half.matched(again, 0)
+    world.half.allocated(again, world.blocks(5), 4 * BLOCK)
+    other = request("c", 4 * BLOCK, seed=9)
+    world.half.new_request(other)
+
+    plan = world.half.plan_step({"c": 4 * BLOCK}, lambda name: 1 // 0)
+
+    assert [job.request for job in plan.loads] == ["b"]
+    assert plan.saves == []
+    assert world.half.counters["save_failures"] == 1
+
+
+def test_a_refused_load_is_a_failed_one_for_vllm(world: World) -> None:
+    world.stored(request("a", 4 * BLOCK + 1))
+    again = request("b", 4 * BLOCK + 1)
+    world.half.new_request(again)
+    world.half.matched(again, 0)
+
+    world.half.refuse(again, world.blocks(5))
+    plan = world.half.plan_step({}, lambda name: None)
+
+    assert plan.loads[0].is_bad
+    assert list(plan.loads[0].blocks) == [50, 51, 52, 53, 54]
+    assert world.half.matched(again, 0) == (0, False)
+    assert world.store.stats()["leases"] == 0
+
+
 def test_where_tokens_came_from_adds_up(world: World) -> None:
     world.stored(request("a", 4 * BLOCK + 1))
     again = request("b", 4 * BLOCK + 1)
