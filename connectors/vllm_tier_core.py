@@ -141,6 +141,7 @@ class TierCore:
         self._probes: dict[int, tuple[str, list[bytes]]] = {}
         self._done: list[JobDone] = []
         self._saving_rows = 0
+        self._up_now = self._up()  # as of this step: a lookup is called for every chunk of a prompt
         self._touched: dict[tuple[str, bytes], float] = {}
         self._to_touch: dict[str, dict[bytes, None]] = {tier: {} for tier in mover.tiers}
 
@@ -150,7 +151,7 @@ class TierCore:
         """Is this chunk on a tier that is up? Never waits."""
         if self.mover.num_open:
             self._take_outcomes()
-        answer = self.lookups.lookup(key, self._up())
+        answer = self.lookups.lookup(key, self._up_now)
         self.counters.hits += answer is Answer.HIT
         self.counters.misses += answer is Answer.MISS
         return answer
@@ -163,6 +164,7 @@ class TierCore:
     def end_step(self) -> None:
         """Send what gathered during a scheduler step: one probe per tier, and touches."""
         self._take_outcomes()
+        self._up_now = self._up()
         now = self._now()
         if self.lookups.is_asking:
             questions = self.lookups.take_questions()
@@ -210,6 +212,7 @@ class TierCore:
         """Jobs that ended since the last call, each once."""
         self._take_outcomes()
         self._end_late_jobs()
+        self._up_now = self._up()
         done, self._done = self._done, []
         return done
 
