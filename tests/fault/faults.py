@@ -425,7 +425,7 @@ def disk_truncated(stack: ExitStack, path: Path) -> Scene:
     return Scene(
         store,
         lambda: os.truncate(path / "pages.slab", 0),
-        seen=more("lost_pages", "disk", 4),
+        seen=more("load_failures", "disk", 4),  # lost, or corrupt once a write has made the file longer again
         healed=hits("disk"),
     )
 
