@@ -134,13 +134,9 @@ class Api:
         body: NewNamespace = call.body
         if not self._daemon.is_ready:
             raise Problem(503, "draining", Retry_After="1")
-        layout, namespace = layout_from_json(body.layout), namespace_from_json(body.namespace)
-        try:
-            return _namespace(await self._daemon.stores.open(call.tenant, layout, namespace))
-        except ConfigError as error:
-            if str(error).startswith(("layout", "namespace")):
-                raise
-            raise Problem(409, "the namespace is not opened", str(error)) from None
+        layout = layout_from_json(body.layout.model_dump())
+        namespace = namespace_from_json(body.namespace.model_dump())
+        return _namespace(await self._daemon.stores.open(call.tenant, layout, namespace))
 
     async def clear(self, call: Call) -> BlocksAnswer:
         opened = self._one(call, call.request.match_info["namespace"])
@@ -190,7 +186,7 @@ class Api:
         body: Delete = call.body
         opened, request = self._request(call)
         if body.first > len(request.keys):
-            raise Problem(400, "the body is not valid", f"the prompt has {len(request.keys)} full blocks", "first")
+            raise Problem(409, "there is no such block", f"the prompt has {len(request.keys)} full blocks", "first")
         return BlocksAnswer(blocks=opened.store.forget(request, body.first))
 
     # ---- tiers ------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from kvstore.config import ServiceConfig
 from kvstore.errors import ConfigError, KVStoreError, RequestError, StoreClosed
 from kvstore.service import problems
 from kvstore.service.api import Api
+from kvstore.service.models import parse_json
 from kvstore.service.problems import Problem
 from kvstore.service.protocol import encode_json
 from kvstore.service.routes import Call, Route, document
@@ -108,7 +109,8 @@ class App:
         except StoreClosed:
             return self._refuse(request, Problem(503, "the daemon is closing", Retry_After="1"))
         except ConfigError as error:
-            return self._refuse(request, Problem(400, "the request is not valid", str(error), _field(error)))
+            # Well formed, but not with what is configured here, or not in itself (a window for a full group).
+            return self._refuse(request, Problem(409, "not possible here", str(error), _field(error)))
         except KVStoreError as error:
             return self._refuse(request, Problem(409, "not possible now", str(error)))
         except (ConnectionError, asyncio.CancelledError):
@@ -145,9 +147,11 @@ class App:
         except asyncio.TimeoutError:
             raise Problem(400, "the body did not come in time", field="body") from None
         try:
-            return route.body.model_validate_json(raw)
+            return route.body.model_validate(parse_json(raw))
         except ValidationError as error:
             raise problems.of_validation(error, "body") from None
+        except ValueError as error:
+            raise Problem(400, "the body is not JSON", str(error)[:200], "body") from None
 
     def _tenant(self, request: web.Request) -> Tenant:
         tokens = self._daemon.tokens

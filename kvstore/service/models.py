@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from kvstore.service.namespaces import (
+    MAX_BLOCK_SIZE,
+    MAX_EXTRA,
+    MAX_GROUPS,
+    MAX_LAYERS,
+    MAX_PAGE_BYTES,
+    MAX_SHARDS,
+    MAX_TEXT,
+)
+
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
 
 MAX_TOKENS = 1 << 20
 MAX_KEYS = 1 << 16
@@ -13,6 +26,26 @@ Token = Annotated[int, Field(ge=0, lt=1 << 32)]
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 NamespaceId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", description="Id of a namespace, from /v1/namespaces.")]
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def parse_json(raw: bytes) -> Any:
+    """JSON as the models take it. Raises ValueError for anything else, NaN and Infinity included.
+
+    JSON knows one kind of number: 5.0 is as good a 5.
+    """
+    try:
+        return json.loads(raw, parse_float=_number, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _number(text: str) -> float | int:
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 1 << 53 else value
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
 
 
 class Body(BaseModel):
@@ -27,8 +60,20 @@ class InNamespace(Body):
     namespace: NamespaceId | None = Field(default=None, description="Not needed where there is only one.")
 
 
+def _either(schema: dict[str, Any]) -> None:
+    """Say in the schema what `_one_of_both` checks."""
+    schema["oneOf"] = [{"required": ["tokens"]}, {"required": ["keys"]}]
+    for name in ("tokens", "keys"):
+        field = schema["properties"][name]
+        schema["properties"][name] = next(kind for kind in field["anyOf"] if kind.get("type") == "array") | {
+            "description": field.get("description", "Token ids.")
+        }
+
+
 class Prompt(InNamespace):
     """A prompt: its token ids, or the hashes of its full blocks."""
+
+    model_config = ConfigDict(json_schema_extra=_either)
 
     tokens: Annotated[list[Token], Field(min_length=1, max_length=MAX_TOKENS)] | None = None
     keys: Annotated[list[Key], Field(min_length=1, max_length=MAX_KEYS)] | None = Field(
@@ -37,7 +82,8 @@ class Prompt(InNamespace):
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Prompt:
-        if (self.tokens is None) == (self.keys is None):
+        given = self.model_fields_set & {"tokens", "keys"}
+        if len(given) != 1 or getattr(self, next(iter(given))) is None:
             raise ValueError("give either tokens or keys")
         return self
 
@@ -73,11 +119,47 @@ class Cancel(InNamespace):
     ticket: int = Field(ge=0, lt=1 << 63)
 
 
-class NewNamespace(Body):
-    """A layout and a namespace; see kvstore/service/namespaces.py."""
+class GroupBody(Body):
+    """Layers that share a rule and travel in one page."""
 
-    layout: dict[str, Any]
-    namespace: dict[str, Any]
+    kind: Literal["full", "mla", "sliding", "recurrent"]
+    layers: Annotated[list[Annotated[int, Field(ge=0, le=MAX_LAYERS)]], Field(max_length=MAX_LAYERS)]
+    page_bytes: int = Field(ge=1, le=MAX_PAGE_BYTES)
+    window: int | None = Field(ge=1, le=1 << 31, description="Tokens a sliding layer looks back on.")
+
+
+class LayoutBody(Body):
+    """The geometry of pages (kvstore/layout.py)."""
+
+    block_size: int = Field(ge=1, le=MAX_BLOCK_SIZE)
+    groups: Annotated[list[GroupBody], Field(min_length=1, max_length=MAX_GROUPS)]
+    format: Text
+    dtype: Text
+    shards: int = Field(ge=1, le=MAX_SHARDS)
+
+
+class NamespaceBody(Body):
+    """What must be equal for two engines to share pages (radix/namespace.py)."""
+
+    model: Text
+    revision: Text
+    dtype: Text
+    layout: Text = Field(description="Fingerprint of the layout.")
+    block_size: int = Field(ge=1, le=MAX_BLOCK_SIZE)
+    adapter: Text
+    salt: Text
+    hash: Literal["sha256"]
+    extra: Annotated[
+        list[Annotated[list[Text], Field(min_length=2, max_length=2)]],
+        Field(max_length=MAX_EXTRA, description="Further [name, value] pairs."),
+    ]
+
+
+class NewNamespace(Body):
+    """A layout and a namespace that belongs to it."""
+
+    layout: LayoutBody
+    namespace: NamespaceBody
 
 
 class Attach(InNamespace):

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from kvstore.plan.records import LeaseState, LeaseStatus, Request, SaveLease
 from kvstore.service import problems
-from kvstore.service.models import Prompt, Read
+from kvstore.service.models import Prompt, Read, parse_json
 from kvstore.service.problems import Problem
 from kvstore.service.stores import OpenStore
 
@@ -68,9 +68,11 @@ async def receive(request: web.Request, opened_for: Opened) -> int:
     if num_prompt > MAX_PROMPT_BYTES:
         raise Problem(413, "the prompt is too large", f"{num_prompt} bytes; at most {MAX_PROMPT_BYTES}", "prompt")
     try:
-        prompt = Prompt.model_validate_json(await body.exactly(num_prompt))
+        prompt = Prompt.model_validate(parse_json(await body.exactly(num_prompt)))
     except ValidationError as error:
         raise problems.of_validation(error, "prompt") from None
+    except ValueError as error:
+        raise Problem(400, "the prompt is not JSON", str(error)[:200], "prompt") from None
     opened, blocks = opened_for(prompt)
     saving = _Saving(opened, blocks)
     try:

@@ -233,7 +233,7 @@ def test_what_cannot_be_attached_or_resized_is_told(http: Http, store: RemoteSto
     assert http.call("POST", "/v1/tiers/host/detach", {})[0] == 404
     assert http.call("POST", "/v1/tiers/redis/resize", {"capacity_bytes": 1 << 20})[0] == 409
     status, problem = http.call("POST", "/v1/tiers/host/resize", {"capacity_bytes": 1 << 40})
-    assert (status, problem["detail"]) == (400, "host: 134217728 slots are asked for; the slab has 1 to 32")
+    assert (status, problem["detail"]) == (409, "host: 134217728 slots are asked for; the slab has 1 to 32")
 
 
 # ---- pages

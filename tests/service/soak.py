@@ -1,0 +1,234 @@
+"""A daemon under load and faults for a long time: `python -m tests.service.soak --minutes 15 --json soak.json`.
+
+Engines (processes of their own, over the unix socket and over HTTP) look up, load, compare every byte and save. A
+tormentor kills engines, freezes and kills the daemon, detaches and resizes tiers, and sends nonsense. Between the
+rounds everything is let go, and nothing may be left: no lease, no filling slot, slots that do not add up, no file
+handle more than before; and the daemon's memory may not grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from kvstore.service.client import RemoteStore
+from kvstore.service.connect import connect
+from tests.helpers.daemons import DaemonProcess, Http, attach, wait_until
+from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, prompt, save
+
+HOST_PAGES = 256
+NUM_ENGINES = 3
+FAULT_EVERY_S = 1.5
+ROUND_S = 45.0
+
+
+def engine(socket_path: str, port: int, number: int, counts: Any) -> None:
+    """One engine: every third is on another machine. Ends when it is told to, or killed."""
+    rng = random.Random(number * 7919 + os.getpid())
+    url = f"http://127.0.0.1:{port}" if number % 3 == 2 else f"unix://{socket_path}"
+    store = connect(url, LAYOUT, namespace(), staging_bytes=64 * PAGE_BYTES, retry_max_s=0.3)
+    stopping: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
+    while not stopping:
+        tokens = prompt(rng.randint(1, 24), rng.randint(0, 30))
+        request = store.request(tokens)
+        loaded, _ = load(store, request)  # compares every byte
+        save(store, request, loaded)
+        store.finished(request, last_turn=rng.random() < 0.1)
+        counts[0] += 1
+        counts[1] += loaded
+    store.close()
+
+
+class Soak:
+    """One run."""
+
+    def __init__(self, directory: Path, port: int) -> None:
+        self.port = port
+        self.daemon = DaemonProcess(
+            directory / "kv.sock", directory / "disk", f"service.http_port={port}", host_pages=HOST_PAGES
+        )
+        self.spawn = multiprocessing.get_context("spawn")
+        self.counts: Any = self.spawn.Array("q", [0, 0])
+        self.faults: dict[str, int] = {}
+        self.rounds: list[dict[str, Any]] = []
+        self.engines: list[SpawnProcess] = []
+        self.rng = random.Random(1)
+
+    def run(self, seconds: float, told: Callable[[str], None]) -> dict[str, Any]:
+        """Rounds of load and faults until the time is over. Raises AssertionError if anything is left behind."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self._start_engines()
+            end = min(until, time.monotonic() + ROUND_S)
+            while time.monotonic() < end:
+                time.sleep(FAULT_EVERY_S * self.rng.random())
+                self._fault()
+            self._stop_engines()
+            self.rounds.append(self._settled())
+            told(json.dumps(self.rounds[-1]))
+        code = self.daemon.terminate()
+        assert code == 0, f"the daemon ended with {code}"
+        return {
+            "seconds": seconds,
+            "requests": self.counts[0],
+            "loaded_blocks": self.counts[1],
+            "faults": self.faults,
+            "rounds": self.rounds,
+        }
+
+    def close(self) -> None:
+        """End everything that still runs."""
+        for process in self.engines:
+            if process.is_alive():
+                process.kill()
+        self.daemon.kill()
+
+    def _start_engines(self) -> None:
+        while len(self.engines) < NUM_ENGINES:
+            self._start_engine(len(self.engines))
+
+    def _start_engine(self, number: int) -> None:
+        process = self.spawn.Process(target=engine, args=(str(self.daemon.socket), self.port, number, self.counts))
+        process.start()
+        self.engines.insert(number, process)
+
+    def _stop_engines(self) -> None:
+        for process in self.engines:
+            process.terminate()
+        for process in self.engines:
+            process.join(30)
+            # The signal itself ends one that was only just starting.
+            assert process.exitcode in (0, -signal.SIGTERM), f"an engine ended with {process.exitcode}"
+        self.engines.clear()
+
+    def _fault(self) -> None:
+        # Processes that die are dear: they take seconds to start again.
+        faults = {
+            self._freeze: 4,
+            self._detach: 4,
+            self._resize: 4,
+            self._nonsense: 4,
+            self._explain: 4,
+            self._kill_engine: 1.5,
+            self._kill_daemon: 0.3,
+        }
+        (fault,) = self.rng.choices(list(faults), list(faults.values()))
+        name = fault.__name__.strip("_")
+        self.faults[name] = self.faults.get(name, 0) + 1
+        fault()
+
+    def _kill_engine(self) -> None:
+        number = self.rng.randrange(NUM_ENGINES)
+        process = self.engines.pop(number)
+        process.kill()
+        process.join(30)
+        self._start_engine(number)
+
+    def _freeze(self) -> None:
+        self.daemon.signal(signal.SIGSTOP)
+        time.sleep(0.3)
+        self.daemon.signal(signal.SIGCONT)
+
+    def _kill_daemon(self) -> None:
+        self.daemon.kill()
+        time.sleep(0.2)
+        self.daemon.start()
+
+    def _detach(self) -> None:
+        http = Http(self.port)
+        with contextlib.suppress(OSError):
+            http.call("POST", "/v1/tiers/disk/detach", {})
+            time.sleep(0.1)
+            http.call("POST", "/v1/tiers/disk/attach", {})
+
+    def _resize(self) -> None:
+        pages = self.rng.choice([HOST_PAGES // 4, HOST_PAGES // 2, HOST_PAGES])
+        with contextlib.suppress(OSError):
+            Http(self.port).call("POST", "/v1/tiers/host/resize", {"capacity_bytes": pages * PAGE_BYTES})
+
+    def _nonsense(self) -> None:
+        for _ in range(5):
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as raw:
+                raw.connect(str(self.daemon.socket))
+                raw.sendall(self.rng.randbytes(self.rng.randrange(200)))
+
+    def _explain(self) -> None:
+        tokens = prompt(self.rng.randint(1, 24), self.rng.randint(0, 40)).tolist()
+        with contextlib.suppress(OSError):
+            Http(self.port).call("POST", "/v1/explain", {"tokens": tokens})
+
+    def _settled(self) -> dict[str, Any]:
+        """Let everything end, and see that nothing is left."""
+        Http(self.port).call("POST", "/v1/tiers/disk/attach", {})  # where the last fault took it away
+        with attach(self.daemon.socket) as store:
+            wait_until(lambda: store.is_attached and store.stats().get("leases") == 0, "leases are left")
+            wait_until(lambda: _is_still(store), "slots are left filling")
+            slots = store.stats()["slots"]
+            assert sum(slots.values()) == HOST_PAGES, slots
+            assert store.stats()["pinned_pages"] == 0
+        pid = self.daemon.process.pid
+        wait_until(lambda: _open_files(pid) <= 40, f"{_open_files(pid)} file handles are open")
+        return {
+            "pid": pid,
+            "requests": self.counts[0],
+            "slots": slots,
+            "files": _open_files(pid),
+            "rss_mib": _rss_mib(pid),
+        }
+
+
+def _is_still(store: RemoteStore) -> bool:
+    stats = store.stats()
+    return bool(stats["slots"]["filling"] == 0 and not any(stats["owed_pages"].values()))
+
+
+def _open_files(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def _rss_mib(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return round(int(line.split()[1]) / 1024, 1)
+    return 0.0
+
+
+def free_port() -> int:
+    """A TCP port nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def main() -> None:
+    """Run and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=15.0)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        soak = Soak(Path(directory), free_port())
+        try:
+            result = soak.run(60.0 * arguments.minutes, lambda line: print(line, flush=True))
+        finally:
+            soak.close()
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
