@@ -34,7 +34,7 @@ from vllm.v1.kv_offload.base import (
     RequestOffloadingContext,
     ScheduleEndContext,
 )
-from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+from vllm.v1.kv_offload.tiering.base import JobResult, ParentManager, SecondaryTierManager, TransferJob
 
 from connectors import vllm_versions as versions
 from connectors.vllm_tier_config import TierConfig, parse_tier_config
@@ -85,6 +85,7 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
             adapters_by_name=config.fields.adapters_by_name,
         )
         self._num_errors = 0
+        self._num_fills = 0
         self._is_open = True
         self._close_timeout_s = config.fields.close_timeout_s
         self.locality = _locality(config)
@@ -140,6 +141,19 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
         """Begin to fill rows."""
         job = job_metadata
         self._guard("submit_load", job, self.core.load)
+
+    def serve_external_requests(self, parent: ParentManager) -> None:
+        """Once a step: chunks that came from Redis are written to our disk too, from vLLM's rows.
+
+        vLLM offers only what it has computed; this call is meant for remote readers, and the only one in which a tier
+        may have rows pinned for it.
+        """
+        try:
+            keys = self.core.take_fills()
+            if keys:
+                self._fill(parent, [OffloadKey(key) for key in keys])
+        except Exception:
+            self._note_error("serve_external_requests")
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         """Jobs that ended since the last call."""
@@ -203,6 +217,21 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
         return stats
 
     # ---- private --------------------------------------------------------------------------------------------------
+
+    def _fill(self, parent: ParentManager, keys: list[OffloadKey]) -> None:
+        self._num_fills += 1
+        context = ReqContext(f"kvstore-fill-{self._num_fills}")
+        parent.on_new_request(context)
+        try:
+            answers = [parent.lookup(key, context) for key in keys]
+            ready = [key for key, answer in zip(keys, answers, strict=True) if answer is LookupResult.HIT]
+            # A load whose end vLLM has not taken yet; what is neither has left host memory again.
+            soon = [key for key, answer in zip(keys, answers, strict=True) if answer is LookupResult.HIT_PENDING]
+            self.core.fill_later(soon)
+            if ready:
+                self._guard("fill_store", parent.create_store_job(ready, context), self.core.fill)
+        finally:
+            parent.on_request_finished(context)
 
     def _guard(self, name: str, job: TransferJob, begin: Any) -> None:
         try:

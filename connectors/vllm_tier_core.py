@@ -4,6 +4,7 @@ vLLM calls every method from its scheduler's thread, several times in each step,
 needs no lock: lanes answer through a queue that is emptied at the start of a call.
 
     lookup        -> Lookups; what nobody knows is asked for at the end of the step (`end_step`), one batch per tier
+    fill          -> what came from Redis is also written to the disk that lacks it, once it is in vLLM's host memory
     load job      -> per chunk the first tier that has it (disk before Redis); what that one does not give is asked of
                      the next; chunks that arrive are kept, the others are computed
     save job      -> every tier that is up, in batches; a job is done when all have answered
@@ -32,6 +33,7 @@ SAVE_DEADLINE_S = 30.0  # a save that has not begun by then holds its rows in va
 GRACE_S = 0.5  # for an answer that is under way at the deadline; lanes look every 50 ms
 TOUCH_BATCH = 512  # keys; a few milliseconds in one transaction
 DRAIN_LOG_S = 10.0
+MAX_FILLS = 4096  # chunks that may wait to be written to the first tier
 GROUP_BYTES = 4  # vLLM's key is the block hash and the number of the layer group, big endian
 
 
@@ -141,6 +143,7 @@ class TierCore:
         self._probes: dict[int, tuple[str, list[bytes]]] = {}
         self._done: list[JobDone] = []
         self._saving_rows = 0
+        self._to_fill: dict[bytes, None] = {}
         self._up_now = self._up()  # as of this step: a lookup is called for every chunk of a prompt
         self._touched: dict[tuple[str, bytes], float] = {}
         self._to_touch: dict[str, dict[bytes, None]] = {tier: {} for tier in mover.tiers}
@@ -187,8 +190,8 @@ class TierCore:
         self._load_from_next(job, range(len(job.keys)))
         self._end_if_idle(job)
 
-    def save(self, job_id: int, keys: Sequence[bytes], rows: Sequence[int]) -> None:
-        """Store rows on every tier that is up. Ends in `take_done`."""
+    def save(self, job_id: int, keys: Sequence[bytes], rows: Sequence[int], tiers: Sequence[str] | None = None) -> None:
+        """Store rows on `tiers`, all of them if None, as far as they are up. Ends in `take_done`."""
         room = max(0, self._settings.max_saving_rows - self._saving_rows)
         job = self._begin(job_id, keys, rows, False, SAVE_DEADLINE_S)
         self._saving_rows += len(job.rows)
@@ -196,6 +199,8 @@ class TierCore:
         self.counters.skipped_chunks += len(job.keys) - len(indexes)
         names = [self._name(job.keys[i]) for i in indexes]
         for tier in self._up():
+            if tiers is not None and tier not in tiers:
+                continue
             metas = self._metas(tier, len(indexes))
             for part in self._batches(indexes):
                 transfer = self.mover.save(
@@ -207,6 +212,20 @@ class TierCore:
                 )
                 self._note(job, transfer, tier, part)
         self._end_if_idle(job)
+
+    def fill(self, job_id: int, keys: Sequence[bytes], rows: Sequence[int]) -> None:
+        """Store rows on the first tier alone: chunks that came from another one."""
+        self.save(job_id, keys, rows, self.mover.tiers[:1])
+
+    def take_fills(self) -> list[bytes]:
+        """Chunks that the first tier lacks and that were just loaded from another one, each once."""
+        keys = list(self._to_fill)
+        self._to_fill.clear()
+        return keys
+
+    def fill_later(self, keys: Sequence[bytes]) -> None:
+        """Remember chunks for `take_fills`; beyond MAX_FILLS they are not worth it."""
+        self._to_fill.update(dict.fromkeys(keys[: max(0, MAX_FILLS - len(self._to_fill))]))
 
     def take_done(self) -> list[JobDone]:
         """Jobs that ended since the last call, each once."""
@@ -280,6 +299,10 @@ class TierCore:
         count.failed_chunks += len(again)
         # A leaf must look older than its parent, so that the medium evicts leaves first: tail first.
         self._touch_later(tier, [job.keys[index] for index in reversed(indexes) if job.ok[index]])
+        first = self.mover.tiers[0]
+        if tier != first and self.mover.is_up(first):
+            arrived = [job.keys[index] for index in indexes if job.ok[index]]
+            self.fill_later([key for key in arrived if self.lookups.lacks(key, first)])
         self._load_from_next(job, again)
 
     def _saved(self, job: _Job, tier: str, indexes: list[int], outcome: Outcome) -> None:

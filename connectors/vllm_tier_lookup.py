@@ -120,6 +120,11 @@ class Lookups:
         sure = [tier for tier in tiers if tier in known.where]
         return sure + [tier for tier in tiers if tier in known.waiting]
 
+    def lacks(self, key: bytes, tier: str) -> bool:
+        """True if the tier was asked and does not have this chunk."""
+        known = self._known.get(key)
+        return known is not None and tier not in known.where and tier not in known.waiting
+
     def lost(self, tier: str, key: bytes) -> None:
         """A tier did not give a chunk it had."""
         known = self._known.get(key)

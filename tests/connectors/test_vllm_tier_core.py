@@ -163,6 +163,38 @@ def test_what_the_disk_lost_comes_from_redis_in_the_same_job(world: World) -> No
     assert world.core.counters.by_tier["disk"].failed_chunks == 2
 
 
+def test_what_redis_alone_had_is_offered_to_the_disk_once(world: World) -> None:
+    world.save(KEYS[:2], [0, 1])
+    world.disk.inner.delete([world.core._name(KEYS[0])], timeout_s=1.0)
+    core = world.open()
+    assert world.look(KEYS[:2], core) == [Answer.HIT] * 2
+    while core.mover.num_open:  # the disk, too, has answered
+        core.take_done()
+        time.sleep(0.001)
+
+    assert world.load(KEYS[:2], [10, 11], core).success
+    assert core.take_fills() == [KEYS[0]]
+    assert core.take_fills() == []
+
+    core.fill(99, KEYS[:1], [10])
+    assert world.job(core).success
+    assert world.disk.inner.contains([core._name(KEYS[0])], timeout_s=1.0) == [True]
+    assert core.counters.by_tier["redis"].stored_chunks == 0
+    core.mover._mover.close(5.0)  # the tiers are the world's
+
+
+def test_a_disk_that_is_down_is_not_filled(world: World) -> None:
+    world.save(KEYS[:1], [0])
+    world.disk.fail()
+    for name in "efgh":
+        world.save([key(name)], [0])
+    world.core.lookups.stored("redis", KEYS[:1])
+    world.look(KEYS[:1])
+
+    assert world.load(KEYS[:1], [10]).success
+    assert world.core.take_fills() == []
+
+
 def test_a_chunk_no_tier_gives_is_reported_and_not_offered_again(world: World) -> None:
     world.save(KEYS, [0, 1, 2, 3])
     world.look(KEYS)

@@ -151,6 +151,29 @@ def test_a_redis_that_dies_is_a_miss(open_tier_engine: Callable[..., TierEngine]
         engine.forget()
 
 
+@pytest.mark.parametrize("_", [pytest.param("", marks=NEEDS_REDIS)])
+def test_what_came_from_redis_is_on_the_disk_afterwards(
+    open_tier_engine: Callable[..., TierEngine], reference: Any, tmp_path: Path, _: str
+) -> None:
+    with LocalRedis() as server:
+        redis = {"redis": {"url": server.url}}
+        writer = open_tier_engine(redis)
+        writer.ask(PROMPT)
+        writer.settle()
+        writer.close()
+        reader = open_tier_engine({**on_disk(tmp_path / "pages"), **redis})
+        from_redis = reader.ask(PROMPT)
+        reader.forget()
+        disk = reader.tier.core.counters.by_tier["disk"]
+        assert (disk.loaded_chunks, disk.stored_chunks) == (0, FULL // BLOCK)
+
+        from_disk = reader.ask(PROMPT)
+
+    assert [from_redis["tokens"]] == [from_disk["tokens"]] == reference.tokens([PROMPT])
+    assert from_redis["cached"] == from_disk["cached"] == FULL
+    assert disk.loaded_chunks == FULL // BLOCK
+
+
 def test_a_model_with_sliding_windows_stores_and_loads_what_the_windows_need(
     open_tier_engine: Callable[..., TierEngine], reference: Any, tmp_path: Path
 ) -> None:
