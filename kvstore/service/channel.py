@@ -310,6 +310,7 @@ class Channel(asyncio.BufferedProtocol):
             self._page = None
 
     async def _send_pages(self, frame: Frame, frames: list[tuple[bytes, memoryview]]) -> None:
+        raw = self._raw_socket()
         try:
             for head, view in frames:
                 if self._transport is None:
@@ -317,12 +318,30 @@ class Channel(asyncio.BufferedProtocol):
                 header = HEADER.pack(
                     protocol.MAGIC, protocol.VERSION, Op.READ, Status.OK, len(head) + len(view), frame.sequence
                 )
-                self._transport.write(header + head)
-                self._transport.write(view)
-                await self._may_write.wait()
+                if raw is not None:
+                    await self._loop.sock_sendall(raw, header + head)
+                    await self._loop.sock_sendall(raw, view)
+                else:
+                    self._transport.write(header + head)
+                    self._transport.write(view)
+                    await self._may_write.wait()
+        except OSError as error:
+            log.info("client %s: pages are not sent: %s", self.peer, error)
+            self.close()
         finally:
+            if raw is not None:
+                raw.close()
             self._sending = None
             self._set_busy(False)
+
+    def _raw_socket(self) -> socket.socket | None:
+        """The socket past the transport, which would copy what it cannot send at once; None where it must not be."""
+        transport = self._transport
+        if transport is None or transport.get_extra_info("sslcontext") is not None or transport.get_write_buffer_size():
+            return None
+        raw = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+        raw.setblocking(False)
+        return raw
 
     # ---- waiting ------------------------------------------------------------------------------------------------
 
