@@ -50,7 +50,7 @@ from radix.hashing import BlockHash, hash_blocks
 if TYPE_CHECKING:
     from kvstore.service.daemon import Daemon
 
-EVENT_KEEPALIVE_S = 15.0
+EVENT_KEEPALIVE_S = 5.0  # also the longest time until a listener that left is noticed
 MAX_EVENT_STREAMS = 64
 DETACH_TIMEOUT_S = 5.0
 

@@ -212,9 +212,11 @@ def test_many_threads_share_a_client_while_the_daemon_is_killed_again_and_again(
             time.sleep(0.2)
             daemon.start()
             attached = store.num_attached
-            wait_until(
-                lambda attached=attached: (store.is_attached and store.num_attached > attached) or bool(failures)
-            )  # type: ignore[misc]
+
+            def is_back(attached: int = attached) -> bool:
+                return bool(failures) or (store.is_attached and store.num_attached > attached)
+
+            wait_until(is_back)
         before = sum(loaded)
         wait_until(lambda: sum(loaded) > before + 20 or bool(failures))
         over.set()
