@@ -130,6 +130,8 @@ class CpuTieringSpec(TieringOffloadingSpec):  # type: ignore[misc]
         versions.check_version(vllm.__version__)
         if config.canonical_layout:
             raise ConfigError("CpuTieringSpec: canonical_layout is on; a CPU engine's blocks are packed, leave it off")
+        # Reads every tier's entry: what is wrong there must stop the engine before host memory has a file in /dev/shm.
+        self.build_metric_definitions(dict(config.extra_config))
         super().__init__(config)
 
     def get_worker(self, kv_caches: Any) -> HostCopyWorker:
