@@ -105,11 +105,9 @@ def read_environment(settings: type[BaseSettings]) -> dict[str, Setting]:
     problems = []
     for variable in os.environ:
         upper = variable.upper()
-        if not upper.startswith(PREFIX) or upper in OTHER_VARIABLES or _SERVICE_LINK.fullmatch(upper):
-            continue
         if upper in expected:
             names[expected[upper]] = variable
-        else:
+        elif upper.startswith(PREFIX) and upper not in OTHER_VARIABLES and not _SERVICE_LINK.fullmatch(upper):
             problems.append(f"environment variable {variable} is unknown{_did_you_mean(upper, list(expected))}")
     _raise_if_any(problems)
     data = EnvSettingsSource(settings, env_prefix=PREFIX, env_nested_delimiter=DELIMITER)()
