@@ -138,11 +138,14 @@ def attach_tier(store: LocalStore, config: Config, name: str) -> None:
     raise ConfigError(f"{name}.{'path' if name == 'disk' else 'url'} is none; without it there is no tier to attach")
 
 
-def open_configured(config: Config, layout: Layout, namespace: Namespace) -> KVStore:
-    """The store that the configuration asks for: that of a daemon where `service.url` names one, else one in here."""
+def open_configured(config: Config, layout: Layout, namespace: Namespace, *, shared_name: str | None = None) -> KVStore:
+    """The store that the configuration asks for: that of a daemon where `service.url` names one, else one in here.
+
+    shared_name: for one in here, see `open_store`; the slab of a daemon on this machine is shared anyway.
+    """
     service = config.service
     if service.url is None:
-        return open_store(config, layout, namespace)
+        return open_store(config, layout, namespace, shared_name=shared_name)
     from kvstore.service.connect import connect
 
     return connect(

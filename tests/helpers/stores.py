@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from eviction.registry import make_policy
+from kvstore.base import KVStore
 from kvstore.build import open_store
 from kvstore.config import Config
 from kvstore.layout import GroupKind, LayerGroup, Layout
@@ -79,7 +80,7 @@ def page_of(key: bytes, group: int, num_bytes: int) -> np.ndarray[Any, np.dtype[
     return np.random.default_rng(seed).integers(0, 256, num_bytes, np.uint8)
 
 
-def save(store: LocalStore, request: Request, first: int = 0, num_blocks: int | None = None) -> int:
+def save(store: KVStore, request: Request, first: int = 0, num_blocks: int | None = None) -> int:
     """Save blocks of a request as an engine would; returns the pages saved."""
     lease = store.prepare_save(request, first, len(request.keys) - first if num_blocks is None else num_blocks)
     for page in lease.pages:
@@ -89,7 +90,7 @@ def save(store: LocalStore, request: Request, first: int = 0, num_blocks: int | 
     return len(lease.pages)
 
 
-def load(store: LocalStore, request: Request, timeout_s: float = 5.0) -> tuple[int, Match]:
+def load(store: KVStore, request: Request, timeout_s: float = 5.0) -> tuple[int, Match]:
     """Load what is stored of a request and compare every byte; returns the blocks that came."""
     match = store.wait_lookup(request)
     lease = store.prepare_load(request, match.num_blocks)
@@ -105,7 +106,7 @@ def load(store: LocalStore, request: Request, timeout_s: float = 5.0) -> tuple[i
     return status.num_blocks, match
 
 
-def use(store: LocalStore, tokens: Any, options: RequestOptions | None = None) -> int:
+def use(store: KVStore, tokens: Any, options: RequestOptions | None = None) -> int:
     """One request from lookup to end; returns the blocks that were loaded."""
     request = store.request(tokens, options)
     loaded, _ = load(store, request)
