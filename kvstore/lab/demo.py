@@ -247,15 +247,18 @@ class Play:
             def hear(text: str) -> None:
                 nonlocal said
                 said += text
-                step.update(" ".join(said.split()))
+                step.update(_one_line(said))
 
             step.update("waiting for the first token")
             answer = replica.ask(messages, max_new_tokens=NEW_TOKENS, use_store=use_store, on_text=hear)
             reused = f", {answer.reused_tokens:,} reused" if use_store else ""
-            step.note(
-                f"TTFT {answer.ttft_s:.2f} s, {answer.prompt_tokens:,} tokens{reused}: {' '.join(answer.text.split())}"
-            )
+            step.note(f"TTFT {answer.ttft_s:.2f} s, {answer.prompt_tokens:,} tokens{reused}: {_one_line(answer.text)}")
         return answer
+
+
+def _one_line(text: str) -> str:
+    """What a model said, without the control characters that random weights say too."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
 def _prompt(system: str, question: str) -> list[dict[str, str]]:

@@ -118,3 +118,7 @@ def test_a_prompt_too_short_to_share_is_refused(pretend: list[str]) -> None:
 
     assert result.exit_code == 2
     assert "prompt-tokens" in result.output
+
+
+def test_what_a_model_says_cannot_steer_the_terminal() -> None:
+    assert demo_module._one_line("a\x1b[2Jb\n\n c\x07") == "a [2Jb c"
