@@ -210,8 +210,8 @@ def test_many_threads_share_a_client_while_the_daemon_is_killed_again_and_again(
             time.sleep(0.4)
             daemon.kill()
             time.sleep(0.2)
+            attached = store.num_attached  # before the start: the client may be back before `start` returns
             daemon.start()
-            attached = store.num_attached
 
             def is_back(attached: int = attached) -> bool:
                 return bool(failures) or (store.is_attached and store.num_attached > attached)
