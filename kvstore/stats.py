@@ -32,7 +32,7 @@ def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
         "shared_fetches": loader.counters["shared_fetches"],
         "prefetches": loader.counters["prefetches"],
         "corrupt_pages": {name: m.corrupt_pages for name, m in media.items()},
-        **planner.counters,
+        **planner.saver.counters,
         "spilled_pages": {name: tier.counters.spilled_pages for name, tier in tiers.items()},
         "spill_failures": {name: tier.counters.failed_pages for name, tier in tiers.items()},
         "spill_lost": {name: tier.counters.lost_pages for name, tier in tiers.items()},

@@ -40,6 +40,7 @@ from kvstore.plan.records import (
     SaveLease,
     Transfer,
 )
+from kvstore.plan.saver import Saver
 from kvstore.plan.scout import Scout
 from radix.hashing import BlockHash
 
@@ -98,16 +99,9 @@ class Planner:
         self.keeper = Keeper(self.host, settings.wall_offset)
         self.seconds_saved = 0.0
         self.finish_reasons: dict[str, int] = {}
-        self._saves: dict[int, Save] = {}
+        self.saver = Saver(self.host, self.catalog, self.scout)
         self._finishing: set[int] = set()
         self._next_lease = 1
-        self.counters = {
-            "saves": 0,
-            "saved_pages": 0,
-            "skipped_saves": 0,
-            "dedup_saves": 0,
-            "aborted_saves": 0,
-        }
 
     # ---- looking up and loading -------------------------------------------------------------------------------
 
@@ -148,7 +142,7 @@ class Planner:
 
     @property
     def num_leases(self) -> int:
-        return len(self.loader.loads) + len(self._saves)
+        return len(self.loader.loads) + len(self.saver.saves)
 
     # ---- saving -----------------------------------------------------------------------------------------------
 
@@ -157,30 +151,7 @@ class Planner:
 
         Never waits: where no slot is free and nothing can be evicted, the rest is skipped and counted.
         """
-        end = min(first + num_blocks, len(request.keys))
-        first = max(0, first)
-        save = Save(self._lease_id(), request, [], owner)
-        blocks: list[int] = []
-        skipped = 0
-        if first < end:
-            path = self.scout.insert(request, end)
-            wanted: list[Page] = []
-            for index in range(first, len(path)):
-                for page in path[index].pages:
-                    if page.state == PageState.ABSENT:
-                        wanted.append(page)
-                        blocks.append(index)
-            self.counters["dedup_saves"] += (len(path) - first) * len(self.windows) - len(wanted)
-            slots = self.host.take_for(wanted, path)
-            skipped = len(wanted) - len(slots)
-            save.pages = wanted[: len(slots)]
-            del blocks[len(slots) :]
-            if skipped:
-                self.counters["skipped_saves"] += skipped
-                self.catalog.prune(path[-1])
-        self.counters["saves"] += 1
-        self._saves[save.id] = save
-        return SaveLease(save.id, slot_pages(blocks, save.pages), skipped)
+        return self.saver.prepare(self._lease_id(), request, first, num_blocks, owner)
 
     def complete(self, lease_id: int, now: float, filled: Sequence[bool] | None = None) -> None:
         """End a lease well: unpin after a load, publish after a save."""
@@ -188,22 +159,22 @@ class Planner:
         if load is not None:
             self._used(load, now)
             return
-        save = self._saves.pop(lease_id, None)
-        if save is not None:
-            self._publish(save, filled, now)
+        ended = self.saver.end(lease_id, now, filled)
+        if ended is not None:
+            self._saved(*ended, now)
 
     def release(self, lease_id: int, now: float) -> None:
         """End a lease badly: unpin, or drop what was being filled."""
         if self.loader.release(lease_id, now):
             return
-        save = self._saves.pop(lease_id, None)
-        if save is not None:
-            self._publish(save, [False] * len(save.pages), now)
+        ended = self.saver.drop(lease_id, now)
+        if ended is not None:
+            self._saved(*ended, now)
 
     def release_owner(self, owner: str, now: float) -> int:
         """Release every lease of an owner that died."""
         ids = [load.id for load in self.loader.loads.values() if load.owner == owner]
-        ids += [save.id for save in self._saves.values() if save.owner == owner]
+        ids += [save.id for save in self.saver.saves.values() if save.owner == owner]
         for lease_id in ids:
             self.release(lease_id, now)
         return len(ids)
@@ -219,7 +190,7 @@ class Planner:
         if finish_reason:
             self.finish_reasons[finish_reason] = self.finish_reasons.get(finish_reason, 0) + 1
         self.scout.requests.pop(request.id, None)
-        if any(save.request is request for save in self._saves.values()):
+        if self.saver.is_saving(request):
             # Its last pages are still being copied: they join their path when they are published.
             self._finishing.add(request.id)
         path = self._known_path(request)
@@ -402,7 +373,7 @@ class Planner:
         pages = list(self.catalog.pages())
         known = set(pages)
         held = [page for load in self.loader.loads.values() for page in load.pages if page not in load.lost]
-        filling = [page for save in self._saves.values() for page in save.pages]
+        filling = [page for save in self.saver.saves.values() for page in save.pages]
         flying = [page for flight in self.flights.under_way() for page in flight.pages]
         self.host.check({*pages, *(page for page in [*held, *filling, *flying] if page not in known)})
         pins: dict[Page, int] = {}
@@ -429,22 +400,8 @@ class Planner:
         blocks = self.catalog.match(request.keys)
         return self.scout.verified(request, blocks)
 
-    def _publish(self, save: Save, filled: Sequence[bool] | None, now: float) -> None:
-        if filled is not None and len(filled) != len(save.pages):
-            raise ValueError(f"filled has {len(filled)} entries, the lease has {len(save.pages)} pages")
-        whole: list[Page] = []
-        for index, page in enumerate(save.pages):
-            if (filled is None or filled[index]) and not page.block.is_removed:
-                self.host.ready(page)
-                whole.append(page)
-            else:
-                self.host.abandon(page)
-                self.counters["aborted_saves"] += 1
-        self.host.enter(whole, now, used=False)
-        if len(whole) < len(save.pages):
-            for page in reversed(save.pages):
-                self.catalog.prune(page.block)
-        self.counters["saved_pages"] += len(whole)
+    def _saved(self, save: Save, whole: Sequence[Page], now: float) -> None:
+        """Pages are published: note whose they are, promise what was asked, write them behind."""
         request = save.request
         blocks = list(dict.fromkeys(page.block for page in whole))
         self._claim(blocks, request)
@@ -454,7 +411,7 @@ class Planner:
             tier.pump(now)
         if request.id in self._finishing:
             self._use(self._known_path(request), request, now)
-            if not any(other.request is request for other in self._saves.values()):
+            if not self.saver.is_saving(request):
                 self._finishing.discard(request.id)
 
     def _used(self, load: Load, now: float) -> None:
