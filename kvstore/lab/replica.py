@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvstore.errors import KVStoreError
+from kvstore.lab.loaded_model import chat_ids, load_model
 
 if TYPE_CHECKING:
     from connectors.transformers import KVCacheModel
@@ -77,19 +78,11 @@ class Replica:
     """The model with a store, and the same model without, for reference."""
 
     def __init__(self, spec: ReplicaSpec) -> None:
-        import torch
-        import transformers
-
         from connectors.transformers import KVCacheModel, open_store_for
         from kvstore.config import Config
 
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        torch.set_num_threads(spec.threads)
         self._spec = spec
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(spec.source)
-        dtype = getattr(torch, spec.dtype)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(spec.source, dtype=dtype).eval()
+        self.model, self.tokenizer = load_model(spec.source, spec.dtype, spec.threads)
         config = Config(
             store={"lookup_deadline_s": LOOKUP_DEADLINE_S, "load_deadline_s": LOAD_DEADLINE_S},
             host={"capacity_bytes": HOST_BYTES},
@@ -110,7 +103,7 @@ class Replica:
     def ask(self, messages: Messages, max_new_tokens: int, use_store: bool, emit: Emit) -> dict[str, Any]:
         """Answer greedily; the record has the fields of `demo_report.Answer`."""
         engine: KVCacheModel = self.with_store if use_store else self.without_store
-        ids = self.prompt_ids(messages)
+        ids = chat_ids(self.tokenizer, messages)
         done = engine.generate(ids, max_new_tokens, on_piece=lambda piece: emit({"event": "piece", "text": piece.text}))
         report = done.report
         return {
@@ -140,16 +133,7 @@ class Replica:
         """Measure decode steps with and without KV cache, and the rates of prefill and decode."""
         from kvstore.lab.explain import measure
 
-        return measure(self.model, self.prompt_ids(messages), self._spec.prefill_chunk)
-
-    def prompt_ids(self, messages: Messages) -> list[int]:
-        """The prompt that a chat server would make of `messages`; plain lines where the model has no chat template."""
-        if getattr(self.tokenizer, "chat_template", None):
-            ids = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-        else:
-            lines = [f"{message['role'].capitalize()}: {message['content']}\n\n" for message in messages]
-            ids = self.tokenizer.encode("".join(lines) + "Assistant:")
-        return [int(token) for token in ids]
+        return measure(self.model, chat_ids(self.tokenizer, messages), self._spec.prefill_chunk)
 
     def close(self) -> None:
         """Write behind what is left, and close."""

@@ -72,14 +72,6 @@ def test_another_replica_on_the_same_disk_finds_the_pages(replica: Replica, spec
     assert found["tokens"] == first["tokens"]
 
 
-def test_a_model_without_chat_template_gets_plain_lines(replica: Replica) -> None:
-    replica.tokenizer.chat_template = None
-
-    ids = replica.prompt_ids([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
-
-    assert replica.tokenizer.decode(ids) == "System: s\n\nUser: u\n\nAssistant:"
-
-
 def test_prompts_have_the_asked_length_in_this_models_tokens(replica: Replica) -> None:
     texts = replica.prompts(600)
 
