@@ -1,32 +1,41 @@
-"""TTFT of a vLLM engine on CPU: cold, its own prefix cache, and ours from host memory, disk and Redis.
+"""TTFT of vLLM engines on CPU: cold, vLLM's own prefix cache, its native fs tier, and ours from host, disk and Redis.
 
-    $VENV/bin/python -m tests.bench.vllm.bench_ttft [--lengths 1024,4096,8192] [--reps 3] [--out ttft.json]
+    $VENV/bin/python -W ignore -m tests.bench.vllm.bench_ttft [--lengths 1024,4096,8192] [--reps 3] [--out ttft.json]
+    ... --quick                                  less than three minutes: 1024 tokens, two turns
+    ... --engines host --lengths 1024 --reps 15  one question, many pairs
 
-One engine in one process, random prompts, one token each, so that a call takes about its TTFT. Rows of a length are
-taken in turn, so that ratios compare like with like; medians, CPU seconds of the process beside wall seconds. The model
-has random weights (Llama, 16 layers, 8 KV heads of 64, bfloat16: 32 KiB per token), about 200M parameters.
+One engine per way (ttft_engine.py says which, and what their rows are), each in a process of its own; all are alive at
+once and take turns, length by length, so that ratios compare like with like. Random prompts, one token each: a call
+takes about its TTFT. The model has random weights (Llama, 16 layers, 8 KV heads of 64, bfloat16: 32 KiB per token),
+about 200M parameters. Rows are printed as they come, and `--out` holds all of them after each one, so that nothing is
+lost when the time is up.
 
-`no_reuse` is cold with saving to host memory, `cold` is vLLM without a connector, in a process of its own.
+Both disks are below one folder. Ours and vLLM's fs tier read with O_DIRECT where the file system has it (the `facts` of
+the engines say so), past the page cache; it is dropped all the same before `load`, and filled before `load_warm`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
-import statistics
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from kvstore.lab.machine import machine, versions
 from kvstore.tiers.redis_local import LocalRedis
-from tests.engines.vllm.engine import ENVIRONMENT, Engine, make_prompt
+from tests.bench.vllm.ttft_report import TtftReport
+from tests.engines.vllm.engine import ENVIRONMENT
 from tests.engines.vllm.models import make_model
 
 GiB = 1 << 30
+ENGINES = ("host", "disk", "redis", "fs", "tier")
 SHAPE = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -37,113 +46,80 @@ SHAPE = {
 
 
 def main() -> None:
-    """Measure and print one JSON object."""
-    options = argparse.ArgumentParser()
-    options.add_argument("--lengths", default="1024,4096,8192")
-    options.add_argument("--reps", type=int, default=3)
-    options.add_argument("--block", type=int, default=128)
-    options.add_argument("--model", default=str(Path(tempfile.gettempdir()) / "kvstore-bench-llama"))
-    options.add_argument("--out")
-    options.add_argument("--plain", action="store_true", help="vLLM without us; what the other process runs")
-    given = options.parse_args()
-    os.environ.update({**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"})
-    lengths = [int(length) for length in given.lengths.split(",")]
+    """Measure, print, and say which goals were met."""
+    given = parse_arguments()
+    os.environ.update({**ENVIRONMENT, "VLLM_LOGGING_LEVEL": "ERROR"})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the engines and Redis end too
     make_model(Path(given.model), "gqa", **SHAPE)
-    if given.plain:
-        print("PLAIN " + json.dumps(plain(given, lengths)), flush=True)
-        return
-    result = {"machine": {"load": os.getloadavg(), "cpus": os.cpu_count()}, "block": given.block, "reps": given.reps}
-    command = [sys.executable, "-m", "tests.bench.vllm.bench_ttft", *sys.argv[1:], "--plain"]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    cold = json.loads(next(line for line in lines if line.startswith("PLAIN ")).removeprefix("PLAIN "))
-    result["lengths"] = ours(given, lengths, cold)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if given.out:
-        Path(given.out).write_text(text)
-
-
-def plain(given: argparse.Namespace, lengths: list[int]) -> dict[str, Any]:
-    """vLLM alone: cold and its own cache."""
-    engine = open_engine(given, lengths, None)
-    rows: dict[str, Any] = {}
-    for length in lengths:
-        times: dict[str, list[dict[str, Any]]] = {"cold": [], "own_cache": []}
+    facts: dict[str, Any] = {
+        "machine": machine(),
+        "versions": versions(),
+        "given": {name: value for name, value in vars(given).items() if name != "out"},
+        "engines": {},
+    }
+    report = TtftReport(facts, Path(given.out) if given.out else None)
+    started = time.monotonic()
+    with ExitStack() as stack:
+        redis_url = stack.enter_context(LocalRedis(maxmemory_bytes=GiB)).url if "redis" in given.engines else ""
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=given.folder))
+        pipes = {kind: start_engine(stack, given, kind, folder, redis_url) for kind in given.engines}
+        for kind, pipe in pipes.items():
+            facts["engines"][kind] = pipe.recv()["facts"]
+            print(f"# {kind} is ready after {time.monotonic() - started:.0f} s {facts['engines'][kind]}", flush=True)
         for rep in range(given.reps):
-            prompt = make_prompt(length + 5, 1000 * rep + length)
-            times["cold"].append(engine.ask(prompt, 1))
-            times["own_cache"].append(engine.ask(prompt, 1))
-        rows[str(length)] = {name: medians(samples) for name, samples in times.items()}
-    engine.close()
-    return rows
+            for length in given.lengths:
+                for kind, pipe in pipes.items():
+                    take_turn(report, kind, pipe, length, rep)
+    report.print_summary()
+    print(f"# {time.monotonic() - started:.0f} s")
 
 
-def ours(given: argparse.Namespace, lengths: list[int], cold: dict[str, Any]) -> dict[str, Any]:
-    """With the connector: saving, and loading from each tier in turn the only one."""
-    rows: dict[str, Any] = {}
-    with LocalRedis() as redis, tempfile.TemporaryDirectory() as folder:
-        extra = {
-            "host": {"capacity_bytes": GiB},
-            "store": {"load_or_recompute": False, "load_deadline_s": 30, "lookup_deadline_s": 5},
-        }
-        tiers = {
-            "host": {},
-            "disk": {"disk": {"path": folder, "capacity_bytes": 2 * GiB, "shared": False}},
-            "redis": {"redis": {"url": redis.url, "timeout_s": 30}},
-        }
-        for tier, section in tiers.items():
-            engine = open_engine(given, lengths, {**extra, **section})
-            for length in lengths:
-                row = rows.setdefault(str(length), dict(cold[str(length)]))
-                times: dict[str, list[dict[str, Any]]] = {"no_reuse": [], "own_cache_again": [], tier: []}
-                for rep in range(given.reps):
-                    prompt = make_prompt(length + 5, 1000 * rep + length)
-                    times["no_reuse"].append(engine.ask(prompt, 1))
-                    engine.settle()
-                    times["own_cache_again"].append(engine.ask(prompt, 1))
-                    drop(engine, keep_host=tier == "host")
-                    times[tier].append(engine.ask(prompt, 1))
-                    assert times[tier][-1]["cached"] >= length // given.block * given.block
-                names = ("no_reuse", "own_cache_again", tier) if tier == "host" else (tier,)
-                row.update({name: medians(times[name]) for name in names})
-            connector = engine.scheduler.connector
-            rows.setdefault("hooks_us_per_step", {})[tier] = 1e6 * connector._hook_seconds / max(1, connector._steps)
-            engine.close()
-    for length in lengths:
-        row = rows[str(length)]
-        for name in ("own_cache", "host", "disk", "redis", "no_reuse"):
-            row[name]["over_cold"] = {kind: row[name][kind] / row["cold"][kind] for kind in ("wall_s", "cpu_s")}
-        row["host"]["over_own_cache"] = {
-            kind: row["host"][kind] / row["own_cache_again"][kind] for kind in ("wall_s", "cpu_s")
-        }
-    return rows
+def parse_arguments() -> argparse.Namespace:
+    """The command line; lists are comma-separated."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--lengths", default="1024,4096,8192", help="prompt tokens")
+    options.add_argument("--reps", type=int, default=3, help="turns of each engine at each length")
+    options.add_argument("--hits", type=int, default=3, help="loads per turn")
+    options.add_argument("--engines", default=",".join(ENGINES), help=f"of {', '.join(ENGINES)}")
+    options.add_argument("--block", type=int, default=128, help="tokens per block; vLLM's default on CPU is 128")
+    options.add_argument("--folder", help="where both disks lie; default: the directory for temporary files")
+    options.add_argument("--model", default=str(Path(tempfile.gettempdir()) / "kvstore-bench-llama"))
+    options.add_argument("--out", help="JSON file, written after every row")
+    options.add_argument("--quick", action="store_true", help="1024 tokens, two turns")
+    given = options.parse_args()
+    if given.quick:
+        given.lengths, given.reps, given.hits = "1024", 2, 2
+    given.lengths = [int(length) for length in given.lengths.split(",")]
+    given.engines = given.engines.split(",")
+    for engine in given.engines:
+        if engine not in ENGINES:
+            options.error(f"--engines: there is no {engine!r}; known are {', '.join(ENGINES)}")
+    return given
 
 
-def open_engine(given: argparse.Namespace, lengths: list[int], extra: dict[str, Any] | None) -> Engine:
-    """An engine that has answered once already."""
-    engine = Engine(given.model, extra, block_size=given.block, max_model_len=max(lengths) + 256, max_num_seqs=2)
-    engine.ask(make_prompt(300, 7), 2)
-    return engine
+def start_engine(
+    stack: ExitStack, given: argparse.Namespace, kind: str, folder: str, redis_url: str
+) -> Connection[Any, Any]:
+    """Start an engine's process and return our end of its pipe; it ends when that is closed."""
+    from tests.bench.vllm.ttft_engine import EngineSettings, serve
+
+    settings = EngineSettings(kind, given.model, given.block, max(given.lengths), given.hits, folder, redis_url)
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=serve, args=(theirs, settings), name=f"ttft-{kind}")
+    process.start()
+    theirs.close()
+    stack.callback(process.join, 60)
+    stack.callback(ours.close)
+    return ours
 
 
-def drop(engine: Engine, *, keep_host: bool) -> None:
-    """Empty vLLM's own cache and, where asked for, host memory; the lower tiers keep their pages."""
-    engine.forget_own_cache()
-    if keep_host:
-        return
-    store = engine.half.store
-    with store._lock:
-        pages = [page for page in store._planner.catalog.pages() if getattr(page.state, "name", "") == "READY"]
-        for page in pages:
-            store._planner.host.drop((page,))
-
-
-def medians(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of wall and CPU seconds."""
-    return {kind: round(statistics.median(sample[kind] for sample in samples), 4) for kind in ("wall_s", "cpu_s")}
+def take_turn(report: TtftReport, kind: str, pipe: Connection[Any, Any], length: int, rep: int) -> None:
+    """Let one engine measure one length, and book its rows as they come."""
+    pipe.send((length, rep))
+    while (row := pipe.recv()) is not None:
+        report.add({"length": length, "rep": rep, "engine": kind, **row})
 
 
 if __name__ == "__main__":
-    started = time.monotonic()
     main()
-    print(f"# {time.monotonic() - started:.0f} s", file=sys.stderr)

@@ -17,8 +17,9 @@ PATIENT = {"lookup_deadline_s": 10, "load_deadline_s": 30}  # the machine may be
 
 
 def tier_config(entry: dict[str, Any], **offloading: Any) -> dict[str, Any]:
-    """The kv_connector_extra_config of a CPU engine with one KVStoreTier."""
-    tier = {"type": "KVStoreTier", "module_path": "connectors.vllm_tier", "store": PATIENT, **entry}
+    """The kv_connector_extra_config of a CPU engine with one tier: a KVStoreTier, unless `entry` names another type."""
+    ours = {"type": "KVStoreTier", "module_path": "connectors.vllm_tier", "store": PATIENT}
+    tier = entry if "type" in entry else {**ours, **entry}
     return {
         "spec_name": "CpuTieringSpec",
         "spec_module_path": "connectors.vllm_cpu_spec",
