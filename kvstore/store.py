@@ -26,7 +26,7 @@ from kvstore.layout import Layout
 from kvstore.move.lane import Lane
 from kvstore.move.mover import Mover
 from kvstore.plan.cascade import TierPlan
-from kvstore.plan.journal import BlockEvent, Journal
+from kvstore.plan.journal import BlockEvent, Journal, Shortfall
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import (
     Explanation,
@@ -39,6 +39,7 @@ from kvstore.plan.records import (
     RequestOptions,
     SaveLease,
 )
+from kvstore.plan.tour import Tour
 from kvstore.requests import RequestMaker, check_blocks, check_range
 from kvstore.stats import snapshot
 from kvstore.tiers.host import HostSlab, SlabHandle
@@ -273,6 +274,18 @@ class LocalStore:
         with self._lock:
             journal = self._planner.catalog.journal
             return [] if journal is None else journal.take_events()
+
+    def shortfalls(self) -> list[Shortfall]:
+        """The last lookups that fell short, oldest first; nothing without a journal."""
+        with self._lock:
+            journal = self._planner.catalog.journal
+            return [] if journal is None else list(journal.shortfalls)
+
+    def guide(self, tour: Tour, max_blocks: int = 2048) -> bool:
+        """One step of a walk over everything that is stored; True when it is over. See kvstore/plan/tour.py."""
+        with self._lock:
+            self._check_open()
+            return tour.step(self._planner, max_blocks, self._now())
 
     def resize_host(self, num_slots: int) -> None:
         """Use `num_slots` of the slots; memory of the others goes back to the system as they come free."""

@@ -19,6 +19,7 @@ Tried, 750,000 blocks in 2,000 paths of 500 (ns per block; bytes per block witho
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from radix.namespace import BlockHash
@@ -37,6 +38,15 @@ class RunView(NamedTuple):
     depth: int
     keys: tuple[BlockHash, ...]
     num_children: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch(Generic[V]):
+    """Blocks that follow each other without a branch, and the blocks that continue them."""
+
+    keys: list[BlockHash]
+    values: list[V]
+    children: list[BlockHash]
 
 
 class RadixTree(Generic[V]):
@@ -137,6 +147,16 @@ class RadixTree(Generic[V]):
             return list(self._root.children)
         run, at = self._find(key)
         return [run.keys[at + 1]] if at + 1 < len(run.keys) else list(run.children)
+
+    def stretch(self, key: BlockHash, limit: int) -> Stretch[V]:
+        """Return this block and what follows it up to the next branch, at most `limit` blocks. O(answer).
+
+        Raises KeyError if `key` is not known.
+        """
+        run, at = self._find(key)
+        end = min(at + limit, len(run.keys))
+        children = [run.keys[end]] if end < len(run.keys) else list(run.children)
+        return Stretch(run.keys[at:end], run.values[at:end], children)
 
     def path(self, key: BlockHash) -> list[BlockHash]:
         """Return the path that ends with this block, root first. Raises KeyError if `key` is not known."""

@@ -29,6 +29,7 @@ from radix.tree import RadixTree
 if TYPE_CHECKING:
     from kvstore.plan.leases import Load
 
+NEVER = float("-inf")
 SHARED_SESSION = "\0shared"  # a block that more than one session has used; no session name starts with NUL
 
 
@@ -75,10 +76,25 @@ class Block:
 
     session:    name of the only session that used it, SHARED_SESSION after a second one came.
     touched_at: when the lower tiers were last told of a use (planner's clock).
+    num_loads:  loads that ended with this block, or with one that continued it and was pruned since. So what was loaded
+                through a block is a sum over all that continues it, and a load counts in one place.
+    loaded_at:  when the last of them ended (planner's clock).
     is_removed: it was forgotten; what is still under way for it is dropped on arrival.
     """
 
-    __slots__ = ("depth", "hint", "is_removed", "key", "pages", "parent", "session", "tokens", "touched_at")
+    __slots__ = (
+        "depth",
+        "hint",
+        "is_removed",
+        "key",
+        "loaded_at",
+        "num_loads",
+        "pages",
+        "parent",
+        "session",
+        "tokens",
+        "touched_at",
+    )
 
     def __init__(self, key: BlockHash, parent: Block | None, num_groups: int) -> None:
         self.key = key
@@ -89,7 +105,9 @@ class Block:
         self.hint: Hint = NO_HINT
         self.session = ""
         self.tokens = b""
-        self.touched_at = float("-inf")
+        self.touched_at = NEVER
+        self.num_loads = 0
+        self.loaded_at = NEVER
         self.is_removed = False
 
     def is_gone(self, homes_that_count: int) -> bool:
@@ -163,7 +181,11 @@ class Catalog:
                 return
             block.is_removed = True
             self.on_prune(block)
-            block = block.parent
+            above = block.parent
+            if block.num_loads and above is not None:
+                above.num_loads += block.num_loads
+                above.loaded_at = max(above.loaded_at, block.loaded_at)
+            block = above
 
     def remove(self, key: BlockHash) -> list[Block]:
         """Forget a block and all that continues it; return them."""

@@ -1,9 +1,10 @@
-"""What became of blocks: a short memory of those that left, and the news of those that came and went.
+"""What became of blocks: a short memory of those that left, the news of those that came and went, and the lookups that
+found less than they asked for.
 
-Kept for two readers outside: whoever asks why a prompt missed, and routers that follow what is stored where. A planner
-without such readers (a trace replay, a store inside one engine) has no journal and pays nothing.
+Kept for readers outside: whoever asks why a prompt missed, routers that follow what is stored where, and people who
+watch. A planner without such readers (a trace replay, a store inside one engine) has no journal and pays nothing.
 
-The hard thing: readers may be slow or absent, so both parts are bounded. What does not fit is dropped, oldest first,
+The hard thing: readers may be slow or absent, so all parts are bounded. What does not fit is dropped, oldest first,
 and `num_dropped` says that it was. Under the store's lock.
 """
 
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from kvstore.plan.records import Explanation, Request
 from radix.hashing import BlockHash
 
 if TYPE_CHECKING:
@@ -63,16 +65,34 @@ class BlockEvent:
     parents: tuple[BlockHash | None, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Shortfall:
+    """A lookup that matched less than the prompt, and why, as things were then. at: Unix time."""
+
+    at: float
+    num_tokens: int
+    session: str
+    told: Explanation
+
+
 class Journal:
-    """Departures and events. Under the store's lock.
+    """Departures, events and shortfalls. Under the store's lock.
 
     wall:           clock, Unix time.
     max_departures: blocks whose leaving is remembered.
     max_events:     events kept for `take_events`; none are made while `wants_events` is false.
+    max_shortfalls: lookups that fell short which are remembered.
     """
 
-    def __init__(self, wall: Callable[[], float], max_departures: int = 65_536, max_events: int = 65_536) -> None:
+    def __init__(
+        self,
+        wall: Callable[[], float],
+        max_departures: int = 65_536,
+        max_events: int = 65_536,
+        max_shortfalls: int = 256,
+    ) -> None:
         self.wants_events = False
+        self.shortfalls: deque[Shortfall] = deque(maxlen=max_shortfalls)
         self.num_dropped = 0
         self._wall = wall
         self._departures: OrderedDict[BlockHash, Departure] = OrderedDict()
@@ -107,6 +127,10 @@ class Journal:
     def departure(self, key: BlockHash) -> Departure | None:
         """When and why a block last left a tier; None if it never did, or too long ago."""
         return self._departures.get(key)
+
+    def fell_short(self, request: Request, told: Explanation) -> None:
+        """A lookup was counted that did not match all it could have."""
+        self.shortfalls.append(Shortfall(self._wall(), request.num_tokens, request.options.session, told))
 
     def take_events(self) -> list[BlockEvent]:
         """The news since the last call."""

@@ -417,6 +417,10 @@ class Planner:
     def _used(self, load: Load, now: float) -> None:
         """Pages of a load were used: what admits on second use gets them; book the time they saved."""
         pages = [page for page in load.pages if page.state == PageState.READY and page not in load.lost]
+        if pages:
+            end = pages[-1].block
+            end.num_loads += 1
+            end.loaded_at = now
         for tier in self.tiers:
             if tier.plan.admit == "second_use":
                 tier.owe(pages, used=True)

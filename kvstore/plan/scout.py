@@ -105,7 +105,9 @@ class Scout:
 
     def explain(self, request: Request) -> Explanation:
         """Why the match ends where it does. Counts nothing, asks nobody."""
-        survey = self.survey(request)
+        return self._explanation(request, self.survey(request))
+
+    def _explanation(self, request: Request, survey: Survey) -> Explanation:
         worth = survey.worth
         names = survey.by_tier(self.names, self._windows)
         match = Match(worth, worth * self._block_size, False, names, survey.known, survey.cut)
@@ -318,6 +320,9 @@ class Scout:
         self.counters["matched_tokens"] += survey.worth * self._block_size
         self.counters["missed_tokens"] += request.num_tokens - survey.worth * self._block_size
         self.cuts[survey.cut.value] += 1
+        journal = self._catalog.journal
+        if journal is not None and survey.cut not in (CutReason.NONE, CutReason.TOO_SHORT):
+            journal.fell_short(request, self._explanation(request, survey))
 
     def _block_tokens(self, request: Request, index: int) -> bytes:
         if request.tokens is None:

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from radix.namespace import BlockHash
-from radix.tree import RadixTree
+from radix.tree import RadixTree, Stretch
 
 
 def path(text: str) -> list[BlockHash]:
@@ -353,3 +353,17 @@ def test_long_paths_cut_and_joined_at_random_places_stay_right() -> None:
 
     assert [len(run.keys) for run in tree.runs()] == [300]
     assert tree.match(trunk) == trunk
+
+
+def test_a_stretch_ends_at_the_next_branch_or_at_the_limit() -> None:
+    tree: RadixTree[int] = RadixTree()
+    a, b, c, d, x = (BlockHash(bytes([n]) * 32) for n in range(5))
+    tree.insert([a, b, c, d], [1, 2, 3, 4])
+    tree.insert([a, b, x], [1, 2, 5])
+
+    assert tree.stretch(a, 10) == Stretch([a, b], [1, 2], [c, x])
+    assert tree.stretch(b, 10) == Stretch([b], [2], [c, x])
+    assert tree.stretch(a, 1) == Stretch([a], [1], [b])
+    assert tree.stretch(c, 10) == Stretch([c, d], [3, 4], [])
+    with pytest.raises(KeyError):
+        tree.stretch(BlockHash(b"?" * 32), 1)
