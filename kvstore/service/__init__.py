@@ -8,6 +8,7 @@
     daemon       the process: listens, drains, closes
     link         a client's connections: deadlines, re-attaching
     client       RemoteStore: the store's face, spoken over a link
+    slab         the slab in an engine's other processes: attach_slab
 
 asyncio lives here and nowhere else but in kvstore/aio.py.
 """

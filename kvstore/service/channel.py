@@ -33,19 +33,19 @@ class Host(Protocol):
     async def hello(self, channel: Channel, message: dict[str, Any]) -> Greeting:
         """Open a session for a client. Raises KVStoreError."""
 
-    def attach(self, channel: Channel, message: dict[str, Any]) -> Session | None:
-        """The session that a further connection belongs to; None if it is gone."""
+    def attach(self, channel: Channel, message: dict[str, Any]) -> Greeting | None:
+        """The session that a further connection belongs to, with its slab if asked for; None if it is gone."""
 
     def lost(self, channel: Channel) -> None:
         """The connection is closed."""
 
 
 class Greeting:
-    """The answer to a hello: JSON, and on a unix socket the descriptor of the slab, which is closed when it is sent."""
+    """The answer to a hello (JSON) or attach (nothing), and the slab's descriptor, which is closed when it is sent."""
 
     __slots__ = ("answer", "fd", "session")
 
-    def __init__(self, session: Session, answer: dict[str, Any], fd: int | None) -> None:
+    def __init__(self, session: Session, answer: dict[str, Any] | None, fd: int | None) -> None:
         self.session = session
         self.answer = answer
         self.fd = fd
@@ -154,6 +154,11 @@ class Channel(asyncio.BufferedProtocol):
 
     # ---- frames -------------------------------------------------------------------------------------------------
 
+    def tell_lost(self) -> None:
+        """Let the other side know that its session ends, and wait for it to hang up."""
+        if self._transport is not None and self._transport.can_write_eof():
+            self._transport.write_eof()
+
     def close(self) -> None:
         """Send what is left and hang up."""
         if self._transport is not None:
@@ -238,20 +243,20 @@ class Channel(asyncio.BufferedProtocol):
         if self.session is not None:
             raise ProtocolError(f"{frame.op.name} on a connection that has a session")
         if frame.op is Op.ATTACH:
-            self.session = self._host.attach(self, message)
+            greeting = self._host.attach(self, message)
             self._stop_waiting()
-            self.answer(frame, b"", Status.OK if self.session is not None else Status.GONE)
+            if greeting is None:
+                self.answer(frame, b"", Status.GONE)
+            else:
+                self._welcome(frame, greeting)
             return
         self._set_busy(True)
         self._stop_waiting()  # opening a store may take its time
         self._greeting = self._loop.create_task(self._greet(frame, message))
 
     async def _greet(self, frame: Frame, message: dict[str, Any]) -> None:
-        greeting: Greeting | None = None
         try:
-            greeting = await self._host.hello(self, message)
-            self.session = greeting.session
-            self._send_greeting(frame, greeting)
+            self._welcome(frame, await self._host.hello(self, message))
         except KVStoreError as error:
             self.answer(frame, protocol.encode_error(error), Status.ERROR)
             self.close()
@@ -259,15 +264,21 @@ class Channel(asyncio.BufferedProtocol):
             log.warning("client %s: no hello: %s", self.peer, error)
             self.close()
         finally:
-            if greeting is not None and greeting.fd is not None:
-                os.close(greeting.fd)
             self._greeting = None
         self._set_busy(False)
+
+    def _welcome(self, frame: Frame, greeting: Greeting) -> None:
+        self.session = greeting.session
+        try:
+            self._send_greeting(frame, greeting)
+        finally:
+            if greeting.fd is not None:
+                os.close(greeting.fd)
 
     def _send_greeting(self, frame: Frame, greeting: Greeting) -> None:
         if self._transport is None:
             return
-        body = protocol.encode_json(greeting.answer)
+        body = b"" if greeting.answer is None else protocol.encode_json(greeting.answer)
         if greeting.fd is None:
             self.answer(frame, body)
             return

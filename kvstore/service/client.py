@@ -41,6 +41,7 @@ from kvstore.service import protocol
 from kvstore.service.link import EPOCH_BITS, Attachment, DaemonDown, Link
 from kvstore.service.namespaces import check_pair, layout_to_json, namespace_to_json
 from kvstore.service.protocol import Op, Status
+from kvstore.service.slab import SlabShare
 from kvstore.service.staging import Staging
 from kvstore.service.wire import Dial
 from kvstore.tiers.host import HostSlab, SlabHandle
@@ -83,8 +84,13 @@ class RemoteStore:
         retry_max_s: float = 2.0,
         client: str = "",
         staging: Staging | None = None,
+        socket: str = "",
     ) -> None:
-        """staging: slots here for the pages of a daemon that cannot share its own; None for one on this machine."""
+        """Attach.
+
+        staging: slots here for the pages of a daemon that cannot share its own; None for one on this machine.
+        socket:  path of the socket of one on this machine, for other processes to attach to.
+        """
         check_pair(layout, namespace)
         self._layout = layout
         self.namespace = namespace
@@ -92,6 +98,8 @@ class RemoteStore:
         self._lease_ids = count(1)
         self._held: dict[int, _Held] = {}
         self._staging = staging
+        self._socket = socket
+        self._shares: dict[int, SlabShare] = {}  # as `_slabs`
         self._slabs: dict[int, HostSlab] = {}  # by epoch: of the attachment, and of lost ones with leases
         self._lock = threading.Lock()  # of the two tables above; never held while calling
         self._is_closed = False
@@ -101,6 +109,9 @@ class RemoteStore:
             self._attach(HELLO_TIMEOUT_S)
         except DaemonDown as error:
             log.warning("no daemon yet, the store starts empty: %s", error)
+        except BaseException:
+            self.close()
+            raise
 
     # ---- requests ---------------------------------------------------------------------------------------------
 
@@ -316,12 +327,25 @@ class RemoteStore:
         return None if attachment is None or attachment.slab is None else attachment.slab.buffer
 
     @property
-    def slab_handle(self) -> SlabHandle:
-        """How another process of this user maps the slab; ValueError while there is no daemon."""
-        attachment = self._link.attachment
-        if attachment is None or attachment.slab is None:
-            raise ValueError("there is no slab: the daemon is not attached, or on another machine")
-        return attachment.slab.handle
+    def slab_handle(self) -> SlabHandle | SlabShare | None:
+        """By what another process of this engine maps the slab (`attach_slab`); None while there is no daemon.
+
+        Ask for each step: it is another one after the daemon has started again.
+        """
+        handles = self.slabs
+        return handles[-1] if handles and (self._staging is not None or self.is_attached) else None
+
+    @property
+    def slabs(self) -> tuple[SlabHandle | SlabShare, ...]:
+        """The slabs that slots may lie in, oldest first: the daemon's, and those of daemons before it with leases.
+
+        Whoever maps them in another process maps no others: memory of a daemon that died stays taken until all let go.
+        """
+        if self._staging is not None:
+            return (self._staging.slab.handle,)
+        self._drop_slabs()
+        with self._lock:
+            return tuple(share for _, share in sorted(self._shares.items()))
 
     # ---- the store as a whole ---------------------------------------------------------------------------------
 
@@ -380,9 +404,13 @@ class RemoteStore:
         known = self._link.attachment
         attachment = self._link.attach(timeout_s)
         if attachment is not known:
-            if attachment.slab is not None:
+            slab, epoch = attachment.slab, attachment.slot_base >> EPOCH_BITS
+            if slab is not None:
+                share = SlabShare(
+                    self._socket, attachment.session, attachment.slot_base, slab.num_slots, slab.slot_bytes
+                )
                 with self._lock:
-                    self._slabs[attachment.slot_base >> EPOCH_BITS] = attachment.slab
+                    self._slabs[epoch], self._shares[epoch] = slab, share
             self._drop_slabs()
         if attachment.orphans:
             self._release_orphans(attachment)
@@ -509,6 +537,7 @@ class RemoteStore:
                 needed.add(current.slot_base >> EPOCH_BITS)
             for epoch in set(self._slabs) - needed:
                 self._slabs.pop(epoch).close()
+                del self._shares[epoch]
 
     def _number(self, op: Op, request: Request, message: Callable[[bytes], bytes], *, answers: bool = True) -> int:
         try:

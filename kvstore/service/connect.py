@@ -37,7 +37,7 @@ def connect(
     A daemon that cannot be reached is no error: the store is empty until it can. Raises ConfigError or LayoutMismatch
     if the URL is none, or if the daemon refuses the namespace or the token.
     """
-    dial, is_local = _dial(url, token, tls_ca)
+    dial, path = _dial(url, token, tls_ca)
     return RemoteStore(
         dial,
         layout,
@@ -45,14 +45,15 @@ def connect(
         call_timeout_s=call_timeout_s,
         retry_max_s=retry_max_s,
         client=client,
-        staging=None if is_local else Staging(layout, max(staging_bytes, layout.slot_bytes)),
+        staging=Staging(layout, max(staging_bytes, layout.slot_bytes)) if path is None else None,
+        socket=path or "",
     )
 
 
-def _dial(url: str, token: str | None, tls_ca: Path | None) -> tuple[Dial, bool]:
+def _dial(url: str, token: str | None, tls_ca: Path | None) -> tuple[Dial, str | None]:
     path = unix_path(url)
     if path:
-        return dial_unix(path), True
+        return dial_unix(path), path
     parts = urlsplit(url)
     try:
         host, port = parts.hostname, parts.port
@@ -68,4 +69,4 @@ def _dial(url: str, token: str | None, tls_ca: Path | None) -> tuple[Dial, bool]
             context = ssl.create_default_context(cafile=None if tls_ca is None else str(tls_ca))
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(f"service.tls_ca is {tls_ca}: {error}") from None
-    return dial_http(host, port, context=context, token=token), False
+    return dial_http(host, port, context=context, token=token), None

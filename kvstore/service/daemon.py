@@ -29,7 +29,7 @@ from kvstore.service.events import EventHub
 from kvstore.service.metrics import open_files
 from kvstore.service.namespaces import layout_from_json, namespace_from_json
 from kvstore.service.session import Session
-from kvstore.service.stores import Stores
+from kvstore.service.stores import OpenStore, Stores
 from kvstore.service.tenants import LOCAL, Tenant, read_tokens
 
 log = logging.getLogger(__name__)
@@ -162,6 +162,7 @@ class Daemon:
         namespace = namespace_from_json(message.get("namespace"))
         opened = await self.stores.open(channel.tenant, layout, namespace)
         session = Session(secrets.token_hex(16), opened, channel.peer, is_remote=not channel.is_local)
+        session.anchor = channel
         session.anchors.add(channel)
         self.sessions[session.id] = session
         self.num_clients += 1
@@ -175,26 +176,34 @@ class Daemon:
             "load_deadline_s": store.load_deadline_s,
         }
         log.info("client %s attached to %s", channel.peer, opened.id)
-        fd = os.open(opened.handle.path, os.O_RDWR | os.O_CLOEXEC) if channel.is_local else None
-        return Greeting(session, answer, fd)
+        return Greeting(session, answer, _slab_fd(opened) if channel.is_local else None)
 
-    def attach(self, channel: Channel, message: dict[str, Any]) -> Session | None:
-        """Another connection of a session; with "anchor" one of those that keep it alive."""
+    def attach(self, channel: Channel, message: dict[str, Any]) -> Greeting | None:
+        """Another connection of a session; with "anchor" one of those that keep it alive, with "slab" its slab."""
         session = self.sessions.get(str(message.get("session")))
-        if session is not None and session.opened.tenant != channel.tenant:
+        if session is None or session.is_orphan or session.opened.tenant != channel.tenant:
             return None
-        if session is not None and message.get("anchor") is True:
+        if message.get("anchor") is True:
             session.anchors.add(channel)
-        return session
+        wants_slab = channel.is_local and message.get("slab") is True
+        return Greeting(session, None, _slab_fd(session.opened) if wants_slab else None)
 
     def lost(self, channel: Channel) -> None:
         """A connection ended; with its last anchor, a client."""
         self._channels.discard(channel)
         session = channel.session
-        if session is not None and channel in session.anchors:
-            session.anchors.discard(channel)
-            if not session.anchors:
-                self._end(session)
+        if session is None or channel not in session.anchors:
+            return
+        session.anchors.discard(channel)
+        is_client = channel is session.anchor
+        if not session.anchors or (is_client and not session.leases):
+            self._end(session)
+        elif is_client:
+            # Ranks of its engine may still copy: what it leased is released when they have hung up, too.
+            log.warning("client %s is gone, %d of its ranks are not", session.client, len(session.anchors))
+            session.orphan()
+            for rank in session.anchors:
+                rank.tell_lost()
 
     # ---- private ------------------------------------------------------------------------------------------------
 
@@ -215,6 +224,10 @@ class Daemon:
         channel = Channel(self, "local", tenant=LOCAL, is_local=True)
         self._channels.add(channel)
         return channel
+
+
+def _slab_fd(opened: OpenStore) -> int:
+    return os.open(opened.handle.path, os.O_RDWR | os.O_CLOEXEC)
 
 
 def socket_path(path: Path | None) -> Path:

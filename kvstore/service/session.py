@@ -1,8 +1,8 @@
 """What the daemon holds for one client: its requests and its leases.
 
 A session speaks messages (bytes in, bytes out) and knows no socket. It lives as long as one of its anchors, the
-connections a client keeps for nothing else; when the last is gone, so is the client, and `close` releases its leases:
-what it was reading may be evicted again, what it was writing vanishes.
+connections that a client and the ranks of its engine keep for nothing else; when the last is gone, so is whoever could
+copy, and `close` releases its leases: what was being read may be evicted again, what was being written vanishes.
 
 The hard thing: a client whose call timed out does not know whether a lease was granted. It releases the number it had
 chosen, over another connection, and that message may come first; so the number of a lease that is not known is kept
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import xxhash
 
@@ -59,6 +60,13 @@ class Pending:
     timeout_s: float
 
 
+class Anchor(Protocol):
+    """A connection that says somebody lives who may copy."""
+
+    def tell_lost(self) -> None:
+        """Ask the other side to hang up as soon as it has no copy under way."""
+
+
 class Session:
     """One client's requests and leases over one store. The daemon's event loop only."""
 
@@ -67,7 +75,9 @@ class Session:
         self.opened = opened
         self.client = client
         self.is_remote = is_remote
-        self.anchors: set[object] = set()
+        self.anchor: Anchor | None = None  # the client's own
+        self.anchors: set[Anchor] = set()  # with those of its ranks
+        self.is_orphan = False
         self.is_draining = False
         self.leases: dict[int, LoadLease | SaveLease] = {}
         self._store = opened.store
@@ -101,6 +111,10 @@ class Session:
         if handler is None:
             raise ProtocolError(f"a session has no {op.name}")
         return handler(Reader(body))
+
+    def orphan(self) -> None:
+        """The client is gone, ranks of its engine are not: nothing is granted any more, and nothing released yet."""
+        self.is_orphan = self.is_draining = True
 
     def close(self) -> int:
         """Release every lease; returns how many. Idempotent."""

@@ -30,7 +30,7 @@ class Staging:
 
     def __init__(self, layout: Layout, num_bytes: int) -> None:
         """Raises ConfigError if not even one page fits."""
-        self.slab = HostSlab(num_bytes // layout.slot_bytes, layout.slot_bytes)
+        self.slab = HostSlab(num_bytes // layout.slot_bytes, layout.slot_bytes, shared_name="kvstore-staging")
         self._layout = layout
         self._pool = SlotPool(self.slab.num_slots)
         self._lock = threading.Lock()

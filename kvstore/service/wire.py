@@ -47,12 +47,15 @@ class Wire:
         frame = self._header(op, data)
         return frame.status, self._rest(data, frame, until)
 
-    def hello(self, body: bytes, timeout_s: float) -> tuple[Status, bytes, int | None]:
-        """Say hello over a unix socket; the answer, and the slab's descriptor, which is the caller's to close."""
+    def hello(self, body: bytes, timeout_s: float, *, op: Op = Op.HELLO) -> tuple[Status, bytes, int | None]:
+        """Say hello over a unix socket; the answer, and the slab's descriptor, which is the caller's to close.
+
+        op: ATTACH for a further anchor of a session, which asks for the slab, too.
+        """
         until = time.monotonic() + timeout_s
         self._sequence += 1
         self.socket.settimeout(timeout_s)
-        self.socket.sendall(protocol.encode_frame(Op.HELLO, body, self._sequence))
+        self.socket.sendall(protocol.encode_frame(op, body, self._sequence))
         fds = array.array("i")
         data, ancillary = self._receive_message(fds.itemsize)
         for level, kind, raw in ancillary:
@@ -64,7 +67,7 @@ class Wire:
             received = bytearray(data)
             if not received:
                 raise ConnectionResetError("the daemon closed the connection")
-            frame = self._header(Op.HELLO, received if len(received) >= HEADER.size else self._more(received, until))
+            frame = self._header(op, received if len(received) >= HEADER.size else self._more(received, until))
             return frame.status, self._rest(received, frame, until), fds[0] if fds else None
         except BaseException:
             for fd in fds:

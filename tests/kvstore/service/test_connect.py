@@ -5,8 +5,8 @@ from pathlib import Path
 from kvstore.build import open_configured
 from kvstore.config import Config
 from kvstore.service.client import RemoteStore
+from kvstore.service.slab import attach_slab
 from kvstore.store import LocalStore
-from kvstore.tiers.host import HostSlab
 from tests.helpers.daemons import local_daemon
 from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, page_of, prompt, save
 
@@ -36,7 +36,8 @@ def test_a_further_process_maps_the_daemons_slab_by_the_clients_handle(tmp_path:
         save(store, request)
         lease = store.prepare_load(request, 2)
 
-        rank = HostSlab.attach(store.slab_handle)  # what a worker of the same engine does
+        assert store.slab_handle is not None
+        rank = attach_slab(store.slab_handle)  # what a worker of the same engine does
 
         expected = page_of(request.keys[0], 0, PAGE_BYTES)
         assert rank.array(lease.pages[0].slot).tolist() == expected.tolist()
