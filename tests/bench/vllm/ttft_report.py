@@ -1,8 +1,8 @@
 """What the TTFT bench has measured so far: rows, medians, ratios within a turn, and the goals.
 
-A ratio compares two rows of one engine that were measured in the same turn (the k-th load with the k-th hit of vLLM's
-own cache, a save with the cold run beside it), or two engines in the same turn; it is the median over turns. So what the
-machine does meanwhile to both falls out.
+A ratio compares two rows that were measured in the same turn (the k-th load with the k-th hit of vLLM's own cache, a
+save with the cold run beside it, the k-th loads of two engines), and is the median over turns, so that what else the
+machine does falls out.
 """
 
 from __future__ import annotations
