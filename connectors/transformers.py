@@ -10,21 +10,17 @@ at a time; for batches there are vLLM and SGLang. Any thread may call; each call
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from connectors.transformers_check import PROVEN, check_engine
 from connectors.transformers_connector import TransformersConnector, check_chunk
-from connectors.transformers_forward import Forward, chunk_bounds
+from connectors.transformers_forward import Forward
 from connectors.transformers_identity import Reuse, model_namespace
 from connectors.transformers_layout import model_layout, new_cache
 from connectors.transformers_positions import steady_tokens
-from connectors.transformers_session import ColdSession, open_session
+from connectors.transformers_report import Found, Generation, Piece, Prefill, Report
+from connectors.transformers_run import GenerationRun, PromptRun
 from connectors.transformers_text import Sampler, Sampling, TextStream
 from kvstore.base import KVStore
 from kvstore.errors import RequestError, UnsupportedModel
@@ -32,12 +28,12 @@ from kvstore.plan.records import RequestOptions
 from radix.tokens import TokenArray
 
 if TYPE_CHECKING:
-    import torch
-
     from kvstore.config import Config
 
 __all__ = [
+    "Found",
     "Generation",
+    "GenerationRun",
     "KVCacheModel",
     "Piece",
     "Prefill",
@@ -51,89 +47,6 @@ __all__ = [
     "model_namespace",
     "open_store_for",
 ]
-
-log = logging.getLogger(__name__)
-
-TIERS = ("host", "disk", "redis")  # always named in a report, so that a table has its columns
-
-
-@dataclass(slots=True)
-class Report:
-    """Where a prompt's tokens came from and how long it took.
-
-    by_tier:    tokens loaded, by tier.
-    load_s:     lookup, waiting for pages and copying them into the cache.
-    prefill_s:  computing what was not loaded.
-    ttft_s:     from the call to the first token: wall time.
-    cpu_s:      the same in CPU seconds of this process, all threads.
-    decode_s:   from the first token to the last.
-    new_tokens: generated so far.
-    """
-
-    prompt_tokens: int
-    by_tier: dict[str, int] = field(default_factory=dict)
-    load_s: float = 0.0
-    prefill_s: float = 0.0
-    ttft_s: float = 0.0
-    cpu_s: float = 0.0
-    decode_s: float = 0.0
-    new_tokens: int = 0
-
-    @property
-    def reused_tokens(self) -> int:
-        """Prompt tokens that were loaded."""
-        return sum(self.by_tier.values())
-
-    @property
-    def computed_tokens(self) -> int:
-        """Prompt tokens that were computed."""
-        return self.prompt_tokens - self.reused_tokens
-
-    @property
-    def sources(self) -> dict[str, int]:
-        """Prompt tokens by where they came from; the values add up to prompt_tokens."""
-        return {**dict.fromkeys(TIERS, 0), **self.by_tier, "computed": self.computed_tokens}
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        """Rate of computing the prompt."""
-        return self.computed_tokens / self.prefill_s if self.prefill_s else 0.0
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """Rate of generating after the first token."""
-        return (self.new_tokens - 1) / self.decode_s if self.decode_s else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Prefill:
-    """A prompt in a cache. logits: [1, 1, vocabulary] of its last token, or of all computed tokens where asked."""
-
-    cache: Any
-    logits: torch.Tensor
-    report: Report
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One generated token, and the text that became certain with it ("" without a tokenizer)."""
-
-    token: int
-    text: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What was generated.
-
-    tokens:        with the end token, if it came to that.
-    finish_reason: "stop" (an end token or a stop string), "length" or "cancelled".
-    """
-
-    tokens: list[int]
-    text: str
-    finish_reason: str
-    report: Report
 
 
 class KVCacheModel:
@@ -223,10 +136,14 @@ class KVCacheModel:
         all_logits: return those of every computed token, [1, computed_tokens, vocabulary].
         The cache is the caller's: continue it, but do not write into the tensors it holds now.
         """
-        tokens = self._ids(prompt)
-        run = self._start(tokens, options, max_new_tokens=1)
+        import torch
+
+        run = self._prompt_run(self._ids(prompt), options, max_new_tokens=1)
+        for _ in run.load():
+            pass  # it may block, so there is nothing to do in between
         try:
-            logits = self._prefill(run, all_logits=all_logits)
+            kept = list(run.chunks(all_logits=all_logits))
+            logits = torch.cat(kept, dim=1) if all_logits else kept[-1]
             run.first_token_known()
         finally:
             run.session.end("prefill", last_turn=False)
@@ -244,16 +161,16 @@ class KVCacheModel:
         options: RequestOptions | None = None,
         last_turn: bool = False,
     ) -> Generation:
-        """Generate an answer; `stream` with its pieces handed to `on_piece` as they come."""
-        stream = self.stream(
+        """Generate an answer; each piece is handed to `on_piece` as it comes. For the arguments see `start`."""
+        run = self.start(
             prompt, max_new_tokens, sampling=sampling, stop=stop, eos=eos, options=options, last_turn=last_turn
         )
-        for piece in stream:
+        for piece in run:
             if on_piece is not None:
                 on_piece(piece)
-        return stream.result
+        return run.result
 
-    def stream(
+    def start(
         self,
         prompt: Any,
         max_new_tokens: int = 64,
@@ -263,8 +180,8 @@ class KVCacheModel:
         eos: int | Sequence[int] | None = None,
         options: RequestOptions | None = None,
         last_turn: bool = False,
-    ) -> TokenStream:
-        """Generate piece by piece.
+    ) -> GenerationRun:
+        """Generate piece by piece: iterate over the run, or drive it by its `step`.
 
         prompt:    text (needs a tokenizer) or token ids: any flat sequence, array, buffer or tensor, or a batch of one.
         sampling:  greedy if None.
@@ -278,10 +195,19 @@ class KVCacheModel:
         if stop and self.tokenizer is None:
             raise RequestError("stop: strings need a tokenizer; pass one at construction or use eos=")
         text = TextStream(self.tokenizer, stop) if self.tokenizer is not None else None
-        sampler, end_ids = Sampler(sampling or Sampling()), self._end_ids(eos)
-        return TokenStream(
-            lambda out: self._generate(out, tokens, max_new_tokens, sampler, end_ids, options, last_turn), text
+        return GenerationRun(
+            self._prompt_run(tokens, options, max_new_tokens),
+            max_new_tokens,
+            Sampler(sampling or Sampling()),
+            self._end_ids(eos),
+            text,
+            last_turn=last_turn,
         )
+
+    def lookup(self, prompt: Any, options: RequestOptions | None = None) -> Found:
+        """What the tiers have of a prompt, for who has to choose where it goes. Computes and loads nothing."""
+        tokens = self._ids(prompt)
+        return Found(len(tokens), {} if self.connector is None else self.connector.find(tokens, options))
 
     def forget(self, prompt: Any, options: RequestOptions | None = None) -> int:
         """Delete the prompt's blocks and all that continue them, in every tier that can be reached."""
@@ -325,137 +251,12 @@ class KVCacheModel:
             return frozenset()
         return frozenset([eos] if isinstance(eos, int) else eos)
 
-    def _start(self, tokens: TokenArray, options: RequestOptions | None, max_new_tokens: int) -> _Run:
-        """Look the prompt up and load what there is."""
-        run = _Run(tokens, self.prefill_chunk)
-        connector = self.connector
+    def _prompt_run(self, tokens: TokenArray, options: RequestOptions | None, max_new_tokens: int) -> PromptRun:
+        connector, chunk = self.connector, self.prefill_chunk
         if self._steady_tokens is not None and len(tokens) + max_new_tokens > self._steady_tokens:
             # Its positions are encoded by its length: computed in one piece, as transformers does, and kept to itself.
-            connector, run.chunk = None, len(tokens)
-        run.session = open_session(connector, lambda: new_cache(self.model), tokens, options)
-        run.report.by_tier = run.session.by_tier
-        run.report.load_s = time.perf_counter() - run.started
-        return run
-
-    def _prefill(self, run: _Run, *, all_logits: bool = False) -> torch.Tensor:
-        """Compute the rest of the prompt, chunk by chunk."""
-        import torch
-
-        kept: list[torch.Tensor] = []
-        began = time.perf_counter()
-        for first, last in chunk_bounds(run.session.num_tokens, len(run.tokens), run.chunk):
-            logits = self._step(run, run.tokens[first:last], first, last_only=not all_logits)
-            kept = [*kept, logits] if all_logits else [logits]
-        run.report.prefill_s = time.perf_counter() - began
-        return kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)
-
-    def _step(self, run: _Run, tokens: TokenArray, first: int, *, last_only: bool = True) -> torch.Tensor:
-        """One forward, with the session told of it."""
-        run.session.before(tokens, first)
-        began = time.perf_counter()
-        logits = self._forward(tokens, run.session.cache, first, last_only=last_only)
-        run.session.after(first + len(tokens), time.perf_counter() - began)
-        return logits
-
-    def _generate(
-        self,
-        out: TokenStream,
-        tokens: TokenArray,
-        max_new_tokens: int,
-        sampler: Sampler,
-        end_ids: frozenset[int],
-        options: RequestOptions | None,
-        last_turn: bool,
-    ) -> Generator[tuple[int, bool], None, None]:
-        """Yield (token, whether it is the last); `out` learns the report and why it ended."""
-        run = self._start(tokens, options, max_new_tokens)
-        report = out.report = run.report
-        reason = "cancelled"  # unless it comes to an end by itself
-        try:
-            token = sampler.pick(self._prefill(run))
-            run.first_token_known()
-            began = time.perf_counter()
-            while True:
-                report.new_tokens += 1
-                report.decode_s = time.perf_counter() - began
-                if token in end_ids:
-                    reason = "stop"
-                elif report.new_tokens == max_new_tokens:
-                    reason = "length"
-                out.finish_reason = reason
-                yield token, reason != "cancelled"
-                if out.stopped:
-                    reason = "stop"
-                if reason != "cancelled":
-                    return
-                step = np.array([token], dtype=np.uint32)
-                token = sampler.pick(self._step(run, step, len(tokens) + report.new_tokens - 1))
-        finally:
-            out.finish_reason = reason
-            run.session.end(reason, last_turn=last_turn)
-
-
-class _Run:
-    """One prompt on its way: its clock starts here."""
-
-    session: ColdSession
-
-    def __init__(self, tokens: TokenArray, chunk: int) -> None:
-        self.started, self._cpu_started = time.perf_counter(), time.process_time()
-        self.tokens = tokens
-        self.chunk = chunk
-        self.report = Report(len(tokens))
-
-    def first_token_known(self) -> None:
-        """Stop the clock of the first token, then save: in this order."""
-        self.report.ttft_s = time.perf_counter() - self.started
-        self.report.cpu_s = time.process_time() - self._cpu_started
-        self.session.prompt_done()
-
-
-class TokenStream(Iterator[Piece]):
-    """Iterates over the pieces of one answer; afterwards, or after `close`, `result` has all of it.
-
-    Leave it early by `close()` (or `with`): what was computed is still saved.
-    """
-
-    def __init__(
-        self, start: Callable[[TokenStream], Generator[tuple[int, bool], None, None]], text: TextStream | None
-    ) -> None:
-        self.report = Report(0)
-        self.finish_reason = "cancelled"
-        self._tokens: list[int] = []
-        self._text = text
-        self._generated = start(self)
-
-    @property
-    def stopped(self) -> bool:
-        """True once a stop string has appeared."""
-        return self._text is not None and self._text.stopped
-
-    @property
-    def result(self) -> Generation:
-        """What was generated so far."""
-        text = self._text.text if self._text is not None else ""
-        return Generation(list(self._tokens), text, self.finish_reason, self.report)
-
-    def __next__(self) -> Piece:
-        token, is_last = next(self._generated)
-        self._tokens.append(token)
-        if self._text is None:
-            return Piece(token)
-        text = self._text.push(token)
-        return Piece(token, text + self._text.finish() if is_last else text)
-
-    def close(self) -> None:
-        """Stop generating."""
-        self._generated.close()
-
-    def __enter__(self) -> TokenStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+            connector, chunk = None, len(tokens)
+        return PromptRun(self._forward, connector, lambda: new_cache(self.model), tokens, chunk, options)
 
 
 def open_store_for(

@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from connectors.base import ConnectorCounters, resume_blocks, tokens_by_tier
 from connectors.transformers_cache import CacheBridge, Recorder, Span
@@ -33,13 +33,15 @@ from kvstore.base import KVStore
 from kvstore.devices.base import Device
 from kvstore.errors import ConfigError, KVStoreError, LayoutMismatch, RequestError
 from kvstore.move.worker import Worker
-from kvstore.plan.records import LeaseState, Request, RequestOptions
+from kvstore.plan.records import LeaseState, LeaseStatus, LoadLease, Request, RequestOptions
 
 log = logging.getLogger(__name__)
 
 SAVE_BATCH_BLOCKS = 32  # slots held at once by a save; a guess, so that a long prompt does not empty the pool
 LOAD_ATTEMPTS = 3  # each one ends at a lower boundary than the one before
 CLOSE_TIMEOUT_S = 10.0
+POLL_DEADLINE_S = 2.0  # of a load that is polled where no deadline was given: the store's own default
+PENDING_MAX_S = 60.0  # of a lookup that is polled: every store answers long before, so this one has lost its way
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,14 @@ class Loaded:
     cache: Any
     num_tokens: int = 0
     by_tier: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """What a lookup found to resume from, and how long it waited for another request to compute it."""
+
+    num_tokens: int = 0
+    compute_wait_s: float = 0.0
 
 
 class TransformersConnector:
@@ -135,19 +145,46 @@ class TransformersConnector:
 
     def matched_tokens(self, request: Request) -> int:
         """Tokens that can be loaded, on a boundary this mode can resume from; waits at most the lookup deadline."""
+        return _drain(self.match(request, _always)).num_tokens
+
+    def match(self, request: Request, may_block: Callable[[], bool]) -> Generator[None, None, Matched]:
+        """The same, step by step: yields where it would wait and `may_block()` says no. Never raises."""
+        began = time.monotonic()
         try:
-            match = self._store.wait_lookup(request)
+            while True:
+                may_wait = may_block()
+                found = self._store.wait_lookup(request) if may_wait else self._store.lookup(request)
+                is_late = time.monotonic() > began + PENDING_MAX_S
+                if may_wait or not found.pending or is_late:
+                    break
+                yield
         except Exception as error:
             self.counters.load_failures += 1
             _warn("a lookup failed, the prompt is computed", error)
-            return 0
-        return self._resumable(match.num_blocks, request) * self._block_size
+            return Matched()
+        return Matched(self._resumable(found.num_blocks, request) * self._block_size)
+
+    def find(self, tokens: Any, options: RequestOptions | None = None) -> dict[str, int]:
+        """Tokens of a prompt that would be loaded, by tier; waits at most the lookup deadline. Loads nothing."""
+        try:
+            request = self._store.request(tokens, options)
+            found = self._store.wait_lookup(request)
+        except RequestError:
+            raise
+        except Exception as error:
+            _warn("a prompt was not looked for", error)
+            return {}
+        return tokens_by_tier(found.by_tier, self._resumable(found.num_blocks, request), self._block_size)
 
     def start_load(self, request: Request, num_tokens: int) -> Loaded:
         """Load the first `num_tokens` tokens, or what arrives of them within the load deadline, into a new cache."""
+        return _drain(self.load(request, num_tokens, _always))
+
+    def load(self, request: Request, num_tokens: int, may_block: Callable[[], bool]) -> Generator[None, None, Loaded]:
+        """The same, step by step: yields where it would wait and `may_block()` says no. Never raises."""
         wanted = self._resumable(num_tokens // self._block_size, request)
         try:
-            loaded = self._load(request, wanted)
+            loaded = yield from self._load(request, wanted, may_block)
         except Exception as error:
             self.counters.load_failures += 1
             _warn(f"a load of {wanted} blocks failed, the prompt is computed", error)
@@ -244,7 +281,9 @@ class TransformersConnector:
     def _resumable(self, num_blocks: int, request: Request) -> int:
         return resume_blocks(num_blocks, request.num_tokens, self._block_size, self._step_blocks)
 
-    def _load(self, request: Request, wanted: int) -> Loaded | None:
+    def _load(
+        self, request: Request, wanted: int, may_block: Callable[[], bool]
+    ) -> Generator[None, None, Loaded | None]:
         """Lease, wait, copy; None if nothing could be had. Every lease is ended here."""
         began = time.monotonic()
         for attempt in range(LOAD_ATTEMPTS):
@@ -252,7 +291,7 @@ class TransformersConnector:
                 return None
             lease = self._store.prepare_load(request, wanted)
             try:
-                status = self._store.wait(lease, self._time_left(began, attempt))
+                status = yield from self._wait(lease, self._time_left(began, attempt), may_block)
                 usable = self._resumable(status.num_blocks, request)
                 if usable and (usable == status.num_blocks or not self._bridge.has_sliding):
                     cache = self._bridge.load(lease.pages, usable, self._store.slot_array)
@@ -268,6 +307,18 @@ class TransformersConnector:
             less = usable or self._resumable(self._store.lookup(request).num_blocks, request)
             wanted = less if less < wanted else 0
         return None
+
+    def _wait(
+        self, lease: LoadLease, timeout_s: float | None, may_block: Callable[[], bool]
+    ) -> Generator[None, None, LeaseStatus]:
+        until = time.monotonic() + (POLL_DEADLINE_S if timeout_s is None else timeout_s)
+        if may_block():
+            return self._store.wait(lease, timeout_s)
+        while (status := self._store.poll(lease)).state is LeaseState.WAITING and time.monotonic() < until:
+            yield
+            if may_block():
+                return self._store.wait(lease, max(0.0, until - time.monotonic()))
+        return status
 
     def _time_left(self, began: float, attempt: int) -> float | None:
         """Seconds that a wait may take, so that all attempts together keep to one deadline; None: the store's own."""
@@ -303,6 +354,23 @@ class TransformersConnector:
             self._store.finished(request, finish_reason=finish_reason, last_turn=last_turn)
         except Exception as error:
             _warn("the end of a request was not told", error)
+
+
+_Answer = TypeVar("_Answer")
+
+
+def _drain(steps: Generator[None, None, _Answer]) -> _Answer:
+    """What steps that may block come to."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        answer: _Answer = end.value
+        return answer
+
+
+def _always() -> bool:
+    return True
 
 
 def check_chunk(prefill_chunk: int, block_size: int) -> None:

@@ -10,7 +10,7 @@ saved.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ class ColdSession:
         self.cache = cache
         self.num_tokens = 0  # loaded
         self.by_tier: dict[str, int] = {}
+        self.compute_wait_s = 0.0  # while another request computed the same blocks
 
     def before(self, tokens: TokenArray, first: int) -> None:
         """`tokens`, which stand at `first`, are about to be run through the model."""
@@ -115,10 +116,25 @@ class StoreSession(ColdSession):
 
 
 def open_session(
-    connector: TransformersConnector | None, new_cache: Any, tokens: TokenArray, options: RequestOptions | None
-) -> ColdSession:
-    """Look a prompt up and load what there is; a cold session without a store, or where it must not be used."""
+    connector: TransformersConnector | None,
+    new_cache: Callable[[], Any],
+    tokens: TokenArray,
+    options: RequestOptions | None,
+    may_block: Callable[[], bool],
+) -> Generator[None, None, ColdSession]:
+    """Look a prompt up and load what there is; a cold session without a store, or where it must not be used.
+
+    Yields where it would wait and `may_block()` says no: to be asked again. Closed there, it gives all back.
+    """
     request = connector.begin(tokens, options) if connector is not None else None
     if connector is None or request is None:
         return ColdSession(new_cache())
-    return StoreSession(connector, request, connector.start_load(request, connector.matched_tokens(request)))
+    try:
+        matched = yield from connector.match(request, may_block)
+        loaded = yield from connector.load(request, matched.num_tokens, may_block)
+        session = StoreSession(connector, request, loaded)
+        session.compute_wait_s = matched.compute_wait_s
+        return session
+    except GeneratorExit:
+        connector.finished(request, finish_reason="cancelled")
+        raise

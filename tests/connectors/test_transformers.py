@@ -78,7 +78,7 @@ def test_pieces_stream_one_by_one_and_add_up_to_the_answer(cold: KVCacheModel) -
     seen: list[Piece] = []
 
     answer = cold.generate(ids, 12, on_piece=seen.append)
-    stream = cold.stream(ids, 12)
+    stream = cold.start(ids, 12)
     pieces = list(stream)
 
     assert pieces == seen
@@ -124,7 +124,7 @@ def test_a_stop_string_ends_the_answer_and_is_no_part_of_its_text(cold: KVCacheM
     stop = free.text[5:7]
     cut = free.text.index(stop)
 
-    stream = cold.stream(ids, 12, stop=[stop])
+    stream = cold.start(ids, 12, stop=[stop])
     text = "".join(piece.text for piece in stream)
 
     assert text == stream.result.text == free.text[:cut]
@@ -145,7 +145,7 @@ def test_text_held_back_for_a_stop_string_comes_with_the_last_piece(cold: KVCach
 def test_a_stream_that_is_left_early_still_saves_and_ends_the_request(model: Any) -> None:
     store = dict_store(model)
     with KVCacheModel(model, store, prefill_chunk=CHUNK) as opened:
-        with opened.stream(random_ids(100), 12) as stream:
+        with opened.start(random_ids(100), 12) as stream:
             next(stream)
             next(stream)
         assert opened.flush(10.0)
@@ -159,7 +159,7 @@ def test_a_stream_that_is_left_early_still_saves_and_ends_the_request(model: Any
 def test_a_stream_that_is_dropped_ends_the_request_too(model: Any) -> None:
     store = dict_store(model)
     with KVCacheModel(model, store, prefill_chunk=CHUNK) as opened:
-        stream = opened.stream(random_ids(100), 12)
+        stream = opened.start(random_ids(100), 12)
         next(stream)
         del stream
         gc.collect()
@@ -171,7 +171,7 @@ def test_a_stream_that_is_dropped_ends_the_request_too(model: Any) -> None:
 def test_a_stream_that_never_starts_computes_nothing(model: Any) -> None:
     store = dict_store(model)
     with KVCacheModel(model, store, prefill_chunk=CHUNK) as opened:
-        opened.stream(random_ids(100), 12).close()
+        opened.start(random_ids(100), 12).close()
 
     assert store.calls["request"] == 0
 
@@ -289,7 +289,7 @@ def test_bad_input_is_refused_before_anything_is_computed(
     cold: KVCacheModel, prompt: Any, options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(RequestError, match=words):
-        cold.stream(prompt, **options)
+        cold.start(prompt, **options)
 
 
 @pytest.mark.parametrize(("prompt", "options"), [("text", {}), ([1], {"stop": ["x"]})])

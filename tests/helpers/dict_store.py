@@ -109,6 +109,9 @@ class DictStore:
         self.lost -= have
         return LeaseStatus(LeaseState.READY, blocks, blocks * self.layout.block_size)
 
+    def poll(self, lease: LoadLease) -> LeaseStatus:
+        return self.wait(lease, 0.0)
+
     def prepare_save(self, request: Request, first: int, num_blocks: int, *, owner: str = "") -> SaveLease:
         self._call("prepare_save")
         assert 0 <= first <= first + num_blocks <= len(request.keys)

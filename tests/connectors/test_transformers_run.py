@@ -1,0 +1,143 @@
+"""A run step by step: what a server does that answers several prompts on one thread."""
+
+from typing import Any
+
+import pytest
+
+from connectors.transformers import GenerationRun, KVCacheModel, Piece
+from connectors.transformers_identity import model_namespace
+from connectors.transformers_layout import model_layout
+from tests.helpers.dict_store import DictStore
+from tests.helpers.tiny_models import random_ids, tiny_model
+
+BLOCK = 16
+CHUNK = 32
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("llama_gqa")
+
+
+@pytest.fixture
+def store(model: Any) -> Any:
+    layout = model_layout(model, BLOCK)
+    return DictStore(layout, model_namespace(model, layout, prefill_chunk=CHUNK))
+
+
+def drive(run: GenerationRun) -> list[list[Piece]]:
+    steps = []
+    while not run.is_done:
+        steps.append(run.step())
+    return steps
+
+
+def test_every_step_is_one_chunk_or_one_token(model: Any) -> None:
+    cold = KVCacheModel(model, prefill_chunk=CHUNK)
+    expected = cold.generate(random_ids(100), 5)
+
+    run = cold.start(random_ids(100), 5)
+    steps = drive(run)
+
+    assert [len(pieces) for pieces in steps] == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert run.result.tokens == expected.tokens
+    assert run.result.finish_reason == "length"
+    assert run.step() == []
+
+
+def test_runs_that_take_turns_give_the_answers_they_give_alone(model: Any) -> None:
+    cold = KVCacheModel(model, prefill_chunk=CHUNK)
+    prompts = [random_ids(length, seed=length) for length in (40, 100, 170)]
+
+    runs = [cold.start(ids, 6) for ids in prompts]
+    while not all(run.is_done for run in runs):
+        for run in runs:
+            run.step()
+
+    assert [run.result.tokens for run in runs] == [cold.generate(ids, 6).tokens for ids in prompts]
+
+
+def test_a_step_asks_a_store_that_cannot_answer_yet_and_comes_back(model: Any, store: Any) -> None:
+    from dataclasses import replace
+
+    with KVCacheModel(model, store, prefill_chunk=CHUNK) as opened:
+        opened.generate(random_ids(100), 1)
+        assert opened.flush(10.0)
+        plain, asked = store.lookup, []
+
+        def lookup(request: Any) -> Any:
+            asked.append(request)
+            return replace(plain(request), pending=len(asked) < 3)
+
+        store.lookup = lookup
+        run = opened.start(random_ids(100), 1)
+
+        waiting = []
+        while not run.is_done:
+            run.step()
+            waiting.append(run.is_waiting)
+
+    assert waiting == [True, True, False]
+    assert run.report.by_tier == {"host": 96}
+
+
+def test_a_step_does_not_wait_for_pages_on_their_way(model: Any, store: Any) -> None:
+    with KVCacheModel(model, store, prefill_chunk=CHUNK, load_deadline_s=60.0) as opened:
+        opened.generate(random_ids(100), 1)
+        assert opened.flush(10.0)
+        store.late = True
+        run = opened.start(random_ids(100), 1)
+        assert run.step() == []
+        assert run.is_waiting
+        assert len(store.open_leases) == 1
+
+        store.late = False
+        run.step()
+
+        assert not run.is_waiting
+        assert run.report.by_tier == {"host": 96}
+    assert not store.open_leases
+
+
+def test_a_run_closed_while_it_waits_gives_everything_back(model: Any, store: Any) -> None:
+    with KVCacheModel(model, store, prefill_chunk=CHUNK, load_deadline_s=60.0) as opened:
+        opened.generate(random_ids(100), 1)
+        store.late = True
+        run = opened.start(random_ids(100), 1)
+        run.step()
+
+        run.close()
+        assert opened.flush(10.0)
+
+    assert run.is_done
+    assert not store.open_leases
+    assert store.finishes[-1] == ("cancelled", False)
+
+
+def test_a_run_that_failed_is_over(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cold = KVCacheModel(model, prefill_chunk=CHUNK)
+    run = cold.start(random_ids(100), 5)
+    run.step()
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(run._prompt, "_forward", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.step()
+
+    assert run.is_done
+    assert run.step() == []
+
+
+def test_a_lookup_for_routers_says_what_a_run_would_load_and_loads_nothing(model: Any, store: Any) -> None:
+    with KVCacheModel(model, store, prefill_chunk=CHUNK) as opened:
+        opened.generate(random_ids(100), 1)
+        assert opened.flush(10.0)
+        loads = store.calls["prepare_load"]
+
+        found = opened.lookup(random_ids(100))
+
+        assert (found.prompt_tokens, found.hit_tokens, found.by_tier) == (100, 96, {"host": 96})
+        assert store.calls["prepare_load"] == loads
+    assert KVCacheModel(model).lookup(random_ids(100)).by_tier == {}
