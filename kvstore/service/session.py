@@ -32,6 +32,7 @@ from kvstore.plan.records import (
     SaveLease,
 )
 from kvstore.service import protocol
+from kvstore.service.dashboard_usage import Usage
 from kvstore.service.protocol import Op, ProtocolError, Reader, RequestPart
 from kvstore.service.stores import OpenStore
 
@@ -80,6 +81,7 @@ class Session:
         self.is_orphan = False
         self.is_draining = False
         self.leases: dict[int, LoadLease | SaveLease] = {}
+        self.usage = Usage()
         self._store = opened.store
         self._requests: OrderedDict[int, Request] = OrderedDict()
         self._owners: dict[int, str] = {}  # lease id -> the client's own word for who holds it
@@ -134,6 +136,7 @@ class Session:
         if self.is_draining:
             return protocol.encode_match(Match(0, 0, cut=CutReason.NEVER_STORED))
         match = self._store.lookup(request)
+        self.usage.looked_up(request)
         if not match.pending or timeout_s <= 0:
             return protocol.encode_match(match)
 
@@ -209,6 +212,7 @@ class Session:
             filled = [flag and index in received for index, flag in enumerate(asked)]
         if lease is not None:
             self._store.complete(lease, filled=filled)  # refuses flags of another length: the lease stays
+            self.usage.completed(lease, self.opened.layout)
             self._drop(lease_id)
         return b""
 

@@ -4,7 +4,7 @@ from kvstore.plan.journal import Journal
 from kvstore.plan.records import CutReason, RequestOptions
 from kvstore.plan.tour import Tour
 from kvstore.store import LocalStore
-from tests.helpers.stores import BLOCK, open_small, prompt, save, use
+from tests.helpers.stores import BLOCK, open_small, prompt, use
 
 
 def fork(shared: int, tail: int, seed: int) -> list[int]:
