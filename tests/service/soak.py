@@ -3,7 +3,7 @@
 Engines (processes of their own, over the unix socket and over HTTP) look up, load, compare every byte and save. A
 tormentor kills engines, freezes and kills the daemon, detaches and resizes tiers, and sends nonsense. Between the
 rounds everything is let go, and nothing may be left: no lease, no filling slot, slots that do not add up, no file
-handle more than before; and the daemon's memory may not grow.
+handle more than before; and the daemon's memory may not grow. Redis behind the daemon is killed, frozen and flushed, too.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from typing import Any
 
 from kvstore.service.client import RemoteStore
 from kvstore.service.connect import connect
+from kvstore.tiers.redis_local import LocalRedis, free_port
 from tests.helpers.daemons import DaemonProcess, Http, attach, wait_until
 from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, prompt, save
 
 HOST_PAGES = 256
+REDIS_BYTES = 16 << 20  # with what the server needs itself, for fewer pages than the engines save
 NUM_ENGINES = 3
 FAULT_EVERY_S = 1.5
 ROUND_S = 45.0
@@ -57,9 +59,15 @@ class Soak:
 
     def __init__(self, directory: Path, port: int) -> None:
         self.port = port
-        self.daemon = DaemonProcess(
-            directory / "kv.sock", directory / "disk", f"service.http_port={port}", host_pages=HOST_PAGES
+        self.server = LocalRedis(maxmemory_bytes=REDIS_BYTES)
+        self.server.start()
+        settings = (
+            f"service.http_port={port}",
+            f"redis.url=redis://127.0.0.1:{self.server.port}",
+            "redis.timeout_s=0.3",
+            "breaker.probe_max_s=2",
         )
+        self.daemon = DaemonProcess(directory / "kv.sock", directory / "disk", *settings, host_pages=HOST_PAGES)
         self.spawn = multiprocessing.get_context("spawn")
         self.counts: Any = self.spawn.Array("q", [0, 0])
         self.faults: dict[str, int] = {}
@@ -95,6 +103,7 @@ class Soak:
             if process.is_alive():
                 process.kill()
         self.daemon.kill()
+        self.server.stop()
 
     def _start_engines(self) -> None:
         while len(self.engines) < NUM_ENGINES:
@@ -122,6 +131,9 @@ class Soak:
             self._resize: 4,
             self._nonsense: 4,
             self._explain: 4,
+            self._freeze_redis: 2,
+            self._flush_redis: 2,
+            self._kill_redis: 1,
             self._kill_engine: 1.5,
             self._kill_daemon: 0.3,
         }
@@ -146,6 +158,20 @@ class Soak:
         self.daemon.kill()
         time.sleep(0.2)
         self.daemon.start()
+
+    def _freeze_redis(self) -> None:
+        self.server.freeze()
+        time.sleep(0.5)
+        self.server.thaw()
+
+    def _flush_redis(self) -> None:
+        with self.server.client() as client:
+            client.flushall()
+
+    def _kill_redis(self) -> None:
+        self.server.kill()
+        time.sleep(0.2)
+        self.server.start()
 
     def _detach(self) -> None:
         http = Http(self.port)
@@ -204,14 +230,6 @@ def _rss_mib(pid: int) -> float:
         if line.startswith("RssAnon:"):
             return round(int(line.split()[1]) / 1024, 1)
     return 0.0
-
-
-def free_port() -> int:
-    """A TCP port nobody has."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def main() -> None:

@@ -4,7 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.soak import Soak, free_port
+from kvstore.tiers.redis_local import free_port
+from tests.helpers.redis_server import NEEDS_REDIS
+from tests.service.soak import Soak
+
+pytestmark = NEEDS_REDIS
 
 
 @pytest.mark.slow
@@ -18,3 +22,4 @@ def test_a_minute_of_load_and_faults_leaves_nothing_behind(tmp_path: Path) -> No
 
     assert result["requests"] > 100
     assert result["loaded_blocks"] > 100
+    assert len(result["faults"]) > 5
