@@ -1,9 +1,9 @@
 """A daemon under load and faults for a long time: `python -m tests.service.soak --minutes 15 --json soak.json`.
 
 Engines (processes of their own, over the unix socket and over HTTP) look up, load, compare every byte and save. A
-tormentor kills engines, freezes and kills the daemon, detaches and resizes tiers, and sends nonsense. Between the
-rounds everything is let go, and nothing may be left: no lease, no filling slot, slots that do not add up, no file
-handle more than before; and the daemon's memory may not grow. Redis behind the daemon is killed, frozen and flushed, too.
+tormentor kills engines, freezes and kills the daemon, kills, freezes and flushes Redis, detaches and resizes tiers, and
+sends nonsense. Between the rounds everything is let go, and nothing may be left: no lease, no filling slot, slots that
+do not add up, no file handle more than before; and the daemon's memory may not grow.
 """
 
 from __future__ import annotations
