@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -34,14 +33,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from connectors import vllm_versions as versions
-from connectors.vllm_config import ConnectorConfig, parse_extra_config
-from connectors.vllm_identity import adapter_name, engine_namespace
-from connectors.vllm_layout import EngineLayout, engine_layout
+from connectors.vllm_config import parse_extra_config
+from connectors.vllm_layout import engine_layout
 from connectors.vllm_messages import StepPlan, StepReport
 from connectors.vllm_metrics import KVStorePromMetrics, KVStoreStats, Snapshots
-from connectors.vllm_scheduler import SchedulerHalf, check_redis
+from connectors.vllm_scheduler import SchedulerHalf
+from connectors.vllm_start import open_half
 from connectors.vllm_worker import WorkerHalf, page_tables
-from kvstore.build import open_store
 from kvstore.devices.base import Device
 from kvstore.errors import ConfigError
 
@@ -50,7 +48,7 @@ log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its hand
 STATS_INTERVAL_S = 0.5
 CLOSE_TIMEOUT_S = 10.0
 
-# Scheduler halves of this process by the path of their slab: a worker half beside one of them publishes at once.
+# Scheduler halves of this process by name: a worker half beside one of them publishes at once.
 _NEIGHBOURS: dict[str, SchedulerHalf] = {}
 
 T = TypeVar("T")
@@ -125,7 +123,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                     "copied ends with an error instead of being computed",
                     transfer.kv_load_failure_policy,
                 )
-            self._scheduler = _scheduler_half(vllm_config, self._config, self._engine)
+            self._scheduler = open_half(vllm_config, self._config, self._engine, vllm.__version__)
+            _NEIGHBOURS[self._scheduler.name] = self._scheduler
             self._snapshots = Snapshots()
             self._stats_at = 0.0
             self._cleared = False
@@ -279,7 +278,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @quiet(tuple)
     def take_events(self) -> Iterable[Any]:
         """Which blocks can be had from this engine, for routers."""
-        stored, self._half.stored_events = self._half.stored_events, []
+        stored = self._half.take_stored()
         if not self._tells_events:
             return ()
         events = [versions.block_stored(hashes, self._engine.layout.block_size) for hashes, _ in stored]
@@ -309,8 +308,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._worker is not None:
             self._worker.close()
         if self._scheduler is not None:
-            if self._scheduler.slab is not None:
-                _NEIGHBOURS.pop(self._scheduler.slab.path, None)
+            _NEIGHBOURS.pop(self._scheduler.name, None)
             self._scheduler.close(CLOSE_TIMEOUT_S)
 
     @classmethod
@@ -336,57 +334,6 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._scheduler
 
 
-def _scheduler_half(vllm_config: Any, config: ConnectorConfig, engine: EngineLayout) -> SchedulerHalf:
-    namespace = engine_namespace(
-        vllm_config, engine.layout, weights=config.fields.weights, vllm_version=vllm.__version__
-    )
-    store = open_store(config.store, engine.layout, namespace, shared_name=f"kvstore-{os.getpid()}")
-    if config.store.redis.url is not None and config.fields.require_redis:
-        try:
-            check_redis(store, config, engine.layout.block_size)
-        except ConfigError:
-            store.close(0)
-            raise
-    handle = store.slab_handle
-    half = SchedulerHalf(
-        store,
-        engine,
-        config,
-        handle,
-        world=int(vllm_config.parallel_config.tensor_parallel_size),
-        num_slots=handle.num_slots,
-        identify=_adapters(),
-    )
-    _NEIGHBOURS[handle.path] = half
-    log.info(
-        "kvstore: %d host slots of %d KiB, blocks of %d tokens, %d layer groups, namespace %s, disk %s, redis %s",
-        handle.num_slots,
-        handle.slot_bytes >> 10,
-        engine.layout.block_size,
-        len(engine.layout.groups),
-        namespace.root().hex()[:12],
-        config.store.disk.path or "off",
-        "on" if config.store.redis.url is not None else "off",
-    )
-    return half
-
-
-def _adapters() -> Callable[[Any], str]:
-    """What identifies the adapter of a request, read once per path."""
-    known: dict[str, str] = {}
-
-    def identify(request: Any) -> str:
-        lora = getattr(request, "lora_request", None)
-        if lora is None:
-            return ""
-        path = str(lora.lora_path)
-        if path not in known or getattr(lora, "load_inplace", False):
-            known[path] = adapter_name(lora)
-        return f"lora {known[path]}"
-
-    return identify
-
-
 def _device(tensor: Any) -> Device:
     """How to copy to and from the engine's memory."""
     if tensor.device.type == "cpu":
@@ -400,7 +347,7 @@ def _device(tensor: Any) -> Device:
     raise ConfigError(f"vLLM: the KV cache is on {tensor.device}; the connector supports cpu and cuda")
 
 
-def _tell_neighbour(path: str, lease: int, ok: bool) -> None:
-    half = _NEIGHBOURS.get(path)
+def _tell_neighbour(name: str, lease: int, ok: bool) -> None:
+    half = _NEIGHBOURS.get(name)
     if half is not None:
         half.saved(lease, ok)

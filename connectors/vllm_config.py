@@ -1,7 +1,7 @@
 """The connector's part of vLLM's configuration: `kv_connector_extra_config`, checked before the engine starts.
 
-It has the sections of `kvstore.config.Config` (store, host, disk, redis, breaker) and, beside them, the few fields of
-`ConnectorFields`. Environment variables and a TOML file count too, as everywhere; what is written here wins.
+It has the sections of `kvstore.config.Config` (store, host, disk, redis, breaker, service) and, beside them, the few
+fields of `ConnectorFields`. Environment variables and a TOML file count too, as everywhere; what is written here wins.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 from kvstore.config import Config
 from kvstore.errors import ConfigError
 
-SECTIONS = ("store", "host", "disk", "redis", "breaker")
+SECTIONS = ("store", "host", "disk", "redis", "breaker", "service")
+OF_THE_DAEMON = ("host", "disk", "redis", "breaker")
 ROLES = ("kv_both", "kv_producer", "kv_consumer")
 # Set by vLLM itself or meant for it; they say nothing about us.
 IGNORED = ("spec_name",)
@@ -34,6 +35,7 @@ class ConnectorFields:
                      prompt must not begin in the middle (MLA on CPUs without AMX, for one); then reuse is not exact.
     require_redis:   a Redis server that does not answer at the start is an error; false: start without it, and use it
                      as soon as it answers.
+    require_daemon:  the same of the daemon that `service.url` names.
     """
 
     load: str = "async"
@@ -42,6 +44,7 @@ class ConnectorFields:
     weights: str = "sampled"
     without_prefix_caching: bool = False
     require_redis: bool = True
+    require_daemon: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +85,35 @@ def parse_extra_config(
         raise ConfigError("store.block_size is given; with vLLM it is vLLM's own: use --block-size")
     if kv_role not in ROLES:
         raise ConfigError(f"kv_role is {kv_role!r}; it must be one of {', '.join(ROLES)} (kv_both for a cache)")
+    _check_service(store, sections)
     loads, saves = kv_role != "kv_producer", kv_role != "kv_consumer" and own.save != "none"
-    shared = store.disk.path is not None or store.redis.url is not None
+    shared = any(value is not None for value in (store.disk.path, store.redis.url, store.service.url))
     if not shared and not (loads and saves):
         what = f"kv_role {kv_role!r} and save {own.save!r}"
         raise ConfigError(
-            f"{what} make no sense without disk.path or redis.url: host memory is this engine's own, nothing would be "
-            f"{'loaded' if not saves else 'used'}"
+            f"{what} make no sense without disk.path, redis.url or service.url: host memory is this engine's own, "
+            f"nothing would be {'loaded' if not saves else 'used'}"
         )
     if not (loads or saves):
         raise ConfigError(f"kv_role {kv_role!r} and save {own.save!r}: the connector would neither load nor save")
     return ConnectorConfig(store, own, loads, saves)
+
+
+def _check_service(config: Config, sections: Mapping[str, Any]) -> None:
+    url = config.service.url
+    if url is None:
+        return
+    if not url.startswith("unix://"):
+        raise ConfigError(
+            f"service.url is {url!r}; vLLM needs the daemon of its own machine, unix:///path/of/socket: workers copy "
+            "to and from the daemon's memory. Machines share pages through the daemons' disk.path or redis.url"
+        )
+    for key in sections:
+        if str(key).split(".")[0] in OF_THE_DAEMON:
+            raise ConfigError(
+                f"kv_connector_extra_config: {key!r} is given beside service.url; the tiers are the daemon's, so "
+                "configure them there (kvstore serve --set) and leave them out here"
+            )
 
 
 def _fields(given: Mapping[str, Any]) -> ConnectorFields:
@@ -107,7 +128,7 @@ def _fields(given: Mapping[str, Any]) -> ConnectorFields:
         raise ConfigError(
             f"kv_connector_extra_config: min_load_tokens is {least!r}; it must be a number of tokens >= 0"
         )
-    for name in ("without_prefix_caching", "require_redis"):
+    for name in ("without_prefix_caching", "require_redis", "require_daemon"):
         if not isinstance(getattr(own, name), bool):
             raise ConfigError(f"kv_connector_extra_config: {name} is {getattr(own, name)!r}; it is true or false")
     if not isinstance(own.weights, str) or not own.weights:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from kvstore.service.slab import SlabShare
 from kvstore.tiers.host import SlabHandle
 
 
@@ -53,11 +54,18 @@ class SaveJob:
 
 @dataclass(slots=True)
 class StepPlan:
-    """What a worker does in one step. `layout` is the fingerprint both halves must agree on."""
+    """What a worker does in one step.
 
-    num_tokens: int = 0  # that the step's forward computes
+    num_tokens: that the step's forward computes.
+    layout:     the fingerprint both halves must agree on.
+    half:       name of the scheduler's half.
+    slabs:      where slots lie, from now on: a worker lets go of others. None: where they did.
+    """
+
+    num_tokens: int = 0
     layout: str = ""
-    slab: SlabHandle | None = None
+    half: str = ""
+    slabs: tuple[SlabHandle | SlabShare, ...] | None = None
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
 

@@ -97,9 +97,10 @@ class Snapshots:
     def take(self, connector: Mapping[str, float], store: Mapping[str, Any]) -> dict[str, Any]:
         """The data of a `KVStoreStats`."""
         totals = {name: float(value) for name, value in connector.items()}
-        for name in ("hit_tokens", "corrupt_pages", "breaker_opens"):
+        for name in ("corrupt_pages", "breaker_opens"):
             totals |= {f"{name}.{label}": float(value) for label, value in (store.get(name) or {}).items()}
-        added = {name: value - self._last.get(name, 0.0) for name, value in totals.items()}
-        self._last = totals
+        # A daemon that was started again counts from 0, and one that is away not at all.
+        added = {name: max(0.0, value - self._last.get(name, 0.0)) for name, value in totals.items()}
+        self._last |= totals
         now = {f"{name}.{label}": float(value) for name in GAUGES for label, value in (store.get(name) or {}).items()}
         return {"added": {name: value for name, value in added.items() if value}, "now": now}

@@ -26,7 +26,8 @@ from connectors.vllm_messages import LoadJob, PageCopies, SaveJob, StepPlan, Ste
 from kvstore.devices.base import CopyEvent, Device, PageTable
 from kvstore.errors import ConfigError
 from kvstore.move.worker import Worker
-from kvstore.tiers.host import HostSlab, SlabHandle
+from kvstore.service.slab import AttachedSlab, SlabShare, attach_slab
+from kvstore.tiers.host import SlabHandle
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ class WorkerHalf:
         self._is_copying_out = engine.layout.shards > 1 or rank == 0  # one shard: one rank saves for all
         self._on_saved = on_saved
         self._tables: list[PageTable] = []
-        self._slab: HostSlab | None = None
+        self._handles: tuple[SlabHandle | SlabShare, ...] = ()
+        self._slabs: dict[SlabHandle | SlabShare, AttachedSlab] = {}
         self._loads = Worker("vllm-load", MAX_JOBS)
         self._saves = Worker("vllm-save", MAX_JOBS)
         self._ended: deque[Ended] = deque()
@@ -88,6 +90,8 @@ class WorkerHalf:
         """A step begins; its plan is bound until the next one."""
         self.plan = plan
         self._started_at = time.perf_counter()
+        if plan.slabs is not None:
+            self._use(plan.slabs)
 
     def start_loads(self) -> None:
         """Start the plan's loads; those that are not asynchronous have ended when this returns."""
@@ -96,10 +100,10 @@ class WorkerHalf:
             if job.is_bad or not self._fits(plan):
                 self._end(job, False, 0, 0.0, "" if job.is_bad else "the slab or the layout is not the scheduler's")
             elif job.is_async:
-                if not self._submit(self._loads, job, plan.slab):
+                if not self._submit(self._loads, job):
                     self._end(job, False, 0, 0.0, "too many copies are waiting")
             else:
-                self._run(job, plan.slab)
+                self._run(job, plan.half)
         plan.loads = []
 
     def start_saves(self) -> None:
@@ -115,7 +119,7 @@ class WorkerHalf:
                 self._end(job, True, 0, 0.0, "")
             elif job.request in self._poisoned or not self._fits(plan):
                 self._end(job, False, 0, 0.0, "")
-            elif not self._submit(self._saves, job, plan.slab):
+            elif not self._submit(self._saves, job):
                 self._end(job, False, 0, 0.0, "too many copies are waiting")
         plan.saves = []
 
@@ -148,28 +152,26 @@ class WorkerHalf:
         self._saves.close(CLOSE_TIMEOUT_S)
         self._device.close()
         self._tables = []
-        if self._slab is not None:
-            self._slab.close()
-            self._slab = None
+        self._use(())
 
     # ---- copying ----------------------------------------------------------------------------------------------
 
     def _fits(self, plan: StepPlan) -> bool:
-        return plan.slab is not None and plan.layout == self._layout.fingerprint
+        return plan.layout == self._layout.fingerprint
 
-    def _submit(self, worker: Worker, job: LoadJob | SaveJob, handle: SlabHandle | None) -> bool:
+    def _submit(self, worker: Worker, job: LoadJob | SaveJob) -> bool:
         # CUDA orders copies after what the engine's stream was given so far: they are given to it here, in the engine's
         # thread, and only waited for in ours. A CPU copies where it is told to, so that is the thread.
-        begun = self._start(job, handle) if self._device.name != "cpu" else None
-        return worker.submit(lambda: self._run(job, handle, begun))
+        begun = self._start(job) if self._device.name != "cpu" else None
+        half = self.plan.half
+        return worker.submit(lambda: self._run(job, half, begun))
 
-    def _start(self, job: LoadJob | SaveJob, handle: SlabHandle | None) -> list[CopyEvent] | str:
+    def _start(self, job: LoadJob | SaveJob) -> list[CopyEvent] | str:
         """Begin a job's copies; a text says why not."""
         try:
-            slab = self._mapped(handle)
             events: list[CopyEvent] = []
             for part in job.copies:
-                slots = self._shard_slots(slab, part)
+                slots = self._shard_slots(part)
                 table = self._tables[part.group]
                 copy = self._device.copy_in if isinstance(job, LoadJob) else self._device.copy_out
                 events.append(copy(table, part.blocks, slots))
@@ -177,12 +179,10 @@ class WorkerHalf:
         except Exception as error:  # a device may fail in its own ways; the engine must not
             return f"{type(error).__name__}: {error}"
 
-    def _run(
-        self, job: LoadJob | SaveJob, handle: SlabHandle | None, begun: list[CopyEvent] | str | None = None
-    ) -> None:
+    def _run(self, job: LoadJob | SaveJob, half: str, begun: list[CopyEvent] | str | None = None) -> None:
         started = time.perf_counter()
         if begun is None:
-            begun = self._start(job, handle)
+            begun = self._start(job)
         error = begun if isinstance(begun, str) else ""
         if not isinstance(begun, str):
             try:
@@ -192,22 +192,35 @@ class WorkerHalf:
                 error = f"{type(failure).__name__}: {failure}"
         num_bytes = sum(len(part.slots) * self._layout.groups[part.group].page_bytes for part in job.copies)
         self._end(job, not error, num_bytes, time.perf_counter() - started, error)
-        if isinstance(job, SaveJob) and self._on_saved is not None and handle is not None:
-            self._on_saved(handle.path, job.lease, not error)
+        if isinstance(job, SaveJob) and self._on_saved is not None:
+            self._on_saved(half, job.lease, not error)
 
-    def _shard_slots(self, slab: HostSlab, part: PageCopies) -> list[npt.NDArray[np.uint8]]:
+    def _shard_slots(self, part: PageCopies) -> list[npt.NDArray[np.uint8]]:
         size = self._layout.groups[part.group].page_bytes
         start = self._shard * size
+        slab = self._mapped(part.slots[0])
         return [slab.array(slot)[start : start + size] for slot in part.slots]
 
-    def _mapped(self, handle: SlabHandle | None) -> HostSlab:
-        if self._slab is None:
-            assert handle is not None
-            # Two threads may get here at once: the one that comes second maps it again and lets the first one go.
-            slab = HostSlab.attach(handle)
-            self._device.register(slab.buffer)
-            self._slab = slab
-        return self._slab
+    def _mapped(self, slot: int) -> AttachedSlab:
+        """The slab that a slot lies in, and with it all of its lease."""
+        for handle in self._handles:
+            if handle.first_slot <= slot < handle.first_slot + handle.num_slots:
+                slab = self._slabs.get(handle)
+                if slab is None:
+                    # Two threads may get here at once: the one that comes second maps it again, the first is let go.
+                    slab = attach_slab(handle)
+                    self._device.register(slab.buffer)
+                    self._slabs[handle] = slab
+                return slab
+        raise ConfigError(f"slot {slot} lies in none of the {len(self._handles)} slabs of the plan")
+
+    def _use(self, handles: tuple[SlabHandle | SlabShare, ...]) -> None:
+        """Slots lie in these slabs. No copy of ours is under way in others: their leases have ended."""
+        self._handles = handles
+        for handle in [known for known in list(self._slabs) if known not in handles]:
+            slab = self._slabs.pop(handle)
+            self._device.unregister(slab.buffer)
+            slab.close()
 
     def _end(self, job: LoadJob | SaveJob, ok: bool, num_bytes: int, seconds: float, error: str) -> None:
         self._ended.append((job, ok, num_bytes, seconds, error))

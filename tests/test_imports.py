@@ -45,7 +45,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.plan.records",
         "kvstore.errors",
         "kvstore.devices",
-        "kvstore.tiers.host",  # a worker process maps the slab
+        "kvstore.tiers.host",  # a worker process maps the slab,
+        "kvstore.service.slab",  # and a daemon's
         "kvstore.move.worker",
         "kvstore.move.rows",  # an engine that owns its host memory,
         "kvstore.page",  # and so names pages itself

@@ -111,5 +111,8 @@ class Device(Protocol):
     def register(self, slab: npt.NDArray[np.uint8]) -> None:
         """Make the host slab fit for direct transfers (page-lock it for CUDA); a no-op on CPU."""
 
+    def unregister(self, slab: npt.NDArray[np.uint8]) -> None:
+        """Undo `register`, if it was done; no copy from or to the slab is under way any more."""
+
     def close(self) -> None:
         """Wait for what is in flight and give everything back. Idempotent."""

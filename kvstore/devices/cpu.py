@@ -82,6 +82,9 @@ class CpuDevice:
     def register(self, slab: npt.NDArray[np.uint8]) -> None:
         """Do nothing: the CPU needs no page-locked memory."""
 
+    def unregister(self, slab: npt.NDArray[np.uint8]) -> None:
+        """Do nothing."""
+
     def close(self) -> None:
         """Do nothing: nothing is in flight between calls."""
 

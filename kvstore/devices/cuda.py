@@ -111,6 +111,15 @@ class CudaDevice:
             with suppress(RuntimeError):
                 torch.zeros(1, device=self._device).add_(1)
 
+    def unregister(self, slab: npt.NDArray[np.uint8]) -> None:
+        """Undo the page lock, if there is one; no copy from or to the slab is under way any more."""
+        for index, known in enumerate(self._registered):
+            if known is slab:
+                with self._torch.cuda.device(self._device):
+                    self._torch.cuda.cudart().cudaHostUnregister(slab.ctypes.data)
+                del self._registered[index]
+                return
+
     def close(self) -> None:
         """Wait for what is in flight and undo the page locks. Idempotent."""
         self._out_stream.synchronize()

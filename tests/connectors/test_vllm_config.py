@@ -51,9 +51,12 @@ def test_the_role_says_what_is_done(tmp_path: Any, role: str, loads: bool, saves
         ({"store": {"block_size": 16}}, "kv_both", "--block-size"),
         ({"redis": {"url": "reddis://host"}}, "kv_both", "redis.url"),
         ({}, None, "kv_role is None"),
-        ({}, "kv_consumer", "make no sense without disk.path or redis.url"),
-        ({}, "kv_producer", "make no sense without disk.path or redis.url"),
+        ({}, "kv_consumer", "make no sense without disk.path, redis.url or service.url"),
+        ({}, "kv_producer", "make no sense without disk.path, redis.url or service.url"),
         ({"save": "none"}, "kv_both", "make no sense without"),
+        ({"service": {"url": "http://host:8470"}}, "kv_both", "vLLM needs the daemon of its own machine"),
+        ({"service": {"url": "unix:///kv.sock"}, "disk": {"path": "/d"}}, "kv_both", "'disk' is given beside service"),
+        ({"service": {"url": "unix:///kv.sock"}, "host.ttl_s": 5}, "kv_both", "'host.ttl_s' is given beside service"),
     ],
 )
 def test_what_cannot_work_is_refused(extra: dict[str, Any], role: str | None, message: str) -> None:

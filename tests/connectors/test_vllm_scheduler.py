@@ -11,13 +11,13 @@ import pytest
 from connectors.vllm_config import parse_extra_config
 from connectors.vllm_layout import EngineLayout
 from connectors.vllm_messages import StepPlan, StepReport
-from connectors.vllm_scheduler import SchedulerHalf, check_redis
-from kvstore.errors import ConfigError
+from connectors.vllm_scheduler import SchedulerHalf
+from kvstore.build import open_store
+from kvstore.config import Config
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.records import LeaseState, LeaseStatus, Match
 from kvstore.store import LocalStore
-from kvstore.tiers.redis_local import free_port
-from tests.helpers.stores import BLOCK, LAYOUT, open_small
+from tests.helpers.stores import BLOCK, LAYOUT, PAGE_BYTES, namespace
 
 ENGINE = EngineLayout(LAYOUT, (0,), (("a", "b"),), ((4096, 4096),))
 
@@ -66,12 +66,14 @@ class Clock:
 class World:
     """A half with its surroundings."""
 
-    def __init__(self, store: Any, engine: EngineLayout = ENGINE, world: int = 1, **extra: Any) -> None:
+    def __init__(
+        self, store: Any, engine: EngineLayout = ENGINE, world: int = 1, extra: dict[str, Any] | None = None
+    ) -> None:
         self.clock = Clock()
         self.pool = Pool()
         self.store = store
-        config = parse_extra_config(extra, "kv_both")
-        self.half = SchedulerHalf(store, engine, config, None, world=world, num_slots=64, now=self.clock)
+        config = parse_extra_config(extra or {}, "kv_both")
+        self.half = SchedulerHalf(store, engine, config, world=world, now=self.clock)
         self.half.bind_pool(self.pool)
 
     def save(self, asked: Any, first_block: int = 1) -> StepPlan:
@@ -92,7 +94,8 @@ class World:
 
 @pytest.fixture
 def store() -> Iterator[LocalStore]:
-    with open_small() as store:
+    config = Config(host={"capacity_bytes": 64 * PAGE_BYTES, "huge_pages": False})
+    with open_store(config, LAYOUT, namespace(), shared_name="kvstore-test") as store:
         yield store
 
 
@@ -197,8 +200,8 @@ def test_a_page_vllm_reads_and_the_lease_lacks_makes_the_load_bad(store: LocalSt
     half = World(store, EngineLayout(layout, (0, 1), (("a",), ("b",)), ((8192,), (8192,)))).half
     null, real = SimpleNamespace(block_id=0, is_null=True), SimpleNamespace(block_id=9, is_null=False)
 
-    _, inside = half._load_copies(lease, [[real, real], [null, real]], 0, 2)  # type: ignore[arg-type]
-    _, outside = half._load_copies(lease, [[real, real], [real, real]], 0, 2)  # type: ignore[arg-type]
+    _, inside = half._loads._copies(lease, [[real, real], [null, real]], 0, 2)  # type: ignore[arg-type]
+    _, outside = half._loads._copies(lease, [[real, real], [real, real]], 0, 2)  # type: ignore[arg-type]
 
     assert (inside, outside) == (True, False)
 
@@ -226,7 +229,7 @@ class TestPatience:
     @pytest.fixture
     def slow(self, store: LocalStore) -> World:
         World(store).stored(request("a", 4 * BLOCK + 1))
-        return World(Pending(store), **{"store.lookup_deadline_s": 0.5, "store.load_deadline_s": 2.0})
+        return World(Pending(store), extra={"store": {"lookup_deadline_s": 0.5, "load_deadline_s": 2.0}})
 
     def test_vllm_asks_again_until_the_pages_are_there(self, slow: World) -> None:
         asked = request("b", 4 * BLOCK + 1)
@@ -302,7 +305,7 @@ def test_a_save_under_way_at_a_reset_is_dropped(world: World) -> None:
 
 def test_only_prompts_are_saved_unless_told_otherwise(store: LocalStore) -> None:
     for save, expected in (("prompt", 2), ("all", 3)):
-        world = World(store, save=save)
+        world = World(store, extra={"save": save})
         asked = request(save, 3 * BLOCK, seed=len(save))
         asked.num_prompt_tokens = 2 * BLOCK + 5
         plan = world.save(asked)
@@ -316,19 +319,8 @@ def test_hints_of_a_request_reach_the_store(world: World) -> None:
 
     world.half.new_request(asked)
 
-    options = world.half._tracked["a"].store.options
+    options = world.half._requests._tracked["a"].store.options
     assert (options.session, options.priority, options.ttl_s) == ("s", 2, 60.0)
-
-
-def test_a_redis_server_that_does_not_answer_is_refused_at_the_start() -> None:
-    url = f"redis://127.0.0.1:{free_port()}"
-    config = parse_extra_config({"redis": {"url": url}}, "kv_both")
-
-    with (
-        open_small(redis_url=url) as store,
-        pytest.raises(ConfigError, match=r"redis\.url: the server does not answer"),
-    ):
-        check_redis(store, config, BLOCK)
 
 
 def test_a_save_that_cannot_be_planned_keeps_no_load_back(world: World) -> None:

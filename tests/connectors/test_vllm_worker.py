@@ -51,7 +51,7 @@ class Rank:
     def step(self, *jobs: LoadJob | SaveJob, layout: str | None = None) -> None:
         loads = [job for job in jobs if isinstance(job, LoadJob)]
         saves = [job for job in jobs if isinstance(job, SaveJob)]
-        plan = StepPlan(1, layout or self.engine.layout.fingerprint, self.slab.handle, loads, saves)
+        plan = StepPlan(1, layout or self.engine.layout.fingerprint, "", (self.slab.handle,), loads, saves)
         self.half.begin(plan)
         self.half.start_loads()
         self.half.start_saves()
@@ -165,7 +165,7 @@ def test_a_slab_that_is_gone_fails_the_copy_and_not_the_engine(slab: HostSlab) -
     rank.slab = gone
     handle = gone.handle
     gone.close()
-    plan = StepPlan(1, rank.engine.layout.fingerprint, handle, [LoadJob(1, "r", copies((0,), (1,)))], [])
+    plan = StepPlan(1, rank.engine.layout.fingerprint, "", (handle,), [LoadJob(1, "r", copies((0,), (1,)))], [])
 
     rank.half.begin(plan)
     rank.half.start_loads()

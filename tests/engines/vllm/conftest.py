@@ -74,7 +74,9 @@ def open_engine(model_of: Callable[[str], str]) -> Iterator[Callable[..., Engine
     def make(extra: dict[str, Any] | None = None, *, kind: str = "gqa", **values: Any) -> Engine:
         while current:
             current.pop().close()
-        sections: dict[str, Any] = {"host": {"capacity_bytes": 64 * MiB, "huge_pages": False}, **(extra or {})}
+        sections = dict(extra or {})
+        if "service" not in sections:  # else the daemon has the host memory
+            sections.setdefault("host", {"capacity_bytes": 64 * MiB, "huge_pages": False})
         try:
             engine = Engine(model_of(kind), sections, **values)
         except BaseException:

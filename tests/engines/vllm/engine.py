@@ -213,6 +213,13 @@ class EngineProcess:
         self._process.kill()
         self._process.wait()
 
+    def close_pipes(self) -> None:
+        """After `kill`, where no `close` follows."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+
     def __enter__(self) -> EngineProcess:
         return self
 

@@ -1,0 +1,236 @@
+"""Loads of the scheduler's half: promises vLLM only what is there, and plans its copies.
+
+    lookup --> lease --> fetched into host slots --> promised to vLLM --> blocks allocated --> copied --> run
+      "ask again" while a shared tier is asked        exact: what is promised is pinned in host memory
+      and while pages are on their way
+
+So a tier that fails, is slow, or lost a page makes the promise shorter and never breaks it: vLLM's own recovery from
+failed loads is needed only if the last copy fails, in memory. While a request is answered "ask again" it holds no
+engine block, and others run; all waiting together is bounded (`patience_s`), after which it is computed.
+
+The scheduler's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from connectors.vllm_config import ConnectorConfig
+from connectors.vllm_layout import EngineLayout
+from connectors.vllm_messages import LoadJob, PageCopies
+from connectors.vllm_requests import Requests, Tracked
+from kvstore.base import KVStore
+from kvstore.plan.records import LeaseState, LoadLease
+
+log = logging.getLogger(__name__)
+
+NO_LEASE = 0  # the planner counts from 1
+MAX_LEASED_FRACTION = 0.5  # of the host slots, for pages on their way to waiting requests
+COUNTERS = ("load_requests", "loaded_tokens", "short_loads", "load_failures", "asked_again")
+
+
+class Loads:
+    """Loads of one engine.
+
+    counters: those of COUNTERS, and "hit_tokens.TIER".
+    """
+
+    def __init__(
+        self,
+        store: KVStore,
+        engine: EngineLayout,
+        config: ConnectorConfig,
+        requests: Requests,
+        counters: dict[str, float],
+        now: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._engine = engine
+        self._block_size = engine.layout.block_size
+        self._config = config
+        self._requests = requests
+        self._counters = counters
+        self._now = now
+        self._lookup_patience_s = config.store.store.lookup_deadline_s
+        self._patience_s = self._lookup_patience_s + config.store.store.load_deadline_s
+        self._max_leased = 1
+        self._leased = 0
+        self._under_way: dict[int, tuple[Tracked, LoadLease]] = {}
+        self._jobs: list[LoadJob] = []
+
+    def allow(self, num_slots: int) -> None:
+        """Say how many host slots there are; requests that wait for pages may hold a part of them."""
+        self._max_leased = max(1, int(MAX_LEASED_FRACTION * num_slots))
+
+    def matched(self, tracked: Tracked, num_computed: int) -> tuple[int | None, bool]:
+        """How many tokens after the first `num_computed` can be loaded; None means ask again."""
+        if not self._requests.extend(tracked):
+            self.let_go(tracked)
+        first = num_computed // self._block_size
+        if tracked.lease is not None and first != tracked.first:
+            self.let_go(tracked)  # vLLM's own cache has more or less of it by now
+        if tracked.lease is None:
+            lease = self._lease(tracked, first)
+            if not isinstance(lease, LoadLease):
+                return lease, False
+            tracked.lease, tracked.first = lease, first
+        status = self._store.poll(tracked.lease)
+        if status.state is LeaseState.WAITING and not self._is_late(tracked):
+            self._ask_again(tracked)
+            return None, False
+        num_blocks = min(status.num_blocks, tracked.most)
+        tokens = num_blocks * self._block_size - num_computed
+        if tokens <= 0 or tokens < self._config.fields.min_load_tokens:
+            self.let_go(tracked)
+            return 0, False
+        if num_blocks < tracked.lease.num_blocks:
+            self._counters["short_loads"] += 1
+        tracked.promised = num_blocks
+        return tokens, self._config.fields.load == "async"
+
+    def allocated(self, tracked: Tracked, blocks: Sequence[Sequence[Any]], num_external: int) -> None:
+        """vLLM has blocks for the request, of which `num_external` tokens are to be loaded.
+
+        blocks: vLLM's blocks per one of its groups, from the start of the prompt.
+        """
+        if tracked.lease is None or tracked.is_loading:
+            return
+        tracked.asked_at = None
+        if num_external == 0:
+            self.let_go(tracked)  # vLLM decided otherwise (another connector was longer, say)
+            return
+        lease = tracked.lease
+        end = tracked.first + num_external // self._block_size
+        copies, is_whole = self._copies(lease, blocks, tracked.first, end)
+        tracked.by_tier = lease.by_tier
+        tracked.is_loading = True
+        tracked.lease = None
+        self._under_way[lease.id] = (tracked, lease)
+        self._jobs.append(
+            LoadJob(
+                lease.id,
+                tracked.engine.request_id,
+                copies,
+                self._config.fields.load == "async",
+                is_bad=not is_whole or end != tracked.promised,
+            )
+        )
+        self._counters["load_requests"] += 1
+
+    def refuse(self, name: str, tracked: Tracked | None, blocks: Sequence[Sequence[Any]]) -> None:
+        """Report the load that vLLM counts on as failed, so that it computes."""
+        first = tracked.first if tracked is not None else 0
+        if tracked is not None:
+            tracked.most = first
+            self.let_go(tracked)
+        ids = tuple(block.block_id for row in blocks for block in row[first:] if not block.is_null)
+        part = PageCopies(0, (-1,) * len(ids), ids)
+        self._jobs.append(LoadJob(NO_LEASE, name, (part,), self._config.fields.load == "async", is_bad=True))
+
+    def take_jobs(self) -> list[LoadJob]:
+        """The copies for this step."""
+        jobs, self._jobs = self._jobs, []
+        return jobs
+
+    def has(self, lease_id: int) -> bool:
+        """True while a load is being copied."""
+        return lease_id in self._under_way
+
+    def failed(self, lease_id: int, error: str) -> None:
+        """A rank could not copy: this request is not offered the same blocks again, or it could go round for ever."""
+        tracked, lease = self._under_way[lease_id]
+        tracked.most = min(tracked.most, tracked.first)
+        self._counters["load_failures"] += 1
+        log.warning(
+            "kvstore: loading %d blocks for request %s failed (%s); they are computed",
+            lease.num_blocks - tracked.first,
+            tracked.engine.request_id,
+            error or "see the worker's log",
+        )
+
+    def ended(self, lease_id: int, is_good: bool) -> None:
+        """Every rank has copied a load, or failed to."""
+        tracked, lease = self._under_way.pop(lease_id)
+        tracked.is_loading = False
+        self._leased -= len(lease.pages)
+        if not is_good:
+            self._store.release(lease)
+            return
+        self._store.complete(lease)
+        num_tokens = (tracked.promised - tracked.first) * self._block_size
+        self._counters["loaded_tokens"] += num_tokens
+        for tier, count in self.sources(tracked, num_tokens).items():
+            name = f"hit_tokens.{tier}"
+            self._counters[name] = self._counters.get(name, 0.0) + count
+
+    def sources(self, tracked: Tracked, num_tokens: int) -> dict[str, int]:
+        """Where the tokens that are loaded for the request come from, by tier."""
+        left, tokens = num_tokens, {}
+        for tier, num_blocks in sorted(tracked.by_tier.items()):
+            tokens[tier] = min(left, num_blocks * self._block_size)
+            left -= tokens[tier]
+        return {tier: count for tier, count in tokens.items() if count}
+
+    def let_go(self, tracked: Tracked) -> None:
+        """Give back what the request has leased and vLLM was not told to copy."""
+        if tracked.lease is not None:
+            self._store.release(tracked.lease)
+            self._leased -= len(tracked.lease.pages)
+            tracked.lease = None
+
+    # ---- private ----------------------------------------------------------------------------------------------
+
+    def _lease(self, tracked: Tracked, first: int) -> LoadLease | int | None:
+        """A lease on what is worth loading; 0 if nothing is, None to ask again."""
+        match = self._store.lookup(tracked.store)
+        if match.pending and not self._is_late(tracked, self._lookup_patience_s):
+            self._ask_again(tracked)
+            return None
+        end = min(match.num_blocks, tracked.most)
+        if end <= first or (end - first) * self._block_size < self._config.fields.min_load_tokens:
+            return 0
+        groups = len(self._engine.layout.groups)
+        if self._leased and self._leased + (end - first) * groups > self._max_leased:
+            if self._is_late(tracked):
+                return 0
+            self._ask_again(tracked)
+            return None
+        lease = self._store.prepare_load(tracked.store, end, first=first)
+        if lease.num_blocks <= first:
+            self._store.release(lease)
+            return 0
+        self._leased += len(lease.pages)
+        return lease
+
+    def _ask_again(self, tracked: Tracked) -> None:
+        if tracked.asked_at is None:
+            tracked.asked_at = self._now()
+        self._counters["asked_again"] += 1
+
+    def _is_late(self, tracked: Tracked, patience_s: float | None = None) -> bool:
+        patience_s = self._patience_s if patience_s is None else patience_s
+        return tracked.asked_at is not None and self._now() - tracked.asked_at > patience_s
+
+    def _copies(
+        self, lease: LoadLease, blocks: Sequence[Sequence[Any]], first: int, end: int
+    ) -> tuple[tuple[PageCopies, ...], bool]:
+        """The copies of a load, and whether every block that vLLM will read gets its page."""
+        slot_of = {(page.group, page.block): page.slot for page in lease.pages}
+        copies: list[PageCopies] = []
+        is_whole = True
+        for group, engine_group in enumerate(self._engine.group_ids):
+            slots: list[int] = []
+            ids: list[int] = []
+            row = blocks[engine_group]
+            for index in range(first, end):
+                if row[index].is_null:
+                    continue  # outside of the window
+                slot = slot_of.get((group, index))
+                is_whole &= slot is not None
+                slots.append(-1 if slot is None else slot)
+                ids.append(row[index].block_id)
+            if slots:
+                copies.append(PageCopies(group, tuple(slots), tuple(ids)))
+        return tuple(copies), is_whole

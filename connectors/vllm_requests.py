@@ -1,0 +1,112 @@
+"""What is remembered of vLLM's requests: our request beside vLLM's, and how far each has come.
+
+vLLM hashes its blocks itself; our request takes those hashes over as they are made. Used by the scheduler's half, on
+the scheduler's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from connectors.vllm_layout import EngineLayout
+from kvstore.base import KVStore
+from kvstore.plan.records import LoadLease, Request, RequestOptions
+
+NEVER = 1 << 40  # more blocks than any prompt has
+
+
+@dataclass(slots=True)
+class Tracked:
+    """What is remembered of one of vLLM's requests.
+
+    engine:     vLLM's request.
+    store:      ours; it grows with the block hashes vLLM makes.
+    first:      blocks that vLLM's own cache had at the last question.
+    promised:   blocks the request can start from, of the answer that was given.
+    asked_at:   when it was first answered "ask again".
+    most:       blocks that may be promised; less after a load of this request failed.
+    num_saved:  blocks that have been given to a save, or need none.
+    num_hashed: vLLM's hashes that are in `store`.
+    by_tier:    blocks of the load by the tier they come from.
+    """
+
+    engine: Any
+    store: Request
+    most: int = NEVER
+    lease: LoadLease | None = None
+    first: int = 0
+    promised: int = 0
+    asked_at: float | None = None
+    is_loading: bool = False
+    num_saved: int = 0
+    num_hashed: int = 0
+    by_tier: dict[str, int] = field(default_factory=dict)
+
+
+class Requests:
+    """The requests of one engine, by vLLM's name of them.
+
+    identify: names what makes a request's KV different and vLLM's hashes do not cover (its adapter's files).
+    salt:     part of all names from now on; "" for none.
+    """
+
+    def __init__(self, store: KVStore, engine: EngineLayout, identify: Callable[[Any], str]) -> None:
+        self.salt = ""
+        self._store = store
+        self._per_block = engine.hashes_per_block
+        self._identify = identify
+        self._tracked: dict[str, Tracked] = {}
+
+    def begin(self, request: Any) -> None:
+        """A request came. One that this was not called for, or failed for, does not use the store."""
+        tenant = self._identify(request)
+        if self.salt:
+            tenant = f"{tenant}|{self.salt}"
+        made = self._store.request_from_hashes([], max(1, request.num_tokens), _options(request, tenant))
+        self._tracked[request.request_id] = Tracked(request, made)
+
+    def get(self, name: str) -> Tracked | None:
+        """What is known of a request."""
+        return self._tracked.get(name)
+
+    def end(self, name: str) -> Tracked | None:
+        """Forget a request; what was known of it."""
+        return self._tracked.pop(name, None)
+
+    def extend(self, tracked: Tracked) -> bool:
+        """Take over the hashes that vLLM has made since; False if it took some back, and the request began anew."""
+        hashes = tracked.engine.block_hashes
+        per_block = self._per_block
+        end = len(hashes) // per_block * per_block
+        is_same = end >= tracked.num_hashed
+        if not is_same:  # a streaming session took back its last tokens
+            tracked.store = self._store.request_from_hashes([], tracked.engine.num_tokens, tracked.store.options)
+            tracked.num_saved = min(tracked.num_saved, end // per_block)
+            tracked.num_hashed = 0
+        if end > tracked.num_hashed or tracked.engine.num_tokens > tracked.store.num_tokens:
+            new = [bytes(one) for one in hashes[tracked.num_hashed + per_block - 1 : end : per_block]]
+            self._store.extend_hashes(tracked.store, new, tracked.engine.num_tokens)
+            tracked.num_hashed = end
+        return is_same
+
+    def __len__(self) -> int:
+        return len(self._tracked)
+
+    def __iter__(self) -> Iterator[Tracked]:
+        return iter(list(self._tracked.values()))
+
+
+def _options(request: Any, tenant: str) -> RequestOptions:
+    """What vLLM's request says about itself: hints under "kvstore" in kv_transfer_params."""
+    hints = (getattr(request, "kv_transfer_params", None) or {}).get("kvstore")
+    hints = hints if isinstance(hints, Mapping) else {}
+    ttl_s = hints.get("ttl_s")
+    return RequestOptions(
+        tenant=tenant,
+        session=str(hints.get("session", "")),
+        priority=int(hints.get("priority", 0)),
+        ttl_s=float(ttl_s) if ttl_s is not None and float(ttl_s) > 0 else None,
+        retain_until=max(0.0, float(hints.get("retain_until", 0.0))),
+    )

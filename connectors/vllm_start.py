@@ -1,0 +1,96 @@
+"""The start of the scheduler's half: from vLLM's configuration to a store that is open and can be relied on.
+
+Here everything may raise ConfigError, for nothing runs yet: what could not work later is said now.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+from connectors.vllm_config import ConnectorConfig
+from connectors.vllm_identity import adapter_name, engine_namespace
+from connectors.vllm_layout import EngineLayout
+from connectors.vllm_scheduler import SchedulerHalf, SharedStore
+from kvstore.base import KVStore
+from kvstore.build import open_configured
+from kvstore.errors import ConfigError
+
+log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
+
+
+def open_half(vllm_config: Any, config: ConnectorConfig, engine: EngineLayout, vllm_version: str) -> SchedulerHalf:
+    """Open the store, in this process or by its daemon, and make the half over it. Raises ConfigError."""
+    namespace = engine_namespace(vllm_config, engine.layout, weights=config.fields.weights, vllm_version=vllm_version)
+    # Both kinds that this can be have slabs that workers can map.
+    store = cast(
+        SharedStore, open_configured(config.store, engine.layout, namespace, shared_name=f"kvstore-{os.getpid()}")
+    )
+    try:
+        check_service(store, config)
+        check_redis(store, config, engine.layout.block_size)
+    except ConfigError:
+        store.close(0)
+        raise
+    world = int(vllm_config.parallel_config.tensor_parallel_size)
+    half = SchedulerHalf(store, engine, config, world=world, identify=_adapters())
+    log.info(
+        "kvstore: %s, blocks of %d tokens, %d layer groups, namespace %s, disk %s, redis %s, daemon %s",
+        ", ".join(f"{slab.num_slots} host slots of {slab.slot_bytes >> 10} KiB" for slab in store.slabs) or "no daemon",
+        engine.layout.block_size,
+        len(engine.layout.groups),
+        namespace.root().hex()[:12],
+        config.store.disk.path or "off",
+        "on" if config.store.redis.url is not None else "off",
+        config.store.service.url or "off",
+    )
+    return half
+
+
+def check_service(store: SharedStore, config: ConnectorConfig) -> None:
+    """Raise ConfigError if a daemon is configured and not there, unless that is allowed."""
+    if config.store.service.url is not None and config.fields.require_daemon and not store.slabs:
+        raise ConfigError(
+            f"service.url is {config.store.service.url!r}, and no daemon answers there; start it (kvstore serve) or "
+            'set "require_daemon": false in kv_connector_extra_config to start without it'
+        )
+
+
+def check_redis(store: KVStore, config: ConnectorConfig, block_size: int) -> None:
+    """Ask the Redis tier about a page that nobody has. Raises ConfigError if there is no answer in time."""
+    redis = config.store.redis
+    if redis.url is None or config.store.service.url is not None or not config.fields.require_redis:
+        return
+    wait_s = redis.connect_timeout_s + redis.timeout_s
+    nobody = store.request_from_hashes([secrets.token_bytes(32)], block_size + 1)
+    until = time.monotonic() + wait_s
+    match = store.wait_lookup(nobody, wait_s)
+    while match.pending and time.monotonic() < until:
+        match = store.wait_lookup(nobody, until - time.monotonic())
+    store.finished(nobody)
+    errors = store.stats().get("lane_errors", {}).get("redis", {})
+    if match.pending or any(errors.values()):
+        raise ConfigError(
+            f"redis.url: the server does not answer within {wait_s:.1f} s; start it or mend the URL, or set "
+            '"require_redis": false in kv_connector_extra_config to start without it'
+        )
+
+
+def _adapters() -> Callable[[Any], str]:
+    """What identifies the adapter of a request, read once per path."""
+    known: dict[str, str] = {}
+
+    def identify(request: Any) -> str:
+        lora = getattr(request, "lora_request", None)
+        if lora is None:
+            return ""
+        path = str(lora.lora_path)
+        if path not in known or getattr(lora, "load_inplace", False):
+            known[path] = adapter_name(lora)
+        return f"lora {known[path]}"
+
+    return identify
