@@ -1,0 +1,201 @@
+"""`kvstore cluster`: engine replicas that share a cache on this machine, brought up and taken down by one command."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvstore.cli.output import add_row, console, print_json, table
+from kvstore.errors import KVStoreError
+
+if TYPE_CHECKING:
+    from kvstore.cluster.supervisor_directory import RunDirectory
+    from kvstore.cluster.topology import ClusterSpec
+
+HELP = """
+A cluster on this machine: Redis, node daemons, engine replicas and a router, as processes.
+
+\b
+  kvstore cluster up                                    two replicas that share one daemon, and a Redis of their own
+  kvstore cluster up --replicas 2 --nodes 2             as two machines that share Redis
+  kvstore cluster up --replicas 2 --nodes 2 --redis none   private caches, for comparison
+\b
+It speaks OpenAI's API at http://127.0.0.1:8000. Play traffic at it with `kvstore load`.
+"""
+
+cluster = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="rich", add_completion=False)
+
+Name = Annotated[str, typer.Option("--name", help="Of the cluster; several may be up at once.")]
+Directory = Annotated[
+    Path | None,
+    typer.Option("--directory", help="Where run directories are: logs, sockets, pids. ~/.local/state/kvstore/clusters"),
+]
+
+
+@cluster.command()
+def up(
+    name: Name = "local",
+    replicas: Annotated[int, typer.Option(help="Engine replicas, each with the whole model.")] = 2,
+    nodes: Annotated[int, typer.Option(help="Node daemons; replicas are spread over them, as over machines.")] = 1,
+    redis: Annotated[str, typer.Option(help="auto: a private server. none. Or the URL of one.")] = "auto",
+    policy: Annotated[str, typer.Option(help="Of the router: round-robin, or prefix (where most is cached).")] = "",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hugging Face directory, hub id, or random. SmolLM2-135M, downloaded once (93 MB)."),
+    ] = None,
+    port: Annotated[int, typer.Option(help="Of the router; the others follow from it. 0: any free ones.")] = 8000,
+    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")] = "float32",
+    threads: Annotated[int, typer.Option(help="Of torch, in each replica. 0: the cores, shared out.")] = 0,
+    disk: Annotated[
+        Path | None, typer.Option(help="Directory of the nodes' disk tiers, one below it each. No disk tier.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Of nodes and replicas, e.g. host.capacity_bytes=4GiB."),
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Come back when it is up, and leave it up.")] = False,
+    start_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait until all are ready.")] = 300.0,
+    directory: Directory = None,
+) -> None:
+    """Bring a cluster up, and take it down at Ctrl-C."""
+    from kvstore.cli.config import overrides
+    from kvstore.cluster.topology import NONE, POLICIES, ClusterSpec, assign_ports, check_counts, ports_from
+    from kvstore.config import Config
+    from kvstore.lab.models import resolve_model
+
+    run = _directory(directory, name)
+    from kvstore.cluster.supervisor import brought_up, interruptible
+    from kvstore.cluster.supervisor_ports import free_ports
+
+    check_counts(replicas, nodes)
+    Config(**overrides([*(setting or []), *([] if redis in ("auto", NONE) else [f"redis.url={redis}"])]))
+    progress = console(stderr=True)
+    found = resolve_model(model, progress.print)
+    spec = ClusterSpec(
+        name=name,
+        model=found.source,
+        ports=assign_ports(port, replicas, nodes)
+        if port
+        else ports_from(free_ports(replicas + nodes + 2), replicas, nodes),
+        redis=redis,
+        policy=policy or POLICIES[0],
+        dtype=dtype,
+        threads=threads or max(1, (os.cpu_count() or 1) // replicas),
+        disk=None if disk is None else str(disk.expanduser().absolute()),
+        settings=tuple(setting or ()),
+    )
+
+    progress.print(f"cluster {name}: {replicas} replicas of {found.name}, {nodes} nodes, logs in {run.path}")
+    with interruptible(), brought_up(spec, run, progress.print, timeout_s=start_timeout) as supervisor:
+        _print_urls(spec)
+        if detach:
+            progress.print(f"it stays up; end it: kvstore cluster down{_option(name)}")
+            return
+        progress.print("Ctrl-C ends it")
+        supervisor.stand()
+
+
+@cluster.command()
+def down(name: Name = "local", directory: Directory = None) -> None:
+    """End a cluster, also one whose `up` was killed; leaves nothing running."""
+    run = _directory(directory, name)
+    from kvstore.cluster.supervisor import take_down
+
+    progress = console(stderr=True)
+    count = take_down(run, progress.print)
+    progress.print(f"cluster {name}: {f'{count} processes ended' if count else 'nothing was running'}")
+
+
+@cluster.command()
+def status(
+    name: Annotated[str | None, typer.Option("--name", help="Of one cluster; all are shown without.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    directory: Directory = None,
+) -> None:
+    """Show the processes of what is up: state, pid, memory, URL."""
+    runs = _all(directory) if name is None else [_directory(directory, name)]
+    from dataclasses import asdict
+
+    from kvstore.cluster.supervisor import Supervisor
+    from kvstore.units import format_bytes
+
+    clusters = {run.name: Supervisor(_spec(run), run).status() for run in runs}
+    if as_json:
+        print_json({key: [asdict(row) for row in rows] for key, rows in clusters.items()})
+        return
+    if not clusters:
+        console().print("no cluster is up; bring one up: kvstore cluster up")
+    for key, rows in clusters.items():
+        output = table("process", "state", "pid", "RSS", "URL", title=f"cluster {key}", right=("pid", "RSS"))
+        for row in rows:
+            size = "" if row.rss_bytes is None else format_bytes(row.rss_bytes)
+            style = None if row.state == "ready" else "bold red"
+            add_row(output, row.name, row.state, str(row.pid or ""), size, row.url, style=style)
+        console().print(output)
+
+
+@cluster.command()
+def restart(
+    processes: Annotated[list[str] | None, typer.Argument(help="Such as replica-0. All but Redis without.")] = None,
+    name: Name = "local",
+    start_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait until all are ready.")] = 300.0,
+    directory: Directory = None,
+) -> None:
+    """End processes of a cluster, where they still run, and start them again."""
+    run = _directory(directory, name)
+    from kvstore.cluster.supervisor import Supervisor
+    from kvstore.cluster.topology import Kind
+
+    supervisor = Supervisor(_spec(run), run, console(stderr=True).print)
+    known = {process.name: process for process in supervisor.processes}
+    for wanted in processes or []:
+        if wanted not in known:
+            raise KVStoreError(f"cluster {name!r} has no process {wanted!r}; it has {', '.join(known)}")
+    names = processes or [one.name for one in known.values() if one.kind is not Kind.REDIS]
+    supervisor.stop(names)
+    supervisor.check_ports(names)
+    supervisor.start(names, timeout_s=start_timeout)
+
+
+# ---- private --------------------------------------------------------------------------------------------------------
+
+
+def _directory(parent: Path | None, name: str) -> RunDirectory:
+    try:
+        from kvstore.cluster.supervisor_directory import RunDirectory, default_parent
+    except ImportError as error:
+        raise KVStoreError(f"the cluster cannot start: {error}; run: pip install 'kvtiers[cluster]'") from error
+    return RunDirectory(parent or default_parent(), name)
+
+
+def _all(parent: Path | None) -> list[RunDirectory]:
+    any_of_them = _directory(parent, "local")
+    return type(any_of_them).all(any_of_them.parent)
+
+
+def _spec(run: RunDirectory) -> ClusterSpec:
+    from kvstore.cluster.supervisor_directory import ClusterError
+
+    spec = run.read()
+    if spec is None:
+        names = ", ".join(other.name for other in type(run).all(run.parent)) or "none"
+        raise ClusterError(f"no cluster {run.name!r} is up (up are: {names}); bring it up: kvstore cluster up")
+    return spec
+
+
+def _option(name: str) -> str:
+    return "" if name == "local" else f" --name {name}"
+
+
+def _print_urls(spec: ClusterSpec) -> None:
+    router = f"http://127.0.0.1:{spec.ports.router}"
+    output = table("what", "where")
+    add_row(output, "OpenAI API", f"{router}/v1")
+    for index, port in enumerate(spec.ports.nodes):
+        add_row(output, f"dashboard of node-{index}", f"http://127.0.0.1:{port}/")
+    add_row(output, "metrics", f"{router}/metrics, and of nodes and replicas")
+    add_row(output, "play traffic", f"kvstore load --url {router} --workload shared-prompt --baseline")
+    console().print(output)
