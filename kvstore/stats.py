@@ -24,7 +24,7 @@ def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
         "matched_tokens": scout.counters["matched_tokens"],
         "miss_tokens": scout.counters["missed_tokens"],
         "cut": dict(scout.cuts),
-        "probes": dict(scout.probes),
+        "probes": dict(scout.probes.counters),
         "collisions": {HOST: scout.counters["collisions"]} | {name: m.collisions for name, m in media.items()},
         "loads": loader.counters["loads"],
         "loads_incomplete": loader.counters["load_failures"],

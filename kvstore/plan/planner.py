@@ -250,6 +250,10 @@ class Planner:
             tier.touch(path, path, now)
         return len(path)
 
+    def ask(self, request: Request, now: float) -> bool:
+        """Ask shared tiers about a request without looking it up; True until they have answered."""
+        return self.scout.ask(request, now)
+
     def explain(self, request: Request) -> Explanation:
         """Why a request matches what it matches."""
         return self.scout.explain(request)

@@ -149,11 +149,13 @@ class SlotPage:
 class Explanation:
     """Why a lookup matched what it matched, and not the block after that.
 
-    match:   what a lookup would say now, without asking shared tiers.
+    match:   what a lookup would say now, by what is known here and what shared tiers have answered for the request.
     block:   index of the first block that is not matched; None if none is missing.
     key:     its hash.
     tiers:   the tiers that hold pages of it, with whether they are up.
     left:    when it last left a tier, from which and why (Unix time, tier, reason); None if that is not remembered.
+    asked:   what shared tiers answered about it: whether they have all of it; None where one did not answer, or was
+             not asked.
     """
 
     match: Match
@@ -161,6 +163,7 @@ class Explanation:
     key: BlockHash | None = None
     tiers: dict[str, bool] = field(default_factory=dict)
     left: tuple[float, str, str] | None = None
+    asked: dict[str, bool | None] = field(default_factory=dict)
 
 
 class LeaseState(Enum):

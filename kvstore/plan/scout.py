@@ -6,26 +6,25 @@ requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from eviction.policy import Hint
 from kvstore.layout import Layout
-from kvstore.page import page_key
 from kvstore.plan.cascade import LowerTier
 from kvstore.plan.catalog import Block, Catalog, PageState
 from kvstore.plan.cost import CostModel
 from kvstore.plan.flights import Flight, Flights
-from kvstore.plan.records import HOST, CutReason, Explanation, Match, Op, Outcome, Priority, Request
+from kvstore.plan.probes import Probes
+from kvstore.plan.records import HOST, CutReason, Explanation, Match, Outcome, Request
 from kvstore.plan.resume import longest_resume, needed_from
 from kvstore.plan.survey import (
-    ABSENT,
     FIRST_LOWER,
     IN_HOST,
-    Probe,
     RequestState,
     Survey,
+    loadable_blocks,
     locate,
     tier_names,
 )
@@ -52,9 +51,9 @@ class Scout:
         self.names = tier_names([tier.plan.name for tier in tiers])
         self.counters = {"lookups": 0, "pending": 0, "collisions": 0, "matched_tokens": 0, "missed_tokens": 0}
         self.cuts = {reason.value: 0 for reason in CutReason}
-        self.probes = {tier.plan.name: 0 for tier in tiers}
         self._block_size = layout.block_size
         self._windows = [layout.window_blocks(group) for group in range(len(layout.groups))]
+        self.probes = Probes(settings.lookup_deadline_s, catalog, tiers, flights, self._windows, self._block_size)
         self._page_bytes = [layout.stored_bytes(group) for group in range(len(layout.groups))]
         self._settings = settings
         self._catalog = catalog
@@ -62,16 +61,16 @@ class Scout:
         self._flights = flights
         self._costs = costs
 
-    def lookup(self, request: Request, now: float) -> tuple[Match, str | None]:
-        """The match, and the name of a tier that is avoided by an estimate so old that it should be measured again."""
+    def lookup(
+        self, request: Request, now: float, judge: Callable[[Request, Match, float], Match] | None = None
+    ) -> tuple[Match, str | None]:
+        """The match, and the name of a tier that is avoided by an estimate so old that it should be measured again.
+
+        judge: may make the match pending; a lookup is counted when it is not.
+        """
         state = self._state(request)
         survey = self.survey(request)
-        pending = self._probe(state, survey, now)
-        if pending:
-            self.counters["pending"] += 1
-        elif state.num_counted != request.num_tokens:
-            state.num_counted = request.num_tokens
-            self._count(request, survey)
+        pending = self.probes.ask(state, survey, now)
         match = Match(
             survey.worth,
             survey.worth * self._block_size,
@@ -80,18 +79,25 @@ class Scout:
             survey.known,
             survey.cut,
         )
+        if judge is not None:
+            match = judge(request, match, now)
+        if match.pending:
+            self.counters["pending"] += 1
+        elif state.num_counted != request.num_tokens:
+            state.num_counted = request.num_tokens
+            self._count(request, survey)
         return match, self._stale_tier(survey, now)
 
     def survey(self, request: Request) -> Survey:
         """Where every page of the request is, as far as is known now."""
-        limit = self._limit(request)
+        limit = loadable_blocks(request, self._block_size)
         blocks = self.verified(request, self._catalog.match(request.keys[:limit]))
         order = self._readable()
         stalled = self._flights.stalled
         survey = Survey(blocks, [locate(blocks, group, order, stalled) for group in range(len(self._windows))])
         state = self.requests.get(request.id)
         if state is not None and state.probes:
-            self._overlay(survey, state, limit)
+            self.probes.overlay(survey, state, limit)
         survey.known = survey.worth = longest_resume(survey.sources, self._windows, limit)
         if limit == 0:
             survey.cut = CutReason.TOO_SHORT
@@ -103,8 +109,12 @@ class Scout:
             survey.worth, survey.cut = 0, CutReason.BELOW_MINIMUM
         return survey
 
+    def ask(self, request: Request, now: float) -> bool:
+        """Ask shared tiers about what is not known to be here; True until they have answered. Counts nothing."""
+        return self.probes.ask(self._state(request), self.survey(request), now)
+
     def explain(self, request: Request) -> Explanation:
-        """Why the match ends where it does. Counts nothing, asks nobody."""
+        """Why the match ends where it does. Counts nothing, asks nobody (see `ask`)."""
         return self._explanation(request, self.survey(request))
 
     def _explanation(self, request: Request, survey: Survey) -> Explanation:
@@ -123,8 +133,27 @@ class Scout:
         journal = self._catalog.journal
         left = None if journal is None else journal.departure(request.keys[at])
         return Explanation(
-            match, at, request.keys[at], tiers, None if left is None else (left.at, left.tier, left.why.value)
+            match,
+            at,
+            request.keys[at],
+            tiers,
+            None if left is None else (left.at, left.tier, left.why.value),
+            self._asked(request, at),
         )
+
+    def _asked(self, request: Request, block: int) -> dict[str, bool | None]:
+        state, num_groups = self.requests.get(request.id), len(self._windows)
+        asked: dict[str, bool | None] = {}
+        for index, tier in enumerate(self._tiers):
+            if not tier.plan.is_shared or tier.is_detached:
+                continue
+            probe = None if state is None else state.probes.get(index)
+            if probe is None or probe.transfer_id or probe.has_failed or not probe.first <= block < probe.end:
+                asked[tier.plan.name] = None
+            else:
+                start = (block - probe.first) * num_groups
+                asked[tier.plan.name] = all(probe.answer[start : start + num_groups])
+        return asked
 
     def insert(self, request: Request, end: int) -> list[Block]:
         """Make blocks [0, end) of the request known; fewer where a hash collides. Returns them, root first."""
@@ -153,7 +182,7 @@ class Scout:
     def add_tier(self, name: str) -> None:
         """One more lower tier, behind those that are known; the list of tiers is the planner's."""
         self.names.append(name)
-        self.probes[name] = 0
+        self.probes.counters[name] = 0
 
     def verified(self, request: Request, blocks: list[Block]) -> list[Block]:
         """Cut known blocks at the first whose tokens are not the request's (only where hashes may collide)."""
@@ -166,18 +195,9 @@ class Scout:
         return blocks
 
     def answered(self, flight: Flight, outcome: Outcome) -> None:
-        """Book the outcome of a PROBE. A tier that did not answer has nothing, as far as this request is concerned."""
+        """Book the outcome of a PROBE."""
         assert isinstance(flight.context, tuple)
-        request, index = flight.context
-        state = self.requests.get(request.id)
-        probe = None if state is None else state.probes.get(index)
-        if probe is None or probe.transfer_id != flight.transfer.id:
-            return
-        # A probe may overtake a delete: what is leaving is not there any more.
-        leaving = self._tiers[index].leaving
-        probe.answer = [ok and key not in leaving for key, ok in zip(flight.transfer.keys, outcome.ok, strict=True)]
-        if outcome.error is None:
-            self._unlearn(self._tiers[index], request, probe)
+        self.probes.answered(self.requests.get(flight.context[0].id), flight, outcome)
 
     def _state(self, request: Request) -> RequestState:
         state = self.requests.get(request.id)
@@ -187,10 +207,6 @@ class Scout:
             state = self.requests[request.id] = RequestState(request)
         return state
 
-    def _limit(self, request: Request) -> int:
-        # The engine needs the hidden state of the last token, so that token is always computed.
-        return min(max(request.num_tokens - 1, 0) // self._block_size, len(request.keys))
-
     def _readable(self) -> list[tuple[int, int]]:
         """(bit, source code) of the tiers whose catalog entries count, the fastest first."""
         tiers = [
@@ -199,80 +215,6 @@ class Scout:
             if tier.is_up and tier.plan.is_indexed
         ]
         return [(bit, code) for _, bit, code in sorted(tiers)]
-
-    def _overlay(self, survey: Survey, state: RequestState, limit: int) -> None:
-        """Enter what probes answered where the catalog knows nothing better."""
-        num_groups = len(self._windows)
-        for index, probe in state.probes.items():
-            if probe.answer is None or not self._tiers[index].is_up:
-                continue
-            code = FIRST_LOWER + index
-            for group, column in enumerate(survey.sources):
-                end = min(probe.end, limit)
-                if len(column) < end:
-                    column.extend([ABSENT] * (end - len(column)))
-                for block in range(probe.first, end):
-                    if column[block] == ABSENT and probe.answer[(block - probe.first) * num_groups + group]:
-                        known = survey.blocks[block].pages[group] if block < len(survey.blocks) else None
-                        if known is None or known.state != PageState.FILLING:
-                            column[block] = code
-
-    def _probe(self, state: RequestState, survey: Survey, now: float) -> bool:
-        """Ask shared tiers about what is missing; True while an answer is outstanding."""
-        request = state.request
-        limit = self._limit(request)
-        first = self._first_missing(survey, limit)
-        pending = False
-        for index, tier in enumerate(self._tiers):
-            if not (tier.is_up and tier.plan.is_shared):
-                continue
-            probe = state.probes.get(index)
-            if (probe is None or probe.end < limit) and first < limit:
-                keys = [
-                    page_key(request.keys[block], group)
-                    for block in range(first, limit)
-                    for group in range(len(self._windows))
-                ]
-                transfer = self._flights.send(
-                    Op.PROBE,
-                    tier.plan.name,
-                    keys,
-                    priority=Priority.LOAD,
-                    deadline=now + self._settings.lookup_deadline_s,
-                    context=(request, index),
-                )
-                probe = state.probes[index] = Probe(first, limit, transfer.id)
-                self.probes[tier.plan.name] += 1
-            pending = pending or (probe is not None and probe.answer is None)
-        return pending
-
-    def _first_missing(self, survey: Survey, limit: int) -> int:
-        if None not in self._windows:
-            # Nothing but windows: any later resume point may be there, each with its own window.
-            return survey.known
-        full = longest_resume(
-            [column for column, window in zip(survey.sources, self._windows, strict=True) if window is None],
-            [None for window in self._windows if window is None],
-            limit,
-        )
-        first = full
-        for column, window in zip(survey.sources, self._windows, strict=True):
-            if window is not None:
-                start = needed_from(full, window)
-                first = min(first, next((b for b in range(start, full) if b >= len(column) or not column[b]), full))
-        return first
-
-    def _unlearn(self, tier: LowerTier, request: Request, probe: Probe) -> None:
-        """Forget copies that the catalog believed in and the tier no longer has."""
-        assert probe.answer is not None
-        num_groups = len(self._windows)
-        blocks = self._catalog.match(request.keys[: probe.end])
-        for block in reversed(blocks[probe.first :]):
-            for group, page in enumerate(block.pages):
-                there = probe.answer[(block.depth - probe.first) * num_groups + group]
-                if not there and tier.has(page) and not page.flight and not page.spilling & tier.bit:
-                    tier.forget_copies((page,))
-            self._catalog.prune(block)
 
     def _reason(self, survey: Survey) -> CutReason:
         if survey.known < len(survey.blocks):

@@ -25,12 +25,18 @@ FIRST_LOWER = 2
 
 @dataclass(slots=True)
 class Probe:
-    """One question to a shared tier about the blocks [first, end) of a request."""
+    """What one shared tier has answered about the blocks [first, end) of a request.
+
+    answer:      block-major, one entry per group; False until something else is known.
+    transfer_id: of the question under way; 0 if there is none.
+    has_failed:  nothing came in time: as good as nothing there, but for those who want to know.
+    """
 
     first: int
     end: int
-    transfer_id: int
-    answer: Sequence[bool] | None = None  # block-major, one entry per group; None while under way
+    answer: list[bool]
+    transfer_id: int = 0
+    has_failed: bool = False
 
 
 @dataclass(slots=True)
@@ -78,6 +84,14 @@ class Survey:
             name = names[max(codes)] if codes else name
             found.append(name)
         return found[::-1]
+
+
+def loadable_blocks(request: Request, block_size: int) -> int:
+    """How many blocks of a prompt a lookup may match.
+
+    The engine needs the hidden state of the last token, so that token is always computed.
+    """
+    return min(max(request.num_tokens - 1, 0) // block_size, len(request.keys))
 
 
 def locate(

@@ -1,0 +1,139 @@
+"""Asking shared tiers what they have of a prompt, since a catalog of what others write would be wrong.
+
+A lookup asks each shared tier once per request about what is not known to be here, in one round trip; the answer is
+kept with the request until that is over. A request that waits for another one to compute asks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvstore.page import page_key
+from kvstore.plan.cascade import LowerTier
+from kvstore.plan.catalog import Catalog, PageState
+from kvstore.plan.flights import Flight, Flights
+from kvstore.plan.records import Op, Outcome, Priority, Request
+from kvstore.plan.resume import longest_resume, needed_from
+from kvstore.plan.survey import ABSENT, FIRST_LOWER, Probe, RequestState, Survey, loadable_blocks
+
+
+class Probes:
+    """Questions to shared tiers and their answers. Under the store's lock.
+
+    deadline_s: when an answer stops being useful.
+    tiers:      the planner's own list, which may grow.
+    windows:    of each layer group, in blocks.
+    """
+
+    def __init__(
+        self,
+        deadline_s: float,
+        catalog: Catalog,
+        tiers: Sequence[LowerTier],
+        flights: Flights,
+        windows: Sequence[int | None],
+        block_size: int,
+    ) -> None:
+        self.counters = {tier.plan.name: 0 for tier in tiers}
+        self._deadline_s = deadline_s
+        self._catalog = catalog
+        self._tiers = tiers
+        self._flights = flights
+        self._windows = windows
+        self._block_size = block_size
+
+    def ask(self, state: RequestState, survey: Survey, now: float) -> bool:
+        """Ask about what is missing and was not asked before; True while an answer is outstanding."""
+        limit = loadable_blocks(state.request, self._block_size)
+        first = self._first_missing(survey, limit)
+        pending = False
+        for index, tier in enumerate(self._tiers):
+            if not (tier.is_up and tier.plan.is_shared):
+                continue
+            probe = state.probes.get(index)
+            if (probe is None or probe.end < limit) and first < limit:
+                probe = state.probes[index] = Probe(first, limit, [False] * ((limit - first) * len(self._windows)))
+                self._send(state.request, index, probe, first, limit, now)
+            pending = pending or (probe is not None and probe.transfer_id != 0)
+        return pending
+
+    def ask_again(self, state: RequestState, first: int, end: int, now: float) -> bool:
+        """Ask once more about blocks [first, end): others may have written them since. False if nobody is asked."""
+        asked = False
+        for index, probe in state.probes.items():
+            tier = self._tiers[index]
+            start, stop = max(first, probe.first), min(end, probe.end)
+            if tier.is_up and tier.plan.is_shared and not probe.transfer_id and start < stop:
+                self._send(state.request, index, probe, start, stop, now)
+                asked = True
+        return asked
+
+    def answered(self, state: RequestState | None, flight: Flight, outcome: Outcome) -> None:
+        """Book the outcome of a PROBE. A tier that did not answer has nothing, as far as this request is concerned."""
+        assert isinstance(flight.context, tuple)
+        _, index, first = flight.context
+        probe = None if state is None else state.probes.get(index)
+        if state is None or probe is None or probe.transfer_id != flight.transfer.id:
+            return
+        probe.transfer_id, probe.has_failed = 0, outcome.error is not None
+        if outcome.error is None:
+            # A probe may overtake a delete: what is leaving is not there any more.
+            leaving = self._tiers[index].leaving
+            keys = flight.transfer.keys
+            answer = [ok and key not in leaving for key, ok in zip(keys, outcome.ok, strict=True)]
+            at = (first - probe.first) * len(self._windows)
+            probe.answer[at : at + len(answer)] = answer
+            self._unlearn(self._tiers[index], state.request, first, answer)
+
+    def overlay(self, survey: Survey, state: RequestState, limit: int) -> None:
+        """Enter what probes answered where the catalog knows nothing better."""
+        num_groups = len(self._windows)
+        for index, probe in state.probes.items():
+            if True not in probe.answer or not self._tiers[index].is_up:
+                continue
+            code = FIRST_LOWER + index
+            for group, column in enumerate(survey.sources):
+                end = min(probe.end, limit)
+                if len(column) < end:
+                    column.extend([ABSENT] * (end - len(column)))
+                for block in range(probe.first, end):
+                    if column[block] == ABSENT and probe.answer[(block - probe.first) * num_groups + group]:
+                        known = survey.blocks[block].pages[group] if block < len(survey.blocks) else None
+                        if known is None or known.state != PageState.FILLING:
+                            column[block] = code
+
+    def _send(self, request: Request, index: int, probe: Probe, first: int, end: int, now: float) -> None:
+        tier = self._tiers[index].plan.name
+        keys = [page_key(key, group) for key in request.keys[first:end] for group in range(len(self._windows))]
+        deadline = now + self._deadline_s
+        context = (request, index, first)
+        transfer = self._flights.send(Op.PROBE, tier, keys, priority=Priority.LOAD, deadline=deadline, context=context)
+        probe.transfer_id = transfer.id
+        self.counters[tier] += 1
+
+    def _first_missing(self, survey: Survey, limit: int) -> int:
+        if None not in self._windows:
+            # Nothing but windows: any later resume point may be there, each with its own window.
+            return survey.known
+        full = longest_resume(
+            [column for column, window in zip(survey.sources, self._windows, strict=True) if window is None],
+            [None for window in self._windows if window is None],
+            limit,
+        )
+        first = full
+        for column, window in zip(survey.sources, self._windows, strict=True):
+            if window is not None:
+                start = needed_from(full, window)
+                first = min(first, next((b for b in range(start, full) if b >= len(column) or not column[b]), full))
+        return first
+
+    def _unlearn(self, tier: LowerTier, request: Request, first: int, answer: Sequence[bool]) -> None:
+        """Forget copies that the catalog believed in and the tier no longer has."""
+        num_groups = len(self._windows)
+        blocks = self._catalog.match(request.keys[: first + len(answer) // num_groups])
+        for block in reversed(blocks[first:]):
+            for group, page in enumerate(block.pages):
+                there = answer[(block.depth - first) * num_groups + group]
+                if not there and tier.has(page) and not page.flight and not page.spilling & tier.bit:
+                    tier.forget_copies((page,))
+            self._catalog.prune(block)
