@@ -1,0 +1,271 @@
+"""`kvstore load`: play a workload against a server and tell what its cache did."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from kvstore.cli.output import console
+from kvstore.errors import ConfigError, KVStoreError
+
+if TYPE_CHECKING:
+    from kvstore.load.arrivals import Arrivals
+    from kvstore.load.player import Asking
+    from kvstore.load.requests import Workload
+
+EXIT_FAILED = 1  # requests failed, or answers differ
+EXIT_INTERRUPTED = 130
+DEFAULT_CONCURRENCY = 2
+
+HELP = """
+Play a workload against an OpenAI-compatible server and report TTFT, hit rate by tier, tokens/s and errors.
+
+\b
+Workloads, their options and defaults:
+{workloads}
+\b
+Token counts of made-up text are approximate; the report has those of the server.
+
+\b
+Examples:
+  kvstore load --workload shared-prompt --baseline
+      20 questions below one system prompt, with the cache and without it, compared
+  kvstore load --workload multi-round --users 8 --rounds 6 --rate 0.5 --json run.json --png run.png
+      8 conversations, a request every 2 s on average, however slow the answers are
+  kvstore load --workload long-doc --documents 6 --order random --hit-ratio 0.5 --concurrency 3
+  kvstore load --workload trace --trace conv.kvt.zst --requests 50 --block-tokens 16 --trace-times --speedup 4
+      a recorded trace, each of its 512-token blocks played as 16 tokens
+  kvstore load --url http://gpu1:8000 --plain --baseline --baseline-url http://gpu2:8000
+      two servers of any make, one with a prefix cache and one without
+
+\b
+Another run with the same --seed finds its prompts in the cache from the first request on; a new seed starts cold.
+In an open loop (--rate, --trace-times) TTFT counts from the time a request was due, sent or not.
+Ctrl-C prints what there is so far. Exit code 1: requests failed, or answers with and without the cache differ.
+"""
+
+
+def load(
+    workload: Annotated[
+        str, typer.Option("--workload", "-w", metavar="NAME", help="What to play; see above.", show_default=True)
+    ] = "shared-prompt",
+    url: Annotated[str, typer.Option("--url", help="The server, router or replica.")] = "http://127.0.0.1:8000",
+    model: Annotated[str, typer.Option("--model", help="The first one that the server lists, unless given.")] = "",
+    api_key: Annotated[str, typer.Option("--api-key", envvar="KVSTORE_LOAD_API_KEY", help="Sent as bearer.")] = "",
+    # when
+    concurrency: Annotated[
+        int | None, typer.Option("--concurrency", "-c", help="Closed loop: so many requests at a time. [default: 2]")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option("--rate", "-r", help="Open loop: requests per second, Poisson arrivals.")
+    ] = None,
+    trace_times: Annotated[
+        bool, typer.Option("--trace-times", help="Open loop: at the times that the trace has.")
+    ] = False,
+    speedup: Annotated[float | None, typer.Option("--speedup", help="Play the trace's times so much faster.")] = None,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Short requests before, not counted.")] = 4,
+    # what
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31, help="Equal seeds make equal requests.")] = 0,
+    requests: Annotated[int | None, typer.Option("--requests", "-n", help="Number of requests.")] = None,
+    users: Annotated[int | None, typer.Option("--users", help="Conversations, all under way at once.")] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", help="Questions in each conversation.")] = None,
+    documents: Annotated[int | None, typer.Option("--documents", help="Different documents.")] = None,
+    asks: Annotated[int | None, typer.Option("--asks", help="Questions about each document.")] = None,
+    order: Annotated[str | None, typer.Option("--order", help="Of the questions: tile, random or interleave.")] = None,
+    hit_ratio: Annotated[
+        float | None, typer.Option("--hit-ratio", help="Share of later questions that can hit, 0 to 1.")
+    ] = None,
+    system_tokens: Annotated[int | None, typer.Option("--system-tokens", help="Of the shared system prompt.")] = None,
+    history_tokens: Annotated[
+        int | None, typer.Option("--history-tokens", help="Of each user's own text at the beginning.")
+    ] = None,
+    document_tokens: Annotated[int | None, typer.Option("--document-tokens", help="Of each document.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option("--prompt-tokens", help="Of each prompt of no-reuse.")] = None,
+    question_tokens: Annotated[int | None, typer.Option("--question-tokens", help="Of each question.")] = None,
+    answer_tokens: Annotated[int | None, typer.Option("--answer-tokens", help="Asked for in each request.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE", help="A .kvt.zst trace or an Azure .csv[.zst].")
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option("--max-prompt-tokens", help="Cut longer prompts of a trace.")
+    ] = None,
+    max_answer_tokens: Annotated[
+        int | None, typer.Option("--max-answer-tokens", help="Cut longer answers of a trace.")
+    ] = None,
+    block_tokens: Annotated[
+        int | None, typer.Option("--block-tokens", help="Play each block of a trace as so many tokens.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option("--vocab-size", help="Token ids of a trace's prompts stay below it.")
+    ] = None,
+    # how
+    api: Annotated[
+        str | None, typer.Option("--api", help="chat or completions, for a model that has no chat template.")
+    ] = None,
+    tenant: Annotated[str, typer.Option("--tenant", help="Whose cache to use.")] = "",
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Send only what OpenAI's API has: no ignore_eos, no kvstore object.")
+    ] = False,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos/--stop-at-eos", help="Whether all answers have their full length.")
+    ] = True,
+    on_refusal: Annotated[
+        str, typer.Option("--on-refusal", help="After a 429: retry when the server says, or count and go on.")
+    ] = "retry",
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one request, retries included.")] = 600.0,
+    # out
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="Then play the same without the cache, and compare times and texts.")
+    ] = False,
+    baseline_url: Annotated[
+        str, typer.Option("--baseline-url", help="Play the baseline against this server instead.")
+    ] = "",
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
+    png_file: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Draw a picture here.")] = None,
+) -> None:
+    """Play a workload against an OpenAI-compatible server and report TTFT, hit rate by tier and errors."""
+    given = {name: value for name, value in locals().items() if name in _RECIPE_OPTIONS and value is not None}
+    made = _make_workload(workload, trace, given, seed)
+    arrivals = _arrivals(made, concurrency, rate, trace_times, speedup, seed)
+    asking = _asking(made, api, plain, tenant, ignore_eos)
+    if on_refusal not in ("retry", "count"):
+        raise ConfigError(f"on-refusal {on_refusal!r} is unknown; it is retry or count")
+    if png_file is not None:
+        _need_matplotlib()
+    for file in (json_file, png_file):
+        if file is not None and file.parent != Path() and not file.parent.is_dir():
+            raise ConfigError(f"{file}: the directory {file.parent} is not there; make it first")
+
+    from kvstore.lab.machine import machine, versions
+    from kvstore.load.client import Client
+    from kvstore.load.session import Session
+
+    server, other = (
+        Client(base, model=model, api_key=api_key, on_refusal=on_refusal, timeout_s=timeout, now=time.perf_counter)
+        for base in (url, baseline_url)
+    )
+    session = Session(
+        made, arrivals, asking, server, other if baseline_url else None, baseline or bool(baseline_url), warmup
+    )
+    session.play(console(stderr=True))
+    session.print(console())
+    if json_file is not None:
+        session.write_json(json_file, {"machine": machine(), "versions": versions()})
+    if png_file is not None:
+        session.draw(png_file)
+    if session.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if not session.succeeded:
+        raise typer.Exit(EXIT_FAILED)
+
+
+class LoadCommand(TyperCommand):
+    """A command whose help lists the workloads, which are imported only when somebody asks."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help."""
+        self.help = make_help()
+        super().format_help(ctx, formatter)
+
+
+_RECIPE_OPTIONS = (
+    "requests", "users", "rounds", "documents", "asks", "order", "hit_ratio", "system_tokens", "history_tokens",
+    "document_tokens", "prompt_tokens", "question_tokens", "answer_tokens", "max_prompt_tokens", "max_answer_tokens",
+    "block_tokens", "vocab_size",
+)  # fmt: skip
+
+
+def _make_workload(name: str, trace: Path | None, given: dict[str, Any], seed: int) -> Workload:
+    recipes = _recipes()
+    if name not in recipes:
+        raise ConfigError(f"workload {name!r} is unknown; it is one of {', '.join(recipes)}")
+    if (name == "trace") != (trace is not None):
+        what = "workload trace needs --trace FILE" if trace is None else f"--trace means nothing to {name}"
+        raise ConfigError(f"{what}; write kvstore load --workload trace --trace {trace or 'FILE'}")
+    known = [field.name for field in fields(recipes[name]) if field.name != "path"]
+    for option in given:
+        if option not in known:
+            takes = ", ".join(_option(field) for field in known)
+            raise ConfigError(f"{_option(option)} means nothing to workload {name}; it takes {takes}")
+    made: Workload = recipes[name](**({"path": trace} if trace else {}), **given).make(seed)
+    return made
+
+
+def _arrivals(
+    workload: Workload,
+    concurrency: int | None,
+    rate: float | None,
+    trace_times: bool,
+    speedup: float | None,
+    seed: int,
+) -> Arrivals:
+    from kvstore.load.arrivals import Closed, poisson
+    from kvstore.load.arrivals import trace_times as times_of
+
+    chosen = [
+        name
+        for name, is_given in (
+            ("--concurrency", concurrency is not None),
+            ("--rate", rate is not None),
+            ("--trace-times", trace_times),
+        )
+        if is_given
+    ]
+    if len(chosen) > 1:
+        raise ConfigError(
+            f"{' and '.join(chosen)} exclude each other: requests are sent either when others are answered "
+            "(--concurrency) or at times of their own (--rate, --trace-times); give one"
+        )
+    if speedup is not None and not trace_times:
+        raise ConfigError("--speedup is for --trace-times; give both or neither")
+    if trace_times:
+        return times_of(workload, 1.0 if speedup is None else speedup)
+    if rate is not None:
+        return poisson(len(workload.requests), rate, seed)
+    return Closed(DEFAULT_CONCURRENCY if concurrency is None else concurrency)
+
+
+def _asking(workload: Workload, api: str | None, plain: bool, tenant: str, ignore_eos: bool) -> Asking:
+    from kvstore.load.player import Asking
+    from kvstore.load.requests import CHAT, COMPLETIONS
+
+    if api not in (None, CHAT, COMPLETIONS):
+        raise ConfigError(f"api {api!r} is unknown; it is {CHAT} or {COMPLETIONS}")
+    if plain and tenant:
+        raise ConfigError("--tenant is not in OpenAI's API; leave out --plain or --tenant")
+    return Asking(api or workload.api, plain, tenant=tenant, ignore_eos=ignore_eos)
+
+
+def _need_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise KVStoreError("--png needs matplotlib; run: pip install 'kvtiers[demo]'") from error
+
+
+def _recipes() -> dict[str, type[Any]]:
+    from kvstore.load.trace import Trace
+    from kvstore.load.workloads import RECIPES
+
+    return {**RECIPES, "trace": Trace}
+
+
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def make_help() -> str:
+    """HELP with every workload's own options and defaults."""
+    lines = []
+    for name, recipe in _recipes().items():
+        summary = (recipe.__doc__ or "").split(":")[0].split(".")[0].splitlines()[0]
+        options = " ".join(
+            f"{_option(field.name)} {field.default}" for field in fields(recipe) if field.default is not MISSING
+        )
+        lines += [f"  {name}: {summary[0].lower()}{summary[1:]}", f"      {options}"]
+    return HELP.format(workloads="\n".join(lines))

@@ -1,0 +1,151 @@
+"""One command's worth of load: warm-up, the run, the run without the cache, and what is told of them.
+
+Ctrl-C ends the run under way and keeps what it has; a second one ends the program.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kvstore.load.arrivals import Arrivals, Closed, Open
+from kvstore.load.client import Client
+from kvstore.load.compare import Comparison, compare
+from kvstore.load.player import Asking, Run, play
+from kvstore.load.progress import Progress
+from kvstore.load.requests import Workload
+from kvstore.load.summary import Summary, summarize
+from kvstore.load.tables import comparison_report, report
+from kvstore.load.workloads import warm_up
+
+WARM_UP_CONCURRENCY = 2  # in an open loop, whose rate says nothing of how many are served at once
+
+WITH, WITHOUT = "with the cache", "without the cache"
+
+
+@dataclass
+class Session:
+    """What is played and what came of it.
+
+    baseline:  whether to play it without the cache too; on `other` if that is given, else on `server` with its cache
+               asked to keep out.
+    """
+
+    workload: Workload
+    arrivals: Arrivals
+    asking: Asking
+    server: Client
+    other: Client | None = None
+    baseline: bool = False
+    warmup: int = 0
+    runs: list[tuple[Run, Summary]] = field(default_factory=list)
+    comparison: Comparison | None = None
+
+    def play(self, progress: Console) -> None:
+        """Play everything, or until Ctrl-C. Raises KVStoreError if a server cannot be asked at all."""
+        asyncio.run(self._play(progress))
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it."""
+        return any(run.interrupted for run, _ in self.runs)
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether every request was answered, or refused as it may be, and every text is the same."""
+        bad = any(summary.failed or summary.skipped or not summary.answered for _, summary in self.runs)
+        return not bad and not (self.comparison and self.comparison.differences)
+
+    def print(self, printer: Console) -> None:
+        """Print the tables."""
+        for _, summary in self.runs:
+            printer.print(report(summary))
+        if self.comparison is not None:
+            printer.print(comparison_report(self.comparison))
+
+    def write_json(self, path: Path, about: Mapping[str, Any]) -> None:
+        """Write all numbers, each request's too; `about` tells of the machine that asked."""
+        content = {
+            "workload": {"name": self.workload.name, "seed": self.workload.seed, **self.workload.parameters},
+            "arrivals": str(self.arrivals),
+            "server": {"url": self.server.url, "model": self.server.model},
+            "load_generator": dict(about),
+            "runs": [
+                {**summary.to_json(), "records": [record.to_json() for record in run.records]}
+                for run, summary in self.runs
+            ],
+            "comparison": self.comparison.to_json() if self.comparison else None,
+        }
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def draw(self, path: Path) -> None:
+        """Draw the picture; needs matplotlib."""
+        from kvstore.load.plot import draw
+
+        draw(self.runs, self.comparison, self._title(), f"{self.what}; {self.server.model}", path)
+
+    @property
+    def what(self) -> str:
+        """Workload, parameters and arrivals in one line."""
+        parameters = {name: value for name, value in self.workload.parameters.items() if name != "path"}
+        chosen = ", ".join(f"{name} {value}" for name, value in parameters.items())
+        return f"{self.workload.name} ({chosen}, seed {self.workload.seed}); {self.arrivals}"
+
+    async def _play(self, progress: Console) -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def interrupt() -> None:
+            stop.set()
+            loop.remove_signal_handler(signal.SIGINT)
+
+        with suppress(NotImplementedError, ValueError):  # Windows; a thread that is not the main one
+            loop.add_signal_handler(signal.SIGINT, interrupt)
+        async with self.server:
+            model = await self.server.choose_model()
+            progress.print(f"{self.what}\n{self.server.url}, model {model}", markup=False, soft_wrap=True)
+            name = WITH if self.baseline else self.workload.name
+            await self._run(name, self.server, self.asking, stop, progress)
+            if self.baseline and self.other is None and not stop.is_set():
+                await self._run(WITHOUT, self.server, replace(self.asking, cache=False), stop, progress)
+        if self.baseline and self.other is not None and not stop.is_set():
+            async with self.other:
+                await self.other.choose_model()
+                await self._run(WITHOUT, self.other, self.asking, stop, progress)
+        if len(self.runs) == 2:
+            (cache, with_cache), (baseline, without) = self.runs
+            self.comparison = compare(cache, baseline, with_cache, without, same_server=self.other is None)
+
+    async def _run(self, name: str, client: Client, asking: Asking, stop: asyncio.Event, console: Console) -> None:
+        clock = time.perf_counter
+        warming = warm_up(self.warmup, self.workload.seed)
+        at_once = self.arrivals if isinstance(self.arrivals, Closed) else Closed(WARM_UP_CONCURRENCY)
+        await play("warm-up", warming, client, at_once, asking, now=clock, stop=stop)
+        with Progress(name, len(self.workload.requests), console, clock) as progress:
+            run = await play(
+                name,
+                self.workload,
+                client,
+                self.arrivals,
+                asking,
+                now=clock,
+                stop=stop,
+                answers=self.runs[0][0].answers if self.runs else None,
+                on_record=progress.add,
+            )
+        self.runs.append((run, summarize(run, isinstance(self.arrivals, Open))))
+
+    def _title(self) -> str:
+        hits = self.runs[0][1].all.hit_rate
+        title = f"{self.workload.name}: " + ("hits not told" if hits is None else f"{hits:.0%} of prompt tokens hit")
+        line = next((line for line in self.comparison.lines if line.gain), None) if self.comparison else None
+        return title + (f", median TTFT {line.gain:.1f}x as short" if line else "")
