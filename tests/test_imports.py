@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.plan": ("radix", "eviction", "kvstore.layout", "kvstore.page", "kvstore.errors", "kvstore.plan"),
     "kvstore.tiers": ("kvstore.layout", "kvstore.page", "kvstore.codec", "kvstore.errors", "kvstore.tiers"),
     "kvstore.devices": ("kvstore.layout", "kvstore.page", "kvstore.codec", "kvstore.errors", "kvstore.devices"),
+    "kvstore.load": ("kvstore.errors", "kvstore.units", "kvstore.load"),  # knows HTTP, nothing of what serves
     "kvstore.move": ("kvstore.tiers.base", "kvstore.plan.records", "kvstore.errors", "kvstore.page", "kvstore.move"),
     "connectors": (
         "kvstore.base",
@@ -59,15 +60,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
 }
 # Only the face's own users: the laboratory plays whole models, everything else is below the connectors.
-CONNECTORS_USERS = ("connectors", "kvstore.lab")
+CONNECTORS_USERS = ("connectors", "kvstore.lab", "kvstore.cluster")
 
 # module from outside -> where it may be imported at all
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "asyncio": ("kvstore.aio", "kvstore.service"),
-    "aiohttp": ("kvstore.service",),
+    "asyncio": ("kvstore.aio", "kvstore.service", "kvstore.cluster", "kvstore.load"),
+    "aiohttp": ("kvstore.service", "kvstore.cluster", "kvstore.load"),
     # codec: storage per thread; service: the client's locks, for the daemon itself has one thread
     "threading": ("kvstore.move", "kvstore.store", "kvstore.tiers", "kvstore.codec", "kvstore.service"),
-    "concurrent": ("kvstore.move", "kvstore.tiers", "kvstore.lab.workloads"),  # workloads stand in for a lane
+    # workloads stand in for a lane; a replica computes on one thread beside its event loop
+    "concurrent": ("kvstore.move", "kvstore.tiers", "kvstore.lab.workloads", "kvstore.cluster"),
     "transformers": ("connectors", "kvstore.lab"),
     "vllm": ("connectors",),
     "sglang": ("connectors",),

@@ -12,10 +12,13 @@ import typer
 from typer.core import TyperGroup
 
 from kvstore.cli.bench import bench
+from kvstore.cli.cluster import cluster
 from kvstore.cli.config import config
 from kvstore.cli.demo import demo
 from kvstore.cli.inspect import inspect
+from kvstore.cli.load import LoadCommand, load
 from kvstore.cli.output import print_error
+from kvstore.cli.replica import replica
 from kvstore.cli.serve import serve
 from kvstore.cli.verify import verify
 from kvstore.errors import KVStoreError
@@ -31,6 +34,11 @@ First steps:
   kvstore config         what is configured, and where each value comes from
   kvstore bench          the workloads that measure this machine
   kvstore serve          one cache for all engine processes of this machine
+  kvstore replica        one model behind OpenAI's API, with the cache
+  kvstore cluster up     replicas that share a cache, with a router and Redis, on this machine
+\b
+What a cache does for one's traffic:
+  kvstore load           play a workload: TTFT, hit rate by tier, with and without the cache
 \b
 Looking after a disk tier, also while it is in use:
   kvstore inspect DIR    what is stored: pages, bytes, ages, biggest prefixes
@@ -89,6 +97,9 @@ def _global_options(
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(demo)
 app.command()(config)
 app.command()(serve)
+app.command()(replica)
+app.add_typer(cluster, name="cluster")
 app.command(no_args_is_help=True)(inspect)
 app.command(no_args_is_help=True)(verify)
+app.command(cls=LoadCommand)(load)
 app.command()(bench)

@@ -1,0 +1,115 @@
+"""`kvstore replica`: one model behind OpenAI's API, until SIGTERM."""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvstore.cli.config import overrides
+from kvstore.cli.output import console
+from kvstore.errors import KVStoreError
+
+
+class Dtype(str, Enum):
+    """Of weights and cache."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Reuse(str, Enum):
+    """What a hit promises."""
+
+    exact = "exact"
+    any = "any"
+
+
+def replica(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Directory or hub id of a causal language model of transformers, or 'random' for a small one with "
+            "random weights; without it SmolLM2-135M-Instruct.",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="Port; 0 takes any free one.")] = 8001,
+    name: Annotated[str, typer.Option("--name", help="How answers, metrics and logs call it.")] = "replica-0",
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Element type of weights and cache.")] = Dtype.float32,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, help="Of torch; replicas that share pages need the same number.")
+    ] = 1,
+    prefill_chunk: Annotated[
+        int, typer.Option("--prefill-chunk", min=1, help="Prompt tokens per forward, a multiple of store.block_size.")
+    ] = 256,
+    reuse: Annotated[
+        Reuse,
+        typer.Option("--reuse", help="exact: the same bits as without a cache. any: more hits, equal up to rounding."),
+    ] = Reuse.exact,
+    max_queue: Annotated[int, typer.Option("--max-queue", min=1, help="Requests that may wait; more get a 429.")] = 64,
+    max_running: Annotated[
+        int, typer.Option("--max-running", min=1, help="Requests computed in turns, each with a KV cache of its own.")
+    ] = 8,
+    max_tokens_queued: Annotated[
+        int,
+        typer.Option(
+            "--max-tokens-queued", min=1, help="Prompt and answer tokens of all that wait or run; beyond it 429."
+        ),
+    ] = 65536,
+    drain_s: Annotated[
+        float, typer.Option("--drain-s", min=0, help="At SIGTERM, longest wait in seconds for requests under way.")
+    ] = 30.0,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="TOML file, instead of $KVSTORE_CONFIG or ./kvstore.toml.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Set a value of the store, e.g. service.url=unix:///run/kvstore.sock."
+        ),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Serve one model with OpenAI's API, with a prefix cache behind it.
+
+    The cache is a store in this process, or, with --set service.url=..., that of the node daemon (kvstore serve).
+    It listens at once and answers 503 until the model is loaded and warm; GET /readyz tells. SIGTERM drains.
+
+    \b
+      kvstore replica --model random --port 8001
+      curl http://127.0.0.1:8001/v1/completions -d '{"prompt": "Once upon a time", "max_tokens": 8}'
+    """
+    from kvstore.cluster.replica import ReplicaSettings, serve
+    from kvstore.cluster.runner import ModelSpec
+    from kvstore.config import Config
+    from kvstore.lab.models import RANDOM, resolve_model
+
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    config = Config.load(file, **overrides(setting or []))
+    errors = console(stderr=True)
+
+    def announce(line: str) -> None:
+        errors.print(line, markup=False, soft_wrap=True)
+
+    found = resolve_model(model, announce)
+    spec = ModelSpec(
+        found.source, RANDOM if model == RANDOM else found.name, dtype.value, threads, prefill_chunk, reuse.value
+    )
+    settings = ReplicaSettings(name, host, port, spec, max_queue, max_running, max_tokens_queued, drain_s)
+    try:
+        serve(settings, config, announce)
+    except ImportError as error:
+        raise KVStoreError(f"a replica cannot start: {error}; run: pip install 'kvtiers[demo]'") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, KVStoreError):
+            raise
+        raise KVStoreError(f"the model {found.source} cannot be loaded: {str(error)[:500]}") from error

@@ -1,0 +1,343 @@
+"""OpenAI's API as the replica speaks it: requests that are checked, answers, chunks and errors in its forms.
+
+What a request asks for is either done or refused: a field that would change the answer and is not supported here gets a
+400 that names it, and so does a field nobody knows. A field that is null counts as left out.
+
+One extension in requests and answers, "kvstore": see `KVOptions` and docs/cluster.md.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+MAX_STOP_STRINGS = 16
+MAX_NAME = 256  # characters of a tenant, a session
+DONE = b"data: [DONE]\n\n"
+
+# Fields that would change the answer, with the values that do not. null is always one of them.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "echo": (False,),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none",),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": ("none",),
+    "verbosity": (),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+}
+# Fields that say something about the request and nothing about the answer.
+NOTES = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+)
+
+
+class ApiError(Exception):
+    """An error in OpenAI's form. param: the field that is wrong, e.g. "messages[0].role"."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer; also that of an error inside a stream."""
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Retry-After, where there is one."""
+        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class KVOptions(_Model):
+    """The extension: what a request says about the cache.
+
+    cache:     False neither looks the prompt up nor saves it.
+    tenant:    tenants never see each other's pages.
+    session:   the conversation.
+    last_turn: no prompt will continue this one.
+    """
+
+    cache: bool = True
+    tenant: str = Field(default="", max_length=MAX_NAME)
+    session: str = Field(default="", max_length=MAX_NAME)
+    last_turn: bool = False
+
+
+class StreamOptions(_Model):
+    """include_usage: a last chunk with `usage` and `kvstore`, and no choices."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+class Ask(_Model):
+    """What both kinds of requests have in common."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1)]],
+        BeforeValidator(_as_list),
+        Field(max_length=MAX_STOP_STRINGS),
+    ] = []
+    ignore_eos: bool = False
+    kvstore: KVOptions = KVOptions()
+
+    @property
+    def new_tokens(self) -> int | None:
+        """The most tokens to generate; None leaves it to the server."""
+        return self.max_tokens
+
+
+class CompletionAsk(Ask):
+    """`POST /v1/completions`. prompt: a text or token ids; a list of one of them is taken as well."""
+
+    prompt: Any
+
+    @field_validator("prompt")
+    @classmethod
+    def _one_prompt(cls, prompt: Any) -> str | list[int]:
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+            prompt = prompt[0]
+        if isinstance(prompt, str) or (isinstance(prompt, list) and all(type(token) is int for token in prompt)):
+            if not prompt:
+                raise ValueError("it is empty; give at least one token")
+            return prompt
+        if isinstance(prompt, list) and all(isinstance(one, (str, list)) for one in prompt):
+            raise ValueError(f"it holds {len(prompt)} prompts; send one per request")
+        raise ValueError("it must be text or a list of token ids")
+
+
+class TextPart(_Model):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Model):
+    """One message; "developer" is what newer clients call "system"."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Any
+    name: str | None = None
+
+    @field_validator("content")
+    @classmethod
+    def _text(cls, content: Any) -> str:
+        if isinstance(content, str):
+            return content
+        if isinstance(content, list):
+            if all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+                return "".join(TextPart.model_validate(part).text for part in content)
+            raise ValueError("only parts of type 'text' are supported here")
+        raise ValueError("it must be text")
+
+    @property
+    def plain(self) -> dict[str, str]:
+        """As a chat template takes it."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+class ChatAsk(Ask):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    @property
+    def new_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+A = TypeVar("A", bound=Ask)
+
+
+def parse(raw: bytes, kind: type[A]) -> A:
+    """Check a body. Raises ApiError 400 that names the field; the value is not repeated, it may be a prompt."""
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    body = _without_nulls(body)
+    for name in [name for name in body if name in NEUTRAL and name not in kind.model_fields]:
+        if body.pop(name) not in NEUTRAL[name]:
+            raise ApiError(400, f"{name} is not supported here; leave it out", param=name, code="unsupported_parameter")
+    for name in NOTES:
+        body.pop(name, None)
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        raise _of_validation(error) from None
+
+
+def check_model(asked: str | None, served: str) -> None:
+    """Raise ApiError 404 if the request is for another model. One that names none is for whatever is served."""
+    if asked is not None and asked != served:
+        raise ApiError(
+            404,
+            f"the model {asked[:200]!r} is not served here; this is {served!r}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+class Reply:
+    """Builds the JSON of one answer: whole, or chunk by chunk.
+
+    cached and extension are known when the answer is complete: `finish` takes them.
+    """
+
+    def __init__(self, ask: Ask, model: str, prompt_tokens: int) -> None:
+        self._is_chat = isinstance(ask, ChatAsk)
+        self._streams = ask.stream
+        self._has_usage = ask.stream_options.include_usage
+        self._prompt_tokens = prompt_tokens
+        self._begun = False
+        prefix, kind = ("chatcmpl", "chat.completion") if self._is_chat else ("cmpl", "text_completion")
+        if self._is_chat and ask.stream:
+            kind += ".chunk"
+        self._head = {
+            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def chunk(self, text: str, finish_reason: str | None = None) -> bytes:
+        """One event of a stream: the text that became certain with one token."""
+        choice: dict[str, Any] = {"index": 0}
+        if self._is_chat:
+            choice["delta"] = {"content": text} if self._begun else {"role": "assistant", "content": text}
+        else:
+            choice["text"] = text
+        self._begun = True
+        body = {**self._head, "choices": [{**choice, "logprobs": None, "finish_reason": finish_reason}]}
+        if self._has_usage:
+            body["usage"] = None
+        return event(body)
+
+    def end(self, new_tokens: int, cached: int, extension: Mapping[str, Any]) -> bytes:
+        """What follows the last chunk: usage where it was asked for, then the end of the stream."""
+        if not self._has_usage:
+            return DONE
+        return event({**self._head, "choices": [], **self._account(new_tokens, cached, extension)}) + DONE
+
+    def whole(
+        self, text: str, finish_reason: str | None, new_tokens: int, cached: int, extension: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """An answer that is not streamed."""
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish_reason}
+        if self._is_chat:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            choice["text"] = text
+        return {**self._head, "choices": [choice], **self._account(new_tokens, cached, extension)}
+
+    def _account(self, new_tokens: int, cached: int, extension: Mapping[str, Any]) -> dict[str, Any]:
+        usage = {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": new_tokens,
+            "total_tokens": self._prompt_tokens + new_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+        return {"usage": usage, "kvstore": dict(extension)}
+
+
+def models(served: str, created: int) -> dict[str, Any]:
+    """`GET /v1/models`."""
+    return {
+        "object": "list",
+        "data": [{"id": served, "object": "model", "created": created, "owned_by": "kvstore"}],
+    }
+
+
+def event(body: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _without_nulls(value: Any) -> Any:
+    """null means left out, in the request itself, in messages and in options."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        return [_without_nulls(one) for one in value]
+    return value
+
+
+def _of_validation(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    param = _path(first["loc"])
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{param} is unknown here; leave it out", param=param, code="unknown_parameter")
+    if first["type"] == "missing":
+        return ApiError(400, f"{param} is missing", param=param, code="missing_required_parameter")
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
+    return ApiError(400, f"{param}: {message[:400]}", param=param, code="invalid_value")
+
+
+def _path(loc: Sequence[int | str]) -> str:
+    """("messages", 0, "role") -> "messages[0].role"."""
+    path = ""
+    for part in loc:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path[:200]

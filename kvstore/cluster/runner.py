@@ -1,0 +1,130 @@
+"""The model of a replica with its store: what the engine runs, and nothing of HTTP or of queues.
+
+Made and used by the engine (engine.py), which says on which thread. Importing it costs nothing; constructing a `Runner`
+loads torch, transformers and the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kvstore.config import Config
+from kvstore.lab.loaded_model import chat_ids, load_model
+from kvstore.plan.records import RequestOptions
+
+if TYPE_CHECKING:
+    from connectors.transformers_report import Found, Report
+    from connectors.transformers_run import GenerationRun
+    from kvstore.base import KVStore
+
+WARM_UP_TAIL = 48  # tokens of a chunk that is not full
+WARM_UP_NEW_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What a replica computes with.
+
+    source:        directory or hub id.
+    name:          under which it is served.
+    dtype:         "float32", "bfloat16" or "float16".
+    threads:       of torch; equal in all replicas that share pages.
+    prefill_chunk: tokens per forward of a prompt.
+    reuse:         "exact" or "any", see docs/transformers.md.
+    """
+
+    source: str
+    name: str
+    dtype: str = "float32"
+    threads: int = 1
+    prefill_chunk: int = 256
+    reuse: str = "exact"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be generated.
+
+    temperature: 0 is greedy.
+    stop:        strings that end the answer.
+    use_store:   False neither looks the prompt up nor saves it.
+    """
+
+    tokens: list[int]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    use_store: bool = True
+    last_turn: bool = False
+    options: RequestOptions = field(default_factory=RequestOptions)
+
+
+class Runner:
+    """A model with its store, and the same model without."""
+
+    def __init__(self, spec: ModelSpec, config: Config) -> None:
+        """Load the model and open the store, or attach to the daemon. Takes seconds; raises what both raise."""
+        from connectors.transformers import KVCacheModel, open_store_for
+        from connectors.transformers_positions import max_tokens
+
+        self.spec = spec
+        self.model, self.tokenizer = load_model(spec.source, spec.dtype, spec.threads)
+        self.store: KVStore = open_store_for(self.model, config, prefill_chunk=spec.prefill_chunk, reuse=spec.reuse)
+        options: dict[str, Any] = {"tokenizer": self.tokenizer, "prefill_chunk": spec.prefill_chunk}
+        self._cold = KVCacheModel(self.model, **options)
+        self._warm: KVCacheModel = KVCacheModel(
+            self.model, self.store, reuse=spec.reuse, load_deadline_s=config.store.load_deadline_s, **options
+        )
+        self.max_tokens = max_tokens(self.model.config)  # of prompt and answer together; None if the model does not say
+
+    def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """Token ids of a text, or of a conversation."""
+        if isinstance(prompt, str):
+            return [int(token) for token in self.tokenizer(prompt).input_ids]
+        return chat_ids(self.tokenizer, prompt)
+
+    def start(self, job: Job) -> GenerationRun:
+        """Check a job; nothing is looked up or computed yet. Raises RequestError for what the model cannot do."""
+        from connectors.transformers import Sampling
+
+        model = self._warm if job.use_store else self._cold
+        return model.start(
+            job.tokens,
+            job.max_new_tokens,
+            sampling=Sampling(job.temperature, job.top_k, job.top_p, job.seed),
+            stop=job.stop,
+            eos=() if job.ignore_eos else None,
+            options=job.options,
+            last_turn=job.last_turn,
+        )
+
+    def lookup(self, job: Job) -> Found:
+        """What the tiers have of a prompt; changes nothing and loads nothing."""
+        return self._warm.lookup(job.tokens, job.options)
+
+    def warm_up(self) -> Report:
+        """Compute a prompt that nobody asks, without the store, and then another; the report of that one.
+
+        The first forwards of a process are slower than all later ones. The store learns the rate of the second prompt.
+        """
+        chunk = self.spec.prefill_chunk
+        self._warm_up(chunk + WARM_UP_TAIL)
+        report = self._warm_up(chunk)
+        self.store.observe_prefill(report.computed_tokens, report.prefill_s)
+        return report
+
+    def close(self, timeout_s: float) -> None:
+        """Finish saving, write behind what is left, close the store."""
+        self._warm.close()
+        self.store.close(timeout_s)
+
+    def _warm_up(self, num_tokens: int) -> Report:
+        if self.max_tokens is not None:
+            num_tokens = max(1, min(num_tokens, self.max_tokens - WARM_UP_NEW_TOKENS))
+        tokens = [(7 * i + 3) % len(self.tokenizer) for i in range(num_tokens)]
+        return self._cold.generate(tokens, WARM_UP_NEW_TOKENS, eos=()).report
