@@ -37,6 +37,10 @@ Directory = Annotated[
 
 @cluster.command()
 def up(
+    for_replicas: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- OPTIONS]", help="Passed on to each replica, e.g. -- --max-queue 8 --reuse any"),
+    ] = None,
     name: Name = "local",
     replicas: Annotated[int, typer.Option(help="Engine replicas, each with the whole model.")] = 2,
     nodes: Annotated[int, typer.Option(help="Node daemons; replicas are spread over them, as over machines.")] = 1,
@@ -61,17 +65,14 @@ def up(
     directory: Directory = None,
 ) -> None:
     """Bring a cluster up, and take it down at Ctrl-C."""
-    from kvstore.cli.config import overrides
-    from kvstore.cluster.topology import NONE, POLICIES, ClusterSpec, assign_ports, check_counts, ports_from
-    from kvstore.config import Config
-    from kvstore.lab.models import resolve_model
-
     run = _directory(directory, name)
     from kvstore.cluster.supervisor import brought_up, interruptible
     from kvstore.cluster.supervisor_ports import free_ports
+    from kvstore.cluster.topology import AUTO, NONE, POLICIES, ClusterSpec, assign_ports, check_counts, ports_from
+    from kvstore.lab.models import resolve_model
 
     check_counts(replicas, nodes)
-    Config(**overrides([*(setting or []), *([] if redis in ("auto", NONE) else [f"redis.url={redis}"])]))
+    _check_settings([*(setting or []), *([] if redis in (AUTO, NONE) else [f"redis.url={redis}"])])
     progress = console(stderr=True)
     found = resolve_model(model, progress.print)
     spec = ClusterSpec(
@@ -86,9 +87,10 @@ def up(
         threads=threads or max(1, (os.cpu_count() or 1) // replicas),
         disk=None if disk is None else str(disk.expanduser().absolute()),
         settings=tuple(setting or ()),
+        replica_arguments=tuple(for_replicas or ()),
     )
 
-    progress.print(f"cluster {name}: {replicas} replicas of {found.name}, {nodes} nodes, logs in {run.path}")
+    progress.print(f"cluster {name}: {_count(replicas, "replica")} of {found.name}, {_count(nodes, "node")}, logs in {run.path}")
     with interruptible(), brought_up(spec, run, progress.print, timeout_s=start_timeout) as supervisor:
         _print_urls(spec)
         if detach:
@@ -184,6 +186,22 @@ def _spec(run: RunDirectory) -> ClusterSpec:
         names = ", ".join(other.name for other in type(run).all(run.parent)) or "none"
         raise ClusterError(f"no cluster {run.name!r} is up (up are: {names}); bring it up: kvstore cluster up")
     return spec
+
+
+def _check_settings(assignments: list[str]) -> None:
+    """Raise ConfigError now for what every node would refuse later."""
+    from kvstore.cli.config import overrides
+    from kvstore.config import Config
+
+    sections: dict[str, dict[str, str]] = {}
+    for field, value in overrides(assignments).items():
+        section, _, key = field.partition(".")
+        sections.setdefault(section, {})[key] = value
+    Config(**sections)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _option(name: str) -> str:

@@ -29,7 +29,7 @@ from kvstore.cluster.topology import ClusterSpec, Kind, Process, plan
 from kvstore.tiers.redis_local import find_redis_server
 
 START_TIMEOUT_S = 300.0  # imports and loading: 10 s here, minutes for a large model on a cold disk
-STOP_TIMEOUT_S = 30.0  # a replica finishes what it runs, a node drains and flushes
+STOP_TIMEOUT_S = 60.0  # a replica finishes what it runs (30 s), a node drains and flushes
 STEP_S = 0.1
 STAND_STEP_S = 1.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -265,7 +265,7 @@ def _ask_to_end(pid: int, directory: RunDirectory) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.kill(pid, number)
-        until = time.monotonic() + 4 * STOP_TIMEOUT_S  # it waits that long for each kind
+        until = time.monotonic() + 2 * STOP_TIMEOUT_S
         while time.monotonic() < until:
             with directory.lock(0) as holder:
                 if holder != pid:

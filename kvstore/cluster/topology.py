@@ -75,6 +75,7 @@ class ClusterSpec:
     threads:  of torch in each replica; equal in all, so that all compute the same bits.
     disk:     directory of the nodes' disk tiers, one below it for each; None is no disk tier.
     settings: FIELD=VALUE for nodes and replicas, over NODE_SETTINGS.
+    replica_arguments: more options of `kvstore replica`.
     """
 
     model: str
