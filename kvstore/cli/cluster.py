@@ -90,7 +90,8 @@ def up(
         replica_arguments=tuple(for_replicas or ()),
     )
 
-    progress.print(f"cluster {name}: {_count(replicas, "replica")} of {found.name}, {_count(nodes, "node")}, logs in {run.path}")
+    size = f"{_count(replicas, 'replica')} of {found.name}, {_count(nodes, 'node')}"
+    progress.print(f"cluster {name}: {size}, logs in {run.path}")
     with interruptible(), brought_up(spec, run, progress.print, timeout_s=start_timeout) as supervisor:
         _print_urls(spec)
         if detach:
