@@ -258,6 +258,14 @@ class LocalStore:
 
     # ---- what operators ask and change, while requests run -------------------------------------------------------
 
+    def ask(self, request: Request) -> bool:
+        """Ask shared tiers about a request, for `explain`, without looking it up; True until they have answered."""
+        with self._lock:
+            self._check_open()
+            is_pending = self._planner.ask(request, self._now())
+            self._send()
+            return is_pending
+
     def explain(self, request: Request) -> Explanation:
         """Why a request matches what it matches, and not more."""
         with self._lock:
@@ -343,6 +351,11 @@ class LocalStore:
     def slab_handle(self) -> SlabHandle:
         """How another process maps the slab; ValueError unless the store was opened with a shared one."""
         return self._slab.handle
+
+    @property
+    def slabs(self) -> tuple[SlabHandle, ...]:
+        """The slabs that slots may lie in: one for ever, see RemoteStore. ValueError as for `slab_handle`."""
+        return (self._slab.handle,)
 
     @property
     def slab_array(self) -> npt.NDArray[np.uint8]:

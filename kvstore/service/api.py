@@ -18,12 +18,13 @@ from kvstore.errors import ConfigError, RequestError
 from kvstore.metrics import CONTENT_TYPE
 from kvstore.plan.records import HOST, Match, Request, RequestOptions
 from kvstore.service import metrics, pages
-from kvstore.service.explain import explain
+from kvstore.service.explain import MAX_ELSEWHERE, explain
 from kvstore.service.models import (
     Attach,
     BlocksAnswer,
     Cancel,
     Delete,
+    Explain,
     ExplainAnswer,
     InNamespace,
     Lookup,
@@ -77,7 +78,7 @@ class Api:
                   answer=BlocksAnswer, errors=(404,)),
             Route("POST", "/v1/lookup", self.lookup, "What is stored of a prompt?", body=Lookup, answer=MatchAnswer,
                   errors=(404, 409)),
-            Route("POST", "/v1/explain", self.explain, "Why did this prompt miss?", body=Prompt, answer=ExplainAnswer,
+            Route("POST", "/v1/explain", self.explain, "Why did this prompt miss?", body=Explain, answer=ExplainAnswer,
                   errors=(404, 409)),
             Route("POST", "/v1/prefetch", self.prefetch, "Bring a prefix into host memory.", body=Prompt,
                   answer=TicketAnswer, errors=(404, 409)),
@@ -152,13 +153,16 @@ class Api:
     async def explain(self, call: Call) -> ExplainAnswer:
         opened, request = self._request(call)
         others: list[tuple[OpenStore, Request]] = []
-        body: Prompt = call.body
+        body: Explain = call.body
         if body.tokens is not None:  # hashes of one namespace say nothing in another
             others = [
                 (other, _hashed(other, body))
                 for other in self._daemon.stores.of(call.tenant)
                 if other is not opened and other.layout.block_size == opened.layout.block_size
             ]
+        others = others[:MAX_ELSEWHERE]
+        if body.timeout_s:
+            await asyncio.gather(*(one.ask(same, body.timeout_s) for one, same in [(opened, request), *others]))
         return explain(opened, request, others)
 
     async def prefetch(self, call: Call) -> TicketAnswer:

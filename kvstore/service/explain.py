@@ -12,7 +12,7 @@ from kvstore.service.models import ExplainAnswer
 from kvstore.service.stores import OpenStore
 from radix.namespace import Namespace
 
-MAX_ELSEWHERE = 64
+MAX_ELSEWHERE = 64  # namespaces that are looked into
 
 _TEXT = {
     "hit": "all of the prompt that can be loaded is stored",
@@ -35,14 +35,34 @@ _LEFT = {
 def explain(opened: OpenStore, request: Request, others: Sequence[tuple[OpenStore, Request]]) -> ExplainAnswer:
     """Put an explanation into words.
 
-    others: the tenant's other namespaces, each with the same prompt under its own hashes.
+    others: the tenant's other namespaces, each with the same prompt under its own hashes; MAX_ELSEWHERE at most.
     """
     told = opened.store.explain(request)
     elsewhere: list[dict[str, Any]] = [
         {"namespace": other.id, "known": known, "differs": differing(opened.namespace, other.namespace)}
-        for other, same in others[:MAX_ELSEWHERE]
+        for other, same in others
         if (known := other.store.explain(same).match.known) > told.match.known
     ]
+    reason, text = in_words(told, elsewhere)
+    left, match = told.left, told.match
+    return ExplainAnswer(
+        reason=reason,
+        text=text + _shared(told),
+        num_blocks=match.num_blocks,
+        num_tokens=match.num_tokens,
+        known=match.known,
+        by_tier=match.by_tier,
+        block=told.block,
+        tiers=told.tiers,
+        asked=told.asked,
+        left_at=None if left is None else left[0],
+        left_tier=None if left is None else left[1],
+        elsewhere=elsewhere,
+    )
+
+
+def in_words(told: Explanation, elsewhere: Sequence[dict[str, Any]] = ()) -> tuple[str, str]:
+    """The reason as one word, and as a sentence."""
     reason = _reason(told, elsewhere)
     left = told.left
     text = {**_TEXT, **_LEFT}[reason].format(
@@ -52,20 +72,7 @@ def explain(opened: OpenStore, request: Request, others: Sequence[tuple[OpenStor
         at="" if left is None else datetime.fromtimestamp(left[0], timezone.utc).isoformat(timespec="seconds"),
         differs=", ".join(elsewhere[0]["differs"]) if elsewhere else "",
     )
-    match = told.match
-    return ExplainAnswer(
-        reason=reason,
-        text=text,
-        num_blocks=match.num_blocks,
-        num_tokens=match.num_tokens,
-        known=match.known,
-        by_tier=match.by_tier,
-        block=told.block,
-        tiers=told.tiers,
-        left_at=None if left is None else left[0],
-        left_tier=None if left is None else left[1],
-        elsewhere=elsewhere,
-    )
+    return reason, text
 
 
 def differing(ours: Namespace, theirs: Namespace) -> list[str]:
@@ -77,7 +84,15 @@ def differing(ours: Namespace, theirs: Namespace) -> list[str]:
     return names + sorted(f"extra.{name}" for name in {*one, *two} if one.get(name) != two.get(name))
 
 
-def _reason(told: Explanation, elsewhere: list[dict[str, Any]]) -> str:
+def _shared(told: Explanation) -> str:
+    """What shared tiers have said about the block that is missing."""
+    if told.match.cut is not CutReason.NEVER_STORED:
+        return ""
+    said = {True: "has it", False: "does not have it", None: "has not answered"}
+    return "".join(f"; {tier} {said[answer]}" for tier, answer in told.asked.items())
+
+
+def _reason(told: Explanation, elsewhere: Sequence[dict[str, Any]]) -> str:
     cut: CutReason = told.match.cut
     if cut is CutReason.NONE:
         return "hit"

@@ -94,6 +94,12 @@ class Lookup(Prompt):
     timeout_s: Seconds = Field(default=0.05, ge=0, le=10, description="Longest wait for a shared tier's answer.")
 
 
+class Explain(Prompt):
+    """Why did this prompt miss?"""
+
+    timeout_s: Seconds = Field(default=0.5, ge=0, le=10, description="Longest wait for shared tiers; 0 asks none.")
+
+
 class Ttl(Prompt):
     """A new time to live for a prefix."""
 
@@ -249,6 +255,7 @@ class ExplainAnswer(Answer):
     reason: hit, too_short, never_stored, evicted, expired, deleted, lost, detached, tier_down, not_worth,
             below_minimum or other_namespace.
     text:   the same as a sentence.
+    asked:  what each shared tier answered about the block; none where it did not, or was not asked.
     elsewhere: namespaces that have more of the prompt, and the fields in which they differ.
     """
 
@@ -260,6 +267,7 @@ class ExplainAnswer(Answer):
     by_tier: dict[str, int]
     block: int | None
     tiers: dict[str, bool]
+    asked: dict[str, bool | None]
     left_at: float | None
     left_tier: str | None
     elsewhere: list[dict[str, Any]]

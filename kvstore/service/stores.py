@@ -117,6 +117,10 @@ class OpenStore:
 
         return await self.wait_for(look, timeout_s) or self.store.lookup(request)
 
+    async def ask(self, request: Request, timeout_s: float) -> None:
+        """Have shared tiers asked about a request, as far as they answer in time."""
+        await self.wait_for(lambda: None if self.store.ask(request) else True, timeout_s)
+
     async def wait_for(self, look: Callable[[], T | None], timeout_s: float) -> T | None:
         """What `look` returns once it is not None; None after `timeout_s`. It is asked after every change."""
         found = look()
