@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from kvstore.config import ServiceConfig
 from kvstore.errors import ConfigError, KVStoreError, RequestError, StoreClosed
-from kvstore.service import problems
+from kvstore.service import dashboard_page, problems
 from kvstore.service.api import Api
 from kvstore.service.models import parse_json
 from kvstore.service.problems import Problem
@@ -41,11 +41,12 @@ class App:
         self.num_refused = 0
         self._daemon = daemon
         self._runner: web.AppRunner | None = None
-        self.routes = Api(daemon).routes()
-        self._document = encode_json(document(self.routes, _version(), with_tokens=daemon.has_tokens))
+        self.version = _version()
+        self.routes = [*Api(daemon).routes(), *daemon.dashboard.routes()]
+        self._document = encode_json(document(self.routes, self.version, with_tokens=daemon.has_tokens))
 
     async def start(self, config: ServiceConfig) -> None:
-        """Listen. Raises ConfigError for an address that cannot be had, or that would be open to everybody."""
+        """Listen, if there is a port. Raises ConfigError for an address that cannot be had, or open to everybody."""
         check_exposure(config)
         context = _tls(config)
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._middleware])
@@ -53,6 +54,7 @@ class App:
             app.router.add_route(route.method, route.path, self._handler(route))
         app.router.add_get("/v1/openapi.json", self._openapi)
         app.router.add_get("/v1/channel", self._channel)
+        dashboard_page.add_routes(app.router)
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -61,6 +63,8 @@ class App:
             max_line_size=16384,
         )
         await self._runner.setup()
+        if config.http_port is None:
+            return
         site = web.TCPSite(self._runner, config.http_host, config.http_port, ssl_context=context, backlog=1024)
         try:
             await site.start()
@@ -71,6 +75,13 @@ class App:
             ) from None
         self.port = self._runner.addresses[0][1]
         log.info("HTTP API on %s:%d%s", config.http_host, self.port, " with TLS" if context else "")
+
+    def protocol(self) -> asyncio.Protocol:
+        """Serve HTTP on a connection that was accepted elsewhere: by the unix socket."""
+        assert self._runner is not None
+        assert self._runner.server is not None
+        made: asyncio.Protocol = self._runner.server()
+        return made
 
     async def close(self) -> None:
         """Stop listening and hang up. Idempotent."""
@@ -155,7 +166,7 @@ class App:
 
     def _tenant(self, request: web.Request) -> Tenant:
         tokens = self._daemon.tokens
-        if tokens is None:
+        if tokens is None or _is_unix(request):
             return LOCAL
         kind, _, token = request.headers.get("Authorization", "").partition(" ")
         tenant = tokens.find(token.strip()) if kind.lower() == "bearer" else None
@@ -204,6 +215,11 @@ def check_exposure(config: ServiceConfig) -> None:
         )
     if (config.tls_cert is None) != (config.tls_key is None):
         raise ConfigError("service.tls_cert and service.tls_key belong together; give both or none")
+
+
+def _is_unix(request: web.Request) -> bool:
+    """Whether it came by the unix socket, which is its owner's alone."""
+    return request.transport is not None and isinstance(request.transport.get_extra_info("sockname"), (str, bytes))
 
 
 def _tls(config: ServiceConfig) -> ssl.SSLContext | None:

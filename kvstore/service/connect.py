@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import ssl
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -32,6 +34,7 @@ def connect(
 
     token:  proves the tenant to a daemon over http.
     tls_ca: certificates to trust for https, PEM; None trusts those of the system.
+    client: how the daemon's operators see this client; "" is the program's name and process id.
     staging_bytes: host memory here for pages on their way to and from another machine.
 
     A daemon that cannot be reached is no error: the store is empty until it can. Raises ConfigError or LayoutMismatch
@@ -44,7 +47,7 @@ def connect(
         namespace,
         call_timeout_s=call_timeout_s,
         retry_max_s=retry_max_s,
-        client=client,
+        client=client or f"{Path(sys.argv[0]).name or 'python'} {os.getpid()}",
         staging=Staging(layout, max(staging_bytes, layout.slot_bytes)) if path is None else None,
         socket=path or "",
     )

@@ -25,6 +25,8 @@ from kvstore.config import Config
 from kvstore.errors import ConfigError, StoreClosed
 from kvstore.service.app import App, check_exposure
 from kvstore.service.channel import Channel, Greeting
+from kvstore.service.dashboard import Dashboard
+from kvstore.service.door import Door
 from kvstore.service.events import EventHub
 from kvstore.service.metrics import open_files
 from kvstore.service.namespaces import layout_from_json, namespace_from_json
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 1024
 DRAIN_STEP_S = 0.02
+MAX_NAME = 64  # of a client
 
 
 class Daemon:
@@ -54,6 +57,7 @@ class Daemon:
         service = config.service
         self.tokens = None if service.tokens_file is None else read_tokens(service.tokens_file)
         self.events = EventHub(self.stores.all)
+        self.dashboard = Dashboard(self)
         self.app = App(self)
         self.num_clients = 0
         self.num_reclaimed = 0
@@ -77,8 +81,8 @@ class Daemon:
         listener = _listen(self._socket)
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(self._accept, sock=listener, backlog=BACKLOG)
-        if self.config.service.http_port is not None:
-            await self.app.start(self.config.service)
+        await self.app.start(self.config.service)
+        self.dashboard.start()
         self.is_ready = True
         log.info("listening on %s, %d stores opened from disk", self._socket, num_stores)
 
@@ -112,6 +116,7 @@ class Daemon:
         if self.num_leases:
             log.warning("close: %d leases are still open after %.1f s", self.num_leases, self.config.service.drain_s)
         await self.events.close()
+        await self.dashboard.close()
         for channel in list(self._channels):
             channel.close()
         await self.app.close()
@@ -161,7 +166,7 @@ class Daemon:
         layout = layout_from_json(message.get("layout"))
         namespace = namespace_from_json(message.get("namespace"))
         opened = await self.stores.open(channel.tenant, layout, namespace)
-        session = Session(secrets.token_hex(16), opened, channel.peer, is_remote=not channel.is_local)
+        session = Session(secrets.token_hex(16), opened, _name(channel, message), is_remote=not channel.is_local)
         session.anchor = channel
         session.anchors.add(channel)
         self.sessions[session.id] = session
@@ -220,10 +225,19 @@ class Daemon:
         else:
             log.info("client %s detached", session.client)
 
-    def _accept(self) -> Channel:
+    def _accept(self) -> Door:
+        return Door(self._channel, self.app.protocol)
+
+    def _channel(self) -> Channel:
         channel = Channel(self, "local", tenant=LOCAL, is_local=True)
         self._channels.add(channel)
         return channel
+
+
+def _name(channel: Channel, message: dict[str, Any]) -> str:
+    """Who a client says it is, and where it is if that is not here."""
+    name = str(message.get("client") or "")[:MAX_NAME]
+    return channel.peer if not name else name if channel.is_local else f"{name} ({channel.peer})"
 
 
 def _slab_fd(opened: OpenStore) -> int:

@@ -79,14 +79,9 @@ class Columns:
         found: npt.NDArray[np.float64] = self.values[:, INDEX[name]]
         return found
 
-    def rate(self, name: str, window: int = 1) -> npt.NDArray[np.float64]:
-        """Growth per second at each row but the first, over the `window` rows before it (fewer at the start)."""
-        if len(self.at) < 2:
-            return np.zeros(0)
-        ends = np.arange(1, len(self.at))
-        starts = np.maximum(ends - window, 0)
-        column = self.column(name)
-        rate: npt.NDArray[np.float64] = (column[ends] - column[starts]) / (self.at[ends] - self.at[starts])
+    def rate(self, name: str) -> npt.NDArray[np.float64]:
+        """Growth per second up to each row but the first."""
+        rate: npt.NDArray[np.float64] = np.diff(self.column(name)) / np.diff(self.at)
         return rate
 
     def growth(self, name: str) -> float:
