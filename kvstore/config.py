@@ -78,6 +78,13 @@ def _plain_word(text: str) -> str:
     return text
 
 
+def _host_names(names: str | None) -> str | None:
+    for name in (names or "x").split(","):
+        if not re.fullmatch(r"[A-Za-z0-9.:_-]+", name):
+            raise ValueError("it must be names or addresses without ports, by commas, such as node,10.0.0.5")
+    return names
+
+
 def _daemon_url(url: str | None) -> str | None:
     if url is None:
         return None
@@ -247,7 +254,12 @@ class ServiceConfig(Section):
     )
     http_host: str = Field(
         default="127.0.0.1",
-        description="Address of the HTTP API; anything but loopback needs tokens_file.",
+        description="Address of the HTTP API; anything but loopback needs tokens_file, or http_names.",
+    )
+    http_names: Annotated[str | None, BeforeValidator(_off_when_empty), AfterValidator(_host_names)] = Field(
+        default=None,
+        description="Names and addresses, by commas, under which other machines use the HTTP API without tokens; for "
+        "private networks only, as between containers: whoever reaches it is the local tenant and an operator.",
     )
     http_port: Annotated[Count | None, BeforeValidator(_off_when_empty)] = Field(
         default=8470, ge=0, le=65535, description="Port of the HTTP API; 0 takes any free one, none turns it off."

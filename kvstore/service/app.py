@@ -175,8 +175,10 @@ class App:
         return tenant
 
     def _check_host(self, request: web.Request) -> None:
-        """Without tokens only names of this machine are answered: a page elsewhere could rebind its own name to us."""
-        if self._daemon.tokens is None and not _is_loopback((request.url.host or "").strip("[]")):
+        """Without tokens only names we know are answered: a page elsewhere could rebind its own name to us."""
+        host = (request.url.host or "").strip("[]")
+        names = (self._daemon.config.service.http_names or "").split(",")
+        if self._daemon.tokens is None and not _is_loopback(host) and (not host or host not in names):
             raise Problem(400, "the Host header names another machine", field="Host")
 
     # ---- two routes beside the table --------------------------------------------------------------------------
@@ -208,7 +210,7 @@ class App:
 
 def check_exposure(config: ServiceConfig) -> None:
     """Raise ConfigError if the API would be open to other machines without tokens."""
-    if not _is_loopback(config.http_host) and config.tokens_file is None:
+    if not _is_loopback(config.http_host) and config.tokens_file is None and not config.http_names:
         raise ConfigError(
             f"service.http_host is {config.http_host!r}, which other machines can reach; set service.tokens_file first "
             "(and tls_cert and tls_key, unless the network is trusted)"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvstore.config import Config
 from kvstore.errors import ConfigError
 from kvstore.plan.records import LeaseState
 from kvstore.service.client import RemoteStore
@@ -259,6 +260,24 @@ def test_pages_travel_over_tls(tmp_path: Path) -> None:
             assert load(store, store.request(prompt(10)))[0] == 10
         with connect(url, LAYOUT, namespace(), staging_bytes=4 * PAGE_BYTES) as distrusting:
             assert not distrusting.is_attached
+
+
+def test_in_a_private_network_the_api_answers_to_the_names_it_was_given(tmp_path: Path) -> None:
+    service = {"http_port": 0, "http_host": "0.0.0.0", "http_names": "node,10.0.0.5"}
+    with local_daemon(tmp_path / "kv.sock", service=service) as daemon:
+        http = Http(daemon.daemon.app.port)
+        answers = {
+            name: http.call("GET", "/healthz", headers={"Host": name})[0]
+            for name in ("node:8470", "10.0.0.5", "localhost", "evil.example", "")
+        }
+
+    assert answers == {"node:8470": 200, "10.0.0.5": 200, "localhost": 200, "evil.example": 400, "": 400}
+
+
+@pytest.mark.parametrize("names", ["http://node", "a b", "node,"])
+def test_http_names_are_names_without_ports(names: str) -> None:
+    with pytest.raises(ConfigError, match=r"service\.http_names .*such as node"):
+        Config(service={"http_names": names})
 
 
 def test_a_bind_for_everybody_needs_tokens(tmp_path: Path) -> None:
