@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -22,6 +23,9 @@ EXIT_FAILED = 1  # requests failed, or answers differ
 EXIT_INTERRUPTED = 130
 DEFAULT_CONCURRENCY = 2
 
+# Headings of the help's options
+WHEN, WHAT, HOW = "When requests are sent", "Parameters of the workload", "How they are put"
+
 HELP = """
 Play a workload against an OpenAI-compatible server and report TTFT, hit rate by tier, tokens/s and errors.
 
@@ -34,101 +38,184 @@ Token counts of made-up text are approximate; the report has those of the server
 \b
 Examples:
   kvstore load --workload shared-prompt --baseline
-      20 questions below one system prompt, with the cache and without it, compared
-  kvstore load --workload multi-round --users 8 --rounds 6 --rate 0.5 --json run.json --png run.png
-      8 conversations, a request every 2 s on average, however slow the answers are
-  kvstore load --workload long-doc --documents 6 --order random --hit-ratio 0.5 --concurrency 3
-  kvstore load --workload trace --trace conv.kvt.zst --requests 50 --block-tokens 16 --trace-times --speedup 4
+      questions below one system prompt, with the cache and without it
+  kvstore load -w multi-round --users 8 --rate 0.5 --json a.json --png a.png
+      8 conversations; a request every 2 s on average, answered or not
+  kvstore load -w long-doc --documents 6 --order random --hit-ratio 0.5
+  kvstore load -w trace --trace conv.kvt.zst --block-tokens 16 --rate 1
       a recorded trace, each of its 512-token blocks played as 16 tokens
-  kvstore load --url http://gpu1:8000 --plain --baseline --baseline-url http://gpu2:8000
+  kvstore load --url http://a:8000 --plain --baseline-url http://b:8000
       two servers of any make, one with a prefix cache and one without
 
 \b
-Another run with the same --seed finds its prompts in the cache from the first request on; a new seed starts cold.
-In an open loop (--rate, --trace-times) TTFT counts from the time a request was due, sent or not.
-Ctrl-C prints what there is so far. Exit code 1: requests failed, or answers with and without the cache differ.
+A second run with the same --seed finds its prompts in the cache from the
+first request on; a new seed starts cold. In an open loop TTFT counts from
+the time a request was due, sent or not. Ctrl-C prints what there is so far.
+Exit code 1: requests failed, or texts with and without the cache differ.
 """
 
 
 def load(
     workload: Annotated[
-        str, typer.Option("--workload", "-w", metavar="NAME", help="What to play; see above.", show_default=True)
+        str, typer.Option("--workload", "-w", metavar="NAME", help="What to play: see above.")
     ] = "shared-prompt",
-    url: Annotated[str, typer.Option("--url", help="The server, router or replica.")] = "http://127.0.0.1:8000",
-    model: Annotated[str, typer.Option("--model", help="The first one that the server lists, unless given.")] = "",
-    api_key: Annotated[str, typer.Option("--api-key", envvar="KVSTORE_LOAD_API_KEY", help="Sent as bearer.")] = "",
+    url: Annotated[
+        str, typer.Option("--url", metavar="URL", help="The server: a router, a replica, or another make.")
+    ] = "http://127.0.0.1:8000",
+    model: Annotated[
+        str, typer.Option("--model", metavar="NAME", help="Which model; the first one listed, unless given.")
+    ] = "",
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="Then play the same without the cache; compare times and texts.")
+    ] = False,
+    baseline_url: Annotated[
+        str, typer.Option("--baseline-url", metavar="URL", help="Play the baseline against this server.")
+    ] = "",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers, each request's too.")
+    ] = None,
+    png_file: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Draw a picture.")] = None,
     # when
     concurrency: Annotated[
-        int | None, typer.Option("--concurrency", "-c", help="Closed loop: so many requests at a time. [default: 2]")
+        int | None,
+        typer.Option(
+            "--concurrency",
+            "-c",
+            metavar="N",
+            help=f"Closed loop: N requests at a time; {DEFAULT_CONCURRENCY} unless given.",
+            rich_help_panel=WHEN,
+        ),
     ] = None,
     rate: Annotated[
-        float | None, typer.Option("--rate", "-r", help="Open loop: requests per second, Poisson arrivals.")
+        float | None,
+        typer.Option(
+            "--rate", "-r", metavar="R", help="Open loop: R requests/s, Poisson arrivals.", rich_help_panel=WHEN
+        ),
     ] = None,
     trace_times: Annotated[
-        bool, typer.Option("--trace-times", help="Open loop: at the times that the trace has.")
+        bool, typer.Option("--trace-times", help="Open loop: at the trace's own times.", rich_help_panel=WHEN)
     ] = False,
-    speedup: Annotated[float | None, typer.Option("--speedup", help="Play the trace's times so much faster.")] = None,
-    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Short requests before, not counted.")] = 4,
+    speedup: Annotated[
+        float | None,
+        typer.Option("--speedup", metavar="X", help="The trace's times, X times as fast.", rich_help_panel=WHEN),
+    ] = None,
+    warmup: Annotated[
+        int,
+        typer.Option("--warmup", metavar="N", help="N short requests before, not counted.", rich_help_panel=WHEN),
+    ] = 4,
     # what
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31, help="Equal seeds make equal requests.")] = 0,
-    requests: Annotated[int | None, typer.Option("--requests", "-n", help="Number of requests.")] = None,
-    users: Annotated[int | None, typer.Option("--users", help="Conversations, all under way at once.")] = None,
-    rounds: Annotated[int | None, typer.Option("--rounds", help="Questions in each conversation.")] = None,
-    documents: Annotated[int | None, typer.Option("--documents", help="Different documents.")] = None,
-    asks: Annotated[int | None, typer.Option("--asks", help="Questions about each document.")] = None,
-    order: Annotated[str | None, typer.Option("--order", help="Of the questions: tile, random or interleave.")] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="Equal seeds make equal requests.", rich_help_panel=WHAT)
+    ] = 0,
+    requests: Annotated[
+        int | None, typer.Option("--requests", "-n", metavar="N", help="How many.", rich_help_panel=WHAT)
+    ] = None,
+    users: Annotated[
+        int | None, typer.Option("--users", metavar="N", help="Conversations at once.", rich_help_panel=WHAT)
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", metavar="N", help="Questions of each user.", rich_help_panel=WHAT)
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option("--documents", metavar="N", help="Different documents.", rich_help_panel=WHAT)
+    ] = None,
+    asks: Annotated[
+        int | None, typer.Option("--asks", metavar="N", help="Questions about each document.", rich_help_panel=WHAT)
+    ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option("--order", metavar="NAME", help="tile, random or interleave.", rich_help_panel=WHAT),
+    ] = None,
     hit_ratio: Annotated[
-        float | None, typer.Option("--hit-ratio", help="Share of later questions that can hit, 0 to 1.")
+        float | None,
+        typer.Option(
+            "--hit-ratio", metavar="X", help="Share of later questions that can hit, 0 to 1.", rich_help_panel=WHAT
+        ),
     ] = None,
-    system_tokens: Annotated[int | None, typer.Option("--system-tokens", help="Of the shared system prompt.")] = None,
+    system_tokens: Annotated[
+        int | None,
+        typer.Option("--system-tokens", metavar="N", help="The shared system prompt.", rich_help_panel=WHAT),
+    ] = None,
     history_tokens: Annotated[
-        int | None, typer.Option("--history-tokens", help="Of each user's own text at the beginning.")
+        int | None,
+        typer.Option("--history-tokens", metavar="N", help="Each user's own first text.", rich_help_panel=WHAT),
     ] = None,
-    document_tokens: Annotated[int | None, typer.Option("--document-tokens", help="Of each document.")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option("--prompt-tokens", help="Of each prompt of no-reuse.")] = None,
-    question_tokens: Annotated[int | None, typer.Option("--question-tokens", help="Of each question.")] = None,
-    answer_tokens: Annotated[int | None, typer.Option("--answer-tokens", help="Asked for in each request.")] = None,
+    document_tokens: Annotated[
+        int | None, typer.Option("--document-tokens", metavar="N", help="Each document.", rich_help_panel=WHAT)
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option("--prompt-tokens", metavar="N", help="Each prompt.", rich_help_panel=WHAT)
+    ] = None,
+    question_tokens: Annotated[
+        int | None, typer.Option("--question-tokens", metavar="N", help="Each question.", rich_help_panel=WHAT)
+    ] = None,
+    answer_tokens: Annotated[
+        int | None, typer.Option("--answer-tokens", metavar="N", help="Asked for each time.", rich_help_panel=WHAT)
+    ] = None,
     trace: Annotated[
-        Path | None, typer.Option("--trace", metavar="FILE", help="A .kvt.zst trace or an Azure .csv[.zst].")
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="kvt1 or Azure CSV, also .zst.", rich_help_panel=WHAT),
     ] = None,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option("--max-prompt-tokens", help="Cut longer prompts of a trace.")
+        int | None,
+        typer.Option("--max-prompt-tokens", metavar="N", help="Cut a trace's longer prompts.", rich_help_panel=WHAT),
     ] = None,
     max_answer_tokens: Annotated[
-        int | None, typer.Option("--max-answer-tokens", help="Cut longer answers of a trace.")
+        int | None,
+        typer.Option("--max-answer-tokens", metavar="N", help="Cut a trace's longer answers.", rich_help_panel=WHAT),
     ] = None,
     block_tokens: Annotated[
-        int | None, typer.Option("--block-tokens", help="Play each block of a trace as so many tokens.")
+        int | None,
+        typer.Option(
+            "--block-tokens", metavar="N", help="Play a trace's blocks as N tokens; 0: its own.", rich_help_panel=WHAT
+        ),
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option("--vocab-size", help="Token ids of a trace's prompts stay below it.")
+        int | None,
+        typer.Option("--vocab-size", metavar="N", help="A trace's token ids stay below N.", rich_help_panel=WHAT),
     ] = None,
     # how
     api: Annotated[
-        str | None, typer.Option("--api", help="chat or completions, for a model that has no chat template.")
+        str | None,
+        typer.Option(
+            "--api", metavar="NAME", help="completions, for a model without chats; chat.", rich_help_panel=HOW
+        ),
     ] = None,
-    tenant: Annotated[str, typer.Option("--tenant", help="Whose cache to use.")] = "",
+    api_key: Annotated[
+        str,
+        typer.Option("--api-key", metavar="KEY", envvar="KVSTORE_LOAD_API_KEY", help="A key.", rich_help_panel=HOW),
+    ] = "",
+    tenant: Annotated[
+        str, typer.Option("--tenant", metavar="NAME", help="Whose cache to use.", rich_help_panel=HOW)
+    ] = "",
     plain: Annotated[
-        bool, typer.Option("--plain", help="Send only what OpenAI's API has: no ignore_eos, no kvstore object.")
+        bool,
+        typer.Option("--plain", help="Only what OpenAI's API has: no ignore_eos, no kvstore.", rich_help_panel=HOW),
     ] = False,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos/--stop-at-eos", help="Whether all answers have their full length.")
+        bool,
+        typer.Option(
+            "--ignore-eos/--stop-at-eos", help="Whether all answers have their full length.", rich_help_panel=HOW
+        ),
     ] = True,
     on_refusal: Annotated[
-        str, typer.Option("--on-refusal", help="After a 429: retry when the server says, or count and go on.")
+        str,
+        typer.Option(
+            "--on-refusal",
+            metavar="retry|count",
+            help="After a 429: come back when told, or go on.",
+            rich_help_panel=HOW,
+        ),
     ] = "retry",
-    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one request, retries included.")] = 600.0,
-    # out
-    baseline: Annotated[
-        bool, typer.Option("--baseline", help="Then play the same without the cache, and compare times and texts.")
-    ] = False,
-    baseline_url: Annotated[
-        str, typer.Option("--baseline-url", help="Play the baseline against this server instead.")
-    ] = "",
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
-    png_file: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Draw a picture here.")] = None,
+    timeout_s: Annotated[
+        float,
+        typer.Option("--timeout", metavar="S", help="Seconds for one request, retries included.", rich_help_panel=HOW),
+    ] = 600.0,
 ) -> None:
     """Play a workload against an OpenAI-compatible server and report TTFT, hit rate by tier and errors."""
+    for option, number, least in (("--seed", seed, 0), ("--warmup", warmup, 0), ("--timeout", timeout_s, 0.001)):
+        if not number >= least:
+            raise ConfigError(f"{option} {number} is too small; it must be at least {least}")
     given = {name: value for name, value in locals().items() if name in _RECIPE_OPTIONS and value is not None}
     made = _make_workload(workload, trace, given, seed)
     arrivals = _arrivals(made, concurrency, rate, trace_times, speedup, seed)
@@ -146,7 +233,7 @@ def load(
     from kvstore.load.session import Session
 
     server, other = (
-        Client(base, model=model, api_key=api_key, on_refusal=on_refusal, timeout_s=timeout, now=time.perf_counter)
+        Client(base, model=model, api_key=api_key, on_refusal=on_refusal, timeout_s=timeout_s, now=time.perf_counter)
         for base in (url, baseline_url)
     )
     session = Session(
@@ -267,5 +354,6 @@ def make_help() -> str:
         options = " ".join(
             f"{_option(field.name)} {field.default}" for field in fields(recipe) if field.default is not MISSING
         )
-        lines += [f"  {name}: {summary[0].lower()}{summary[1:]}", f"      {options}"]
+        lines += [f"  {name}: {summary[0].lower()}{summary[1:]}"]
+        lines += textwrap.wrap(options, 76, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
     return HELP.format(workloads="\n".join(lines))

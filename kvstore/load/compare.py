@@ -90,23 +90,21 @@ def compare(cache: Run, baseline: Run, with_cache: Summary, without: Summary, *,
 
 def _lines(cache: Summary, baseline: Summary) -> list[Line]:
     lines: list[Line] = []
-    for name, a, b in (
-        ("time to first token", cache.ttft_s, baseline.ttft_s),
-        ("time per output token", cache.token_s, baseline.token_s),
-        ("end to end", cache.end_to_end_s, baseline.end_to_end_s),
-        ("queue", cache.stages["queue_s"], baseline.stages["queue_s"]),
-        ("prefill", cache.stages["prefill_s"], baseline.stages["prefill_s"]),
-        ("decode", cache.stages["decode_s"], baseline.stages["decode_s"]),
+    for name, a, b, points in (
+        ("time to first token", cache.ttft_s, baseline.ttft_s, ("p50", "p95", "p99")),
+        ("time per output token", cache.token_s, baseline.token_s, ("p50", "p95", "p99")),
+        ("end to end", cache.end_to_end_s, baseline.end_to_end_s, ("p50", "p95", "p99")),
+        ("prefill", cache.stages["prefill_s"], baseline.stages["prefill_s"], ("mean",)),
+        ("queue", cache.stages["queue_s"], baseline.stages["queue_s"], ("mean",)),
     ):
         if a is not None and b is not None:
-            lines += [Line(f"{name}, {at}", "s", _at(a, at), _at(b, at)) for at in ("p50", "p95", "p99")]
-    for name, x, y in (
-        ("output tokens", cache.output_tokens_per_s, baseline.output_tokens_per_s),
-        ("prompt tokens", cache.prompt_tokens_per_s, baseline.prompt_tokens_per_s),
-        ("requests", cache.requests_per_s, baseline.requests_per_s),
-    ):
-        lines.append(Line(name, "/s", x, y))
-    return lines
+            lines += [Line(f"{name}, {point}", "s", _at(a, point), _at(b, point)) for point in points]
+    return [
+        *lines,
+        Line("output tokens", "/s", cache.output_tokens_per_s, baseline.output_tokens_per_s),
+        Line("prompt tokens", "/s", cache.prompt_tokens_per_s, baseline.prompt_tokens_per_s),
+        Line("requests", "/s", cache.requests_per_s, baseline.requests_per_s),
+    ]
 
 
 def _at(values: Spread, name: str) -> float:

@@ -21,7 +21,7 @@ COLORS = {
     "not told": "#52606d",
 }
 DPI = 150
-WIDTH_IN, TOP_IN, PANEL_IN, ROW_IN = 10.4, 1.25, 2.9, 0.42
+WIDTH_IN, TOP_IN, PANEL_IN, GAP_IN, ROW_IN, FOOT_IN = 10.4, 1.45, 2.9, 0.95, 0.42, 0.4
 
 
 def draw(runs: list[tuple[Run, Summary]], comparison: Comparison | None, title: str, subtitle: str, path: Path) -> None:
@@ -35,15 +35,15 @@ def draw(runs: list[tuple[Run, Summary]], comparison: Comparison | None, title: 
     rows["all" if rows else next(iter(summary.by_replica), "all")] = summary.all
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK}):
         bars_in = ROW_IN * len(rows) + 0.2
-        height = TOP_IN + PANEL_IN + 1.35 + bars_in + 0.55
+        height = TOP_IN + PANEL_IN + GAP_IN + bars_in + FOOT_IN
         figure = Figure(figsize=(WIDTH_IN, height), facecolor=PAPER)
         FigureCanvasAgg(figure)
-        upper = (0.55 + bars_in + 1.35) / height
+        upper = (FOOT_IN + bars_in + GAP_IN) / height
         _draw_percentiles(figure.add_axes((0.07, upper, 0.30, PANEL_IN / height)), runs)
         _draw_requests(figure.add_axes((0.46, upper, 0.51, PANEL_IN / height)), runs)
-        _draw_sources(figure.add_axes((0.13, 0.55 / height, 0.84, bars_in / height)), rows)
+        _draw_sources(figure.add_axes((0.13, FOOT_IN / height, 0.84, bars_in / height)), rows)
         figure.text(0.02, 1 - 0.34 / height, title, fontsize=14, fontweight="bold", va="center")
-        figure.text(0.02, 1 - 0.66 / height, subtitle, fontsize=9.5, color=SOFT, va="center")
+        figure.text(0.02, 1 - 0.56 / height, subtitle, fontsize=9.5, color=SOFT, va="top", linespacing=1.5)
         if comparison is not None and comparison.differences:
             warning = f"{len(comparison.differences)} of {comparison.compared} answers are NOT the same text"
             figure.text(0.98, 1 - 0.34 / height, warning, fontsize=10, color="#c0392b", va="center", ha="right")
@@ -81,9 +81,10 @@ def _draw_requests(axes: Any, runs: list[tuple[Run, Summary]]) -> None:
         if there:
             axes.scatter(*_columns(there), s=16, color=COLORS[source], label=source, zorder=3)
     axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("request", color=SOFT, fontsize=9)
     axes.legend(frameon=False, fontsize=8.5, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=6, handletextpad=0.1)
-    _dress(axes, "each request's", grid="y")
+    _dress(axes, "request by request", grid="y")
 
 
 def _draw_sources(axes: Any, rows: dict[str, Group]) -> None:

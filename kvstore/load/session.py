@@ -67,8 +67,9 @@ class Session:
 
     def print(self, printer: Console) -> None:
         """Print the tables."""
-        for _, summary in self.runs:
-            printer.print(report(summary))
+        for place, (_, summary) in enumerate(self.runs):
+            # The comparison has what matters of the second run; all of it is in the JSON.
+            printer.print(report(summary, brief=place > 0))
         if self.comparison is not None:
             printer.print(comparison_report(self.comparison))
 
@@ -91,14 +92,13 @@ class Session:
         """Draw the picture; needs matplotlib."""
         from kvstore.load.plot import draw
 
-        draw(self.runs, self.comparison, self._title(), f"{self.what}; {self.server.model}", path)
+        subtitle = f"{self._parameters()}\n{self.arrivals}; model {self.server.model}"
+        draw(self.runs, self.comparison, self._title(), subtitle, path)
 
     @property
     def what(self) -> str:
         """Workload, parameters and arrivals in one line."""
-        parameters = {name: value for name, value in self.workload.parameters.items() if name != "path"}
-        chosen = ", ".join(f"{name} {value}" for name, value in parameters.items())
-        return f"{self.workload.name} ({chosen}, seed {self.workload.seed}); {self.arrivals}"
+        return f"{self.workload.name} ({self._parameters()}); {self.arrivals}"
 
     async def _play(self, progress: Console) -> None:
         stop = asyncio.Event()
@@ -143,6 +143,10 @@ class Session:
                 on_record=progress.add,
             )
         self.runs.append((run, summarize(run, isinstance(self.arrivals, Open))))
+
+    def _parameters(self) -> str:
+        told = {**self.workload.parameters, "seed": self.workload.seed}
+        return ", ".join(f"{name} {value}" for name, value in told.items() if name != "path")
 
     def _title(self) -> str:
         hits = self.runs[0][1].all.hit_rate

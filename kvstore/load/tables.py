@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from rich import box
 from rich.console import Group as Rows
 from rich.console import RenderableType
@@ -12,7 +10,7 @@ from rich.text import Text
 
 from kvstore.load.compare import NUM_EXAMPLES, Comparison
 from kvstore.load.record import STAGES
-from kvstore.load.summary import Group, Spread, Summary
+from kvstore.load.summary import Spread, Summary
 from kvstore.units import format_seconds
 
 STAGE_TITLES = {
@@ -23,18 +21,10 @@ STAGE_TITLES = {
 }
 
 
-def report(summary: Summary) -> RenderableType:
-    """One run."""
-    parts: list[RenderableType] = [_headline(summary), _spreads(summary)]
-    for title, groups in (
-        ("replica", summary.by_replica),
-        ("prompt came from", summary.by_source),
-        ("part", summary.by_part),
-    ):
-        if groups:
-            parts.append(_groups(title, groups, summary.all if title == "replica" and len(groups) > 1 else None))
-    parts += _troubles(summary)
-    return Rows(*parts)
+def report(summary: Summary, *, brief: bool = False) -> RenderableType:
+    """One run; `brief` leaves the tables out."""
+    tables = [] if brief or not summary.answered else [_spreads(summary), _groups(summary)]
+    return Rows(_headline(summary), *tables, *_troubles(summary))
 
 
 def comparison_report(comparison: Comparison) -> RenderableType:
@@ -60,11 +50,6 @@ def comparison_report(comparison: Comparison) -> RenderableType:
         )
     parts += [Text(f"note: {warning}", style="yellow") for warning in comparison.warnings]
     return Rows(*parts)
-
-
-def hit_rate_text(hit_rate: float | None) -> str:
-    """A hit rate for people."""
-    return "-" if hit_rate is None else f"{hit_rate:.1%}"
 
 
 def _headline(summary: Summary) -> Text:
@@ -100,21 +85,26 @@ def _spreads(summary: Summary) -> Table:
     return table
 
 
-def _groups(title: str, groups: Mapping[str, Group], total: Group | None) -> Table:
-    tiers = list(dict.fromkeys(tier for group in groups.values() for tier in group.hit_tokens))
-    table = _table(
-        title, "requests", "prompt tokens", *(f"hits {tier}" for tier in tiers), "hit rate", "TTFT p50", "p95", "p99"
-    )
-    for name, group in (*groups.items(), *((("all", total),) if total else ())):
-        ttft = group.ttft_s
-        table.add_row(
-            Text(name, style="bold" if group is total else ""),
-            f"{group.requests:,}",
-            f"{group.prompt_tokens:,}",
-            *(f"{group.hit_tokens.get(tier, 0):,}" for tier in tiers),
-            hit_rate_text(group.hit_rate),
-            *(["-"] * 3 if ttft is None else [f"{value:.3f}" for value in (ttft.p50, ttft.p95, ttft.p99)]),
-        )
+def _groups(summary: Summary) -> Table:
+    tiers = tuple(f"hits {tier}" for tier in summary.all.hit_tokens)
+    table = _table("requests", "", "prompt tokens", *tiers, "hit rate", "TTFT p50", "p95", "p99")
+    for kind, groups in (
+        ("", {"all": summary.all}),
+        ("on", summary.by_replica),
+        ("from", summary.by_source),
+        ("", summary.by_part),
+    ):
+        for name, group in groups.items():
+            ttft = group.ttft_s
+            table.add_row(
+                Text(f"{kind} {name}".lstrip()),
+                f"{group.requests:,}",
+                f"{group.prompt_tokens:,}",
+                *(f"{group.hit_tokens.get(tier, 0):,}" for tier in summary.all.hit_tokens),
+                _share(group.hit_rate),
+                *(["-"] * 3 if ttft is None else [f"{value:.3f}" for value in (ttft.p50, ttft.p95, ttft.p99)]),
+            )
+        table.add_section()
     return table
 
 
@@ -143,6 +133,10 @@ def _identity(comparison: Comparison) -> Text:
             style="bold red",
         )
     return Text(f"all {comparison.compared:,} answers are the same text with the cache as without", style="green")
+
+
+def _share(hit_rate: float | None) -> str:
+    return "-" if hit_rate is None else f"{hit_rate:.1%}"
 
 
 def _measure(value: float | None, unit: str) -> str:

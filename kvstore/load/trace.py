@@ -85,7 +85,9 @@ class Trace:
                     at_s=fields["t"],
                 )
             )
-        return self._workload(requests, seed, size, {"trace": header.get("name", self.path.name), "of": own})
+        return self._workload(
+            requests, seed, size, {"trace": header.get("name", self.path.name), "trace_block_tokens": own}
+        )
 
     def _from_azure(self, lines: io.TextIOBase, seed: int) -> Workload:
         requests: list[Request] = []
