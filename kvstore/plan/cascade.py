@@ -34,6 +34,7 @@ class TierPlan:
     admit:          "always", or "second_use": only pages that were used again.
     window_pages:   pages that may be on their way to it at once.
     workers:        batches its lane works on at the same time.
+    can_claim:      machines that share it can tell each other there what they are computing.
     """
 
     name: str
@@ -45,6 +46,7 @@ class TierPlan:
     ttl_s: float = 0.0
     window_pages: int = 64
     workers: int = 1
+    can_claim: bool = False
 
 
 @dataclass(slots=True)

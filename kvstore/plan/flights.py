@@ -49,6 +49,8 @@ class Flights:
         metas: Sequence[PageMeta] = (),
         evict: Sequence[PageKey] = (),
         expires_at: float = 0.0,
+        token: bytes = b"",
+        lease_s: float = 0.0,
         context: object = None,
     ) -> Transfer:
         """Make a transfer and put it in the outbox."""
@@ -63,6 +65,8 @@ class Flights:
             tuple(metas),
             tuple(evict),
             expires_at,
+            token,
+            lease_s,
         )
         self._next_id += 1
         self._flights[transfer.id] = Flight(transfer, pages, context)

@@ -42,6 +42,7 @@ from kvstore.plan.records import (
 )
 from kvstore.plan.saver import Saver
 from kvstore.plan.scout import Scout
+from kvstore.plan.turns import Turns
 from radix.hashing import BlockHash
 
 
@@ -52,6 +53,8 @@ class PlanSettings:
     wall_offset: Unix time minus the planner's clock, so that deadlines can be written down.
     hash_bytes:  length of a block hash (32, or 16 for xxh3_128).
     compare_tokens: verify the tokens of every block on a hit (hashes that are not collision resistant).
+    compute_wait_s: longest wait without progress for another request's computing (single flight); 0 never waits.
+    claimer:     names this store among those that share a tier; no two have the same.
     """
 
     num_slots: int
@@ -65,6 +68,8 @@ class PlanSettings:
     wall_offset: float = 0.0
     hash_bytes: int = 32
     compare_tokens: bool = False
+    compute_wait_s: float = 10.0
+    claimer: bytes = b""
 
 
 class Planner:
@@ -96,6 +101,16 @@ class Planner:
         self.loader = Loader(
             settings, self.host, self.catalog, self.tiers, self.flights, self.scout, self.windows, page_bytes
         )
+        self.turns = Turns(
+            settings.compute_wait_s,
+            settings.lookup_deadline_s,
+            settings.claimer,
+            layout.block_size,
+            self.tiers,
+            self.flights,
+            self.costs,
+            self.scout.ask_again,
+        )
         self.keeper = Keeper(self.host, settings.wall_offset)
         self.seconds_saved = 0.0
         self.finish_reasons: dict[str, int] = {}
@@ -106,9 +121,9 @@ class Planner:
     # ---- looking up and loading -------------------------------------------------------------------------------
 
     def lookup(self, request: Request, now: float) -> Match:
-        """The longest prefix worth loading, and whether a shared tier is still being asked."""
+        """The longest prefix worth loading, and whether asking again may show more."""
         self.host.expire(now)
-        match, stale = self.scout.lookup(request, now)
+        match, stale = self.scout.lookup(request, now, self.turns.judge)
         if stale is not None:
             self.loader.sample(request, stale, now)
         return match
@@ -151,7 +166,10 @@ class Planner:
 
         Never waits: where no slot is free and nothing can be evicted, the rest is skipped and counted.
         """
-        return self.saver.prepare(self._lease_id(), request, first, num_blocks, owner)
+        lease = self.saver.prepare(self._lease_id(), request, first, num_blocks, owner)
+        if lease.skipped:
+            self.turns.end(request, now)  # nobody should wait for what will not be there
+        return lease
 
     def complete(self, lease_id: int, now: float, filled: Sequence[bool] | None = None) -> None:
         """End a lease well: unpin after a load, publish after a save."""
@@ -173,11 +191,12 @@ class Planner:
 
     def release_owner(self, owner: str, now: float) -> int:
         """Release every lease of an owner that died."""
-        ids = [load.id for load in self.loader.loads.values() if load.owner == owner]
-        ids += [save.id for save in self.saver.saves.values() if save.owner == owner]
-        for lease_id in ids:
-            self.release(lease_id, now)
-        return len(ids)
+        leases: list[Load | Save] = [*self.loader.loads.values(), *self.saver.saves.values()]
+        own = [lease for lease in leases if lease.owner == owner]
+        for lease in own:
+            self.release(lease.id, now)
+            self.turns.end(lease.request, now)
+        return len(own)
 
     # ---- the end of a request, and what is said about it ------------------------------------------------------
 
@@ -193,6 +212,8 @@ class Planner:
         if self.saver.is_saving(request):
             # Its last pages are still being copied: they join their path when they are published.
             self._finishing.add(request.id)
+        else:
+            self.turns.end(request, now)
         path = self._known_path(request)
         self._use(path, request, now)
         self._promise(path, request)
@@ -205,6 +226,11 @@ class Planner:
                 if tier.plan.policy is not None:
                     tier.plan.policy.demote(leaving)
 
+    def abandon(self, request: Request, now: float) -> bool:
+        """Nobody will go on with the request; True if others waited, or might have waited, for it to compute."""
+        self.scout.requests.pop(request.id, None)
+        return self.turns.end(request, now)
+
     def pin(self, request: Request, now: float) -> int:
         """Keep the request's blocks in host memory until unpin."""
         return self.keeper.keep(self._known_path(request), float("inf"))
@@ -215,6 +241,7 @@ class Planner:
 
     def forget(self, request: Request, first: int, now: float) -> int:
         """Delete blocks from `first` on and all that is known to continue them."""
+        self.turns.end(request, now)
         if first >= len(request.keys):
             return 0
         removed = self.catalog.remove(request.keys[first])
@@ -290,6 +317,10 @@ class Planner:
                 tier.touched(flight, outcome, now)
             case Op.DELETE:
                 tier.deleted(flight)
+            case Op.CLAIM:
+                self.turns.answered(flight, outcome, now)
+            case Op.UNCLAIM:
+                pass  # what could not be taken back expires
 
     def set_tier_up(self, name: str, is_up: bool, now: float) -> None:
         """A breaker opened or closed: lookups leave the tier out, or its debts are paid again."""
@@ -324,7 +355,7 @@ class Planner:
         self.host.resize(num_slots)
 
     def tick(self, now: float) -> bool:
-        """Do what only time makes due: deadlines, promises that end. True if a load need not wait any more."""
+        """Do what only time makes due: deadlines, promises that end. True if somebody need not wait any more."""
         self.host.expire(now)
         self.keeper.expire(now)
         self.host.shrink()
@@ -333,7 +364,8 @@ class Planner:
             tier.pump(now)
         # What had not begun when its tier went down has been answered for by now, and may be on its way from another
         # tier; the rest is inside and may never come back.
-        return self.loader.give_up([page for flight in self.flights.take_stalled() for page in flight.pages], now)
+        stalled = [page for flight in self.flights.take_stalled() for page in flight.pages]
+        return self.loader.give_up(stalled, now) | self.turns.tick(now)
 
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """The engine computed `num_tokens` in `seconds`."""
@@ -390,6 +422,7 @@ class Planner:
         for tier in self.tiers:
             tier.check(known)
         self.catalog.tree.check()
+        self.turns.check()
 
     # ---- private ----------------------------------------------------------------------------------------------
 
@@ -408,8 +441,11 @@ class Planner:
         """Pages are published: note whose they are, promise what was asked, write them behind."""
         request = save.request
         blocks = list(dict.fromkeys(page.block for page in whole))
-        self._claim(blocks, request)
+        self._note_session(blocks, request)
         self._promise(blocks, request)
+        self.turns.published([block.key for block in blocks], now)
+        if len(whole) < len(save.pages):
+            self.turns.end(request, now)
         for tier in self.tiers:
             tier.owe(whole, used=False)
             tier.pump(now)
@@ -417,6 +453,7 @@ class Planner:
             self._use(self._known_path(request), request, now)
             if not self.saver.is_saving(request):
                 self._finishing.discard(request.id)
+                self.turns.end(request, now)
 
     def _used(self, load: Load, now: float) -> None:
         """Pages of a load were used: what admits on second use gets them; book the time they saved."""
@@ -436,7 +473,7 @@ class Planner:
 
     def _use(self, path: Sequence[Block], request: Request, now: float) -> None:
         """Refresh a path: in the policies always, at the media not more often than every touch_interval_s."""
-        self._claim(path, request)
+        self._note_session(path, request)
         self.host.touch(path, now)
         fresh = [block for block in path if now - block.touched_at > self.settings.touch_interval_s]
         used_before = [block for block in fresh if block.touched_at > float("-inf")]
@@ -452,7 +489,7 @@ class Planner:
         elif request.options.retain_until:
             self.keeper.keep(blocks, request.options.retain_until - self.settings.wall_offset)
 
-    def _claim(self, blocks: Sequence[Block], request: Request) -> None:
+    def _note_session(self, blocks: Sequence[Block], request: Request) -> None:
         session = _session(request)
         for block in blocks:
             if block.session != session:

@@ -23,6 +23,8 @@ class Op(Enum):
     PROBE = "probe"  # which of these keys are there?
     TOUCH = "touch"  # refresh recency and deadline
     DELETE = "delete"
+    CLAIM = "claim"  # we are going to compute these blocks, unless another machine is; again: we still are
+    UNCLAIM = "unclaim"  # we are not any more
 
 
 class Priority(IntEnum):
@@ -40,6 +42,7 @@ class Transfer:
     slots:    parallel to keys for FETCH and SPILL, else empty.
     evict:    for SPILL: keys that leave the tier first.
     deadline: when the answer stops being useful; a lane drops what it has not begun by then.
+    token:    for CLAIM and UNCLAIM: whose claim it is. lease_s: how long it lives if nobody renews it.
     """
 
     id: int
@@ -52,13 +55,15 @@ class Transfer:
     metas: tuple[PageMeta, ...] = ()
     evict: tuple[PageKey, ...] = ()
     expires_at: float = 0.0  # for TOUCH; Unix time
+    token: bytes = b""
+    lease_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of a transfer.
 
-    ok:      one answer per key; all False where the whole batch failed.
+    ok:      one answer per key; all False where the whole batch failed. Of a CLAIM: whether it is ours.
     seconds: time inside the tier; 0 where it was never called.
     error:   None, or one line for the log: the tier was not called or did not answer.
     """
@@ -80,6 +85,9 @@ class RequestOptions:
     ttl_s:        time to live of the pages this request saves; None means the configured one.
     retain_until: Unix time until which its pages are not evicted from host memory; 0 means no promise.
     pin:          keep its pages in host memory until `unpin`.
+    single_flight: if another request is computing blocks that this one misses, wait for them; if none is, let later
+                  requests wait for this one.
+    step_blocks:  blocks the engine computes and saves at once, counted from the root; single flight goes by them.
     """
 
     tenant: str = ""
@@ -88,6 +96,8 @@ class RequestOptions:
     ttl_s: float | None = None
     retain_until: float = 0.0
     pin: bool = False
+    single_flight: bool = False
+    step_blocks: int = 1
 
 
 @dataclass(slots=True)
@@ -117,15 +127,18 @@ class CutReason(Enum):
     TIER_DOWN = "tier_down"  # the next block lies only on a tier whose breaker is open
     NOT_WORTH = "not_worth"  # loading further would be slower than computing
     BELOW_MINIMUM = "below_minimum"  # something matched, but less than min_hit_blocks
+    COMPUTING = "computing"  # another request is computing the next block (single flight); always pending
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
     """What a lookup found: blocks [0, num_blocks) can be loaded.
 
-    pending:   a shared tier is still being asked; asking again may show more.
+    pending:   a shared tier is still being asked, or another request is computing what follows (`cut` says so);
+               asking again may show more.
     by_tier:   blocks of the match by the tier they would come from.
     known:     blocks that are stored somewhere, before the cut.
+    compute_wait_s: how long the request waited for another one to compute, told with the answer that ended it.
     """
 
     num_blocks: int
@@ -134,6 +147,7 @@ class Match:
     by_tier: dict[str, int] = field(default_factory=dict)
     known: int = 0
     cut: CutReason = CutReason.NONE
+    compute_wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

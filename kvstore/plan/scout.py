@@ -113,6 +113,11 @@ class Scout:
         """Ask shared tiers about what is not known to be here; True until they have answered. Counts nothing."""
         return self.probes.ask(self._state(request), self.survey(request), now)
 
+    def ask_again(self, request: Request, first: int, end: int, now: float) -> bool:
+        """Ask shared tiers once more about blocks [first, end); False if there is none to ask."""
+        state = self.requests.get(request.id)
+        return state is not None and self.probes.ask_again(state, first, end, now)
+
     def explain(self, request: Request) -> Explanation:
         """Why the match ends where it does. Counts nothing, asks nobody (see `ask`)."""
         return self._explanation(request, self.survey(request))
