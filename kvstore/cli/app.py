@@ -19,6 +19,7 @@ from kvstore.cli.inspect import inspect
 from kvstore.cli.load import LoadCommand, load
 from kvstore.cli.output import print_error
 from kvstore.cli.replica import replica
+from kvstore.cli.router import router
 from kvstore.cli.serve import serve
 from kvstore.cli.verify import verify
 from kvstore.errors import KVStoreError
@@ -35,6 +36,7 @@ First steps:
   kvstore bench          the workloads that measure this machine
   kvstore serve          one cache for all engine processes of this machine
   kvstore replica        one model behind OpenAI's API, with the cache
+  kvstore router         one address for several replicas
   kvstore cluster up     replicas that share a cache, with a router and Redis, on this machine
 \b
 What a cache does for one's traffic:
@@ -98,6 +100,7 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 app.command()(config)
 app.command()(serve)
 app.command()(replica)
+app.command()(router)
 app.add_typer(cluster, name="cluster")
 app.command(no_args_is_help=True)(inspect)
 app.command(no_args_is_help=True)(verify)

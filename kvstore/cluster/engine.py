@@ -169,6 +169,7 @@ class Engine:
         answer.is_cancelled = True
         if answer in self._queue:
             self._queue.remove(answer)
+            self.metrics.cancelled.inc()
             self._leave(answer)
         self._wake.set()
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from kvstore.metrics import StoreCollector
 
 if TYPE_CHECKING:
     from kvstore.cluster.engine import Answer, Engine
+    from kvstore.cluster.replicas import Link
 
 # A factor of about two from one to the next: a median read off them is right within 40 %.
 TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0)
@@ -81,3 +85,62 @@ class ReplicaMetrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"kvstore_replica_{name}", text, buckets=buckets, registry=self.registry)
+
+
+class RouterMetrics:
+    """Of a router."""
+
+    def __init__(self, links: Sequence[Link]) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "kvstore_router_requests",
+            "Requests answered, by the replica that did (none: all failed or refused) and HTTP status.",
+            ["replica", "status"],
+            registry=self.registry,
+        )
+        self.retries = Counter(
+            "kvstore_router_retries",
+            "Replicas that were asked and did not answer, by why.",
+            ["replica", "reason"],
+            registry=self.registry,
+        )
+        self.resumed = Counter(
+            "kvstore_router_resumed_streams", "Streams that another replica went on with.", registry=self.registry
+        )
+        self.broken = Counter(
+            "kvstore_router_broken_streams", "Streams that ended with an error event.", registry=self.registry
+        )
+        self.lookup = Histogram(
+            "kvstore_router_lookup_seconds",
+            "Asking all replicas what they have of a prompt.",
+            buckets=TOKEN_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.seconds = Histogram(
+            "kvstore_router_request_seconds", "Whole requests.", buckets=TTFT_BUCKETS_S, registry=self.registry
+        )
+        self.registry.register(_Links(links))
+
+    def answered(self, link: Link, status: int, seconds: float) -> None:
+        """A request has its answer."""
+        self.requests.labels(link.name, str(status)).inc()
+        self.seconds.observe(seconds)
+
+    def render(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _Links(Collector):
+    """The state of the replicas, under the names they have now."""
+
+    def __init__(self, links: Sequence[Link]) -> None:
+        self._links = links
+
+    def collect(self) -> Iterator[Metric]:
+        ready = GaugeMetricFamily("kvstore_router_replica_ready", "1 if a replica takes requests.", labels=["replica"])
+        flying = GaugeMetricFamily("kvstore_router_in_flight_requests", "Requests a replica has.", labels=["replica"])
+        for link in self._links:
+            ready.add_metric([link.name], float(link.is_ready))
+            flying.add_metric([link.name], link.in_flight)
+        yield from (ready, flying)

@@ -146,7 +146,7 @@ class Replica:
                 if not response.prepared:
                     await response.prepare(request)
                 await response.write(reply.chunk(piece.text, piece.finish_reason))
-        except (ConnectionError, asyncio.CancelledError):
+        except ConnectionError:
             raise
         except Exception as error:
             if not response.prepared:
@@ -277,8 +277,8 @@ class Replica:
     async def _middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
         try:
             response: web.StreamResponse = await handler(request)
-        except (ConnectionError, asyncio.CancelledError):
-            raise
+        except ConnectionError:
+            raise asyncio.CancelledError from None  # the client is gone: nobody is there to be answered
         except Exception as error:
             response = error_response(request, self._error(error))
         if request.method == "POST":

@@ -1,0 +1,49 @@
+"""`kvstore router`: one address for several replicas, until SIGTERM."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+from kvstore.cli.output import console
+
+
+def router(
+    replica: Annotated[
+        list[str] | None,
+        typer.Option("--replica", "-r", metavar="URL", help="http://host:port of a replica; once for each of them."),
+    ] = None,
+    policy: Annotated[
+        str, typer.Option("--policy", help="round-robin, or prefix: where least has to be computed.")
+    ] = "round-robin",
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="Port; 0 takes any free one.")] = 8000,
+    lookup_deadline_s: Annotated[
+        float, typer.Option("--lookup-deadline-s", min=0.001, help="prefix: longest wait for the replicas' views.")
+    ] = 0.5,
+    health_interval_s: Annotated[
+        float, typer.Option("--health-interval-s", min=0.01, help="Between two questions whether a replica is ready.")
+    ] = 0.5,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log replicas that come and go, and retries.")
+    ] = False,
+) -> None:
+    """Forward OpenAI's API to replicas.
+
+    A replica that cannot be reached, is not ready or dies before its first byte: the next one is asked. If it dies in
+    the middle of a stream, another one goes on where temperature is 0; otherwise the client gets an error event. Only
+    if all refuse does the client get a 429. GET /v1/replicas shows who is there.
+
+    \b
+      kvstore router --replica http://127.0.0.1:8001 --replica http://127.0.0.1:8002 --policy prefix
+    """
+    from kvstore.cluster.router import RouterSettings, serve
+
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    errors = console(stderr=True)
+    settings = RouterSettings(replica or [], policy, host, port, lookup_deadline_s, health_interval_s)
+    serve(settings, lambda line: errors.print(line, markup=False, soft_wrap=True))

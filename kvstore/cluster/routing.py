@@ -1,0 +1,86 @@
+"""Which replica a request goes to first, and which ones after it. Pure: no I/O, no clock.
+
+    round-robin   each in its turn
+    prefix        the one that has least to compute: the prompt without what it can load, and what is queued there
+
+All replicas stand in the order: those after the first are tried if the ones before refuse or cannot be reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvstore.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How one replica sees a request: the answer to `POST /v1/lookup`.
+
+    queued_tokens: still to be computed for requests it has already.
+    """
+
+    prompt_tokens: int
+    hit_tokens: int
+    queued_tokens: int
+
+    @property
+    def compute_tokens(self) -> int:
+        """What it would have to compute before this request is done with its prompt, at most."""
+        return self.prompt_tokens - self.hit_tokens + self.queued_tokens
+
+
+class Policy(Protocol):
+    """Orders replicas for one request. asks: whether it wants their views."""
+
+    name: str
+    asks: bool
+
+    def order(self, urls: Sequence[str], views: Mapping[str, View]) -> list[str]:
+        """All of `urls`, best first. A replica that did not answer in time has no view."""
+
+
+class RoundRobin:
+    """Each in its turn, whoever is there."""
+
+    name = "round-robin"
+    asks = False
+
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def order(self, urls: Sequence[str], views: Mapping[str, View]) -> list[str]:
+        """Rotated by one more than the last time."""
+        if not urls:
+            return []
+        first = self._turn % len(urls)
+        self._turn += 1
+        return [*urls[first:], *urls[:first]]
+
+
+class PrefixAware:
+    """The least to compute first; equal ones, and those without a view, in their turn."""
+
+    name = "prefix"
+    asks = True
+
+    def __init__(self) -> None:
+        self._turns = RoundRobin()
+
+    def order(self, urls: Sequence[str], views: Mapping[str, View]) -> list[str]:
+        """Sorted by `View.compute_tokens`; without a view last."""
+        turns = self._turns.order(urls, views)
+        known = sorted((url for url in turns if url in views), key=lambda url: views[url].compute_tokens)
+        return [*known, *(url for url in turns if url not in views)]
+
+
+POLICIES: dict[str, type[RoundRobin] | type[PrefixAware]] = {one.name: one for one in (RoundRobin, PrefixAware)}
+
+
+def make_policy(name: str) -> Policy:
+    """The policy called `name`. Raises ConfigError."""
+    if name not in POLICIES:
+        raise ConfigError(f"--policy is {name!r}; it must be one of {', '.join(POLICIES)}")
+    return POLICIES[name]()
