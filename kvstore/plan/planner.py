@@ -422,7 +422,7 @@ class Planner:
         for tier in self.tiers:
             tier.check(known)
         self.catalog.tree.check()
-        self.turns.check()
+        self.turns.claims.check()
 
     # ---- private ----------------------------------------------------------------------------------------------
 
