@@ -22,7 +22,7 @@ SHARE = 20  # a look may be renewed after so many times the time it took
 FRESH_S = 1.0
 PATIENCE_S = 0.25  # an older look is better than a longer wait
 FORGET_S = 60.0
-MAX_BRANCHES = 24  # told of one prefix
+MAX_BRANCHES = 12  # told of one prefix
 
 
 @dataclass(slots=True)
