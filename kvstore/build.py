@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from eviction.registry import make_policy
 from kvstore.base import KVStore
-from kvstore.config import BreakerConfig, Config
+from kvstore.config import BreakerConfig, Config, RedisConfig
 from kvstore.errors import ConfigError
 from kvstore.layout import Layout
 from kvstore.move.breaker import Breaker
@@ -21,10 +21,12 @@ from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostSlab
 from kvstore.tiers.redis import RedisTier
 from kvstore.units import format_bytes
+from kvstore.tiers.redis_bound import BoundedRedis
 from radix.namespace import Namespace
 
 MAX_QUEUE = 8192  # batches that may wait in a lane; a prompt of 128K tokens in blocks of 16 makes 1024
 HASH_BYTES = {"sha256": 32, "xxh3_128": 16}
+NAMESPACE_DIGITS = 16  # of the namespace's root hash, before the keys of its pages on a shared server
 
 
 def open_store(config: Config, layout: Layout, namespace: Namespace, *, shared_name: str | None = None) -> LocalStore:
@@ -47,7 +49,7 @@ def open_store(config: Config, layout: Layout, namespace: Namespace, *, shared_n
     try:
         plans: list[TierPlan] = []
         lanes: list[Lane] = []
-        for tier, plan, timeout_s in _lower_tiers(config, layout, num_slots):
+        for tier, plan, timeout_s in _lower_tiers(config, layout, num_slots, namespace):
             opened.append(tier)
             plans.append(plan)
             lanes.append(
@@ -120,7 +122,7 @@ def attach_tier(store: LocalStore, config: Config, name: str) -> None:
     _, other = sections[name]
     off = {"path": None} if other == "disk" else {"url": None}
     only = config.model_copy(update={other: getattr(config, other).model_copy(update=off)})
-    for tier, plan, timeout_s in _lower_tiers(only, store.layout, num_slots):
+    for tier, plan, timeout_s in _lower_tiers(only, store.layout, num_slots, store.namespace):
         lane = Lane(
             tier,
             store.slot_view,
@@ -160,7 +162,9 @@ def open_configured(config: Config, layout: Layout, namespace: Namespace, *, sha
     )
 
 
-def _lower_tiers(config: Config, layout: Layout, num_slots: int) -> Iterator[tuple[Tier, TierPlan, float]]:
+def _lower_tiers(
+    config: Config, layout: Layout, num_slots: int, namespace: Namespace | None = None
+) -> Iterator[tuple[Tier, TierPlan, float]]:
     window = max(config.store.lane_batch_pages, int(config.store.max_dirty_fraction * num_slots))
     disk, redis = config.disk, config.redis
     if disk.path is not None:
@@ -184,15 +188,7 @@ def _lower_tiers(config: Config, layout: Layout, num_slots: int) -> Iterator[tup
         )
         yield tier, plan, disk.timeout_s
     if redis.url is not None:
-        tier = RedisTier(
-            redis.url.reveal(),
-            prefix=redis.prefix,
-            slot_bytes=layout.slot_bytes,
-            ttl_s=redis.ttl_s,
-            connections=redis.connections,
-            connect_timeout_s=redis.connect_timeout_s,
-            codec=redis.codec,
-        )
+        tier = _redis_tier(redis, layout, "" if namespace is None else f"{namespace.root().hex()[:NAMESPACE_DIGITS]}:")
         plan = TierPlan(
             name=tier.name,
             capacity_pages=None,
@@ -209,6 +205,23 @@ def _lower_tiers(config: Config, layout: Layout, num_slots: int) -> Iterator[tup
 
 def _settings(config: Config, num_slots: int) -> PlanSettings:
     store = config.store
+def _redis_tier(redis: RedisConfig, layout: Layout, place: str) -> Tier:
+    """place: goes before the page keys, so that what a namespace has on a server can be found and bounded."""
+    assert redis.url is not None
+    tier = RedisTier(
+        redis.url.reveal(),
+        prefix=redis.prefix + place,
+        slot_bytes=layout.slot_bytes,
+        ttl_s=redis.ttl_s,
+        connections=redis.connections,
+        connect_timeout_s=redis.connect_timeout_s,
+        codec=redis.codec,
+    )
+    if redis.capacity_bytes is None:
+        return tier
+    return BoundedRedis(tier, redis.capacity_bytes // layout.slot_bytes, ttl_s=redis.ttl_s)
+
+
     return PlanSettings(
         num_slots=num_slots,
         min_hit_blocks=store.min_hit_blocks,

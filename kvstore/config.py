@@ -204,6 +204,11 @@ class RedisConfig(Section):
     codec: Literal["raw", "planes"] = Field(
         default="raw", description="How pages are encoded on the server; planes compresses bfloat16 (needs zstandard)."
     )
+    capacity_bytes: Annotated[Bytes | None, BeforeValidator(_off_when_empty)] = Field(
+        default=None,
+        ge=4096,
+        description="Most a namespace keeps on the server, all its writers together; none leaves it to maxmemory.",
+    )
 
 
 class BreakerConfig(Section):

@@ -43,6 +43,7 @@ from kvstore.plan.tour import Tour
 from kvstore.requests import RequestMaker, check_blocks, check_range
 from kvstore.stats import snapshot
 from kvstore.tiers.host import HostSlab, SlabHandle
+from kvstore.tiers.base import Sweepable
 from radix.namespace import Namespace
 
 log = logging.getLogger(__name__)
@@ -270,6 +271,18 @@ class LocalStore:
         """Why a request matches what it matches, and not more."""
         with self._lock:
             self._check_open()
+    def sweep(self, timeout_s: float) -> dict[str, int]:
+        """After `clear`: have tiers that are not indexed delete what they hold of this namespace, whoever wrote it.
+
+        Returns keys deleted, by tier. Any thread; holds no lock, and takes as long as a walk over the whole server.
+        Raises TierUnavailable if a server is not reached, or the time runs out.
+        """
+        until = time.monotonic() + timeout_s
+        tiers = [lane.tier for lane in list(self._lanes.values())]
+        return {
+            tier.name: tier.sweep(timeout_s=until - time.monotonic()) for tier in tiers if isinstance(tier, Sweepable)
+        }
+
             return self._planner.explain(request)
 
     def keep_journal(self, journal: Journal) -> None:

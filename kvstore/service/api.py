@@ -14,7 +14,7 @@ from aiohttp import web
 
 from kvstore.build import attach_tier
 from kvstore.config import Config
-from kvstore.errors import ConfigError, RequestError
+from kvstore.errors import ConfigError, RequestError, TierUnavailable
 from kvstore.metrics import CONTENT_TYPE
 from kvstore.plan.records import HOST, Match, Request, RequestOptions
 from kvstore.service import metrics, pages
@@ -23,6 +23,7 @@ from kvstore.service.models import (
     Attach,
     BlocksAnswer,
     Cancel,
+    ClearAnswer,
     Delete,
     Explain,
     ExplainAnswer,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 EVENT_KEEPALIVE_S = 5.0  # also the longest time until a listener that left is noticed
 MAX_EVENT_STREAMS = 64
 DETACH_TIMEOUT_S = 5.0
+SWEEP_TIMEOUT_S = 60.0  # a walk over about a hundred million keys
 
 
 class Api:
@@ -75,7 +77,7 @@ class Api:
             Route("POST", "/v1/namespaces", self.open_namespace, "Open a namespace.", body=NewNamespace,
                   answer=NamespaceAnswer, errors=(409, 503)),
             Route("POST", "/v1/namespaces/{namespace}/clear", self.clear, "Delete all of a namespace.",
-                  answer=BlocksAnswer, errors=(404,)),
+                  answer=ClearAnswer, errors=(404, 503)),
             Route("POST", "/v1/lookup", self.lookup, "What is stored of a prompt?", body=Lookup, answer=MatchAnswer,
                   errors=(404, 409)),
             Route("POST", "/v1/explain", self.explain, "Why did this prompt miss?", body=Explain, answer=ExplainAnswer,
@@ -139,9 +141,15 @@ class Api:
         namespace = namespace_from_json(body.namespace.model_dump())
         return _namespace(await self._daemon.stores.open(call.tenant, layout, namespace))
 
-    async def clear(self, call: Call) -> BlocksAnswer:
+    async def clear(self, call: Call) -> ClearAnswer:
         opened = self._one(call, call.request.match_info["namespace"])
-        return BlocksAnswer(blocks=opened.store.clear())
+        blocks = opened.store.clear()
+        try:
+            keys = await asyncio.to_thread(opened.store.sweep, SWEEP_TIMEOUT_S)
+        except TierUnavailable as error:
+            detail = f"{blocks} blocks that were known here are deleted; for the rest call again: {error}"
+            raise Problem(503, "a shared tier is not cleared", detail, Retry_After="5") from None
+        return ClearAnswer(blocks=blocks, keys=keys)
 
     # ---- prefixes -------------------------------------------------------------------------------------------------
 

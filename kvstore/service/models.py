@@ -208,6 +208,13 @@ class BlocksAnswer(Answer):
     blocks: int
 
 
+class ClearAnswer(Answer):
+    """What was deleted. blocks: that were known here. keys: further ones, by tier without an index."""
+
+    blocks: int
+    keys: dict[str, int]
+
+
 class TicketAnswer(Answer):
     """Names a prefetch."""
 

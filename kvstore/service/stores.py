@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kvstore.build import open_store
-from kvstore.config import Config
+from kvstore.config import Config, RedisConfig
 from kvstore.errors import ConfigError, KVStoreError, StoreClosed
 from kvstore.layout import SLOT_ALIGNMENT, Layout
 from kvstore.plan.journal import Journal
@@ -271,13 +271,20 @@ class Stores:
                         "capacity_bytes": max(SLOT_ALIGNMENT, disk_bytes // most),
                     }
                 ),
-                "redis": config.redis if tenant.redis else config.redis.model_copy(update={"url": None}),
+                "redis": config.redis.model_copy(update=_redis_share(config.redis, tenant, most)),
             }
         )
 
     def _tenant_directory(self, tenant: Tenant) -> Path | None:
         path = self._config.disk.path
         return None if path is None or tenant.disk_bytes == 0 else Path(path) / tenant.name
+
+
+def _redis_share(redis: RedisConfig, tenant: Tenant, most: int) -> dict[str, Any]:
+    if not tenant.redis:
+        return {"url": None}
+    sizes = [size for size in (tenant.redis_bytes, redis.capacity_bytes) if size is not None]
+    return {"capacity_bytes": max(SLOT_ALIGNMENT, min(sizes) // most) if sizes else None}
 
 
 def namespace_id(namespace: Namespace) -> str:

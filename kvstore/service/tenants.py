@@ -12,6 +12,7 @@ The file is TOML, and readable by its owner only:
     host_bytes = "2GiB"      # its share of host memory and disk; 0 turns its disk tier off
     disk_bytes = "20GiB"
     redis = true
+    redis_bytes = "50GiB"    # its share of Redis, for all machines together; without it maxmemory is the bound
     operator = false         # may see all tenants' metrics, and attach, detach and resize tiers
 """
 
@@ -42,8 +43,8 @@ class Tenant:
 
     name:       also the name of its directory below the disk tier's.
     salt:       part of all its block hashes; "" only for LOCAL.
-    host_bytes, disk_bytes: its share of the tiers; None is what the configuration gives.
-    redis:      whether its pages go to Redis, where nothing bounds them.
+    host_bytes, disk_bytes, redis_bytes: its share of the tiers; None is what the configuration gives.
+    redis:      whether its pages go to Redis.
     is_operator: may see all tenants' metrics, and attach, detach and resize tiers.
     """
 
@@ -53,6 +54,7 @@ class Tenant:
     disk_bytes: int | None = None
     redis: bool = True
     is_operator: bool = False
+    redis_bytes: int | None = None
 
 
 LOCAL = Tenant("local", is_operator=True)
@@ -105,6 +107,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "host_bytes": (int, str),
     "disk_bytes": (int, str),
     "redis": (bool,),
+    "redis_bytes": (int, str),
     "operator": (bool,),
 }
 
@@ -130,6 +133,7 @@ def _entry(where: str, entry: Any) -> tuple[str, Tenant]:
         _size(where, "disk_bytes", entry),
         entry.get("redis", True),
         entry.get("operator", False),
+        _size(where, "redis_bytes", entry),
     )
 
 
@@ -140,7 +144,7 @@ def _size(where: str, field: str, entry: dict[str, Any]) -> int | None:
         size = parse_bytes(entry[field])
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{where}: {field} is {entry[field]!r}; {error}") from None
-    if not isinstance(size, int) or size < 0 or (field == "host_bytes" and size == 0):
+    if not isinstance(size, int) or size < 0 or (field != "disk_bytes" and size == 0):
         raise ConfigError(f"{where}: {field} is {entry[field]!r}; it must be a size such as '2GiB'")
     return size
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from kvstore.page import PageKey, PageMeta
 
@@ -91,3 +91,33 @@ class Tier(Protocol):
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
+
+
+@runtime_checkable
+class Sweepable(Protocol):
+    """A tier of pages that nobody has an index of, which can delete them all."""
+
+    def sweep(self, *, timeout_s: float) -> int:
+        """Delete every page of this tier's namespace, whoever wrote it; returns how many keys. Takes long.
+
+        Raises TierUnavailable if the medium is not reached, or the time runs out; what was deleted is deleted.
+        """
+
+
+@runtime_checkable
+class Claimable(Protocol):
+    """A tier where machines tell each other which blocks they are computing.
+
+    A claim is a key with a short life beside a page that is not there yet. It only makes others wait, so it may be lost
+    at any time.
+    """
+
+    def claim(self, keys: Sequence[PageKey], *, token: bytes, lease_s: float, timeout_s: float) -> list[bool]:
+        """Claim pages for `token`, or renew that; False where another has claimed one. All False if the first is taken.
+
+        The claims end by themselves after `lease_s`. Raises TierError if the medium takes no claims, TierUnavailable if
+        it cannot be reached.
+        """
+
+    def unclaim(self, keys: Sequence[PageKey], *, token: bytes, timeout_s: float) -> None:
+        """End those claims that are `token`'s."""

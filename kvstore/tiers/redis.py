@@ -39,6 +39,7 @@ from kvstore.tiers.redis_value import KeyNames, PageSink, Verdict, encode_page, 
 from kvstore.tiers.redis_wire import Reply, Wire, command
 
 TOKENS_BYTES = 0xFFFF  # the header counts a block's tokens in 16 bits
+SCAN_KEYS = 1000  # looked at in one step of a sweep: a millisecond of the server's time
 
 _COUNTED = {
     Verdict.GONE: "lost_pages",
@@ -229,6 +230,41 @@ class RedisTier:
         except TierUnavailable:
             self._route.forget()
             raise
+    def sweep(self, *, timeout_s: float) -> int:
+        """Delete everything under the prefix, whoever wrote it; returns how many keys. Raises TierUnavailable.
+
+        Walks all keys of the server, in small steps: what is written meanwhile may stay or go. Ends with an error where
+        the time runs out; what was deleted is deleted.
+        """
+        deadline = time.monotonic() + timeout_s
+        num_deleted = 0
+        for node in self._route.nodes(deadline):
+            with node.lease(deadline) as wire:
+                cursor = b"0"
+                while True:
+                    scan = (b"SCAN", cursor, b"MATCH", self._names.pattern, b"COUNT", SCAN_KEYS)
+                    cursor, names = _checked(wire.ask([scan])[0], wire)
+                    # One command each: in a cluster the keys of one may not lie in several slots.
+                    for reply in wire.ask([(b"UNLINK", name) for name in names]) if names else ():
+                        num_deleted += _checked(reply, wire) == 1
+                    if cursor == b"0":
+                        break
+        return num_deleted
+
+    def name_of(self, what: bytes) -> bytes:
+        """The name of something that is kept beside the pages, for `ask`."""
+        return self._names.prefix + what
+
+    def ask(self, name: bytes, commands: Sequence[Sequence[bytes | int]], *, timeout_s: float) -> list[Reply]:
+        """Run commands about the key `name` on the node that has it. A reply may be a ResponseError."""
+        replies: list[Reply] = []
+
+        def run(wire: Wire, indexes: list[int]) -> None:
+            replies[:] = [_checked(reply, wire) for reply in wire.ask(commands)]
+
+        self._on_each_node([name], timeout_s, run)
+        return replies
+
 
     def close(self) -> None:
         """Close all connections. Idempotent; calls after it raise TierUnavailable."""

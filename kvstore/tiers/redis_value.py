@@ -13,6 +13,7 @@ deadline since, and the server, whose TTL is what counts, does not hand out a pa
 from __future__ import annotations
 
 import functools
+import re
 import struct
 from collections.abc import Sequence
 from enum import Enum
@@ -31,13 +32,18 @@ class KeyNames:
     """Names the Redis keys of a page. `tagged` puts all parts of a page on one node of a cluster."""
 
     def __init__(self, prefix: bytes, *, tagged: bool) -> None:
-        self._prefix = prefix
+        self.prefix = prefix
         self._tagged = tagged
 
     def head(self, key: PageKey) -> bytes:
         """The key whose presence means the page is there."""
         tag = b"{%s}" % key[:8].hex().encode() if self._tagged else b""
-        return self._prefix + tag + key
+        return self.prefix + tag + key
+
+    @property
+    def pattern(self) -> bytes:
+        """Matches every key under the prefix, and no other, in SCAN's language."""
+        return re.sub(rb"([\\*?\[\]^-])", rb"\\\1", self.prefix) + b"*"
 
     @staticmethod
     def parts(head: bytes, count: int) -> list[bytes]:

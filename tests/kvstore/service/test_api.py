@@ -134,7 +134,7 @@ def test_clear_deletes_a_namespace_and_no_other(http: Http, store: RemoteStore, 
         assert store.flush(10.0)
         own = next(n["id"] for n in http.get("/v1/namespaces")["namespaces"] if n["model"] == "tiny")
 
-        assert http.call("POST", f"/v1/namespaces/{own}/clear") == (200, {"blocks": 5})
+        assert http.call("POST", f"/v1/namespaces/{own}/clear") == (200, {"blocks": 5, "keys": {}})
 
         assert store.lookup(store.request(prompt(5))).num_blocks == 0
         assert other.lookup(other.request(prompt(5))).num_blocks == 5
