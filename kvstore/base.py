@@ -64,10 +64,18 @@ class KVStore(Protocol):
         """Append hashes an engine made for further blocks; the prompt is `num_tokens` long then."""
 
     def lookup(self, request: Request) -> Match:
-        """The longest prefix worth loading. Never blocks and does no I/O; `pending` means ask again."""
+        """The longest prefix worth loading. Never blocks and does no I/O; `pending` means ask again.
+
+        With `RequestOptions.single_flight`, an answer that is not pending makes this request the one that computes what
+        it misses, until that is saved or `finished` is called.
+        """
 
     def wait_lookup(self, request: Request, timeout_s: float | None = None) -> Match:
-        """Lookup, waiting for pending tiers at most `timeout_s` (default: the configured lookup deadline)."""
+        """Lookup, waiting while it is pending, at most `timeout_s`.
+
+        None: at most the configured lookup deadline for tiers; for another request's computing (single flight) until
+        that is done, has ended, or has made no progress for longer than computing here would take.
+        """
 
     def prepare_load(self, request: Request, num_blocks: int, *, first: int = 0, owner: str = "") -> LoadLease:
         """Pin blocks [first, num_blocks) in host slots and start fetching what is not there. May grant fewer.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from uuid import uuid4
 
 from eviction.registry import make_policy
 from kvstore.base import KVStore
@@ -20,13 +21,13 @@ from kvstore.tiers.base import Tier
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostSlab
 from kvstore.tiers.redis import RedisTier
-from kvstore.units import format_bytes
 from kvstore.tiers.redis_bound import BoundedRedis
+from kvstore.units import format_bytes
 from radix.namespace import Namespace
 
 MAX_QUEUE = 8192  # batches that may wait in a lane; a prompt of 128K tokens in blocks of 16 makes 1024
-HASH_BYTES = {"sha256": 32, "xxh3_128": 16}
 NAMESPACE_DIGITS = 16  # of the namespace's root hash, before the keys of its pages on a shared server
+HASH_BYTES = {"sha256": 32, "xxh3_128": 16}
 
 
 def open_store(config: Config, layout: Layout, namespace: Namespace, *, shared_name: str | None = None) -> LocalStore:
@@ -199,12 +200,11 @@ def _lower_tiers(
             ttl_s=redis.ttl_s,
             window_pages=min(window, 4 * redis.connections * config.store.lane_batch_pages),
             workers=redis.connections,
+            can_claim=redis.admit == "always",  # else what is computed may never be there
         )
         yield tier, plan, redis.timeout_s
 
 
-def _settings(config: Config, num_slots: int) -> PlanSettings:
-    store = config.store
 def _redis_tier(redis: RedisConfig, layout: Layout, place: str) -> Tier:
     """place: goes before the page keys, so that what a namespace has on a server can be found and bounded."""
     assert redis.url is not None
@@ -222,6 +222,8 @@ def _redis_tier(redis: RedisConfig, layout: Layout, place: str) -> Tier:
     return BoundedRedis(tier, redis.capacity_bytes // layout.slot_bytes, ttl_s=redis.ttl_s)
 
 
+def _settings(config: Config, num_slots: int) -> PlanSettings:
+    store = config.store
     return PlanSettings(
         num_slots=num_slots,
         min_hit_blocks=store.min_hit_blocks,
@@ -234,6 +236,8 @@ def _redis_tier(redis: RedisConfig, layout: Layout, place: str) -> Tier:
         wall_offset=time.time() - time.monotonic(),
         hash_bytes=HASH_BYTES[store.hash],
         compare_tokens=store.hash != "sha256",
+        compute_wait_s=store.compute_wait_s,
+        claimer=uuid4().bytes,
     )
 
 

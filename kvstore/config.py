@@ -135,6 +135,12 @@ class StoreConfig(Section):
     load_deadline_s: Seconds = Field(
         default=2.0, gt=0, le=600, description="Longest wait for the pages of a hit; what is missing then is computed."
     )
+    compute_wait_s: Seconds = Field(
+        default=10.0,
+        ge=0,
+        le=600,
+        description="Longest wait without progress for another request that computes the same blocks; 0 never waits.",
+    )
     max_prefetch_slots_fraction: Number = Field(
         default=0.25,
         ge=0,
@@ -198,16 +204,16 @@ class RedisConfig(Section):
     prefix: Annotated[str, AfterValidator(_plain_word)] = Field(
         default="kv:", description="What every key on the server starts with."
     )
+    capacity_bytes: Annotated[Bytes | None, BeforeValidator(_off_when_empty)] = Field(
+        default=None,
+        ge=4096,
+        description="Most a namespace keeps on the server, all its writers together; none leaves it to maxmemory.",
+    )
     admit: Admit = Field(
         default="always", description="Which saved pages are written: all, or only from their second use on."
     )
     codec: Literal["raw", "planes"] = Field(
         default="raw", description="How pages are encoded on the server; planes compresses bfloat16 (needs zstandard)."
-    )
-    capacity_bytes: Annotated[Bytes | None, BeforeValidator(_off_when_empty)] = Field(
-        default=None,
-        ge=4096,
-        description="Most a namespace keeps on the server, all its writers together; none leaves it to maxmemory.",
     )
 
 

@@ -72,6 +72,10 @@ METRICS: tuple[MetricSpec, ...] = (
     _counter("cut", "matches_cut", "Matches by why they ended where they did.", "reason"),
     _counter("probes", "probed_blocks", "Blocks a shared tier was asked about.", "tier"),
     _counter("collisions", "collision_pages", "Pages whose tokens were not those asked for (hash collision).", "tier"),
+    _counter("compute_claims", "compute_claims", "Requests that computed what others would have waited for."),
+    _counter("compute_waits", "compute_waits", "Requests that waited for another one to compute the same blocks."),
+    _counter("compute_waits_given_up", "compute_waits_given_up", "Of those, the ones that waited in vain."),
+    _counter("compute_wait_seconds", "compute_wait_seconds", "Seconds that requests waited so."),
     # Loading.
     _counter("loads", "loads", "Load leases prepared."),
     _counter("loads_incomplete", "loads_incomplete", "Load leases that got less than they were granted."),

@@ -102,6 +102,8 @@ def check_options(options: RequestOptions) -> None:
         raise RequestError(f"options.priority is {options.priority!r}; it must be an int")
     if options.ttl_s is not None and not (isinstance(options.ttl_s, Real) and options.ttl_s > 0):
         raise RequestError(f"options.ttl_s is {options.ttl_s!r}; it must be positive, or None for the configured time")
+    if not (isinstance(options.step_blocks, Integral) and options.step_blocks >= 1):
+        raise RequestError(f"options.step_blocks is {options.step_blocks!r}; it must be an int of at least 1")
     if not (isinstance(options.retain_until, Real) and options.retain_until >= 0):
         raise RequestError(f"options.retain_until is {options.retain_until!r}; it is a Unix time, or 0 for no promise")
 

@@ -26,6 +26,8 @@ def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
         "cut": dict(scout.cuts),
         "probes": dict(scout.probes.counters),
         "collisions": {HOST: scout.counters["collisions"]} | {name: m.collisions for name, m in media.items()},
+        **planner.turns.counters,
+        "compute_wait_seconds": planner.turns.seconds_waited,
         "loads": loader.counters["loads"],
         "loads_incomplete": loader.counters["load_failures"],
         "load_failures": dict(loader.failures),

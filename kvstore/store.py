@@ -29,6 +29,7 @@ from kvstore.plan.cascade import TierPlan
 from kvstore.plan.journal import BlockEvent, Journal, Shortfall
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import (
+    CutReason,
     Explanation,
     LeaseState,
     LeaseStatus,
@@ -42,8 +43,8 @@ from kvstore.plan.records import (
 from kvstore.plan.tour import Tour
 from kvstore.requests import RequestMaker, check_blocks, check_range
 from kvstore.stats import snapshot
-from kvstore.tiers.host import HostSlab, SlabHandle
 from kvstore.tiers.base import Sweepable
+from kvstore.tiers.host import HostSlab, SlabHandle
 from radix.namespace import Namespace
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ class LocalStore:
             return match
 
     def wait_lookup(self, request: Request, timeout_s: float | None = None) -> Match:
-        """Lookup, waiting for pending tiers."""
+        """Lookup, waiting for pending tiers, and as long as the planner says for another request's computing."""
         wait_s = self._planner.settings.lookup_deadline_s if timeout_s is None else timeout_s
         until = time.monotonic() + wait_s
         with self._lock:
@@ -125,7 +126,10 @@ class LocalStore:
                 self._check_open()
                 match = self._planner.lookup(request, self._now())
                 self._send()
-                if not match.pending or not self._wait_until(until):
+                if timeout_s is None and match.cut is CutReason.COMPUTING:
+                    until = time.monotonic() + wait_s  # the deadline is that of tiers, which are asked again after it
+                    self._changed.wait(self._planner.settings.compute_wait_s)  # a tick comes long before
+                elif not match.pending or not self._wait_until(until):
                     return match
 
     def prepare_load(self, request: Request, num_blocks: int, *, first: int = 0, owner: str = "") -> LoadLease:
@@ -202,6 +206,7 @@ class LocalStore:
             self._check_open()
             released = self._planner.release_owner(owner, self._now())
             self._send()
+            self._tell()
             return released
 
     # ---- retention --------------------------------------------------------------------------------------------
@@ -212,6 +217,14 @@ class LocalStore:
             if not self._is_closed:
                 self._planner.finished(request, self._now(), finish_reason=finish_reason, last_turn=last_turn)
                 self._send()
+                self._tell()
+
+    def abandon(self, request: Request) -> None:
+        """Whoever made the request is gone: what it was going to compute is for others to compute."""
+        with self._lock:
+            if not self._is_closed and self._planner.abandon(request, self._now()):
+                self._send()
+                self._tell()
 
     def pin(self, request: Request) -> int:
         """Keep the request's resident pages in host memory until unpin; returns the blocks pinned."""
@@ -232,6 +245,7 @@ class LocalStore:
             self._check_open()
             forgotten = self._planner.forget(request, first, self._now())
             self._send()
+            self._tell()
             return forgotten
 
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
@@ -257,6 +271,18 @@ class LocalStore:
             self._send()
             return cleared
 
+    def sweep(self, timeout_s: float) -> dict[str, int]:
+        """After `clear`: have tiers that are not indexed delete what they hold of this namespace, whoever wrote it.
+
+        Returns keys deleted, by tier. Any thread; holds no lock, and takes as long as a walk over the whole server.
+        Raises TierUnavailable if a server is not reached, or the time runs out.
+        """
+        until = time.monotonic() + timeout_s
+        tiers = [lane.tier for lane in list(self._lanes.values())]
+        return {
+            tier.name: tier.sweep(timeout_s=until - time.monotonic()) for tier in tiers if isinstance(tier, Sweepable)
+        }
+
     # ---- what operators ask and change, while requests run -------------------------------------------------------
 
     def ask(self, request: Request) -> bool:
@@ -271,18 +297,6 @@ class LocalStore:
         """Why a request matches what it matches, and not more."""
         with self._lock:
             self._check_open()
-    def sweep(self, timeout_s: float) -> dict[str, int]:
-        """After `clear`: have tiers that are not indexed delete what they hold of this namespace, whoever wrote it.
-
-        Returns keys deleted, by tier. Any thread; holds no lock, and takes as long as a walk over the whole server.
-        Raises TierUnavailable if a server is not reached, or the time runs out.
-        """
-        until = time.monotonic() + timeout_s
-        tiers = [lane.tier for lane in list(self._lanes.values())]
-        return {
-            tier.name: tier.sweep(timeout_s=until - time.monotonic()) for tier in tiers if isinstance(tier, Sweepable)
-        }
-
             return self._planner.explain(request)
 
     def keep_journal(self, journal: Journal) -> None:

@@ -31,7 +31,7 @@ from kvstore.move.backlog import Backlog
 from kvstore.move.breaker import Breaker
 from kvstore.move.counters import LaneCounters
 from kvstore.plan.records import Op, Outcome, Priority, Transfer
-from kvstore.tiers.base import Tier
+from kvstore.tiers.base import Claimable, Tier
 
 log = logging.getLogger(__name__)
 
@@ -288,9 +288,20 @@ class Lane:
             case Op.DELETE:
                 self.tier.delete(keys, timeout_s=timeout_s)
                 answer = [True] * len(keys)
+            case Op.CLAIM:
+                tier = self._claimable()
+                answer = tier.claim(keys, token=transfer.token, lease_s=transfer.lease_s, timeout_s=timeout_s)
+            case Op.UNCLAIM:
+                self._claimable().unclaim(keys, token=transfer.token, timeout_s=timeout_s)
+                answer = [True] * len(keys)
         if len(answer) != len(keys):
             raise TierError(f"{len(answer)} answers for {len(keys)} keys")
         return tuple(answer)
+
+    def _claimable(self) -> Claimable:
+        if not isinstance(self.tier, Claimable):
+            raise TierError("it takes no claims")
+        return self.tier
 
     def _num_bytes(self, transfer: Transfer, ok: tuple[bool, ...]) -> int:
         if transfer.op not in (Op.FETCH, Op.SPILL):

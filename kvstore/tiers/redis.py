@@ -32,14 +32,15 @@ from kvstore.codec import codec_by_name
 from kvstore.errors import ConfigError, CorruptPage, TierUnavailable
 from kvstore.page import HEADER_BYTES, PageKey, PageMeta
 from kvstore.tiers.base import StoredPage, TierCounters
+from kvstore.tiers.redis_claims import RedisClaims
 from kvstore.tiers.redis_parts import MAX_PARTS, max_parts, part_sizes
 from kvstore.tiers.redis_route import make_route
 from kvstore.tiers.redis_url import Kind, parse_redis_url
 from kvstore.tiers.redis_value import KeyNames, PageSink, Verdict, encode_page, judge, set_page
 from kvstore.tiers.redis_wire import Reply, Wire, command
 
-TOKENS_BYTES = 0xFFFF  # the header counts a block's tokens in 16 bits
 SCAN_KEYS = 1000  # looked at in one step of a sweep: a millisecond of the server's time
+TOKENS_BYTES = 0xFFFF  # the header counts a block's tokens in 16 bits
 
 _COUNTED = {
     Verdict.GONE: "lost_pages",
@@ -97,6 +98,7 @@ class RedisTier:
         self._now = now
         self._names = KeyNames(prefix.encode(), tagged=target.kind is Kind.CLUSTER)
         self._route = make_route(target, connections=connections, connect_timeout_s=connect_timeout_s)
+        self._claims = RedisClaims(self._on_each_node, is_cluster=target.kind is Kind.CLUSTER)
         self._count_lock = threading.Lock()
 
     @property
@@ -216,20 +218,18 @@ class RedisTier:
 
         self._on_each_node(heads, timeout_s, forget)
 
+    def claim(self, keys: Sequence[PageKey], *, token: bytes, lease_s: float, timeout_s: float) -> list[bool]:
+        """Claim pages for `token`, or renew that; see Claimable."""
+        return self._claims.take([self._names.head(key) for key in keys], token, lease_s, timeout_s)
+
+    def unclaim(self, keys: Sequence[PageKey], *, token: bytes, timeout_s: float) -> None:
+        """End those claims that are `token`'s."""
+        self._claims.give_back([self._names.head(key) for key in keys], token, timeout_s)
+
     def scan(self) -> Iterator[StoredPage]:
         """Yield nothing: walking a shared server would cost it more than it brings."""
         return iter(())
 
-    def ping(self, *, timeout_s: float) -> None:
-        """Return if every server answers, else raise TierUnavailable."""
-        deadline = time.monotonic() + timeout_s
-        try:
-            for node in self._route.nodes(deadline):
-                with node.lease(deadline) as wire:
-                    _checked(wire.ask([(b"PING",)])[0], wire)
-        except TierUnavailable:
-            self._route.forget()
-            raise
     def sweep(self, *, timeout_s: float) -> int:
         """Delete everything under the prefix, whoever wrote it; returns how many keys. Raises TierUnavailable.
 
@@ -265,6 +265,16 @@ class RedisTier:
         self._on_each_node([name], timeout_s, run)
         return replies
 
+    def ping(self, *, timeout_s: float) -> None:
+        """Return if every server answers, else raise TierUnavailable."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            for node in self._route.nodes(deadline):
+                with node.lease(deadline) as wire:
+                    _checked(wire.ask([(b"PING",)])[0], wire)
+        except TierUnavailable:
+            self._route.forget()
+            raise
 
     def close(self) -> None:
         """Close all connections. Idempotent; calls after it raise TierUnavailable."""
@@ -291,7 +301,7 @@ class RedisTier:
             for node, indexes in self._route.split(heads, deadline):
                 with node.lease(deadline) as wire:
                     work(wire, indexes)
-        except _SlotMoved:
+        except (_SlotMoved, MovedError):
             self._count("redirects")
             self._route.forget()
             return False
