@@ -45,11 +45,13 @@ class SlabHandle(NamedTuple):
 
     path: the descriptor of the process that made the slab, under /proc; it needs no name in /dev/shm, so nothing is
           left behind by a process that dies, and the small /dev/shm of a container does not matter.
+    first_slot: number of its first slot, as the store counts them; not 0 where a store has had several slabs.
     """
 
     path: str
     num_slots: int
     slot_bytes: int
+    first_slot: int = 0
 
 
 class HostSlab:

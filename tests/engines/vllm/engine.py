@@ -121,7 +121,8 @@ class Engine:
         while self.half.is_saving and time.monotonic() < until:
             core.step()
             time.sleep(0.002)
-        assert self.half.store.flush(max(0.1, until - time.monotonic()))
+        store = self.half.store
+        assert store.flush(max(0.1, until - time.monotonic())) or not store.slabs  # none: its daemon is away
 
     def forget_own_cache(self) -> None:
         """Empty vLLM's prefix cache, so that only the store can help."""
@@ -198,6 +199,10 @@ class EngineProcess:
         """As Engine.metrics."""
         values: dict[str, float] = self._call("metrics")
         return values
+
+    def forget_own_cache(self) -> None:
+        """As Engine.forget_own_cache."""
+        self._call("forget_own_cache")
 
     def close(self) -> None:
         """Stop it; everything saved is written behind."""

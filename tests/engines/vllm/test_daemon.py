@@ -113,9 +113,10 @@ class TestFaults:
         (handle,) = engine.worker._slabs
         assert handle.first_slot > 0
 
-    @pytest.mark.parametrize("moment", ["prepare_load", "poll", "copy_in"])
+    # What is leased and ready lies in memory that outlives the daemon; before that there is nothing to load.
+    @pytest.mark.parametrize(("moment", "expected"), [("prepare_load", 0), ("poll", HIT), ("copy_in", HIT)])
     def test_a_daemon_that_dies_in_the_middle_of_a_load_changes_no_answer(
-        self, engine: Engine, daemon: Served, reference: Reference, moment: str
+        self, engine: Engine, daemon: Served, reference: Reference, moment: str, expected: int
     ) -> None:
         prompt = self.stored(engine, reference, daemon, 12)
         owner = engine.worker._device if moment == "copy_in" else engine.half.store
@@ -127,13 +128,10 @@ class TestFaults:
 
         setattr(owner, moment, kill_first)
         try:
-            cached = self.ask(engine, reference, prompt)
+            assert self.ask(engine, reference, prompt) == expected
         finally:
             delattr(owner, moment)
             daemon.start()
-
-        # What was leased and ready is in memory that outlives the daemon; before that there is nothing to load.
-        assert cached == (HIT if moment == "copy_in" else 0) or (moment, cached) == ("poll", HIT)
 
     def test_a_daemon_that_freezes_costs_a_bounded_wait(
         self, engine: Engine, daemon: Served, reference: Reference
