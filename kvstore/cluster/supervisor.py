@@ -108,9 +108,8 @@ class Supervisor:
 
     def stand(self) -> None:
         """Return when nobody runs any more; tell of each process that ends. `interruptible` ends it too."""
-        alive = set(self.directory.running())
+        alive = {process.name for process in self.processes}
         while alive:
-            time.sleep(STAND_STEP_S)
             codes = {name: child.poll() for name, child in self._children.items()}  # reaps, too
             now = set(self.directory.running())
             for name in sorted(alive - now):
@@ -120,6 +119,7 @@ class Supervisor:
             for name in sorted(now - alive):
                 self._say(f"{name} is back")
             alive = now
+            time.sleep(STAND_STEP_S)
 
     # ---- down -------------------------------------------------------------------------------------------------------
 
@@ -184,9 +184,9 @@ class Supervisor:
 def brought_up(
     spec: ClusterSpec, directory: RunDirectory, say: Say = lambda _: None, *, timeout_s: float = START_TIMEOUT_S
 ) -> Iterator[Supervisor]:
-    """A running cluster for the length of a block, which ends it by raising `Ended`, or leaves it running.
+    """A running cluster for a block, and after it; unless the block raises, which ends the cluster.
 
-    If it does not come up, all of it is ended and the logs are kept.
+    After `Ended` nothing is left; after anything else, such as a process that does not come up, the logs are.
     Raises ClusterError, ConfigError, or RedisNotInstalled; nothing runs then.
     """
     with directory.lock(os.getpid()) as pid:
@@ -206,6 +206,7 @@ def brought_up(
             say("ending the cluster")
             supervisor.stop()
             _remove(directory)
+            raise
         except BaseException:
             supervisor.stop()
             directory.forget()
@@ -233,7 +234,10 @@ def take_down(directory: RunDirectory, say: Say = lambda _: None) -> int:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into `Ended`, once: what is done about it is not interrupted again."""
+    """Turn SIGINT, SIGTERM and SIGHUP into `Ended`, which ends the block and no more.
+
+    Once: what is done about it on the way out is not interrupted again.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
         for other in SIGNALS:
@@ -242,7 +246,8 @@ def interruptible() -> Iterator[None]:
 
     before = {number: signal.signal(number, end) for number in SIGNALS}
     try:
-        yield
+        with suppress(Ended):
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
