@@ -30,6 +30,7 @@ from kvstore.service.dashboard_models import (
     NowAnswer,
     PrefixesAnswer,
     SeriesAnswer,
+    Shown,
     Span,
     TenantBrief,
     TierBrief,
@@ -38,7 +39,6 @@ from kvstore.service.dashboard_models import (
 from kvstore.service.dashboard_prefixes import Looks, merged
 from kvstore.service.explain import in_words
 from kvstore.service.history import COARSE_S, FINE_ROWS, FINE_S, LOWER, TIERS, Columns, History, row_of
-from kvstore.service.models import InNamespace
 from kvstore.service.problems import Problem
 from kvstore.service.routes import Call, Route
 from kvstore.service.stores import OpenStore
@@ -74,7 +74,7 @@ class Dashboard:
     def routes(self) -> list[Route]:
         """The operations behind the page."""
         return [
-            Route("GET", "/v1/dashboard/now", self.now, "What the dashboard shows of this moment.", query=InNamespace,
+            Route("GET", "/v1/dashboard/now", self.now, "What the dashboard shows of this moment.", query=Shown,
                   answer=NowAnswer, errors=(404,)),
             Route("GET", "/v1/dashboard/series", self.series, "Rates over time.", query=Span, answer=SeriesAnswer,
                   errors=(404,)),
@@ -115,7 +115,7 @@ class Dashboard:
     # ---- operations -----------------------------------------------------------------------------------------------
 
     async def now(self, call: Call) -> NowAnswer:
-        stores = self._visible(call, call.body.namespace)
+        stores = self._visible(call, call.body)
         places = [_place(one) for one in stores]
         sessions = [s for s in self._daemon.sessions.values() if _place(s.opened) in set(places)]
         misses, reasons = self._misses(stores)
@@ -127,7 +127,7 @@ class Dashboard:
             tenant=call.tenant.name,
             is_operator=call.tenant.is_operator,
             status="draining" if self._daemon.is_draining else "ready" if self._daemon.is_ready else "starting",
-            namespaces=[self._namespace(one) for one in self._visible(call, None)],
+            namespaces=[self._namespace(one) for one in self._visible(call, Shown())],
             total=self._total(places),
             recent=_use(self._history.span(places, RECENT_S)),
             flows=_flows(self._history.span(places, FLOW_S)),
@@ -142,17 +142,8 @@ class Dashboard:
 
     async def series(self, call: Call) -> SeriesAnswer:
         body: Span = call.body
-        stores = self._visible(call, body.namespace)
+        stores = self._visible(call, body)
         columns = self._history.span([_place(one) for one in stores], body.span_s, body.since)
-        slot_bytes = {_place(one): one.layout.slot_bytes for one in stores}
-
-        def used(tier: str) -> list[float]:
-            # Namespaces have pages of different sizes: each is counted in its own.
-            sizes = sum(
-                self._history.span([place], body.span_s, body.since).column(f"used_pages.{tier}") * size
-                for place, size in slot_bytes.items()
-            )
-            return [] if isinstance(sizes, int) else [float(size) for size in sizes[1:]]
 
         def rate(name: str) -> list[float]:
             return [round(float(value), 3) for value in columns.rate(name)]
@@ -167,12 +158,11 @@ class Dashboard:
             loaded_bytes=rate("loaded_bytes"),
             fetched_bytes={tier: rate(f"fetched_bytes.{tier}") for tier in LOWER},
             spilled_bytes={tier: rate(f"spilled_bytes.{tier}") for tier in LOWER},
-            used_bytes={tier: used(tier) for tier in TIERS},
         )
 
     async def prefixes(self, call: Call) -> PrefixesAnswer:
         body: Branches = call.body
-        looks = [await self._looks.at(one) for one in self._visible(call, body.namespace)]
+        looks = [await self._looks.at(one) for one in self._visible(call, body)]
         levels = {}
         for under in ["", *filter(None, body.open.split(","))]:
             found = [level for look, _ in looks if (level := look.level(under)) is not None]
@@ -198,13 +188,17 @@ class Dashboard:
             except Exception:
                 log.exception("dashboard: no sample this second")
 
-    def _visible(self, call: Call, namespace: str | None) -> list[OpenStore]:
-        """The stores that the tenant may see: of one namespace if it is named."""
+    def _visible(self, call: Call, shown: Shown) -> list[OpenStore]:
+        """The stores that the tenant may see, of those that are asked for."""
         stores = self._daemon.stores
-        seen = stores.all() if call.tenant.is_operator else stores.of(call.tenant)
-        # One that was opened since the last sample is not there yet.
-        seen = [one for one in seen if _place(one) in self._stats and namespace in (None, one.id)]
-        if namespace is not None and not seen:
+        seen = [
+            one
+            for one in (stores.all() if call.tenant.is_operator else stores.of(call.tenant))
+            if _place(one) in self._stats  # one that was opened since the last sample is not there yet
+            and shown.namespace in (None, one.id)
+            and shown.tenant in (None, one.tenant.name)
+        ]
+        if not seen and (shown.namespace is not None or shown.tenant is not None):
             raise Problem(404, "there is no such namespace", field="namespace")
         return seen
 

@@ -12,14 +12,20 @@ MAX_OPEN = 64  # prefixes whose branches are asked for at once
 PREFIX_ID_DIGITS = 16  # of the hash of its first block: enough to tell apart what lies in one daemon
 
 
-class Span(InNamespace):
+class Shown(InNamespace):
+    """What is shown: all that may be seen, or one tenant's, or one namespace."""
+
+    tenant: Annotated[str, Field(max_length=64)] | None = None
+
+
+class Span(Shown):
     """How far back. Query values are text, so numbers are read from it."""
 
     span_s: Annotated[float, Field(strict=False, ge=1, le=86_400, allow_inf_nan=False)] = 900.0
     since: Annotated[float, Field(strict=False, ge=0, lt=1e11, allow_inf_nan=False)] = 0.0
 
 
-class Branches(InNamespace):
+class Branches(Shown):
     """Which prefixes are open."""
 
     open: str = Field(
@@ -162,10 +168,7 @@ class NowAnswer(Answer):
 
 
 class SeriesAnswer(Answer):
-    """Rates per second, and sizes as they stood, at the times `at`; parallel lists.
-
-    step_s: time between two samples. The rates are over the window before each.
-    """
+    """Rates per second up to each of the times `at`; parallel lists. step_s: time between two samples."""
 
     step_s: float
     at: list[float]
@@ -176,7 +179,6 @@ class SeriesAnswer(Answer):
     loaded_bytes: list[float]
     fetched_bytes: dict[str, list[float]]
     spilled_bytes: dict[str, list[float]]
-    used_bytes: dict[str, list[float]]
 
 
 class PrefixNode(Answer):
@@ -190,6 +192,7 @@ class PrefixNode(Answer):
     """
 
     id: str
+    tenant: str
     namespace: str
     depth_tokens: int
     tokens: int

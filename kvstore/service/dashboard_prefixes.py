@@ -74,6 +74,7 @@ class Look:
         used_s = self._now - own.used_at
         return PrefixNode(
             id=_id(prefix),
+            tenant=self._opened.tenant.name,
             namespace=self._opened.id,
             depth_tokens=prefix.depth * layout.block_size,
             tokens=prefix.num_blocks * layout.block_size,

@@ -1,8 +1,8 @@
 """What the stores counted, second by second for a quarter of an hour and minute by minute for a day.
 
 A page that is opened now shows the past, so the daemon takes a sample of every store each second. A sample is a row of
-counters as they stood (and some gauges): rates are differences between rows, over whatever span is asked for, and the
-coarse ring is every sixtieth row of the fine one. Memory is bounded: two rings per store, half a megabyte.
+counters as they stood: rates are differences between rows, over whatever span is asked for, and the
+coarse ring is every sixtieth row of the fine one. Memory is bounded: two rings per store, a quarter of a megabyte.
 
 Pure: the clock and the counters are the caller's. Times are Unix seconds.
 """
@@ -24,20 +24,15 @@ FINE_ROWS = 900
 COARSE_S = 60.0
 COARSE_ROWS = 1440
 
-# Everything but `used_pages` and `owed_pages` only grows.
 COLUMNS = (
     "lookups",
     "prompt_tokens",
-    "loads",
     "ttft_saved_s",
     "saved_bytes",
     "loaded_bytes",
     *(f"hit_tokens.{tier}" for tier in TIERS),
     *(f"fetched_bytes.{tier}" for tier in LOWER),
     *(f"spilled_bytes.{tier}" for tier in LOWER),
-    *(f"evicted_pages.{tier}" for tier in TIERS),
-    *(f"used_pages.{tier}" for tier in TIERS),
-    *(f"owed_pages.{tier}" for tier in LOWER),
 )
 INDEX = {name: index for index, name in enumerate(COLUMNS)}
 
@@ -50,20 +45,16 @@ def row_of(stats: Mapping[str, Any], num_groups: int) -> Row:
     values = {
         "lookups": stats["lookups"],
         "prompt_tokens": stats["matched_tokens"] + stats["miss_tokens"],
-        "loads": stats["loads"],
         "ttft_saved_s": stats["ttft_saved_seconds"],
         "saved_bytes": stats["saved_pages"] * slot_bytes,
         "loaded_bytes": sum(stats["hit_blocks"].values()) * num_groups * slot_bytes,
     }
     for tier in TIERS:
         values[f"hit_tokens.{tier}"] = stats["hit_tokens"].get(tier, 0)
-        values[f"evicted_pages.{tier}"] = stats["evicted_pages"].get(tier, 0)
-        values[f"used_pages.{tier}"] = stats["pages"].get(tier, 0)
     for tier in LOWER:
         lane = stats["lane_bytes"].get(tier, {})
         values[f"fetched_bytes.{tier}"] = lane.get("fetch", 0)
         values[f"spilled_bytes.{tier}"] = lane.get("spill", 0)
-        values[f"owed_pages.{tier}"] = stats["owed_pages"].get(tier, 0)
     return np.array([values[name] for name in COLUMNS], np.float64)
 
 

@@ -4,7 +4,6 @@ import { make, reconcile, setText } from "./dom.js";
 import { bytes, percent } from "./format.js";
 
 export const TIERS = ["host", "disk", "redis"];
-const HEIGHT = 236;
 
 function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -16,7 +15,7 @@ function axes(format, size, incrs) {
   const line = { stroke: colour("--line"), width: 1 };
   const font = `12px ${getComputedStyle(document.body).fontFamily}`;
   return [
-    { stroke: colour("--quiet"), grid: { show: false }, ticks: { ...line, size: 4 }, font, space: 72, values: times },
+    { stroke: colour("--quiet"), grid: { show: false }, ticks: { ...line, size: 4 }, font, size: 30, space: 72, values: times },
     { stroke: colour("--quiet"), grid: line, ticks: { show: false }, font, size, space: 40, values: (_, ticks) => ticks.map(format), ...(incrs && { incrs }) },
   ];
 }
@@ -57,18 +56,19 @@ class Chart {
   }
 
   #resize() {
-    const width = this.element.clientWidth;
-    if (this.plot && width && width !== this.plot.width) this.plot.setSize({ width, height: HEIGHT });
+    const { clientWidth: width, clientHeight: height } = this.element;
+    if (!this.plot) this.#rebuild();
+    else if (width && (width !== this.plot.width || height !== this.plot.height)) this.plot.setSize({ width, height });
   }
 
   #rebuild() {
     this.plot?.destroy();
     this.plot = null;
-    const width = this.element.clientWidth;
+    const { clientWidth: width, clientHeight: height } = this.element;
     if (!this.data || !width) return;
     this.plot = new window.uPlot({
       width,
-      height: HEIGHT,
+      height,
       padding: [8, 8, 0, 0],
       legend: { show: false },
       cursor: { y: false, drag: { x: false, y: false }, points: { show: false } },

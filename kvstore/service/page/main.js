@@ -15,7 +15,7 @@ const HIT_WINDOW = 15; // samples a point of the hit rate is taken over, where s
 const FLOW_WINDOW = 3;
 const FINE_S = 900;
 
-const state = { span: 300, namespace: "", failures: 0, timer: 0, startedAt: 0, ticks: 0, seenAt: 0 };
+const state = { span: 300, shown: "", failures: 0, timer: 0, startedAt: 0, ticks: 0, seenAt: 0 };
 const series = new Series();
 const hits = new HitChart(byId("hit-chart"), byId("hit-legend"));
 const flows = new FlowChart(byId("flow-chart"), byId("flow-legend"));
@@ -30,13 +30,13 @@ async function tick() {
   clearTimeout(state.timer);
   if (document.hidden || byId("login").open) return; // goes on with visibilitychange, or the token
   try {
-    const began = state.namespace + state.span;
+    const began = state.shown + state.span;
     const [now, told] = await Promise.all([
-      get("/v1/dashboard/now", { namespace: state.namespace }),
-      get("/v1/dashboard/series", { namespace: state.namespace, span_s: state.span, since: series.last || "" }),
+      get("/v1/dashboard/now", chosen()),
+      get("/v1/dashboard/series", { ...chosen(), span_s: state.span, since: series.last || "" }),
     ]);
     if (state.ticks % 2 === 0) await prefixes.refresh();
-    if (began !== state.namespace + state.span) return; // what was chosen meanwhile is on its way
+    if (began !== state.shown + state.span) return; // what was chosen meanwhile is on its way
     state.ticks += 1;
     state.failures = 0;
     state.seenAt = Date.now();
@@ -44,7 +44,7 @@ async function tick() {
     show(now);
   } catch (error) {
     if (error instanceof TokenNeeded) return askToken();
-    if (error.status === 404 && state.namespace) return choose("");
+    if (error.status === 404 && state.shown) return choose("");
     state.failures += 1;
     away(error);
   }
@@ -57,11 +57,17 @@ function again() {
   tick();
 }
 
-function choose(namespace) {
-  state.namespace = namespace;
-  byId("namespace").value = namespace;
+// A namespace is chosen as "tenant/id": two tenants may use the same one, each with a store of its own.
+function chosen() {
+  const [tenant, namespace] = state.shown.split("/");
+  return state.shown ? { tenant, namespace } : {};
+}
+
+function choose(shown) {
+  state.shown = shown;
+  byId("namespace").value = shown;
   series.clear();
-  prefixes.reset(namespace);
+  prefixes.reset(chosen());
   again();
 }
 
@@ -115,11 +121,18 @@ function show(now) {
 }
 
 function showNamespaces(now) {
-  const rows = [{ id: "", text: "All namespaces" }, ...now.namespaces.map((one) => ({
-    id: one.id, text: `${now.is_operator && now.namespaces.some((other) => other.tenant !== one.tenant) ? `${one.tenant}: ` : ""}${one.model}${one.adapter ? ` + ${one.adapter}` : ""} · ${one.dtype}`,
-  }))];
+  const rows = [{ id: "", text: "All namespaces" },
+    ...now.namespaces.map((one) => ({ id: `${one.tenant}/${one.id}`, text: nameOf(one, now.namespaces) }))];
   reconcile(byId("namespace"), rows, (row) => row.id, (row) => make("option", { value: row.id }), (element, row) => setText(element, row.text));
   byId("namespace").closest("label").hidden = now.namespaces.length < 2;
+  prefixes.names = new Map(now.namespaces.length < 2 ? [] : now.namespaces.map((one) => [`${one.tenant}/${one.id}`, nameOf(one, now.namespaces)]));
+}
+
+// As little as tells it from the others.
+function nameOf(one, all) {
+  const parts = [one.model.split("/").pop() + (one.adapter ? ` + ${one.adapter}` : "")];
+  if (all.some((other) => other.dtype !== one.dtype)) parts.push(one.dtype);
+  return (all.some((other) => other.tenant !== one.tenant) ? `${one.tenant}: ` : "") + parts.join(" · ");
 }
 
 function showEmpty(now) {

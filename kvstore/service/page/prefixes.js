@@ -12,21 +12,22 @@ export class Prefixes {
     this.body = this.table.tBodies[0];
     this.open = new Set();
     this.levels = {};
-    this.namespace = "";
+    this.shown = {};
+    this.names = new Map(); // "tenant/id" of a namespace -> its name, where there are several
     this.wasTouched = false;
     this.body.addEventListener("click", (event) => this.#click(event));
     this.body.addEventListener("keydown", (event) => this.#key(event));
   }
 
-  reset(namespace) {
-    this.namespace = namespace;
+  reset(shown) {
+    this.shown = shown;
     this.open.clear();
     this.levels = {};
     this.wasTouched = false;
   }
 
   async refresh() {
-    const answer = await get("/v1/dashboard/prefixes", { namespace: this.namespace, open: [...this.open].join(",") });
+    const answer = await get("/v1/dashboard/prefixes", { ...this.shown, open: [...this.open].join(",") });
     this.levels = answer.levels;
     for (const id of this.open) if (!(id in this.levels)) this.open.delete(id);
     if (!this.wasTouched && !this.open.size) {
@@ -77,6 +78,7 @@ export class Prefixes {
     badge.className = `badge ${node.branches > 1 ? "shared" : node.session ? "session" : ""}`;
     setText(badge, node.branches > 1 ? `shared by ${count(node.branches)}` : node.session || (node.is_shared ? "several sessions" : ""));
     badge.hidden = !badge.textContent;
+    setText(label.children[2], depth === 1 ? this.names.get(`${node.tenant}/${node.namespace}`) ?? "" : "");
     setText(tokens.firstChild, count(node.tokens));
     setAttribute(tokens, "title", `${node.tokens.toLocaleString("en")} tokens, after ${node.depth_tokens.toLocaleString("en")}; ${node.deep_tokens.toLocaleString("en")} with all that continues it`);
     const size = sum(node.bytes);
@@ -141,7 +143,7 @@ function makeRow() {
   const cell = (...inside) => make("td", { role: "gridcell", class: "num" }, ...inside);
   return make("tr", { role: "row", tabindex: "-1" },
     make("td", { role: "gridcell", class: "name" }, make("div", { class: "indent" }, make("span", { class: "twist", "aria-hidden": "true" }),
-      make("span", { class: "label" }, make("code"), make("span", { class: "badge" })))),
+      make("span", { class: "label" }, make("code"), make("span", { class: "badge" }), make("span", { class: "quiet" })))),
     cell(make("span")),
     cell(make("div", { class: "stored" }, make("span"), make("span", { class: "stack thin" }))),
     cell(make("span", { class: "hits" })),

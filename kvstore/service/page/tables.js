@@ -82,7 +82,7 @@ export function showTenants(now) {
   const body = byId("tenants").tBodies[0];
   nothing(body, !now.tenants.length, "No tenant has stored anything yet.", 6);
   if (!now.tenants.length) return;
-  reconcile(body, now.tenants, (row) => row.tenant, () => cells("", "num", "num", "num", "num", "num"),
+  reconcile(body, now.tenants, (row) => row.tenant, () => cells("", "num", "num roomy", "num", "num", "num"),
     (element, row) => fill(element, row.tenant, percent(hitRate(row.total)), count(row.total.prompt_tokens),
       seconds(row.total.ttft_saved_s), bytes(row.used_bytes.host), row.used_bytes.disk ? bytes(row.used_bytes.disk) : "–"));
 }
@@ -93,8 +93,8 @@ export function showClients(now) {
   setText(byId("client-note"), now.num_clients > now.clients.length ? `the ${now.clients.length} busiest of ${now.num_clients}` : "");
   if (!now.clients.length) return;
   const several = now.tenants.length > 1;
-  reconcile(body, now.clients, (row) => `${row.client} ${row.attached_at}`, () => cells("", "num", "num", "num", "num", "num"),
-    (element, row) => fill(element, several ? `${row.client} · ${row.tenant}` : row.client,
+  reconcile(body, now.clients, (row) => `${row.client} ${row.attached_at}`, () => cells("", "num", "num", "num roomy", "num roomy", "num"),
+    (element, row) => fill(element, several && !row.is_remote ? `${row.client} · ${row.tenant}` : row.client,
       row.prompt_tokens ? percent(row.hit_tokens / row.prompt_tokens) : "–", count(row.prompt_tokens), bytes(row.saved_bytes),
       String(row.leases), ago(now.at - row.seen_at)));
 }
