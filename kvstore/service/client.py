@@ -54,6 +54,7 @@ MISS = Match(0, 0, cut=CutReason.NEVER_STORED)
 CLOSED = LeaseStatus(LeaseState.CLOSED, 0, 0)
 LOOKUP_DEADLINE_S = 0.05  # while no daemon has told its own
 LOAD_DEADLINE_S = 2.0
+COMPUTING_CALL_S = 5.0  # how long one call waits for another request's computing
 
 
 @dataclass(slots=True)
@@ -156,11 +157,17 @@ class RemoteStore:
         return self.wait_lookup(request, 0.0)
 
     def wait_lookup(self, request: Request, timeout_s: float | None = None) -> Match:
-        """Lookup, waiting for pending tiers."""
+        """Lookup, waiting for pending tiers, and as long as the daemon says for another request's computing."""
         self._check_open()
+        if timeout_s is not None:
+            return self._lookup(request, timeout_s)
         attachment = self._link.attachment
-        if timeout_s is None:
-            timeout_s = LOOKUP_DEADLINE_S if attachment is None else attachment.lookup_deadline_s
+        match = self._lookup(request, LOOKUP_DEADLINE_S if attachment is None else attachment.lookup_deadline_s)
+        while match.cut is CutReason.COMPUTING:  # the daemon ends that in good time
+            match = self._lookup(request, COMPUTING_CALL_S)
+        return match
+
+    def _lookup(self, request: Request, timeout_s: float) -> Match:
         timeout_s = _bounded(timeout_s)
         try:
             _, answer = self._ask(Op.LOOKUP, request, lambda part: protocol.encode_lookup(part, timeout_s), timeout_s)

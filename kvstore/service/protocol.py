@@ -53,7 +53,7 @@ _PREPARE = struct.Struct("<QIII")  # lease id, first, end, bytes of the owner
 _LEASE = struct.Struct("<Q")
 _WAIT = struct.Struct("<Qf")
 _COMPLETE = struct.Struct("<QI")  # lease id, 1 + number of flags; 0 means all
-_MATCH = struct.Struct("<IIIBBB")  # blocks, tokens, known, pending, cut, tiers
+_MATCH = struct.Struct("<IIIBBBf")  # blocks, tokens, known, pending, cut, tiers, seconds waited for computing
 _LOAD = struct.Struct("<IIBIIBI")  # blocks, tokens, state, usable blocks, usable tokens, tiers, pages
 _SAVE = struct.Struct("<II")  # skipped, pages
 _STATUS = struct.Struct("<BII")
@@ -239,6 +239,8 @@ def _encode_options(options: RequestOptions) -> bytes:
         "ttl_s": options.ttl_s,
         "retain_until": options.retain_until,
         "pin": options.pin,
+        "single_flight": options.single_flight,
+        "step_blocks": options.step_blocks,
     }
     usual = RequestOptions()
     said = {name: value for name, value in fields.items() if value != getattr(usual, name)}
@@ -254,6 +256,8 @@ _OPTION_TYPES: dict[str, tuple[type, ...]] = {
     "ttl_s": (int, float),
     "retain_until": (int, float),
     "pin": (bool,),
+    "single_flight": (bool,),
+    "step_blocks": (int,),
 }
 
 
@@ -267,6 +271,8 @@ def options_from_json(fields: dict[str, Any]) -> RequestOptions:
             raise RequestError(f"options.{name} is {value!r:.80}; it must be of type {kinds[-1].__name__}")
     if not -(1 << 31) <= fields.get("priority", 0) < 1 << 31:
         raise RequestError(f"options.priority is {fields['priority']}; it must fit into 32 bits")
+    if fields.get("step_blocks", 1) < 1:
+        raise RequestError(f"options.step_blocks is {fields['step_blocks']}; it must be at least 1")
     try:
         return RequestOptions(**fields)
     except TypeError as error:
@@ -389,17 +395,23 @@ def read_prefill(reader: Reader) -> tuple[int, float]:
 
 def encode_match(match: Match) -> bytes:
     head = _MATCH.pack(
-        match.num_blocks, match.num_tokens, match.known, match.pending, CUTS.index(match.cut), len(match.by_tier)
+        match.num_blocks,
+        match.num_tokens,
+        match.known,
+        match.pending,
+        CUTS.index(match.cut),
+        len(match.by_tier),
+        match.compute_wait_s,
     )
     return head + _encode_tiers(match.by_tier)
 
 
 def decode_match(raw: bytes) -> Match:
     reader = Reader(raw)
-    num_blocks, num_tokens, known, pending, cut, num_tiers = reader.unpack(_MATCH)
+    num_blocks, num_tokens, known, pending, cut, num_tiers, waited_s = reader.unpack(_MATCH)
     by_tier = _read_tiers(reader, num_tiers)
     reader.end()
-    return Match(num_blocks, num_tokens, bool(pending), by_tier, known, _member(CUTS, cut))
+    return Match(num_blocks, num_tokens, bool(pending), by_tier, known, _member(CUTS, cut), waited_s)
 
 
 def encode_load(lease: LoadLease, status: LeaseStatus) -> bytes:

@@ -91,7 +91,9 @@ def test_a_status_comes_back(status: LeaseStatus) -> None:
 @given(KEYS, st.integers(0, 20), st.integers(1, 2**40))
 def test_a_request_comes_back_from_its_base(keys: list[BlockHash], base: int, num_tokens: int) -> None:
     base = min(base, len(keys))
-    options = RequestOptions(session="é", priority=-2, ttl_s=1.5, retain_until=3.0, pin=True)
+    options = RequestOptions(
+        session="é", priority=-2, ttl_s=1.5, retain_until=3.0, pin=True, single_flight=True, step_blocks=4
+    )
     request = Request(9, keys, num_tokens, options)
 
     reader = Reader(protocol.encode_request(request, base, len(keys)))
@@ -128,6 +130,7 @@ def test_any_bytes_are_a_message_or_a_protocol_error(raw: bytes) -> None:
         ({"priority": True}, "options.priority is True"),
         ({"priority": 1 << 40}, "options.priority is"),
         ({"pin": 1}, "options.pin is 1"),
+        ({"step_blocks": 0}, "options.step_blocks is 0"),
         ({"colour": "red"}, "options.colour is not known"),
     ],
 )
