@@ -21,6 +21,7 @@ from kvstore.cli.output import print_error
 from kvstore.cli.replica import replica
 from kvstore.cli.router import router
 from kvstore.cli.serve import serve
+from kvstore.cli.top import top
 from kvstore.cli.verify import verify
 from kvstore.errors import KVStoreError
 
@@ -35,6 +36,7 @@ First steps:
   kvstore config         what is configured, and where each value comes from
   kvstore bench          the workloads that measure this machine
   kvstore serve          one cache for all engine processes of this machine
+  kvstore top URL        what a daemon's cache is doing, once a second
   kvstore replica        one model behind OpenAI's API, with the cache
   kvstore router         one address for several replicas
   kvstore cluster up     replicas that share a cache, with a router and Redis, on this machine
@@ -99,6 +101,7 @@ def _global_options(
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(demo)
 app.command()(config)
 app.command()(serve)
+app.command()(top)
 app.command()(replica)
 app.command()(router)
 app.add_typer(cluster, name="cluster")
