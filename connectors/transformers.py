@@ -59,6 +59,8 @@ class KVCacheModel:
     reuse:         "exact": logits are bit-equal to a run without a store; "any": finer hits, equal up to rounding.
     save_decode:   with "any", whether blocks that fill up while decoding are saved too (default: yes).
     load_deadline_s: longest wait for the pages of a hit; None takes the store's own (see `TransformersConnector`).
+    single_flight: a prompt that another request is computing is waited for instead of computed again (see
+                   `TransformersConnector`).
     self_check:    True compares a resumed run with a plain one before the first request; None does so for model types
                    that this package was not tested with.
 
@@ -75,6 +77,7 @@ class KVCacheModel:
         reuse: Reuse | str = Reuse.EXACT,
         save_decode: bool | None = None,
         load_deadline_s: float | None = None,
+        single_flight: bool = False,
         self_check: bool | None = None,
     ) -> None:
         check_chunk(prefill_chunk, store.layout.block_size if store is not None else 1)
@@ -95,6 +98,7 @@ class KVCacheModel:
                 reuse=reuse,
                 save_decode=save_decode,
                 load_deadline_s=load_deadline_s,
+                single_flight=single_flight,
             )
 
     @classmethod
@@ -107,11 +111,12 @@ class KVCacheModel:
         prefill_chunk: int = 256,
         reuse: Reuse | str = Reuse.EXACT,
         save_decode: bool | None = None,
+        single_flight: bool | None = None,
         salt: str = "",
         revision: str | None = None,
         self_check: bool | None = None,
     ) -> KVCacheModel:
-        """Open a store for `model` and own it: `close` closes both."""
+        """Open a store for `model` and own it: `close` closes both. single_flight: None takes `store.single_flight`."""
         store = open_store_for(model, config, prefill_chunk=prefill_chunk, reuse=reuse, salt=salt, revision=revision)
         try:
             opened = cls(
@@ -122,6 +127,7 @@ class KVCacheModel:
                 reuse=reuse,
                 save_decode=save_decode,
                 load_deadline_s=config.store.load_deadline_s,
+                single_flight=config.store.single_flight if single_flight is None else single_flight,
                 self_check=self_check,
             )
         except BaseException:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ from kvstore.base import KVStore
 from kvstore.devices.base import Device
 from kvstore.errors import ConfigError, KVStoreError, LayoutMismatch, RequestError
 from kvstore.move.worker import Worker
-from kvstore.plan.records import LeaseState, LeaseStatus, LoadLease, Request, RequestOptions
+from kvstore.plan.records import CutReason, LeaseState, LeaseStatus, LoadLease, Request, RequestOptions
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ SAVE_BATCH_BLOCKS = 32  # slots held at once by a save; a guess, so that a long 
 LOAD_ATTEMPTS = 3  # each one ends at a lower boundary than the one before
 CLOSE_TIMEOUT_S = 10.0
 POLL_DEADLINE_S = 2.0  # of a load that is polled where no deadline was given: the store's own default
-PENDING_MAX_S = 60.0  # of a lookup that is polled: every store answers long before, so this one has lost its way
+PENDING_MAX_S = 60.0  # of tiers, where a lookup is polled: stores answer long before, so this one has lost its way
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,8 @@ class TransformersConnector:
     save_decode:   save blocks that fill up while decoding too; only with "any", and its default there.
     load_deadline_s: longest wait for pages, all attempts together; None leaves the first attempt to the store's own
                    deadline, and further ones take what is in host memory.
+    single_flight: a prompt that another request is computing, here or on another machine, is waited for; prompts are
+                   saved chunk by chunk, so that others can follow. A request's own options may ask for it, too.
     device:        moves the bytes; None chooses by where the model is. A device given is the caller's to close.
     max_queue:     save jobs that may wait; beyond it saves are skipped.
 
@@ -89,6 +91,7 @@ class TransformersConnector:
         reuse: Reuse | str = Reuse.EXACT,
         save_decode: bool | None = None,
         load_deadline_s: float | None = None,
+        single_flight: bool = False,
         device: Device | None = None,
         max_queue: int = 64,
     ) -> None:
@@ -99,6 +102,7 @@ class TransformersConnector:
             raise ConfigError("save_decode is True with reuse 'exact'; a decode step gives other bits than a prefill")
         self.counters = ConnectorCounters()
         self._load_deadline_s = load_deadline_s
+        self._single_flight = single_flight
         self._model = model
         self._store = store
         self._block_size = store.layout.block_size
@@ -135,7 +139,7 @@ class TransformersConnector:
             if changed:
                 self._bypass("model changed: " + ", ".join(changed))
                 return None
-            return self._store.request(tokens, options)
+            return self._store.request(tokens, self._with_turns(options))
         except RequestError:
             raise  # bad options: the caller's mistake, before any work was done
         except Exception as error:
@@ -149,26 +153,27 @@ class TransformersConnector:
 
     def match(self, request: Request, may_block: Callable[[], bool]) -> Generator[None, None, Matched]:
         """The same, step by step: yields where it would wait and `may_block()` says no. Never raises."""
-        began = time.monotonic()
+        until = time.monotonic() + PENDING_MAX_S
         try:
             while True:
                 may_wait = may_block()
                 found = self._store.wait_lookup(request) if may_wait else self._store.lookup(request)
-                is_late = time.monotonic() > began + PENDING_MAX_S
-                if may_wait or not found.pending or is_late:
+                if may_wait or not found.pending or time.monotonic() > until:
                     break
+                if found.cut is CutReason.COMPUTING:  # the store sees to it that this ends
+                    until = time.monotonic() + PENDING_MAX_S
                 yield
         except Exception as error:
             self.counters.load_failures += 1
             _warn("a lookup failed, the prompt is computed", error)
             return Matched()
-        return Matched(self._resumable(found.num_blocks, request) * self._block_size)
+        return Matched(self._resumable(found.num_blocks, request) * self._block_size, found.compute_wait_s)
 
     def find(self, tokens: Any, options: RequestOptions | None = None) -> dict[str, int]:
         """Tokens of a prompt that would be loaded, by tier; waits at most the lookup deadline. Loads nothing."""
         try:
             request = self._store.request(tokens, options)
-            found = self._store.wait_lookup(request)
+            found = self._store.peek(request)
         except RequestError:
             raise
         except Exception as error:
@@ -271,6 +276,13 @@ class TransformersConnector:
         wrong = [f"{name} is {there!r}, here {here!r}" for name, here, there in pairs if here != there]
         if wrong:
             raise ConfigError("the store was opened for another model or mode: " + "; ".join(wrong))
+
+    def _with_turns(self, options: RequestOptions | None) -> RequestOptions | None:
+        """Options of a request that takes its turn in computing, where that is wanted."""
+        if not (self._single_flight or (options is not None and options.single_flight)):
+            return options
+        # In mode "exact" only whole chunks are saved, in mode "any" every block.
+        return replace(options or RequestOptions(), single_flight=True, step_blocks=self._step_blocks)
 
     def _bypass(self, reason: str) -> None:
         if reason not in self.counters.reasons:

@@ -77,6 +77,12 @@ class KVStore(Protocol):
         that is done, has ended, or has made no progress for longer than computing here would take.
         """
 
+    def peek(self, request: Request, timeout_s: float | None = None) -> Match:
+        """What a lookup would find, for who only wants to know: nothing is counted, claimed or remembered.
+
+        Waits at most `timeout_s` for tiers (default: the configured lookup deadline). The request is over afterwards.
+        """
+
     def prepare_load(self, request: Request, num_blocks: int, *, first: int = 0, owner: str = "") -> LoadLease:
         """Pin blocks [first, num_blocks) in host slots and start fetching what is not there. May grant fewer.
 

@@ -135,6 +135,10 @@ class StoreConfig(Section):
     load_deadline_s: Seconds = Field(
         default=2.0, gt=0, le=600, description="Longest wait for the pages of a hit; what is missing then is computed."
     )
+    single_flight: bool = Field(
+        default=False,
+        description="The transformers connector waits for a prompt that another request is computing already.",
+    )
     compute_wait_s: Seconds = Field(
         default=10.0,
         ge=0,
@@ -291,6 +295,11 @@ class ServiceConfig(Section):
         description="Namespaces (models) that may be open; host and disk capacity are shared equally among them.",
     )
     max_clients: Count = Field(default=256, ge=1, le=65536, description="Clients that may be attached at once.")
+    lease_max_s: Seconds = Field(
+        default=600.0,
+        gt=0,
+        description="Longest time a client holds a lease: then a remote one's is released, a local one's is reported.",
+    )
     drain_s: Seconds = Field(
         default=5.0, ge=0, le=600, description="At the end: longest wait for open leases and for what is owed to disk."
     )

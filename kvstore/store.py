@@ -132,6 +132,21 @@ class LocalStore:
                 elif not match.pending or not self._wait_until(until):
                     return match
 
+    def peek(self, request: Request, timeout_s: float | None = None) -> Match:
+        """What a lookup would find, without its consequences."""
+        wait_s = self._planner.settings.lookup_deadline_s if timeout_s is None else timeout_s
+        until = time.monotonic() + wait_s
+        with self._lock:
+            while True:
+                self._check_open()
+                is_pending = self._planner.ask(request, self._now())
+                self._send()
+                if not is_pending or not self._wait_until(until):
+                    break
+            match = self._planner.explain(request).match
+            self._planner.abandon(request, self._now())
+            return match
+
     def prepare_load(self, request: Request, num_blocks: int, *, first: int = 0, owner: str = "") -> LoadLease:
         """Pin blocks [first, num_blocks) in host slots and start fetching what is not there."""
         check_range("num_blocks", num_blocks, len(request.keys))

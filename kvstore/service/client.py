@@ -161,19 +161,20 @@ class RemoteStore:
         self._check_open()
         if timeout_s is not None:
             return self._lookup(request, timeout_s)
-        attachment = self._link.attachment
-        match = self._lookup(request, LOOKUP_DEADLINE_S if attachment is None else attachment.lookup_deadline_s)
+        match = self._lookup(request, self._lookup_deadline_s)
         while match.cut is CutReason.COMPUTING:  # the daemon ends that in good time
             match = self._lookup(request, COMPUTING_CALL_S)
         return match
 
-    def _lookup(self, request: Request, timeout_s: float) -> Match:
-        timeout_s = _bounded(timeout_s)
+    def peek(self, request: Request, timeout_s: float | None = None) -> Match:
+        """What a lookup would find, without its consequences."""
+        self._check_open()
         try:
-            _, answer = self._ask(Op.LOOKUP, request, lambda part: protocol.encode_lookup(part, timeout_s), timeout_s)
-            return protocol.decode_match(answer)
-        except (DaemonDown, protocol.ProtocolError):
-            return MISS
+            return self._lookup(request, self._lookup_deadline_s if timeout_s is None else timeout_s, Op.PEEK)
+        finally:
+            attachment = self._link.attachment
+            if attachment is not None:
+                attachment.sent.pop(request.id, None)
 
     def prepare_load(self, request: Request, num_blocks: int, *, first: int = 0, owner: str = "") -> LoadLease:
         """Pin blocks [first, num_blocks) in host slots and start fetching what is not there."""
@@ -423,6 +424,19 @@ class RemoteStore:
             self._release_orphans(attachment)
         return attachment
 
+    @property
+    def _lookup_deadline_s(self) -> float:
+        attachment = self._link.attachment
+        return LOOKUP_DEADLINE_S if attachment is None else attachment.lookup_deadline_s
+
+    def _lookup(self, request: Request, timeout_s: float, op: Op = Op.LOOKUP) -> Match:
+        timeout_s = _bounded(timeout_s)
+        try:
+            _, answer = self._ask(op, request, lambda part: protocol.encode_lookup(part, timeout_s), timeout_s)
+            return protocol.decode_match(answer)
+        except (DaemonDown, protocol.ProtocolError):
+            return MISS
+
     def _ask(
         self, op: Op, request: Request, message: Callable[[bytes], bytes], wait_s: float = 0.0
     ) -> tuple[Attachment, bytes]:
@@ -499,8 +513,11 @@ class RemoteStore:
         if held.has_come:
             return
         left_s = max(until - time.monotonic(), 0.0) + self._link.call_timeout_s
-        with self._link.borrow(held.attachment) as wire:
-            is_whole = staging.receive(wire, lease_id, held.pages, held.status.num_blocks, left_s)
+        try:
+            with self._link.borrow(held.attachment) as wire:
+                is_whole = staging.receive(wire, lease_id, held.pages, held.status.num_blocks, left_s)
+        except RequestError:
+            is_whole = False
         held.has_come = True
         if not is_whole:
             held.status = LeaseStatus(LeaseState.READY, 0, 0)

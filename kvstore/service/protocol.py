@@ -92,6 +92,7 @@ class Op(IntEnum):
     STATS = 18
     READ = 19  # remote clients: pages of a load lease, one frame each
     WRITE = 20  # remote clients: one page of a save lease; has no answer
+    PEEK = 21  # as LOOKUP
 
 
 class Status(IntEnum):

@@ -72,8 +72,15 @@ class DictStore:
         self._call("wait_lookup")
         return self.lookup(request)
 
+    def peek(self, request: Request, timeout_s: float | None = None) -> Match:
+        self._call("peek")
+        return self._match(request)
+
     def lookup(self, request: Request) -> Match:
         self._call("lookup")
+        return self._match(request)
+
+    def _match(self, request: Request) -> Match:
         blocks = self._resume_point(request, len(request.keys), set())
         return Match(blocks, blocks * self.layout.block_size, by_tier={"host": blocks})
 
