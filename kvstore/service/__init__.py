@@ -5,6 +5,7 @@
     stores       the daemon's stores, one per namespace, each over a slab in shared memory
     session      what the daemon holds for one client: its requests and leases
     channel      one connection of a client, in the daemon's event loop
+    clients      who is attached, and what they hold
     daemon       the process: listens, drains, closes
     link         a client's connections: deadlines, re-attaching
     client       RemoteStore: the store's face, spoken over a link

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -24,6 +25,8 @@ from kvstore.service.models import (
     BlocksAnswer,
     Cancel,
     ClearAnswer,
+    ClientAnswer,
+    ClientsAnswer,
     Delete,
     Explain,
     ExplainAnswer,
@@ -46,6 +49,7 @@ from kvstore.service.models import (
 from kvstore.service.namespaces import layout_from_json, namespace_from_json
 from kvstore.service.problems import Problem
 from kvstore.service.routes import Call, Route
+from kvstore.service.session import Session
 from kvstore.service.stores import OpenStore
 from radix.hashing import BlockHash, hash_blocks
 
@@ -73,6 +77,9 @@ class Api:
             Route("GET", "/metrics", self.metrics, "Prometheus metrics.", produces="text/plain"),
             Route("GET", "/v1/stats", self.stats, "Counters and gauges.", query=InNamespace, answer=StatsAnswer,
                   errors=(404,)),
+            Route("GET", "/v1/clients", self.clients, "Who is attached, and what they hold.", answer=ClientsAnswer),
+            Route("POST", "/v1/clients/{client}/disconnect", self.disconnect, "Release what a remote client holds.",
+                  answer=ClientsAnswer, needs_operator=True, errors=(404, 409)),
             Route("GET", "/v1/namespaces", self.namespaces, "The open namespaces.", answer=NamespacesAnswer),
             Route("POST", "/v1/namespaces", self.open_namespace, "Open a namespace.", body=NewNamespace,
                   answer=NamespaceAnswer, errors=(409, 503)),
@@ -126,7 +133,24 @@ class Api:
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
     async def stats(self, call: Call) -> StatsAnswer:
-        return StatsAnswer(namespaces={opened.id: opened.store.stats() for opened in self._some(call)})
+        own = self._daemon.own_metrics() if call.tenant.is_operator else {}
+        return StatsAnswer(namespaces={opened.id: opened.store.stats() for opened in self._some(call)}, service=own)
+
+    async def clients(self, call: Call) -> ClientsAnswer:
+        sessions = self._daemon.sessions.values()
+        mine = [one for one in sessions if call.tenant.is_operator or one.opened.tenant == call.tenant]
+        return ClientsAnswer(clients=[self._client(session) for session in mine])
+
+    async def disconnect(self, call: Call) -> ClientsAnswer:
+        session = self._daemon.clients.find(call.request.match_info["client"])
+        if session is None:
+            raise Problem(404, "there is no such client", field="client")
+        if not session.is_remote:
+            # Whatever we do, it has the slab mapped, and its slots must go to nobody else while it may write there.
+            detail = f"it shares this machine's memory: end its process, {session.pid}, and its leases are released"
+            raise Problem(409, "a client on this machine cannot be disconnected", detail, "client")
+        self._daemon.clients.end(session)
+        return await self.clients(call)
 
     # ---- namespaces -----------------------------------------------------------------------------------------------
 
@@ -270,6 +294,26 @@ class Api:
         return response
 
     # ---- private ----------------------------------------------------------------------------------------------------
+
+    def _client(self, session: Session) -> ClientAnswer:
+        now, leases = time.monotonic(), session.leases.values()
+        return ClientAnswer(
+            id=session.number,
+            client=session.client,
+            tenant=session.opened.tenant.name,
+            namespace=session.opened.id,
+            is_remote=session.is_remote,
+            pid=session.pid,
+            connections=len(self._daemon.clients.connections(session)),
+            ranks=len(session.anchors) - (not session.is_orphan),
+            attached_s=now - session.began_at,
+            idle_s=now - session.heard_at,
+            leases=len(leases),
+            slots=sum(len(held.lease.pages) for held in leases),
+            oldest_lease_s=max((now - held.granted_at for held in leases), default=None),
+            overdue_leases=len(session.overdue(now - self._daemon.config.service.lease_max_s)),
+            is_alone=session.is_orphan,
+        )
 
     def _one(self, call: Call, namespace: str | None) -> OpenStore:
         """The namespace that is meant. Problem 404 if there is none such, 409 if it is not clear."""

@@ -194,7 +194,7 @@ class App:
         if self._daemon.is_draining:
             raise Problem(503, "the daemon is closing", Retry_After="1")
         transport, handler = request.transport, request.protocol
-        channel = self._daemon.remote_channel(tenant, f"{tenant.name}@{request.remote}")
+        channel = self._daemon.clients.remote_channel(tenant, f"{tenant.name}@{request.remote}")
         transport.write(
             f"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {UPGRADE}\r\n\r\n".encode()
         )

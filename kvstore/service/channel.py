@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import socket
+import struct
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -24,6 +25,7 @@ from kvstore.service.tenants import Tenant
 log = logging.getLogger(__name__)
 
 BUFFER_BYTES = 64 << 10  # the keys of 2000 blocks; a message that is longer gets a buffer of its own
+PEER = struct.Struct("3i")  # pid, uid, gid
 HELLO_TIMEOUT_S = 5.0  # a connection that says nothing is closed
 
 
@@ -110,6 +112,14 @@ class Channel(asyncio.BufferedProtocol):
         self._may_write = asyncio.Event()
         self._may_write.set()
         self.closed: asyncio.Future[None] = self._loop.create_future()
+
+    @property
+    def pid(self) -> int | None:
+        """The process at the other end of a unix socket; None for one on another machine."""
+        if not self.is_local or self._transport is None:
+            return None
+        raw = self._transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size)
+        return int(PEER.unpack(raw)[0])
 
     # ---- the transport's calls ----------------------------------------------------------------------------------
 

@@ -14,31 +14,27 @@ import contextlib
 import errno
 import logging
 import os
-import secrets
 import signal
 import socket
 import stat
 from pathlib import Path
-from typing import Any
 
 from kvstore.config import Config
-from kvstore.errors import ConfigError, StoreClosed
+from kvstore.errors import ConfigError
 from kvstore.service.app import App, check_exposure
-from kvstore.service.channel import Channel, Greeting
+from kvstore.service.clients import Clients
 from kvstore.service.dashboard import Dashboard
 from kvstore.service.door import Door
 from kvstore.service.events import EventHub
 from kvstore.service.metrics import open_files
-from kvstore.service.namespaces import layout_from_json, namespace_from_json
 from kvstore.service.session import Session
-from kvstore.service.stores import OpenStore, Stores
+from kvstore.service.stores import Stores
 from kvstore.service.tenants import LOCAL, Tenant, read_tokens
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024
 DRAIN_STEP_S = 0.02
-MAX_NAME = 64  # of a client
 
 
 class Daemon:
@@ -47,10 +43,9 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.stores = Stores(config)
-        self.sessions: dict[str, Session] = {}
+        self.clients = Clients(config, self.stores)
         self.is_ready = False
         self.is_draining = False
-        self._channels: set[Channel] = set()
         self._server: asyncio.AbstractServer | None = None
         self._socket: Path | None = None
         self._stop: asyncio.Event | None = None
@@ -59,8 +54,11 @@ class Daemon:
         self.events = EventHub(self.stores.all)
         self.dashboard = Dashboard(self)
         self.app = App(self)
-        self.num_clients = 0
-        self.num_reclaimed = 0
+
+    @property
+    def sessions(self) -> dict[str, Session]:
+        """Those of the clients that are attached."""
+        return self.clients.sessions
 
     @property
     def has_tokens(self) -> bool:
@@ -83,6 +81,7 @@ class Daemon:
         self._server = await loop.create_unix_server(self._accept, sock=listener, backlog=BACKLOG)
         await self.app.start(self.config.service)
         self.dashboard.start()
+        self.clients.start()
         self.is_ready = True
         log.info("listening on %s, %d stores opened from disk", self._socket, num_stores)
 
@@ -109,20 +108,16 @@ class Daemon:
         until = asyncio.get_running_loop().time() + self.config.service.drain_s
         if self._server is not None:
             self._server.close()
-        for session in self.sessions.values():
-            session.is_draining = True
-        while self.num_leases and asyncio.get_running_loop().time() < until:
+        self.clients.drain()
+        while self.clients.num_leases and asyncio.get_running_loop().time() < until:
             await asyncio.sleep(DRAIN_STEP_S)
-        if self.num_leases:
-            log.warning("close: %d leases are still open after %.1f s", self.num_leases, self.config.service.drain_s)
+        if self.clients.num_leases:
+            drain_s = self.config.service.drain_s
+            log.warning("close: %d leases are still open after %.1f s", self.clients.num_leases, drain_s)
         await self.events.close()
         await self.dashboard.close()
-        for channel in list(self._channels):
-            channel.close()
         await self.app.close()
-        await asyncio.sleep(0)
-        for session in list(self.sessions.values()):
-            self._end(session)
+        await self.clients.close()
         left_s = max(1.0, until - asyncio.get_running_loop().time())
         await self.stores.close(left_s)
         if self._server is not None and self._socket is not None:
@@ -130,118 +125,28 @@ class Daemon:
                 self._socket.unlink()
             self._server = None
 
-    @property
-    def num_leases(self) -> int:
-        """Leases that clients hold."""
-        return sum(len(session.leases) for session in self.sessions.values())
-
     def own_metrics(self) -> dict[str, float]:
         """The daemon's own numbers, by metric name."""
+        overdue_leases, overdue_slots = self.clients.overdue
         return {
             "kvstore_service_clients": len(self.sessions),
-            "kvstore_service_connections": len(self._channels),
-            "kvstore_service_client_leases": self.num_leases,
-            "kvstore_service_clients_total": self.num_clients,
-            "kvstore_service_leases_reclaimed_total": self.num_reclaimed,
+            "kvstore_service_connections": self.clients.num_connections,
+            "kvstore_service_client_leases": self.clients.num_leases,
+            "kvstore_service_overdue_leases": overdue_leases,
+            "kvstore_service_overdue_slots": overdue_slots,
+            "kvstore_service_clients_total": self.clients.num_attached,
+            "kvstore_service_leases_reclaimed_total": self.clients.num_reclaimed,
+            "kvstore_service_leases_expired_total": self.clients.num_expired,
             "kvstore_service_http_requests_total": self.app.num_requests,
             "kvstore_service_http_refused_total": self.app.num_refused,
             "kvstore_service_event_streams": self.events.num_streams,
             "kvstore_service_open_files": open_files(),
         }
 
-    def remote_channel(self, tenant: Tenant, peer: str) -> Channel:
-        """A connection of a client on another machine."""
-        channel = Channel(self, peer, tenant=tenant, is_local=False)
-        self._channels.add(channel)
-        return channel
-
-    # ---- what channels ask --------------------------------------------------------------------------------------
-
-    async def hello(self, channel: Channel, message: dict[str, Any]) -> Greeting:
-        """Open a session, and its store if need be."""
-        if self.is_draining:
-            raise StoreClosed("the daemon is closing")
-        if len(self.sessions) >= self.config.service.max_clients:
-            raise ConfigError(f"service.max_clients is {self.config.service.max_clients}, and as many are attached")
-        layout = layout_from_json(message.get("layout"))
-        namespace = namespace_from_json(message.get("namespace"))
-        opened = await self.stores.open(channel.tenant, layout, namespace)
-        session = Session(secrets.token_hex(16), opened, _name(channel, message), is_remote=not channel.is_local)
-        session.anchor = channel
-        session.anchors.add(channel)
-        self.sessions[session.id] = session
-        self.num_clients += 1
-        store = self.config.store
-        answer = {
-            "session": session.id,
-            "namespace": opened.id,
-            "num_slots": opened.handle.num_slots,
-            "slot_bytes": opened.handle.slot_bytes,
-            "lookup_deadline_s": store.lookup_deadline_s,
-            "load_deadline_s": store.load_deadline_s,
-        }
-        log.info("client %s attached to %s", channel.peer, opened.id)
-        return Greeting(session, answer, _slab_fd(opened) if channel.is_local else None)
-
-    def attach(self, channel: Channel, message: dict[str, Any]) -> Greeting | None:
-        """Another connection of a session; with "anchor" one of those that keep it alive, with "slab" its slab."""
-        session = self.sessions.get(str(message.get("session")))
-        if session is None or session.is_orphan or session.opened.tenant != channel.tenant:
-            return None
-        if message.get("anchor") is True:
-            session.anchors.add(channel)
-        wants_slab = channel.is_local and message.get("slab") is True
-        return Greeting(session, None, _slab_fd(session.opened) if wants_slab else None)
-
-    def lost(self, channel: Channel) -> None:
-        """A connection ended; with its last anchor, a client."""
-        self._channels.discard(channel)
-        session = channel.session
-        if session is None or channel not in session.anchors:
-            return
-        session.anchors.discard(channel)
-        is_client = channel is session.anchor
-        if not session.anchors or (is_client and not session.leases):
-            self._end(session)
-        elif is_client:
-            # Ranks of its engine may still copy: what it leased is released when they have hung up, too.
-            log.warning("client %s is gone, %d of its ranks are not", session.client, len(session.anchors))
-            session.orphan()
-            for rank in session.anchors:
-                rank.tell_lost()
-
     # ---- private ------------------------------------------------------------------------------------------------
 
-    def _end(self, session: Session) -> None:
-        if self.sessions.pop(session.id, None) is None:
-            return
-        num_released = session.close()
-        for channel in list(self._channels):
-            if channel.session is session:
-                channel.close()
-        self.num_reclaimed += num_released
-        if num_released:
-            log.warning("client %s is gone: released its %d leases", session.client, num_released)
-        else:
-            log.info("client %s detached", session.client)
-
     def _accept(self) -> Door:
-        return Door(self._channel, self.app.protocol)
-
-    def _channel(self) -> Channel:
-        channel = Channel(self, "local", tenant=LOCAL, is_local=True)
-        self._channels.add(channel)
-        return channel
-
-
-def _name(channel: Channel, message: dict[str, Any]) -> str:
-    """Who a client says it is, and where it is if that is not here."""
-    name = str(message.get("client") or "")[:MAX_NAME]
-    return channel.peer if not name else name if channel.is_local else f"{name} ({channel.peer})"
-
-
-def _slab_fd(opened: OpenStore) -> int:
-    return os.open(opened.handle.path, os.O_RDWR | os.O_CLOEXEC)
+        return Door(self.clients.local_channel, self.app.protocol)
 
 
 def socket_path(path: Path | None) -> Path:

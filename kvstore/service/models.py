@@ -221,6 +221,38 @@ class TicketAnswer(Answer):
     ticket: int
 
 
+class ClientAnswer(Answer):
+    """A client that is attached.
+
+    id:       names it here. pid: its process, on this machine.
+    ranks:    further processes of its engine that have the slab mapped.
+    slots:    that its leases hold; overdue ones are out of use until it ends (see docs/service.md).
+    is_alone: the client is gone, and only ranks of its engine still hold its leases.
+    """
+
+    id: int
+    client: str
+    tenant: str
+    namespace: str
+    is_remote: bool
+    pid: int | None
+    connections: int
+    ranks: int
+    attached_s: float
+    idle_s: float
+    leases: int
+    slots: int
+    oldest_lease_s: float | None
+    overdue_leases: int
+    is_alone: bool
+
+
+class ClientsAnswer(Answer):
+    """All clients of the tenant; of all tenants for an operator."""
+
+    clients: list[ClientAnswer]
+
+
 class NamespaceAnswer(Answer):
     """A namespace that is open."""
 
@@ -281,9 +313,13 @@ class ExplainAnswer(Answer):
 
 
 class StatsAnswer(Answer):
-    """Counters and gauges by namespace, as kvstore/metrics.py documents them."""
+    """Counters and gauges by namespace, as kvstore/metrics.py documents them.
+
+    service: the daemon's own, by the names of its metrics; for operators only.
+    """
 
     namespaces: dict[str, dict[str, Any]]
+    service: dict[str, float]
 
 
 class StatusAnswer(Answer):

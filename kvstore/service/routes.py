@@ -62,6 +62,7 @@ class Route:
 _PATH_SCHEMAS: dict[str, dict[str, Any]] = {
     "namespace": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
     "tier": {"type": "string", "enum": ["host", "disk", "redis"]},
+    "client": {"type": "string", "pattern": "^[0-9]{1,18}$"},
 }
 
 
@@ -127,7 +128,7 @@ _STATUS_TEXT = {
     400: "Something sent is not valid; `field` names it.",
     401: "No token, or not a known one.",
     403: "Not for this tenant.",
-    404: "There is no such namespace or tier.",
+    404: "There is no such namespace, tier or client.",
     409: "Not possible in the state things are in.",
     413: "The body is too large.",
     415: "The body is of another kind.",

@@ -13,9 +13,10 @@ In the daemon's event loop: messages take microseconds under the store's lock, a
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import xxhash
@@ -61,6 +62,16 @@ class Pending:
     timeout_s: float
 
 
+@dataclass(slots=True)
+class Held:
+    """A lease of the client. owner: its own word for who holds it. received: pages that came over the wire."""
+
+    lease: LoadLease | SaveLease
+    owner: str
+    granted_at: float
+    received: set[int] = field(default_factory=set)
+
+
 class Anchor(Protocol):
     """A connection that says somebody lives who may copy."""
 
@@ -71,25 +82,44 @@ class Anchor(Protocol):
 class Session:
     """One client's requests and leases over one store. The daemon's event loop only."""
 
-    def __init__(self, session_id: str, opened: OpenStore, client: str, *, is_remote: bool = False) -> None:
+    def __init__(
+        self,
+        session_id: str,
+        opened: OpenStore,
+        client: str,
+        *,
+        is_remote: bool = False,
+        number: int = 0,
+        pid: int | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin.
+
+        session_id: whoever knows it may attach to the session; number: names it to operators.
+        client:     what the client calls itself; pid: its process, on this machine.
+        """
         self.id = session_id
         self.opened = opened
         self.client = client
         self.is_remote = is_remote
+        self.number = number
+        self.pid = pid
+        self.began_at = self.heard_at = now()
+        self.is_overdue = False  # held a lease for too long when that was last looked at
         self.anchor: Anchor | None = None  # the client's own
         self.anchors: set[Anchor] = set()  # with those of its ranks
         self.is_orphan = False
         self.is_draining = False
-        self.leases: dict[int, LoadLease | SaveLease] = {}
+        self.leases: dict[int, Held] = {}
         self.usage = Usage()
         self._store = opened.store
+        self._now = now
         self._requests: OrderedDict[int, Request] = OrderedDict()
-        self._owners: dict[int, str] = {}  # lease id -> the client's own word for who holds it
-        self._received: dict[int, set[int]] = {}  # lease id -> pages that came over the wire
         self._tickets: OrderedDict[int, None] = OrderedDict()
         self._tombstones: OrderedDict[int, None] = OrderedDict()
         self._handlers: dict[Op, Callable[[Reader], bytes | Pending]] = {
             Op.LOOKUP: self._lookup,
+            Op.PEEK: self._peek,
             Op.PREPARE_LOAD: self._prepare_load,
             Op.WAIT: self._wait,
             Op.PREPARE_SAVE: self._prepare_save,
@@ -112,21 +142,28 @@ class Session:
         handler = self._handlers.get(op)
         if handler is None:
             raise ProtocolError(f"a session has no {op.name}")
+        self.heard_at = self._now()
         return handler(Reader(body))
 
     def orphan(self) -> None:
         """The client is gone, ranks of its engine are not: nothing is granted any more, and nothing released yet."""
         self.is_orphan = self.is_draining = True
+        self._abandon()
 
     def close(self) -> int:
         """Release every lease; returns how many. Idempotent."""
-        leases = list(self.leases.values())
-        for lease in leases:
-            self._store.release(lease)
-        self.leases.clear()
-        self._owners.clear()
-        self._received.clear()
-        return len(leases)
+        self._abandon()
+        return self.expire(list(self.leases))
+
+    def overdue(self, before: float) -> list[int]:
+        """The leases that were granted before that time, of the session's clock."""
+        return [lease_id for lease_id, held in self.leases.items() if held.granted_at < before]
+
+    def expire(self, lease_ids: Sequence[int]) -> int:
+        """Release leases without their holder's word; returns how many."""
+        for lease_id in lease_ids:
+            self._store.release(self.leases.pop(lease_id).lease)
+        return len(lease_ids)
 
     # ---- lookups and loads --------------------------------------------------------------------------------------
 
@@ -147,6 +184,21 @@ class Session:
 
         return Pending(look, lambda: protocol.encode_match(match), timeout_s)
 
+    def _peek(self, reader: Reader) -> bytes | Pending:
+        timeout_s = protocol.read_timeout(reader)
+        part = protocol.read_request(reader)
+        reader.end()
+        request = self._take_request(part)
+        self._requests.pop(part.id, None)
+
+        def answer() -> bytes:
+            return protocol.encode_match(self._store.peek(request, 0.0))
+
+        def look() -> bytes | None:
+            return None if self._store.ask(request) else answer()
+
+        return look() or Pending(look, answer, timeout_s)
+
     def _prepare_load(self, reader: Reader) -> bytes:
         lease_id, first, end, owner = protocol.read_prepare(reader)
         request = self._request(reader)
@@ -159,7 +211,7 @@ class Session:
     def _wait(self, reader: Reader) -> bytes | Pending:
         lease_id, timeout_s = protocol.read_wait(reader)
         reader.end()
-        lease = self.leases.get(lease_id)
+        lease = self._lease(lease_id)
         if not isinstance(lease, LoadLease):
             return protocol.encode_status(_CLOSED)
         status = self._store.poll(lease)
@@ -204,39 +256,34 @@ class Session:
     def _complete(self, reader: Reader) -> bytes:
         lease_id, filled = protocol.read_complete(reader)
         reader.end()
-        lease = self.leases.get(lease_id)
-        if self.is_remote and isinstance(lease, SaveLease):
+        held = self.leases.get(lease_id)
+        if held is None:
+            return b""
+        if self.is_remote and isinstance(held.lease, SaveLease):
             # Only what arrived, whatever the client believes.
-            received = self._received.get(lease_id, set())
-            asked = [True] * len(lease.pages) if filled is None else filled
-            filled = [flag and index in received for index, flag in enumerate(asked)]
-        if lease is not None:
-            self._store.complete(lease, filled=filled)  # refuses flags of another length: the lease stays
-            self.usage.completed(lease, self.opened.layout)
-            self._drop(lease_id)
+            asked = [True] * len(held.lease.pages) if filled is None else filled
+            filled = [flag and index in held.received for index, flag in enumerate(asked)]
+        self._store.complete(held.lease, filled=filled)  # refuses flags of another length: the lease stays
+        self.usage.completed(held.lease, self.opened.layout)
+        del self.leases[lease_id]
         return b""
 
     def _release(self, reader: Reader) -> bytes:
         lease_id = protocol.read_lease(reader)
         reader.end()
-        lease = self.leases.get(lease_id)
-        if lease is None:
+        if lease_id in self.leases:
+            self.expire([lease_id])
+        else:
             self._tombstones[lease_id] = None
             if len(self._tombstones) > MAX_TOMBSTONES:
                 self._tombstones.popitem(last=False)
-        else:
-            self._store.release(lease)
-            self._drop(lease_id)
         return b""
 
     def _release_owner(self, reader: Reader) -> bytes:
         owner = reader.text(protocol.read_number(reader))
         reader.end()
-        mine = [lease_id for lease_id, name in self._owners.items() if name == owner]
-        for lease_id in mine:
-            self._store.release(self.leases[lease_id])
-            self._drop(lease_id)
-        return protocol.encode_number(len(mine))
+        mine = [lease_id for lease_id, held in self.leases.items() if held.owner == owner]
+        return protocol.encode_number(self.expire(mine))
 
     # ---- pages of remote clients ----------------------------------------------------------------------------------
 
@@ -245,7 +292,7 @@ class Session:
         reader = Reader(body)
         lease_id, first, num_pages = protocol.read_read(reader)
         reader.end()
-        lease = self.leases.get(lease_id)
+        lease = self._lease(lease_id)
         if not isinstance(lease, LoadLease):
             raise RequestError(f"lease {lease_id} is no load lease of this client")
         if first + num_pages > len(lease.pages):
@@ -261,7 +308,7 @@ class Session:
 
     def writable(self, lease_id: int, index: int, num_bytes: int) -> memoryview | None:
         """Where a page that is being received goes; None if the lease has ended. Ask again for every piece of it."""
-        lease = self.leases.get(lease_id)
+        lease = self._lease(lease_id)
         if not isinstance(lease, SaveLease):
             return None
         if index >= len(lease.pages):
@@ -274,12 +321,12 @@ class Session:
 
     def written(self, lease_id: int, index: int, checksum: int) -> None:
         """A page is there as a whole; it counts if its bytes are those that were sent."""
-        lease = self.leases.get(lease_id)
+        lease = self._lease(lease_id)
         if isinstance(lease, SaveLease):
             page = lease.pages[index]
             view = self._store.slot_view(page.slot)[: self.opened.layout.stored_bytes(page.group)]
             if xxhash.xxh3_64_intdigest(view) == checksum:
-                self._received.setdefault(lease_id, set()).add(index)
+                self.leases[lease_id].received.add(index)
 
     # ---- retention, and the store as a whole --------------------------------------------------------------------
 
@@ -325,6 +372,12 @@ class Session:
 
     # ---- private ------------------------------------------------------------------------------------------------
 
+    def _abandon(self) -> None:
+        """The client goes on with none of its requests: others need not wait for what it was computing."""
+        for request in self._requests.values():
+            if request.options.single_flight:
+                self._store.abandon(request)
+
     def _request(self, reader: Reader) -> Request:
         part = protocol.read_request(reader)
         reader.end()
@@ -368,14 +421,11 @@ class Session:
         return not self.is_draining and self._tombstones.pop(lease_id, self) is self
 
     def _grant(self, lease_id: int, lease: LoadLease | SaveLease, owner: str) -> None:
-        self.leases[lease_id] = lease
-        if owner:
-            self._owners[lease_id] = owner
+        self.leases[lease_id] = Held(lease, owner, self._now())
 
-    def _drop(self, lease_id: int) -> None:
-        del self.leases[lease_id]
-        self._owners.pop(lease_id, None)
-        self._received.pop(lease_id, None)
+    def _lease(self, lease_id: int) -> LoadLease | SaveLease | None:
+        held = self.leases.get(lease_id)
+        return None if held is None else held.lease
 
     def _owner(self, owner: str) -> str:
         return f"{self.id}/{owner}"

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import xxhash
 
+from kvstore.errors import RequestError
 from kvstore.layout import Layout
 from kvstore.plan.records import SlotPage
 from kvstore.plan.slots import SlotPool
@@ -54,7 +55,10 @@ class Staging:
             self._pool.give(page.slot for page in pages)
 
     def receive(self, wire: Wire, lease_id: int, pages: Sequence[SlotPage], num_blocks: int, timeout_s: float) -> bool:
-        """Bring the pages of blocks before `num_blocks` into their slots; False if one of them did not come whole."""
+        """Bring the pages of blocks before `num_blocks` into their slots; False if one of them did not come whole.
+
+        Raises RequestError if the lease has ended over there: it was held for too long.
+        """
         wanted = [index for index, page in enumerate(pages) if page.block < num_blocks]
         wire.begin(timeout_s)
         at = 0
@@ -84,6 +88,8 @@ class Staging:
     def _receive_page(self, wire: Wire, page: SlotPage, index: int) -> bool:
         raw = wire.take(HEADER.size)
         frame = protocol.decode_header(raw)
+        if frame.status is Status.ERROR and frame.num_bytes <= protocol.MAX_BODY_BYTES:
+            raise RequestError(str(protocol.decode_json(wire.take(frame.num_bytes)).get("message")))
         if frame.op is not Op.READ or frame.status is not Status.OK:
             raise ProtocolError(f"asked for pages, answered {frame.op.name} {frame.status.name}")
         _, answered, size, checksum = PAGE_HEAD.unpack(wire.take(PAGE_HEAD.size))

@@ -1,0 +1,225 @@
+"""Who is attached to a daemon: its clients' sessions, and what they hold for how long.
+
+A client lives as long as its anchor is open; what it held is released when that closes, or, where ranks of its engine
+may still copy, when theirs do.
+
+The hard thing: a client that is stopped (SIGSTOP, a hung host) is not dead. One on this machine has the slab mapped; it
+may wake at any time and go on reading and writing where it was, and nobody can forbid it. So its leases are kept,
+however old: the slots are out of use, counted as overdue, shown with the process that holds them, and free again when
+that process ends. A client on another machine reaches slots only through the daemon: what it leases for longer than
+`service.lease_max_s` is released, and what it still sends goes nowhere.
+
+The daemon's event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kvstore.config import Config
+from kvstore.errors import ConfigError, StoreClosed
+from kvstore.service.channel import Channel, Greeting
+from kvstore.service.namespaces import layout_from_json, namespace_from_json
+from kvstore.service.session import Session
+from kvstore.service.stores import OpenStore, Stores
+from kvstore.service.tenants import LOCAL, Tenant
+
+log = logging.getLogger(__name__)
+
+MAX_NAME = 64  # of a client
+LONGEST_LOOK_S = 5.0  # between two looks for overdue leases
+
+
+class Clients:
+    """The sessions of a daemon, and the connections they came by."""
+
+    def __init__(self, config: Config, stores: Stores, now: Callable[[], float] = time.monotonic) -> None:
+        self.sessions: dict[str, Session] = {}
+        self.is_draining = False
+        self.num_attached = 0
+        self.num_reclaimed = 0
+        self.num_expired = 0
+        self._config = config
+        self._stores = stores
+        self._now = now
+        self._channels: set[Channel] = set()
+        self._watching: asyncio.Task[None] | None = None
+
+    def local_channel(self) -> Channel:
+        """A connection of a client on this machine."""
+        return self._channel(Channel(self, "local", tenant=LOCAL, is_local=True))
+
+    def remote_channel(self, tenant: Tenant, peer: str) -> Channel:
+        """A connection of a client on another machine."""
+        return self._channel(Channel(self, peer, tenant=tenant, is_local=False))
+
+    def start(self) -> None:
+        """Look for overdue leases from now on."""
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
+
+    def drain(self) -> None:
+        """Let nobody in, grant nothing any more."""
+        self.is_draining = True
+        for session in self.sessions.values():
+            session.is_draining = True
+
+    async def close(self) -> None:
+        """Hang up, and release what is left. Idempotent."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+            self._watching = None
+        for channel in list(self._channels):
+            channel.close()
+        await asyncio.sleep(0)
+        for session in list(self.sessions.values()):
+            self.end(session)
+
+    def end(self, session: Session) -> None:
+        """The client is gone, or shall be: release its leases and hang up. Idempotent."""
+        if self.sessions.pop(session.id, None) is None:
+            return
+        num_released = session.close()
+        for channel in self.connections(session):
+            channel.close()
+        self.num_reclaimed += num_released
+        if num_released:
+            log.warning("client %s is gone: released its %d leases", session.client, num_released)
+        else:
+            log.info("client %s detached", session.client)
+
+    def find(self, number: str) -> Session | None:
+        """The session of that number."""
+        return next((session for session in self.sessions.values() if str(session.number) == number), None)
+
+    def connections(self, session: Session) -> list[Channel]:
+        """The session's connections, anchors among them."""
+        return [channel for channel in self._channels if channel.session is session]
+
+    @property
+    def num_connections(self) -> int:
+        """Connections, also of those who have not said hello."""
+        return len(self._channels)
+
+    @property
+    def num_leases(self) -> int:
+        """Leases that clients hold."""
+        return sum(len(session.leases) for session in self.sessions.values())
+
+    @property
+    def overdue(self) -> tuple[int, int]:
+        """Leases held for longer than `service.lease_max_s`, and the slots in them."""
+        before = self._now() - self._config.service.lease_max_s
+        pages = [
+            len(session.leases[lease_id].lease.pages)
+            for session in self.sessions.values()
+            for lease_id in session.overdue(before)
+        ]
+        return len(pages), sum(pages)
+
+    # ---- what channels ask --------------------------------------------------------------------------------------
+
+    async def hello(self, channel: Channel, message: dict[str, Any]) -> Greeting:
+        """Open a session, and its store if need be."""
+        if self.is_draining:
+            raise StoreClosed("the daemon is closing")
+        most = self._config.service.max_clients
+        if len(self.sessions) >= most:
+            raise ConfigError(f"service.max_clients is {most}, and as many are attached")
+        layout = layout_from_json(message.get("layout"))
+        namespace = namespace_from_json(message.get("namespace"))
+        opened = await self._stores.open(channel.tenant, layout, namespace)
+        self.num_attached += 1
+        session = Session(
+            secrets.token_hex(16),
+            opened,
+            _name(channel, message),
+            is_remote=not channel.is_local,
+            number=self.num_attached,
+            pid=channel.pid,
+            now=self._now,
+        )
+        session.anchor = channel
+        session.anchors.add(channel)
+        self.sessions[session.id] = session
+        store = self._config.store
+        answer = {
+            "session": session.id,
+            "namespace": opened.id,
+            "num_slots": opened.handle.num_slots,
+            "slot_bytes": opened.handle.slot_bytes,
+            "lookup_deadline_s": store.lookup_deadline_s,
+            "load_deadline_s": store.load_deadline_s,
+        }
+        log.info("client %s attached to %s", session.client, opened.id)
+        return Greeting(session, answer, _slab_fd(opened) if channel.is_local else None)
+
+    def attach(self, channel: Channel, message: dict[str, Any]) -> Greeting | None:
+        """Another connection of a session; with "anchor" one of those that keep it alive, with "slab" its slab."""
+        session = self.sessions.get(str(message.get("session")))
+        if session is None or session.is_orphan or session.opened.tenant != channel.tenant:
+            return None
+        if message.get("anchor") is True:
+            session.anchors.add(channel)
+        wants_slab = channel.is_local and message.get("slab") is True
+        return Greeting(session, None, _slab_fd(session.opened) if wants_slab else None)
+
+    def lost(self, channel: Channel) -> None:
+        """A connection ended; with its last anchor, a client."""
+        self._channels.discard(channel)
+        session = channel.session
+        if session is None or channel not in session.anchors:
+            return
+        session.anchors.discard(channel)
+        is_client = channel is session.anchor
+        if not session.anchors or (is_client and not session.leases):
+            self.end(session)
+        elif is_client:
+            # Ranks of its engine may still copy: what it leased is released when they have hung up, too.
+            log.warning("client %s is gone, %d of its ranks are not", session.client, len(session.anchors))
+            session.orphan()
+            for rank in session.anchors:
+                rank.tell_lost()
+
+    # ---- private ------------------------------------------------------------------------------------------------
+
+    def _channel(self, channel: Channel) -> Channel:
+        self._channels.add(channel)
+        return channel
+
+    async def _watch(self) -> None:
+        lease_max_s = self._config.service.lease_max_s
+        while True:
+            await asyncio.sleep(min(LONGEST_LOOK_S, lease_max_s / 4))
+            before = self._now() - lease_max_s
+            for session in list(self.sessions.values()):
+                leases = session.overdue(before)
+                if leases and session.is_remote:
+                    self.num_expired += session.expire(leases)
+                    log.warning("client %s: released %d leases it held too long", session.client, len(leases))
+                elif leases and not session.is_overdue:
+                    log.warning(
+                        "client %s, process %s, has held %d leases for longer than service.lease_max_s (%.0f s): their "
+                        "slots are out of use until they end, or the process does",
+                        session.client,
+                        session.pid,
+                        len(leases),
+                        lease_max_s,
+                    )
+                session.is_overdue = bool(leases)
+
+
+def _name(channel: Channel, message: dict[str, Any]) -> str:
+    """Who a client says it is, and where it is if that is not here."""
+    name = str(message.get("client") or "")[:MAX_NAME]
+    return channel.peer if not name else name if channel.is_local else f"{name} ({channel.peer})"
+
+
+def _slab_fd(opened: OpenStore) -> int:
+    return os.open(opened.handle.path, os.O_RDWR | os.O_CLOEXEC)
