@@ -253,6 +253,41 @@ def test_somebody_else_with_the_pid_of_a_process_that_has_ended_is_left_alone(ru
         stranger.communicate()
 
 
+@pytest.fixture
+def up(run: RunDirectory) -> Iterator[subprocess.Popen[bytes]]:
+    """An `up` that stands by its cluster, in a process of its own."""
+    script = f"from tests.helpers.clusters import stand_by; stand_by({str(run.parent)!r})"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        yield process
+        process.kill()
+
+
+def test_down_asks_an_up_that_stands_by_to_end(run: RunDirectory, up: subprocess.Popen[bytes]) -> None:
+    pids = [process.pid for process in run.running().values()]
+
+    count = take_down(run)
+
+    assert (count, len(pids)) == (3, 3)
+    assert all(map(is_gone, pids))
+    assert up.wait(10) == 0
+
+
+def test_down_does_the_work_of_an_up_that_was_killed(
+    run: RunDirectory, up: subprocess.Popen[bytes], plan: Plan
+) -> None:
+    plan()
+    pids = [process.pid for process in run.running().values()]
+    up.kill()
+    up.wait()
+    assert not any(map(is_gone, pids))
+
+    assert take_down(run) == 3
+    assert all(map(is_gone, pids))
+    assert not run.path.exists()
+
+
 def test_down_is_no_error_where_nothing_is_up(run: RunDirectory) -> None:
     assert take_down(run) == 0
 

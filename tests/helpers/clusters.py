@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from kvstore.cluster import supervisor
+from kvstore.cluster.supervisor_directory import RunDirectory
 from kvstore.cluster.supervisor_ports import free_ports
 from kvstore.cluster.topology import ClusterSpec, Kind, Process, ports_from
 
@@ -46,3 +49,12 @@ def stand_ins(node: str = "ready", replica: str = "ready", router: str = "ready"
 def a_spec(name: str = "test") -> ClusterSpec:
     """Any spec: what the stand-ins are is not read from it."""
     return ClusterSpec(model="none", ports=ports_from(free_ports(4), 1, 1), name=name)
+
+
+def stand_by(parent: str) -> None:
+    """What `kvstore cluster up` does, with stand-ins, in a process of its own; prints a line when they are up."""
+    processes = stand_ins()
+    supervisor.plan = lambda *_: processes  # type: ignore[assignment]
+    with supervisor.interruptible(), supervisor.brought_up(a_spec(), RunDirectory(Path(parent), "test")) as brought:
+        print("up", flush=True)
+        brought.stand()
