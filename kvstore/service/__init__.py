@@ -1,6 +1,7 @@
 """The node daemon: one cache for all engine processes of a machine, and the client that speaks to it.
 
-    protocol     frames and messages; the same over a unix socket and over an upgraded HTTP connection
+    protocol     frames, the same over a unix socket and over an upgraded HTTP connection
+    messages     what they say: requests, calls, answers
     namespaces   layouts and namespaces as JSON, checked
     stores       the daemon's stores, one per namespace, each over a slab in shared memory
     session      what the daemon holds for one client: its requests and leases

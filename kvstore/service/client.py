@@ -37,7 +37,7 @@ from kvstore.plan.records import (
     SlotPage,
 )
 from kvstore.requests import RequestMaker, check_blocks, check_range
-from kvstore.service import protocol
+from kvstore.service import messages, protocol
 from kvstore.service.link import EPOCH_BITS, Attachment, DaemonDown, Link
 from kvstore.service.namespaces import check_pair, layout_to_json, namespace_to_json
 from kvstore.service.protocol import Op, Status
@@ -184,7 +184,7 @@ class RemoteStore:
         lease_id = next(self._lease_ids)
         try:
             attachment, answer = self._prepare(Op.PREPARE_LOAD, request, lease_id, first, num_blocks, owner)
-            lease, status = protocol.decode_load(answer, lease_id, attachment.slot_base)
+            lease, status = messages.decode_load(answer, lease_id, attachment.slot_base)
         except (DaemonDown, protocol.ProtocolError):
             return LoadLease(lease_id, 0, 0, ())
         held = _Held(attachment, owner, status, lease.pages)
@@ -211,9 +211,9 @@ class RemoteStore:
         until = time.monotonic() + timeout_s
         try:
             if held.status.state is not LeaseState.READY:
-                message = protocol.encode_wait(lease.id, timeout_s)
+                message = messages.encode_wait(lease.id, timeout_s)
                 _, answer = self._link.call(held.attachment, Op.WAIT, message, timeout_s)
-                held.status = protocol.decode_status(answer)
+                held.status = messages.decode_status(answer)
             if self._staging is not None and held.status.state is LeaseState.READY:
                 self._bring(lease.id, held, self._staging, until)
         except (DaemonDown, protocol.ProtocolError):
@@ -232,7 +232,7 @@ class RemoteStore:
     def cancel(self, ticket: int) -> None:
         """Stop a prefetch."""
         if ticket:
-            self._tell(Op.CANCEL, protocol.encode_number(ticket))
+            self._tell(Op.CANCEL, messages.encode_number(ticket))
 
     # ---- saves ------------------------------------------------------------------------------------------------
 
@@ -243,7 +243,7 @@ class RemoteStore:
         lease_id = next(self._lease_ids)
         try:
             attachment, answer = self._prepare(Op.PREPARE_SAVE, request, lease_id, first, first + num_blocks, owner)
-            lease = protocol.decode_save(answer, lease_id, attachment.slot_base)
+            lease = messages.decode_save(answer, lease_id, attachment.slot_base)
         except (DaemonDown, protocol.ProtocolError):
             return SaveLease(lease_id, (), num_blocks * len(self._layout.groups))
         if self._staging is not None:
@@ -263,11 +263,11 @@ class RemoteStore:
         if self._staging is not None and held is not None and held.status is None and held.pages:
             self._send(lease.id, held, self._staging, filled)
         else:
-            self._end(lease.id, Op.COMPLETE, protocol.encode_complete(lease.id, filled))
+            self._end(lease.id, Op.COMPLETE, messages.encode_complete(lease.id, filled))
 
     def release(self, lease: LoadLease | SaveLease) -> None:
         """End a lease badly. A lease that ended already is ignored."""
-        self._end(lease.id, Op.RELEASE, protocol.encode_lease(lease.id))
+        self._end(lease.id, Op.RELEASE, messages.encode_lease(lease.id))
 
     def release_owner(self, owner: str) -> int:
         """Release every lease of an owner that died."""
@@ -275,7 +275,7 @@ class RemoteStore:
         with self._lock:
             mine = [lease_id for lease_id, held in self._held.items() if held.owner == owner]
         for lease_id in mine:
-            self._end(lease_id, Op.RELEASE, protocol.encode_lease(lease_id))
+            self._end(lease_id, Op.RELEASE, messages.encode_lease(lease_id))
         return len(mine)
 
     # ---- retention --------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ class RemoteStore:
         if self._is_closed:
             return
         self._number(
-            Op.FINISHED, request, lambda part: protocol.encode_finished(part, finish_reason, last_turn), answers=False
+            Op.FINISHED, request, lambda part: messages.encode_finished(part, finish_reason, last_turn), answers=False
         )
         attachment = self._link.attachment
         if attachment is not None:
@@ -305,12 +305,12 @@ class RemoteStore:
         """Delete blocks from `first` on and all that continues them; returns the blocks deleted."""
         check_range("first", first, len(request.keys))
         self._check_open()
-        return self._number(Op.FORGET, request, lambda part: protocol.encode_number(first) + part)
+        return self._number(Op.FORGET, request, lambda part: messages.encode_number(first) + part)
 
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """Tell how fast the engine computes."""
         if num_tokens > 0 and 0 < seconds < float("inf"):
-            self._tell(Op.OBSERVE_PREFILL, protocol.encode_prefill(num_tokens, seconds))
+            self._tell(Op.OBSERVE_PREFILL, messages.encode_prefill(num_tokens, seconds))
 
     # ---- bytes ------------------------------------------------------------------------------------------------
 
@@ -363,7 +363,7 @@ class RemoteStore:
         timeout_s = _bounded(timeout_s)
         try:
             attachment = self._attached()
-            _, answer = self._link.call(attachment, Op.FLUSH, protocol.encode_seconds(timeout_s), timeout_s)
+            _, answer = self._link.call(attachment, Op.FLUSH, messages.encode_seconds(timeout_s), timeout_s)
             return _as_number(answer) == 1
         except (DaemonDown, protocol.ProtocolError):
             return False
@@ -432,8 +432,8 @@ class RemoteStore:
     def _lookup(self, request: Request, timeout_s: float, op: Op = Op.LOOKUP) -> Match:
         timeout_s = _bounded(timeout_s)
         try:
-            _, answer = self._ask(op, request, lambda part: protocol.encode_lookup(part, timeout_s), timeout_s)
-            return protocol.decode_match(answer)
+            _, answer = self._ask(op, request, lambda part: messages.encode_lookup(part, timeout_s), timeout_s)
+            return messages.decode_match(answer)
         except (DaemonDown, protocol.ProtocolError):
             return MISS
 
@@ -444,10 +444,10 @@ class RemoteStore:
         attachment = self._attached()
         num_keys = len(request.keys)
         base = min(attachment.sent.get(request.id, 0), num_keys)
-        part = protocol.encode_request(request, base, num_keys)
+        part = messages.encode_request(request, base, num_keys)
         status, answer = self._link.call(attachment, op, message(part), wait_s)
         if status is Status.RESEND:
-            part = protocol.encode_request(request, 0, num_keys)
+            part = messages.encode_request(request, 0, num_keys)
             status, answer = self._link.call(attachment, op, message(part), wait_s)
         if status is not Status.OK:
             raise DaemonDown(f"{op.name} was answered {status.name}")
@@ -459,7 +459,7 @@ class RemoteStore:
     ) -> tuple[Attachment, bytes]:
         attachment = self._link.attachment
         try:
-            return self._ask(op, request, lambda part: protocol.encode_prepare(part, lease_id, first, end, owner))
+            return self._ask(op, request, lambda part: messages.encode_prepare(part, lease_id, first, end, owner))
         except DaemonDown:
             if attachment is not None:
                 attachment.orphans.append(lease_id)  # it may have been granted all the same
@@ -492,7 +492,7 @@ class RemoteStore:
 
     def _abandon(self, attachment: Attachment, lease_id: int) -> None:
         try:
-            self._link.call(attachment, Op.RELEASE, protocol.encode_lease(lease_id))
+            self._link.call(attachment, Op.RELEASE, messages.encode_lease(lease_id))
         except DaemonDown:
             attachment.orphans.append(lease_id)
 
@@ -534,7 +534,7 @@ class RemoteStore:
             if held.attachment is self._link.attachment:
                 with self._link.borrow(held.attachment) as wire:
                     staging.send(wire, lease_id, held.pages, flags, timeout_s)
-                    wire.call(Op.COMPLETE, protocol.encode_complete(lease_id, flags), self._link.call_timeout_s)
+                    wire.call(Op.COMPLETE, messages.encode_complete(lease_id, flags), self._link.call_timeout_s)
         except DaemonDown:
             held.attachment.orphans.append(lease_id)
         finally:
@@ -547,7 +547,7 @@ class RemoteStore:
             except IndexError:
                 return
             try:
-                self._link.call(attachment, Op.RELEASE, protocol.encode_lease(lease_id))
+                self._link.call(attachment, Op.RELEASE, messages.encode_lease(lease_id))
             except DaemonDown:
                 attachment.orphans.append(lease_id)
                 raise
@@ -580,11 +580,11 @@ class RemoteStore:
 
 
 def _bounded(timeout_s: float) -> float:
-    return min(max(0.0, timeout_s), protocol.MAX_TIMEOUT_S)
+    return min(max(0.0, timeout_s), messages.MAX_TIMEOUT_S)
 
 
 def _as_number(answer: bytes) -> int:
     reader = protocol.Reader(answer)
-    number = protocol.read_number(reader)
+    number = messages.read_number(reader)
     reader.end()
     return number

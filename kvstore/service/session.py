@@ -32,9 +32,10 @@ from kvstore.plan.records import (
     RequestOptions,
     SaveLease,
 )
-from kvstore.service import protocol
+from kvstore.service import messages, protocol
 from kvstore.service.dashboard_usage import Usage
-from kvstore.service.protocol import Op, ProtocolError, Reader, RequestPart
+from kvstore.service.messages import RequestPart
+from kvstore.service.protocol import Op, ProtocolError, Reader
 from kvstore.service.stores import OpenStore
 
 MAX_REQUESTS = 16_384  # as many as the planner keeps notes about
@@ -168,31 +169,31 @@ class Session:
     # ---- lookups and loads --------------------------------------------------------------------------------------
 
     def _lookup(self, reader: Reader) -> bytes | Pending:
-        timeout_s = protocol.read_timeout(reader)
+        timeout_s = messages.read_timeout(reader)
         request = self._request(reader)
         if self.is_draining:
-            return protocol.encode_match(Match(0, 0, cut=CutReason.NEVER_STORED))
+            return messages.encode_match(Match(0, 0, cut=CutReason.NEVER_STORED))
         match = self._store.lookup(request)
         self.usage.looked_up(request)
         if not match.pending or timeout_s <= 0:
-            return protocol.encode_match(match)
+            return messages.encode_match(match)
 
         def look() -> bytes | None:
             nonlocal match
             match = self._store.lookup(request)
-            return None if match.pending else protocol.encode_match(match)
+            return None if match.pending else messages.encode_match(match)
 
-        return Pending(look, lambda: protocol.encode_match(match), timeout_s)
+        return Pending(look, lambda: messages.encode_match(match), timeout_s)
 
     def _peek(self, reader: Reader) -> bytes | Pending:
-        timeout_s = protocol.read_timeout(reader)
-        part = protocol.read_request(reader)
+        timeout_s = messages.read_timeout(reader)
+        part = messages.read_request(reader)
         reader.end()
         request = self._take_request(part)
         self._requests.pop(part.id, None)
 
         def answer() -> bytes:
-            return protocol.encode_match(self._store.peek(request, 0.0))
+            return messages.encode_match(self._store.peek(request, 0.0))
 
         def look() -> bytes | None:
             return None if self._store.ask(request) else answer()
@@ -200,29 +201,29 @@ class Session:
         return look() or Pending(look, answer, timeout_s)
 
     def _prepare_load(self, reader: Reader) -> bytes:
-        lease_id, first, end, owner = protocol.read_prepare(reader)
+        lease_id, first, end, owner = messages.read_prepare(reader)
         request = self._request(reader)
         if not self._may_grant(lease_id):
-            return protocol.encode_load(LoadLease(0, 0, 0, ()), _CLOSED)
+            return messages.encode_load(LoadLease(0, 0, 0, ()), _CLOSED)
         lease = self._store.prepare_load(request, end, first=first, owner=self._owner(owner))
         self._grant(lease_id, lease, owner)
-        return protocol.encode_load(lease, self._store.poll(lease))
+        return messages.encode_load(lease, self._store.poll(lease))
 
     def _wait(self, reader: Reader) -> bytes | Pending:
-        lease_id, timeout_s = protocol.read_wait(reader)
+        lease_id, timeout_s = messages.read_wait(reader)
         reader.end()
         lease = self._lease(lease_id)
         if not isinstance(lease, LoadLease):
-            return protocol.encode_status(_CLOSED)
+            return messages.encode_status(_CLOSED)
         status = self._store.poll(lease)
         if status.state is not LeaseState.WAITING or timeout_s <= 0:
-            return protocol.encode_status(status)
+            return messages.encode_status(status)
 
         def look() -> bytes | None:
             now = self._store.poll(lease)
-            return None if now.state is LeaseState.WAITING else protocol.encode_status(now)
+            return None if now.state is LeaseState.WAITING else messages.encode_status(now)
 
-        return Pending(look, lambda: protocol.encode_status(self._store.poll(lease)), timeout_s)
+        return Pending(look, lambda: messages.encode_status(self._store.poll(lease)), timeout_s)
 
     def _prefetch(self, reader: Reader) -> bytes:
         request = self._request(reader)
@@ -230,10 +231,10 @@ class Session:
         self._tickets[ticket] = None
         if len(self._tickets) > MAX_TICKETS:
             self._tickets.popitem(last=False)
-        return protocol.encode_number(ticket)
+        return messages.encode_number(ticket)
 
     def _cancel(self, reader: Reader) -> bytes:
-        ticket = protocol.read_number(reader)
+        ticket = messages.read_number(reader)
         reader.end()
         if ticket in self._tickets:  # its own only: tickets count through all clients
             del self._tickets[ticket]
@@ -243,18 +244,18 @@ class Session:
     # ---- saves, and the ends of leases --------------------------------------------------------------------------
 
     def _prepare_save(self, reader: Reader) -> bytes:
-        lease_id, first, end, owner = protocol.read_prepare(reader)
+        lease_id, first, end, owner = messages.read_prepare(reader)
         request = self._request(reader)
         if end < first:
             raise RequestError(f"blocks [{first}, {end}) is no range")
         if not self._may_grant(lease_id):
-            return protocol.encode_save(SaveLease(0, ()))
+            return messages.encode_save(SaveLease(0, ()))
         lease = self._store.prepare_save(request, first, end - first, owner=self._owner(owner))
         self._grant(lease_id, lease, owner)
-        return protocol.encode_save(lease)
+        return messages.encode_save(lease)
 
     def _complete(self, reader: Reader) -> bytes:
-        lease_id, filled = protocol.read_complete(reader)
+        lease_id, filled = messages.read_complete(reader)
         reader.end()
         held = self.leases.get(lease_id)
         if held is None:
@@ -269,7 +270,7 @@ class Session:
         return b""
 
     def _release(self, reader: Reader) -> bytes:
-        lease_id = protocol.read_lease(reader)
+        lease_id = messages.read_lease(reader)
         reader.end()
         if lease_id in self.leases:
             self.expire([lease_id])
@@ -280,17 +281,17 @@ class Session:
         return b""
 
     def _release_owner(self, reader: Reader) -> bytes:
-        owner = reader.text(protocol.read_number(reader))
+        owner = reader.text(messages.read_number(reader))
         reader.end()
         mine = [lease_id for lease_id, held in self.leases.items() if held.owner == owner]
-        return protocol.encode_number(self.expire(mine))
+        return messages.encode_number(self.expire(mine))
 
     # ---- pages of remote clients ----------------------------------------------------------------------------------
 
     def readable(self, body: bytes) -> list[tuple[bytes, memoryview]]:
         """What a READ asks for: a head and the bytes of each page; no bytes for a page that did not load."""
         reader = Reader(body)
-        lease_id, first, num_pages = protocol.read_read(reader)
+        lease_id, first, num_pages = messages.read_read(reader)
         reader.end()
         lease = self._lease(lease_id)
         if not isinstance(lease, LoadLease):
@@ -331,8 +332,8 @@ class Session:
     # ---- retention, and the store as a whole --------------------------------------------------------------------
 
     def _finished(self, reader: Reader) -> bytes:
-        finish_reason, last_turn = protocol.read_finished(reader)
-        part = protocol.read_request(reader)
+        finish_reason, last_turn = messages.read_finished(reader)
+        part = messages.read_request(reader)
         reader.end()
         request = self._take_request(part)
         self._store.finished(request, finish_reason=finish_reason, last_turn=last_turn)
@@ -340,17 +341,17 @@ class Session:
         return b""
 
     def _pin(self, reader: Reader) -> bytes:
-        return protocol.encode_number(self._store.pin(self._request(reader)))
+        return messages.encode_number(self._store.pin(self._request(reader)))
 
     def _unpin(self, reader: Reader) -> bytes:
-        return protocol.encode_number(self._store.unpin(self._request(reader)))
+        return messages.encode_number(self._store.unpin(self._request(reader)))
 
     def _forget(self, reader: Reader) -> bytes:
-        first = protocol.read_number(reader)
-        return protocol.encode_number(self._store.forget(self._request(reader), first))
+        first = messages.read_number(reader)
+        return messages.encode_number(self._store.forget(self._request(reader), first))
 
     def _observe_prefill(self, reader: Reader) -> bytes:
-        num_tokens, seconds = protocol.read_prefill(reader)
+        num_tokens, seconds = messages.read_prefill(reader)
         reader.end()
         if not 0 < num_tokens < 1 << 32 or not 0 < seconds < float("inf"):
             raise RequestError(f"observe_prefill of {num_tokens} tokens in {seconds} s; both must be positive")
@@ -358,13 +359,13 @@ class Session:
         return b""
 
     def _flush(self, reader: Reader) -> bytes | Pending:
-        timeout_s = protocol.read_seconds(reader)
+        timeout_s = messages.read_seconds(reader)
         reader.end()
 
         def look() -> bytes | None:
-            return protocol.encode_number(1) if self._store.flush(0.0) else None
+            return messages.encode_number(1) if self._store.flush(0.0) else None
 
-        return look() or Pending(look, lambda: protocol.encode_number(0), timeout_s)
+        return look() or Pending(look, lambda: messages.encode_number(0), timeout_s)
 
     def _stats(self, reader: Reader) -> bytes:
         reader.end()
@@ -379,7 +380,7 @@ class Session:
                 self._store.abandon(request)
 
     def _request(self, reader: Reader) -> Request:
-        part = protocol.read_request(reader)
+        part = messages.read_request(reader)
         reader.end()
         return self._take_request(part)
 

@@ -18,7 +18,7 @@ from kvstore.errors import RequestError
 from kvstore.layout import Layout
 from kvstore.plan.records import SlotPage
 from kvstore.plan.slots import SlotPool
-from kvstore.service import protocol
+from kvstore.service import messages, protocol
 from kvstore.service.protocol import HEADER, PAGE_HEAD, Op, ProtocolError, Status
 from kvstore.service.wire import Wire
 from kvstore.tiers.host import HostSlab
@@ -67,7 +67,7 @@ class Staging:
             count = 1
             while at + count < len(wanted) and count < MAX_BATCH_PAGES and wanted[at + count] == first + count:
                 count += 1
-            wire.send(Op.READ, protocol.encode_read(lease_id, first, count))
+            wire.send(Op.READ, messages.encode_read(lease_id, first, count))
             # Every frame is received, also after a bad one: the connection is used again.
             if not all([self._receive_page(wire, pages[index], index) for index in range(first, first + count)]):
                 return False
