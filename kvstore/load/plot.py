@@ -83,7 +83,10 @@ def _draw_requests(axes: Any, runs: list[tuple[Run, Summary]]) -> None:
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("request", color=SOFT, fontsize=9)
-    axes.legend(frameon=False, fontsize=8.5, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=6, handletextpad=0.1)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(
+            frameon=False, fontsize=8.5, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=6, handletextpad=0.1
+        )
     _dress(axes, "request by request", grid="y")
 
 

@@ -5,11 +5,12 @@ So what the trace says is shared is shared, token by token, in every run and pro
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvstore.load.requests import Blocks
+if TYPE_CHECKING:
+    from kvstore.load.requests import Blocks
 
 RESERVED_IDS = 1000  # the first ids of most vocabularies are control tokens and bytes
 

@@ -26,8 +26,8 @@ class Behaviour:
 
     status:       an error of this status with `code`, unless 200.
     first_s, each_s:  waiting before the first piece, before each further one.
-    after_pieces: what comes after so many pieces of text: "" the end, "cut" the connection is closed, "error" an event
-                  of an error, "garbage" an event that is no JSON.
+    after_pieces: what comes after the text: "" the end as it should be, "end" nothing, "cut" the connection is closed,
+                  "error" an event of an error, "garbage" an event that is no JSON.
     pieces:       text in place of the usual one.
     """
 
@@ -124,6 +124,8 @@ class FakeServer:
                 await asyncio.sleep(behaviour.each_s)
             choice: dict[str, Any] = {"delta": {"content": piece}} if is_chat else {"text": piece}
             await _send(response, {"choices": [{**choice, "finish_reason": None}]})
+        if behaviour.after_pieces == "end":
+            return response
         if behaviour.after_pieces == "cut":
             assert request.transport is not None
             request.transport.close()
