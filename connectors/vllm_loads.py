@@ -59,6 +59,7 @@ class Loads:
         self._leased = 0
         self._under_way: dict[int, tuple[Tracked, LoadLease]] = {}
         self._jobs: list[LoadJob] = []
+        self._asking: Tracked | None = None  # one that was answered "ask again" since the last jobs were taken
 
     def allow(self, num_slots: int) -> None:
         """Say how many host slots there are; requests that wait for pages may hold a part of them."""
@@ -134,6 +135,19 @@ class Loads:
         jobs, self._jobs = self._jobs, []
         return jobs
 
+    def wait(self, timeout_s: float) -> None:
+        """Wait until a request that was answered "ask again" in this step may be answered; a step with nothing to do.
+
+        vLLM would ask again as fast as it can, and hold the interpreter that the store's lanes need to answer.
+        """
+        asking, self._asking = self._asking, None
+        if asking is None or timeout_s <= 0 or self._under_way:
+            return
+        if asking.lease is not None:
+            self._store.wait(asking.lease, timeout_s)
+        else:
+            self._store.wait_lookup(asking.store, timeout_s)
+
     def has(self, lease_id: int) -> bool:
         """True while a load is being copied."""
         return lease_id in self._under_way
@@ -207,6 +221,7 @@ class Loads:
     def _ask_again(self, tracked: Tracked) -> None:
         if tracked.asked_at is None:
             tracked.asked_at = self._now()
+        self._asking = tracked
         self._counters["asked_again"] += 1
 
     def _is_late(self, tracked: Tracked, patience_s: float | None = None) -> bool:

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from kvstore.service.slab import SlabShare
 from kvstore.tiers.host import SlabHandle
 
+# What either half waits for its threads in a step that computes nothing; no longer, as new requests come between steps.
+IDLE_WAIT_S = 0.002
+
 
 @dataclass(frozen=True, slots=True)
 class PageCopies:

@@ -17,7 +17,7 @@ from connectors import vllm_loads, vllm_saves
 from connectors.vllm_config import ConnectorConfig
 from connectors.vllm_layout import EngineLayout
 from connectors.vllm_loads import Loads
-from connectors.vllm_messages import StepPlan, StepReport
+from connectors.vllm_messages import IDLE_WAIT_S, StepPlan, StepReport
 from connectors.vllm_requests import Requests
 from connectors.vllm_saves import Saves
 from kvstore.base import KVStore
@@ -135,6 +135,7 @@ class SchedulerHalf:
         if slabs != self._slabs:
             self._slabs = slabs
             self._loads.allow(slabs[-1].num_slots if slabs else 0)
+        self._loads.wait(0.0 if scheduled or plan.loads or plan.saves else IDLE_WAIT_S)
         return plan
 
     def reported(self, report: StepReport) -> None:

@@ -33,6 +33,8 @@ SAVE_DEADLINE_S = 30.0  # a save that has not begun by then holds its rows in va
 GRACE_S = 0.5  # for an answer that is under way at the deadline; lanes look every 50 ms
 TOUCH_BATCH = 512  # keys; a few milliseconds in one transaction
 DRAIN_LOG_S = 10.0
+IDLE_STEP_S = 0.001  # a step that computes takes longer
+IDLE_WAIT_S = 0.002  # no longer, since new requests come between steps
 MAX_FILLS = 4096  # chunks that may wait to be written to the first tier
 GROUP_BYTES = 4  # vLLM's key is the block hash and the number of the layer group, big endian
 
@@ -143,6 +145,7 @@ class TierCore:
         self._probes: dict[int, tuple[str, list[bytes]]] = {}
         self._done: list[JobDone] = []
         self._saving_rows = 0
+        self._rested_at = float("-inf")
         self._to_fill: dict[bytes, None] = {}
         self._up_now = self._up()  # as of this step: a lookup is called for every chunk of a prompt
         self._touched: dict[tuple[str, bytes], float] = {}
@@ -180,6 +183,7 @@ class TierCore:
             if keys:
                 self._send_touches(tier, list(keys), now)
                 keys.clear()
+        self._rest()
 
     # ---- jobs ---------------------------------------------------------------------------------------------------
 
@@ -267,6 +271,18 @@ class TierCore:
         num_cut = len(self._jobs)
         self.mover.close(max(1.0, until - self._now()))
         return num_cut
+
+    def _rest(self) -> None:
+        """Wait a little where the engine has nothing to do but ask again.
+
+        It would step as fast as it can, and hold the interpreter that the lanes need to answer (a thread is let in
+        after 5 ms). What is scheduled is not told to a tier; but steps that follow each other at once compute nothing.
+        """
+        if not self._probes and not any(job.is_load for job in self._jobs.values()):
+            return
+        if self._now() - self._rested_at < IDLE_STEP_S:
+            self._take_outcomes(IDLE_WAIT_S)
+        self._rested_at = self._now()
 
     # ---- private: outcomes --------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from connectors.vllm_layout import EngineLayout
-from connectors.vllm_messages import LoadJob, PageCopies, SaveJob, StepPlan, StepReport
+from connectors.vllm_messages import IDLE_WAIT_S, LoadJob, PageCopies, SaveJob, StepPlan, StepReport
 from kvstore.devices.base import CopyEvent, Device, PageTable
 from kvstore.errors import ConfigError
 from kvstore.move.worker import Worker
@@ -128,6 +128,8 @@ class WorkerHalf:
 
         ended: requests that are over; what is remembered of them is forgotten.
         """
+        if not self.plan.num_tokens:
+            self._wait_for_copies()
         self._collect()
         self._poisoned.difference_update(ended)
         finished, self._finished = self._finished, set()
@@ -153,6 +155,12 @@ class WorkerHalf:
         self._device.close()
         self._tables = []
         self._use(())
+
+    def _wait_for_copies(self) -> None:
+        # vLLM steps on as fast as it can while nothing but a copy is under way, and then holds the interpreter: the
+        # copying thread gets it only after 5 ms, once to begin and once to tell its end. So the engine waits here.
+        if not self._ended and self._loads.flush(IDLE_WAIT_S) and not self._ended:
+            self._saves.flush(IDLE_WAIT_S)
 
     # ---- copying ----------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -362,3 +363,24 @@ def test_where_tokens_came_from_adds_up(world: World) -> None:
     world.half.allocated(again, world.blocks(5), 4 * BLOCK)
 
     assert world.half.hit_sources(again, 4 * BLOCK) == {"host": 4 * BLOCK}
+
+
+def test_a_step_with_nothing_to_do_waits_for_the_pages_that_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(
+        host={"capacity_bytes": 64 * PAGE_BYTES, "huge_pages": False},
+        disk={"path": str(tmp_path), "capacity_bytes": 64 * PAGE_BYTES},
+    )
+    with open_store(config, LAYOUT, namespace(), shared_name="kvstore-test") as first:
+        World(first).stored(request("a", 4 * BLOCK))
+    monkeypatch.setattr("connectors.vllm_scheduler.IDLE_WAIT_S", 30.0)
+    with open_store(config, LAYOUT, namespace(), shared_name="kvstore-test") as store:
+        world = World(store, extra={"store": {"load_deadline_s": 60, "load_or_recompute": False}})
+        asked = request("b", 4 * BLOCK + 3)
+        world.half.new_request(asked)
+
+        assert world.half.matched(asked, 0) == (None, False)
+        world.half.plan_step({}, lambda name: None)
+
+        assert world.half.matched(asked, 0) == (4 * BLOCK, True)

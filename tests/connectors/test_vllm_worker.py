@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -48,10 +49,10 @@ class Rank:
         self.half = WorkerHalf(self.engine, rank, CpuDevice())
         self.half.register(page_tables(self.engine, self.tensors, NUM_BLOCKS))
 
-    def step(self, *jobs: LoadJob | SaveJob, layout: str | None = None) -> None:
+    def step(self, *jobs: LoadJob | SaveJob, layout: str | None = None, num_tokens: int = 1) -> None:
         loads = [job for job in jobs if isinstance(job, LoadJob)]
         saves = [job for job in jobs if isinstance(job, SaveJob)]
-        plan = StepPlan(1, layout or self.engine.layout.fingerprint, "", (self.slab.handle,), loads, saves)
+        plan = StepPlan(num_tokens, layout or self.engine.layout.fingerprint, "", (self.slab.handle,), loads, saves)
         self.half.begin(plan)
         self.half.start_loads()
         self.half.start_saves()
@@ -216,3 +217,28 @@ def test_reports_of_ranks_add_up() -> None:
     assert both.done == {1: 2, 2: 1}
     assert both.failed == {2}
     assert (both.loaded_bytes, both.saved_bytes, both.error) == (5, 7, "why")
+
+
+def test_a_step_that_computes_nothing_waits_for_its_copy(slab: HostSlab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("connectors.vllm_worker.IDLE_WAIT_S", 30.0)
+    rank = Rank(slab)
+
+    rank.step(LoadJob(1, "r", copies((0,), (3,))), num_tokens=0)
+
+    assert rank.half.take_results() == ({"r"}, set())
+    rank.half.close()
+
+
+def test_a_step_that_computes_waits_for_no_copy(slab: HostSlab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("connectors.vllm_worker.IDLE_WAIT_S", 30.0)
+    rank, may_copy = Rank(slab), threading.Event()
+    copy_in = rank.half._device.copy_in
+    rank.half._device.copy_in = lambda *given: may_copy.wait(20) and copy_in(*given)  # type: ignore[method-assign]
+
+    rank.step(LoadJob(1, "r", copies((0,), (3,))))
+    first = rank.half.take_results()
+    may_copy.set()
+
+    assert first == (set(), set())
+    assert rank.settle(1)[0] == {"r"}
+    rank.half.close()
