@@ -88,13 +88,17 @@ class Workload:
 
     def messages(self, request: Request, answers: Mapping[int, str]) -> list[Message] | None:
         """The conversation up to and with `request`; None if an answer before it is missing."""
-        assert not isinstance(request.prompt, Blocks)
-        if request.after is None:
-            return list(request.prompt)
-        before = self.messages(self.requests[request.after], answers)
-        if before is None or request.after not in answers:
-            return None
-        return [*before, Message("assistant", answers[request.after]), *request.prompt]
+        turns: list[Message] = []
+        at = request
+        while True:  # from the end of the conversation to its beginning
+            assert not isinstance(at.prompt, Blocks)
+            turns[:0] = at.prompt
+            if at.after is None:
+                return turns
+            if at.after not in answers:
+                return None
+            turns.insert(0, Message("assistant", answers[at.after]))
+            at = self.requests[at.after]
 
     def body(self, request: Request, answers: Mapping[int, str], api: str) -> dict[str, Any] | None:
         """The prompt as the fields of an OpenAI request; None if an answer before it is missing.

@@ -119,6 +119,19 @@ def test_azure_file_gives_times_and_lengths_and_shares_nothing(tmp_path: Path) -
     assert shared(ids(workload, 0), ids(workload, 1)) == 0
 
 
+def test_example_of_the_documentation_is_a_trace(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
+    example = next(part for part in text.split("```") if part.lstrip().startswith('{"format": "kvt1"'))
+    path = tmp_path / "example.kvt"
+    path.write_text(example.strip() + "\n")
+
+    workload = Trace(path).make(0)
+
+    assert [len(ids(workload, number)) for number in (0, 1)] == [100, 150]
+    assert shared(ids(workload, 0), ids(workload, 1)) == 96
+    assert workload.requests[1].after == 0
+
+
 def without(name: str) -> dict[str, Any]:
     return {key: value for key, value in LINES[1].items() if key != name}
 
