@@ -3,6 +3,7 @@
 --run-slow       also the tests marked `slow` (make test-long)
 --require-redis  a missing redis-server is an error, not a skip; continuous integration says so
 --require-model  the same for the converted SmolLM2
+--require-browser the same for chromium, its driver and selenium
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pytest
 
 from kvstore.lab.models import find_smollm2
 from kvstore.tiers.redis_local import RedisNotInstalled, find_redis_server
+from tests.helpers.browser import browser_problem
 
 GRACE_S = 5.0  # what ends by itself may take this long; a test that leaves nothing waits not at all
 FILES = Path("/proc/self/fd")
@@ -33,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow")
     parser.addoption("--require-redis", action="store_true", help="fail, rather than skip, without a redis-server")
     parser.addoption("--require-model", action="store_true", help="fail, rather than skip, without the real model")
+    parser.addoption("--require-browser", action="store_true", help="fail, rather than skip, without a browser")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,12 +43,15 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--require-redis: {_redis_problem()}")
     if config.getoption("--require-model") and find_smollm2() is None:
         raise pytest.UsageError("--require-model: the model is not in the cache; run .ci/setup model")
+    if config.getoption("--require-browser") and browser_problem():
+        raise pytest.UsageError(f"--require-browser: {browser_problem()}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     reasons = {
         "slow": "" if config.getoption("--run-slow") else "takes minutes: --run-slow, or make test-long",
         "redis": _redis_problem(),
+        "browser": browser_problem(),
     }
     for item in items:
         for marker, reason in reasons.items():

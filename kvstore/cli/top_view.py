@@ -52,7 +52,7 @@ class View:
                 "or see it all at once:  kvstore cluster up, then kvstore load\n",
                 style="dim",
             )
-        yield Group(self._hits(), self._tiers(), self._prefixes(), self._misses())
+        yield Group(self._hits(), self._sums(), self._tiers(), self._prefixes(), self._misses())
 
     def _head(self) -> Text:
         now = self.now
@@ -77,18 +77,15 @@ class View:
         )
         for tier, line in spark.items():
             add_row(rows, Text(f"  {tier}", style=COLOURS[tier]), _share(recent, tier), _share(total, tier), line)
-        saved = total["ttft_saved_s"]
-        rate = recent["prompt_tokens"] / recent["span_s"] if recent["span_s"] else 0.0
-        rows.caption = Text(
-            f"{rate:,.0f} prompt tokens/s, {recent['lookups']:,} lookups in the last minute; "
-            + (
-                f"TTFT saved {format_seconds(round(saved, 1))} since the start"
-                if saved
-                else "TTFT saved: not known yet"
-            )
-        )
-        rows.caption_justify = "left"
         return rows
+
+    def _sums(self) -> Text:
+        recent, saved = self.now["recent"], self.now["total"]["ttft_saved_s"]
+        rate = recent["prompt_tokens"] / recent["span_s"] if recent["span_s"] else 0.0
+        told = (
+            f"TTFT saved {format_seconds(round(saved, 1))} since the start" if saved else "TTFT saved is not known yet"
+        )
+        return Text(f" {rate:,.0f} prompt tokens/s, {recent['lookups']:,} lookups in the last minute; {told}")
 
     def _spark(self, tiers: Sequence[str]) -> Text:
         """Hit rate over time, the newest at the right; a space where nothing was asked."""

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from kvstore.errors import ConfigError
 from kvstore.layout import Layout
 from kvstore.service.client import RemoteStore
+from kvstore.service.memory import SharedMemory, StagedMemory
 from kvstore.service.staging import Staging
 from kvstore.service.wire import Dial, dial_http, dial_unix, unix_path
 from radix.namespace import Namespace
@@ -45,12 +46,17 @@ def connect(
         dial,
         layout,
         namespace,
+        StagedMemory(Staging(layout, max(staging_bytes, layout.slot_bytes))) if path is None else SharedMemory(path),
         call_timeout_s=call_timeout_s,
         retry_max_s=retry_max_s,
-        client=client or f"{Path(sys.argv[0]).name or 'python'} {os.getpid()}",
-        staging=Staging(layout, max(staging_bytes, layout.slot_bytes)) if path is None else None,
-        socket=path or "",
+        client=client or _own_name(),
     )
+
+
+def _own_name() -> str:
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return f"{name or 'python'} {os.getpid()}"
 
 
 def _dial(url: str, token: str | None, tls_ca: Path | None) -> tuple[Dial, str | None]:

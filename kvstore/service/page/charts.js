@@ -69,7 +69,7 @@ class Chart {
     this.plot = new window.uPlot({
       width,
       height,
-      padding: [8, 8, 0, 0],
+      padding: [8, 24, 0, 0],
       legend: { show: false },
       cursor: { y: false, drag: { x: false, y: false }, points: { show: false } },
       hooks: { setCursor: [() => this.plot && this.tell()] },
@@ -149,7 +149,8 @@ export class FlowChart extends Chart {
 
   options() {
     const line = (way) => ({
-      stroke: colour(`--${way.swatch}`), fill: colour(`--${way.swatch}-area`), width: 1.5, points: { show: false },
+      // Areas lie over each other here: a fifth of the colour lets the others through.
+      stroke: colour(`--${way.swatch}`), fill: `${colour(`--${way.swatch}`)}30`, width: 1.5, points: { show: false },
     });
     return {
       scales: { x: this.x(), y: { range: (_, low, high) => {

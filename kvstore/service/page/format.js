@@ -23,9 +23,11 @@ export function bytes(value) {
   return `${unit === "B" ? size.toFixed(0) : digits(size)} ${unit}`;
 }
 
+// Whole below ten thousand: people know their prompts as 1,024 or 2,048 tokens.
 export function count(value) {
+  if (value < 9999.5) return value < 10 && !Number.isInteger(value) ? value.toFixed(1) : Math.round(value).toLocaleString("en");
   const [size, unit] = scaled(value, 1000, DECIMAL);
-  return unit ? `${digits(size)} ${unit}` : size < 10 && !Number.isInteger(size) ? size.toFixed(1) : size.toFixed(0);
+  return `${digits(size)} ${unit}`;
 }
 
 export function percent(share) {

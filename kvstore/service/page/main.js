@@ -102,7 +102,7 @@ function show(now) {
   document.body.classList.remove("stale");
   setStatus(now.status === "ready" ? "live" : "away", now.status === "ready" ? "live" : now.status);
   setText(byId("node"), now.node);
-  setText(byId("version"), `kvstore ${now.version}, up ${seconds(now.at - now.started_at)}${now.is_operator ? "" : `, tenant ${now.tenant}`}`);
+  setText(byId("version"), `kvstore${now.version === "0" ? "" : ` ${now.version}`}, up ${seconds(now.at - now.started_at)}${now.is_operator ? "" : `, tenant ${now.tenant}`}`);
   document.title = `${percent(hitRate(now.recent))} · kvstore ${now.node}`;
   showNamespaces(now);
   showEmpty(now);

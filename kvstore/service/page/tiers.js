@@ -8,7 +8,12 @@ const FULL = 1 << 30; // bytes per second that are drawn as the thickest line
 
 export function showTiers(now) {
   const rows = [{ kind: "place", id: "engines", now }];
-  for (const tier of now.tiers) rows.push({ kind: "flow", id: tier.tier, now }, { kind: "place", id: tier.tier, tier, now });
+  const [host, ...lower] = now.tiers;
+  for (const level of [host ? [host] : [], lower]) {
+    rows.push(...level.map((tier) => ({ kind: "flow", id: tier.tier, now })));
+    rows.push(...level.map((tier) => ({ kind: "place", id: tier.tier, tier, now })));
+  }
+  byId("tiers").classList.toggle("split", lower.length > 1);
   reconcile(byId("tiers"), rows, (row) => `${row.kind} ${row.id}`,
     (row) => (row.kind === "flow" ? makeFlow(row.id) : makePlace(row.id)),
     (element, row) => (row.kind === "flow" ? updateFlow(element, row) : updatePlace(element, row)));
