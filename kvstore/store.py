@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.base import Tokens
 from kvstore.errors import ConfigError, RequestError, StoreClosed
 from kvstore.layout import Layout
 from kvstore.move.lane import Lane
@@ -37,7 +36,6 @@ from kvstore.plan.records import (
     Match,
     Outcome,
     Request,
-    RequestOptions,
     SaveLease,
 )
 from kvstore.plan.tour import Tour
@@ -50,7 +48,7 @@ from radix.namespace import Namespace
 log = logging.getLogger(__name__)
 
 
-class LocalStore:
+class LocalStore(RequestMaker):
     """A KVStore (see base.py) that plans and keeps its pages in this process. Any thread.
 
     Made by `kvstore.build.open_store`, which owns the choice of tiers and policies. Use it as a context manager, or
@@ -68,13 +66,13 @@ class LocalStore:
         close_timeout_s: float = 5.0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(namespace)
         self._layout = layout
         self.namespace = namespace
         self._planner = planner
         self._slab = slab
         self._now = now
         self._close_timeout_s = close_timeout_s
-        self._requests = RequestMaker(namespace)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._is_closed = False
@@ -82,30 +80,10 @@ class LocalStore:
         self._lanes = {lane.name: lane for lane in lanes}
         self._mover = Mover(lanes, self._on_outcome, self._on_tier_state, self._on_tick, now=now)
 
-    # ---- requests ---------------------------------------------------------------------------------------------
-
     @property
     def layout(self) -> Layout:
         """The geometry of this store's pages."""
         return self._layout
-
-    def request(self, tokens: Tokens, options: RequestOptions | None = None) -> Request:
-        """Hash the full blocks of `tokens` into a new request. Raises RequestError for what is no prompt."""
-        return self._requests.request(tokens, options)
-
-    def request_from_hashes(
-        self, hashes: Sequence[bytes], num_tokens: int, options: RequestOptions | None = None
-    ) -> Request:
-        """A request whose blocks an engine has hashed already."""
-        return self._requests.request_from_hashes(hashes, num_tokens, options)
-
-    def extend(self, request: Request, tokens: Tokens) -> None:
-        """Append tokens and hash the blocks they fill."""
-        self._requests.extend(request, tokens)
-
-    def extend_hashes(self, request: Request, hashes: Sequence[bytes], num_tokens: int) -> None:
-        """Append hashes an engine made for further blocks."""
-        self._requests.extend_hashes(request, hashes, num_tokens)
 
     # ---- lookups and loads ------------------------------------------------------------------------------------
 

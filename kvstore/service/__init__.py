@@ -9,6 +9,8 @@
     clients      who is attached, and what they hold
     daemon       the process: listens, drains, closes
     link         a client's connections: deadlines, re-attaching
+    calls        calls about requests over a link; grants whose answer never came
+    memory       where the pages of a client's leases lie in its process
     client       RemoteStore: the store's face, spoken over a link
     slab         the slab in an engine's other processes: attach_slab
 

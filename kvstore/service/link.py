@@ -67,7 +67,6 @@ class Attachment:
         self.sent: dict[int, int] = {}
         self.orphans: list[int] = []
         self.idle: list[Wire] = []
-        self.num_leases = 0
         self.is_lost = False
 
     def note_sent(self, request_id: int, num_keys: int) -> None:

@@ -110,7 +110,7 @@ def test_a_lease_of_a_daemon_that_died_can_still_be_copied_and_harms_nobody(daem
         assert load(store, store.request(prompt(64, seed=3)))[0] == 64
         assert store.lookup(store.request(prompt(3, seed=1))).num_blocks == 0
         assert store.stats()["leases"] == 0
-        assert len(store._slabs) == 1
+        assert len(store.slabs) == 1
 
 
 def test_a_frozen_daemon_costs_each_client_one_deadline_and_is_used_again_afterwards(daemon: DaemonProcess) -> None:

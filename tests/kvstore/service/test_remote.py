@@ -12,6 +12,7 @@ from kvstore.errors import ConfigError
 from kvstore.plan.records import LeaseState
 from kvstore.service.client import RemoteStore
 from kvstore.service.connect import connect
+from kvstore.service.memory import StagedMemory
 from kvstore.service.protocol import HEADER, MAGIC, PAGE_HEAD, VERSION, Op, Status
 from kvstore.service.wire import dial_http
 from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon, wait_until
@@ -47,8 +48,8 @@ def store(daemon: LocalDaemon) -> Iterator[RemoteStore]:
         yield store
         stats = store.stats()
         assert stats["leases"] == stats["slots"]["filling"] == 0
-        assert store._staging is not None
-        assert store._staging.num_free == store._staging.slab.num_slots
+        assert isinstance(store._memory, StagedMemory)
+        assert store._memory.num_free == store._memory.staging.slab.num_slots
 
 
 def remote(daemon: LocalDaemon, token: str | None = None, staging_pages: int = 64) -> RemoteStore:
