@@ -19,7 +19,7 @@ MAX_ROOTS = 4096  # tenants come from outside: what is remembered of them is bou
 
 
 class RequestMaker:
-    """Makes and extends the requests of a namespace: the part of a store that is alike wherever pages are. Any thread."""
+    """Makes and extends the requests of a namespace: what stores do alike, wherever their pages are. Any thread."""
 
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace
