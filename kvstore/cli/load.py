@@ -213,10 +213,11 @@ def load(
     ] = 600.0,
 ) -> None:
     """Play a workload against an OpenAI-compatible server and report TTFT, hit rate by tier and errors."""
+    options = dict(locals())
     for option, number, least in (("--seed", seed, 0), ("--warmup", warmup, 0), ("--timeout", timeout_s, 0.001)):
         if not number >= least:
             raise ConfigError(f"{option} {number} is too small; it must be at least {least}")
-    given = {name: value for name, value in locals().items() if name in _RECIPE_OPTIONS and value is not None}
+    given = {name: value for name, value in options.items() if name in _RECIPE_OPTIONS and value is not None}
     made = _make_workload(workload, trace, given, seed)
     arrivals = _arrivals(made, concurrency, rate, trace_times, speedup, seed)
     asking = _asking(made, api, plain, tenant, ignore_eos)

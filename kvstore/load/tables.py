@@ -86,8 +86,8 @@ def _spreads(summary: Summary) -> Table:
 
 
 def _groups(summary: Summary) -> Table:
-    tiers = tuple(f"hits {tier}" for tier in summary.all.hit_tokens)
-    table = _table("requests", "", "prompt tokens", *tiers, "hit rate", "TTFT p50", "p95", "p99")
+    tiers = tuple(f"hits\n{tier}" for tier in summary.all.hit_tokens)
+    table = _table("requests", "", "prompt\ntokens", *tiers, "hit\nrate", "TTFT\np50", "\np95", "\np99")
     for kind, groups in (
         ("", {"all": summary.all}),
         ("on", summary.by_replica),
@@ -146,8 +146,9 @@ def _measure(value: float | None, unit: str) -> str:
 
 
 def _table(first: str, *numbers: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column(Text(first), no_wrap=True)
     for number in numbers:
-        table.add_column(Text(number), justify="right")
+        # Folded rather than cut in a narrow terminal: a number with digits missing is worse than an ugly one.
+        table.add_column(Text(number), justify="right", overflow="fold")
     return table

@@ -64,7 +64,7 @@ class FakeServer:
         self.most_at_once = 0
         self._at_once = 0
         self._seen: set[int] = set()
-        self._turn = asyncio.Lock()
+        self._turn = asyncio.Lock()  # of the loop that first waits for it
 
     @property
     def measured(self) -> list[dict[str, Any]]:
@@ -171,10 +171,12 @@ def fake_server() -> Iterator[FakeServer]:
     """A fake on a free port of this machine, in a thread with a loop of its own; gone at the end."""
     server = FakeServer()
     started = threading.Event()
-    loop = asyncio.new_event_loop()
-    stop = asyncio.Event()
+    ends: list[Callable[[], object]] = []
 
     async def serve() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        ends.append(lambda: loop.call_soon_threadsafe(stop.set))
         runner = web.AppRunner(server.app(), shutdown_timeout=0.2)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -184,15 +186,14 @@ def fake_server() -> Iterator[FakeServer]:
         await stop.wait()
         await runner.cleanup()
 
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), name="fake-server")
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), name="fake-server")
     thread.start()
     try:
         assert started.wait(10)
         yield server
     finally:
-        loop.call_soon_threadsafe(stop.set)
+        ends[0]()
         thread.join(10)
-        loop.close()
 
 
 def _tokens(body: dict[str, Any]) -> list[Any]:

@@ -53,8 +53,16 @@ def test_report_has_times_tiers_replicas_and_rates(runs: tuple[Run, Run]) -> Non
     assert "6 of 6 requests answered in 3 s, 600 prompt tokens, 66.7% of them from the cache" in text
     for row in ("time to first token", "time per output token", "load from the cache", "on replica-1", "from redis"):
         assert row in text
-    assert "hits host" in text
     assert "240" in text
+
+
+def test_no_digit_is_lost_in_a_narrow_terminal(runs: tuple[Run, Run]) -> None:
+    output = io.StringIO()
+
+    Console(file=output, width=80).print(report(summarize(runs[0], False)))
+
+    assert "…" not in output.getvalue()
+    assert max(len(line) for line in output.getvalue().splitlines()) <= 80
 
 
 def test_trouble_is_told_with_an_example(record: Make) -> None:
