@@ -11,15 +11,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import signal
 import socket
+import struct
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,13 @@ FAULT_EVERY_S = 1.5
 ROUND_S = 45.0
 
 
-def engine(socket_path: str, port: int, number: int, counts: Any) -> None:
+COUNTS = struct.Struct("<qq")  # requests and loaded blocks of one engine, in a file that outlives it
+
+
+def engine(socket_path: str, port: int, number: int, counts_path: str) -> None:
     """One engine: every third is on another machine. Ends when it is told to, or killed."""
+    counts = os.open(counts_path, os.O_RDWR)
+    num_requests, num_loaded = COUNTS.unpack(os.pread(counts, COUNTS.size, number * COUNTS.size))
     rng = random.Random(number * 7919 + os.getpid())
     url = f"http://127.0.0.1:{port}" if number % 3 == 2 else f"unix://{socket_path}"
     store = connect(url, LAYOUT, namespace(), staging_bytes=64 * PAGE_BYTES, retry_max_s=0.3)
@@ -49,8 +55,8 @@ def engine(socket_path: str, port: int, number: int, counts: Any) -> None:
         loaded, _ = load(store, request)  # compares every byte
         save(store, request, loaded)
         store.finished(request, last_turn=rng.random() < 0.1)
-        counts[0] += 1
-        counts[1] += loaded
+        num_requests, num_loaded = num_requests + 1, num_loaded + loaded
+        os.pwrite(counts, COUNTS.pack(num_requests, num_loaded), number * COUNTS.size)
     store.close()
 
 
@@ -68,11 +74,11 @@ class Soak:
             "breaker.probe_max_s=2",
         )
         self.daemon = DaemonProcess(directory / "kv.sock", directory / "disk", *settings, host_pages=HOST_PAGES)
-        self.spawn = multiprocessing.get_context("spawn")
-        self.counts: Any = self.spawn.Array("q", [0, 0])
+        self.counts_path = directory / "counts"
+        self.counts_path.write_bytes(bytes(COUNTS.size * NUM_ENGINES))
         self.faults: dict[str, int] = {}
         self.rounds: list[dict[str, Any]] = []
-        self.engines: list[SpawnProcess] = []
+        self.engines: list[subprocess.Popen[bytes]] = []
         self.rng = random.Random(1)
 
     def run(self, seconds: float, told: Callable[[str], None]) -> dict[str, Any]:
@@ -97,11 +103,17 @@ class Soak:
             "rounds": self.rounds,
         }
 
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Requests and loaded blocks of all engines so far."""
+        rows = list(COUNTS.iter_unpack(self.counts_path.read_bytes()))
+        return sum(row[0] for row in rows), sum(row[1] for row in rows)
+
     def close(self) -> None:
         """End everything that still runs."""
         for process in self.engines:
-            if process.is_alive():
-                process.kill()
+            process.kill()
+            process.wait(30)
         self.daemon.kill()
         self.server.stop()
 
@@ -110,17 +122,18 @@ class Soak:
             self._start_engine(len(self.engines))
 
     def _start_engine(self, number: int) -> None:
-        process = self.spawn.Process(target=engine, args=(str(self.daemon.socket), self.port, number, self.counts))
-        process.start()
+        call = f"engine({str(self.daemon.socket)!r}, {self.port}, {number}, {str(self.counts_path)!r})"
+        root = Path(__file__).resolve().parents[2]
+        process = subprocess.Popen([sys.executable, "-c", f"from tests.service.soak import engine; {call}"], cwd=root)
         self.engines.insert(number, process)
 
     def _stop_engines(self) -> None:
         for process in self.engines:
             process.terminate()
         for process in self.engines:
-            process.join(30)
             # The signal itself ends one that was only just starting.
-            assert process.exitcode in (0, -signal.SIGTERM), f"an engine ended with {process.exitcode}"
+            code = process.wait(30)
+            assert code in (0, -signal.SIGTERM), f"an engine ended with {code}"
         self.engines.clear()
 
     def _fault(self) -> None:
@@ -146,7 +159,7 @@ class Soak:
         number = self.rng.randrange(NUM_ENGINES)
         process = self.engines.pop(number)
         process.kill()
-        process.join(30)
+        process.wait(30)
         self._start_engine(number)
 
     def _freeze(self) -> None:
