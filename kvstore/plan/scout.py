@@ -71,21 +71,14 @@ class Scout:
         state = self._state(request)
         survey = self.survey(request)
         pending = self.probes.ask(state, survey, now)
-        match = Match(
-            survey.worth,
-            survey.worth * self._block_size,
-            pending,
-            survey.by_tier(self.names, self._windows),
-            survey.known,
-            survey.cut,
-        )
+        match = self._match(survey, pending)
         if judge is not None:
             match = judge(request, match, now)
         if match.pending:
             self.counters["pending"] += 1
         elif state.num_counted != request.num_tokens:
             state.num_counted = request.num_tokens
-            self._count(request, survey)
+            self._count(request, survey, match)
         return match, self._stale_tier(survey, now)
 
     def survey(self, request: Request) -> Survey:
@@ -120,15 +113,17 @@ class Scout:
 
     def explain(self, request: Request) -> Explanation:
         """Why the match ends where it does. Counts nothing, asks nobody (see `ask`)."""
-        return self._explanation(request, self.survey(request))
+        survey = self.survey(request)
+        return self._explanation(request, survey, self._match(survey, False))
 
-    def _explanation(self, request: Request, survey: Survey) -> Explanation:
-        worth = survey.worth
-        names = survey.by_tier(self.names, self._windows)
-        match = Match(worth, worth * self._block_size, False, names, survey.known, survey.cut)
+    def _match(self, survey: Survey, pending: bool) -> Match:
+        worth, by_tier = survey.worth, survey.by_tier(self.names, self._windows)
+        return Match(worth, worth * self._block_size, pending, by_tier, survey.known, survey.cut)
+
+    def _explanation(self, request: Request, survey: Survey, match: Match) -> Explanation:
         if survey.cut in (CutReason.NONE, CutReason.TOO_SHORT):
             return Explanation(match)
-        at = survey.known if survey.cut in (CutReason.NEVER_STORED, CutReason.TIER_DOWN) else worth
+        at = survey.known if survey.cut in (CutReason.NEVER_STORED, CutReason.TIER_DOWN) else survey.worth
         block = survey.blocks[at] if at < len(survey.blocks) else None
         tiers: dict[str, bool] = {}
         if block is not None:
@@ -262,14 +257,14 @@ class Scout:
         name = self.names[self._slowest(survey, survey.worth)]
         return name if name in self._costs.tiers and self._costs.wants_sample(name, now) else None
 
-    def _count(self, request: Request, survey: Survey) -> None:
+    def _count(self, request: Request, survey: Survey, match: Match) -> None:
         self.counters["lookups"] += 1
         self.counters["matched_tokens"] += survey.worth * self._block_size
         self.counters["missed_tokens"] += request.num_tokens - survey.worth * self._block_size
         self.cuts[survey.cut.value] += 1
         journal = self._catalog.journal
         if journal is not None and survey.cut not in (CutReason.NONE, CutReason.TOO_SHORT):
-            journal.fell_short(request, self._explanation(request, survey))
+            journal.fell_short(request, self._explanation(request, survey, match))
 
     def _block_tokens(self, request: Request, index: int) -> bytes:
         if request.tokens is None:
