@@ -1,0 +1,189 @@
+"""What can go wrong below KVStoreTier while real engines run: answers are vLLM's own without us, nothing hangs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvstore.tiers.redis_local import LocalRedis
+from tests.engines.vllm.engine import BLOCK, EngineProcess, make_prompt
+from tests.engines.vllm.tier_engine import TierEngine, tier_config
+from tests.helpers.redis_server import NEEDS_REDIS
+
+pytestmark = pytest.mark.timeout(600)
+MiB = 1 << 20
+PROMPT = make_prompt(700, seed=31)
+OTHER = make_prompt(300, seed=32)
+FULL = 700 // BLOCK * BLOCK
+HASTE = {"lookup_deadline_s": 0.2, "load_deadline_s": 0.5}
+COMPUTED = "vllm:prompt_tokens_by_source.local_compute"
+STORED = "vllm:kvstore_tier_stored_chunks"
+
+
+@pytest.fixture(autouse=True)
+def no_file_is_left() -> None:
+    """vLLM keeps sockets and pipes of its own."""
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> None:
+    """The same for threads."""
+
+
+@pytest.fixture
+def open_tier_engine(model_of: Callable[[str], str]) -> Iterator[Callable[..., TierEngine]]:
+    """Make an engine in this process; closed at the end, and then no thread of ours is left."""
+    current: list[TierEngine] = []
+
+    def make(entry: dict[str, Any]) -> TierEngine:
+        current.append(TierEngine(model_of("gqa"), entry))
+        return current[-1]
+
+    yield make
+    for engine in current:
+        engine.close()
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("kvstore-")] == []
+
+
+@pytest.fixture
+def small_mount(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 16 MiB."""
+    point = tmp_path / "small"
+    point.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(point)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"this system does not let us mount: {done.stderr.strip()}")
+    yield point
+    subprocess.run(["umount", "-l", str(point)], check=True)
+
+
+def fill(ballast: Path) -> None:
+    """Take all the space there is."""
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+
+
+def ask_in_time(engine: TierEngine, prompt: list[int]) -> dict[str, Any]:
+    """Ask; an answer that takes longer than any deadline of ours is a hang."""
+    started = time.monotonic()
+    answer = engine.ask(prompt)
+    assert time.monotonic() - started < 20
+    return answer
+
+
+@pytest.mark.parametrize("_", [pytest.param("", marks=NEEDS_REDIS)])
+def test_a_redis_that_freezes_before_a_lookup_or_in_a_load_costs_a_bounded_wait(
+    open_tier_engine: Callable[..., TierEngine], reference: Any, _: str
+) -> None:
+    breaker = {"probe_after_s": 0.2, "probe_max_s": 0.4}
+    with LocalRedis() as server:
+        redis = {"url": server.url, "timeout_s": 0.3, "connect_timeout_s": 0.2}
+        engine = open_tier_engine({"redis": redis, "store": HASTE, "breaker": breaker})
+        core, load = engine.tier.core, engine.tier.core.load
+        engine.ask(PROMPT)
+        engine.forget()
+        assert engine.ask(PROMPT)["cached"] == FULL
+        engine.forget()
+        try:
+            core.load = lambda *given: (server.freeze(), load(*given))
+            in_load = ask_in_time(engine, PROMPT)
+            core.load = load
+            engine.forget()
+            at_lookup = [ask_in_time(engine, prompt) for prompt in (PROMPT, OTHER)]
+        finally:
+            core.load = load
+            server.thaw()
+
+        assert [in_load["tokens"], *(one["tokens"] for one in at_lookup)] == reference.tokens([PROMPT, PROMPT, OTHER])
+        assert [in_load["cached"], *(one["cached"] for one in at_lookup)] == [0, 0, 0]
+        assert core.counters.lost_loads > 0
+
+
+def test_an_abort_in_the_middle_of_a_load_leaves_a_sound_engine(
+    open_tier_engine: Callable[..., TierEngine], reference: Any, tmp_path: Path
+) -> None:
+    from vllm import SamplingParams
+
+    engine = open_tier_engine({"disk": {"path": str(tmp_path / "pages"), "capacity_bytes": 32 * MiB}})
+    engine.ask(PROMPT)
+    engine.forget()
+    disk, may_read = engine.tier.core.mover.tier("disk"), threading.Event()
+    read_into = disk.read_into
+    disk.read_into = lambda *given, **named: may_read.wait(20) and read_into(*given, **named)
+    llm = engine.llm.llm_engine
+    llm.add_request("gone", {"prompt_token_ids": PROMPT}, SamplingParams(temperature=0, max_tokens=8))
+    until = time.monotonic() + 20
+    while not engine.tier.core.has_jobs and time.monotonic() < until:
+        llm.step()
+    assert engine.tier.core.has_jobs
+
+    llm.abort_request(["gone"])
+    llm.step()
+    may_read.set()
+    answers = [ask_in_time(engine, prompt) for prompt in (PROMPT, OTHER)]
+
+    assert [answer["tokens"] for answer in answers] == reference.tokens([PROMPT, OTHER])
+    engine.settle()
+    assert not engine.tier.core.has_jobs
+    assert engine.llm.llm_engine.get_num_unfinished_requests() == 0
+
+
+def test_a_disk_that_is_full_stores_nothing_and_stores_again_when_it_has_room(
+    open_tier_engine: Callable[..., TierEngine], reference: Any, small_mount: Path
+) -> None:
+    engine = open_tier_engine(
+        {"disk": {"path": str(small_mount / "pages"), "capacity_bytes": 8 * MiB}, "breaker": {"probe_after_s": 0.1}}
+    )
+    os.truncate(small_mount / "pages/pages.slab", 0)  # the reserve is gone ...
+    ballast = small_mount / "ballast"
+    fill(ballast)  # ... and somebody else took the space
+
+    first = ask_in_time(engine, PROMPT)
+    engine.forget()
+    second = ask_in_time(engine, PROMPT)
+    ballast.unlink()
+    until = time.monotonic() + 20
+    while not engine.tier.core.mover.is_up("disk") and time.monotonic() < until:
+        time.sleep(0.01)
+    engine.forget()
+    third = ask_in_time(engine, PROMPT)
+    engine.forget()
+    fourth = ask_in_time(engine, PROMPT)
+
+    assert [[one["tokens"]] for one in (first, second, third, fourth)] == [reference.tokens([PROMPT])] * 4
+    assert [first["cached"], second["cached"], fourth["cached"]] == [0, 0, FULL]
+
+
+def test_engines_of_several_processes_store_and_load(
+    model_of: Callable[[str], str], reference: Any, tmp_path: Path
+) -> None:
+    extra = tier_config({"disk": {"path": str(tmp_path / "pages"), "capacity_bytes": 32 * MiB}})
+    transfer = {"kv_connector": "OffloadingConnector", "kv_connector_module_path": None}
+    with EngineProcess(model_of("gqa"), extra, processes=True, transfer=transfer) as writer:
+        first = writer.ask(PROMPT)
+        until = time.monotonic() + 30
+        while writer.metrics().get(STORED, 0) < FULL // BLOCK and time.monotonic() < until:
+            writer.ask(OTHER[:40], 1)  # metrics come with answers
+
+    with EngineProcess(model_of("gqa"), extra, processes=True, transfer=transfer) as reader:
+        second = reader.ask(PROMPT)
+        numbers = reader.metrics()
+
+    assert [first["tokens"]] == [second["tokens"]] == reference.tokens([PROMPT])
+    assert [first["cached"], second["cached"]] == [0, FULL]
+    assert numbers[COMPUTED] == len(PROMPT) - FULL
