@@ -5,6 +5,7 @@ import { byId, make, reconcile, segments, setAttribute, setText } from "./dom.js
 import { ago, bytes, count, sum } from "./format.js";
 
 const MAX_OPEN = 64;
+const MAX_ROWS = 14; // what is seen without scrolling
 
 export class Prefixes {
   constructor() {
@@ -31,9 +32,10 @@ export class Prefixes {
     this.levels = answer.levels;
     for (const id of this.open) if (!(id in this.levels)) this.open.delete(id);
     if (!this.wasTouched && !this.open.size) {
-      // What a visitor should see at once: the branches of the most shared prefix.
-      const first = (this.levels[""]?.nodes ?? []).find((node) => node.branches > 1);
-      if (first) {
+      // A visitor should see at once what most share and what continues it, as long as no other root is pushed away.
+      const roots = this.levels[""]?.nodes ?? [];
+      const first = roots.find((node) => node.branches > 1);
+      if (first && roots.length + first.branches <= MAX_ROWS) {
         this.open.add(first.id);
         return this.refresh();
       }
