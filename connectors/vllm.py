@@ -130,6 +130,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._cleared = False
             events = getattr(vllm_config, "kv_events_config", None)
             self._tells_events = bool(events and events.enable_kv_cache_events)
+            if self._tells_events:
+                self._scheduler.announce()
 
     # ---- worker -----------------------------------------------------------------------------------------------
 
@@ -278,10 +280,10 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @quiet(tuple)
     def take_events(self) -> Iterable[Any]:
         """Which blocks can be had from this engine, for routers."""
-        stored = self._half.take_stored()
         if not self._tells_events:
             return ()
-        events = [versions.block_stored(hashes, self._engine.layout.block_size) for hashes, _ in stored]
+        block_size = self._engine.layout.block_size
+        events = [versions.kv_event(news, block_size) for news in self._half.take_news()]
         if self._cleared:
             self._cleared = False
             events.insert(0, versions.all_cleared())

@@ -6,7 +6,7 @@ the scheduler's thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,10 +50,12 @@ class Requests:
 
     identify: names what makes a request's KV different and vLLM's hashes do not cover (its adapter's files).
     salt:     part of all names from now on; "" for none.
+    on_named: told of new blocks of a request, by our names and by vLLM's.
     """
 
     def __init__(self, store: KVStore, engine: EngineLayout, identify: Callable[[Any], str]) -> None:
         self.salt = ""
+        self.on_named: Callable[[Sequence[bytes], Sequence[bytes]], None] | None = None
         self._store = store
         self._per_block = engine.hashes_per_block
         self._identify = identify
@@ -89,6 +91,8 @@ class Requests:
             new = [bytes(one) for one in hashes[tracked.num_hashed + per_block - 1 : end : per_block]]
             self._store.extend_hashes(tracked.store, new, tracked.engine.num_tokens)
             tracked.num_hashed = end
+            if self.on_named is not None and new:
+                self.on_named(tracked.store.keys[-len(new) :], new)
         return is_same
 
     def __len__(self) -> int:

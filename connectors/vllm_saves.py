@@ -51,7 +51,7 @@ class Saves:
         world: int,
     ) -> None:
         self.pool: Any = None  # vLLM's block pool
-        self.stored_events: list[tuple[list[bytes], str]] = []
+        self.stored: list[bytes] | None = None  # vLLM's hashes of what was published, where anybody wants to know
         self._store = store
         self._engine = engine
         self._block_size = engine.layout.block_size
@@ -93,7 +93,8 @@ class Saves:
         if is_good and saving.is_good:
             self._store.complete(saving.lease, filled=saving.filled)
             self._counters["saved_pages"] += sum(saving.filled)
-            self.stored_events.append((saving.hashes, saving.request))
+            if self.stored is not None:
+                self.stored += saving.hashes
         else:
             self._store.release(saving.lease)
             self._counters["save_failures"] += 1

@@ -15,13 +15,17 @@ from typing import Any, Protocol
 
 from connectors import vllm_loads, vllm_saves
 from connectors.vllm_config import ConnectorConfig
+from connectors.vllm_events import MEDIA, Announcer, News
 from connectors.vllm_layout import EngineLayout
 from connectors.vllm_loads import Loads
 from connectors.vllm_messages import IDLE_WAIT_S, StepPlan, StepReport
 from connectors.vllm_requests import Requests
 from connectors.vllm_saves import Saves
 from kvstore.base import KVStore
+from kvstore.plan.journal import Journal
+from kvstore.plan.records import HOST
 from kvstore.service.slab import SlabShare
+from kvstore.store import LocalStore
 from kvstore.tiers.host import SlabHandle
 
 COUNTERS = (
@@ -70,6 +74,7 @@ class SchedulerHalf:
         self._requests = Requests(store, engine, identify)
         self._loads = Loads(store, engine, config, self._requests, self.counters, now)
         self._saves = Saves(store, engine, config, self._requests, self.counters, world)
+        self._announcer = Announcer(engine.group_ids)
         self._slabs: tuple[SlabHandle | SlabShare, ...] = ()
         self._ranks: dict[int, int] = {}
         self._broken: set[int] = set()
@@ -164,10 +169,28 @@ class SchedulerHalf:
         """A save of the only rank ended. Any thread; publishes at once what `reported` would at the next step."""
         self._saves.saved(lease_id, ok)
 
-    def take_stored(self) -> list[tuple[list[bytes], str]]:
-        """vLLM's hashes of the blocks that were saved since the last call, with the name of the request."""
-        stored, self._saves.stored_events = self._saves.stored_events, []
-        return stored
+    # ---- events for routers -----------------------------------------------------------------------------------
+
+    def announce(self) -> None:
+        """Have what comes and goes told by `take_news`, from now on."""
+        if isinstance(self.store, LocalStore):
+            journal = Journal(time.time)
+            journal.wants_events = True
+            self.store.keep_journal(journal)
+            self._requests.on_named = self._announcer.name
+        else:
+            self._saves.stored = []  # what becomes of it, the daemon tells
+
+    def take_news(self) -> list[News]:
+        """What came and went since the last call."""
+        if isinstance(self.store, LocalStore):
+            return self._announcer.tell(self.store.take_events())
+        if not self._saves.stored:
+            return []
+        stored, self._saves.stored = self._saves.stored, []
+        return [News(True, MEDIA[HOST], None, stored)]
+
+    # ---- the engine as a whole --------------------------------------------------------------------------------
 
     @property
     def is_saving(self) -> bool:
@@ -179,8 +202,6 @@ class SchedulerHalf:
         """True while there are requests."""
         return bool(self._requests)
 
-    # ---- the engine as a whole --------------------------------------------------------------------------------
-
     def reset(self, salt: str) -> None:
         """Forget everything for this engine: pages stored so far have other names from now on."""
         self._requests.salt = salt
@@ -188,6 +209,7 @@ class SchedulerHalf:
             self._loads.let_go(tracked)
             self._requests.end(tracked.engine.request_id)
         self._saves.spoil()
+        self._announcer.forget()
 
     def close(self, timeout_s: float | None = None) -> None:
         """Write behind what is left and stop."""

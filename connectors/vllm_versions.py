@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from connectors.vllm_events import News
 from kvstore.errors import ConfigError
 
 SUPPORTED = ("0.32",)  # minor releases the engine tests have run with
@@ -29,19 +30,23 @@ def null_safe_block_ids(scheduler_output: Any, request_id: str) -> Any:
     return None if state is None else state.get_block_ids(request_id)
 
 
-def block_stored(hashes: list[bytes], block_size: int) -> Any:
-    """The event that tells a router which blocks can be had here (0.32)."""
-    from vllm.distributed.kv_events import MEDIUM_CPU, BlockStored
+def kv_event(news: News, block_size: int) -> Any:
+    """The event that tells a router which blocks can be had here, or no longer (0.32)."""
+    from vllm.distributed.kv_events import BlockRemoved, BlockStored
     from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
+    hashes = [maybe_convert_block_hash(one) for one in news.hashes]
+    place = {"medium": news.medium, "group_idx": news.group, "locality": "LOCAL", "ownership": "kvstore"}
+    if not news.is_stored:
+        return BlockRemoved(block_hashes=hashes, **place)
     return BlockStored(
-        block_hashes=[maybe_convert_block_hash(one) for one in hashes],
+        block_hashes=hashes,
         parent_block_hash=None,
         token_ids=[],
         block_size=block_size,
         lora_id=None,
-        medium=MEDIUM_CPU,
         lora_name=None,
+        **place,
     )
 
 

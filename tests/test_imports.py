@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.base",
         "kvstore.layout",
         "kvstore.plan.records",
+        "kvstore.plan.journal",  # what came and went, for routers
         "kvstore.errors",
         "kvstore.devices",
         "kvstore.tiers.host",  # a worker process maps the slab,

@@ -1,0 +1,109 @@
+"""KV events as a router gets them, over vLLM's own ZeroMQ publisher: what it believes is what is stored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engines.vllm.conftest import MiB
+from tests.engines.vllm.engine import Engine, make_prompt
+
+pytestmark = pytest.mark.timeout(600)
+
+
+class Router:
+    """Believes what it is told: which block is where."""
+
+    def __init__(self, folder: Path) -> None:
+        import zmq
+
+        self.endpoint = f"ipc://{folder}/events"
+        self.beliefs: set[tuple[Any, str, int | None]] = set()
+        self.removed: set[str] = set()
+        self.cleared = 0
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.SUB)
+        self._socket.subscribe(b"")
+        self._socket.connect(self.endpoint)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": self.endpoint}
+
+    def hear(self, quiet_s: float = 0.5) -> None:
+        """Take in events until there is none for a while."""
+        from msgspec.msgpack import Decoder
+        from vllm.distributed.kv_events import AllBlocksCleared, BlockStored, KVEventBatch
+
+        decoder = Decoder(type=KVEventBatch)
+        while self._socket.poll(quiet_s * 1000):
+            for event in decoder.decode(self._socket.recv_multipart()[-1]).events:
+                if isinstance(event, AllBlocksCleared):
+                    self.beliefs.clear()
+                    self.cleared += 1
+                    continue
+                told = {(name, str(event.medium), event.group_idx) for name in event.block_hashes}
+                if isinstance(event, BlockStored):
+                    self.beliefs |= told
+                else:
+                    self.removed.add(str(event.medium))
+                    assert told <= self.beliefs or event.medium == "GPU"  # nothing is taken back that was not told
+                    self.beliefs -= told
+
+    def names(self, medium: str) -> set[Any]:
+        return {name for name, where, _ in self.beliefs if where == medium}
+
+    def close(self) -> None:
+        self._socket.close(0)
+        self._context.term()
+
+
+@pytest.fixture
+def router(tmp_path: Path) -> Iterator[Router]:
+    router = Router(tmp_path)
+    yield router
+    router.close()
+
+
+@pytest.mark.parametrize("kind", ["gqa", "sliding"])
+def test_a_router_believes_what_is_stored(
+    open_engine: Callable[..., Engine], router: Router, tmp_path: Path, kind: str
+) -> None:
+    extra = {
+        "host": {"capacity_bytes": 3 * MiB, "huge_pages": False},  # far less than the prompts need
+        "disk": {"path": str(tmp_path / "disk"), "capacity_bytes": 4 * MiB},
+    }
+    engine = open_engine(extra, kind=kind, kv_events_config=router.config)
+    time.sleep(0.5)  # a subscriber needs a moment before the first event
+    for seed in range(5):
+        engine.ask(make_prompt(700, seed))
+        engine.settle()
+    engine.ask(make_prompt(20, 99))  # a step, in which the last of it is told
+    router.hear()
+
+    pages = engine.half.store.stats()["pages"]
+    told = {medium: sum(where == medium for _, where, _ in router.beliefs) for medium in ("CPU", "STORAGE")}
+    assert told == {"CPU": pages["host"], "STORAGE": pages["disk"]}
+    assert {"CPU", "STORAGE"} <= router.removed
+    assert router.names("CPU") <= router.names("GPU")  # by the names that vLLM itself uses; its own cache is larger
+
+
+def test_after_a_reset_a_router_believes_nothing(open_engine: Callable[..., Engine], router: Router) -> None:
+    engine = open_engine({}, kv_events_config=router.config)
+    time.sleep(0.5)
+    engine.ask(make_prompt(300, 1))
+    engine.settle()
+    engine.ask(make_prompt(20, 2))
+    router.hear()
+    assert router.names("CPU")
+
+    engine.llm.reset_prefix_cache(reset_connector=True)
+    engine.ask(make_prompt(20, 3))
+    router.hear()
+
+    assert router.cleared
+    assert not router.names("CPU")
