@@ -67,7 +67,7 @@ def _draw_percentiles(axes: Any, runs: list[tuple[Run, Summary]]) -> None:
     axes.set_xticks(range(3), ["p50", "p95", "p99"])
     axes.set_ylim(0, tallest * 1.25)
     if len(runs) > 1:
-        axes.legend(frameon=False, fontsize=8.5, loc="upper left", ncols=2)
+        axes.legend(facecolor=PAPER, edgecolor="none", framealpha=1, fontsize=8.5, loc="upper left", ncols=2)
     _dress(axes, "time to first token, seconds", grid="y")
 
 

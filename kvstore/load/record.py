@@ -59,6 +59,11 @@ class Record:
         return self.piece_s[0] - self.planned_s if self.ok and self.piece_s else None
 
     @property
+    def ttft_sent_s(self) -> float | None:
+        """From when it was first sent to its first token."""
+        return self.piece_s[0] - self.sent_s if self.ok and self.piece_s and self.sent_s is not None else None
+
+    @property
     def end_to_end_s(self) -> float | None:
         """From when it was due to its last token."""
         return self.end_s - self.planned_s if self.ok and self.end_s is not None else None

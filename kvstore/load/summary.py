@@ -66,9 +66,10 @@ class Summary:
     """A run in numbers. Spreads are of answered requests; seconds.
 
     refusals:  429 answers by code, also of requests that were answered in the end.
+    ttft_sent_s: time to first token without what a request waited here; ttft_s has it.
     held_s:    how long requests waited, past their time, for what they continue to be answered; part of their TTFT.
     late_s:    how long after its time a request left this machine otherwise: what the load generator itself adds.
-               Both None in a closed loop.
+               All three None in a closed loop, where requests are due when they are sent.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Summary:
     token_s: Spread | None
     end_to_end_s: Spread | None
     stages: dict[str, Spread | None]
+    ttft_sent_s: Spread | None
     held_s: Spread | None
     late_s: Spread | None
     errors: dict[str, Failure]
@@ -131,6 +133,7 @@ def summarize(run: Run, open_loop: bool) -> Summary:
         token_s=spread(record.token_s for record in answered),
         end_to_end_s=spread(record.end_to_end_s for record in answered),
         stages={stage: spread(record.stages.get(stage) for record in answered) for stage in STAGES},
+        ttft_sent_s=spread(record.ttft_sent_s for record in answered) if open_loop else None,
         held_s=spread(record.held_s for record in sent) if open_loop else None,
         late_s=spread((record.sent_s or 0.0) - record.planned_s - record.held_s for record in sent)
         if open_loop

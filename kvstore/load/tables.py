@@ -68,16 +68,16 @@ def _headline(summary: Summary) -> Text:
 
 def _spreads(summary: Summary) -> Table:
     table = _table("seconds", "mean", "p50", "p95", "p99", "max")
+    waited = summary.held_s is not None and summary.held_s.max > 0.001
     rows: list[tuple[str, Spread | None]] = [
         ("time to first token", summary.ttft_s),
+        ("  of it: waited for the turn before", summary.held_s if waited else None),
+        ("  of it: sent late by this program", summary.late_s),
+        ("  of it: after it was sent", summary.ttft_sent_s),
         ("time per output token", summary.token_s),
         ("end to end", summary.end_to_end_s),
         *((STAGE_TITLES[stage], summary.stages[stage]) for stage in STAGES),
     ]
-    if summary.held_s is not None and summary.held_s.max > 0.001:
-        rows.append(("waited for the turn before", summary.held_s))
-    if summary.late_s is not None:
-        rows.append(("sent late by this program", summary.late_s))
     for name, values in rows:
         if values is not None:
             numbers = (values.mean, values.p50, values.p95, values.p99, values.max)

@@ -118,8 +118,20 @@ def test_lateness_leaves_out_what_waited_for_its_conversation(record: Make) -> N
 
     assert summary.late_s is not None
     assert summary.held_s is not None
+    assert summary.ttft_sent_s is not None
     assert (summary.late_s.max, summary.held_s.max) == (0.25, 2.0)
-    assert summarize(run, open_loop=False).late_s is None
+    closed = summarize(run, open_loop=False)
+    assert (closed.late_s, closed.held_s, closed.ttft_sent_s) == (None, None, None)
+
+
+def test_parts_of_a_ttft_make_the_whole(record: Make) -> None:
+    made = record(planned_s=1.0, ttft_s=3.0, sent_s=3.5, held_s=2.25)
+
+    summary = summarize(Run("run", [made], 5.0), open_loop=True)
+
+    assert summary.late_s is not None
+    assert summary.ttft_sent_s is not None
+    assert made.held_s + summary.late_s.max + summary.ttft_sent_s.max == pytest.approx(3.0)
 
 
 def test_nothing_answered_is_a_summary_too() -> None:
