@@ -119,7 +119,7 @@ class Channel(asyncio.BufferedProtocol):
         if not self.is_local or self._transport is None:
             return None
         raw = self._transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size)
-        return int(PEER.unpack(raw)[0])
+        return int(PEER.unpack(raw)[0]) or None  # 0: of a container that this one cannot see into
 
     # ---- the transport's calls ----------------------------------------------------------------------------------
 

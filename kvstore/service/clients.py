@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvstore.config import Config
-from kvstore.errors import ConfigError, StoreClosed
+from kvstore.errors import ConfigError, RequestError, StoreClosed
 from kvstore.service.channel import Channel, Greeting
 from kvstore.service.namespaces import layout_from_json, namespace_from_json
 from kvstore.service.session import Session
@@ -33,6 +33,7 @@ from kvstore.service.tenants import LOCAL, Tenant
 log = logging.getLogger(__name__)
 
 MAX_NAME = 64  # of a client
+MAX_CONNECTIONS = 1024  # of a client: one for each of its threads, and one for each rank
 LONGEST_LOOK_S = 5.0  # between two looks for overdue leases
 
 
@@ -165,6 +166,8 @@ class Clients:
         session = self.sessions.get(str(message.get("session")))
         if session is None or session.is_orphan or session.opened.tenant != channel.tenant:
             return None
+        if len(self.connections(session)) >= MAX_CONNECTIONS:
+            raise RequestError(f"this client has {MAX_CONNECTIONS} connections; it may have no more")
         if message.get("anchor") is True:
             session.anchors.add(channel)
         wants_slab = channel.is_local and message.get("slab") is True

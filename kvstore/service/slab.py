@@ -121,8 +121,10 @@ def attach_slab(handle: SlabHandle | SlabShare, *, timeout_s: float = 1.0) -> At
 
 def _receive(anchor: Wire, handle: SlabShare, timeout_s: float) -> HostSlab:
     message = protocol.encode_json({"session": handle.session, "anchor": True, "slab": True})
-    status, _, fd = anchor.hello(message, timeout_s, op=Op.ATTACH)
+    status, answer, fd = anchor.hello(message, timeout_s, op=Op.ATTACH)
     if fd is None:
+        if status is Status.ERROR:
+            raise ConnectionError(str(protocol.decode_json(answer).get("message")))
         if status is Status.GONE:
             raise ConnectionResetError("the scheduler's session is gone: it ended, or the daemon has started again")
         raise ConfigError(f"the daemon at {handle.path} sent no slab: it is of another release")

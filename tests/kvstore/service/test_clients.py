@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 
 from kvstore.plan.records import LeaseState
+from kvstore.service import clients
 from kvstore.service.client import RemoteStore
 from kvstore.service.connect import connect
+from kvstore.service.slab import SlabShare, attach_slab
+from kvstore.tiers.host import SlabHandle
 from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon, wait_until
 from tests.helpers.stores import LAYOUT, load, namespace, prompt, save
 
@@ -201,6 +204,31 @@ def test_a_tenant_sees_its_own_clients_only(tmp_path: Path) -> None:
             assert [client["tenant"] for client in red.get("/v1/clients")["clients"]] == ["blue", "red"]
             assert blue.get("/v1/stats")["service"] == {}
             assert blue.call("POST", "/v1/clients/1/disconnect")[0] == 403
+
+
+def test_the_connections_of_a_client_are_bounded(socket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "MAX_CONNECTIONS", 4)
+    with attach(socket) as store:
+        store.lookup(store.request(prompt(1)))  # its anchor and a connection for calls
+        handle = store.slab_handle
+        assert handle is not None
+        ranks = [attach_slab(handle), attach_slab(handle)]
+
+        with pytest.raises(ConnectionError, match="4 connections"):
+            attach_slab(handle)
+
+        ranks.pop().close()
+        wait_until(lambda: _attaches(handle))
+        for rank in ranks:
+            rank.close()
+
+
+def _attaches(handle: SlabHandle | SlabShare) -> bool:
+    try:
+        attach_slab(handle).close()
+    except OSError:
+        return False
+    return True
 
 
 def _remote(port: int, token: str | None = None) -> RemoteStore:

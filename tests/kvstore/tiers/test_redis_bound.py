@@ -189,6 +189,16 @@ def test_sweep_walks_all_nodes_of_a_cluster(clock: FakeClock) -> None:
         assert there(tier, keys) == [False] * 20
 
 
+def test_claims_pass_and_are_not_counted(tier: BoundedRedis, server: LocalRedis, client: Any, clock: FakeClock) -> None:
+    keys = keys_of("page", 3)
+    with closing(bounded(server.url, 8, clock)) as other:
+        assert tier.claim(keys, token=b"a" * 16, lease_s=60, timeout_s=TIMEOUT_S) == [True] * 3
+        assert other.claim(keys, token=b"b" * 16, lease_s=60, timeout_s=TIMEOUT_S) == [False] * 3
+        tier.unclaim(keys, token=b"a" * 16, timeout_s=TIMEOUT_S)
+        assert other.claim(keys, token=b"b" * 16, lease_s=60, timeout_s=TIMEOUT_S) == [True] * 3
+    assert client.zcard(PREFIX + "ledger") == 0
+
+
 def test_a_bound_below_a_page_is_refused() -> None:
     tier = RedisTier("redis://h", prefix=PREFIX, slot_bytes=SLOT_BYTES, ttl_s=TTL_S)
     with pytest.raises(ConfigError, match=r"redis\.capacity_bytes holds 0 pages"):
