@@ -247,7 +247,9 @@ class Dashboard:
 
         waiting = total("owed_pages", name)
         if name == HOST:
-            waiting = sum(max(stats["owed_pages"].values(), default=0) * stats["slot_bytes"] for _, stats in found)
+            # What is owed may have left host memory since.
+            owed = [min(max(s["owed_pages"].values(), default=0), s["pages"][HOST]) * s["slot_bytes"] for _, s in found]
+            waiting = sum(owed)
         speeds = [stats["tier_bandwidth"][name] for _, stats in found if name in stats["tier_bandwidth"]]
         latencies = [stats["tier_latency"][name] for _, stats in found if name in stats["tier_latency"]]
         return TierBrief(

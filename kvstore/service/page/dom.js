@@ -25,7 +25,11 @@ export function setAttribute(element, name, value) {
 
 // Make the children of `parent` those of `items`, in order, keeping elements whose key stays.
 export function reconcile(parent, items, key, create, update) {
-  const known = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+  const known = new Map();
+  for (const child of [...parent.children]) {
+    if (known.has(child.dataset.key)) child.remove(); // two of one name: the second is made anew
+    else known.set(child.dataset.key, child);
+  }
   let place = parent.firstElementChild;
   for (const item of items) {
     const name = String(key(item));

@@ -48,7 +48,7 @@ export function seconds(value) {
 
 // How long ago, in one unit.
 export function ago(value) {
-  if (value === null) return "never";
+  if (value === null) return "–";
   if (value < 1.5) return "now";
   if (value < 59.5) return `${value.toFixed(0)} s`;
   if (value < 3570) return `${(value / 60).toFixed(0)} min`;

@@ -54,12 +54,12 @@ function updatePlace(element, { id, tier, now }) {
     told.push(`${bytes(tier.used_bytes)} of ${bytes(tier.capacity_bytes)}`);
     told.push(`${bytes(tier.free_bytes ?? Math.max(0, tier.capacity_bytes - tier.used_bytes))} free`);
   } else {
-    told.push("what this daemon wrote or found there; it evicts by itself");
+    told.push("as far as is known here; it evicts by itself");
   }
   if (id === "host" && tier.pinned_bytes) told.push(`${bytes(tier.pinned_bytes)} in use`);
   if (tier.waiting_bytes) told.push(id === "host" ? `${bytes(tier.waiting_bytes)} dirty` : `${bytes(tier.waiting_bytes)} owed to it`);
   if (tier.queued) told.push(`${tier.queued} batches queued`);
-  if (tier.latency_s !== null) told.push(`answers in ${tier.latency_s < 0.001 ? `${(tier.latency_s * 1e6).toFixed(0)} µs` : seconds(tier.latency_s)}`);
+  if (tier.latency_s) told.push(`answers in ${tier.latency_s < 0.001 ? `${(tier.latency_s * 1e6).toFixed(0)} µs` : seconds(tier.latency_s)}`);
   setText(facts, told.join(" · "));
   setAttribute(bar, "aria-label", told.join(", "));
 }
@@ -94,11 +94,11 @@ export function showHealth(now) {
     });
   const opened = now.tiers.reduce((total, tier) => total + tier.num_opened, 0);
   setText(byId("health-note"), down.length
-    ? `${down[0].tier} is left out since ${seconds(now.at - down[0].since)}; requests go on without it`
+    ? `${down[0].tier} is left out for ${seconds(now.at - down[0].since)}; requests go on without it`
     : opened ? `breakers opened ${opened} ${opened === 1 ? "time" : "times"} since the start` : "no breaker has opened");
-  const several = new Set(now.namespaces.map((one) => one.id)).size > 1;
+  const several = new Set(now.namespaces.map((one) => one.tenant)).size > 1;
   const rows = now.incidents.slice(0, 5).map((one) => ({
-    key: `${one.at} ${one.namespace} ${one.tier}`, isUp: one.is_up,
+    key: `${one.at} ${one.tenant} ${one.namespace} ${one.tier}`, isUp: one.is_up,
     text: `${one.tier} ${one.is_up ? "came back" : "was taken out"}${several ? ` (${one.tenant})` : ""}`, ago: now.at - one.at,
   }));
   if (!rows.length) rows.push({ key: "none", isUp: true, text: "Nothing went down since the daemon started", ago: null });
