@@ -76,11 +76,10 @@ class App:
         self.port = self._runner.addresses[0][1]
         log.info("HTTP API on %s:%d%s", config.http_host, self.port, " with TLS" if context else "")
 
-    def protocol(self) -> asyncio.Protocol:
-        """Serve HTTP on a connection that was accepted elsewhere: by the unix socket."""
-        assert self._runner is not None
-        assert self._runner.server is not None
-        made: asyncio.Protocol = self._runner.server()
+    def protocol(self) -> asyncio.Protocol | None:
+        """Serve HTTP on a connection that was accepted elsewhere: by the unix socket. None before and after."""
+        server = None if self._runner is None else self._runner.server
+        made: asyncio.Protocol | None = None if server is None else server()
         return made
 
     async def close(self) -> None:

@@ -18,7 +18,9 @@ METHODS = (b"GET ", b"POST", b"PUT ", b"HEAD", b"DELE", b"OPTI", b"PATC")
 class Door(asyncio.Protocol):
     """Hands a connection over to whoever speaks its language. The daemon's event loop only."""
 
-    def __init__(self, frames: Callable[[], asyncio.BufferedProtocol], http: Callable[[], asyncio.Protocol]) -> None:
+    def __init__(
+        self, frames: Callable[[], asyncio.BufferedProtocol], http: Callable[[], asyncio.Protocol | None]
+    ) -> None:
         self._frames = frames
         self._http = http
         self._transport: asyncio.Transport | None = None
@@ -40,6 +42,9 @@ class Door(asyncio.Protocol):
         self._stop()
         if first[:4] in METHODS:
             http = self._http()
+            if http is None:  # the daemon is not up yet, or closing
+                transport.abort()
+                return
             transport.set_protocol(http)
             http.connection_made(transport)
             http.data_received(first)

@@ -60,6 +60,13 @@ def test_a_foreign_host_is_refused_there_too(tmp_path: Path) -> None:
         assert answer.startswith(b"HTTP/1.1 400")
 
 
+def test_a_request_that_comes_too_early_is_hung_up_on(tmp_path: Path) -> None:
+    with local_daemon(tmp_path / "kv.sock") as daemon:
+        daemon.call(daemon.daemon.app.close())
+
+        assert talk(tmp_path / "kv.sock", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n") == b""
+
+
 def test_who_says_nothing_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "HELLO_TIMEOUT_S", 0.05)
     with local_daemon(tmp_path / "kv.sock"):
