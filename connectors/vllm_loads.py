@@ -198,6 +198,7 @@ class Loads:
 
     def _lease(self, tracked: Tracked, first: int) -> LoadLease | int | None:
         """A lease on what is worth loading; 0 if nothing is, None to ask again."""
+        tracked.store.held = first
         match = self._store.lookup(tracked.store)
         if match.pending and not self._is_late(tracked, self._lookup_patience_s):
             self._ask_again(tracked)

@@ -108,6 +108,8 @@ class Request:
     num_tokens: length of the prompt so far; the tail shorter than a block has no key.
     tokens:     the full blocks' tokens as little-endian uint32 bytes, kept only where hits compare them (xxh3_128).
     hasher:     the chain so far, which `extend` goes on with; None if an engine hashed the blocks.
+    held:       leading blocks that the engine has in memory of its own: a lookup weighs only what comes after them.
+                Set by the engine's connector, before a lookup.
     """
 
     id: int
@@ -116,6 +118,7 @@ class Request:
     options: RequestOptions = field(default_factory=RequestOptions)
     tokens: bytearray | None = None
     hasher: BlockHasher | None = None
+    held: int = 0
 
 
 class CutReason(Enum):

@@ -97,7 +97,7 @@ class Scout:
             return survey
         if survey.known < limit:
             survey.cut = self._reason(survey)
-        self._weigh(survey)
+        self._weigh(survey, request.held)
         if 0 < survey.worth < self._settings.min_hit_blocks:
             survey.worth, survey.cut = 0, CutReason.BELOW_MINIMUM
         return survey
@@ -223,13 +223,13 @@ class Scout:
                 return CutReason.TIER_DOWN
         return CutReason.NEVER_STORED
 
-    def _weigh(self, survey: Survey) -> None:
-        """Cut the match where loading would be slower than computing."""
+    def _weigh(self, survey: Survey, held: int) -> None:
+        """Cut the match where loading would be slower than computing; the first `held` blocks need neither."""
         if not self._settings.load_or_recompute or self._costs.prefill_tokens_per_s is None:
             return
         runs: list[tuple[str | None, int, int]] = []
         needed = [needed_from(survey.known, window) for window in self._windows]
-        for code, blocks in groupby(range(survey.known), key=lambda block: self._slowest(survey, block)):
+        for code, blocks in groupby(range(held, survey.known), key=lambda block: self._slowest(survey, block)):
             members = list(blocks)
             num_bytes = sum(
                 self._page_bytes[group]
@@ -242,7 +242,7 @@ class Scout:
             return
         cut = self._costs.best_cut(runs, self._block_size)
         if cut < len(runs):
-            limit = sum(blocks for _, blocks, _ in runs[:cut])
+            limit = held + sum(blocks for _, blocks, _ in runs[:cut])
             survey.worth = longest_resume(survey.sources, self._windows, limit)
             survey.cut = CutReason.NOT_WORTH
 

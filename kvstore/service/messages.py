@@ -35,7 +35,7 @@ KEY_BYTES = 32
 MAX_KEYS = MAX_BODY_BYTES // KEY_BYTES // 2
 MAX_TIMEOUT_S = 600.0
 
-_REQUEST = struct.Struct("<QIIQI")  # id, base, new keys, num_tokens, bytes of options
+_REQUEST = struct.Struct("<QIIQII")  # id, base, new keys, num_tokens, blocks held, bytes of options
 _LOOKUP = struct.Struct("<f")  # timeout
 _PREPARE = struct.Struct("<QIII")  # lease id, first, end, bytes of the owner
 _LEASE = struct.Struct("<Q")
@@ -61,12 +61,13 @@ STATES = tuple(LeaseState)
 
 @dataclass(frozen=True, slots=True)
 class RequestPart:
-    """What a message says about its request. options: None where they were sent before."""
+    """What a message says about its request (see Request). options: None where they were sent before."""
 
     id: int
     base: int
     keys: list[BlockHash]
     num_tokens: int
+    held: int
     options: RequestOptions | None
 
 
@@ -74,18 +75,19 @@ def encode_request(request: Request, base: int, end: int) -> bytes:
     """The request, with its keys [base, end)."""
     options = _encode_options(request.options) if base == 0 else b""
     keys = request.keys[base:end]
-    return _REQUEST.pack(request.id, base, len(keys), request.num_tokens, len(options)) + options + b"".join(keys)
+    head = _REQUEST.pack(request.id, base, len(keys), request.num_tokens, request.held, len(options))
+    return head + options + b"".join(keys)
 
 
 def read_request(reader: Reader) -> RequestPart:
     """The request of a message."""
-    request_id, base, num_keys, num_tokens, num_options = reader.unpack(_REQUEST)
+    request_id, base, num_keys, num_tokens, held, num_options = reader.unpack(_REQUEST)
     if base + num_keys > MAX_KEYS:
         raise ProtocolError(f"request has {base + num_keys} keys; at most {MAX_KEYS} are allowed")
     options = _decode_options(reader.text(num_options)) if base == 0 else None
     raw = reader.take(num_keys * KEY_BYTES)
     keys = [BlockHash(raw[at : at + KEY_BYTES]) for at in range(0, len(raw), KEY_BYTES)]
-    return RequestPart(request_id, base, keys, num_tokens, options)
+    return RequestPart(request_id, base, keys, num_tokens, held, options)
 
 
 def _encode_options(options: RequestOptions) -> bytes:

@@ -395,6 +395,7 @@ class Session:
             # Another connection may have brought the same keys meanwhile; what is known is not appended again.
             request.keys += self.opened.bind(part.keys[len(request.keys) - part.base :])
         request.num_tokens = max(request.num_tokens, part.num_tokens)
+        request.held = part.held
         if request.num_tokens < len(request.keys) * self.opened.layout.block_size:
             raise RequestError(
                 f"request has {request.num_tokens} tokens; its {len(request.keys)} blocks need at least "

@@ -163,6 +163,7 @@ def test_what_the_engine_has_is_not_promised_again(world: World) -> None:
     world.half.new_request(again)
 
     assert world.half.matched(again, 3 * BLOCK) == (BLOCK, True)
+    assert world.half._requests._tracked["b"].store.held == 3  # not weighed again by load_or_recompute
     world.half.allocated(again, world.blocks(5), BLOCK)
     plan = world.half.plan_step({}, lambda name: None)
 

@@ -119,3 +119,18 @@ def test_a_tier_that_recovers_is_used_again() -> None:
 
     assert max(times) <= 1.01 * COLD_S
     assert max(times[-4:]) < 0.2 * COLD_S
+
+
+@pytest.mark.parametrize(("held", "expected"), [(0, PROMPT_BLOCKS), (PROMPT_BLOCKS - 4, PROMPT_BLOCKS - 4)])
+def test_only_what_the_engine_does_not_hold_is_weighed(held: int, expected: int) -> None:
+    engine = Engine()
+    played(engine, 4)  # prompt 0 is on the tier only
+    tier = engine.planner.costs.tiers["disk"]
+    for _ in range(40):
+        tier.observe(0.2, 0, engine.now)  # asking takes long: four blocks are computed in 0.064 s, all of it in 1.024
+    request = Request(1000, path(0), PROMPT_BLOCKS * BLOCK + 1, held=held)
+
+    match = engine.planner.lookup(request, engine.now)
+
+    assert match.num_blocks == expected
+    assert match.known == PROMPT_BLOCKS
