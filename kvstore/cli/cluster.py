@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -194,7 +194,7 @@ def _check_settings(assignments: list[str]) -> None:
     from kvstore.cli.config import overrides
     from kvstore.config import Config
 
-    sections: dict[str, dict[str, str]] = {}
+    sections: dict[str, Any] = {}
     for field, value in overrides(assignments).items():
         section, _, key = field.partition(".")
         sections.setdefault(section, {})[key] = value

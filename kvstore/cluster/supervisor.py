@@ -26,7 +26,7 @@ import kvstore
 from kvstore.cluster.supervisor_directory import ClusterError, RunDirectory
 from kvstore.cluster.supervisor_ports import holder, is_ready, redis_is_ready
 from kvstore.cluster.topology import ClusterSpec, Kind, Process, plan
-from kvstore.tiers.redis_local import find_redis_server
+from kvstore.tiers.redis_local import RedisNotInstalled, find_redis_server
 
 START_TIMEOUT_S = 300.0  # imports and loading: 10 s here, minutes for a large model on a cold disk
 STOP_TIMEOUT_S = 60.0  # a replica finishes what it runs (30 s), a node drains and flushes
@@ -63,10 +63,10 @@ class Supervisor:
     """
 
     def __init__(self, spec: ClusterSpec, directory: RunDirectory, say: Say = lambda _: None) -> None:
-        """Starts nothing. Raises ConfigError, or RedisNotInstalled where a server is needed."""
+        """Starts nothing. Raises ConfigError, or ClusterError if a redis-server is needed and there is none."""
         self.spec = spec
         self.directory = directory
-        self.processes = plan(spec, directory.path, find_redis_server)
+        self.processes = plan(spec, directory.path, _redis_server)
         self._say = say
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -187,7 +187,7 @@ def brought_up(
     """A running cluster for a block, and after it; unless the block raises, which ends the cluster.
 
     After `Ended` nothing is left; after anything else, such as a process that does not come up, the logs are.
-    Raises ClusterError, ConfigError, or RedisNotInstalled; nothing runs then.
+    Raises ClusterError or ConfigError; nothing runs then.
     """
     with directory.lock(os.getpid()) as pid:
         if pid is not None or directory.running():
@@ -254,6 +254,13 @@ def interruptible() -> Iterator[None]:
 
 
 # ---- private --------------------------------------------------------------------------------------------------------
+
+
+def _redis_server() -> str:
+    try:
+        return find_redis_server()
+    except RedisNotInstalled as error:
+        raise ClusterError(f"{error}; or go without Redis: --redis none") from None
 
 
 def _remove(directory: RunDirectory) -> None:
