@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from kvstore.cluster.topology import ClusterSpec
 
 HELP = """
-A cluster on this machine: Redis, node daemons, engine replicas and a router, as processes.
+A cluster on this machine: Redis, node daemons, replicas of a model, a router.
 
 \b
-  kvstore cluster up                                    two replicas that share one daemon, and a Redis of their own
-  kvstore cluster up --replicas 2 --nodes 2             as two machines that share Redis
-  kvstore cluster up --replicas 2 --nodes 2 --redis none   private caches, for comparison
-\b
-It speaks OpenAI's API at http://127.0.0.1:8000. Play traffic at it with `kvstore load`.
+Two replicas ...
+  kvstore cluster up                          share one daemon, and its memory
+  kvstore cluster up --nodes 2                as on two machines, share Redis
+  kvstore cluster up --nodes 2 --redis none   have private caches
+
+OpenAI's API is at http://127.0.0.1:8000/v1. Play traffic at it: kvstore load.
 """
 
 cluster = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="rich", add_completion=False)
@@ -31,7 +32,7 @@ cluster = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="rich", 
 Name = Annotated[str, typer.Option("--name", help="Of the cluster; several may be up at once.")]
 Directory = Annotated[
     Path | None,
-    typer.Option("--directory", help="Where run directories are: logs, sockets, pids. ~/.local/state/kvstore/clusters"),
+    typer.Option("--directory", help="Where logs, sockets and pids are; ~/.local/state/kvstore/clusters unless given."),
 ]
 
 
@@ -44,17 +45,21 @@ def up(
     name: Name = "local",
     replicas: Annotated[int, typer.Option(help="Engine replicas, each with the whole model.")] = 2,
     nodes: Annotated[int, typer.Option(help="Node daemons; replicas are spread over them, as over machines.")] = 1,
-    redis: Annotated[str, typer.Option(help="auto: a private server. none. Or the URL of one.")] = "auto",
-    policy: Annotated[str, typer.Option(help="Of the router: round-robin, or prefix (where most is cached).")] = "",
+    redis: Annotated[
+        str, typer.Option(metavar="auto|none|URL", help="A private server, none, or the one at a URL.")
+    ] = "auto",
+    policy: Annotated[
+        str, typer.Option(help="Of the router: round-robin, or prefix (where most is cached).")
+    ] = "round-robin",
     model: Annotated[
         str | None,
-        typer.Option(help="Hugging Face directory, hub id, or random. SmolLM2-135M, downloaded once (93 MB)."),
+        typer.Option(help="Directory or hub id of transformers, or random; SmolLM2-135M (93 MB, once) unless given."),
     ] = None,
     port: Annotated[int, typer.Option(help="Of the router; the others follow from it. 0: any free ones.")] = 8000,
     dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")] = "float32",
     threads: Annotated[int, typer.Option(help="Of torch, in each replica. 0: the cores, shared out.")] = 0,
     disk: Annotated[
-        Path | None, typer.Option(help="Directory of the nodes' disk tiers, one below it each. No disk tier.")
+        Path | None, typer.Option(help="Directory of disk tiers, one below it for each node; none unless given.")
     ] = None,
     setting: Annotated[
         list[str] | None,
@@ -68,7 +73,7 @@ def up(
     run = _directory(directory, name)
     from kvstore.cluster.supervisor import brought_up, interruptible
     from kvstore.cluster.supervisor_ports import free_ports
-    from kvstore.cluster.topology import AUTO, NONE, POLICIES, ClusterSpec, assign_ports, check_counts, ports_from
+    from kvstore.cluster.topology import AUTO, NONE, ClusterSpec, assign_ports, check_counts, ports_from
     from kvstore.lab.models import resolve_model
 
     check_counts(replicas, nodes)
@@ -82,7 +87,7 @@ def up(
         if port
         else ports_from(free_ports(replicas + nodes + 2), replicas, nodes),
         redis=redis,
-        policy=policy or POLICIES[0],
+        policy=policy,
         dtype=dtype,
         threads=threads or max(1, (os.cpu_count() or 1) // replicas),
         disk=None if disk is None else str(disk.expanduser().absolute()),
