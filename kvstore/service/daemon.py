@@ -48,7 +48,7 @@ class Daemon:
         self.is_draining = False
         self._server: asyncio.AbstractServer | None = None
         self._socket: Path | None = None
-        self._stop: asyncio.Event | None = None
+        self._stop = asyncio.Event()
         service = config.service
         self.tokens = None if service.tokens_file is None else read_tokens(service.tokens_file)
         self.events = EventHub(self.stores.all)
@@ -72,14 +72,19 @@ class Daemon:
 
     async def start(self) -> None:
         """Open what lies on disk, then listen. Raises ConfigError if the socket cannot be had."""
-        self._stop = asyncio.Event()
         check_exposure(self.config.service)
         num_stores = await self.stores.restore(self.tenants)
         self._socket = socket_path(self.config.service.socket)
         listener = _listen(self._socket)
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(self._accept, sock=listener, backlog=BACKLOG)
-        await self.app.start(self.config.service)
+        try:
+            # HTTP first: whoever finds the socket open finds everything open.
+            await self.app.start(self.config.service)
+            loop = asyncio.get_running_loop()
+            self._server = await loop.create_unix_server(self._accept, sock=listener, backlog=BACKLOG)
+        except BaseException:
+            listener.close()
+            self._socket.unlink(missing_ok=True)
+            raise
         self.dashboard.start()
         self.clients.start()
         self.is_ready = True
@@ -88,19 +93,17 @@ class Daemon:
     async def run(self) -> None:
         """Start, serve until SIGTERM, SIGINT or `stop`, and close."""
         loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)  # before the start, which may take long: it ends well, too
         try:
             await self.start()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self.stop)
-            assert self._stop is not None
             await self._stop.wait()
         finally:
             await self.close()
 
     def stop(self) -> None:
         """Have `run` come to its end."""
-        if self._stop is not None:
-            self._stop.set()
+        self._stop.set()
 
     async def close(self) -> None:
         """Drain, hang up, flush. Idempotent."""
