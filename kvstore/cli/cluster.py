@@ -100,7 +100,7 @@ def up(
     with interruptible(), brought_up(spec, run, progress.print, timeout_s=start_timeout) as supervisor:
         _print_urls(spec)
         if detach:
-            progress.print(f"it stays up; end it: kvstore cluster down{_option(name)}")
+            progress.print(f"it stays up; end it: kvstore cluster down{_option(name, directory)}")
             return
         progress.print("Ctrl-C ends it")
         supervisor.stand()
@@ -210,8 +210,10 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _option(name: str) -> str:
-    return "" if name == "local" else f" --name {name}"
+def _option(name: str, directory: Path | None) -> str:
+    """What names this cluster to the other commands."""
+    named = "" if name == "local" else f" --name {name}"
+    return named if directory is None else f"{named} --directory {directory}"
 
 
 def _print_urls(spec: ClusterSpec) -> None:

@@ -90,7 +90,10 @@ class Supervisor:
         wanted = {process.name for process in waiting}
         starting: list[Process] = []
         while waiting or starting:
-            for process in [one for one in waiting if not wanted & set(one.needs)]:
+            able = [one for one in waiting if not wanted & set(one.needs)]
+            if loading := [one.name for one in able if one.kind is Kind.REPLICA]:
+                self._say(f"loading the model: {', '.join(loading)}")  # what takes longest
+            for process in able:
                 waiting.remove(process)
                 self._children[process.name] = self.directory.spawn(process, _environment())
                 starting.append(process)
