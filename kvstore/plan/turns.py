@@ -120,7 +120,7 @@ class Turns:
                 (i for i, step in enumerate(steps[:wanted]) if self.claims.holder(step) is not holder), wanted
             )
             return self._wait(request, match, steps, common, now, holder)
-        if claim is None:
+        if holder is None:
             if wait is not None and not wait.is_fresh:
                 # It has gone without our seeing the blocks: a machine that waited here may have found them elsewhere.
                 wait.is_fresh = True
@@ -180,9 +180,9 @@ class Turns:
         return is_due
 
     def _missing_steps(self, request: Request, match: Match) -> tuple[list[BlockHash], int]:
-        """The names of the steps of the prompt that are not stored, and how many of them its lookup could match."""
+        """The names of the steps neither stored nor held, and how many of them the request's lookup could match."""
         size = request.options.step_blocks
-        first = match.known // size
+        first = max(match.known, request.held) // size
         steps = request.keys[(first + 1) * size - 1 :: size]
         return steps, max(0, loadable_blocks(request, self._block_size) // size - first)
 

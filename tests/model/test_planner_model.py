@@ -19,7 +19,7 @@ from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.page import page_key
 from kvstore.plan.cascade import TierPlan
 from kvstore.plan.planner import Planner, PlanSettings
-from kvstore.plan.records import LeaseState, Op, Outcome, Request, RequestOptions, Transfer
+from kvstore.plan.records import CutReason, LeaseState, Op, Outcome, Request, RequestOptions, Transfer
 from kvstore.plan.resume import needed_from
 from radix.namespace import BlockHash
 
@@ -36,6 +36,8 @@ HYBRID = Layout(
 )
 SLIDING = Layout(BLOCK, (LayerGroup(GroupKind.SLIDING, (0,), 4096, window=7),), "test", "uint8")  # 2 blocks
 
+LEASE_S = 10.0
+
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=6)  # one branch a block: 2 children each
 flags = st.lists(st.booleans(), min_size=64, max_size=64)
 
@@ -51,6 +53,7 @@ def hashes(prompt: list[int]) -> list[BlockHash]:
 class PlannerMachine(RuleBasedStateMachine):
     layout = FULL
     policy = "lru"
+    all_single_flight = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,6 +66,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.saves: list[tuple[Any, Request]] = []
         self.requests: list[Request] = []
         self.tickets: list[int] = []
+        self.claims: dict[bytes, tuple[bytes, float]] = {}  # in Redis: whose, and until when
 
     @initialize(
         num_slots=st.integers(2, 9), disk_pages=st.integers(2, 7), admit=st.sampled_from(["always", "second_use"])
@@ -71,11 +75,18 @@ class PlannerMachine(RuleBasedStateMachine):
         self.num_slots = num_slots
         self.planner = Planner(
             self.layout,
-            PlanSettings(num_slots, batch_pages=2, max_prefetch_slots=3, touch_interval_s=5.0),
+            PlanSettings(
+                num_slots,
+                batch_pages=2,
+                max_prefetch_slots=3,
+                touch_interval_s=5.0,
+                compute_wait_s=LEASE_S,
+                claimer=b"us",
+            ),
             make_policy(self.policy, 300.0),
             [
                 TierPlan("disk", disk_pages, make_policy("lru", 500.0), True, True, admit, ttl_s=500.0, window_pages=3),
-                TierPlan("redis", None, None, False, True, window_pages=3),
+                TierPlan("redis", None, None, False, True, window_pages=3, can_claim=True),
             ],
         )
 
@@ -87,23 +98,43 @@ class PlannerMachine(RuleBasedStateMachine):
         pin=st.booleans(),
         priority=st.integers(0, 1),
         retain=st.booleans(),
+        step_blocks=st.integers(0, 2),
     )
-    def new_request(self, prompt: list[int], tail: int, pin: bool, priority: int, retain: bool) -> None:
+    def new_request(
+        self, prompt: list[int], tail: int, pin: bool, priority: int, retain: bool, step_blocks: int
+    ) -> None:
         options = RequestOptions(
             pin=pin and self.next_request % 5 == 0,
             priority=priority,
             retain_until=self.now + 20 if retain and self.next_request % 3 == 0 else 0.0,
+            single_flight=step_blocks > 0 or self.all_single_flight,
+            step_blocks=max(1, step_blocks),
         )
         self.requests.append(Request(self.next_request, hashes(prompt), len(prompt) * BLOCK + tail, options))
         self.next_request += 1
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def lookup(self, data: Any) -> None:
+    @rule(data=st.data(), is_answered=st.booleans())
+    def lookup(self, data: Any, is_answered: bool) -> None:
         request = data.draw(st.sampled_from(self.requests))
         match = self.planner.lookup(request, self.now)
+        self.collect()
+        for questions in range(20):
+            asked = [t for t in self.flying.values() if t.op in (Op.PROBE, Op.CLAIM)]
+            if not is_answered or not asked:
+                break
+            assert questions < 10, "it asks and asks, and no time passes"
+            for transfer in asked:
+                self.carry(self.flying.pop(transfer.id), [True] * 64)
+            match = self.planner.lookup(request, self.now)
+            self.collect()
         assert match.num_blocks * BLOCK < request.num_tokens
         assert sum(match.by_tier.values()) == match.num_blocks
+        if match.cut is CutReason.COMPUTING:
+            assert match.pending
+            assert request.options.single_flight
+            claim = self.planner.turns.claims.of(request)
+            assert claim is None or not claim.is_granted, "it waits, and others wait for it"
         self.collect()
 
     @precondition(lambda self: self.requests)
@@ -202,6 +233,16 @@ class PlannerMachine(RuleBasedStateMachine):
         self.planner.set_tier_up(name, is_up, self.now)
         self.collect()
 
+    @rule(prompt=prompts, computes=st.booleans())
+    def another_machine_claims_and_may_compute(self, prompt: list[int], computes: bool) -> None:
+        for key in hashes(prompt):
+            name = page_key(key, 0)
+            token, until = self.claims.get(name, (b"", 0.0))
+            if until <= self.now or token == b"them":
+                self.claims[name] = (b"them", self.now + LEASE_S)
+                if computes:
+                    self.media["redis"].update(page_key(key, group) for group in range(len(self.layout.groups)))
+
     @rule(name=st.sampled_from(["disk", "redis"]))
     def a_medium_loses_everything(self, name: str) -> None:
         self.media[name].clear()
@@ -215,6 +256,12 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule(rate=st.sampled_from([10.0, 1e9]))
     def the_engine_computes(self, rate: float) -> None:
         self.planner.observe_prefill(1000, 1000 / rate)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def its_client_dies(self, data: Any) -> None:
+        self.planner.abandon(self.requests.pop(data.draw(st.integers(0, len(self.requests) - 1))), self.now)
+        self.collect()
 
     # -- what must always hold
 
@@ -241,6 +288,26 @@ class PlannerMachine(RuleBasedStateMachine):
         assert self.planner.host.num_filling == 0
         kept = self.planner.host.num_resident - len(self.planner.host.policy)
         assert (kept == 0) == (len(self.planner.keeper) == 0)
+        self.the_last_request_gets_its_turn()
+
+    def the_last_request_gets_its_turn(self) -> None:
+        """When all others have gone, in whatever way, none waits for ever."""
+        for request in self.requests[:-1]:
+            self.planner.finished(request, self.now)
+        for request in self.requests[-1:]:
+            for wait_s in (LEASE_S, LEASE_S, LEASE_S, 0.0, 0.0, 0.0):  # the last ones leave time for questions only
+                self.now += wait_s
+                self.planner.tick(self.now)
+                match = self.planner.lookup(request, self.now)
+                self.collect()
+                for _ in range(1000):
+                    if self.flying:
+                        self.carry(self.flying.pop(min(self.flying)), [True] * 64)
+                assert not self.flying
+            assert not match.pending
+            self.planner.finished(request, self.now)
+        self.planner.tick(self.now + LEASE_S)
+        assert len(self.planner.turns.claims) == 0, "a claim has outlived its maker"
 
     # -- helpers
 
@@ -275,6 +342,20 @@ class PlannerMachine(RuleBasedStateMachine):
             case Op.DELETE:
                 medium.difference_update(transfer.keys)
                 ok = [True] * len(transfer.keys)
+            case Op.CLAIM:
+                for key in transfer.keys:
+                    token, until = self.claims.get(key, (b"", 0.0))
+                    ok.append(until <= self.now or token == transfer.token)
+                    if ok[-1]:
+                        self.claims[key] = (transfer.token, self.now + transfer.lease_s)
+                    if not ok[0]:
+                        ok += [False] * (len(transfer.keys) - len(ok))
+                        break
+            case Op.UNCLAIM:
+                for key in transfer.keys:
+                    if self.claims.get(key, (b"", 0.0))[0] == transfer.token:
+                        del self.claims[key]
+                ok = [True] * len(transfer.keys)
         self.report(transfer, ok, None)
 
     def report(self, transfer: Transfer, ok: list[bool], error: str | None) -> None:
@@ -308,6 +389,10 @@ class SlidingMachine(PlannerMachine):
     layout = SLIDING
 
 
+class SingleFlightMachine(PlannerMachine):
+    all_single_flight = True
+
+
 class SieveMachine(PlannerMachine):
     policy = "sieve"
 
@@ -326,6 +411,7 @@ def _case(machine: type[PlannerMachine], examples: int) -> Any:
 TestPlanner = _case(PlannerMachine, 150)
 TestPlannerWithSlidingGroup = _case(HybridMachine, 150)
 TestPlannerOfWindowsOnly = _case(SlidingMachine, 100)
+TestPlannerOfSingleFlights = _case(SingleFlightMachine, 100)
 TestPlannerWithSieve = _case(SieveMachine, 50)
 
 
