@@ -11,7 +11,7 @@ would probe, pin and count for itself. One tier sees one lookup, prefers the fas
 
 Every method is called from vLLM's scheduler thread and returns at once; the threads are those of the lanes
 (kvstore.move). Nothing is raised after the start: errors are logged, counted, and answered as a miss. The logic, which
-needs no vLLM, is in vllm_tier_core.py.
+needs no vLLM, is in vllm_tier_core.py and what it names.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, ParentManager, SecondaryTierManager, TransferJob
 
 from connectors import vllm_versions as versions
+from connectors.vllm_tier_chunks import TierSettings
 from connectors.vllm_tier_config import TierConfig, parse_tier_config
-from connectors.vllm_tier_core import JobDone, TierCore, TierSettings
+from connectors.vllm_tier_core import TierCore
 from connectors.vllm_tier_identity import chunk_layout, chunk_namespace, find_engine_config
+from connectors.vllm_tier_jobs import JobDone
 from connectors.vllm_tier_lookup import Answer
 from connectors.vllm_tier_metrics import TierSamples, definitions
 from kvstore.build import open_rows
@@ -92,7 +94,7 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
         tells_events = _tells_events(config, offloading_spec)
         mover = open_rows(config.store, layout, primary_kv_view.cast("B"), self.block_size_bytes)
         self.core = TierCore(mover, _settings(config, namespace.root(), mover.num_rows))
-        self.core.keeps_events = tells_events
+        self.core.jobs.keeps_events = tells_events
         self._samples = TierSamples(self.core)
         log.info(
             "kvstore tier: chunks of %d KiB, %d layer groups, namespace %s, on %s",
@@ -135,12 +137,12 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
     def submit_store(self, job_metadata: TransferJob) -> None:
         """Begin to store rows; they are pinned until the job is reported."""
         job = job_metadata
-        self._guard("submit_store", job, self.core.save)
+        self._guard("submit_store", job, self.core.jobs.save)
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         """Begin to fill rows."""
         job = job_metadata
-        self._guard("submit_load", job, self.core.load)
+        self._guard("submit_load", job, self.core.jobs.load)
 
     def serve_external_requests(self, parent: ParentManager) -> None:
         """Once a step: chunks that came from Redis are written to our disk too, from vLLM's rows.
@@ -149,7 +151,7 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
         may have rows pinned for it.
         """
         try:
-            keys = self.core.take_fills()
+            keys = self.core.jobs.take_fills()
             if keys:
                 self._fill(parent, [OffloadKey(key) for key in keys])
         except Exception:
@@ -161,7 +163,7 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
 
     def has_pending_work(self) -> bool:
         """True while a job is under way: vLLM must go on stepping."""
-        return self.core.has_jobs
+        return self.core.jobs.has_any
 
     def drain_jobs(self) -> None:
         """Return when every job has ended, at the latest at its deadline."""
@@ -180,9 +182,9 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
 
     def take_events(self) -> Iterable[OffloadingEvent]:
         """What was stored, and what turned out to be gone."""
-        core = self.core
-        stored, core.stored = core.stored, []
-        lost, core.lost = core.lost, []
+        jobs = self.core.jobs
+        stored, jobs.stored = jobs.stored, []
+        lost, jobs.lost = jobs.lost, []
         for keys, removed in ((stored, False), (lost, True)):
             if keys:
                 yield OffloadingEvent(
@@ -227,9 +229,9 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
             ready = [key for key, answer in zip(keys, answers, strict=True) if answer is LookupResult.HIT]
             # A load whose end vLLM has not taken yet; what is neither has left host memory again.
             soon = [key for key, answer in zip(keys, answers, strict=True) if answer is LookupResult.HIT_PENDING]
-            self.core.fill_later(soon)
+            self.core.jobs.fill_later(soon)
             if ready:
-                self._guard("fill_store", parent.create_store_job(ready, context), self.core.fill)
+                self._guard("fill_store", parent.create_store_job(ready, context), self.core.jobs.fill)
         finally:
             parent.on_request_finished(context)
 
@@ -238,7 +240,7 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
             begin(job.job_id, list(job.keys), job.chunk_ids.tolist())
         except Exception:
             self._note_error(name)
-            self.core.fail(job.job_id, not name.endswith("store"), len(job.keys))
+            self.core.jobs.fail(job.job_id, not name.endswith("store"), len(job.keys))
 
     def _note_error(self, name: str) -> None:
         self._num_errors += 1

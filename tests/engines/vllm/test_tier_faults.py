@@ -95,24 +95,24 @@ def test_a_redis_that_freezes_before_a_lookup_or_in_a_load_costs_a_bounded_wait(
     with LocalRedis() as server:
         redis = {"url": server.url, "timeout_s": 0.3, "connect_timeout_s": 0.2}
         engine = open_tier_engine({"redis": redis, "store": HASTE, "breaker": breaker})
-        core, load = engine.tier.core, engine.tier.core.load
+        jobs, load = engine.tier.core.jobs, engine.tier.core.jobs.load
         engine.ask(PROMPT)
         engine.forget()
         assert engine.ask(PROMPT)["cached"] == FULL
         engine.forget()
         try:
-            core.load = lambda *given: (server.freeze(), load(*given))
+            jobs.load = lambda *given: (server.freeze(), load(*given))
             in_load = ask_in_time(engine, PROMPT)
-            core.load = load
+            jobs.load = load
             engine.forget()
             at_lookup = [ask_in_time(engine, prompt) for prompt in (PROMPT, OTHER)]
         finally:
-            core.load = load
+            jobs.load = load
             server.thaw()
 
         assert [in_load["tokens"], *(one["tokens"] for one in at_lookup)] == reference.tokens([PROMPT, PROMPT, OTHER])
         assert [in_load["cached"], *(one["cached"] for one in at_lookup)] == [0, 0, 0]
-        assert core.counters.lost_loads > 0
+        assert jobs.counters.lost_loads > 0
 
 
 def test_an_abort_in_the_middle_of_a_load_leaves_a_sound_engine(
@@ -129,9 +129,9 @@ def test_an_abort_in_the_middle_of_a_load_leaves_a_sound_engine(
     llm = engine.llm.llm_engine
     llm.add_request("gone", {"prompt_token_ids": PROMPT}, SamplingParams(temperature=0, max_tokens=8))
     until = time.monotonic() + 20
-    while not engine.tier.core.has_jobs and time.monotonic() < until:
+    while not engine.tier.core.jobs.has_any and time.monotonic() < until:
         llm.step()
-    assert engine.tier.core.has_jobs
+    assert engine.tier.core.jobs.has_any
 
     llm.abort_request(["gone"])
     llm.step()
@@ -140,7 +140,7 @@ def test_an_abort_in_the_middle_of_a_load_leaves_a_sound_engine(
 
     assert [answer["tokens"] for answer in answers] == reference.tokens([PROMPT, OTHER])
     engine.settle()
-    assert not engine.tier.core.has_jobs
+    assert not engine.tier.core.jobs.has_any
     assert engine.llm.llm_engine.get_num_unfinished_requests() == 0
 
 

@@ -283,7 +283,7 @@ def test_after_an_error_of_ours_the_job_ends_as_failed(
     def broken(*_: Any) -> None:
         raise RuntimeError("a mistake of ours")
 
-    monkeypatch.setattr(tier.core, "load", broken)
+    monkeypatch.setattr(tier.core.jobs, "load", broken)
     tier.submit_load(job(5, [10], is_load=True))
     monkeypatch.setattr(tier.core, "lookup", broken)
 

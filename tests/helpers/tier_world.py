@@ -1,0 +1,96 @@
+"""A `TierCore` over rows and two tiers that fail on command, as vLLM's scheduler would drive it; no vLLM."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from connectors.vllm_tier_chunks import TierSettings
+from connectors.vllm_tier_core import TierCore
+from connectors.vllm_tier_jobs import JobDone
+from connectors.vllm_tier_lookup import Answer
+from tests.helpers.faulty_tier import FaultyTier
+from tests.helpers.pages import FakeClock
+from tests.helpers.rows import Rows, faulty, open_mover
+
+
+def key(name: str, group: int = 0) -> bytes:
+    """As vLLM makes them: block hash and group."""
+    return name.encode().ljust(32, b"-") + group.to_bytes(4, "big")
+
+
+KEYS = [key(name) for name in "abcd"]
+
+
+@dataclass
+class TierWorld:
+    """A core, its rows and its tiers."""
+
+    rows: Rows = field(default_factory=Rows)
+    disk: FaultyTier = field(default_factory=lambda: faulty("disk"))
+    redis: FaultyTier = field(default_factory=lambda: faulty("redis"))
+    wall: FakeClock = field(default_factory=lambda: FakeClock(4e9))  # later than the tiers' own clock
+    jobs: int = 0
+
+    def __post_init__(self) -> None:
+        self.core = self.open()
+
+    def open(self, root: bytes = b"model", **changes: object) -> TierCore:
+        values: dict[str, object] = {
+            "root": root,
+            "batch_pages": 2,
+            "max_saving_rows": 8,
+            "lookup_deadline_s": 5.0,
+            "load_deadline_s": 20.0,
+            "touch_interval_s": 60.0,
+            "ttl_s": {"redis": 100.0},
+        }
+        settings = TierSettings(**{**values, **changes})  # type: ignore[arg-type]
+        mover = open_mover(self.rows, [self.disk, self.redis])
+        return TierCore(mover, settings, wall=self.wall)
+
+    def job(self, core: TierCore | None = None) -> JobDone:
+        """The next job that ends."""
+        core = core or self.core
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            done = core.take_done()
+            if done:
+                (one,) = done
+                return one
+            time.sleep(0.001)
+        raise AssertionError("no job ended")
+
+    def save(self, keys: list[bytes], rows: list[int]) -> JobDone:
+        self.jobs += 1
+        self.core.jobs.save(self.jobs, keys, rows)
+        return self.job()
+
+    def load(self, keys: list[bytes], rows: list[int], core: TierCore | None = None) -> JobDone:
+        self.jobs += 1
+        (core or self.core).jobs.load(self.jobs, keys, rows)
+        return self.job(core)
+
+    def look(self, keys: list[bytes], core: TierCore | None = None) -> list[Answer]:
+        """Lookups as in vLLM: again in every step until all are answered."""
+        core = core or self.core
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            answers = [core.lookup(one) for one in keys]
+            core.end_step()
+            if Answer.ASK_AGAIN not in answers:
+                return answers
+            time.sleep(0.001)
+        raise AssertionError("no answer")
+
+
+def tier_worlds() -> Iterator[TierWorld]:
+    """One world with something in its first rows, for a fixture; closed at the end."""
+    world = TierWorld()
+    for row in range(4):
+        world.rows[row] = row + 1
+    yield world
+    for tier in (world.disk, world.redis):
+        tier.recover()
+    world.core.close(20.0)
