@@ -4,6 +4,7 @@
     messages     what they say: requests, calls, answers
     namespaces   layouts and namespaces as JSON, checked
     stores       the daemon's stores, one per namespace, each over a slab in shared memory
+    known        the requests of one client, each with the keys that came so far
     session      what the daemon holds for one client: its requests and leases
     channel      one connection of a client, in the daemon's event loop
     clients      who is attached, and what they hold

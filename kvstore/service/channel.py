@@ -18,8 +18,9 @@ import numpy as np
 
 from kvstore.errors import KVStoreError
 from kvstore.service import protocol
+from kvstore.service.known import Resend
 from kvstore.service.protocol import HEADER, PAGE_HEAD, Frame, Op, ProtocolError, Status
-from kvstore.service.session import Pending, Resend, Session
+from kvstore.service.session import Pending, Session
 from kvstore.service.tenants import Tenant
 
 log = logging.getLogger(__name__)

@@ -29,25 +29,19 @@ from kvstore.plan.records import (
     LoadLease,
     Match,
     Request,
-    RequestOptions,
     SaveLease,
 )
 from kvstore.service import messages, protocol
 from kvstore.service.dashboard_usage import Usage
-from kvstore.service.messages import RequestPart
+from kvstore.service.known import KnownRequests
 from kvstore.service.protocol import Op, ProtocolError, Reader
 from kvstore.service.stores import OpenStore
 
-MAX_REQUESTS = 16_384  # as many as the planner keeps notes about
 MAX_LEASES = 16_384
 MAX_TICKETS = 4096
 MAX_TOMBSTONES = 1024
 
 _CLOSED = LeaseStatus(LeaseState.CLOSED, 0, 0)
-
-
-class Resend(Exception):
-    """The request is not known here as the client thinks: it shall send all keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +109,7 @@ class Session:
         self.usage = Usage()
         self._store = opened.store
         self._now = now
-        self._requests: OrderedDict[int, Request] = OrderedDict()
+        self.requests = KnownRequests(opened)
         self._tickets: OrderedDict[int, None] = OrderedDict()
         self._tombstones: OrderedDict[int, None] = OrderedDict()
         self._handlers: dict[Op, Callable[[Reader], bytes | Pending]] = {
@@ -189,8 +183,8 @@ class Session:
         timeout_s = messages.read_timeout(reader)
         part = messages.read_request(reader)
         reader.end()
-        request = self._take_request(part)
-        self._requests.pop(part.id, None)
+        request = self.requests.take(part)
+        self.requests.drop(part.id)
 
         def answer() -> bytes:
             return messages.encode_match(self._store.peek(request, 0.0))
@@ -335,9 +329,9 @@ class Session:
         finish_reason, last_turn = messages.read_finished(reader)
         part = messages.read_request(reader)
         reader.end()
-        request = self._take_request(part)
+        request = self.requests.take(part)
         self._store.finished(request, finish_reason=finish_reason, last_turn=last_turn)
-        self._requests.pop(part.id, None)
+        self.requests.drop(part.id)
         return b""
 
     def _pin(self, reader: Reader) -> bytes:
@@ -375,45 +369,14 @@ class Session:
 
     def _abandon(self) -> None:
         """The client goes on with none of its requests: others need not wait for what it was computing."""
-        for request in self._requests.values():
+        for request in self.requests:
             if request.options.single_flight:
                 self._store.abandon(request)
 
     def _request(self, reader: Reader) -> Request:
         part = messages.read_request(reader)
         reader.end()
-        return self._take_request(part)
-
-    def _take_request(self, part: RequestPart) -> Request:
-        """The request of a message, brought up to date."""
-        request = self._requests.get(part.id)
-        if part.base == 0:
-            request = self._whole_request(part, request)
-        elif request is None or len(request.keys) < part.base:
-            raise Resend
-        else:
-            # Another connection may have brought the same keys meanwhile; what is known is not appended again.
-            request.keys += self.opened.bind(part.keys[len(request.keys) - part.base :])
-        request.num_tokens = max(request.num_tokens, part.num_tokens)
-        request.held = part.held
-        if request.num_tokens < len(request.keys) * self.opened.layout.block_size:
-            raise RequestError(
-                f"request has {request.num_tokens} tokens; its {len(request.keys)} blocks need at least "
-                f"{len(request.keys) * self.opened.layout.block_size}"
-            )
-        return request
-
-    def _whole_request(self, part: RequestPart, known: Request | None) -> Request:
-        keys = self.opened.bind(part.keys)
-        if known is not None and known.keys[: len(keys)] == keys[: len(known.keys)]:
-            known.keys += keys[len(known.keys) :]
-            return known
-        while len(self._requests) >= MAX_REQUESTS:
-            self._requests.popitem(last=False)
-        # Planner ids must differ between clients: this one's number is the store's, not the client's.
-        request = self.opened.new_request(keys, part.num_tokens, part.options or RequestOptions())
-        self._requests[part.id] = request
-        return request
+        return self.requests.take(part)
 
     def _may_grant(self, lease_id: int) -> bool:
         if lease_id in self.leases:

@@ -11,6 +11,7 @@ from kvstore.errors import ConfigError, RequestError, StoreClosed
 from kvstore.plan.records import LeaseState, RequestOptions
 from kvstore.service.client import MISS, RemoteStore
 from kvstore.service.connect import connect
+from kvstore.service.daemon import Daemon
 from tests.helpers.daemons import LocalDaemon, attach, local_daemon, wait_until
 from tests.helpers.stores import BLOCK, LAYOUT, load, namespace, open_small, prompt, save, use
 
@@ -95,7 +96,12 @@ def test_a_request_grows_and_only_its_new_keys_travel(store: RemoteStore) -> Non
 def test_a_daemon_that_forgot_a_request_is_told_again(store: RemoteStore, daemon: LocalDaemon) -> None:
     request = store.request(prompt(5))
     save(store, request)
-    daemon.look(lambda d: [session._requests.clear() for session in d.sessions.values()])
+
+    def forget_requests(inside: Daemon) -> None:
+        for session in inside.sessions.values():
+            session.requests.clear()
+
+    daemon.look(forget_requests)
 
     assert store.lookup(request).num_blocks == 5
 
@@ -104,7 +110,7 @@ def test_options_travel(store: RemoteStore, daemon: LocalDaemon) -> None:
     request = store.request(prompt(2), RequestOptions(session="chat", priority=3, ttl_s=9.0, pin=True))
     store.lookup(request)
 
-    (seen,) = daemon.look(lambda d: [r for s in d.sessions.values() for r in s._requests.values()])
+    (seen,) = daemon.look(lambda d: [r for s in d.sessions.values() for r in s.requests])
 
     assert seen.options == request.options
 
