@@ -84,7 +84,7 @@ class StoreSession(ColdSession):
                 self._connector.observe_prefill(num_tokens - self._cached, seconds)
         self._cached = num_tokens
         self._inside = False
-        if self._request.options.single_flight and num_tokens < self._savable:
+        if self._request.options.single_flight and num_tokens <= self._savable:
             self._save(num_tokens)  # others wait for this chunk: they may have it before the prompt is done
 
     def prompt_done(self) -> None:

@@ -120,7 +120,7 @@ class Turns:
                 (i for i, step in enumerate(steps[:wanted]) if self.claims.holder(step) is not holder), wanted
             )
             return self._wait(request, match, steps, common, now, holder)
-        if holder is None:
+        if claim is None or holder is None:
             if wait is not None and not wait.is_fresh:
                 # It has gone without our seeing the blocks: a machine that waited here may have found them elsewhere.
                 wait.is_fresh = True

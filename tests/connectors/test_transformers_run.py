@@ -7,6 +7,8 @@ import pytest
 from connectors.transformers import GenerationRun, KVCacheModel, Piece
 from connectors.transformers_identity import model_namespace
 from connectors.transformers_layout import model_layout
+from kvstore.config import Config
+from kvstore.plan.records import RequestOptions
 from tests.helpers.dict_store import DictStore
 from tests.helpers.tiny_models import random_ids, tiny_model
 
@@ -141,3 +143,60 @@ def test_a_lookup_for_routers_says_what_a_run_would_load_and_loads_nothing(model
         assert (found.prompt_tokens, found.hit_tokens, found.by_tier) == (100, 96, {"host": 96})
         assert store.calls["prepare_load"] == loads
     assert KVCacheModel(model).lookup(random_ids(100)).by_tier == {}
+
+
+@pytest.mark.parametrize(("reuse", "computed"), [("exact", [100, 4]), ("any", [100, 4])])
+def test_of_two_runs_on_one_thread_one_computes_and_the_other_waits_for_it(
+    model: Any, reuse: str, computed: list[int]
+) -> None:
+    config = Config(
+        store={"block_size": BLOCK, "single_flight": True, "load_or_recompute": False, "compute_wait_s": 60.0},
+        host={"capacity_bytes": 1 << 20, "huge_pages": False},
+    )
+    with KVCacheModel.open(model, config, prefill_chunk=CHUNK, reuse=reuse) as opened:
+        expected = KVCacheModel(model, prefill_chunk=CHUNK).generate(random_ids(100), 3).tokens
+        # A rate would tell how long the other may wait: milliseconds, with a model as small as this.
+        opened.connector.observe_prefill = lambda *_: None  # type: ignore[union-attr,method-assign]
+        one, other = opened.start(random_ids(100), 3), opened.start(random_ids(100), 3)
+        one.step()
+        other.step()
+        has_waited = other.is_waiting
+
+        while not one.is_done:
+            one.step()
+            other.step()
+        while not other.is_done:
+            other.step()
+
+    assert has_waited
+    assert [run.report.computed_tokens for run in (one, other)] == computed
+    assert other.report.compute_wait_s > 0.0 == one.report.compute_wait_s
+    assert one.result.tokens == other.result.tokens == expected
+
+
+@pytest.mark.parametrize(("reuse", "step_blocks"), [("exact", 2), ("any", 1)])
+def test_a_request_that_takes_its_turn_says_in_which_steps_it_is_computed(
+    model: Any, reuse: str, step_blocks: int
+) -> None:
+    layout = model_layout(model, BLOCK)
+    store: Any = DictStore(layout, model_namespace(model, layout, prefill_chunk=CHUNK, reuse=reuse))
+    with KVCacheModel(model, store, prefill_chunk=CHUNK, reuse=reuse) as plain:
+        assert plain.connector is not None
+        asked = RequestOptions(session="s", single_flight=True)
+        own: Any = plain.connector.begin(random_ids(100), asked)
+        usual: Any = plain.connector.begin(random_ids(100))
+
+    assert own.options == RequestOptions(session="s", single_flight=True, step_blocks=step_blocks)
+    assert usual.options == RequestOptions()
+
+
+def test_a_prompt_that_others_may_wait_for_is_saved_chunk_by_chunk(model: Any, store: Any) -> None:
+    with KVCacheModel(model, store, prefill_chunk=CHUNK, single_flight=True) as opened:
+        run = opened.start(random_ids(100), 1)
+        saved = []
+        while not run.is_done:
+            run.step()
+            assert opened.flush(10.0)
+            saved.append(len(store.pages))
+
+    assert saved == [2, 4, 6, 6]

@@ -499,3 +499,16 @@ def test_a_claim_that_is_granted_after_its_request_ended_is_taken_back() -> None
     here.carry(0.0)
 
     assert redis.claims == {}
+
+
+def test_a_request_does_not_wait_for_blocks_that_its_engine_holds(one: Machine) -> None:
+    a, b = one.request("systemA"), one.request("systemB")
+    assert not waits(one.lookup(a, 0.0))
+    b.held = len("system")
+
+    assert not waits(one.lookup(b, 0.0))
+
+    b2, c = one.request("systemB"), one.request("systemC")
+    b2.held = c.held = len("syst")
+    assert waits(one.lookup(b2, 0.0))  # what comes after its own is being computed
+    assert waits(one.lookup(c, 0.0))
