@@ -80,6 +80,7 @@ def replica(
     """Serve one model with OpenAI's API, with a prefix cache behind it.
 
     The cache is a store in this process, or, with --set service.url=..., that of the node daemon (kvstore serve).
+    Of requests that miss the same prompt one computes it and the others wait (--set store.single_flight=false: all do).
     It listens at once and answers 503 until the model is loaded and warm; GET /readyz tells. SIGTERM drains.
 
     \b
@@ -88,7 +89,7 @@ def replica(
     """
     from kvstore.cluster.replica import ReplicaSettings, serve
     from kvstore.cluster.runner import ModelSpec
-    from kvstore.config import Config
+    from kvstore.config import Config, effective
     from kvstore.lab.models import RANDOM, resolve_model
 
     logging.basicConfig(
@@ -100,15 +101,24 @@ def replica(
     def announce(line: str) -> None:
         errors.print(line, markup=False, soft_wrap=True)
 
+    # Where many users share a prompt it pays; so it is on here, unless somebody has said otherwise.
+    said = {row.field for row in effective(config) if row.source != "default"}
+    single_flight = config.store.single_flight or "store.single_flight" not in said
     found = resolve_model(model, announce)
     spec = ModelSpec(
-        found.source, RANDOM if model == RANDOM else found.name, dtype.value, threads, prefill_chunk, reuse.value
+        found.source,
+        RANDOM if model == RANDOM else found.name,
+        dtype.value,
+        threads,
+        prefill_chunk,
+        reuse.value,
+        single_flight,
     )
     settings = ReplicaSettings(name, host, port, spec, max_queue, max_running, max_tokens_queued, drain_s)
     try:
         serve(settings, config, announce)
     except ImportError as error:
-        raise KVStoreError(f"a replica cannot start: {error}; run: pip install 'kvtiers[demo]'") from error
+        raise KVStoreError(f"a replica cannot start: {error}; run: pip install 'kvtiers[cluster]'") from error
     except (OSError, ValueError) as error:
         if isinstance(error, KVStoreError):
             raise

@@ -50,7 +50,7 @@ class TextPiece:
 class Answer(AsyncIterator[TextPiece]):
     """One request inside: its pieces as they come. Raises, while iterated, what made it fail. The loop's thread only.
 
-    queue_s: from its arrival until its turn came; ttft_s: until its first token was known.
+    queue_s: from its arrival until its first step; ttft_s: until its first token was known.
     """
 
     def __init__(self, run: GenerationRun, ticket: Ticket, arrived: float) -> None:
@@ -199,9 +199,7 @@ class Engine:
             while True:
                 await self._end_cancelled()
                 while self._queue and len(self._running) < self.max_running:
-                    answer = self._queue.popleft()
-                    answer.queue_s = time.monotonic() - answer.arrived
-                    self._running.append(answer)
+                    self._running.append(self._queue.popleft())
                 if not self._running:
                     self._wake.clear()
                     await self._wake.wait()
@@ -233,6 +231,7 @@ class Engine:
         if answer.is_cancelled:
             return False
         run = answer.run
+        answer.queue_s = answer.queue_s or time.monotonic() - answer.arrived
         began = time.perf_counter()
         try:
             pieces = await self._compute(run.step)
@@ -259,7 +258,8 @@ class Engine:
             self.metrics.token(seconds)
         elif new_tokens:
             answer.ttft_s = time.monotonic() - answer.arrived
-            self.admission.prefill.observe(report.computed_tokens, report.prefill_s)
+            if report.computed_tokens >= self.spec.prefill_chunk:  # a short rest is mostly fixed cost, and says little
+                self.admission.prefill.observe(report.computed_tokens, report.prefill_s)
             self.metrics.first_token(answer)
             ticket.prompt_left = 0
         else:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kvstore.cluster.admission import QUEUE_FULL, TOKEN_BUDGET, Admission
 from kvstore.metrics import StoreCollector
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ class ReplicaMetrics:
             "time_per_output_token_seconds", "Mean time between the tokens of a finished request.", TOKEN_BUCKETS_S
         )
         self.load = self._counter("load_seconds", "Looking up, waiting for pages and copying them.")
+        self.compute_wait = self._counter("compute_wait_seconds", "Of load: waiting for a prompt that others compute.")
         self.prefill = self._counter("prefill_seconds", "Computing prompts.")
         self.decode = self._counter("decode_seconds", "Computing tokens after the first one.")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that came to a first token.")
         self.new_tokens = self._counter("new_tokens", "Tokens generated.")
         self.hit_tokens = self._counter("hit_tokens", "Prompt tokens that were loaded, by tier.", "tier")
         self.requests = self._counter("requests", "Requests answered, by HTTP status.", "status")
-        self.refusals = self._counter("refusals", "Requests refused, by reason.", "reason")
         self.cancelled = self._counter("cancelled", "Requests whose client left before the end.")
 
     def attach(self, engine: Engine) -> None:
@@ -50,6 +51,7 @@ class ReplicaMetrics:
             ("decode_tokens_per_second", "Measured rate.", lambda: engine.admission.decode.tokens_per_s),
         ):
             Gauge(f"kvstore_replica_{name}", text, registry=self.registry).set_function(read)
+        self.registry.register(_Refusals(engine.admission))
         if engine.has_own_store:
             self.registry.register(StoreCollector(engine.runner.store))
 
@@ -59,6 +61,7 @@ class ReplicaMetrics:
         self.ttft.observe(answer.ttft_s)
         self.queue.observe(answer.queue_s)
         self.load.inc(report.load_s)
+        self.compute_wait.inc(report.compute_wait_s)
         self.prefill.inc(report.prefill_s)
         self.prompt_tokens.inc(report.prompt_tokens)
         self.new_tokens.inc()
@@ -85,6 +88,19 @@ class ReplicaMetrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"kvstore_replica_{name}", text, buckets=buckets, registry=self.registry)
+
+
+class _Refusals(Collector):
+    """What the admission has counted."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+
+    def collect(self) -> Iterator[Metric]:
+        refused = CounterMetricFamily("kvstore_replica_refusals", "Requests refused, by reason.", labels=["reason"])
+        for reason in (QUEUE_FULL, TOKEN_BUDGET):
+            refused.add_metric([reason], self._admission.refusals[reason])
+        yield refused
 
 
 class RouterMetrics:

@@ -3,7 +3,7 @@
 What a request asks for is either done or refused: a field that would change the answer and is not supported here gets a
 400 that names it, and so does a field nobody knows. A field that is null counts as left out.
 
-One extension in requests and answers, "kvstore": see `KVOptions` and docs/cluster.md.
+One extension in requests and answers, "kvstore": see `KVOptions` and docs/replica.md.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ TIERS = ("host", "disk", "redis")
 COMPLETION_TOKENS = 16  # where a request does not say; OpenAI's own default
 CHAT_TOKENS = 512  # likewise; OpenAI generates until the model ends, which a random model never does
 STATS_TIMEOUT_S = 5.0
+ANSWERS: dict[str, type[Ask]] = {"/v1/completions": CompletionAsk, "/v1/chat/completions": ChatAsk}
 NAME_HEADER = "X-KVStore-Replica"
 
 
@@ -75,8 +76,8 @@ class Replica:
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._middleware])
         app.on_response_prepare.append(self._sign)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/v1/completions", self._answer(CompletionAsk))
-        app.router.add_post("/v1/chat/completions", self._answer(ChatAsk))
+        for path, kind in ANSWERS.items():
+            app.router.add_post(path, self._answer(kind))
         app.router.add_post("/v1/lookup", self._lookup)
         app.router.add_get("/v1/stats", self._stats)
         app.router.add_get("/healthz", self._healthz)
@@ -165,6 +166,7 @@ class Replica:
             "hit_tokens": {tier: report.by_tier.get(tier, 0) for tier in TIERS},
             "queue_s": round(answer.queue_s, 6),
             "load_s": round(report.load_s, 6),
+            "compute_wait_s": round(report.compute_wait_s, 6),
             "prefill_s": round(report.prefill_s, 6),
             "decode_s": round(report.decode_s, 6),
             "ttft_s": round(answer.ttft_s, 6),
@@ -281,7 +283,7 @@ class Replica:
             raise asyncio.CancelledError from None  # the client is gone: nobody is there to be answered
         except Exception as error:
             response = error_response(request, self._error(error))
-        if request.method == "POST":
+        if request.path in ANSWERS:
             self.engine.metrics.requests.labels(str(response.status)).inc()
         return response
 
@@ -290,7 +292,6 @@ class Replica:
             case ApiError():
                 return error
             case Refused():
-                self.engine.metrics.refusals.labels(error.reason).inc()
                 return ApiError(
                     429,
                     str(error),

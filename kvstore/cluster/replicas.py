@@ -21,6 +21,7 @@ from kvstore.errors import ConfigError
 log = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_S = 2.0
+CONNECT_TIMEOUT_S = 2.0
 # A replica computes on the cores its event loop needs too, so a late answer alone says little.
 SILENCES_TO_LOSE = 4
 NOT_THERE = (aiohttp.ClientError, OSError)
@@ -106,9 +107,11 @@ class Replicas:
     async def start(self) -> None:
         """Ask everybody once, then again and again."""
         # No limit: what is too much is for the replicas to say. No time limit either: an answer may take minutes, and
-        # a replica that hangs is found by its silence.
+        # a replica that hangs is found by its silence. A connection for each request: a kept one may have been closed
+        # by a replica that was restarted, and would look like a death.
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None, sock_connect=2.0)
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
         )
         await asyncio.gather(*(self._ask(link) for link in self.links))
         self._tasks = [asyncio.create_task(self._watch(link)) for link in self.links]

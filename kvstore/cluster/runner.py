@@ -32,6 +32,7 @@ class ModelSpec:
     threads:       of torch; equal in all replicas that share pages.
     prefill_chunk: tokens per forward of a prompt.
     reuse:         "exact" or "any", see docs/transformers.md.
+    single_flight: of requests that miss the same prompt, one computes it and the others wait.
     """
 
     source: str
@@ -40,6 +41,7 @@ class ModelSpec:
     threads: int = 1
     prefill_chunk: int = 256
     reuse: str = "exact"
+    single_flight: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,12 @@ class Runner:
         options: dict[str, Any] = {"tokenizer": self.tokenizer, "prefill_chunk": spec.prefill_chunk}
         self._cold = KVCacheModel(self.model, **options)
         self._warm: KVCacheModel = KVCacheModel(
-            self.model, self.store, reuse=spec.reuse, load_deadline_s=config.store.load_deadline_s, **options
+            self.model,
+            self.store,
+            reuse=spec.reuse,
+            load_deadline_s=config.store.load_deadline_s,
+            single_flight=spec.single_flight,
+            **options,
         )
         self.max_tokens = max_tokens(self.model.config)  # of prompt and answer together; None if the model does not say
 
