@@ -22,13 +22,22 @@ from connectors.vllm_layout import EngineLayout
 from connectors.vllm_messages import LoadJob, PageCopies
 from connectors.vllm_requests import Requests, Tracked
 from kvstore.base import KVStore
-from kvstore.plan.records import LeaseState, LoadLease
+from kvstore.plan.records import CutReason, LeaseState, LoadLease
 
 log = logging.getLogger(__name__)
 
 NO_LEASE = 0  # the planner counts from 1
 MAX_LEASED_FRACTION = 0.5  # of the host slots, for pages on their way to waiting requests
-COUNTERS = ("load_requests", "loaded_tokens", "short_loads", "load_failures", "asked_again")
+COMPUTING_POLL_S = 0.005  # vLLM asks a thousand times a second, and computing takes longer
+COUNTERS = (
+    "compute_waits",
+    "compute_wait_seconds",
+    "load_requests",
+    "loaded_tokens",
+    "short_loads",
+    "load_failures",
+    "asked_again",
+)
 
 
 class Loads:
@@ -198,8 +207,18 @@ class Loads:
 
     def _lease(self, tracked: Tracked, first: int) -> LoadLease | int | None:
         """A lease on what is worth loading; 0 if nothing is, None to ask again."""
+        if first >= (tracked.engine.num_tokens - 1) // self._block_size:
+            return 0  # vLLM has all there can be
+        if self._now() < tracked.look_at:
+            return None
         tracked.store.held = first
         match = self._store.lookup(tracked.store)
+        self._counters["compute_wait_seconds"] += match.compute_wait_s
+        if match.cut is CutReason.COMPUTING:
+            if not tracked.look_at:
+                self._counters["compute_waits"] += 1
+            tracked.look_at, tracked.asked_at = self._now() + COMPUTING_POLL_S, None
+            return None  # the store ends that in good time
         if match.pending and not self._is_late(tracked, self._lookup_patience_s):
             self._ask_again(tracked)
             return None

@@ -19,6 +19,8 @@ COUNTERS: dict[str, tuple[str, str, str]] = {
     "load_seconds": ("load_copy_seconds", "Seconds of those copies, summed over ranks.", ""),
     "short_loads": ("short_loads", "Loads promised shorter than what was looked up, since pages came late or not.", ""),
     "load_failures": ("load_failures", "Promised loads that failed; the request computed.", ""),
+    "compute_waits": ("compute_waits", "Requests that waited for another one to compute what they missed.", ""),
+    "compute_wait_seconds": ("compute_wait_seconds", "Seconds of those waits.", ""),
     "asked_again": ("asked_again", "Times vLLM was told to ask again.", ""),
     "saved_pages": ("saved_pages", "Pages saved.", ""),
     "saved_bytes": ("saved_bytes", "Bytes copied from engine blocks into host slots.", ""),

@@ -25,7 +25,8 @@ class Tracked:
     store:      ours; it grows with the block hashes vLLM makes.
     first:      blocks that vLLM's own cache had at the last question.
     promised:   blocks the request can start from, of the answer that was given.
-    asked_at:   when it was first answered "ask again".
+    asked_at:   when it was first answered "ask again", but for what another request computes.
+    look_at:    not to be looked up before, since it waits for that.
     most:       blocks that may be promised; less after a load of this request failed.
     num_saved:  blocks that have been given to a save, or need none.
     num_hashed: vLLM's hashes that are in `store`.
@@ -39,6 +40,7 @@ class Tracked:
     first: int = 0
     promised: int = 0
     asked_at: float | None = None
+    look_at: float = 0.0
     is_loading: bool = False
     num_saved: int = 0
     num_hashed: int = 0
@@ -53,12 +55,15 @@ class Requests:
     on_named: told of new blocks of a request, by our names and by vLLM's.
     """
 
-    def __init__(self, store: KVStore, engine: EngineLayout, identify: Callable[[Any], str]) -> None:
+    def __init__(
+        self, store: KVStore, engine: EngineLayout, identify: Callable[[Any], str], single_flight: bool = False
+    ) -> None:
         self.salt = ""
         self.on_named: Callable[[Sequence[bytes], Sequence[bytes]], None] | None = None
         self._store = store
         self._per_block = engine.hashes_per_block
         self._identify = identify
+        self._single_flight = single_flight
         self._tracked: dict[str, Tracked] = {}
 
     def begin(self, request: Any) -> None:
@@ -66,7 +71,9 @@ class Requests:
         tenant = self._identify(request)
         if self.salt:
             tenant = f"{tenant}|{self.salt}"
-        made = self._store.request_from_hashes([], max(1, request.num_tokens), _options(request, tenant))
+        made = self._store.request_from_hashes(
+            [], max(1, request.num_tokens), _options(request, tenant, self._single_flight)
+        )
         self._tracked[request.request_id] = Tracked(request, made)
 
     def get(self, name: str) -> Tracked | None:
@@ -102,7 +109,7 @@ class Requests:
         return iter(list(self._tracked.values()))
 
 
-def _options(request: Any, tenant: str) -> RequestOptions:
+def _options(request: Any, tenant: str, single_flight: bool) -> RequestOptions:
     """What vLLM's request says about itself: hints under "kvstore" in kv_transfer_params."""
     hints = (getattr(request, "kv_transfer_params", None) or {}).get("kvstore")
     hints = hints if isinstance(hints, Mapping) else {}
@@ -113,4 +120,5 @@ def _options(request: Any, tenant: str) -> RequestOptions:
         priority=int(hints.get("priority", 0)),
         ttl_s=float(ttl_s) if ttl_s is not None and float(ttl_s) > 0 else None,
         retain_until=max(0.0, float(hints.get("retain_until", 0.0))),
+        single_flight=single_flight,
     )

@@ -71,7 +71,8 @@ class SchedulerHalf:
         self._engine = engine
         self._config = config
         self._world = world
-        self._requests = Requests(store, engine, identify)
+        is_single = config.store.store.single_flight and config.loads and config.saves
+        self._requests = Requests(store, engine, identify, single_flight=is_single)
         self._loads = Loads(store, engine, config, self._requests, self.counters, now)
         self._saves = Saves(store, engine, config, self._requests, self.counters, world)
         self._announcer = Announcer(engine.group_ids)

@@ -137,7 +137,7 @@ class StoreConfig(Section):
     )
     single_flight: bool = Field(
         default=False,
-        description="The transformers connector waits for a prompt that another request is computing already.",
+        description="Connectors (transformers, vLLM) wait for a prompt that another request is computing already.",
     )
     compute_wait_s: Seconds = Field(
         default=10.0,

@@ -234,11 +234,15 @@ class EngineProcess:
         finally:
             self.kill()
 
-    def _call(self, verb: str, *arguments: Any) -> Any:
+    def begin(self, verb: str, *arguments: Any) -> None:
+        """Call without waiting for the answer."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([verb, *arguments]) + "\n")
         self._process.stdin.flush()
+
+    def _call(self, verb: str, *arguments: Any) -> Any:
+        assert self._process.stdout is not None
+        self.begin(verb, *arguments)
         for line in self._process.stdout:
             if line.startswith(ANSWER):
                 return json.loads(line.removeprefix(ANSWER))
