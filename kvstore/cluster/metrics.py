@@ -27,7 +27,7 @@ class ReplicaMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.ttft = self._histogram("ttft_seconds", "From a request's arrival to its first token.", TTFT_BUCKETS_S)
-        self.queue = self._histogram("queue_seconds", "From a request's arrival to its turn.", TTFT_BUCKETS_S)
+        self.queue = self._histogram("queue_seconds", "From a request's arrival to its first step.", TTFT_BUCKETS_S)
         self.per_token = self._histogram(
             "time_per_output_token_seconds", "Mean time between the tokens of a finished request.", TOKEN_BUCKETS_S
         )
@@ -47,8 +47,16 @@ class ReplicaMetrics:
             ("running_requests", "Requests that are computed.", lambda: engine.num_running),
             ("queued_requests", "Requests that wait for their turn.", lambda: engine.num_queued),
             ("held_tokens", "Prompt and answer tokens of all that wait or run.", lambda: engine.admission.tokens),
-            ("prefill_tokens_per_second", "Measured rate.", lambda: engine.admission.prefill.tokens_per_s),
-            ("decode_tokens_per_second", "Measured rate.", lambda: engine.admission.decode.tokens_per_s),
+            (
+                "prefill_tokens_per_second",
+                "Measured rate of computing prompts.",
+                lambda: engine.admission.prefill.tokens_per_s,
+            ),
+            (
+                "decode_tokens_per_second",
+                "Measured rate of computing tokens, all requests together.",
+                lambda: engine.admission.decode.tokens_per_s,
+            ),
         ):
             Gauge(f"kvstore_replica_{name}", text, registry=self.registry).set_function(read)
         self.registry.register(_Refusals(engine.admission))
