@@ -11,7 +11,8 @@ import { showHealth, showTiers } from "./tiers.js";
 
 const PERIOD_MS = 1000;
 const MAX_WAIT_MS = 5000;
-const HIT_WINDOW = 15; // samples a point of the hit rate is taken over, where samples are seconds
+// Samples that a point of a chart is taken over, where samples are seconds, for each five minutes that are shown.
+const HIT_WINDOW = 15;
 const FLOW_WINDOW = 3;
 const FINE_S = 900;
 
@@ -113,9 +114,10 @@ function show(now) {
   showTenants(now);
   showClients(now);
   const isFine = state.span <= FINE_S;
-  hits.update(series, state.span, isFine ? HIT_WINDOW : 1);
-  setText(byId("hit-window"), isFine ? `, over ${HIT_WINDOW} seconds` : ", by the minute");
-  flows.update(series, state.span, isFine ? FLOW_WINDOW : 1);
+  const window = (samples) => (isFine ? (samples * state.span) / 300 : 1);
+  hits.update(series, state.span, window(HIT_WINDOW));
+  setText(byId("hit-window"), isFine ? `, over ${window(HIT_WINDOW)} seconds` : ", by the minute");
+  flows.update(series, state.span, window(FLOW_WINDOW));
   ttftSpark.update(series.smooth("ttft_saved_s", isFine ? 5 : 1));
   tokensSpark.update(series.smooth("prompt_tokens", isFine ? 5 : 1));
 }
