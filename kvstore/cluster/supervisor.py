@@ -25,7 +25,7 @@ import psutil
 import kvstore
 from kvstore.cluster.supervisor_directory import ClusterError, RunDirectory
 from kvstore.cluster.supervisor_ports import holder, is_ready, redis_is_ready
-from kvstore.cluster.topology import ClusterSpec, Kind, Process, plan
+from kvstore.cluster.topology import AUTO, ClusterSpec, Kind, Process, plan
 from kvstore.tiers.redis_local import RedisNotInstalled, find_redis_server
 
 START_TIMEOUT_S = 300.0  # imports and loading: 10 s here, minutes for a large model on a cold disk
@@ -63,7 +63,7 @@ class Supervisor:
     """
 
     def __init__(self, spec: ClusterSpec, directory: RunDirectory, say: Say = lambda _: None) -> None:
-        """Starts nothing. Raises ConfigError, or ClusterError if a redis-server is needed and there is none."""
+        """Starts nothing. Raises ConfigError."""
         self.spec = spec
         self.directory = directory
         self.processes = plan(spec, directory.path, _redis_server)
@@ -199,6 +199,8 @@ def brought_up(
                 f"cluster {directory.name!r} is up already; look at it: kvstore cluster status {option}; "
                 f"end it: kvstore cluster down {option}; or give the new one another --name"
             )
+        if spec.redis == AUTO:
+            _check_redis_server()
         supervisor = Supervisor(spec, directory, say)
         supervisor.check_ports()
         directory.create(spec)
@@ -260,8 +262,16 @@ def interruptible() -> Iterator[None]:
 
 
 def _redis_server() -> str:
+    """Its path; its name where it is gone, since what runs can be ended all the same."""
     try:
         return find_redis_server()
+    except RedisNotInstalled:
+        return "redis-server"
+
+
+def _check_redis_server() -> None:
+    try:
+        find_redis_server()
     except RedisNotInstalled as error:
         raise ClusterError(f"{error}; or go without Redis: --redis none") from None
 

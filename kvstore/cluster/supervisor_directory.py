@@ -72,10 +72,10 @@ class RunDirectory:
         partial.rename(self.path / SPEC)
 
     def read(self) -> ClusterSpec | None:
-        """What was asked for; None if there is no such cluster."""
+        """What was asked for; None if there is no such cluster, or it was written by another version."""
         try:
             return SPEC_JSON.validate_json((self.path / SPEC).read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return None
 
     def forget(self) -> None:

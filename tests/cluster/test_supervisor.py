@@ -255,6 +255,17 @@ def test_somebody_else_with_the_pid_of_a_process_that_has_ended_is_left_alone(ru
         stranger.communicate()
 
 
+def test_down_ends_what_another_version_has_started(run: RunDirectory, plan: Plan) -> None:
+    plan()
+    with brought_up(a_spec(), run):
+        pass
+    pids = [process.pid for process in run.running().values()]
+    (run.path / "cluster.json").write_text('{"model": "m", "from_the_future": 1}')
+
+    assert take_down(run) == 3
+    assert all(map(is_gone, pids))
+
+
 @pytest.fixture
 def up(run: RunDirectory) -> Iterator[subprocess.Popen[bytes]]:
     """An `up` that stands by its cluster, in a process of its own."""

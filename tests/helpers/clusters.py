@@ -9,7 +9,7 @@ from pathlib import Path
 from kvstore.cluster import supervisor
 from kvstore.cluster.supervisor_directory import RunDirectory
 from kvstore.cluster.supervisor_ports import free_ports
-from kvstore.cluster.topology import ClusterSpec, Kind, Process, ports_from
+from kvstore.cluster.topology import NONE, ClusterSpec, Kind, Process, ports_from
 
 # Answers /readyz with 200; says what it is told to; with "stubborn" it ignores SIGTERM.
 SERVER = """
@@ -48,7 +48,7 @@ def stand_ins(node: str = "ready", replica: str = "ready", router: str = "ready"
 
 def a_spec(name: str = "test") -> ClusterSpec:
     """Any spec: what the stand-ins are is not read from it."""
-    return ClusterSpec(model="none", ports=ports_from(free_ports(4), 1, 1), name=name)
+    return ClusterSpec(model="none", ports=ports_from(free_ports(4), 1, 1), name=name, redis=NONE)
 
 
 def stand_by(parent: str) -> None:
