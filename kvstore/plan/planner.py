@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 from eviction.policy import EvictionPolicy
 from kvstore.layout import Layout
-from kvstore.page import PageKey, PageMeta, page_key, split_key
+from kvstore.page import PageKey, PageMeta, page_key
 from kvstore.plan.cascade import LowerTier, TierPlan
-from kvstore.plan.catalog import SHARED_SESSION, Block, Catalog, Page, PageState
+from kvstore.plan.catalog import Block, Catalog, Page, PageState
 from kvstore.plan.cost import CostModel, TierCost
 from kvstore.plan.flights import Flight, Flights
 from kvstore.plan.hostspace import HostSpace
@@ -40,10 +40,11 @@ from kvstore.plan.records import (
     SaveLease,
     Transfer,
 )
+from kvstore.plan.retention import Retention
 from kvstore.plan.saver import Saver
 from kvstore.plan.scout import Scout
+from kvstore.plan.tierbook import TierBook
 from kvstore.plan.turns import Turns
-from radix.hashing import BlockHash
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +91,17 @@ class Planner:
         self.catalog = Catalog(len(layout.groups))
         self.flights = Flights()
         self.host = HostSpace(settings.num_slots, policy, self.catalog)
-        self._page_bytes = page_bytes
-        self.tiers = [self._lower_tier(plan, index) for index, plan in enumerate(tiers)]
-        self._count_homes()
+        self._book = TierBook(
+            tiers,
+            self.catalog,
+            self.flights,
+            page_bytes,
+            batch_pages=settings.batch_pages,
+            max_owed=2 * settings.num_slots,
+            hash_bytes=settings.hash_bytes,
+            wall_offset=settings.wall_offset,
+        )
+        self.tiers = self._book.all
         self.catalog.on_prune = self._pruned
         self.costs = CostModel(
             {tier.plan.name: TierCost(tier.plan.workers) for tier in self.tiers}, settings.batch_pages * max(page_bytes)
@@ -112,6 +121,7 @@ class Planner:
             self.scout.ask_again,
         )
         self.keeper = Keeper(self.host, settings.wall_offset)
+        self._retention = Retention(self.host, self.tiers, self.keeper, settings.touch_interval_s, settings.wall_offset)
         self.seconds_saved = 0.0
         self.finish_reasons: dict[str, int] = {}
         self.saver = Saver(self.host, self.catalog, self.scout)
@@ -215,16 +225,10 @@ class Planner:
         else:
             self.turns.end(request, now)
         path = self._known_path(request)
-        self._use(path, request, now)
-        self._promise(path, request)
+        self._retention.use(path, request, now)
+        self._retention.promise(path, request)
         if last_turn:
-            session = _session(request)
-            private = [block for block in path if block.session == session]
-            leaving = [page for block in reversed(private) for page in block.pages]
-            self.host.policy.demote(leaving)
-            for tier in self.tiers:
-                if tier.plan.policy is not None:
-                    tier.plan.policy.demote(leaving)
+            self._retention.let_go_first(path, request)
 
     def abandon(self, request: Request, now: float) -> bool:
         """Nobody will go on with the request; True if others waited, or might have waited, for it to compute."""
@@ -245,7 +249,7 @@ class Planner:
         if first >= len(request.keys):
             return 0
         removed = self.catalog.remove(request.keys[first])
-        pages = self._let_leave(removed, now)
+        pages = self._retention.leave(removed, now)
         own = [page_key(key, group) for key in request.keys[first:] for group in range(len(self.windows))]
         for tier in self.tiers:
             tier.delete(pages, () if tier.plan.is_indexed else own)  # there may be what the catalog does not remember
@@ -254,7 +258,7 @@ class Planner:
     def clear(self, now: float) -> int:
         """Delete every block that is known; returns how many."""
         removed = self.catalog.clear()
-        pages = self._let_leave(removed, now)
+        pages = self._retention.leave(removed, now)
         for tier in self.tiers:
             tier.delete(pages)
         if self.catalog.journal is not None:
@@ -264,17 +268,7 @@ class Planner:
     def set_ttl(self, request: Request, ttl_s: float, now: float) -> int:
         """Give the known blocks of a request a time to live from now on, in every tier; returns how many."""
         path = self._known_path(request)
-        for block in path:
-            block.hint = block.hint._replace(ttl_s=ttl_s)
-            block.touched_at = now
-        pages = [page for block in path for page in block.pages]
-        self.host.enter([page for page in pages if page in self.host.policy], now, used=False)
-        for tier in self.tiers:
-            if tier.plan.policy is not None:
-                for page in reversed(pages):
-                    if page in tier.plan.policy:
-                        tier.plan.policy.add((page,), now, page.block.hint)
-            tier.touch(path, path, now)
+        self._retention.set_ttl(path, ttl_s, now)
         return len(path)
 
     def ask(self, request: Request, now: float) -> bool:
@@ -301,7 +295,7 @@ class Planner:
         flight = self.flights.land(outcome.transfer_id)
         if flight is None:
             return
-        tier = self._tier(flight.transfer.tier)
+        tier = self._book.named(flight.transfer.tier)
         if outcome.error is None and outcome.seconds > 0 and flight.transfer.op in (Op.FETCH, Op.PROBE):
             self.costs.tiers[tier.plan.name].observe(outcome.seconds, outcome.num_bytes, now)
         match flight.transfer.op:
@@ -309,7 +303,7 @@ class Planner:
                 self._fetched(tier, flight, outcome, now)
             case Op.SPILL:
                 tier.spilled(flight, outcome, now)
-                self._drop_removed(flight.pages)
+                self._retention.drop_idle(flight.pages)
             case Op.PROBE:
                 self.scout.answered(flight, outcome)
                 self.loader.resume_prefetches(now)
@@ -324,7 +318,7 @@ class Planner:
 
     def set_tier_up(self, name: str, is_up: bool, now: float) -> None:
         """A breaker opened or closed: lookups leave the tier out, or its debts are paid again."""
-        tier = self._tier(name)
+        tier = self._book.named(name)
         tier.is_up = is_up and not tier.is_detached
         if tier.is_up:
             tier.pump(now)
@@ -333,22 +327,14 @@ class Planner:
 
     def attach_tier(self, plan: TierPlan) -> None:
         """A tier is there from now on, or is back; `restore` tells what it holds. Its lane must be there."""
-        known = next((tier for tier in self.tiers if tier.plan.name == plan.name), None)
-        if known is not None:
-            known.attach(plan)
-        else:
-            tier = self._lower_tier(plan, len(self.tiers))
+        if self._book.add(plan):
             self.costs.tiers[plan.name] = TierCost(plan.workers)
             self.scout.add_tier(plan.name)
             self.loader.add_tier(plan.name)
-            self.tiers.append(tier)
-        self._count_homes()
 
     def detach_tier(self, name: str) -> None:
         """A tier is taken away: what it holds is forgotten, and nothing is sent there any more."""
-        self._tier(name).detach()
-        self.flights.stall(name)
-        self._count_homes()
+        self._book.detach(name)
 
     def resize_host(self, num_slots: int) -> None:
         """Use fewer or more of the host slots."""
@@ -373,23 +359,7 @@ class Planner:
 
     def restore(self, name: str, stored: Sequence[tuple[PageKey, PageMeta]], now: float) -> int:
         """Book what a tier held when it was opened, least recently used first; returns the pages taken in."""
-        tier = self._tier(name)
-        taken: list[Page | None] = [None] * len(stored)
-        for index in sorted(range(len(stored)), key=lambda i: stored[i][1].depth):
-            page_key, meta = stored[index]
-            key, group, _ = split_key(page_key)
-            if group >= len(self.windows):
-                continue
-            parent = BlockHash(meta.parent[: self.settings.hash_bytes]) if meta.depth else None
-            block = self.catalog.attach(BlockHash(key[: self.settings.hash_bytes]), parent, meta.depth)
-            block.tokens = meta.tokens
-            taken[index] = block.pages[group]
-        for (_, meta), page in zip(stored, taken, strict=True):
-            if page is not None:
-                # What is left of its time; the tier itself refuses it after that anyway.
-                left_s = meta.expires_at - self.settings.wall_offset - now if meta.expires_at else None
-                tier.learn(page, now, left_s)
-        return sum(page is not None for page in taken)
+        return self._book.restore(name, stored, now)
 
     def take_transfers(self) -> list[Transfer]:
         """What the lanes have to carry now."""
@@ -430,9 +400,6 @@ class Planner:
         self._next_lease += 1
         return self._next_lease
 
-    def _tier(self, name: str) -> LowerTier:
-        return next(tier for tier in self.tiers if tier.plan.name == name)
-
     def _known_path(self, request: Request) -> list[Block]:
         blocks = self.catalog.match(request.keys)
         return self.scout.verified(request, blocks)
@@ -441,8 +408,8 @@ class Planner:
         """Pages are published: note whose they are, promise what was asked, write them behind."""
         request = save.request
         blocks = list(dict.fromkeys(page.block for page in whole))
-        self._note_session(blocks, request)
-        self._promise(blocks, request)
+        self._retention.note_session(blocks, request)
+        self._retention.promise(blocks, request)
         self.turns.published([block.key for block in blocks], now)
         if len(whole) < len(save.pages):
             self.turns.end(request, now)
@@ -450,7 +417,7 @@ class Planner:
             tier.owe(whole, used=False)
             tier.pump(now)
         if request.id in self._finishing:
-            self._use(self._known_path(request), request, now)
+            self._retention.use(self._known_path(request), request, now)
             if not self.saver.is_saving(request):
                 self._finishing.discard(request.id)
                 self.turns.end(request, now)
@@ -471,55 +438,6 @@ class Planner:
             computing = load.num_blocks * self.layout.block_size / rate
             self.seconds_saved += computing - max(0.0, load.ready_at - load.started_at)
 
-    def _use(self, path: Sequence[Block], request: Request, now: float) -> None:
-        """Refresh a path: in the policies always, at the media not more often than every touch_interval_s."""
-        self._note_session(path, request)
-        self.host.touch(path, now)
-        fresh = [block for block in path if now - block.touched_at > self.settings.touch_interval_s]
-        used_before = [block for block in fresh if block.touched_at > float("-inf")]
-        for block in fresh:
-            block.touched_at = now
-        for tier in self.tiers:
-            tier.touch(path, fresh, now)
-            tier.make_up(used_before, now)
-
-    def _promise(self, blocks: Sequence[Block], request: Request) -> None:
-        if request.options.pin:
-            self.keeper.keep(blocks, float("inf"))
-        elif request.options.retain_until:
-            self.keeper.keep(blocks, request.options.retain_until - self.settings.wall_offset)
-
-    def _note_session(self, blocks: Sequence[Block], request: Request) -> None:
-        session = _session(request)
-        for block in blocks:
-            if block.session != session:
-                block.session = SHARED_SESSION if block.session else session
-
-    def _lower_tier(self, plan: TierPlan, index: int) -> LowerTier:
-        settings = self.settings
-        return LowerTier(
-            plan,
-            1 << index,
-            settings.batch_pages,
-            self.flights,
-            self.catalog,
-            settings.wall_offset,
-            self._page_bytes,
-            max_owed=2 * settings.num_slots,
-        )
-
-    def _count_homes(self) -> None:
-        self.catalog.homes_that_count = sum(t.bit for t in self.tiers if t.plan.is_indexed and not t.is_detached)
-
-    def _let_leave(self, removed: Sequence[Block], now: float) -> list[Page]:
-        """Blocks are forgotten: their pages leave host memory, those in use as soon as they are not; returns all."""
-        self.keeper.let_go(removed, now)
-        pages = [page for block in removed for page in block.pages]
-        for page in pages:
-            if page.state == PageState.READY and page.pins == 0 and not page.spilling:
-                self.host.drop((page,))
-        return pages
-
     def _pruned(self, block: Block) -> None:
         for tier in self.tiers:
             tier.forget_copies(tier.copies(block.pages), None)
@@ -531,16 +449,7 @@ class Planner:
             if other is not tier and arrived:
                 other.owe(arrived, used=True)
                 other.pump(now)
-        self._drop_removed(flight.pages)
+        self._retention.drop_idle(flight.pages)
         if len(arrived) < len(flight.pages):
             for page in reversed(flight.pages):
                 self.catalog.prune(page.block)
-
-    def _drop_removed(self, pages: Sequence[Page]) -> None:
-        for page in pages:
-            if page.block.is_removed and page.state == PageState.READY and page.pins == 0 and not page.spilling:
-                self.host.drop((page,))
-
-
-def _session(request: Request) -> str:
-    return request.options.session or f"\0request {request.id}"

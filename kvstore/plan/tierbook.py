@@ -1,0 +1,103 @@
+"""The lower tiers of a planner, as they come and go.
+
+A tier has one bit in the page's sets of homes and one place in the list, for ever: a tier that is taken away keeps
+both, empty, and gets them back when it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvstore.page import PageKey, PageMeta, split_key
+from kvstore.plan.cascade import LowerTier, TierPlan
+from kvstore.plan.catalog import Catalog, Page
+from kvstore.plan.flights import Flights
+from radix.hashing import BlockHash
+
+
+class TierBook:
+    """All lower tiers. Under the store's lock.
+
+    all:         in the order in which they were given; a list that others hold on to, and that only grows.
+    batch_pages: pages of a transfer.
+    page_bytes:  of each layer group.
+    max_owed:    pages that a tier which is down may be owed.
+    hash_bytes:  length of a block hash.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[TierPlan],
+        catalog: Catalog,
+        flights: Flights,
+        page_bytes: Sequence[int],
+        *,
+        batch_pages: int,
+        max_owed: int,
+        hash_bytes: int,
+        wall_offset: float,
+    ) -> None:
+        self._catalog = catalog
+        self._flights = flights
+        self._page_bytes = page_bytes
+        self._batch_pages = batch_pages
+        self._max_owed = max_owed
+        self._hash_bytes = hash_bytes
+        self._wall_offset = wall_offset
+        self.all: list[LowerTier] = []
+        for plan in plans:
+            self.add(plan)
+
+    def named(self, name: str) -> LowerTier:
+        """The tier of that name."""
+        return next(tier for tier in self.all if tier.plan.name == name)
+
+    def add(self, plan: TierPlan) -> bool:
+        """A tier is there from now on, or is back; True if its name is new."""
+        known = next((tier for tier in self.all if tier.plan.name == plan.name), None)
+        if known is not None:
+            known.attach(plan)
+        else:
+            self.all.append(
+                LowerTier(
+                    plan,
+                    1 << len(self.all),
+                    self._batch_pages,
+                    self._flights,
+                    self._catalog,
+                    self._wall_offset,
+                    self._page_bytes,
+                    self._max_owed,
+                )
+            )
+        self._count_homes()
+        return known is None
+
+    def detach(self, name: str) -> None:
+        """A tier is taken away: what it holds is forgotten, and nobody waits for what is under way there."""
+        self.named(name).detach()
+        self._flights.stall(name)
+        self._count_homes()
+
+    def restore(self, name: str, stored: Sequence[tuple[PageKey, PageMeta]], now: float) -> int:
+        """Book what a tier held when it was opened, least recently used first; returns the pages taken in."""
+        tier = self.named(name)
+        taken: list[Page | None] = [None] * len(stored)
+        for index in sorted(range(len(stored)), key=lambda i: stored[i][1].depth):
+            page_key, meta = stored[index]
+            key, group, _ = split_key(page_key)
+            if group >= len(self._page_bytes):
+                continue
+            parent = BlockHash(meta.parent[: self._hash_bytes]) if meta.depth else None
+            block = self._catalog.attach(BlockHash(key[: self._hash_bytes]), parent, meta.depth)
+            block.tokens = meta.tokens
+            taken[index] = block.pages[group]
+        for (_, meta), page in zip(stored, taken, strict=True):
+            if page is not None:
+                # What is left of its time; the tier itself refuses it after that anyway.
+                left_s = meta.expires_at - self._wall_offset - now if meta.expires_at else None
+                tier.learn(page, now, left_s)
+        return sum(page is not None for page in taken)
+
+    def _count_homes(self) -> None:
+        self._catalog.homes_that_count = sum(t.bit for t in self.all if t.plan.is_indexed and not t.is_detached)
