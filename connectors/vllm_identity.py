@@ -8,6 +8,11 @@ on two machines, must not share pages. "sampled" reads every file's size, its he
 types of all tensors) and SAMPLES pieces spread over it, some milliseconds for a model of any size; training changes all
 weights, so a changed model changes the samples. "full" reads every byte. An adapter is identified in the same way,
 since two replicas may know different adapters by one name.
+
+vLLM hands a secondary tier a summary of its configuration that is not enough to name the bytes (it lacks revision,
+quantization, overrides, adapters, attention backend), and no way to ask for more. The full configuration is an argument
+of the connector's constructor, which is running while tiers are made, so it is taken from there; where it cannot be
+found, the tier refuses to start rather than guess.
 """
 
 from __future__ import annotations
@@ -16,7 +21,10 @@ import hashlib
 import json
 import os
 import platform
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from kvstore.errors import ConfigError
@@ -58,6 +66,31 @@ def engine_namespace(
         layout=layout.fingerprint,
         block_size=layout.block_size,
         extra=tuple(sorted(extra.items())),
+    )
+
+
+def chunk_namespace(
+    vllm_config: Any, layout: Layout, *, weights: str, vllm_version: str, adapters_by_name: bool
+) -> Namespace:
+    """The root of all chunk names of this engine. Raises ConfigError for what cannot be told apart."""
+    if getattr(vllm_config, "lora_config", None) is not None and not adapters_by_name:
+        raise ConfigError(
+            "KVStoreTier: LoRA is on, and vLLM tells a secondary tier only an adapter's name, so two adapters of one "
+            'name would share pages; set "adapters_by_name": true if a name always means the same adapter, or use '
+            "connectors.vllm.KVStoreConnector, which reads the adapters' files"
+        )
+    return engine_namespace(vllm_config, layout, weights=weights, vllm_version=vllm_version)
+
+
+def find_engine_config(frame: FrameType | None = None) -> Any:
+    """vLLM's full configuration, from whoever is making the tier. Raises ConfigError where it is nowhere."""
+    for caller in _callers(frame or sys._getframe()):
+        found = caller.f_locals.get("vllm_config")
+        if type(found).__name__ == "VllmConfig":
+            return found
+    raise ConfigError(
+        "KVStoreTier: vLLM's configuration was not found, so the model cannot be identified; the tier must be made by "
+        "vLLM's OffloadingConnector (kv_connector='OffloadingConnector')"
     )
 
 
@@ -180,3 +213,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items() if key not in _COSMETIC}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -5,8 +5,10 @@ a layer is copied as it lies in memory, without looking inside: on CPU it is pac
 its order is the backend's. So everything that decides the order of bytes is in the namespace (vllm_identity.py), and
 here only sizes count.
 
-Called by both halves of the connector, each with its own copy of the configuration; the fingerprint of the layout
-travels with every plan, and a worker that comes to another one copies nothing.
+`engine_layout` is for both halves of the connector, each with its own copy of the configuration; the fingerprint of the
+layout travels with every plan, and a worker that comes to another one copies nothing. `chunk_layout` is for the tier
+below vLLM's own offloading: a chunk is one row of vLLM's host memory, the blocks of one layer group of all ranks as
+they lie there. What decides the order of bytes in it is in the layout's name.
 """
 
 from __future__ import annotations
@@ -75,6 +77,33 @@ def engine_layout(vllm_config: Any, kv_cache_config: Any) -> EngineLayout:
         raise ConfigError(f"vLLM: blocks of {block_size} tokens are hashed by {hash_size}; that does not divide evenly")
     layout = Layout(block_size, tuple(groups), FORMAT, _dtype_name(kv_cache_config), shards)
     return EngineLayout(layout, tuple(ids), tuple(names), tuple(sizes), block_size // hash_size)
+
+
+def chunk_layout(config: Any, row_bytes: int) -> Layout:
+    """The layout of chunks of `row_bytes`, from vLLM's OffloadingConfig."""
+    cache, parallel = config.cache, config.parallel
+    order = [
+        f"layout {config.kv_cache_layout}",
+        f"blocks {cache.blocks_per_chunk}",
+        "canonical" if config.canonical_layout else "by rank",
+        "replicated" if config.replicated_layout else "sharded",
+        *(f"{name} {getattr(parallel, f'{name}_size')}" for name in ("tp", "pp", "pcp", "dcp")),
+        *(f"group {group.group_id}: {' '.join(group.layer_names)}" for group in config.groups),
+    ]
+    tokens = {int(group.tokens_per_block) for group in config.groups}
+    position = 0
+    groups = []
+    for group in config.groups:
+        layers = tuple(range(position, position + len(group.layer_names)))
+        position += len(layers)
+        # Which blocks of a group a resume needs is vLLM's business; here every chunk stands for itself.
+        groups.append(LayerGroup(GroupKind.FULL, layers, row_bytes))
+    return Layout(
+        max(tokens) * int(cache.blocks_per_chunk),
+        tuple(groups),
+        "vllm chunk|" + "|".join(order),
+        str(config.model.dtype).removeprefix("torch."),
+    )
 
 
 def _check_parallel(parallel: Any) -> None:

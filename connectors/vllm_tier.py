@@ -37,10 +37,11 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, ParentManager, SecondaryTierManager, TransferJob
 
 from connectors import vllm_versions as versions
+from connectors.vllm_identity import chunk_namespace, find_engine_config
+from connectors.vllm_layout import chunk_layout
 from connectors.vllm_tier_chunks import TierSettings
 from connectors.vllm_tier_config import TierConfig, parse_tier_config
 from connectors.vllm_tier_core import TierCore
-from connectors.vllm_tier_identity import chunk_layout, chunk_namespace, find_engine_config
 from connectors.vllm_tier_jobs import JobDone
 from connectors.vllm_tier_lookup import Answer
 from connectors.vllm_tier_metrics import TierSamples, definitions
