@@ -410,7 +410,7 @@ class Planner:
         blocks = list(dict.fromkeys(page.block for page in whole))
         self._retention.note_session(blocks, request)
         self._retention.promise(blocks, request)
-        self.turns.published([block.key for block in blocks], now)
+        self.turns.published((block.key for block in blocks), now)
         if len(whole) < len(save.pages):
             self.turns.end(request, now)
         for tier in self.tiers:

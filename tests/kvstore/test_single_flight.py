@@ -14,7 +14,9 @@ from kvstore.base import KVStore
 from kvstore.errors import RequestError, StoreClosed
 from kvstore.plan.records import CutReason, Match, RequestOptions
 from kvstore.store import LocalStore
+from kvstore.tiers.redis_local import LocalRedis
 from tests.helpers.daemons import attach, local_daemon, wait_until
+from tests.helpers.redis_server import NEEDS_REDIS
 from tests.helpers.stores import open_small, prompt, save, use
 
 TURNS = RequestOptions(single_flight=True)
@@ -162,6 +164,57 @@ def test_a_client_that_leaves_is_not_waited_for(tmp_path: Path) -> None:
 
         began = time.monotonic()
         leaving.close()
+
+        assert not asking.answer().pending
+        assert time.monotonic() - began < LEASE["compute_wait_s"] / 2
+
+
+class TestTwoStoresOnOneRedis:
+    pytestmark = NEEDS_REDIS
+
+    @pytest.fixture
+    def redis(self) -> Iterator[LocalRedis]:
+        with LocalRedis() as server:
+            yield server
+
+    @pytest.fixture
+    def stores(self, redis: LocalRedis) -> Iterator[tuple[LocalStore, LocalStore]]:
+        settings = LEASE | {"lookup_deadline_s": 5.0, "load_or_recompute": False}
+        with (
+            open_small(redis_url=redis.url, store=settings) as here,
+            open_small(redis_url=redis.url, store=settings) as there,
+        ):
+            yield here, there
+
+    def test_one_computes_and_the_other_loads_it_from_redis(self, stores: tuple[LocalStore, LocalStore]) -> None:
+        here, there = stores
+        first = here.request(prompt(8), TURNS)
+        here.wait_lookup(first)
+        asking = waiting(there, prompt(8))
+
+        save(here, first, 0, 3)
+        save(here, first, 3, 5)
+
+        assert asking.answer().by_tier == {"redis": 8}
+
+    def test_what_is_given_up_is_free_for_the_other(self, stores: tuple[LocalStore, LocalStore]) -> None:
+        here, there = stores
+        first = here.request(prompt(8), TURNS)
+        here.wait_lookup(first)
+        asking = waiting(there, prompt(8))
+
+        here.finished(first)
+
+        assert asking.answer().num_blocks == 0
+        assert there.stats()["compute_claims"] == 1
+
+    def test_a_redis_that_dies_ends_the_wait(self, redis: LocalRedis, stores: tuple[LocalStore, LocalStore]) -> None:
+        here, there = stores
+        here.wait_lookup(here.request(prompt(8), TURNS))
+        asking = waiting(there, prompt(8))
+
+        began = time.monotonic()
+        redis.stop()
 
         assert not asking.answer().pending
         assert time.monotonic() - began < LEASE["compute_wait_s"] / 2
