@@ -58,7 +58,7 @@ function updatePlace(element, { id, tier, now }) {
   }
   if (id === "host" && tier.pinned_bytes) told.push(`${bytes(tier.pinned_bytes)} in use`);
   if (tier.waiting_bytes) told.push(id === "host" ? `${bytes(tier.waiting_bytes)} dirty` : `${bytes(tier.waiting_bytes)} owed to it`);
-  if (tier.queued) told.push(`${tier.queued} batches queued`);
+  if (tier.queued) told.push(tier.queued === 1 ? "1 batch queued" : `${tier.queued} batches queued`);
   if (tier.latency_s) told.push(`answers in ${tier.latency_s < 0.001 ? `${(tier.latency_s * 1e6).toFixed(0)} µs` : seconds(tier.latency_s)}`);
   setText(facts, told.join(" · "));
   setAttribute(bar, "aria-label", told.join(", "));
