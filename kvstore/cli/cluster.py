@@ -78,8 +78,7 @@ def up(
 
     check_counts(replicas, nodes)
     _check_settings([*(setting or []), *([] if redis in (AUTO, NONE) else [f"redis.url={redis}"])])
-    progress = console(stderr=True)
-    found = resolve_model(model, progress.print)
+    found = resolve_model(model, _tell)
     spec = ClusterSpec(
         name=name,
         model=found.source,
@@ -96,13 +95,13 @@ def up(
     )
 
     size = f"{_count(replicas, 'replica')} of {found.name}, {_count(nodes, 'node')}"
-    progress.print(f"cluster {name}: {size}, logs in {run.path}")
-    with interruptible(), brought_up(spec, run, progress.print, timeout_s=start_timeout) as supervisor:
+    _tell(f"cluster {name}: {size}, logs in {run.path}")
+    with interruptible(), brought_up(spec, run, _tell, timeout_s=start_timeout) as supervisor:
         _print_urls(spec)
         if detach:
-            progress.print(f"it stays up; end it: kvstore cluster down{_option(name, directory)}")
+            _tell(f"it stays up; end it: kvstore cluster down{_option(name, directory)}")
             return
-        progress.print("Ctrl-C ends it")
+        _tell("Ctrl-C ends it")
         supervisor.stand()
 
 
@@ -112,9 +111,8 @@ def down(name: Name = "local", directory: Directory = None) -> None:
     run = _directory(directory, name)
     from kvstore.cluster.supervisor import take_down
 
-    progress = console(stderr=True)
-    count = take_down(run, progress.print)
-    progress.print(f"cluster {name}: {f'{count} processes ended' if count else 'nothing was running'}")
+    count = take_down(run, _tell)
+    _tell(f"cluster {name}: {f'{count} processes ended' if count else 'nothing was running'}")
 
 
 @cluster.command()
@@ -157,7 +155,7 @@ def restart(
     from kvstore.cluster.supervisor import Supervisor
     from kvstore.cluster.topology import Kind
 
-    supervisor = Supervisor(_spec(run), run, console(stderr=True).print)
+    supervisor = Supervisor(_spec(run), run, _tell)
     known = {process.name: process for process in supervisor.processes}
     for wanted in processes or []:
         if wanted not in known:
@@ -204,6 +202,11 @@ def _check_settings(assignments: list[str]) -> None:
         section, _, key = field.partition(".")
         sections.setdefault(section, {})[key] = value
     Config(**sections)
+
+
+def _tell(line: str) -> None:
+    """One line of progress, as it is: paths and logs may have brackets in them."""
+    console(stderr=True).print(line, markup=False, soft_wrap=True)
 
 
 def _count(number: int, noun: str) -> str:

@@ -67,7 +67,7 @@ class Supervisor:
         self.spec = spec
         self.directory = directory
         self.processes = plan(spec, directory.path, _redis_server)
-        self._say = say
+        self._tell = say
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     # ---- up -------------------------------------------------------------------------------------------------------
@@ -163,13 +163,13 @@ class Supervisor:
         """How each process is, in the order in which they start."""
         rows = []
         for process in self.processes:
+            row = Status(process.name, "ended", process.url)
             found = self.directory.find(process.name)
-            if found is None:
-                rows.append(Status(process.name, "ended", process.url))
-                continue
-            with suppress(psutil.NoSuchProcess):
-                state = "ready" if self._is_ready(process) else "not ready"
-                rows.append(Status(process.name, state, process.url, found.pid, found.memory_info().rss))
+            with suppress(psutil.NoSuchProcess):  # it may end while we look
+                if found is not None:
+                    state = "ready" if self._is_ready(process) else "not ready"
+                    row = Status(process.name, state, process.url, found.pid, found.memory_info().rss)
+            rows.append(row)
         return rows
 
     def _is_ready(self, process: Process) -> bool:
@@ -177,6 +177,10 @@ class Supervisor:
         if self.directory.find(process.name) is None:
             return False
         return redis_is_ready(process.port) if process.kind is Kind.REDIS else is_ready(process.port)
+
+    def _say(self, line: str) -> None:
+        with suppress(OSError):  # of a terminal that is gone: what is to be done is done all the same
+            self._tell(line)
 
     def _failure(self, process: Process, what: str) -> str:
         log = self.directory.log(process.name)
@@ -208,7 +212,7 @@ def brought_up(
             supervisor.start(timeout_s=timeout_s)
             yield supervisor
         except Ended:
-            say("ending the cluster")
+            supervisor._say("ending the cluster")
             supervisor.stop()
             _remove(directory)
             raise
@@ -224,11 +228,11 @@ def take_down(directory: RunDirectory, say: Say = lambda _: None) -> int:
     An `up` that still stands by it is asked to end first, and does the work itself.
     """
     count = len(directory.running())
-    with directory.lock(0) as holder:
-        if holder:
-            _ask_to_end(holder, directory)
-    with directory.lock(0) as holder:
-        if holder is not None:
+    with directory.lock(0) as pid:
+        if pid:
+            _ask_to_end(pid, directory)
+    with directory.lock(0) as pid:
+        if pid is not None:
             raise ClusterError(f"another command is busy with cluster {directory.name!r}; try again when it is done")
         spec = directory.read()
         if spec is not None:

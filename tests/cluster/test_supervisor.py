@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -90,7 +91,7 @@ def test_the_end_goes_the_other_way_round(run: RunDirectory, plan: Plan) -> None
 
         # The replica will not end: the node must not be asked before it has.
         nodes: list[bool] = []
-        supervisor._say = lambda _: nodes.append(run.find("node-0") is not None)
+        supervisor._tell = lambda _: nodes.append(run.find("node-0") is not None)
         supervisor.stop(timeout_s=0.2)
 
     assert nodes == [True]
@@ -213,6 +214,23 @@ def test_standing_by_tells_of_an_end_and_of_a_return(
     assert ended.endswith("to start it again: kvstore cluster restart --name test replica-0")
     assert rest == ["replica-0 is back", "ending the cluster"]
     assert run.running() == {}
+
+
+def test_a_terminal_that_is_gone_keeps_nothing_running(
+    run: RunDirectory, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan()
+
+    def say(line: str) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with interruptible(), brought_up(a_spec(), run, say) as supervisor:
+        pids = [process.pid for process in run.running().values()]
+        os.kill(os.getpid(), signal.SIGHUP)
+        supervisor.stand()
+
+    assert len(pids) == 3
+    assert all(map(is_gone, pids))
 
 
 def test_standing_by_ends_when_nobody_is_left(run: RunDirectory, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
