@@ -28,9 +28,14 @@ export class Prefixes {
   }
 
   async refresh() {
-    const answer = await get("/v1/dashboard/prefixes", { ...this.shown, open: [...this.open].join(",") });
-    this.levels = answer.levels;
-    for (const id of this.open) if (!(id in this.levels)) this.open.delete(id);
+    const asked = [...this.open];
+    const shown = this.shown;
+    const answer = await get("/v1/dashboard/prefixes", { ...shown, open: asked.join(",") });
+    if (shown !== this.shown) return undefined; // something else was chosen meanwhile
+    for (const id of asked) if (!(id in answer.levels)) this.open.delete(id); // gone from the store
+    // What was opened since it was asked is not in the answer: it stays as it was.
+    const opened = [...this.open].filter((id) => !asked.includes(id) && id in this.levels);
+    this.levels = { ...answer.levels, ...Object.fromEntries(opened.map((id) => [id, this.levels[id]])) };
     if (!this.wasTouched && !this.open.size) {
       // A visitor should see at once what most share and what continues it, as long as no other root is pushed away.
       const roots = this.levels[""]?.nodes ?? [];
