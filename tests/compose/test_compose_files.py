@@ -16,6 +16,7 @@ import typer
 import yaml
 
 from kvstore.cli.app import app
+from kvstore.cluster.admission import Admission
 from kvstore.cluster.metrics import ReplicaMetrics, RouterMetrics
 from kvstore.cluster.topology import assign_ports
 from kvstore.config import Config
@@ -128,16 +129,12 @@ def panels() -> list[dict[str, Any]]:
 def exported() -> set[str]:
     """Every sample name that node, replica and router have on /metrics."""
     replica = ReplicaMetrics()
-    replica.attach(SimpleNamespace(has_own_store=False, num_running=0, num_queued=0, admission=_ADMISSION))  # type: ignore[arg-type]
+    replica.attach(SimpleNamespace(has_own_store=False, num_running=0, num_queued=0, admission=Admission(1, 1)))  # type: ignore[arg-type]
     names = {metric.name for metric in METRICS}
     for text in (replica.render(), RouterMetrics([]).render()):
         for _, _, name, kind in (line.split() for line in text.decode().splitlines() if line.startswith("# TYPE ")):
             names |= {f"{name}_{part}" for part in ("bucket", "sum", "count")} if kind == "histogram" else {name}
     return names
-
-
-_RATE = SimpleNamespace(tokens_per_s=0.0)
-_ADMISSION = SimpleNamespace(tokens=0, prefill=_RATE, decode=_RATE)
 
 
 def queries(panels: list[dict[str, Any]]) -> list[str]:
