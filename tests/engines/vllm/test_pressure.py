@@ -101,9 +101,9 @@ class TestAbort:
         core = llm_engine.engine_core.engine_core
         llm_engine.add_request("gone", {"prompt_token_ids": prompt}, SamplingParams(temperature=0, max_tokens=4))
         until = time.monotonic() + 10
-        while not engine.half._loading and time.monotonic() < until:
+        while not engine.half._loads._under_way and time.monotonic() < until:
             llm_engine.step()
-        assert engine.half._loading
+        assert engine.half._loads._under_way
 
         llm_engine.abort_request(["gone"])
         while core.scheduler.has_requests() and time.monotonic() < until:
