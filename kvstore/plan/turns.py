@@ -37,6 +37,7 @@ POLL_S = 0.1  # a fraction of a chunk's computing, and ten small questions a sec
 POLL_BLOCKS = 64  # asked about at first; all the rest once these are there
 # Waiting this many times as long as computing would take: saving takes time too, and who computes may share its cores.
 PATIENCE = 2.0
+MIN_PATIENCE_S = 0.2  # shorter is not computing but a save, a message and a tick of the housekeeper (a guess)
 MAX_WAITS = 16_384  # of callers who never say that they have gone
 
 
@@ -252,7 +253,7 @@ class Turns:
 
     def _patience_s(self, num_tokens: int) -> float:
         rate = self._costs.prefill_tokens_per_s
-        return self._lease_s if not rate else min(self._lease_s, PATIENCE * num_tokens / rate)
+        return self._lease_s if not rate else min(self._lease_s, max(MIN_PATIENCE_S, PATIENCE * num_tokens / rate))
 
     def _say_claim(self, claim: Claim, tier: str, now: float) -> None:
         """Claim on a shared tier what is left of a claim, or renew it there."""
