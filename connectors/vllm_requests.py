@@ -91,6 +91,7 @@ class Requests:
         end = len(hashes) // per_block * per_block
         is_same = end >= tracked.num_hashed
         if not is_same:  # a streaming session took back its last tokens
+            self._store.finished(tracked.store)
             tracked.store = self._store.request_from_hashes([], tracked.engine.num_tokens, tracked.store.options)
             tracked.num_saved = min(tracked.num_saved, end // per_block)
             tracked.num_hashed = 0

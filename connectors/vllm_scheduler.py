@@ -209,6 +209,7 @@ class SchedulerHalf:
         for tracked in self._requests:
             self._loads.let_go(tracked)
             self._requests.end(tracked.engine.request_id)
+            self.store.finished(tracked.store)  # nobody waits for what it would have computed
         self._saves.spoil()
         self._announcer.forget()
 

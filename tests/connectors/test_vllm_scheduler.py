@@ -385,3 +385,49 @@ def test_a_step_with_nothing_to_do_waits_for_the_pages_that_were_asked_for(
         world.half.plan_step({}, lambda name: None)
 
         assert world.half.matched(asked, 0) == (4 * BLOCK, True)
+
+
+class TestSingleFlight:
+    @pytest.fixture
+    def single(self, store: LocalStore) -> World:
+        return World(store, extra={"store": {"single_flight": True}})
+
+    def test_a_request_waits_aside_for_what_another_one_computes_and_loads_it(self, single: World) -> None:
+        first, second = request("a", 4 * BLOCK + 1), request("b", 4 * BLOCK + 1)
+        single.half.new_request(first)
+        single.half.new_request(second)
+
+        assert single.half.matched(first, 0) == (0, False)
+        assert single.half.matched(second, 0) == (None, False)
+        plan = single.half.plan_step({"a": first.num_tokens}, lambda name: ([1, 2, 3, 4, 5],))
+        single.half.reported(StepReport(done={plan.saves[0].lease: 1}))
+        single.clock.now += 1.0
+
+        assert single.half.matched(second, 0) == (4 * BLOCK, True)
+        assert single.half.counters["compute_waits"] == 1
+
+    def test_a_request_that_ends_is_not_waited_for(self, single: World) -> None:
+        first, second = request("a", 4 * BLOCK + 1), request("b", 4 * BLOCK + 1)
+        single.half.new_request(first)
+        single.half.new_request(second)
+        single.half.matched(first, 0)
+        single.half.matched(second, 0)
+
+        single.half.request_finished(first)
+        single.clock.now += 1.0
+
+        assert single.half.matched(second, 0) == (0, False)
+
+    def test_what_vllm_has_itself_is_not_waited_for(self, single: World) -> None:
+        first, second = request("a", 4 * BLOCK + 1), request("b", 4 * BLOCK + 1)
+        single.half.new_request(first)
+        single.half.new_request(second)
+        single.half.matched(first, 0)
+
+        assert single.half.matched(second, 4 * BLOCK) == (0, False)
+
+    def test_without_the_option_nobody_waits(self, world: World) -> None:
+        for name in ("a", "b"):
+            asked = request(name, 4 * BLOCK + 1)
+            world.half.new_request(asked)
+            assert world.half.matched(asked, 0) == (0, False)

@@ -233,7 +233,7 @@ def test_a_step_that_computes_waits_for_no_copy(slab: HostSlab, monkeypatch: pyt
     monkeypatch.setattr("connectors.vllm_worker.IDLE_WAIT_S", 30.0)
     rank, may_copy = Rank(slab), threading.Event()
     copy_in = rank.half._device.copy_in
-    rank.half._device.copy_in = lambda *given: may_copy.wait(20) and copy_in(*given)  # type: ignore[method-assign]
+    rank.half._device.copy_in = lambda *given: may_copy.wait(20) and copy_in(*given)  # type: ignore[assignment, method-assign]
 
     rank.step(LoadJob(1, "r", copies((0,), (3,))))
     first = rank.half.take_results()
