@@ -23,9 +23,9 @@ from kvstore.secret import mask_url
 
 DEFAULT_FILE = Path("kvstore.toml")
 FILE_VARIABLE = "KVSTORE_CONFIG"
-# Variables with our prefix that are no fields: the file to read, where the redis-server for tests and demo is, the key
-# of `kvstore load`, and the image of the compose file.
-OTHER_VARIABLES = frozenset({FILE_VARIABLE, "KVSTORE_REDIS_SERVER", "KVSTORE_LOAD_API_KEY", "KVSTORE_IMAGE"})
+# Variables with our prefix that are no fields: the file to read, where the redis-server for tests and demo is, and the
+# key of `kvstore load`.
+OTHER_VARIABLES = frozenset({FILE_VARIABLE, "KVSTORE_REDIS_SERVER", "KVSTORE_LOAD_API_KEY"})
 PREFIX = "KVSTORE_"
 DELIMITER = "__"
 KEYWORD = "keyword argument"
