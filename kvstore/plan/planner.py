@@ -218,7 +218,7 @@ class Planner:
         """
         if finish_reason:
             self.finish_reasons[finish_reason] = self.finish_reasons.get(finish_reason, 0) + 1
-        self.scout.requests.pop(request.id, None)
+        self.scout.end(request)
         if self.saver.is_saving(request):
             # Its last pages are still being copied: they join their path when they are published.
             self._finishing.add(request.id)
@@ -232,7 +232,7 @@ class Planner:
 
     def abandon(self, request: Request, now: float) -> bool:
         """Nobody will go on with the request; True if others waited, or might have waited, for it to compute."""
-        self.scout.requests.pop(request.id, None)
+        self.scout.end(request)
         return self.turns.end(request, now)
 
     def pin(self, request: Request, now: float) -> int:

@@ -76,10 +76,16 @@ class Scout:
             match = judge(request, match, now)
         if match.pending:
             self.counters["pending"] += 1
-        elif state.num_counted != request.num_tokens:
-            state.num_counted = request.num_tokens
-            self._count(request, survey, match)
+            state.unsettled = survey, match
+        else:
+            self._settle(state, survey, match)
         return match, self._stale_tier(survey, now)
+
+    def end(self, request: Request) -> None:
+        """Forget the request. A lookup that was given up while it was pending counts as what it had found by then."""
+        state = self.requests.pop(request.id, None)
+        if state is not None and state.unsettled is not None:
+            self._settle(state, *state.unsettled)
 
     def survey(self, request: Request) -> Survey:
         """Where every page of the request is, as far as is known now."""
@@ -256,6 +262,12 @@ class Scout:
             return None
         name = self.names[self._slowest(survey, survey.worth)]
         return name if name in self._costs.tiers and self._costs.wants_sample(name, now) else None
+
+    def _settle(self, state: RequestState, survey: Survey, match: Match) -> None:
+        state.unsettled = None
+        if state.num_counted != state.request.num_tokens:
+            state.num_counted = state.request.num_tokens
+            self._count(state.request, survey, match)
 
     def _count(self, request: Request, survey: Survey, match: Match) -> None:
         self.counters["lookups"] += 1

@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.plan.catalog import Block, PageState
-from kvstore.plan.records import HOST, CutReason, Request
+from kvstore.plan.records import HOST, CutReason, Match, Request
 from kvstore.plan.resume import needed_from
 
 ABSENT = 0  # source codes: ABSENT, IN_HOST, or FIRST_LOWER + index of a lower tier
@@ -46,6 +46,7 @@ class RequestState:
     request: Request
     probes: dict[int, Probe] = field(default_factory=dict)  # by index of the lower tier
     num_counted: int = -1  # prompt length at the last lookup that was counted in the statistics
+    unsettled: tuple[Survey, Match] | None = None  # the last answer, while it is pending
 
 
 @dataclass(slots=True)
