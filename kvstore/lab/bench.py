@@ -3,7 +3,7 @@
 A wall time alone says more about the neighbours on a machine than about the code, so every workload is a table of cases
 whose first one is the ceiling (memcpy, raw O_DIRECT, a bare socket). The cases take turns, round after round; a case's
 ratio is the median over rounds of its speed over the ceiling's. CPU seconds are those of this process, all threads
-together.
+together, and of the one other process that a case may work with.
 
 A workload is a module with `run(argument, quick) -> list[Table]`; adding one is one line in `WORKLOADS`.
 """
@@ -31,17 +31,22 @@ class Case:
     run:     does the work once.
     amount:  how much that is, in the table's unit.
     prepare: what must be done before each run, outside the time.
+    partner: the process, if there is one, at the other end of a connection.
     """
 
     name: str
     run: Callable[[], object]
     amount: float
     prepare: Callable[[], object] | None = None
+    partner: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What became of a case. `ratio` is 1 for the ceiling, and above 1 for what is faster."""
+    """What became of a case. `ratio` is 1 for the ceiling, and above 1 for what is faster.
+
+    cpu_s: of this process; partner_cpu_s: of the partner, None if there is none.
+    """
 
     name: str
     amount: float
@@ -49,6 +54,7 @@ class Timing:
     cpu_s: float
     per_s: float
     ratio: float
+    partner_cpu_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +88,27 @@ WORKLOADS: dict[str, Workload] = {
 }
 
 
-def measure(name: str, unit: str, cases: Sequence[Case], *, quick: bool = False) -> Table:
+def measure(name: str, unit: str, cases: Sequence[Case], *, quick: bool = False, rounds: int | None = None) -> Table:
     """Let the cases take turns and compare each with the first one."""
-    rounds = QUICK_ROUNDS if quick else ROUNDS
+    if rounds is None:
+        rounds = QUICK_ROUNDS if quick else ROUNDS
     wall: list[list[float]] = [[] for _ in cases]
     cpu: list[list[float]] = [[] for _ in cases]
+    partner: list[list[float]] = [[] for _ in cases]
     for number in range(rounds + 1):
         for index, case in enumerate(cases):
             if case.prepare is not None:
                 case.prepare()
+            partner_start = _cpu_seconds(case.partner)
             wall_start, cpu_start = time.perf_counter(), time.process_time()
             case.run()
             spent = time.perf_counter() - wall_start, time.process_time() - cpu_start
             if number:  # the first round warms caches, connections and page tables
                 wall[index].append(spent[0])
                 cpu[index].append(spent[1])
+                partner[index].append(_cpu_seconds(case.partner) - partner_start)
     timings = []
-    for case, seconds, cpu_seconds in zip(cases, wall, cpu, strict=True):
+    for case, seconds, cpu_seconds, partner_seconds in zip(cases, wall, cpu, partner, strict=True):
         ratios = [
             (case.amount / own) / (cases[0].amount / ceiling) for own, ceiling in zip(seconds, wall[0], strict=True)
         ]
@@ -110,9 +120,16 @@ def measure(name: str, unit: str, cases: Sequence[Case], *, quick: bool = False)
                 cpu_s=median(cpu_seconds),
                 per_s=case.amount / median(seconds),
                 ratio=median(ratios),
+                partner_cpu_s=None if case.partner is None else median(partner_seconds),
             )
         )
     return Table(name, unit, tuple(timings))
+
+
+def _cpu_seconds(pid: int | None) -> float:
+    """User and system time of a process, all its threads together; 0 for none."""
+    # The clock of another process, as clock_getcpuclockid(3) makes it on Linux; Python has no name for it.
+    return 0.0 if pid is None else time.clock_gettime(~pid << 3 | 2)
 
 
 def run(name: str, argument: str = "", *, quick: bool = False) -> list[Table]:

@@ -8,20 +8,22 @@ ends the connection, and nothing else.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
-import numpy as np
-
 from kvstore.errors import KVStoreError
-from kvstore.service import protocol
+from kvstore.service import batches, protocol
+from kvstore.service.batches import Incoming
 from kvstore.service.known import Resend
-from kvstore.service.protocol import HEADER, PAGE_HEAD, Frame, Op, ProtocolError, Status
+from kvstore.service.protocol import HEADER, Frame, Op, ProtocolError, Status
 from kvstore.service.session import Pending, Session
 from kvstore.service.tenants import Tenant
+from kvstore.service.wire import LOW_WATER_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -54,43 +56,6 @@ class Greeting:
         self.fd = fd
 
 
-class _Incoming:
-    """One page between the socket and its slot.
-
-    Its lease may end meanwhile, by another connection; then the slot is somebody else's, and what still comes goes
-    nowhere. So the slot is looked up again for every piece.
-    """
-
-    def __init__(self, session: Session, lease_id: int, index: int, size: int, checksum: int) -> None:
-        self._session = session
-        self._lease_id = lease_id
-        self._index = index
-        self._size = size
-        self._checksum = checksum
-        self._at = 0
-        session.writable(lease_id, index, size)  # refuses a page that the lease does not have
-
-    def room(self) -> memoryview:
-        """Where the next bytes go."""
-        view = self._session.writable(self._lease_id, self._index, self._size)
-        if view is None:
-            return memoryview(bytearray(min(BUFFER_BYTES, self._size - self._at)))
-        return view[self._at :]
-
-    def take(self, data: memoryview) -> None:
-        """Bytes that were received elsewhere; `advance` counts them."""
-        if len(data):
-            np.copyto(np.frombuffer(self.room(), np.uint8)[: len(data)], np.frombuffer(data, np.uint8))
-
-    def advance(self, num_bytes: int) -> bool:
-        """So many bytes came; True if they were the last."""
-        self._at += num_bytes
-        if self._at < self._size:
-            return False
-        self._session.written(self._lease_id, self._index, self._checksum)
-        return True
-
-
 class Channel(asyncio.BufferedProtocol):
     """Frames in, frames out. The daemon's event loop only."""
 
@@ -108,7 +73,8 @@ class Channel(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._waiter = 0
         self._greeting: asyncio.Task[None] | None = None
-        self._page: _Incoming | None = None  # a page on its way from the socket into its slot
+        self._batch: Incoming | None = None  # pages on their way from the socket into their slots
+        self._low_water = 1
         self._sending: asyncio.Task[None] | None = None
         self._may_write = asyncio.Event()
         self._may_write.set()
@@ -129,17 +95,18 @@ class Channel(asyncio.BufferedProtocol):
         self._timer = self._loop.call_later(HELLO_TIMEOUT_S, self._transport.abort)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        if self._page is not None:
-            return self._page.room()
+        if self._batch is not None and not self._batch.is_full:
+            return self._batch.room()
         if self._end == len(self._buffer):
             self._grow(2 * len(self._buffer))
         return memoryview(self._buffer)[self._end :]
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._page is None:
+        if self._batch is None or self._batch.is_full:
             self._end += nbytes
         else:
-            self._advance(nbytes)
+            self._batch.advance(nbytes)
+            self._wait_for(min(LOW_WATER_BYTES, self._batch.num_coming))
         self._parse()
 
     def pause_writing(self) -> None:
@@ -183,6 +150,16 @@ class Channel(asyncio.BufferedProtocol):
     def _parse(self) -> None:
         start = 0
         while self._may_parse:
+            if self._batch is not None:
+                end = start + self._batch.tail_bytes
+                if end > self._end:
+                    self._grow(end - start)
+                    break
+                self._batch.end(memoryview(self._buffer)[start:end])
+                self._batch = None
+                self._wait_for(1)
+                start = end
+                continue
             if self._end - start < HEADER.size:
                 break
             try:
@@ -191,14 +168,14 @@ class Channel(asyncio.BufferedProtocol):
                 self._refuse(Frame(Op.HELLO, Status.OK, 0, 0), error)
                 return
             if frame.op is Op.WRITE and not self.is_local:
-                taken = self._begin_page(frame, start)
+                taken = self._begin_batch(frame, start)
                 if not taken:
                     break
                 start += taken
                 continue
             end = start + HEADER.size + frame.num_bytes
-            if frame.op is Op.READ and frame.num_bytes > protocol.MAX_BODY_BYTES:
-                self._refuse(frame, ProtocolError(f"READ of {frame.num_bytes} bytes"))
+            if frame.num_bytes > protocol.MAX_BODY_BYTES:
+                self._refuse(frame, ProtocolError(f"{frame.op.name} of {frame.num_bytes} bytes"))
                 return
             if end > self._end:
                 self._grow(end - start)
@@ -215,7 +192,9 @@ class Channel(asyncio.BufferedProtocol):
     @property
     def _may_parse(self) -> bool:
         transport = self._transport
-        return not self._is_busy and self._page is None and transport is not None and not transport.is_closing()
+        if self._is_busy or transport is None or transport.is_closing():
+            return False
+        return self._batch is None or self._batch.is_full
 
     def _handle(self, frame: Frame, body: bytes) -> None:
         try:
@@ -224,8 +203,9 @@ class Channel(asyncio.BufferedProtocol):
             elif self.session is None:
                 raise ProtocolError(f"the first frame is {frame.op.name}; it must be HELLO or ATTACH")
             elif frame.op is Op.READ and not self.is_local:
+                num_bytes, parts = self.session.readable(body)
                 self._set_busy(True)
-                self._sending = self._loop.create_task(self._send_pages(frame, self.session.readable(body)))
+                self._sending = self._loop.create_task(self._send_batch(frame, num_bytes, parts))
             else:
                 result = self.session.handle(frame.op, body)
                 if isinstance(result, Pending):
@@ -302,50 +282,49 @@ class Channel(asyncio.BufferedProtocol):
 
     # ---- pages of remote clients ---------------------------------------------------------------------------------
 
-    def _begin_page(self, frame: Frame, start: int) -> int:
-        """A page is coming: what of it is in the buffer goes to its slot, the rest will be received there.
+    def _begin_batch(self, frame: Frame, start: int) -> int:
+        """Pages are coming: what of them is in the buffer goes to its slots, the rest will be received there.
 
         Returns the bytes taken from the buffer; 0 if the head is not whole yet.
         """
-        head_end = start + HEADER.size + PAGE_HEAD.size
-        if head_end > self._end:
-            self._grow(head_end - start)
-            return 0
-        lease_id, index, size, checksum = PAGE_HEAD.unpack_from(self._buffer, start + HEADER.size)
+        body = start + HEADER.size
+        pages = body + batches.SHORTEST
         try:
             if self.session is None:
                 raise ProtocolError("the first frame is WRITE; it must be HELLO or ATTACH")
-            if frame.num_bytes != PAGE_HEAD.size + size:
-                raise ProtocolError(f"WRITE of {frame.num_bytes} bytes announces a page of {size}")
-            self._page = _Incoming(self.session, lease_id, index, size, checksum)
-            have = min(size, self._end - head_end)
-            self._page.take(memoryview(self._buffer)[head_end : head_end + have])
+            if pages <= self._end:
+                pages = body + batches.head_bytes(batches.count_pages(memoryview(self._buffer)[body:pages]))
+            if pages > self._end:
+                self._grow(pages - start)
+                return 0
+            received = memoryview(self._buffer)[body : self._end]
+            self._batch = Incoming(self.session, received, frame.num_bytes)
+            taken = self._batch.take(received[pages - body :])
         except ProtocolError as error:
             self._refuse(frame, error)
             return 0
-        self._advance(have)
-        return int(head_end + have - start)
+        self._wait_for(min(LOW_WATER_BYTES, self._batch.num_coming))
+        return pages + taken - start
 
-    def _advance(self, num_bytes: int) -> None:
-        assert self._page is not None
-        if self._page.advance(num_bytes):
-            self._page = None
+    def _wait_for(self, num_bytes: int) -> None:
+        """Be woken once so many bytes have come."""
+        transport = self._transport
+        if num_bytes == self._low_water or transport is None or transport.get_extra_info("sslcontext") is not None:
+            return
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
+        self._low_water = num_bytes
 
-    async def _send_pages(self, frame: Frame, frames: list[tuple[bytes, memoryview]]) -> None:
+    async def _send_batch(self, frame: Frame, num_bytes: int, parts: Iterator[bytes | memoryview]) -> None:
         raw = self._raw_socket()
+        data = HEADER.pack(protocol.MAGIC, protocol.VERSION, Op.READ, Status.OK, num_bytes, frame.sequence)
         try:
-            for head, view in frames:
+            for part in itertools.chain([data + bytes(next(parts))], parts):
                 if self._transport is None:
                     return
-                header = HEADER.pack(
-                    protocol.MAGIC, protocol.VERSION, Op.READ, Status.OK, len(head) + len(view), frame.sequence
-                )
                 if raw is not None:
-                    await self._loop.sock_sendall(raw, header + head)
-                    await self._loop.sock_sendall(raw, view)
+                    await self._loop.sock_sendall(raw, part)
                 else:
-                    self._transport.write(header + head)
-                    self._transport.write(view)
+                    self._transport.write(part)
                     await self._may_write.wait()
         except OSError as error:
             log.info("client %s: pages are not sent: %s", self.peer, error)

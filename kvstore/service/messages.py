@@ -28,6 +28,7 @@ from kvstore.plan.records import (
     SaveLease,
     SlotPage,
 )
+from kvstore.service import batches
 from kvstore.service.protocol import MAX_BODY_BYTES, MAX_TEXT_BYTES, ProtocolError, Reader, decode_json, encode_json
 from radix.hashing import BlockHash
 
@@ -50,7 +51,7 @@ _TIER = struct.Struct("<BI")
 _NUMBER = struct.Struct("<q")
 _SECONDS = struct.Struct("<d")
 _PREFILL = struct.Struct("<qd")
-_READ = struct.Struct("<QII")  # lease id, first page, number of pages
+_READ = struct.Struct("<QI")  # lease id, number of pages
 
 CUTS = tuple(CutReason)
 STATES = tuple(LeaseState)
@@ -212,14 +213,16 @@ def read_finished(reader: Reader) -> tuple[str, bool]:
     return reader.text(num_reason), bool(last_turn)
 
 
-def encode_read(lease_id: int, first: int, num_pages: int) -> bytes:
-    return _READ.pack(lease_id, first, num_pages)
+def encode_read(lease_id: int, indices: Sequence[int]) -> bytes:
+    return _READ.pack(lease_id, len(indices)) + struct.pack(f"<{len(indices)}I", *indices)
 
 
-def read_read(reader: Reader) -> tuple[int, int, int]:
-    """Lease id, first page, number of pages."""
-    lease_id, first, num_pages = reader.unpack(_READ)
-    return lease_id, first, num_pages
+def read_read(reader: Reader) -> tuple[int, tuple[int, ...]]:
+    """Lease id, indices of pages in the lease."""
+    lease_id, num_pages = reader.unpack(_READ)
+    if not 0 < num_pages <= batches.MAX_PAGES:
+        raise ProtocolError(f"{num_pages} pages are asked for; 1 to {batches.MAX_PAGES} travel at once")
+    return lease_id, struct.unpack(f"<{num_pages}I", reader.take(4 * num_pages))
 
 
 def encode_number(number: int) -> bytes:

@@ -21,11 +21,10 @@ from kvstore.errors import KVStoreError
 MAGIC = 0x564B  # "KV"
 VERSION = 1
 MAX_BODY_BYTES = 8 << 20  # 256K keys; a prompt of a million tokens in blocks of 16 has 64K
-MAX_PAGE_FRAME = (1 << 30) + 64  # a page goes from slot to socket and back; no memory is taken for it
+MAX_BATCH_BYTES = (1 << 30) + (64 << 10)  # pages go from slots to a socket and back; no memory is taken for them
 MAX_TEXT_BYTES = 4096  # options, owners and reasons
 
 HEADER = struct.Struct("<HBBB3xII")
-PAGE_HEAD = struct.Struct("<QIIQ")  # lease id, index in the lease, bytes of the page, xxh3_64 of them
 
 
 class Op(IntEnum):
@@ -49,8 +48,8 @@ class Op(IntEnum):
     OBSERVE_PREFILL = 16
     FLUSH = 17
     STATS = 18
-    READ = 19  # remote clients: pages of a load lease, one frame each
-    WRITE = 20  # remote clients: one page of a save lease; has no answer
+    READ = 19  # remote clients: pages of a load lease -> a batch of them (batches.py)
+    WRITE = 20  # remote clients: a batch of pages of a save lease; has no answer
     PEEK = 21  # as LOOKUP
 
 
@@ -88,7 +87,7 @@ def decode_header(raw: bytes | bytearray | memoryview) -> Frame:
         raise ProtocolError(f"frame starts with {magic:#06x}, not {MAGIC:#06x}: this is no kvstore client")
     if version != VERSION:
         raise ProtocolError(f"frame has protocol version {version}; this release speaks {VERSION}")
-    if num_bytes > (MAX_PAGE_FRAME if op in (Op.READ, Op.WRITE) else MAX_BODY_BYTES):
+    if num_bytes > (MAX_BATCH_BYTES if op in (Op.READ, Op.WRITE) else MAX_BODY_BYTES):
         raise ProtocolError(f"frame announces {num_bytes} bytes, more than is allowed")
     try:
         return Frame(Op(op), Status(status), num_bytes, sequence)

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
-
-import xxhash
 
 from kvstore.errors import RequestError
 from kvstore.plan.records import (
@@ -31,7 +29,7 @@ from kvstore.plan.records import (
     Request,
     SaveLease,
 )
-from kvstore.service import messages, protocol
+from kvstore.service import batches, messages, protocol
 from kvstore.service.dashboard_usage import Usage
 from kvstore.service.known import KnownRequests
 from kvstore.service.protocol import Op, ProtocolError, Reader
@@ -282,24 +280,25 @@ class Session:
 
     # ---- pages of remote clients ----------------------------------------------------------------------------------
 
-    def readable(self, body: bytes) -> list[tuple[bytes, memoryview]]:
-        """What a READ asks for: a head and the bytes of each page; no bytes for a page that did not load."""
+    def readable(self, body: bytes) -> tuple[int, Iterator[bytes | memoryview]]:
+        """The batch that a READ asks for: its length and its parts, with no bytes for a page that did not load."""
         reader = Reader(body)
-        lease_id, first, num_pages = messages.read_read(reader)
+        lease_id, indices = messages.read_read(reader)
         reader.end()
         lease = self._lease(lease_id)
         if not isinstance(lease, LoadLease):
             raise RequestError(f"lease {lease_id} is no load lease of this client")
-        if first + num_pages > len(lease.pages):
-            raise RequestError(f"pages [{first}, {first + num_pages}) are asked for; the lease has {len(lease.pages)}")
+        if max(indices) >= len(lease.pages):
+            raise RequestError(f"page {max(indices)} is asked for; the lease has {len(lease.pages)}")
         usable = self._store.poll(lease).num_blocks
-        frames = []
-        for index, page in enumerate(lease.pages[first : first + num_pages], first):
+        views = []
+        for page in [lease.pages[index] for index in indices]:
             size = self.opened.layout.stored_bytes(page.group) if page.block < usable else 0
-            view = self._store.slot_view(page.slot)[:size]
-            checksum = xxhash.xxh3_64_intdigest(view)
-            frames.append((protocol.PAGE_HEAD.pack(lease_id, index, size, checksum), view))
-        return frames
+            views.append(self._store.slot_view(page.slot)[:size])
+        num_bytes = batches.body_bytes([len(view) for view in views])
+        if num_bytes > protocol.MAX_BATCH_BYTES:
+            raise RequestError(f"{len(views)} pages are asked for; their {num_bytes} bytes are too many at once")
+        return num_bytes, batches.parts(lease_id, indices, views, lambda: self._lease(lease_id) is lease)
 
     def writable(self, lease_id: int, index: int, num_bytes: int) -> memoryview | None:
         """Where a page that is being received goes; None if the lease has ended. Ask again for every piece of it."""
@@ -314,14 +313,10 @@ class Session:
             raise ProtocolError(f"a page of {num_bytes} bytes is sent; the layout has {stored}")
         return self._store.slot_view(page.slot)[:stored]
 
-    def written(self, lease_id: int, index: int, checksum: int) -> None:
-        """A page is there as a whole; it counts if its bytes are those that were sent."""
-        lease = self._lease(lease_id)
-        if isinstance(lease, SaveLease):
-            page = lease.pages[index]
-            view = self._store.slot_view(page.slot)[: self.opened.layout.stored_bytes(page.group)]
-            if xxhash.xxh3_64_intdigest(view) == checksum:
-                self.leases[lease_id].received.add(index)
+    def written(self, lease_id: int, index: int) -> None:
+        """A page is there as a whole, and its bytes are those that were sent."""
+        if lease_id in self.leases:
+            self.leases[lease_id].received.add(index)
 
     # ---- retention, and the store as a whole --------------------------------------------------------------------
 

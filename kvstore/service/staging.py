@@ -12,18 +12,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-import xxhash
-
 from kvstore.errors import RequestError
 from kvstore.layout import Layout
 from kvstore.plan.records import SlotPage
 from kvstore.plan.slots import SlotPool
-from kvstore.service import messages, protocol
-from kvstore.service.protocol import HEADER, PAGE_HEAD, Op, ProtocolError, Status
+from kvstore.service import batches, messages, protocol
+from kvstore.service.protocol import HEADER, Op, ProtocolError, Status
 from kvstore.service.wire import Wire
 from kvstore.tiers.host import HostSlab
-
-MAX_BATCH_PAGES = 64  # asked for at once, so that a connection is not bound for the whole of a long prompt
 
 
 class Staging:
@@ -60,46 +56,47 @@ class Staging:
         Raises RequestError if the lease has ended over there: it was held for too long.
         """
         wanted = [index for index, page in enumerate(pages) if page.block < num_blocks]
+        views = [self._view(pages[index]) for index in wanted]
         wire.begin(timeout_s)
-        at = 0
-        while at < len(wanted):
-            first = wanted[at]
-            count = 1
-            while at + count < len(wanted) and count < MAX_BATCH_PAGES and wanted[at + count] == first + count:
-                count += 1
-            wire.send(Op.READ, messages.encode_read(lease_id, first, count))
-            # Every frame is received, also after a bad one: the connection is used again.
-            if not all([self._receive_page(wire, pages[index], index) for index in range(first, first + count)]):
+        for batch in batches.cut([len(view) for view in views]):
+            if not self._receive_batch(wire, lease_id, wanted[batch], views[batch]):
                 return False
-            at += count
         return True
 
     def send(
         self, wire: Wire, lease_id: int, pages: Sequence[SlotPage], filled: Sequence[bool], timeout_s: float
     ) -> None:
         """Send the filled pages; they count once the lease is completed on the same connection."""
+        indices = [index for index, is_whole in enumerate(filled) if is_whole]
+        views = [self._view(pages[index]) for index in indices]
+        sizes = [len(view) for view in views]
         wire.begin(timeout_s)
-        for index, (page, is_whole) in enumerate(zip(pages, filled, strict=True)):
-            if is_whole:
-                view = self._view(page)
-                head = PAGE_HEAD.pack(lease_id, index, len(view), xxhash.xxh3_64_intdigest(view))
-                wire.send_page(head, view)
+        for batch in batches.cut(sizes):
+            parts = batches.parts(lease_id, indices[batch], views[batch])
+            wire.send(Op.WRITE, batches.body_bytes(sizes[batch]), parts)
 
-    def _receive_page(self, wire: Wire, page: SlotPage, index: int) -> bool:
-        raw = wire.take(HEADER.size)
-        frame = protocol.decode_header(raw)
+    def _receive_batch(self, wire: Wire, lease_id: int, indices: Sequence[int], views: Sequence[memoryview]) -> bool:
+        request = messages.encode_read(lease_id, indices)
+        wire.send(Op.READ, len(request), [request])
+        frame = protocol.decode_header(wire.take(HEADER.size))
         if frame.status is Status.ERROR and frame.num_bytes <= protocol.MAX_BODY_BYTES:
             raise RequestError(str(protocol.decode_json(wire.take(frame.num_bytes)).get("message")))
         if frame.op is not Op.READ or frame.status is not Status.OK:
             raise ProtocolError(f"asked for pages, answered {frame.op.name} {frame.status.name}")
-        _, answered, size, checksum = PAGE_HEAD.unpack(wire.take(PAGE_HEAD.size))
-        view = self._view(page)
-        if answered != index or size not in (0, len(view)) or frame.num_bytes != PAGE_HEAD.size + size:
-            raise ProtocolError(f"page {index} is asked for, page {answered} of {size} bytes came")
-        if size == 0:
-            return False
-        wire.take_into(view)
-        return bool(xxhash.xxh3_64_intdigest(view) == checksum)
+        _, answered, sizes = batches.decode_head(wire.take(batches.head_bytes(len(views))), frame.num_bytes)
+        if answered != list(indices):
+            raise ProtocolError(f"pages {indices} are asked for, pages {answered} came")
+        num_following = frame.num_bytes - batches.head_bytes(len(views))
+        checksums = []
+        # Every page is received, also after one that is missing: the connection is used again.
+        for view, size in zip(views, sizes, strict=True):
+            if size not in (0, len(view)):
+                raise ProtocolError(f"a page of {len(view)} bytes is asked for, {size} bytes came")
+            num_following -= size
+            wire.take_into(view[:size], num_following)
+            checksums.append(batches.checksum(view[:size]))
+        told = batches.decode_checksums(wire.take(num_following))
+        return all(sizes) and told == tuple(checksums)
 
     def _view(self, page: SlotPage) -> memoryview:
         return self.slab.view(page.slot)[: self._layout.stored_bytes(page.group)]

@@ -13,7 +13,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
 from kvstore.errors import ConfigError
@@ -22,6 +22,7 @@ from kvstore.service.protocol import HEADER, Frame, Op, ProtocolError, Status
 
 MAX_HTTP_BYTES = 16_384  # of headers
 RECEIVE_BYTES = 64 << 10  # most answers come whole in one call
+LOW_WATER_BYTES = 512 << 10  # of a batch: to be woken for less costs the receiver a fifth more
 
 Dial = Callable[[float], "Wire"]
 
@@ -29,13 +30,14 @@ Dial = Callable[[float], "Wire"]
 class Wire:
     """A connected socket that frames go over. One thread at a time."""
 
-    __slots__ = ("_sequence", "_until", "is_local", "socket")
+    __slots__ = ("_low_water", "_sequence", "_until", "is_local", "socket")
 
     def __init__(self, connected: socket.socket, *, is_local: bool = True) -> None:
         self.socket = connected
         self.is_local = is_local  # a unix socket, over which the slab's descriptor comes
         self._until = 0.0
         self._sequence = 0
+        self._low_water = 1
 
     def call(self, op: Op, body: bytes, timeout_s: float) -> tuple[Status, bytes]:
         """Send a message and return its answer. Raises OSError (TimeoutError after `timeout_s`) or ProtocolError."""
@@ -74,38 +76,32 @@ class Wire:
                 os.close(fd)
             raise
 
-    # ---- pages: frames that are not answered one by one -----------------------------------------------------------
+    # ---- batches of pages: frames that are sent and received piece by piece ----------------------------------------
 
     def begin(self, timeout_s: float) -> None:
         """Give the transfers that follow, until the next call, so much time."""
         self._until = time.monotonic() + timeout_s
 
-    def send(self, op: Op, body: bytes) -> None:
-        """Send a frame whose answers are taken by `take`."""
+    def send(self, op: Op, num_bytes: int, parts: Iterable[bytes | memoryview]) -> None:
+        """Send a frame with a body of `num_bytes` from where its parts lie. Its answer is taken by `take`."""
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-        self.socket.settimeout(self._left_s(self._until))
-        self.socket.sendall(protocol.encode_frame(op, body, self._sequence))
-
-    def send_page(self, head: bytes, view: memoryview) -> None:
-        """Send a page from where it lies."""
-        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-        header = HEADER.pack(
-            protocol.MAGIC, protocol.VERSION, Op.WRITE, Status.OK, len(head) + len(view), self._sequence
-        )
-        self.socket.settimeout(self._left_s(self._until))
-        self.socket.sendall(header + head)
-        self.socket.sendall(view)
+        header = HEADER.pack(protocol.MAGIC, protocol.VERSION, op, Status.OK, num_bytes, self._sequence)
+        for part in parts:
+            self.socket.settimeout(self._left_s(self._until))
+            self.socket.sendall(header + part if header else part)
+            header = b""
 
     def take(self, num_bytes: int) -> bytes:
         """The next bytes."""
         data = bytearray(num_bytes)
-        self.take_into(memoryview(data))
+        self.take_into(memoryview(data), 0)
         return bytes(data)
 
-    def take_into(self, view: memoryview) -> None:
-        """Receive straight into a slot."""
+    def take_into(self, view: memoryview, num_following: int) -> None:
+        """Receive exactly this many bytes into where they belong. num_following: bytes that will come for certain."""
         at = 0
         while at < len(view):
+            self._wait_for(min(LOW_WATER_BYTES, len(view) - at + num_following) if num_following else 1)
             self.socket.settimeout(self._left_s(self._until))
             received = self.socket.recv_into(view[at:])
             if not received:
@@ -129,6 +125,12 @@ class Wire:
         """Hang up. Idempotent."""
         with contextlib.suppress(OSError):
             self.socket.close()
+
+    def _wait_for(self, num_bytes: int) -> None:
+        """Have the socket count as readable once it has so many bytes."""
+        if num_bytes != self._low_water and not isinstance(self.socket, ssl.SSLSocket):  # which reads ahead
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
+            self._low_water = num_bytes
 
     def _header(self, op: Op, data: bytearray) -> Frame:
         frame = protocol.decode_header(memoryview(data)[: HEADER.size])

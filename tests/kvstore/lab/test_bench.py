@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -82,6 +84,30 @@ def test_preparation_is_not_timed(clock: Clock) -> None:
     table = measure("t", "blocks", [Case("a", lambda: clock.work(1, 1), 1, prepare=lambda: clock.work(50, 50))])
 
     assert (table.timings[0].median_s, table.timings[0].cpu_s) == (1.0, 1.0)
+
+
+def test_what_the_process_at_the_other_end_spends_is_told_apart() -> None:
+    code = "import sys; [print(sum(range(2_000_000)), flush=True) for _ in sys.stdin]"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        order, answer = process.stdin, process.stdout
+        assert order is not None
+        assert answer is not None
+
+        def work() -> None:
+            order.write("go\n")
+            order.flush()
+            answer.readline()
+
+        alone, together = measure(
+            "t", "runs", [Case("alone", lambda: None, 1), Case("together", work, 1, partner=process.pid)], rounds=2
+        ).timings
+        order.close()
+
+    assert alone.partner_cpu_s is None
+    assert together.partner_cpu_s is not None
+    assert together.partner_cpu_s > together.cpu_s > 0
 
 
 def test_unknown_workload_and_missing_argument_are_refused() -> None:

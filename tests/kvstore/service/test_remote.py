@@ -10,10 +10,11 @@ import pytest
 from kvstore.config import Config
 from kvstore.errors import ConfigError
 from kvstore.plan.records import LeaseState
+from kvstore.service import batches, messages
 from kvstore.service.client import RemoteStore
 from kvstore.service.connect import connect
 from kvstore.service.memory import StagedMemory
-from kvstore.service.protocol import HEADER, MAGIC, PAGE_HEAD, VERSION, Op, Status
+from kvstore.service.protocol import HEADER, MAGIC, VERSION, Op, Status
 from kvstore.service.wire import dial_http
 from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon, wait_until
 from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, page_of, prompt, save, use
@@ -55,6 +56,12 @@ def store(daemon: LocalDaemon) -> Iterator[RemoteStore]:
 def remote(daemon: LocalDaemon, token: str | None = None, staging_pages: int = 64) -> RemoteStore:
     url = f"http://127.0.0.1:{daemon.daemon.app.port}"
     return connect(url, LAYOUT, namespace(), token=token, staging_bytes=staging_pages * PAGE_BYTES)
+
+
+def one_page(lease_id: int, index: int, page: bytes) -> bytes:
+    """A frame that brings one page."""
+    body = b"".join(batches.parts(lease_id, [index], [memoryview(page)]))
+    return HEADER.pack(MAGIC, VERSION, Op.WRITE, Status.OK, len(body), 9) + body
 
 
 def test_local_and_remote_clients_share_pages_both_ways(store: RemoteStore, daemon: LocalDaemon) -> None:
@@ -110,9 +117,7 @@ def test_a_remote_client_that_hangs_up_in_the_middle_of_a_page_leaves_nothing(da
         attachment = dying._link.attachment
         assert attachment is not None
         wire = dying._link._take(attachment)
-        head = PAGE_HEAD.pack(lease.id, 0, PAGE_BYTES, 0)
-        wire.socket.sendall(HEADER.pack(MAGIC, VERSION, Op.WRITE, Status.OK, len(head) + PAGE_BYTES, 9) + head)
-        wire.socket.sendall(bytes(PAGE_BYTES // 2))
+        wire.socket.sendall(one_page(lease.id, 0, bytes(PAGE_BYTES))[: -PAGE_BYTES // 2])
 
         wire.close()
         dying.close()
@@ -126,17 +131,31 @@ def test_a_page_for_a_lease_that_ended_goes_nowhere(store: RemoteStore) -> None:
     attachment = store._link.attachment
     assert attachment is not None
     wire = store._link._take(attachment)
-    head = PAGE_HEAD.pack(lease.id, 0, PAGE_BYTES, 0)
-    wire.socket.sendall(HEADER.pack(MAGIC, VERSION, Op.WRITE, Status.OK, len(head) + PAGE_BYTES, 9) + head)
-    wire.socket.sendall(b"\xff" * 100)
+    frame = one_page(lease.id, 0, b"\xff" * PAGE_BYTES)
+    wire.socket.sendall(frame[:-PAGE_BYTES])
     store.release(lease)
     save(store, store.request(prompt(64, 1)))  # every slot
 
-    wire.socket.sendall(b"\xff" * (PAGE_BYTES - 100))
+    wire.socket.sendall(frame[-PAGE_BYTES:])
     assert wire.call(Op.STATS, b"", 5.0)[0] is Status.OK
     wire.close()
 
     assert load(store, store.request(prompt(64, 1)))[0] == 64
+
+
+def test_a_page_whose_bytes_are_not_those_that_were_sent_is_not_published(store: RemoteStore) -> None:
+    request = store.request(prompt(1))
+    lease = store.prepare_save(request, 0, 1)
+    attachment = store._link.attachment
+    assert attachment is not None
+    with store._link.borrow(attachment) as wire:
+        frame = bytearray(one_page(lease.id, 0, b"\x11" * PAGE_BYTES))
+        frame[-20] ^= 1
+        wire.socket.sendall(frame)
+        wire.call(Op.COMPLETE, messages.encode_complete(lease.id, None), 5.0)
+
+    assert store.lookup(store.request(prompt(1))).num_blocks == 0
+    store.release(lease)
 
 
 @pytest.mark.parametrize(("index", "size"), [(9, PAGE_BYTES), (0, 100)])
@@ -145,9 +164,8 @@ def test_a_page_the_lease_does_not_have_ends_the_connection(store: RemoteStore, 
     attachment = store._link.attachment
     assert attachment is not None
     wire = store._link._take(attachment)
-    head = PAGE_HEAD.pack(lease.id, index, size, 0)
 
-    wire.socket.sendall(HEADER.pack(MAGIC, VERSION, Op.WRITE, Status.OK, len(head) + size, 9) + head)
+    wire.socket.sendall(one_page(lease.id, index, bytes(size)))
 
     assert b"ProtocolError" in wire.socket.recv(4096)
     assert wire.socket.recv(1) == b""
