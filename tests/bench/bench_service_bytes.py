@@ -289,7 +289,7 @@ def daemon_process(capacity_bytes: int) -> Iterator[tuple[str, str, int]]:
                 daemon.terminate()
 
 
-def run(*, page_kib: int, rounds: int, only: str | None) -> dict[str, Any]:
+def run(*, page_kib: int, rounds: int, only: str | None = None) -> dict[str, Any]:
     """Measure pages of `page_kib` KiB."""
     page_bytes = page_kib * KiB
     layout = Layout(BLOCK, (LayerGroup(GroupKind.FULL, (0,), page_bytes),), "bench", "uint8")
