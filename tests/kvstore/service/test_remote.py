@@ -9,6 +9,7 @@ import pytest
 
 from kvstore.config import Config
 from kvstore.errors import ConfigError
+from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.records import LeaseState
 from kvstore.service import batches, messages
 from kvstore.service.client import RemoteStore
@@ -17,7 +18,7 @@ from kvstore.service.memory import StagedMemory
 from kvstore.service.protocol import HEADER, MAGIC, VERSION, Op, Status
 from kvstore.service.wire import dial_http
 from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon, wait_until
-from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, page_of, prompt, save, use
+from tests.helpers.stores import BLOCK, LAYOUT, PAGE_BYTES, load, namespace, page_of, prompt, save, use
 
 BLUE, RED = "blue-token-0123456789", "red-token-0123456789"
 TENANTS = f"""
@@ -72,6 +73,56 @@ def test_local_and_remote_clients_share_pages_both_ways(store: RemoteStore, daem
 
         assert load(store, store.request(prompt(10)))[0] == 10
         assert load(local, local.request(prompt(10, 1)))[0] == 10
+
+
+LARGE = Layout(
+    BLOCK, (LayerGroup(GroupKind.FULL, (0,), 600 << 10), LayerGroup(GroupKind.FULL, (1,), 1 << 20)), "large", "uint8"
+)
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Iterator[RemoteStore]:
+    """Pages so large that they come in pieces, of two sizes."""
+    num_bytes = 20 * LARGE.slot_bytes
+    with local_daemon(tmp_path / "kv.sock", service={"http_port": 0}, host={"capacity_bytes": num_bytes}) as daemon:
+        url = f"http://127.0.0.1:{daemon.daemon.app.port}"
+        with connect(url, LARGE, namespace(LARGE), staging_bytes=num_bytes) as store:
+            yield store
+
+
+def test_large_pages_of_several_groups_travel_in_one_batch(large: RemoteStore) -> None:
+    request = large.request(prompt(4))
+    lease = large.prepare_save(request, 0, 4)
+    for page in lease.pages:
+        num_bytes = LARGE.stored_bytes(page.group)
+        np.copyto(large.slot_array(page.slot)[:num_bytes], page_of(request.keys[page.block], page.group, num_bytes))
+    assert len(lease.pages) == 8
+    large.complete(lease)
+
+    found = large.prepare_load(request, 4)
+
+    assert large.wait(found).num_blocks == 4
+    for page in found.pages:
+        num_bytes = LARGE.stored_bytes(page.group)
+        expected = page_of(request.keys[page.block], page.group, num_bytes)
+        assert np.array_equal(large.slot_array(page.slot)[:num_bytes], expected)
+    large.complete(found)
+    assert large.stats()["leases"] == 0
+
+
+def test_a_large_page_that_ends_in_the_middle_holds_nothing_up(large: RemoteStore) -> None:
+    attachment = large._link.attachment
+    assert attachment is not None
+    lease = large.prepare_save(large.request(prompt(1)), 0, 1)
+    wire = large._link._take(attachment)
+    page = next(index for index, page in enumerate(lease.pages) if page.group == 1)
+
+    wire.socket.sendall(one_page(lease.id, page, bytes(1 << 20))[:1000])
+    wire.close()
+    large.complete(lease, filled=[False] * len(lease.pages))
+
+    wait_until(lambda: large.stats()["leases"] == 0)
+    assert large.stats()["slots"]["free"] == 20
 
 
 def test_pages_come_from_disk_over_the_wire(store: RemoteStore) -> None:
