@@ -108,10 +108,11 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._config = parse_extra_config(transfer.kv_connector_extra_config, transfer.kv_role)
         if not vllm_config.cache_config.enable_prefix_caching and not self._config.fields.without_prefix_caching:
             raise ConfigError(
-                "vLLM's prefix caching is off: by --no-enable-prefix-caching, or because vLLM does not support it for "
-                "this model on this platform; where it does not, a prompt that begins with loaded pages would give "
-                "other tokens. If it was you who turned it off, and it is supported, set "
-                '"without_prefix_caching": true in kv_connector_extra_config'
+                "vLLM's prefix caching is off: by --no-enable-prefix-caching, or because vLLM turns it off for this "
+                'model on this platform. If it was you, set "without_prefix_caching": true in '
+                "kv_connector_extra_config. vLLM turns it off for MLA on CPUs without AMX: there that gives right "
+                "tokens to models whose positions are scaled by DeepSeek's YaRN, and wrong ones to those with plain "
+                'rotary positions (docs/vllm.md, "What is refused")'
             )
         self._engine = engine_layout(vllm_config, kv_cache_config)
         self._scheduler: SchedulerHalf | None = None
@@ -299,7 +300,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             return None
         self._stats_at = now
         counters = self._scheduler.counters
-        counters["hook_seconds"], counters["steps"] = self._hook_seconds, self._steps
+        counters["hook_seconds"] = self._hook_seconds - counters["rest_seconds"]  # a rest is inside a hook
+        counters["steps"] = self._steps
         counters["hook_errors"] = self._hook_errors
         return KVStoreStats(data=self._snapshots.take(counters, self._scheduler.store.stats()))
 

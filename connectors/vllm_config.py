@@ -31,8 +31,8 @@ class ConnectorFields:
     min_load_tokens: a hit that adds fewer tokens than this to vLLM's own prefix cache is not loaded.
     weights:         "sampled" identifies the weights by sizes, headers and samples of their files, "full" by all their
                      bytes; anything else is taken as the name of the weights, and you vouch for it.
-    without_prefix_caching: use the store although vLLM's own prefix cache is off. vLLM turns it off by itself where a
-                     prompt must not begin in the middle (MLA on CPUs without AMX, for one); then reuse is not exact.
+    without_prefix_caching: use the store although vLLM's own prefix cache is off. vLLM turns it off by itself for
+                     MLA on CPUs without AMX, where plain rotary positions are wrong (docs/vllm.md).
     require_redis:   a Redis server that does not answer at the start is an error; false: start without it, and use it
                      as soon as it answers.
     require_daemon:  the same of the daemon that `service.url` names.

@@ -37,6 +37,7 @@ COUNTERS = (
     "short_loads",
     "load_failures",
     "asked_again",
+    "rest_seconds",
 )
 
 
@@ -152,10 +153,12 @@ class Loads:
         asking, self._asking = self._asking, None
         if asking is None or timeout_s <= 0 or self._under_way:
             return
+        began = self._now()
         if asking.lease is not None:
             self._store.wait(asking.lease, timeout_s)
         else:
             self._store.wait_lookup(asking.store, timeout_s)
+        self._counters["rest_seconds"] += self._now() - began
 
     def has(self, lease_id: int) -> bool:
         """True while a load is being copied."""

@@ -11,7 +11,7 @@ import pytest
 
 from connectors.vllm_config import parse_extra_config
 from connectors.vllm_layout import EngineLayout
-from connectors.vllm_messages import StepPlan, StepReport
+from connectors.vllm_messages import IDLE_WAIT_S, StepPlan, StepReport
 from connectors.vllm_scheduler import SchedulerHalf
 from kvstore.build import open_store
 from kvstore.config import Config
@@ -62,6 +62,9 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+    def pass_s(self, seconds: float) -> None:
+        self.now += seconds
 
 
 class World:
@@ -385,6 +388,25 @@ def test_a_step_with_nothing_to_do_waits_for_the_pages_that_were_asked_for(
         world.half.plan_step({}, lambda name: None)
 
         assert world.half.matched(asked, 0) == (4 * BLOCK, True)
+
+
+def test_rests_of_steps_with_nothing_to_do_are_counted_apart(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pending = Pending(store)
+    world = World(pending)
+    monkeypatch.setattr(pending, "wait_lookup", lambda asked, timeout_s: world.clock.pass_s(timeout_s), raising=False)
+    asked = request("a", 4 * BLOCK)
+    world.half.new_request(asked)
+    world.half.matched(asked, 0)
+
+    world.half.plan_step({"other": BLOCK}, lambda name: None)
+    busy = world.half.counters["rest_seconds"]
+    world.half.matched(asked, 0)
+    world.half.plan_step({}, lambda name: None)
+
+    assert busy == 0.0
+    assert world.half.counters["rest_seconds"] == pytest.approx(IDLE_WAIT_S)
 
 
 class TestSingleFlight:

@@ -28,7 +28,7 @@ MiB = 1 << 20
 def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """The directory of a tiny model of a kind."""
     root = Path(os.environ.get("TINY_MODELS") or tmp_path_factory.mktemp("models"))
-    return lambda kind: str(make_model(root / f"{kind}-v2", kind))
+    return lambda kind: str(make_model(root / f"{kind}-v3", kind))
 
 
 class Reference:

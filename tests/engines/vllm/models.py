@@ -78,6 +78,17 @@ def _configs() -> dict[str, dict[str, Any]]:
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
         "n_shared_experts": 1,
+        # As DeepSeek's own models have it. Plain rotary positions come out wrong in vLLM 0.32 on CPU: docs/vllm.md.
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 4096,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        },
     }
     return {name: {**common, **ids, **own} for name, own in (("gqa", llama), ("sliding", sliding), ("mla", mla))}
 
