@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from kvstore.devices.cpu import CpuDevice
 from kvstore.devices.tables import paged_table
@@ -42,11 +41,11 @@ from kvstore.service.connect import connect
 from kvstore.tiers.host import HostSlab
 from kvstore.units import KiB, MiB
 from radix.namespace import Namespace
+from tests.bench.bare_socket import NUM_BATCHES, bare_process
 
 BLOCK = 16
 BATCH_BYTES = 64 * MiB  # of a save or load
 PIECES = 64  # of a page in the engine's memory: keys and values of 32 layers
-NUM_BATCHES = 4  # that are stored; as many are in the ceiling's memory
 ROUNDS = 31
 TIMEOUT_S = 30.0
 
@@ -164,7 +163,7 @@ def remote(store: RemoteStore, daemon: int, page_bytes: int, rounds: int) -> lis
     """Save and load over loopback. daemon: its process."""
     engine = Engine(page_bytes)
     client = Client(store, engine.num_pages)
-    with bare_process(page_bytes) as bare:
+    with bare_process(page_bytes, engine.num_pages) as bare:
 
         def table(verb: str, order: bytes, move: Callable[[Copy], None], copy: Copy, in_one_call: Copy) -> Table:
             def case(name: str, copy: Copy) -> Case:
@@ -193,80 +192,6 @@ def remote(store: RemoteStore, daemon: int, page_bytes: int, rounds: int) -> lis
             table("save", b"P", client.save, engine.copy_out, engine.gather),
             table("load", b"G", client.load, engine.copy_in, engine.scatter),
         ]
-
-
-class Bare:
-    """One end of the least that two processes can do: pages out of slots into a socket, out of it into slots.
-
-    Orders are one byte: P and G put and get a batch, p and g with a checksum of each page at both ends.
-    """
-
-    def __init__(self, connected: socket.socket, page_bytes: int, pid: int = 0) -> None:
-        self.pid = pid  # of the other end
-        self._socket = connected
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._num_pages = BATCH_BYTES // page_bytes
-        self._slab = HostSlab(NUM_BATCHES * self._num_pages, page_bytes, shared_name="bench")
-        self._at = 0
-
-    def run(self, order: bytes) -> None:
-        """Give an order and do this end's part of it."""
-        self._socket.sendall(order)
-        self._move(order, is_sender=order in b"Pp")
-        if order in b"Pp":
-            self._socket.recv(1)
-
-    def serve(self) -> None:
-        """Do the other end's part until it hangs up."""
-        while order := self._socket.recv(1):
-            self._move(order, is_sender=order in b"Gg")
-            if order in b"Pp":
-                self._socket.sendall(b"k")
-
-    def next_slots(self) -> list[npt.NDArray[np.uint8]]:
-        """The slots of the next batch."""
-        first = self._at % self._slab.num_slots
-        return [self._slab.array(slot) for slot in range(first, first + self._num_pages)]
-
-    def close(self) -> None:
-        """Hang up."""
-        self._socket.close()
-        self._slab.close()
-
-    def _move(self, order: bytes, *, is_sender: bool) -> None:
-        for slot in self.next_slots():
-            view = slot.data
-            if is_sender:
-                if order.islower():
-                    xxhash.xxh3_64_intdigest(view)
-                self._socket.sendall(view)
-                continue
-            at = 0
-            while at < len(view):
-                at += self._socket.recv_into(view[at:])
-            if order.islower():
-                xxhash.xxh3_64_intdigest(view)
-        self._at += self._num_pages
-
-
-@contextmanager
-def bare_process(page_bytes: int) -> Iterator[Bare]:
-    """A process of its own at one end, this one at the other."""
-    code = "import sys; from tests.bench.bench_service_bytes import serve_bare; serve_bare(int(sys.argv[1]))"
-    command = [sys.executable, "-c", code, str(page_bytes)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
-        assert process.stdout is not None
-        connected = socket.create_connection(("127.0.0.1", int(process.stdout.readline())))
-        with closing(Bare(connected, page_bytes, process.pid)) as bare:
-            yield bare
-
-
-def serve_bare(page_bytes: int) -> None:
-    """The other process of `bare_process`."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        print(server.getsockname()[1], flush=True)
-        with closing(Bare(server.accept()[0], page_bytes)) as bare:
-            bare.serve()
 
 
 @contextmanager
