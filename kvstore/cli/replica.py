@@ -48,7 +48,7 @@ def replica(
     ] = 1,
     prefill_chunk: Annotated[
         int, typer.Option("--prefill-chunk", min=1, help="Prompt tokens per forward, a multiple of store.block_size.")
-    ] = 256,
+    ] = 128,
     reuse: Annotated[
         Reuse,
         typer.Option("--reuse", help="exact: the same bits as without a cache. any: more hits, equal up to rounding."),

@@ -30,7 +30,8 @@ class ModelSpec:
     name:          under which it is served.
     dtype:         "float32", "bfloat16" or "float16".
     threads:       of torch; equal in all replicas that share pages.
-    prefill_chunk: tokens per forward of a prompt.
+    prefill_chunk: tokens per forward of a prompt. Hits end on its multiples: 256 computes some 11 % faster, 128 wastes
+                   less of a short prompt (SmolLM2, two cores).
     reuse:         "exact" or "any", see docs/transformers.md.
     single_flight: of requests that miss the same prompt, one computes it and the others wait.
     """
@@ -39,7 +40,7 @@ class ModelSpec:
     name: str
     dtype: str = "float32"
     threads: int = 1
-    prefill_chunk: int = 256
+    prefill_chunk: int = 128
     reuse: str = "exact"
     single_flight: bool = True
 

@@ -25,7 +25,7 @@ from tests.helpers.redis_server import NEEDS_REDIS
 pytestmark = NEEDS_REDIS
 
 START_S = 90.0
-PROMPT = "You are a helpful assistant of a shipping company. " * 14  # one token per byte: two chunks of 256 and a tail
+PROMPT = "You are a helpful assistant of a shipping company. " * 14  # one token per byte: five chunks of 128 and a tail
 
 
 class Cluster:
