@@ -82,6 +82,11 @@ class HostSpace:
         for page in pages:
             self._free(page)
 
+    def doom(self, pages: Sequence[Page]) -> None:
+        """Pages of forgotten blocks, which are dropped as soon as nobody uses them, are as good as gone."""
+        if self._catalog.journal is not None:
+            self._catalog.journal.leaving(HOST, pages, Left.DELETED)
+
     def pin(self, page: Page) -> None:
         """Hold a resident page."""
         if page.pins == 0:

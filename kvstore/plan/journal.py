@@ -109,6 +109,12 @@ class Journal:
         """Pages are no longer in a tier."""
         if not pages:
             return
+        self.leaving(tier, pages, why)
+        if self.wants_events:
+            self._note(Event.REMOVED, tier, pages)
+
+    def leaving(self, tier: str, pages: Sequence[Page], why: Left) -> None:
+        """Pages will never be found in a tier again, though somebody may still be reading them."""
         departure = Departure(self._wall(), tier, why)
         for page in pages:
             key = page.block.key
@@ -116,8 +122,6 @@ class Journal:
             self._departures.move_to_end(key)
         while len(self._departures) > self._max_departures:
             self._departures.popitem(last=False)
-        if self.wants_events:
-            self._note(Event.REMOVED, tier, pages)
 
     def cleared(self) -> None:
         """Everything was deleted."""

@@ -86,6 +86,7 @@ class Retention:
         self._keeper.let_go(removed, now)
         pages = [page for block in removed for page in block.pages]
         self.drop_idle(pages)
+        self._host.doom([page for page in pages if page.state == PageState.READY])
         return pages
 
     def drop_idle(self, pages: Sequence[Page]) -> None:

@@ -3,7 +3,7 @@
 from kvstore.page import PageMeta, page_key
 from kvstore.plan.journal import BlockEvent, Event, Journal, Left
 from kvstore.plan.records import CutReason, Op, Outcome
-from tests.helpers.planners import make, path, save
+from tests.helpers.planners import land, make, path, save
 
 
 def test_a_block_never_seen_is_explained_as_never_stored() -> None:
@@ -50,6 +50,23 @@ def test_an_expired_and_a_deleted_block_are_told_apart() -> None:
 
     assert planner.explain(first).left == (1000.0, "host", "expired")
     assert planner.explain(second).left == (1000.0, "host", "deleted")
+
+
+def test_a_block_deleted_while_it_is_being_written_behind_is_explained_as_deleted_at_once() -> None:
+    planner, journal = make(disk_pages=8)
+    request = path(0, 2)
+    planner.complete(planner.prepare_save(request, 0, 2, 0.0).id, 0.0)
+    spills = planner.take_transfers()
+    assert [transfer.op for transfer in spills] == [Op.SPILL]
+
+    assert planner.forget(request, 0, 1.0) == 2
+
+    assert planner.explain(request).left == (1000.0, "host", "deleted")
+    assert Event.REMOVED not in [event.event for event in journal.take_events()]
+    for transfer in spills:
+        planner.outcome(Outcome(transfer.id, (True,) * len(transfer.keys), 0.001, 1), 2.0)
+    land(planner)
+    assert "host" in [event.tier for event in journal.take_events() if event.event is Event.REMOVED]
 
 
 def test_a_block_on_a_tier_that_is_down_is_explained_so() -> None:
