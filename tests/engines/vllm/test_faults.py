@@ -99,6 +99,10 @@ class TestRedis:
         finally:
             redis.thaw()
 
+        counters = engine.half.counters
+        # Waiting with nothing to compute costs the scheduler nothing: it is a rest, and told apart from our hooks.
+        assert counters["rest_seconds"] > counters["hook_seconds"] > 0
+
     def test_a_killed_server_is_a_miss(self, engine: Engine, redis: LocalRedis, reference: Reference) -> None:
         prompt = self.stored(engine, 5)
         redis.kill()
