@@ -51,29 +51,19 @@ class Calls:
         self, op: Op, request: Request, message: Callable[[bytes], bytes], wait_s: float = 0.0
     ) -> tuple[Attachment, bytes]:
         """A call about a request. message: makes the body around the part that names the request."""
-        attachment = self.attached()
-        num_keys = len(request.keys)
-        base = min(attachment.sent.get(request.id, 0), num_keys)
-        part = messages.encode_request(request, base, num_keys)
-        status, answer = self._link.call(attachment, op, message(part), wait_s)
-        if status is Status.RESEND:
-            part = messages.encode_request(request, 0, num_keys)
-            status, answer = self._link.call(attachment, op, message(part), wait_s)
-        if status is not Status.OK:
-            raise DaemonDown(f"{op.name} was answered {status.name}")
-        attachment.note_sent(request.id, num_keys)
-        return attachment, answer
+        return self._ask(self.attached(), op, request, message, wait_s)
 
     def prepare(
         self, op: Op, request: Request, lease_id: int, first: int, end: int, owner: str
     ) -> tuple[Attachment, bytes]:
         """Ask for a lease of blocks [first, end)."""
-        attachment = self._link.attachment
+        attachment = self.attached()  # the one that may grant: another may have come since the last call
         try:
-            return self.ask(op, request, lambda part: messages.encode_prepare(part, lease_id, first, end, owner))
+            return self._ask(
+                attachment, op, request, lambda part: messages.encode_prepare(part, lease_id, first, end, owner)
+            )
         except DaemonDown:
-            if attachment is not None:
-                attachment.orphans.append(lease_id)
+            attachment.orphans.append(lease_id)
             raise
 
     def number(self, op: Op, request: Request, message: Callable[[bytes], bytes] = bytes) -> int:
@@ -103,6 +93,21 @@ class Calls:
         attachment = self._link.attachment
         if attachment is not None:
             attachment.sent.pop(request.id, None)
+
+    def _ask(
+        self, attachment: Attachment, op: Op, request: Request, message: Callable[[bytes], bytes], wait_s: float = 0.0
+    ) -> tuple[Attachment, bytes]:
+        num_keys = len(request.keys)
+        base = min(attachment.sent.get(request.id, 0), num_keys)
+        part = messages.encode_request(request, base, num_keys)
+        status, answer = self._link.call(attachment, op, message(part), wait_s)
+        if status is Status.RESEND:
+            part = messages.encode_request(request, 0, num_keys)
+            status, answer = self._link.call(attachment, op, message(part), wait_s)
+        if status is not Status.OK:
+            raise DaemonDown(f"{op.name} was answered {status.name}")
+        attachment.note_sent(request.id, num_keys)
+        return attachment, answer
 
     def _release_orphan(self, attachment: Attachment) -> None:
         try:

@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 BUFFER_BYTES = 64 << 10  # the keys of 2000 blocks; a message that is longer gets a buffer of its own
 PEER = struct.Struct("3i")  # pid, uid, gid
 HELLO_TIMEOUT_S = 5.0  # a connection that says nothing is closed
+# An anchor is silent for as long as its client lives, and a machine that loses power says no goodbye: without these,
+# its session would last for ever. Seconds of silence, seconds between questions, questions.
+KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
 
 class Host(Protocol):
@@ -92,6 +95,8 @@ class Channel(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        if not self.is_local:
+            _notice_death(self._transport.get_extra_info("socket"))
         self._timer = self._loop.call_later(HELLO_TIMEOUT_S, self._transport.abort)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -394,3 +399,10 @@ class Channel(asyncio.BufferedProtocol):
             grown = bytearray(num_bytes)
             grown[: self._end] = memoryview(self._buffer)[: self._end]
             self._buffer = grown
+
+
+def _notice_death(connection: socket.socket) -> None:
+    """Have the kernel end a TCP connection whose other machine is gone, after a minute."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE:
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
