@@ -5,26 +5,20 @@ $KVSTORE_CONFIG, else ./kvstore.toml), environment variables KVSTORE_<SECTION>__
 `Config(host={"policy": "sieve"})` takes defaults and keywords only. Both raise ConfigError, which names every wrong
 field, its value, where the value came from and what would be right.
 
-A size may be given as "512MiB" and a time as "24h"; inside they are bytes and seconds. docs/configuration.md is made
-from the models in this file (`kvstore config --markdown`). Defaults marked as guesses have not been measured.
+A size may be given as "512MiB" and a time as "24h"; inside they are bytes and seconds (config_values.py). Reading the
+sources is config_sources.py, printing a configuration config_reference.py. Defaults marked as guesses have not been
+measured.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -33,79 +27,33 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from kvstore.secret import SecretUrl
-from kvstore.settings import (
-    DELIMITER,
+from kvstore.config_sources import (
     KEYWORD,
-    PREFIX,
     Setting,
     explain,
-    known_fields,
     nest,
     read_all,
     read_environment,
     read_file,
     read_keywords,
 )
-from kvstore.units import GiB, format_bytes, format_seconds, parse_bytes, parse_seconds
-
-
-def _no_bool(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("it must be a number")
-    return value
-
-
-def _off_when_empty(value: object) -> object:
-    # TOML has no null and an environment variable only text, yet a lower source's value must be possible to switch off.
-    return None if isinstance(value, str) and value.strip().lower() in ("", "none", "off") else value
-
-
-def _known_policy(name: str) -> str:
-    from eviction.registry import POLICIES
-
-    if name not in POLICIES:
-        raise ValueError(f"it must be one of {', '.join(sorted(POLICIES))}")
-    return name
-
-
-def _plain_word(text: str) -> str:
-    if not re.fullmatch(r"[!-z|~]{1,64}", text):
-        raise ValueError("it must be 1 to 64 printable ASCII characters, without spaces and braces")
-    return text
-
-
-def _host_names(names: str | None) -> str | None:
-    for name in (names or "x").split(","):
-        if not re.fullmatch(r"[A-Za-z0-9.:_-]+", name):
-            raise ValueError("it must be names or addresses without ports, by commas, such as node,10.0.0.5")
-    return names
-
-
-def _daemon_url(url: str | None) -> str | None:
-    if url is None:
-        return None
-    parts = urlsplit(url)
-    if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/") and len(parts.path) > 1:
-        return url
-    try:
-        has_port = parts.port is not None
-    except ValueError:
-        has_port = False
-    if parts.scheme in ("http", "https") and parts.hostname and has_port and parts.username is None:
-        return url
-    raise ValueError("it must be unix:///path/of/socket, http://host:port or https://host:port")
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Ge(4096)]  # at least one aligned slot
-Count = Annotated[int, BeforeValidator(_no_bool)]
-Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
-Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(allow_inf_nan=False)]
-Policy = Annotated[str, AfterValidator(_known_policy)]
-Admit = Literal["always", "second_use"]
+from kvstore.config_values import (
+    Admit,
+    Bytes,
+    Count,
+    DaemonUrl,
+    HostNames,
+    Number,
+    OrNone,
+    PathOrNone,
+    PlainWord,
+    Policy,
+    Seconds,
+)
+from kvstore.secret import SecretUrl
+from kvstore.units import GiB, format_seconds
 
 
 class Section(BaseModel):
@@ -177,7 +125,7 @@ class HostConfig(Section):
 class DiskConfig(Section):
     """A directory on local NVMe: an LMDB index and a slab file of pages."""
 
-    path: Annotated[Path | None, BeforeValidator(_off_when_empty)] = Field(
+    path: PathOrNone = Field(
         default=None, description="Directory of the disk tier, made if absent; none turns the tier off."
     )
     capacity_bytes: Bytes = Field(default=4 * GiB, description="Size of the slab file, preallocated at the start.")
@@ -195,7 +143,7 @@ class DiskConfig(Section):
 class RedisConfig(Section):
     """A Redis server that machines share."""
 
-    url: Annotated[SecretUrl | None, BeforeValidator(_off_when_empty)] = Field(
+    url: Annotated[SecretUrl | None, OrNone] = Field(
         default=None,
         description="redis, rediss (TLS), unix, redis+sentinel or redis+cluster URL; its password is never printed.",
     )
@@ -205,10 +153,8 @@ class RedisConfig(Section):
     )
     timeout_s: Seconds = Field(default=1.0, gt=0, le=600, description="Longest time for one batch of reads or writes.")
     connect_timeout_s: Seconds = Field(default=0.5, gt=0, le=600, description="Longest time for making a connection.")
-    prefix: Annotated[str, AfterValidator(_plain_word)] = Field(
-        default="kv:", description="What every key on the server starts with."
-    )
-    capacity_bytes: Annotated[Bytes | None, BeforeValidator(_off_when_empty)] = Field(
+    prefix: PlainWord = Field(default="kv:", description="What every key on the server starts with.")
+    capacity_bytes: Annotated[Bytes | None, OrNone] = Field(
         default=None,
         ge=4096,
         description="Most a namespace keeps on the server, all its writers together; none leaves it to maxmemory.",
@@ -244,14 +190,14 @@ class BreakerConfig(Section):
 class ServiceConfig(Section):
     """The node daemon (`kvstore serve`), and how its clients reach it."""
 
-    url: Annotated[str | None, BeforeValidator(_off_when_empty), AfterValidator(_daemon_url)] = Field(
+    url: DaemonUrl = Field(
         default=None,
         description="For clients: the daemon to use, unix:///path or http(s)://host:port; none keeps the store here.",
     )
-    token: Annotated[SecretStr | None, BeforeValidator(_off_when_empty)] = Field(
+    token: Annotated[SecretStr | None, OrNone] = Field(
         default=None, description="For clients: what proves the tenant to a daemon over http; never printed."
     )
-    tls_ca: Annotated[Path | None, BeforeValidator(_off_when_empty)] = Field(
+    tls_ca: PathOrNone = Field(
         default=None, description="For clients: certificates to trust for https (PEM); none trusts the system's."
     )
     staging_bytes: Bytes = Field(
@@ -263,7 +209,7 @@ class ServiceConfig(Section):
     retry_max_s: Seconds = Field(
         default=2.0, gt=0, le=600, description="For clients: longest time between two tries to reach a daemon again."
     )
-    socket: Annotated[Path | None, BeforeValidator(_off_when_empty)] = Field(
+    socket: PathOrNone = Field(
         default=None,
         description="Unix socket of the daemon; none means kvstore.sock in $XDG_RUNTIME_DIR, or /tmp/kvstore-UID.sock.",
     )
@@ -271,23 +217,21 @@ class ServiceConfig(Section):
         default="127.0.0.1",
         description="Address of the HTTP API; anything but loopback needs tokens_file, or http_names.",
     )
-    http_names: Annotated[str | None, BeforeValidator(_off_when_empty), AfterValidator(_host_names)] = Field(
+    http_names: HostNames = Field(
         default=None,
         description="Names and addresses, by commas, under which other machines use the HTTP API without tokens; for "
         "private networks only, as between containers: whoever reaches it is the local tenant and an operator.",
     )
-    http_port: Annotated[Count | None, BeforeValidator(_off_when_empty)] = Field(
+    http_port: Annotated[Count | None, OrNone] = Field(
         default=8470, ge=0, le=65535, description="Port of the HTTP API; 0 takes any free one, none turns it off."
     )
-    tokens_file: Annotated[Path | None, BeforeValidator(_off_when_empty)] = Field(
+    tokens_file: PathOrNone = Field(
         default=None, description="TOML file of tenants with their tokens and shares; none: whoever connects is local."
     )
-    tls_cert: Annotated[Path | None, BeforeValidator(_off_when_empty)] = Field(
+    tls_cert: PathOrNone = Field(
         default=None, description="Certificate chain (PEM) of the HTTP API; with tls_key it speaks TLS only."
     )
-    tls_key: Annotated[Path | None, BeforeValidator(_off_when_empty)] = Field(
-        default=None, description="Private key (PEM) of tls_cert."
-    )
+    tls_key: PathOrNone = Field(default=None, description="Private key (PEM) of tls_cert.")
     max_namespaces: Count = Field(
         default=1,
         ge=1,
@@ -338,102 +282,15 @@ class Config(BaseSettings):
         )
         return cls(_given=given, **nest(given))
 
+    def source(self, field: str) -> str:
+        """Where the value of a field such as "host.ttl_s" came from, in words."""
+        section, _, name = field.partition(".")
+        is_given = section in self.model_fields_set and name in getattr(self, section).model_fields_set
+        return self._origins.get(field, KEYWORD if is_given else "default")
+
     @classmethod
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The constructor reads nothing but its keywords; `load` lays the sources over each other."""
         return (init_settings,)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One field of a configuration, as `kvstore config` prints it."""
-
-    field: str
-    value: Any
-    source: str
-    description: str
-
-    @property
-    def json_value(self) -> Any:
-        """The value as JSON has it: bytes and seconds as numbers; never a password."""
-        return self.value if isinstance(self.value, (bool, int, float, type(None))) else str(self.value)
-
-    @property
-    def text(self) -> str:
-        """The value as people read it; never a password."""
-        return _readable(self.field, self.value)
-
-
-def effective(config: Config) -> list[Row]:
-    """Every field with its value, where that came from, and what it means."""
-    rows = []
-    for section, names in known_fields(Config).items():
-        values: Section = getattr(config, section)
-        for name in names:
-            full = f"{section}.{name}"
-            given = section in config.model_fields_set and name in values.model_fields_set
-            source = config._origins.get(full, KEYWORD if given else "default")
-            info = type(values).model_fields[name]
-            rows.append(Row(full, getattr(values, name), source, info.description or ""))
-    return rows
-
-
-def markdown() -> str:
-    """The reference of all fields, as it stands in docs/configuration.md."""
-    lines = []
-    for section, names in known_fields(Config).items():
-        model = type(getattr(Config(), section))
-        lines += [f"### `[{section}]`", "", (model.__doc__ or "").strip(), ""]
-        lines += ["| field | default | allowed | what it does |", "|---|---|---|---|"]
-        for name in names:
-            info = model.model_fields[name]
-            default = _readable(name, info.default)
-            lines.append(f"| `{name}` | {default} | {_allowed(name, info)} | {info.description} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def variable(field: str) -> str:
-    """The environment variable of a field: "host.ttl_s" -> "KVSTORE_HOST__TTL_S"."""
-    return (PREFIX + field.replace(".", DELIMITER)).upper()
-
-
-def _readable(field: str, value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if field.endswith("_bytes"):
-        return format_bytes(value)
-    if field.endswith("_s"):
-        return format_seconds(value)
-    return str(value)
-
-
-def _allowed(name: str, info: FieldInfo) -> str:
-    """What may be given, from the type and its bounds."""
-    if get_origin(info.annotation) is Literal:
-        return ", ".join(f"`{choice}`" for choice in get_args(info.annotation))
-    if info.annotation is bool:
-        return "`true`, `false`"
-    if any(isinstance(mark, AfterValidator) and mark.func is _known_policy for mark in info.metadata):
-        from eviction.registry import POLICIES
-
-        return ", ".join(f"`{policy}`" for policy in sorted(POLICIES))
-    bounds = []
-    for mark in info.metadata:
-        for kind, sign in ((Ge, "≥"), (Gt, ">"), (Le, "≤"), (Lt, "<")):
-            if isinstance(mark, kind):
-                limit = getattr(mark, kind.__name__.lower())
-                bounds.append(f"{sign} {_readable(name, limit)}")
-    if bounds:
-        return ", ".join(bounds)
-    return (
-        "a path, `none`"
-        if info.annotation == (Path | None)
-        else "a URL, `none`"
-        if name == "url"
-        else "text without spaces and braces"
-    )

@@ -25,11 +25,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.layout": ("kvstore.errors",),
     "kvstore.page": ("kvstore.errors",),
     "kvstore.secret": ("kvstore.errors", "kvstore.tiers.redis_url"),
-    "kvstore.settings": ("kvstore.errors", "kvstore.secret"),
-    "kvstore.config": (
-        "kvstore.errors",
-        "kvstore.secret",
-        "kvstore.settings",
+    "kvstore.config_values": ("kvstore.units", "eviction.registry"),
+    "kvstore.config_sources": ("kvstore.errors", "kvstore.secret"),
+    "kvstore.config": ("kvstore.config_values", "kvstore.config_sources", "kvstore.secret", "kvstore.units"),
+    "kvstore.config_reference": (
+        "kvstore.config",
+        "kvstore.config_values",
+        "kvstore.config_sources",
         "kvstore.units",
         "eviction.registry",
     ),

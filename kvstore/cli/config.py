@@ -28,12 +28,13 @@ def config(
     Lowest to highest: defaults, the TOML file, environment variables KVSTORE_<SECTION>__<FIELD>, --set.
     A wrong value or an unknown name is told with what would be right, and exit code 2.
     """
-    from kvstore import config as settings
+    from kvstore import config_reference
+    from kvstore.config import Config
 
     if markdown:
-        typer.echo(settings.markdown(), nl=False)
+        typer.echo(config_reference.markdown(), nl=False)
         return
-    rows = settings.effective(settings.Config.load(file, **overrides(setting or [])))
+    rows = config_reference.effective(Config.load(file, **overrides(setting or [])))
     if as_json:
         print_json({row.field: {"value": row.json_value, "source": row.source} for row in rows})
         return

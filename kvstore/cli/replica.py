@@ -89,7 +89,7 @@ def replica(
     """
     from kvstore.cluster.replica import ReplicaSettings, serve
     from kvstore.cluster.runner import ModelSpec
-    from kvstore.config import Config, effective
+    from kvstore.config import Config
     from kvstore.lab.models import RANDOM, resolve_model
 
     logging.basicConfig(
@@ -102,8 +102,7 @@ def replica(
         errors.print(line, markup=False, soft_wrap=True)
 
     # Where many users share a prompt it pays; so it is on here, unless somebody has said otherwise.
-    said = {row.field for row in effective(config) if row.source != "default"}
-    single_flight = config.store.single_flight or "store.single_flight" not in said
+    single_flight = config.store.single_flight or config.source("store.single_flight") == "default"
     found = resolve_model(model, announce)
     spec = ModelSpec(
         found.source,

@@ -1,24 +1,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from kvstore.cli.app import app
-from kvstore.config import Config, effective, markdown
+from kvstore.config import Config
+from kvstore.config_reference import effective, markdown
 
 runner = CliRunner()
-
-
-@pytest.fixture(autouse=True)
-def _nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in list(os.environ):
-        if name.upper().startswith("KVSTORE_"):
-            monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("nothing_configured")
 
 
 def test_config_prints_every_field_with_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

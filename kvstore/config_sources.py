@@ -64,16 +64,21 @@ def known_fields(settings: type[BaseModel]) -> dict[str, list[str]]:
     }
 
 
+def variable(field: str) -> str:
+    """The environment variable of a field: "host.ttl_s" -> "KVSTORE_HOST__TTL_S"."""
+    return (PREFIX + field.replace(".", DELIMITER)).upper()
+
+
 def read_file(settings: type[BaseSettings], path: str | os.PathLike[str] | None) -> dict[str, Setting]:
     """Settings of a TOML file: `path`, else $KVSTORE_CONFIG, else ./kvstore.toml where there is one.
 
     A file that was asked for must exist. Raises ConfigError for one that cannot be read or is not TOML.
     """
-    variable = os.environ.get(FILE_VARIABLE)
+    named = os.environ.get(FILE_VARIABLE)
     if path is not None:
         file, asked_by = Path(path), "the path given"
-    elif variable:
-        file, asked_by = Path(variable), f"environment {FILE_VARIABLE}"
+    elif named:
+        file, asked_by = Path(named), f"environment {FILE_VARIABLE}"
     elif DEFAULT_FILE.is_file():
         file, asked_by = DEFAULT_FILE, "found in the working directory"
     else:
@@ -98,18 +103,16 @@ def read_environment(settings: type[BaseSettings]) -> dict[str, Setting]:
     """
     sections = known_fields(settings)
     expected = {
-        f"{PREFIX}{section}{DELIMITER}{field}".upper(): f"{section}.{field}"
-        for section, fields in sections.items()
-        for field in fields
+        variable(f"{section}.{field}"): f"{section}.{field}" for section, fields in sections.items() for field in fields
     }
     names: dict[str, str] = {}
     problems = []
-    for variable in os.environ:
-        upper = variable.upper()
+    for name in os.environ:
+        upper = name.upper()
         if upper in expected:
-            names[expected[upper]] = variable
+            names[expected[upper]] = name
         elif upper.startswith(PREFIX) and upper not in OTHER_VARIABLES and not _SERVICE_LINK.fullmatch(upper):
-            problems.append(f"environment variable {variable} is unknown{_did_you_mean(upper, list(expected))}")
+            problems.append(f"environment variable {name} is unknown{_did_you_mean(upper, list(expected))}")
     _raise_if_any(problems)
     data = EnvSettingsSource(settings, env_prefix=PREFIX, env_nested_delimiter=DELIMITER)()
     return _flatten(settings, data, lambda name: f"environment {names.get(name, name)}")
