@@ -15,7 +15,8 @@ from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
 from kvstore.move.rows import RowMover
 from kvstore.plan.cascade import TierPlan
-from kvstore.plan.planner import Planner, PlanSettings
+from kvstore.plan.planner import Planner
+from kvstore.plan.settings import PlanSettings
 from kvstore.store import LocalStore
 from kvstore.tiers.base import Tier
 from kvstore.tiers.disk import DiskTier

@@ -10,7 +10,6 @@ Concurrent loads of one page share one fetch: the second lease waits for the fir
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from kvstore.plan.cascade import LowerTier
 from kvstore.plan.catalog import Block, Catalog, Page, PageState
@@ -20,10 +19,8 @@ from kvstore.plan.leases import Load
 from kvstore.plan.records import HOST, LeaseState, Op, Outcome, Priority, Request
 from kvstore.plan.resume import longest_resume, needed_from
 from kvstore.plan.scout import Scout
+from kvstore.plan.settings import PlanSettings
 from kvstore.plan.survey import FIRST_LOWER, IN_HOST, Survey
-
-if TYPE_CHECKING:
-    from kvstore.plan.planner import PlanSettings
 
 PREFETCH = "prefetch"  # context of a flight that counts against the prefetch bound
 

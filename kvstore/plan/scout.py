@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from eviction.policy import Hint
 from kvstore.layout import Layout
@@ -19,6 +18,7 @@ from kvstore.plan.flights import Flight, Flights
 from kvstore.plan.probes import Probes
 from kvstore.plan.records import HOST, CutReason, Explanation, Match, Outcome, Request
 from kvstore.plan.resume import longest_resume, needed_from
+from kvstore.plan.settings import PlanSettings
 from kvstore.plan.survey import (
     FIRST_LOWER,
     IN_HOST,
@@ -28,9 +28,6 @@ from kvstore.plan.survey import (
     locate,
     tier_names,
 )
-
-if TYPE_CHECKING:
-    from kvstore.plan.planner import PlanSettings
 
 MAX_REQUESTS = 16_384  # notes kept about requests whose callers never say that they are over
 

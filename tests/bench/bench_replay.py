@@ -18,8 +18,9 @@ from typing import Any
 
 from eviction.registry import POLICIES, make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
-from kvstore.plan.planner import Planner, PlanSettings
+from kvstore.plan.planner import Planner
 from kvstore.plan.records import Request
+from kvstore.plan.settings import PlanSettings
 from radix.namespace import BlockHash
 
 KEY_BYTES = 32

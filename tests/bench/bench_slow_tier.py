@@ -27,7 +27,8 @@ def run(model_spec: str | None = None, num_tokens: int = 1024, delay_s: float = 
     from kvstore.lab.models import resolve_model
     from kvstore.move.lane import Lane
     from kvstore.plan.cascade import TierPlan
-    from kvstore.plan.planner import Planner, PlanSettings
+    from kvstore.plan.planner import Planner
+    from kvstore.plan.settings import PlanSettings
     from kvstore.store import LocalStore
     from kvstore.tiers.host import HostSlab
     from kvstore.tiers.memory import MemoryTier

@@ -8,8 +8,9 @@ from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.cascade import TierPlan
 from kvstore.plan.journal import Journal
-from kvstore.plan.planner import Planner, PlanSettings
+from kvstore.plan.planner import Planner
 from kvstore.plan.records import Outcome, Request, RequestOptions
+from kvstore.plan.settings import PlanSettings
 from radix.hashing import BlockHash
 
 BLOCK = 4

@@ -17,8 +17,9 @@ from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
 from kvstore.plan.cascade import TierPlan
-from kvstore.plan.planner import Planner, PlanSettings
+from kvstore.plan.planner import Planner
 from kvstore.plan.records import Match, Request, RequestOptions
+from kvstore.plan.settings import PlanSettings
 from kvstore.store import LocalStore
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostSlab

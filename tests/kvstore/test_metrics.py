@@ -15,7 +15,8 @@ from kvstore.metrics import METRICS, Kind, markdown, registry, render, unknown_k
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
 from kvstore.plan.cascade import TierPlan
-from kvstore.plan.planner import Planner, PlanSettings
+from kvstore.plan.planner import Planner
+from kvstore.plan.settings import PlanSettings
 from kvstore.store import LocalStore
 from kvstore.tiers.host import HostSlab
 from kvstore.tiers.memory import MemoryTier

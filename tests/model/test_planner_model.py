@@ -18,9 +18,10 @@ from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.page import page_key
 from kvstore.plan.cascade import TierPlan
-from kvstore.plan.planner import Planner, PlanSettings
+from kvstore.plan.planner import Planner
 from kvstore.plan.records import CutReason, LeaseState, Op, Outcome, Request, RequestOptions, Transfer
 from kvstore.plan.resume import needed_from
+from kvstore.plan.settings import PlanSettings
 from radix.namespace import BlockHash
 
 BLOCK = 4

@@ -14,8 +14,9 @@ from eviction.registry import make_policy
 from kvstore.lab.bench import Case, Table, measure
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.cascade import TierPlan
-from kvstore.plan.planner import Planner, PlanSettings
+from kvstore.plan.planner import Planner
 from kvstore.plan.records import Outcome, Request
+from kvstore.plan.settings import PlanSettings
 from radix.hashing import BlockHash
 
 BLOCK_SIZE = 16

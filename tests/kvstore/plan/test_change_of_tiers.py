@@ -5,8 +5,9 @@ import pytest
 from eviction.registry import make_policy
 from kvstore.page import PageMeta, page_key
 from kvstore.plan.cascade import TierPlan
-from kvstore.plan.planner import Planner, PlanSettings
+from kvstore.plan.planner import Planner
 from kvstore.plan.records import Op, Outcome, Transfer
+from kvstore.plan.settings import PlanSettings
 from kvstore.plan.slots import SlotPool
 from tests.helpers.planners import LAYOUT, land, make, path, save
 

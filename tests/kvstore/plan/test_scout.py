@@ -5,8 +5,9 @@ from __future__ import annotations
 from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.cascade import TierPlan
-from kvstore.plan.planner import Planner, PlanSettings
+from kvstore.plan.planner import Planner
 from kvstore.plan.records import Op, Outcome, Request, RequestOptions
+from kvstore.plan.settings import PlanSettings
 from radix.hashing import BlockHash
 
 BLOCK = 4

@@ -9,8 +9,9 @@ import pytest
 from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.cascade import TierPlan
-from kvstore.plan.planner import Planner, PlanSettings
+from kvstore.plan.planner import Planner
 from kvstore.plan.records import CutReason, Match, Op, Outcome, Request, RequestOptions, Transfer
+from kvstore.plan.settings import PlanSettings
 from kvstore.plan.turns import PATIENCE, POLL_S
 from radix.hashing import BlockHash
 
