@@ -64,7 +64,7 @@ def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
             name: 1.0 / cost.seconds_per_byte for name, cost in costs.tiers.items() if cost.seconds_per_byte
         },
         "tier_latency": {name: cost.latency_s for name, cost in costs.tiers.items()},
-        "ttft_saved_seconds": planner.seconds_saved,
+        "ttft_saved_seconds": planner.endings.seconds_saved,
     }
 
 

@@ -40,10 +40,9 @@ class Loader:
         page_bytes: Sequence[int],
     ) -> None:
         self.loads: dict[int, Load] = {}
-        self.counters = {"loads": 0, "load_failures": 0, "shared_fetches": 0, "prefetches": 0, "loaded_bytes": 0}
+        self.counters = {"loads": 0, "load_failures": 0, "shared_fetches": 0, "prefetches": 0}
         self.hit_blocks = {HOST: 0} | {tier.plan.name: 0 for tier in tiers}
         self.failures = {tier.plan.name: 0 for tier in tiers}
-        self.load_seconds = 0.0
         self.prefetching = 0
         self._settings = settings
         self._host = host
@@ -126,7 +125,6 @@ class Loader:
         """Book the outcome of a FETCH: pages become ready, are tried elsewhere, or are lost to those who wait."""
         if flight.context is PREFETCH:
             self.prefetching -= len(flight.pages)
-        self.counters["loaded_bytes"] += outcome.num_bytes
         loose: list[Page] = []
         retry: list[Page] = []
         retry_codes: list[int] = []
@@ -325,6 +323,5 @@ class Loader:
                 held.append(page)
             elif page.waiters is not None:
                 page.waiters.remove(load)
-        self.load_seconds += max(0.0, load.ready_at - load.started_at)
         load.state = LeaseState.CLOSED
         self._host.unpin(held, now, used=used)

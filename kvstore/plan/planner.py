@@ -19,21 +19,22 @@ from collections.abc import Sequence
 from eviction.policy import EvictionPolicy
 from kvstore.layout import Layout
 from kvstore.page import PageKey, PageMeta, page_key
-from kvstore.plan.cascade import LowerTier, TierPlan
-from kvstore.plan.catalog import Block, Catalog, Page, PageState
+from kvstore.plan.cascade import TierPlan
+from kvstore.plan.catalog import Catalog, Page, PageState
 from kvstore.plan.cost import CostModel, TierCost
-from kvstore.plan.flights import Flight, Flights
+from kvstore.plan.endings import Endings
+from kvstore.plan.flights import Flights
 from kvstore.plan.hostspace import HostSpace
 from kvstore.plan.keeper import Keeper
 from kvstore.plan.leases import Load, Save, slot_pages
 from kvstore.plan.loader import Loader
+from kvstore.plan.outcomes import Outcomes
 from kvstore.plan.records import (
     Explanation,
     LeaseState,
     LeaseStatus,
     LoadLease,
     Match,
-    Op,
     Outcome,
     Request,
     SaveLease,
@@ -76,7 +77,6 @@ class Planner:
             wall_offset=settings.wall_offset,
         )
         self.tiers = self._book.all
-        self.catalog.on_prune = self._pruned
         self.costs = CostModel(
             {tier.plan.name: TierCost(tier.plan.workers) for tier in self.tiers}, settings.batch_pages * max(page_bytes)
         )
@@ -96,10 +96,13 @@ class Planner:
         )
         self.keeper = Keeper(self.host, settings.wall_offset)
         self._retention = Retention(self.host, self.tiers, self.keeper, settings.touch_interval_s, settings.wall_offset)
-        self.seconds_saved = 0.0
-        self.finish_reasons: dict[str, int] = {}
         self.saver = Saver(self.host, self.catalog, self.scout)
-        self._finishing: set[int] = set()
+        self.endings = Endings(
+            layout.block_size, self.tiers, self.costs, self.scout, self.saver, self.turns, self._retention
+        )
+        self._outcomes = Outcomes(
+            self.catalog, self.flights, self._book, self.costs, self.scout, self.loader, self.turns, self._retention
+        )
         self._next_lease = 1
 
     # ---- looking up and loading -------------------------------------------------------------------------------
@@ -111,6 +114,14 @@ class Planner:
         if stale is not None:
             self.loader.sample(request, stale, now)
         return match
+
+    def ask(self, request: Request, now: float) -> bool:
+        """Ask shared tiers about a request without looking it up; True until they have answered."""
+        return self.scout.ask(request, now)
+
+    def explain(self, request: Request) -> Explanation:
+        """Why a request matches what it matches."""
+        return self.scout.explain(request)
 
     def prepare_load(self, request: Request, num_blocks: int, now: float, owner: str = "", first: int = 0) -> LoadLease:
         """Pin blocks [first, num_blocks) that are in host memory, make room for the rest, send the fetches."""
@@ -139,6 +150,15 @@ class Planner:
         load = self.loader.loads.get(lease_id)
         return load is not None and load.waiting > 0
 
+    def prefetch(self, request: Request, now: float) -> int:
+        """Start bringing the known prefix into host memory; returns a ticket."""
+        self.host.expire(now)
+        return self.loader.prefetch(self._lease_id(), request, now)
+
+    def cancel(self, ticket: int) -> list[int]:
+        """End a prefetch; returns the transfers that need not be carried out any more."""
+        return self.loader.cancel(ticket)
+
     @property
     def num_leases(self) -> int:
         return len(self.loader.loads) + len(self.saver.saves)
@@ -159,11 +179,11 @@ class Planner:
         """End a lease well: unpin after a load, publish after a save."""
         load = self.loader.complete(lease_id, now)
         if load is not None:
-            self._used(load, now)
+            self.endings.loaded(load, now)
             return
         ended = self.saver.end(lease_id, now, filled)
         if ended is not None:
-            self._saved(*ended, now)
+            self.endings.saved(*ended, now)
 
     def release(self, lease_id: int, now: float) -> None:
         """End a lease badly: unpin, or drop what was being filled."""
@@ -171,7 +191,7 @@ class Planner:
             return
         ended = self.saver.drop(lease_id, now)
         if ended is not None:
-            self._saved(*ended, now)
+            self.endings.saved(*ended, now)
 
     def release_owner(self, owner: str, now: float) -> int:
         """Release every lease of an owner that died."""
@@ -185,24 +205,8 @@ class Planner:
     # ---- the end of a request, and what is said about it ------------------------------------------------------
 
     def finished(self, request: Request, now: float, *, finish_reason: str = "", last_turn: bool = False) -> None:
-        """Refresh the request's path in every tier, or let its private part go first if no turn will follow.
-
-        finish_reason is counted: it predicts whether a turn follows (tool calls nearly always bring one), for
-        policies to come.
-        """
-        if finish_reason:
-            self.finish_reasons[finish_reason] = self.finish_reasons.get(finish_reason, 0) + 1
-        self.scout.end(request)
-        if self.saver.is_saving(request):
-            # Its last pages are still being copied: they join their path when they are published.
-            self._finishing.add(request.id)
-        else:
-            self.turns.end(request, now)
-        path = self._known_path(request)
-        self._retention.use(path, request, now)
-        self._retention.promise(path, request)
-        if last_turn:
-            self._retention.let_go_first(path, request)
+        """Refresh the request's path in every tier, or let its private part go first if no turn will follow."""
+        self.endings.finished(request, now, finish_reason, last_turn=last_turn)
 
     def abandon(self, request: Request, now: float) -> bool:
         """Nobody will go on with the request; True if others waited, or might have waited, for it to compute."""
@@ -211,11 +215,11 @@ class Planner:
 
     def pin(self, request: Request, now: float) -> int:
         """Keep the request's blocks in host memory until unpin."""
-        return self.keeper.keep(self._known_path(request), float("inf"))
+        return self.keeper.keep(self.scout.known_path(request), float("inf"))
 
     def unpin(self, request: Request, now: float) -> int:
         """Undo pin."""
-        return self.keeper.let_go(self._known_path(request), now)
+        return self.keeper.let_go(self.scout.known_path(request), now)
 
     def forget(self, request: Request, first: int, now: float) -> int:
         """Delete blocks from `first` on and all that is known to continue them."""
@@ -241,63 +245,19 @@ class Planner:
 
     def set_ttl(self, request: Request, ttl_s: float, now: float) -> int:
         """Give the known blocks of a request a time to live from now on, in every tier; returns how many."""
-        path = self._known_path(request)
+        path = self.scout.known_path(request)
         self._retention.set_ttl(path, ttl_s, now)
         return len(path)
-
-    def ask(self, request: Request, now: float) -> bool:
-        """Ask shared tiers about a request without looking it up; True until they have answered."""
-        return self.scout.ask(request, now)
-
-    def explain(self, request: Request) -> Explanation:
-        """Why a request matches what it matches."""
-        return self.scout.explain(request)
-
-    def prefetch(self, request: Request, now: float) -> int:
-        """Start bringing the known prefix into host memory; returns a ticket."""
-        self.host.expire(now)
-        return self.loader.prefetch(self._lease_id(), request, now)
-
-    def cancel(self, ticket: int) -> list[int]:
-        """End a prefetch; returns the transfers that need not be carried out any more."""
-        return self.loader.cancel(ticket)
 
     # ---- what the world reports -------------------------------------------------------------------------------
 
     def outcome(self, outcome: Outcome, now: float) -> None:
         """Book what became of a transfer. Unknown and repeated outcomes are ignored."""
-        flight = self.flights.land(outcome.transfer_id)
-        if flight is None:
-            return
-        tier = self._book.named(flight.transfer.tier)
-        if outcome.error is None and outcome.seconds > 0 and flight.transfer.op in (Op.FETCH, Op.PROBE):
-            self.costs.tiers[tier.plan.name].observe(outcome.seconds, outcome.num_bytes, now)
-        match flight.transfer.op:
-            case Op.FETCH:
-                self._fetched(tier, flight, outcome, now)
-            case Op.SPILL:
-                tier.spilled(flight, outcome, now)
-                self._retention.drop_idle(flight.pages)
-            case Op.PROBE:
-                self.scout.answered(flight, outcome)
-                self.loader.resume_prefetches(now)
-            case Op.TOUCH:
-                tier.touched(flight, outcome, now)
-            case Op.DELETE:
-                tier.deleted(flight)
-            case Op.CLAIM:
-                self.turns.answered(flight, outcome, now)
-            case Op.UNCLAIM:
-                pass  # what could not be taken back expires
+        self._outcomes.book(outcome, now)
 
     def set_tier_up(self, name: str, is_up: bool, now: float) -> None:
         """A breaker opened or closed: lookups leave the tier out, or its debts are paid again."""
-        tier = self._book.named(name)
-        tier.is_up = is_up and not tier.is_detached
-        if tier.is_up:
-            tier.pump(now)
-        else:
-            self.flights.stall(name)
+        self._book.set_up(name, is_up, now)
 
     def attach_tier(self, plan: TierPlan) -> None:
         """A tier is there from now on, or is back; `restore` tells what it holds. Its lane must be there."""
@@ -373,57 +333,3 @@ class Planner:
     def _lease_id(self) -> int:
         self._next_lease += 1
         return self._next_lease
-
-    def _known_path(self, request: Request) -> list[Block]:
-        blocks = self.catalog.match(request.keys)
-        return self.scout.verified(request, blocks)
-
-    def _saved(self, save: Save, whole: Sequence[Page], now: float) -> None:
-        """Pages are published: note whose they are, promise what was asked, write them behind."""
-        request = save.request
-        blocks = list(dict.fromkeys(page.block for page in whole))
-        self._retention.note_session(blocks, request)
-        self._retention.promise(blocks, request)
-        self.turns.published((block.key for block in blocks), now)
-        if len(whole) < len(save.pages):
-            self.turns.end(request, now)
-        for tier in self.tiers:
-            tier.owe(whole, used=False)
-            tier.pump(now)
-        if request.id in self._finishing:
-            self._retention.use(self._known_path(request), request, now)
-            if not self.saver.is_saving(request):
-                self._finishing.discard(request.id)
-                self.turns.end(request, now)
-
-    def _used(self, load: Load, now: float) -> None:
-        """Pages of a load were used: what admits on second use gets them; book the time they saved."""
-        pages = [page for page in load.pages if page.state == PageState.READY and page not in load.lost]
-        if pages:
-            end = pages[-1].block
-            end.num_loads += 1
-            end.loaded_at = now
-        for tier in self.tiers:
-            if tier.plan.admit == "second_use":
-                tier.owe(pages, used=True)
-                tier.pump(now)
-        rate = self.costs.prefill_tokens_per_s
-        if rate and not load.lost:
-            computing = load.num_blocks * self.layout.block_size / rate
-            self.seconds_saved += computing - max(0.0, load.ready_at - load.started_at)
-
-    def _pruned(self, block: Block) -> None:
-        for tier in self.tiers:
-            tier.forget_copies(tier.copies(block.pages), None)
-
-    def _fetched(self, tier: LowerTier, flight: Flight, outcome: Outcome, now: float) -> None:
-        self.loader.fetched(tier, flight, outcome, now)
-        arrived = [page for page in flight.pages if page.state == PageState.READY and not page.block.is_removed]
-        for other in self.tiers:
-            if other is not tier and arrived:
-                other.owe(arrived, used=True)
-                other.pump(now)
-        self._retention.drop_idle(flight.pages)
-        if len(arrived) < len(flight.pages):
-            for page in reversed(flight.pages):
-                self.catalog.prune(page.block)

@@ -187,6 +187,10 @@ class Scout:
         self.names.append(name)
         self.probes.counters[name] = 0
 
+    def known_path(self, request: Request) -> list[Block]:
+        """The blocks of the request that are known, root first."""
+        return self.verified(request, self._catalog.match(request.keys))
+
     def verified(self, request: Request, blocks: list[Block]) -> list[Block]:
         """Cut known blocks at the first whose tokens are not the request's (only where hashes may collide)."""
         if not self._settings.compare_tokens:

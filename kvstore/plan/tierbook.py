@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from kvstore.page import PageKey, PageMeta, split_key
 from kvstore.plan.cascade import LowerTier, TierPlan
-from kvstore.plan.catalog import Catalog, Page
+from kvstore.plan.catalog import Block, Catalog, Page
 from kvstore.plan.flights import Flights
 from radix.hashing import BlockHash
 
@@ -45,6 +45,7 @@ class TierBook:
         self._hash_bytes = hash_bytes
         self._wall_offset = wall_offset
         self.all: list[LowerTier] = []
+        catalog.on_prune = self._pruned
         for plan in plans:
             self.add(plan)
 
@@ -73,6 +74,15 @@ class TierBook:
         self._count_homes()
         return known is None
 
+    def set_up(self, name: str, is_up: bool, now: float) -> None:
+        """A breaker opened or closed: lookups leave the tier out, or its debts are paid again."""
+        tier = self.named(name)
+        tier.is_up = is_up and not tier.is_detached
+        if tier.is_up:
+            tier.pump(now)
+        else:
+            self._flights.stall(name)
+
     def detach(self, name: str) -> None:
         """A tier is taken away: what it holds is forgotten, and nobody waits for what is under way there."""
         self.named(name).detach()
@@ -98,6 +108,11 @@ class TierBook:
                 left_s = meta.expires_at - self._wall_offset - now if meta.expires_at else None
                 tier.learn(page, now, left_s)
         return sum(page is not None for page in taken)
+
+    def _pruned(self, block: Block) -> None:
+        """The catalog forgets a block; tiers that are not indexed may well still have it."""
+        for tier in self.all:
+            tier.forget_copies(tier.copies(block.pages), None)
 
     def _count_homes(self) -> None:
         self._catalog.homes_that_count = sum(t.bit for t in self.all if t.plan.is_indexed and not t.is_detached)

@@ -1,0 +1,103 @@
+"""What the end of a lease or of a request means to everybody else.
+
+    a save ends       its pages are published: written behind, kept as its request asked; others may have waited
+    a load ends       its pages were used: tiers that admit on second use get them; the time that was saved is booked
+    a request ends    its path becomes the most recent one in every tier, or the first to go
+
+The hard thing: a request ends while its last pages are still being copied. They join their path when they are
+published, so the path is refreshed once more then, and until then others go on waiting for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvstore.plan.cascade import LowerTier
+from kvstore.plan.catalog import Page, PageState
+from kvstore.plan.cost import CostModel
+from kvstore.plan.leases import Load, Save
+from kvstore.plan.records import Request
+from kvstore.plan.retention import Retention
+from kvstore.plan.saver import Saver
+from kvstore.plan.scout import Scout
+from kvstore.plan.turns import Turns
+
+
+class Endings:
+    """Tells of ends. Under the store's lock.
+
+    seconds_saved:  by loading instead of computing, in all loads so far.
+    finish_reasons: how many requests ended with each; it predicts whether a turn follows (tool calls nearly always
+                    bring one), for policies to come.
+    tiers:          the planner's own list, which may grow.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        tiers: Sequence[LowerTier],
+        costs: CostModel,
+        scout: Scout,
+        saver: Saver,
+        turns: Turns,
+        retention: Retention,
+    ) -> None:
+        self.seconds_saved = 0.0
+        self.finish_reasons: dict[str, int] = {}
+        self._block_size = block_size
+        self._tiers = tiers
+        self._costs = costs
+        self._scout = scout
+        self._saver = saver
+        self._turns = turns
+        self._retention = retention
+        self._finishing: set[int] = set()  # requests that ended while they were being saved
+
+    def saved(self, save: Save, whole: Sequence[Page], now: float) -> None:
+        """A save is over, and the pages `whole` of it are published."""
+        request = save.request
+        blocks = list(dict.fromkeys(page.block for page in whole))
+        self._retention.note_session(blocks, request)
+        self._retention.promise(blocks, request)
+        self._turns.published((block.key for block in blocks), now)
+        if len(whole) < len(save.pages):
+            self._turns.end(request, now)
+        for tier in self._tiers:
+            tier.owe(whole, used=False)
+            tier.pump(now)
+        if request.id in self._finishing:
+            self._retention.use(self._scout.known_path(request), request, now)
+            if not self._saver.is_saving(request):
+                self._finishing.discard(request.id)
+                self._turns.end(request, now)
+
+    def loaded(self, load: Load, now: float) -> None:
+        """A load is over, and its pages were used."""
+        pages = [page for page in load.pages if page.state == PageState.READY and page not in load.lost]
+        if pages:
+            end = pages[-1].block
+            end.num_loads += 1
+            end.loaded_at = now
+        for tier in self._tiers:
+            if tier.plan.admit == "second_use":
+                tier.owe(pages, used=True)
+                tier.pump(now)
+        rate = self._costs.prefill_tokens_per_s
+        if rate and not load.lost:
+            computing = load.num_blocks * self._block_size / rate
+            self.seconds_saved += computing - max(0.0, load.ready_at - load.started_at)
+
+    def finished(self, request: Request, now: float, finish_reason: str, *, last_turn: bool) -> None:
+        """A request is over; with `last_turn` its private part goes first."""
+        if finish_reason:
+            self.finish_reasons[finish_reason] = self.finish_reasons.get(finish_reason, 0) + 1
+        self._scout.end(request)
+        if self._saver.is_saving(request):
+            self._finishing.add(request.id)
+        else:
+            self._turns.end(request, now)
+        path = self._scout.known_path(request)
+        self._retention.use(path, request, now)
+        self._retention.promise(path, request)
+        if last_turn:
+            self._retention.let_go_first(path, request)
