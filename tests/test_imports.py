@@ -41,7 +41,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.tiers": ("kvstore.layout", "kvstore.page", "kvstore.codec", "kvstore.errors", "kvstore.tiers"),
     "kvstore.devices": ("kvstore.layout", "kvstore.page", "kvstore.codec", "kvstore.errors", "kvstore.devices"),
     "kvstore.load": ("kvstore.errors", "kvstore.units", "kvstore.load"),  # knows HTTP, nothing of what serves
-    "kvstore.move": ("kvstore.tiers.base", "kvstore.plan.records", "kvstore.errors", "kvstore.page", "kvstore.move"),
+    "kvstore.move": (
+        "kvstore.tiers.base",
+        "kvstore.tiers.host",  # what lanes read into for rows of an engine is made as the slab is
+        "kvstore.plan.records",
+        "kvstore.errors",
+        "kvstore.page",
+        "kvstore.move",
+    ),
     "connectors": (
         "kvstore.base",
         "kvstore.layout",

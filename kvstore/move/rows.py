@@ -16,7 +16,6 @@ Any method from one thread only, the engine's; lanes answer through a queue.
 from __future__ import annotations
 
 import logging
-import mmap
 import queue
 import threading
 import time
@@ -25,7 +24,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvstore.errors import RequestError, StoreClosed
+from kvstore.errors import ConfigError, RequestError, StoreClosed, TierUnavailable
 from kvstore.move.breaker import BreakerState
 from kvstore.move.counters import LaneCounters
 from kvstore.move.lane import Lane
@@ -33,6 +32,7 @@ from kvstore.move.mover import Mover
 from kvstore.page import PageKey, PageMeta
 from kvstore.plan.records import Op, Outcome, Priority, Transfer
 from kvstore.tiers.base import Tier, TierCounters
+from kvstore.tiers.host import HUGE_PAGE_BYTES, HostSlab
 
 log = logging.getLogger(__name__)
 
@@ -51,27 +51,40 @@ class _Load:
 
 
 class StagingPages:
-    """Page-aligned memory for what lanes read. Any thread.
+    """Memory for what lanes read. Any thread.
 
-    Grows to what lanes carry at once (workers x pages of a batch) and keeps that.
+    Grows to what lanes carry at once (workers x pages of a batch) and keeps that. It is made as the host slab is, of
+    huge pages: to read with O_DIRECT into pages of 4 KiB, a disk is handed a list of as many pieces. Measured on a
+    virtio disk, 128 MiB took 125 ms so and 50 ms into huge pages; the copies on into the rows take less than that.
     """
 
     def __init__(self, page_bytes: int) -> None:
         self._page_bytes = -(-page_bytes // PAGE) * PAGE
+        self._pages_per_slab = max(1, HUGE_PAGE_BYTES // self._page_bytes)
         self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         self.num_pages = 0  # ever made; a page in a tier that hangs stays there
 
     def take(self) -> memoryview:
-        """One page, of whole sectors."""
+        """One page, of whole sectors. Raises TierUnavailable if there is no memory for it."""
         try:
             return self._free.get_nowait()
         except queue.Empty:
-            self.num_pages += 1
-            return memoryview(mmap.mmap(-1, self._page_bytes))
+            return self._grow()
 
     def give(self, page: memoryview) -> None:
         """Take one back."""
         self._free.put(page)
+
+    def _grow(self) -> memoryview:
+        try:
+            slab = HostSlab(self._pages_per_slab, self._page_bytes)
+        except ConfigError as error:  # it speaks of the host tier's capacity, which is not what is short here
+            num_bytes = self._pages_per_slab * self._page_bytes
+            raise TierUnavailable(f"rows: there is no memory, {num_bytes} bytes, to read pages into") from error
+        self.num_pages += slab.num_slots
+        for slot in range(1, slab.num_slots):
+            self._free.put(slab.view(slot))
+        return slab.view(0)
 
 
 class RowMover:

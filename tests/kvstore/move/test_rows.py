@@ -3,12 +3,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
-from kvstore.errors import RequestError, StoreClosed
-from kvstore.move.rows import RowMover
+from kvstore.errors import ConfigError, RequestError, StoreClosed
+from kvstore.move.rows import RowMover, StagingPages
 from kvstore.page import PageMeta
 from kvstore.plan.records import Outcome
+from kvstore.tiers.host import HUGE_PAGE_BYTES
 from tests.helpers.faulty_tier import FaultyTier
 from tests.helpers.pages import keys_of
 from tests.helpers.rows import ROW_BYTES, Rows, faulty, open_mover
@@ -135,11 +137,47 @@ def test_giving_up_what_was_answered_changes_nothing(mover: RowMover, rows: Rows
 
 def test_loads_after_loads_reuse_the_same_staging_pages(mover: RowMover) -> None:
     save(mover)
+    answer(mover, mover.load("disk", KEYS, [9, 8, 7, 6], [META] * 4, deadline=soon()))
+    needed_once = mover.staging_pages
 
-    for _ in range(20):
+    for _ in range(20 + needed_once):
         answer(mover, mover.load("disk", KEYS, [9, 8, 7, 6], [META] * 4, deadline=soon()))
 
-    assert mover.staging_pages == 4
+    assert mover.staging_pages == needed_once >= 4
+
+
+@pytest.mark.parametrize(("page_bytes", "per_slab"), [(4096, 512), (5000, 256), (3 << 20, 1)])
+def test_staging_pages_lie_in_huge_pages_and_do_not_overlap(page_bytes: int, per_slab: int) -> None:
+    staging = StagingPages(page_bytes)
+
+    pages = [np.frombuffer(staging.take(), np.uint8) for _ in range(3)]
+    for number, page in enumerate(pages):
+        page[:] = number
+
+    assert pages[0].ctypes.data % HUGE_PAGE_BYTES == 0
+    assert [len(page) for page in pages] == [-(-page_bytes // 4096) * 4096] * 3
+    assert all((page == number).all() for number, page in enumerate(pages))
+    assert staging.num_pages == max(3, per_slab)
+
+
+def test_a_load_that_gets_no_memory_to_read_into_fails_alone(
+    mover: RowMover, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(num_slots: int, slot_bytes: int) -> None:
+        raise ConfigError("host.capacity_bytes is too much")
+
+    save(mover)
+    with monkeypatch.context() as short_of_memory:
+        short_of_memory.setattr("kvstore.move.rows.HostSlab", refuse)
+        refused = answer(mover, mover.load("disk", KEYS[:1], [9], [META], deadline=soon()))
+    served = answer(mover, mover.load("disk", KEYS[:1], [8], [META], deadline=soon()))
+
+    assert refused.ok == (False,)
+    assert refused.error is not None
+    assert "there is no memory" in refused.error
+    assert served.ok == (True,)
+    assert rows.has(9, 0)
+    assert rows.has(8, 1)
 
 
 def test_a_tier_that_fails_three_times_is_taken_out_and_answers_at_once(mover: RowMover, tier: FaultyTier) -> None:
