@@ -1,8 +1,8 @@
 """What a client's store says to its daemon: calls about requests, each bringing only the keys that are new there.
 
 The hard thing: a call whose answer never came may have granted a lease. The number of such an *orphan* is kept with the
-attachment, and released before anything else is asked of that daemon. An attachment that is lost takes its orphans
-along: the daemon has released them.
+attachment, and released before anything else is asked of that daemon (the link's seeker does that). An attachment that
+is lost takes its orphans along: the daemon has released them.
 """
 
 from __future__ import annotations
@@ -10,60 +10,38 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from kvstore.errors import ConfigError, LayoutMismatch
 from kvstore.plan.records import Request
 from kvstore.service import messages
-from kvstore.service.link import Attachment, DaemonDown, Link
+from kvstore.service.attachment import Attachment, DaemonDown
+from kvstore.service.link import Link
 from kvstore.service.protocol import Op, ProtocolError, Reader, Status
 
 log = logging.getLogger(__name__)
 
 
 class Calls:
-    """Calls over a link. Any thread.
+    """Calls over a link. Any thread."""
 
-    on_attach: told with each new attachment before anything is asked of it.
-    """
-
-    def __init__(self, link: Link, on_attach: Callable[[Attachment], None]) -> None:
+    def __init__(self, link: Link) -> None:
         self._link = link
-        self._on_attach = on_attach
-
-    def attach(self, timeout_s: float) -> Attachment:
-        """The attachment there is, else a new one. Raises DaemonDown; ConfigError or LayoutMismatch if refused."""
-        known = self._link.attachment
-        attachment = self._link.attach(timeout_s)
-        if attachment is not known:
-            self._on_attach(attachment)
-        while attachment.orphans:
-            self._release_orphan(attachment)
-        return attachment
-
-    def attached(self) -> Attachment:
-        """The same, within a call's deadline. Raises DaemonDown only."""
-        try:
-            return self.attach(self._link.call_timeout_s)
-        except (ConfigError, LayoutMismatch) as error:
-            # Another daemon than the one at the start. Loud then, quiet now: an engine's step is no place to raise.
-            raise DaemonDown(str(error)) from None
 
     def ask(
         self, op: Op, request: Request, message: Callable[[bytes], bytes], wait_s: float = 0.0
     ) -> tuple[Attachment, bytes]:
         """A call about a request. message: makes the body around the part that names the request."""
-        return self._ask(self.attached(), op, request, message, wait_s)
+        return self._ask(self._link.attached(), op, request, message, wait_s)
 
     def prepare(
         self, op: Op, request: Request, lease_id: int, first: int, end: int, owner: str
     ) -> tuple[Attachment, bytes]:
         """Ask for a lease of blocks [first, end)."""
-        attachment = self.attached()  # the one that may grant: another may have come since the last call
+        attachment = self._link.attached()  # the one that may grant: another may have come since the last call
         try:
             return self._ask(
                 attachment, op, request, lambda part: messages.encode_prepare(part, lease_id, first, end, owner)
             )
         except DaemonDown:
-            attachment.orphans.append(lease_id)
+            self._link.orphan(attachment, lease_id)
             raise
 
     def number(self, op: Op, request: Request, message: Callable[[bytes], bytes] = bytes) -> int:
@@ -77,7 +55,7 @@ class Calls:
     def tell(self, op: Op, message: bytes) -> None:
         """A call whose answer nobody waits for."""
         try:
-            self._link.call(self.attached(), op, message)
+            self._link.call(self._link.attached(), op, message)
         except DaemonDown:
             log.debug("%s was not told to the daemon", op.name)
 
@@ -86,7 +64,7 @@ class Calls:
         try:
             self._link.call(attachment, Op.RELEASE, messages.encode_lease(lease_id))
         except DaemonDown:
-            attachment.orphans.append(lease_id)
+            self._link.orphan(attachment, lease_id)
 
     def unsend(self, request: Request) -> None:
         """The daemon has forgotten this request: its keys go along if it is named again."""
@@ -108,17 +86,6 @@ class Calls:
             raise DaemonDown(f"{op.name} was answered {status.name}")
         attachment.note_sent(request.id, num_keys)
         return attachment, answer
-
-    def _release_orphan(self, attachment: Attachment) -> None:
-        try:
-            lease_id = attachment.orphans.pop()
-        except IndexError:  # another thread was here
-            return
-        try:
-            self._link.call(attachment, Op.RELEASE, messages.encode_lease(lease_id))
-        except DaemonDown:
-            attachment.orphans.append(lease_id)
-            raise
 
 
 def as_number(answer: bytes) -> int:

@@ -2,8 +2,8 @@
 
 Prompts are hashed here, planning happens in the daemon, and bytes are copied by the caller between its own pages and
 the slab, which is mapped into this process. While the daemon is away everything is a miss: lookups match nothing,
-leases have no page, and no call waits longer than its deadline. It is attached again by the first call after it is
-back.
+leases have no page. The first call that is not answered in time finds that out; after it none waits, until a thread
+of the link (link.py) has found the daemon again.
 
 A lease belongs to the attachment it was granted under. Its slots stay mapped until it ends, even if the daemon is gone
 by then: what was ready may still be copied, and what is being saved is written to where nobody looks.
@@ -36,8 +36,9 @@ from kvstore.plan.records import (
 )
 from kvstore.requests import RequestMaker, check_blocks, check_range
 from kvstore.service import messages
+from kvstore.service.attachment import Attachment, DaemonDown
 from kvstore.service.calls import Calls, as_number
-from kvstore.service.link import Attachment, DaemonDown, Link
+from kvstore.service.link import Link
 from kvstore.service.memory import Memory
 from kvstore.service.namespaces import check_pair, layout_to_json, namespace_to_json
 from kvstore.service.protocol import Op, ProtocolError, decode_json, encode_json
@@ -48,7 +49,6 @@ from radix.namespace import Namespace
 
 log = logging.getLogger(__name__)
 
-HELLO_TIMEOUT_S = 30.0  # of the first hello: the daemon may have to read a directory of millions of pages
 MISS = Match(0, 0, cut=CutReason.NEVER_STORED)
 CLOSED = LeaseStatus(LeaseState.CLOSED, 0, 0)
 LOOKUP_DEADLINE_S = 0.05  # while no daemon has told its own
@@ -95,12 +95,18 @@ class RemoteStore(RequestMaker):
         self._lock = threading.Lock()  # of the two above; never held while calling
         self._is_closed = False
         greeting = {"layout": layout_to_json(layout), "namespace": namespace_to_json(namespace), "client": client}
-        self._link = Link(dial, encode_json(greeting), call_timeout_s=call_timeout_s, retry_max_s=retry_max_s)
-        self._calls = Calls(self._link, self._entered)
+        self._link = Link(
+            dial,
+            encode_json(greeting),
+            call_timeout_s=call_timeout_s,
+            retry_max_s=retry_max_s,
+            on_change=self._changed,
+        )
+        self._calls = Calls(self._link)
         try:
-            self._calls.attach(HELLO_TIMEOUT_S)
-        except DaemonDown as error:
-            log.warning("no daemon yet, the store starts empty: %s", error)
+            self._link.attach()
+        except DaemonDown:
+            pass  # the store starts empty
         except BaseException:
             self.close()
             raise
@@ -112,7 +118,7 @@ class RemoteStore(RequestMaker):
 
     @property
     def is_attached(self) -> bool:
-        """True if a daemon was there at the last call."""
+        """True if there is a daemon, though it may not answer at the moment. Does not wait."""
         attachment = self._link.attachment
         return attachment is not None and not attachment.is_lost
 
@@ -159,7 +165,9 @@ class RemoteStore(RequestMaker):
         pages = self._memory.place(lease.pages)
         if pages is None:
             return self._less(request, lease_id, attachment, first, num_blocks, owner)
-        self._hold(lease_id, _Held(attachment, owner, status, pages, has_come=self._memory.is_shared or not pages))
+        has_come = self._memory.is_shared or not pages
+        if not self._hold(lease_id, _Held(attachment, owner, status, pages, has_come)):
+            return LoadLease(lease_id, 0, 0, ())
         return replace(lease, pages=pages)
 
     def wait(self, lease: LoadLease, timeout_s: float | None = None) -> LeaseStatus:
@@ -217,7 +225,8 @@ class RemoteStore(RequestMaker):
         if pages is None:
             self._calls.release(attachment, lease_id)
             return SaveLease(lease_id, (), lease.skipped + len(lease.pages))
-        self._hold(lease_id, _Held(attachment, owner, None, pages))
+        if not self._hold(lease_id, _Held(attachment, owner, None, pages)):
+            return SaveLease(lease_id, (), lease.skipped + len(lease.pages))
         return replace(lease, pages=pages)
 
     def complete(self, lease: LoadLease | SaveLease, *, filled: Sequence[bool] | None = None) -> None:
@@ -315,7 +324,7 @@ class RemoteStore(RequestMaker):
         timeout_s = _bounded(timeout_s)
         try:
             message = messages.encode_seconds(timeout_s)
-            _, answer = self._link.call(self._calls.attached(), Op.FLUSH, message, timeout_s)
+            _, answer = self._link.call(self._link.attached(), Op.FLUSH, message, timeout_s)
             return as_number(answer) == 1
         except (DaemonDown, ProtocolError):
             return False
@@ -323,7 +332,7 @@ class RemoteStore(RequestMaker):
     def stats(self) -> dict[str, Any]:
         """The daemon's counters and gauges of this namespace; empty while there is no daemon."""
         try:
-            return decode_json(self._link.call(self._calls.attached(), Op.STATS, b"")[1])
+            return decode_json(self._link.call(self._link.attached(), Op.STATS, b"")[1])
         except (DaemonDown, ProtocolError):
             return {}
 
@@ -349,9 +358,11 @@ class RemoteStore(RequestMaker):
         if self._is_closed:
             raise StoreClosed("the store is closed")
 
-    def _entered(self, attachment: Attachment) -> None:
+    def _changed(self, attachment: Attachment | None) -> None:
+        """A daemon is attached to, or lost."""
         with self._lock:
-            self._memory.enter(attachment)
+            if attachment is not None:
+                self._memory.enter(attachment)
             self._drop_slabs()
 
     def _drop_slabs(self) -> None:
@@ -373,9 +384,15 @@ class RemoteStore(RequestMaker):
         except (DaemonDown, ProtocolError):
             return MISS
 
-    def _hold(self, lease_id: int, held: _Held) -> None:
+    def _hold(self, lease_id: int, held: _Held) -> bool:
+        """Note a lease; False if its daemon was lost meanwhile, and its slab with it."""
         with self._lock:
-            self._held[lease_id] = held
+            is_held = held.attachment is self._link.attachment
+            if is_held:
+                self._held[lease_id] = held
+            else:
+                self._memory.give_back(held.pages)
+            return is_held
 
     def _end(self, lease_id: int, op: Op, message: bytes, filled: Sequence[bool] | None = None) -> None:
         """End a lease here and there. filled: pages of a save that have to get there first."""
@@ -394,7 +411,7 @@ class RemoteStore(RequestMaker):
                     self._memory.send(wire, lease_id, held.pages, filled, timeout_s)
                 wire.call(op, message, self._link.call_timeout_s)
         except DaemonDown:
-            held.attachment.orphans.append(lease_id)
+            self._link.orphan(held.attachment, lease_id)
         finally:
             with self._lock:
                 self._memory.give_back(held.pages)

@@ -1,12 +1,14 @@
 """A client's tie to its daemon: attached, or not for the moment.
 
-    DOWN ----- hello answered -----> ATTACHED          at most one try per back-off, by whichever call comes next
-    ATTACHED - a call timed out ---> PAUSED            the session stays; calls fail at once until the back-off is over
-    PAUSED --- a call is answered -> ATTACHED
-    ATTACHED, PAUSED - the daemon hung up --> DOWN     leases of that session are void
+    DOWN ---- hello answered ----------------> ATTACHED
+    ATTACHED - a call is not answered in time -> SILENT      the session stays
+    ATTACHED - a lease may be an orphan -------> SILENT      (calls.py)
+    SILENT --- an answer in time, no orphans --> ATTACHED
+    ATTACHED, SILENT - the daemon hung up -----> DOWN        leases of that session are void
 
-No call waits longer than its deadline, and while the daemon is known not to answer none waits at all. There is no
-thread here: what has to be tried again is tried by the next call.
+Calls are made by the caller's thread, and only while ATTACHED: the first that is not answered in time costs what it may
+take, and from then on all fail at once. What leads back is the *seeker's*, a thread that lives only while not ATTACHED:
+it says hello to a new daemon or asks the old one for an answer, and has it release the orphans before anybody goes on.
 
 The hard thing: a session may only be given up by the client while it holds no lease, for the daemon hands the slots of
 a lost session to others, and somebody here may be copying from one. So a call that times out costs its connection but
@@ -16,81 +18,32 @@ not the session. A daemon that is gone gives slots to nobody: the memory stays a
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from kvstore.errors import ConfigError, KVStoreError, LayoutMismatch, RequestError
-from kvstore.service import protocol
+from kvstore.errors import ConfigError, LayoutMismatch
+from kvstore.service.attachment import Attachment, DaemonDown, error_of, greet
+from kvstore.service.errand import Errand
 from kvstore.service.protocol import Op, ProtocolError, Status
 from kvstore.service.wire import Dial, Wire
-from kvstore.tiers.host import HostSlab, SlabHandle
 
 log = logging.getLogger(__name__)
 
-EPOCH_BITS = 32  # slot numbers of attachment n are n << 32 higher than in the slab: those of two slabs never meet
-FIRST_BACKOFF_S = 0.05
-MAX_IDLE_WIRES = 64
-MAX_SENT = 16_384
-
-_RAISED: dict[str, type[KVStoreError]] = {
-    "RequestError": RequestError,
-    "ConfigError": ConfigError,
-    "LayoutMismatch": LayoutMismatch,
-}
-
-
-class DaemonDown(KVStoreError):
-    """The daemon did not answer, or not in time. Never leaves the client: it becomes a miss."""
-
-
-class Attachment:
-    """One session with one daemon, and its slab, which a daemon on another machine cannot share. Any thread.
-
-    sent:    request id -> keys the daemon knows of it.
-    orphans: leases that may have been granted in an answer that never came.
-    """
-
-    def __init__(self, epoch: int, answer: dict[str, Any], anchor: Wire, slab: HostSlab | None) -> None:
-        self.session = str(answer["session"])
-        self.namespace_id = str(answer["namespace"])
-        self.lookup_deadline_s = float(answer["lookup_deadline_s"])
-        self.load_deadline_s = float(answer["load_deadline_s"])
-        self.slot_base = epoch << EPOCH_BITS
-        self.anchor = anchor
-        self.slab = slab
-        self.sent: dict[int, int] = {}
-        self.orphans: list[int] = []
-        self.idle: list[Wire] = []
-        self.is_lost = False
-
-    def note_sent(self, request_id: int, num_keys: int) -> None:
-        """The daemon knows this much of a request now."""
-        while len(self.sent) >= MAX_SENT and request_id not in self.sent:
-            with contextlib.suppress(KeyError, StopIteration, RuntimeError):  # another thread makes room, too
-                del self.sent[next(iter(self.sent))]
-        self.sent[request_id] = num_keys
-
-    def hang_up(self) -> None:
-        """Close all connections. Idempotent."""
-        self.is_lost = True
-        self.anchor.close()
-        while self.idle:
-            with contextlib.suppress(IndexError):
-                self.idle.pop().close()
+FIRST_PAUSE_S = 0.05  # before the seeker's first try; doubled by each that fails, up to retry_max_s
+HELLO_TIMEOUT_S = 30.0  # the daemon may have to read a directory of millions of pages
+SEEK_TIMEOUT_S = 30.0  # a frozen daemon answers when it wakes: better to wait for that than to try again and again
 
 
 class Link:
-    """Calls to a daemon, with deadlines and re-attaching. Any thread.
+    """Calls to a daemon, with deadlines; finding it again. Any thread.
 
-    dial:      makes a connection; raises OSError.
+    dial:      makes a connection; raises OSError, or ConfigError.
     greeting:  the hello message.
-    on_change: told with the new attachment, or None when one is lost. Under no lock.
+    on_change: told with a new attachment before it is used, and with None when one is lost. Under no lock; any thread.
     """
 
     def __init__(
@@ -100,48 +53,52 @@ class Link:
         *,
         call_timeout_s: float,
         retry_max_s: float,
-        now: Callable[[], float] = time.monotonic,
+        on_change: Callable[[Attachment | None], None] = lambda attachment: None,
     ) -> None:
         self.call_timeout_s = call_timeout_s
         self.attachment: Attachment | None = None
         self.num_attached = 0
-        self.num_failures = 0
         self._dial = dial
         self._greeting = greeting
         self._retry_max_s = retry_max_s
-        self._now = now
-        self._backoff_s = 0.0
-        self._down_until = 0.0
+        self._on_change = on_change
         self._is_closed = False
-        self._attaching = threading.Lock()  # held by the one thread that says hello; the others go on without
+        self._is_new = True  # nothing was tried yet in this process
+        self._is_answered = threading.Event()  # ATTACHED
+        self._pause_s = 0.0
+        self._seeker: Errand | None = None
+        self._lock = threading.Lock()  # of these and the attachment; never held while calling
         _links.add(self)
 
-    def attach(self, timeout_s: float) -> Attachment:
-        """The attachment there is, else a new one. Raises DaemonDown; ConfigError or LayoutMismatch if refused."""
-        attachment = self.attachment
-        if attachment is not None and not attachment.is_lost:
-            if self._now() < self._down_until:
-                raise DaemonDown("the daemon has not answered lately")
-            return attachment
-        if self._is_closed:
-            raise DaemonDown("the link is closed")
-        if self._now() < self._down_until or not self._attaching.acquire(blocking=False):
-            raise DaemonDown("the daemon is not reached at the moment")
+    def attach(self, timeout_s: float = HELLO_TIMEOUT_S) -> Attachment:
+        """Say hello for the first time. If that fails the daemon is sought from then on.
+
+        Raises DaemonDown; ConfigError or LayoutMismatch if refused.
+        """
+        with self._lock:
+            is_first, self._is_new = self._is_new, False
+        if not is_first:
+            raise DaemonDown("another thread attaches, or has")
         try:
-            attachment = self._hello(timeout_s)
-        except ProtocolError as error:
-            self._pause(str(error))
-            raise DaemonDown(str(error)) from None
-        except KVStoreError as error:
-            self._pause(str(error))
+            attachment = self._meet(self._dial, timeout_s)
+        except DaemonDown as error:
+            self._seek(str(error))
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            self._pause(f"{type(error).__name__}: {error}")
-            raise DaemonDown(str(error)) from None
-        finally:
-            self._attaching.release()
-        log.info("attached to the daemon, session %s...", attachment.session[:8])
+        self._is_answered.set()
         return attachment
+
+    def attached(self) -> Attachment:
+        """The attachment there is. Does not wait, but for the hello of a forked child. Raises DaemonDown."""
+        attachment = self.attachment
+        if attachment is not None and self._is_answered.is_set():
+            return attachment
+        if not self._is_new:
+            raise DaemonDown("the daemon has not answered lately")
+        try:
+            return self.attach(self.call_timeout_s)
+        except (ConfigError, LayoutMismatch) as error:  # loud at the start, quiet now: this may be an engine's step
+            self._seek(str(error))
+            raise DaemonDown(str(error)) from None
 
     def call(self, attachment: Attachment, op: Op, body: bytes, wait_s: float = 0.0) -> tuple[Status, bytes]:
         """One call within `wait_s` and the call timeout.
@@ -151,119 +108,150 @@ class Link:
         with self.borrow(attachment) as wire:
             status, answer = wire.call(op, body, wait_s + self.call_timeout_s)
         if status is Status.ERROR:
-            raise _error(answer)
+            raise error_of(answer)
         return status, answer
 
     @contextlib.contextmanager
     def borrow(self, attachment: Attachment) -> Iterator[Wire]:
         """A connection for a while. After an error it is closed, and DaemonDown raised."""
+        if attachment is not self.attachment or not self._is_answered.is_set():
+            raise DaemonDown("the daemon has not answered lately")
         wire: Wire | None = None
         try:
-            wire = self._take(attachment)
+            wire = attachment.take(self._dial, self.call_timeout_s)
             yield wire
         except (OSError, ProtocolError) as error:
             if wire is not None:
                 wire.close()
-            self._failed(attachment, error)
+            self._failed(attachment, str(error))
             raise DaemonDown(str(error)) from None
         except BaseException:
             if wire is not None:
                 wire.close()
             raise
-        self._give(attachment, wire)
-        self._backoff_s = 0.0
+        attachment.give(wire)
+        self._pause_s = 0.0
+
+    def orphan(self, attachment: Attachment, lease_id: int) -> None:
+        """Have a lease released that the daemon may hold for this client, before anything else is asked of it."""
+        attachment.orphans.append(lease_id)
+        if attachment is self.attachment:
+            self._seek(f"lease {lease_id} may be open there")
 
     def close(self) -> None:
         """Hang up; the daemon releases what was leased. Idempotent."""
-        self._is_closed = True
-        attachment, self.attachment = self.attachment, None
+        with self._lock:
+            self._is_closed = True
+            self._is_answered.clear()
+            attachment, self.attachment = self.attachment, None
+            seeker, self._seeker = self._seeker, None
         if attachment is not None:
             attachment.hang_up()
+        if seeker is not None:
+            seeker.end()
 
     def forget(self) -> None:
-        """In a forked child: the connections are the parent's, and must end with it."""
-        self.close()
-        self._is_closed = False
-        self._attaching = threading.Lock()
+        """In a forked child: the session is the parent's, and so is the seeker. The next call says hello anew."""
+        self._lock = threading.Lock()  # another thread may have held it
+        self._is_answered = threading.Event()
+        self._is_new = not self._is_closed
+        self.attachment = self._seeker = None
 
     # ---- private ------------------------------------------------------------------------------------------------
 
-    def _hello(self, timeout_s: float) -> Attachment:
-        wire = self._dial(min(timeout_s, self.call_timeout_s))
-        fd: int | None = None
+    def _meet(self, dial: Dial, timeout_s: float) -> Attachment:
+        """Say hello. The attachment is there then, but not used yet."""
         try:
-            status, body, fd = wire.hello(self._greeting, timeout_s)
-            if status is Status.ERROR:
-                raise _error(body)
-            answer = json.loads(body)
-            slab = self._slab(fd, answer) if wire.is_local else None
-            attachment = Attachment(self.num_attached, answer, wire, slab)
-        except BaseException:
-            wire.close()
-            raise
-        finally:
-            if fd is not None:
-                os.close(fd)
-        self.num_attached += 1
-        self._backoff_s = 0.0
-        self.attachment = attachment
+            wire = dial(min(timeout_s, self.call_timeout_s))
+        except OSError as error:
+            raise DaemonDown(str(error)) from None
+        attachment = greet(wire, self._greeting, self.num_attached, timeout_s)
+        with self._lock:
+            if not self._is_closed:
+                self.num_attached += 1
+                self.attachment = attachment
+        if attachment is not self.attachment:
+            attachment.hang_up()
+            if attachment.slab is not None:
+                attachment.slab.close()
+            raise DaemonDown("the link is closed")
+        self._on_change(attachment)
+        log.info("attached to the daemon, session %s...", attachment.session[:8])
         return attachment
 
-    def _slab(self, fd: int | None, answer: dict[str, Any]) -> HostSlab:
-        if fd is None:
-            raise ProtocolError("the daemon sent no slab")
-        return HostSlab.attach(SlabHandle(f"/proc/self/fd/{fd}", int(answer["num_slots"]), int(answer["slot_bytes"])))
-
-    def _take(self, attachment: Attachment) -> Wire:
-        try:
-            return attachment.idle.pop()
-        except IndexError:
-            pass
+    def _failed(self, attachment: Attachment, reason: str) -> None:
         if attachment.is_lost:
-            raise ConnectionResetError("the daemon hung up")
-        wire = self._dial(self.call_timeout_s)
+            self._lose(attachment)
+        if self.attachment in (attachment, None):  # else another has come meanwhile, and answers
+            self._seek(reason)
+
+    def _lose(self, attachment: Attachment) -> None:
+        with self._lock:
+            is_current = attachment is self.attachment
+            if is_current:
+                self.attachment = None
+        attachment.hang_up()
+        if is_current:
+            self._on_change(None)
+
+    # ---- the seeker ---------------------------------------------------------------------------------------------
+
+    def _seek(self, reason: str) -> None:
+        """Have all calls fail until the daemon has answered the seeker."""
+        with self._lock:
+            self._is_answered.clear()
+            if self._seeker is None and not self._is_closed:
+                log.warning("the daemon is away, everything is a miss: %s", reason)
+                # A daemon that answers the seeker and fails the next call is sought more and more slowly, too.
+                self._pause_s = self._longer(self._pause_s)
+                self._seeker = Errand("seeker", self._run)
+
+    def _run(self, seeker: Errand) -> None:
+        pause_s, told = self._pause_s, ""
+        while not seeker.rest(pause_s):
+            try:
+                self._knock(seeker)
+            except Exception as error:  # whatever it was, there is another try
+                if not isinstance(error, (DaemonDown, OSError)) and str(error) != told:
+                    told = str(error)
+                    log.warning("the daemon cannot be used: %s", told)
+                pause_s = self._longer(pause_s)
+                continue
+            with self._lock:
+                if self.attachment is not None and not self.attachment.orphans:
+                    # Whoever loses the attachment or finds an orphan from here on starts another seeker.
+                    self._seeker = None
+                    if not self._is_closed:
+                        self._is_answered.set()
+                    return
+
+    def _knock(self, seeker: Errand) -> None:
+        """One try. Raises if the daemon cannot be used yet."""
+
+        def dial(timeout_s: float) -> Wire:
+            return seeker.hold(self._dial(min(timeout_s, self.call_timeout_s)))
+
+        attachment = self.attachment
+        if attachment is not None and attachment.is_lost:
+            self._lose(attachment)
+            attachment = None
+        if attachment is None:
+            self._meet(dial, SEEK_TIMEOUT_S)
+            return
+        began = time.monotonic()
+        wire = attachment.open(dial, SEEK_TIMEOUT_S)
+        if time.monotonic() - began > self.call_timeout_s:  # it has just woken, or is too slow for any call
+            wire.close()
+            raise DaemonDown("it answers too late")
         try:
-            message = protocol.encode_json({"session": attachment.session})
-            status, _ = wire.call(Op.ATTACH, message, self.call_timeout_s)
+            attachment.release_orphans(wire, self.call_timeout_s)
         except BaseException:
             wire.close()
             raise
-        if status is not Status.OK:
-            wire.close()
-            self._lose(attachment, "the daemon does not know this session")
-            raise ConnectionResetError("the session is gone")
-        return wire
+        attachment.give(wire)
 
-    def _give(self, attachment: Attachment, wire: Wire) -> None:
-        if attachment.is_lost or len(attachment.idle) >= MAX_IDLE_WIRES:
-            wire.close()
-        else:
-            attachment.idle.append(wire)
-
-    def _failed(self, attachment: Attachment, error: Exception) -> None:
-        self.num_failures += 1
-        if attachment.is_lost or attachment.anchor.is_lost:
-            self._lose(attachment, str(error))
-        else:
-            self._pause(str(error))
-
-    def _lose(self, attachment: Attachment, reason: str) -> None:
-        if self.attachment is attachment:
-            self.attachment = None
-        attachment.hang_up()
-        self._pause(reason)
-
-    def _pause(self, reason: str) -> None:
-        if not self._backoff_s and not self._is_closed:
-            log.warning("the daemon is down, everything is a miss: %s", reason)
-        self._backoff_s = min(self._retry_max_s, max(FIRST_BACKOFF_S, 2 * self._backoff_s))
-        self._down_until = self._now() + self._backoff_s
-
-
-def _error(answer: bytes) -> KVStoreError:
-    value = protocol.decode_json(answer)
-    kind = _RAISED.get(str(value.get("type")), DaemonDown)
-    return kind(str(value.get("message")))
+    def _longer(self, pause_s: float) -> float:
+        return min(self._retry_max_s, max(FIRST_PAUSE_S, 2 * pause_s))
 
 
 _links: weakref.WeakSet[Link] = weakref.WeakSet()

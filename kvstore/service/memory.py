@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.plan.records import SlotPage
-from kvstore.service.link import EPOCH_BITS, Attachment
+from kvstore.service.attachment import EPOCH_BITS, Attachment
 from kvstore.service.slab import SlabShare
 from kvstore.service.staging import Staging
 from kvstore.service.wire import Wire

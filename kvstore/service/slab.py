@@ -22,7 +22,6 @@ before the daemon started again needs both slabs: `store.slabs` names all that a
 from __future__ import annotations
 
 import os
-import weakref
 from typing import NamedTuple
 
 import numpy as np
@@ -62,8 +61,6 @@ class AttachedSlab:
         self._slab = slab
         self._slot_base = slot_base
         self._anchor = anchor
-        if anchor is not None:
-            _attached.add(self)
 
     def array(self, slot: int) -> npt.NDArray[np.uint8]:
         """The bytes of a slot, by its number in a lease. Raises IndexError if it is a slot of another slab."""
@@ -80,14 +77,10 @@ class AttachedSlab:
 
     def close(self) -> None:
         """Say that no copy is under way here any more, and let the memory go. Idempotent."""
-        self.drop_anchor()
-        self.buffer = np.empty(0, np.uint8)
-        self._slab.close()
-
-    def drop_anchor(self) -> None:
-        """In a forked child: the connection is the parent's, and must end with it."""
         if self._anchor is not None:
             self._anchor.close()
+        self.buffer = np.empty(0, np.uint8)
+        self._slab.close()
 
     def _index(self, slot: int) -> int:
         index = slot - self._slot_base
@@ -132,14 +125,3 @@ def _receive(anchor: Wire, handle: SlabShare, timeout_s: float) -> HostSlab:
         return HostSlab.attach(SlabHandle(f"/proc/self/fd/{fd}", handle.num_slots, handle.slot_bytes))
     finally:
         os.close(fd)
-
-
-_attached: weakref.WeakSet[AttachedSlab] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for slab in list(_attached):
-        slab.drop_anchor()
-
-
-os.register_at_fork(after_in_child=_after_fork)

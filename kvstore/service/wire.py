@@ -1,7 +1,8 @@
 """One connection to a daemon, as a client has it: a call goes out, its answer comes back, or a deadline passes.
 
 Blocking, for one thread at a time. After any error the connection is of no more use: an answer that comes late must not
-be taken for that of the next call.
+be taken for that of the next call. A forked child has none: those it was forked with are its parent's, and must end
+with it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import socket
 import ssl
 import struct
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
@@ -30,7 +32,7 @@ Dial = Callable[[float], "Wire"]
 class Wire:
     """A connected socket that frames go over. One thread at a time."""
 
-    __slots__ = ("_low_water", "_sequence", "_until", "is_local", "socket")
+    __slots__ = ("__weakref__", "_low_water", "_sequence", "_until", "is_local", "socket")
 
     def __init__(self, connected: socket.socket, *, is_local: bool = True) -> None:
         self.socket = connected
@@ -38,6 +40,7 @@ class Wire:
         self._until = 0.0
         self._sequence = 0
         self._low_water = 1
+        _wires.add(self)
 
     def call(self, op: Op, body: bytes, timeout_s: float) -> tuple[Status, bytes]:
         """Send a message and return its answer. Raises OSError (TimeoutError after `timeout_s`) or ProtocolError."""
@@ -120,6 +123,11 @@ class Wire:
             return False
         except OSError:
             return True
+
+    def interrupt(self) -> None:
+        """End what another thread waits for on this connection, now or next. Any thread."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)  # past TLS, whose state is the other thread's
 
     def close(self) -> None:
         """Hang up. Idempotent."""
@@ -248,3 +256,14 @@ def _check_peer(connected: socket.socket, path: str) -> None:
     _, uid, _ = form.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, form.size))
     if uid not in (0, os.getuid()):
         raise ConfigError(f"service.url is unix://{path}, but user {uid} listens there; use a path of your own")
+
+
+_wires: weakref.WeakSet[Wire] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for wire in list(_wires):
+        wire.close()
+
+
+os.register_at_fork(after_in_child=_after_fork)

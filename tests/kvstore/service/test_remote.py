@@ -114,7 +114,7 @@ def test_a_large_page_that_ends_in_the_middle_holds_nothing_up(large: RemoteStor
     attachment = large._link.attachment
     assert attachment is not None
     lease = large.prepare_save(large.request(prompt(1)), 0, 1)
-    wire = large._link._take(attachment)
+    wire = attachment.take(large._link._dial, 1.0)
     page = next(index for index, page in enumerate(lease.pages) if page.group == 1)
 
     wire.socket.sendall(one_page(lease.id, page, bytes(1 << 20))[:1000])
@@ -167,7 +167,7 @@ def test_a_remote_client_that_hangs_up_in_the_middle_of_a_page_leaves_nothing(da
         lease = dying.prepare_save(dying.request(prompt(2)), 0, 2)
         attachment = dying._link.attachment
         assert attachment is not None
-        wire = dying._link._take(attachment)
+        wire = attachment.take(dying._link._dial, 1.0)
         wire.socket.sendall(one_page(lease.id, 0, bytes(PAGE_BYTES))[: -PAGE_BYTES // 2])
 
         wire.close()
@@ -181,7 +181,7 @@ def test_a_page_for_a_lease_that_ended_goes_nowhere(store: RemoteStore) -> None:
     lease = store.prepare_save(store.request(prompt(2)), 0, 2)
     attachment = store._link.attachment
     assert attachment is not None
-    wire = store._link._take(attachment)
+    wire = attachment.take(store._link._dial, 1.0)
     frame = one_page(lease.id, 0, b"\xff" * PAGE_BYTES)
     wire.socket.sendall(frame[:-PAGE_BYTES])
     store.release(lease)
@@ -214,7 +214,7 @@ def test_a_page_the_lease_does_not_have_ends_the_connection(store: RemoteStore, 
     lease = store.prepare_save(store.request(prompt(2)), 0, 2)
     attachment = store._link.attachment
     assert attachment is not None
-    wire = store._link._take(attachment)
+    wire = attachment.take(store._link._dial, 1.0)
 
     wire.socket.sendall(one_page(lease.id, index, bytes(size)))
 
