@@ -28,7 +28,8 @@ import lmdb
 
 from kvstore.errors import ConfigError, CorruptPage, LayoutMismatch, TierFull, TierUnavailable
 from kvstore.tiers.directory_lock import DirectoryLock
-from kvstore.tiers.disk_index import DiskIndex, Geometry
+from kvstore.tiers.disk_index import DiskIndex
+from kvstore.tiers.disk_meta import Geometry
 from kvstore.tiers.gate import Gate
 from kvstore.tiers.index_probe import index_is_sound
 from kvstore.tiers.slab_file import FILE_MODE, SlabFile

@@ -27,7 +27,9 @@ from kvstore.layout import SLOT_ALIGNMENT
 from kvstore.page import PageKey, PageMeta, encode_header, verify_page
 from kvstore.tiers.base import StoredPage, TierCounters
 from kvstore.tiers.directory import DiskDirectory, acquire, release
-from kvstore.tiers.disk_index import DiskIndex, Geometry, ScanPosition, Written
+from kvstore.tiers.disk_index import DiskIndex, Written
+from kvstore.tiers.disk_meta import Geometry
+from kvstore.tiers.disk_pages import ScanPosition
 from kvstore.tiers.disk_record import PageRecord
 from kvstore.tiers.disk_slots import Claim
 

@@ -1,9 +1,10 @@
 """The disk tier's index: small records in LMDB, shared by all processes on one directory.
 
-    pages    page key             -> record (disk_record.py)
-    order    stamp u64 BE         -> page key; least recently used first
-    free, writing                 -> slots (disk_slots.py)
-    meta     "geometry", "state"  -> checked values: what never changes, and the allocator's counters
+    pages, order     records by key, and the order of their use (disk_pages.py)
+    free, writing    slots that nobody has, and those handed out (disk_slots.py)
+    meta             what the directory is made for, and the slots' counters (disk_meta.py)
+
+This module is the transactions over these tables; it alone knows what has to change together.
 
 To store a page a caller claims a slot (one short transaction), writes the bytes outside any transaction, and publishes
 (another one). Whoever dies between leaves a claim of a writer that no longer lives; it is taken back when room is
@@ -17,8 +18,6 @@ replaced. Any thread; writers wait for each other with a deadline.
 from __future__ import annotations
 
 import contextlib
-import json
-import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,34 +25,15 @@ from typing import Any
 
 import lmdb
 
-from kvstore.errors import CorruptPage, LayoutMismatch, TierUnavailable
-from kvstore.page import HEADER_BYTES, KEY_BYTES, PageKey
+from kvstore.errors import CorruptPage, TierUnavailable
+from kvstore.page import PageKey
 from kvstore.tiers.directory_lock import DirectoryLock
-from kvstore.tiers.disk_record import (
-    PageRecord,
-    decode_checked,
-    decode_place,
-    decode_record,
-    encode_checked,
-    encode_record,
-)
+from kvstore.tiers.disk_meta import Geometry, MetaTable
+from kvstore.tiers.disk_pages import PageTable, ScanPosition
+from kvstore.tiers.disk_record import PageRecord
 from kvstore.tiers.disk_slots import AllocatorState, Claim, SlotAllocator, Txn
 
-DISK_FORMAT_VERSION = 1
-SCAN_BATCH = 1024  # records per read transaction of a scan: about 5 ms
-EVICTION_WINDOW = 64  # how far beyond the least recently used pages an eviction looks for expired ones
-
-_STAMP = struct.Struct(">Q")
 _SET_UP_TIMEOUT_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """What a directory is made for; pages of another layout are never put into it."""
-
-    layout: str
-    slot_bytes: int
-    version: int = DISK_FORMAT_VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +64,6 @@ class Found:
     damaged: list[PageKey] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class ScanPosition:
-    """Stamps still to be looked at, both ends included."""
-
-    start: int
-    end: int
-
-
 class DiskIndex:
     """Records and slots of one directory. See the head of the module for the tables."""
 
@@ -103,9 +75,8 @@ class DiskIndex:
         self._env = env
         self._lock = lock
         self._orphans: list[Claim] = []  # claims that could be neither published nor freed
-        self._pages = self._table(b"pages")
-        self._order = self._table(b"order")
-        self._meta = self._table(b"meta")
+        self._pages = PageTable(self._table(b"pages"), self._table(b"order"))
+        self._meta = MetaTable(self._table(b"meta"))
         is_alive = lock.is_alive if lock else lambda _: True
         self._slots = SlotAllocator(self._table(b"free"), self._table(b"writing"), is_alive)
 
@@ -114,26 +85,17 @@ class DiskIndex:
     def geometry(self) -> Geometry | None:
         """What the directory was made for; None if it is new. Raises CorruptPage or LayoutMismatch (other version)."""
         with self._env.begin() as txn:
-            raw = txn.get(b"geometry", db=self._meta)
-        if raw is None:
-            return None
-        fields = json.loads(decode_checked(raw))
-        if fields["version"] != DISK_FORMAT_VERSION:
-            raise LayoutMismatch(
-                f"disk directory has format version {fields['version']}; this release reads {DISK_FORMAT_VERSION}"
-            )
-        return Geometry(fields["layout"], fields["slot_bytes"], fields["version"])
+            return self._meta.geometry(txn)
 
     def num_slots(self) -> int:
         """Slots of the directory. Raises CorruptPage."""
         with self._env.begin() as txn:
-            return self._state(txn).num_slots
+            return self._meta.state(txn).num_slots
 
     def set_up(self, geometry: Geometry, num_slots: int) -> None:
         """Write the geometry of a new directory, or grow the number of slots of one that is there."""
         with self._write(time.monotonic() + _SET_UP_TIMEOUT_S) as (txn, state):
-            fields = {"layout": geometry.layout, "slot_bytes": geometry.slot_bytes, "version": geometry.version}
-            txn.put(b"geometry", encode_checked(json.dumps(fields).encode()), db=self._meta)
+            self._meta.set_geometry(txn, geometry)
             state.num_slots = max(state.num_slots, num_slots)
 
     def grow_map(self, map_bytes: int) -> None:
@@ -148,16 +110,12 @@ class DiskIndex:
             self._slots.writer, state.next_writer = state.next_writer, state.next_writer + 1
             self._lock.live(self._slots.writer)
             self._slots.reclaim(txn)
-            lost = 0
-            if slots_in_file < state.high_water:
-                for key, raw in list(txn.cursor(self._pages)):
-                    with contextlib.suppress(CorruptPage):
-                        if decode_record(key, raw).slot >= slots_in_file:
-                            self._remove(txn, state, key)
-                            lost += 1
+            lost = self._pages.beyond(txn, slots_in_file) if slots_in_file < state.high_water else []
+            for key in lost:
+                self._remove(txn, state, key)
             if state.leaked:
                 self._repair(txn, state)
-            return lost
+            return len(lost)
 
     # Reading.
 
@@ -168,7 +126,7 @@ class DiskIndex:
             for key in keys:
                 record = None
                 try:
-                    record = self._get(txn, key)
+                    record = self._pages.get(txn, key)
                 except CorruptPage:
                     found.damaged.append(key)
                 found.records.append(record)
@@ -177,48 +135,26 @@ class DiskIndex:
     def still_there(self, records: Sequence[PageRecord]) -> list[bool]:
         """Which records still describe the same copies; a touch meanwhile does not matter."""
         with self._env.begin() as txn:
-            return [
-                (txn.get(record.header.key, db=self._pages) or b"")[:HEADER_BYTES] == record.raw_header
-                for record in records
-            ]
+            return [self._pages.is_same(txn, record) for record in records]
 
     def scan(self, position: ScanPosition | None = None) -> tuple[list[PageRecord], ScanPosition | None]:
         """Some records, least recently used first, and where to go on; None at the end.
 
         Ends with what was there when it began: a page used meanwhile is missed, since whoever used it knows it.
         """
-        records: list[PageRecord] = []
         with self._env.begin() as txn:
-            if position is None:
-                position = ScanPosition(0, self._state(txn).clock)
-            cursor = txn.cursor(self._order)
-            if not cursor.set_range(_STAMP.pack(position.start)):
-                return records, None
-            for looked, (raw_stamp, key) in enumerate(cursor):
-                if len(raw_stamp) != _STAMP.size:  # damage
-                    continue
-                (stamp,) = _STAMP.unpack(raw_stamp)
-                if stamp > position.end:
-                    break
-                if looked >= SCAN_BATCH:
-                    return records, ScanPosition(stamp, position.end)
-                with contextlib.suppress(CorruptPage):
-                    record = self._get(txn, key)
-                    if record is not None and record.stamp == stamp:
-                        records.append(record)
-        return records, None
+            return self._pages.scan(txn, position or ScanPosition(0, self._meta.state(txn).clock))
 
     def keys(self) -> list[PageKey]:
         """The keys of all records, also of damaged ones."""
         with self._env.begin() as txn:
-            keys = txn.cursor(self._pages).iternext(values=False)
-            return [PageKey(key) for key in keys if len(key) == KEY_BYTES]  # nobody asks for any other
+            return self._pages.keys(txn)
 
     def usage(self) -> dict[str, int]:
         """Slots by state; `slots` is their sum and those never used."""
         with self._env.begin() as txn:
-            state = self._state(txn)
-            pages = txn.stat(self._pages)["entries"]
+            state = self._meta.state(txn)
+            pages = self._pages.count(txn)
             free, writing = self._slots.counts(txn, state)
         return {
             "slots": state.num_slots,
@@ -268,17 +204,15 @@ class DiskIndex:
                     answers.append(False)
                     continue
                 answers.append(True)
-                stamp = state.tick()
-                raw = encode_record(
-                    page.raw_header,
+                if not self._pages.add(
+                    txn,
+                    page.key,
+                    state.tick(),
+                    raw_header=page.raw_header,
                     slot=page.claim.slot,
-                    stamp=stamp,
                     expires_at=page.expires_at,
                     tokens=page.tokens,
-                )
-                if txn.put(page.key, raw, overwrite=False, db=self._pages):
-                    txn.put(_STAMP.pack(stamp), page.key, db=self._order)
-                else:
+                ):
                     self._slots.free(txn, page.claim.slot)
         return answers
 
@@ -293,21 +227,11 @@ class DiskIndex:
             for key in keys:
                 record = None
                 with contextlib.suppress(CorruptPage):
-                    record = self._get(txn, key)
+                    record = self._pages.get(txn, key)
                 if record is None or record.is_expired(now):
                     answers.append(False)
                     continue
-                txn.delete(_STAMP.pack(record.stamp), db=self._order)
-                stamp = state.tick()
-                raw = encode_record(
-                    record.raw_header,
-                    slot=record.slot,
-                    stamp=stamp,
-                    expires_at=expires_at or record.expires_at,
-                    tokens=record.tokens,
-                )
-                txn.put(key, raw, db=self._pages)
-                txn.put(_STAMP.pack(stamp), key, db=self._order)
+                self._pages.touch(txn, key, record, state.tick(), expires_at)
                 answers.append(True)
         return answers
 
@@ -328,11 +252,11 @@ class DiskIndex:
         ):
             for key in damaged:
                 with contextlib.suppress(CorruptPage):
-                    self._get(txn, key)
+                    self._pages.get(txn, key)
                     continue
                 self._remove(txn, state, key)
             for record in records:
-                if (txn.get(record.header.key, db=self._pages) or b"")[:HEADER_BYTES] == record.raw_header:
+                if self._pages.is_same(txn, record):
                     self._remove(txn, state, record.header.key)
 
     def close(self) -> None:
@@ -351,27 +275,19 @@ class DiskIndex:
     def _write(self, deadline: float) -> Iterator[tuple[Txn, AllocatorState]]:
         assert self._lock is not None
         with self._lock.writing(deadline), self._env.begin(write=True) as txn:
-            state = self._state(txn)
+            state = self._meta.state(txn)
             before = state.encode()
             yield txn, state
             after = state.encode()
             if after != before:
-                txn.put(b"state", after, db=self._meta)
+                self._meta.set_state(txn, after)
 
-    def _state(self, txn: Txn) -> AllocatorState:
-        raw = txn.get(b"state", db=self._meta)
-        return AllocatorState() if raw is None else AllocatorState.decode(raw)
-
-    # Records.
-
-    def _get(self, txn: Txn, key: bytes) -> PageRecord | None:
-        raw = txn.get(key, db=self._pages)
-        return None if raw is None else decode_record(key, raw)
+    # Pages that leave.
 
     def _is_stored(self, txn: Txn, state: AllocatorState, key: PageKey, now: float, claimed: Claimed) -> bool:
         """True if the page is there to stay; what is expired or damaged is removed first."""
         try:
-            record = self._get(txn, key)
+            record = self._pages.get(txn, key)
         except CorruptPage:
             claimed.damaged += 1
         else:
@@ -389,16 +305,11 @@ class DiskIndex:
 
     def _unlink(self, txn: Txn, state: AllocatorState, key: bytes) -> int | None:
         """Forget a record; the slot it named, if there was one and it can be trusted."""
-        raw = txn.pop(key, db=self._pages)
-        if raw is None:
-            return None
         try:
-            slot, stamp = decode_place(key, raw)
+            return self._pages.pop(txn, key)
         except CorruptPage:
             state.leaked += 1
             return None
-        txn.delete(_STAMP.pack(stamp), db=self._order)
-        return slot
 
     # Room.
 
@@ -413,53 +324,14 @@ class DiskIndex:
             self._repair(txn, state)
             slots += self._slots.take(txn, state, count - len(slots))
         # Only needed when somebody else stores here too: a planner alone names its victims and knows what fits.
-        victims = self._oldest(txn, state, count - len(slots), keep, now) if len(slots) < count else []
-        for key in victims:
-            self._remove(txn, state, key)
+        victims: list[PageKey] = []
+        if len(slots) < count:
+            victims, damaged = self._pages.oldest(txn, count - len(slots), keep, now)
+            for key in damaged + victims:
+                self._remove(txn, state, key)
         slots += self._slots.take(txn, state, count - len(slots))
         return slots, len(victims)
 
-    def _oldest(self, txn: Txn, state: AllocatorState, count: int, keep: set[PageKey], now: float) -> list[PageKey]:
-        """Up to `count` keys outside `keep`: expired ones first, then the least recently used."""
-        expired: list[PageKey] = []
-        oldest: list[PageKey] = []
-        stale: list[bytes] = []
-        damaged: list[PageKey] = []
-        for looked, (raw_stamp, raw_key) in enumerate(txn.cursor(self._order)):
-            if looked >= count + len(keep) + EVICTION_WINDOW:
-                break
-            key, record = PageKey(raw_key), None
-            try:
-                record = self._get(txn, key)
-            except CorruptPage:
-                damaged.append(key)
-            if record is None or _STAMP.pack(record.stamp) != raw_stamp:
-                stale.append(raw_stamp)
-            elif key not in keep:
-                (expired if record.is_expired(now) else oldest).append(key)
-        for raw_stamp in stale:
-            txn.delete(raw_stamp, db=self._order)
-        for key in damaged:
-            self._remove(txn, state, key)
-        return (expired + oldest)[:count]
-
     def _repair(self, txn: Txn, state: AllocatorState) -> None:
         """Drop damaged records, free the slots they held, and make the order anew. One pass over the index."""
-        used: set[int] = set()
-        order: list[tuple[bytes, bytes]] = []
-        damaged: list[bytes] = []
-        for key, raw in txn.cursor(self._pages):
-            record = None
-            with contextlib.suppress(CorruptPage):
-                record = decode_record(key, raw)
-            if record is None:
-                damaged.append(key)
-            else:
-                used.add(record.slot)
-                order.append((_STAMP.pack(record.stamp), key))
-        for key in damaged:
-            txn.delete(key, db=self._pages)
-        txn.drop(self._order, delete=False)
-        for raw_stamp, key in sorted(order):
-            txn.put(raw_stamp, key, db=self._order)
-        self._slots.rebuild(txn, state, used)
+        self._slots.rebuild(txn, state, self._pages.rebuild(txn))

@@ -30,7 +30,7 @@ def index_of(tier: DiskTier) -> DiskIndex:
 def raw_record(tier: DiskTier, key: PageKey) -> bytes:
     index = index_of(tier)
     with index._env.begin() as txn:
-        raw = txn.get(key, db=index._pages)
+        raw = txn.get(key, db=index._pages._pages)
     assert raw is not None
     return bytes(raw)
 
@@ -38,7 +38,7 @@ def raw_record(tier: DiskTier, key: PageKey) -> bytes:
 def put_raw_record(tier: DiskTier, key: PageKey, raw: bytes) -> None:
     index = index_of(tier)
     with index._env.begin(write=True) as txn:
-        txn.put(key, raw, db=index._pages)
+        txn.put(key, raw, db=index._pages._pages)
 
 
 def record_of(tier: DiskTier, key: PageKey) -> PageRecord:
@@ -59,11 +59,11 @@ def check_slots(tier: DiskTier) -> None:
     """Every slot below the high water mark is free, being written, or named by one record; order knows every record."""
     index = index_of(tier)
     with index._env.begin() as txn:
-        state = index._state(txn)
-        records = [decode_record(key, raw) for key, raw in txn.cursor(index._pages)]
+        state = index._meta.state(txn)
+        records = [decode_record(key, raw) for key, raw in txn.cursor(index._pages._pages)]
         free = [struct.unpack(">I", raw)[0] for raw, _ in txn.cursor(index._slots._free)]
         writing = [struct.unpack(">I", raw)[0] for raw, _ in txn.cursor(index._slots._writing)]
-        order = {struct.unpack(">Q", raw)[0]: key for raw, key in txn.cursor(index._order)}
+        order = {struct.unpack(">Q", raw)[0]: key for raw, key in txn.cursor(index._pages._order)}
     places = Counter([*free, *writing, *(record.slot for record in records)])
     assert sorted(places) == list(range(state.high_water)), "a slot is lost"
     assert set(places.values()) <= {1}, "a slot is in two places"

@@ -129,7 +129,7 @@ class TestReopening:
             store(tier, keys_of("page", 1), SLOT_BYTES)
 
         with monkeypatch.context() as patch:
-            patch.setattr("kvstore.tiers.disk_index.DISK_FORMAT_VERSION", 0)
+            patch.setattr("kvstore.tiers.disk_meta.DISK_FORMAT_VERSION", 0)
             with pytest.raises(LayoutMismatch, match="format version 1; this release reads 0"):
                 open_disk(tmp_path)
 
@@ -336,7 +336,7 @@ class TestRoom:
     def test_a_scan_of_many_batches_yields_each_page_once(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("kvstore.tiers.disk_index.SCAN_BATCH", 3)
+        monkeypatch.setattr("kvstore.tiers.disk_pages.SCAN_BATCH", 3)
         keys = keys_of("page", 8)
         with closing(open_disk(tmp_path)) as tier:
             store(tier, keys, SLOT_BYTES)
