@@ -124,7 +124,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                     "copied ends with an error instead of being computed",
                     transfer.kv_load_failure_policy,
                 )
-            self._scheduler = open_half(vllm_config, self._config, self._engine, vllm.__version__)
+            # With several layer groups vLLM cannot recover from a load that fails inside a step.
+            is_beside = vllm_config.device_config.device_type == "cpu" and len(kv_cache_config.kv_cache_groups) == 1
+            self._scheduler = open_half(vllm_config, self._config, self._engine, vllm.__version__, is_beside=is_beside)
             _NEIGHBOURS[self._scheduler.name] = self._scheduler
             self._snapshots = Snapshots()
             self._stats_at = 0.0
@@ -140,7 +142,14 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Learn the engine's KV tensors; at the start, so it may raise ConfigError."""
         parallel = self._vllm_config.parallel_config
         rank = int(getattr(parallel, "rank", 0)) % int(parallel.tensor_parallel_size)
-        self._worker = WorkerHalf(self._engine, rank, _device(next(iter(kv_caches.values()))), on_saved=_tell_neighbour)
+        self._worker = WorkerHalf(
+            self._engine,
+            rank,
+            _device(next(iter(kv_caches.values()))),
+            # vLLM zeroes new blocks of some models in the step in which they are given, after its first call of us.
+            is_early=not getattr(self._kv_cache_config, "needs_kv_cache_zeroing", True),
+            on_saved=_tell_neighbour,
+        )
         self._worker.register(page_tables(self._engine, kv_caches, self._kv_cache_config.num_blocks))
 
     @quiet(lambda: None)
@@ -159,7 +168,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.start_loads()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: loads end before the forward, or the request is not in it."""
+        """Wait for a layer's blocks of loads beside this forward. Not measured: it is called for every layer."""
+        if self._worker is not None:
+            self._worker.wait_for_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing: blocks are copied whole after the forward."""
@@ -180,7 +191,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Requests whose load ended."""
         if self._worker is None:
             return KVConnectorTransferResults()
-        finished, failed = self._worker.take_results(finished_req_ids)
+        finished, failed = self._worker.take_results()
         # Blocks of several groups have overlapping numbers: there a failure is told by the request's name.
         by_name = len(self._kv_cache_config.kv_cache_groups) > 1
         return KVConnectorTransferResults(finished_recving=finished, failed_recving=failed if by_name else set())

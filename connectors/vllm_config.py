@@ -26,7 +26,8 @@ class ConnectorFields:
     """What only the connector needs.
 
     load:            "async": a request waits aside while its pages are copied, others run on; "sync": the copy is part
-                     of the step in which the request starts, a little faster for one request, in the way of others.
+                     of the step in which the request starts, beside its forward where the CPU runs the model; "auto":
+                     "sync" for the first request of an idle engine where that is so, else "async".
     save:            "prompt": blocks of prompts; "all": blocks filled while decoding too; "none": nothing.
     min_load_tokens: a hit that adds fewer tokens than this to vLLM's own prefix cache is not loaded.
     weights:         "sampled" identifies the weights by sizes, headers and samples of their files, "full" by all their
@@ -38,7 +39,7 @@ class ConnectorFields:
     require_daemon:  the same of the daemon that `service.url` names.
     """
 
-    load: str = "async"
+    load: str = "auto"
     save: str = "prompt"
     min_load_tokens: int = 0
     weights: str = "sampled"
@@ -118,7 +119,7 @@ def _check_service(config: Config, sections: Mapping[str, Any]) -> None:
 
 def _fields(given: Mapping[str, Any]) -> ConnectorFields:
     own = ConnectorFields(**given)
-    for name, allowed in (("load", ("async", "sync")), ("save", ("prompt", "all", "none"))):
+    for name, allowed in (("load", ("auto", "async", "sync")), ("save", ("prompt", "all", "none"))):
         if getattr(own, name) not in allowed:
             raise ConfigError(
                 f"kv_connector_extra_config: {name} is {getattr(own, name)!r}; it must be one of {', '.join(allowed)}"

@@ -14,7 +14,7 @@ The scheduler's thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from connectors.vllm_config import ConnectorConfig
@@ -44,7 +44,8 @@ COUNTERS = (
 class Loads:
     """Loads of one engine.
 
-    counters: those of COUNTERS, and "hit_tokens.TIER".
+    counters:  those of COUNTERS, and "hit_tokens.TIER".
+    is_beside: workers can copy beside the forward.
     """
 
     def __init__(
@@ -55,7 +56,11 @@ class Loads:
         requests: Requests,
         counters: dict[str, float],
         now: Callable[[], float],
+        is_beside: bool = False,
     ) -> None:
+        self.scheduled: Collection[str] = ()  # requests in the last step
+        self._is_beside = is_beside
+        self._is_trusted = False  # the last load of these slabs was copied well
         self._store = store
         self._engine = engine
         self._block_size = engine.layout.block_size
@@ -72,7 +77,8 @@ class Loads:
         self._asking: Tracked | None = None  # one that was answered "ask again" since the last jobs were taken
 
     def allow(self, num_slots: int) -> None:
-        """Say how many host slots there are; requests that wait for pages may hold a part of them."""
+        """There are other slabs now, of so many slots; requests that wait for pages may hold a part of them."""
+        self._is_trusted = False
         self._max_leased = max(1, int(MAX_LEASED_FRACTION * num_slots))
 
     def matched(self, tracked: Tracked, num_computed: int) -> tuple[int | None, bool]:
@@ -99,7 +105,8 @@ class Loads:
         if num_blocks < tracked.lease.num_blocks:
             self._counters["short_loads"] += 1
         tracked.promised = num_blocks
-        return tokens, self._config.fields.load == "async"
+        tracked.is_aside = self._goes_aside()
+        return tokens, tracked.is_aside
 
     def allocated(self, tracked: Tracked, blocks: Sequence[Sequence[Any]], num_external: int) -> None:
         """vLLM has blocks for the request, of which `num_external` tokens are to be loaded.
@@ -124,7 +131,7 @@ class Loads:
                 lease.id,
                 tracked.engine.request_id,
                 copies,
-                self._config.fields.load == "async",
+                tracked.is_aside,
                 is_bad=not is_whole or end != tracked.promised,
             )
         )
@@ -133,12 +140,13 @@ class Loads:
     def refuse(self, name: str, tracked: Tracked | None, blocks: Sequence[Sequence[Any]]) -> None:
         """Report the load that vLLM counts on as failed, so that it computes."""
         first = tracked.first if tracked is not None else 0
+        is_aside = tracked is None or tracked.is_aside
         if tracked is not None:
             tracked.most = first
             self.let_go(tracked)
         ids = tuple(block.block_id for row in blocks for block in row[first:] if not block.is_null)
         part = PageCopies(0, (-1,) * len(ids), ids)
-        self._jobs.append(LoadJob(NO_LEASE, name, (part,), self._config.fields.load == "async", is_bad=True))
+        self._jobs.append(LoadJob(NO_LEASE, name, (part,), is_aside, is_bad=True))
 
     def take_jobs(self) -> list[LoadJob]:
         """The copies for this step."""
@@ -161,11 +169,17 @@ class Loads:
         self._counters["rest_seconds"] += self._now() - began
 
     def has(self, lease_id: int) -> bool:
-        """True while a load is being copied."""
-        return lease_id in self._under_way
+        """True while a load is being copied; of all that are refused, always."""
+        return lease_id in self._under_way or lease_id == NO_LEASE
 
-    def failed(self, lease_id: int, error: str) -> None:
-        """A rank could not copy: this request is not offered the same blocks again, or it could go round for ever."""
+    def failed(self, lease_id: int, error: str) -> bool:
+        """A rank could not copy: this request is not offered the same blocks again, or it could go round for ever.
+
+        Returns True if it failed inside a step, so that others may have computed with what is missing.
+        """
+        self._is_trusted = False
+        if lease_id == NO_LEASE:
+            return True  # a refused one, whichever it was
         tracked, lease = self._under_way[lease_id]
         tracked.most = min(tracked.most, tracked.first)
         self._counters["load_failures"] += 1
@@ -175,9 +189,13 @@ class Loads:
             tracked.engine.request_id,
             error or "see the worker's log",
         )
+        return not tracked.is_aside
 
     def ended(self, lease_id: int, is_good: bool) -> None:
         """Every rank has copied a load, or failed to."""
+        if lease_id == NO_LEASE:
+            return
+        self._is_trusted = is_good
         tracked, lease = self._under_way.pop(lease_id)
         tracked.is_loading = False
         self._leased -= len(lease.pages)
@@ -207,6 +225,19 @@ class Loads:
             tracked.lease = None
 
     # ---- private ----------------------------------------------------------------------------------------------
+
+    def _goes_aside(self) -> bool:
+        """Whether a load is asynchronous.
+
+        Beside the forward is faster by two steps and by the copy. But others in that forward wait with it, and vLLM
+        recovers from its failure only if nobody shares its blocks: so it is for one request of an idle engine, and
+        after copies have worked.
+        """
+        if self._config.fields.load != "auto":
+            return self._config.fields.load == "async"
+        if not (self._is_beside and self._is_trusted) or any(not job.is_async for job in self._jobs):
+            return True
+        return any(self._requests.get(name) is not None for name in self.scheduled)
 
     def _lease(self, tracked: Tracked, first: int) -> LoadLease | int | None:
         """A lease on what is worth loading; 0 if nothing is, None to ask again."""

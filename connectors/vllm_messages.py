@@ -30,7 +30,8 @@ class PageCopies:
 class LoadJob:
     """Slots -> blocks, for a request that waits for it.
 
-    is_async: the request is parked until the copy is reported; else the copy ends before this step's forward.
+    is_async: the request is parked until the copy is reported; else it is in this step's forward, and each layer of it
+              waits for the copy.
     is_bad:   the plan is not complete (see vllm_scheduler.py): nothing is copied, the request computes.
     """
 
@@ -63,6 +64,7 @@ class StepPlan:
     layout:     the fingerprint both halves must agree on.
     half:       name of the scheduler's half.
     slabs:      where slots lie, from now on: a worker lets go of others. None: where they did.
+    heard:      leases of loads that the scheduler has learned to have failed since the last plan.
     """
 
     num_tokens: int = 0
@@ -71,6 +73,7 @@ class StepPlan:
     slabs: tuple[SlabHandle | SlabShare, ...] | None = None
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
+    heard: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)

@@ -28,6 +28,7 @@ class Tracked:
     asked_at:   when it was first answered "ask again", but for what another request computes.
     look_at:    not to be looked up before, since it waits for that.
     most:       blocks that may be promised; less after a load of this request failed.
+    is_aside:   the load that was promised is asynchronous.
     num_saved:  blocks that have been given to a save, or need none.
     num_hashed: vLLM's hashes that are in `store`.
     by_tier:    blocks of the load by the tier they come from.
@@ -42,6 +43,7 @@ class Tracked:
     asked_at: float | None = None
     look_at: float = 0.0
     is_loading: bool = False
+    is_aside: bool = True
     num_saved: int = 0
     num_hashed: int = 0
     by_tier: dict[str, int] = field(default_factory=dict)

@@ -59,11 +59,15 @@ class Saves:
         self._requests = requests
         self._counters = counters
         self._world = world
+        self._suspects: set[str] = set()
         self._under_way: dict[int, Saving] = {}
         self._jobs: list[SaveJob] = []
 
     def plan(self, name: str, tracked: Tracked, num_tokens: int, block_ids: Callable[[str], Any]) -> None:
         """Save the blocks that a step fills which computes `num_tokens` of the request. Never raises."""
+        if self._suspects:
+            tracked.num_saved = NEVER
+            return
         try:
             self._plan(name, tracked, num_tokens, block_ids)
         except Exception:  # a save that cannot be planned must not keep the loads of this step from the workers
@@ -103,6 +107,18 @@ class Saves:
         """Publish nothing of what is being copied."""
         for saving in self._under_way.values():
             saving.is_good = False
+
+    def distrust(self) -> None:
+        """A load failed inside a step: save nothing of who is there, nor of who comes before they end.
+
+        Who shares its blocks has computed over what is missing, and may do so again while vLLM computes them.
+        """
+        self.spoil()
+        self._suspects = {tracked.engine.request_id for tracked in self._requests}
+
+    def request_finished(self, name: str) -> None:
+        """A request is over."""
+        self._suspects.discard(name)
 
     def __len__(self) -> int:
         return len(self._under_way)

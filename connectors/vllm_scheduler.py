@@ -51,6 +51,7 @@ class SchedulerHalf:
     """Decides for one engine. The scheduler's thread, but for `saved`.
 
     world:      ranks that report each copy.
+    is_beside:  workers can copy beside the forward (vllm_layers.py).
     identify:   names what makes a request's KV different and vLLM's hashes do not cover (its adapter's files).
     name:       of this half, so that a worker in this process knows whose plan it has.
     """
@@ -62,6 +63,7 @@ class SchedulerHalf:
         config: ConnectorConfig,
         *,
         world: int = 1,
+        is_beside: bool = False,
         identify: Callable[[Any], str] = lambda request: "",
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -73,12 +75,13 @@ class SchedulerHalf:
         self._world = world
         is_single = config.store.store.single_flight and config.loads and config.saves
         self._requests = Requests(store, engine, identify, single_flight=is_single)
-        self._loads = Loads(store, engine, config, self._requests, self.counters, now)
+        self._loads = Loads(store, engine, config, self._requests, self.counters, now, is_beside)
         self._saves = Saves(store, engine, config, self._requests, self.counters, world)
         self._announcer = Announcer(engine.group_ids)
         self._slabs: tuple[SlabHandle | SlabShare, ...] = ()
         self._ranks: dict[int, int] = {}
         self._broken: set[int] = set()
+        self._heard: tuple[int, ...] = ()
 
     def bind_pool(self, pool: Any) -> None:
         """Learn vLLM's block pool, in which blocks under a save are held."""
@@ -116,6 +119,7 @@ class SchedulerHalf:
     def request_finished(self, request: Any) -> None:
         """The request is over, well or not."""
         tracked = self._requests.end(request.request_id)
+        self._saves.request_finished(request.request_id)
         if tracked is None:
             return
         self._loads.let_go(tracked)
@@ -133,7 +137,9 @@ class SchedulerHalf:
             tracked = self._requests.get(name)
             if tracked is not None:
                 self._saves.plan(name, tracked, num_tokens, block_ids)
-        plan = StepPlan(sum(scheduled.values()), self._engine.layout.fingerprint, self.name)
+        plan = StepPlan(sum(scheduled.values()), self._engine.layout.fingerprint, self.name, heard=self._heard)
+        self._heard = ()
+        self._loads.scheduled = scheduled
         plan.loads, plan.saves = self._loads.take_jobs(), self._saves.take_jobs()
         slabs = self.store.slabs
         if plan.loads or plan.saves or slabs != self._slabs:
@@ -151,9 +157,10 @@ class SchedulerHalf:
         if report.forward_tokens:
             self.store.observe_prefill(report.forward_tokens, report.forward_seconds)
         self._broken |= report.failed
+        self._heard += tuple(report.failed)
         for lease in report.failed:
-            if self._loads.has(lease):
-                self._loads.failed(lease, report.error)
+            if self._loads.has(lease) and self._loads.failed(lease, report.error):
+                self._saves.distrust()
         for lease, ranks in report.done.items():
             ranks += self._ranks.pop(lease, 0)
             if ranks < self._world:

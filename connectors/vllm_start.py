@@ -23,8 +23,13 @@ from kvstore.errors import ConfigError
 log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 
 
-def open_half(vllm_config: Any, config: ConnectorConfig, engine: EngineLayout, vllm_version: str) -> SchedulerHalf:
-    """Open the store, in this process or by its daemon, and make the half over it. Raises ConfigError."""
+def open_half(
+    vllm_config: Any, config: ConnectorConfig, engine: EngineLayout, vllm_version: str, *, is_beside: bool = False
+) -> SchedulerHalf:
+    """Open the store, in this process or by its daemon, and make the half over it. Raises ConfigError.
+
+    is_beside: workers can copy beside the forward (vllm_layers.py).
+    """
     namespace = engine_namespace(vllm_config, engine.layout, weights=config.fields.weights, vllm_version=vllm_version)
     # Both kinds that this can be have slabs that workers can map.
     store = cast(
@@ -37,7 +42,7 @@ def open_half(vllm_config: Any, config: ConnectorConfig, engine: EngineLayout, v
         store.close(0)
         raise
     world = int(vllm_config.parallel_config.tensor_parallel_size)
-    half = SchedulerHalf(store, engine, config, world=world, identify=_adapters())
+    half = SchedulerHalf(store, engine, config, world=world, is_beside=is_beside, identify=_adapters())
     log.info(
         "kvstore: %s, blocks of %d tokens, %d layer groups, namespace %s, disk %s, redis %s, daemon %s",
         ", ".join(f"{slab.num_slots} host slots of {slab.slot_bytes >> 10} KiB" for slab in store.slabs) or "no daemon",

@@ -7,7 +7,8 @@ ended since the last step. A copy never raises into the engine: what fails is re
 What makes it right:
 * a save's blocks are held by the scheduler until the copy is reported, so nobody overwrites them meanwhile;
 * a load's slots are pinned by their lease until the copy is reported;
-* a request whose load failed inside a step is never saved from again: its blocks may be computed over missing ones.
+* after a load failed inside a step nothing is saved until the scheduler has heard of it: blocks that this step and the
+  next one fill, of any request that shares the missing ones, may be computed over them.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from connectors.vllm_layers import LayeredLoads
 from connectors.vllm_layout import EngineLayout
 from connectors.vllm_messages import IDLE_WAIT_S, LoadJob, PageCopies, SaveJob, StepPlan, StepReport
 from kvstore.devices.base import CopyEvent, Device, PageTable
@@ -42,6 +44,7 @@ class WorkerHalf:
     """Copies for one rank. The engine's worker thread, but for the copies themselves.
 
     rank:      number of this rank's shard in a slot.
+    is_early:  asynchronous loads may begin before the step's forward, as nothing else writes to new blocks.
     on_saved:  called from the copying thread as soon as a save ended, with its lease and whether it is whole; set where
                the scheduler is in this process, so that pages are published without another engine step.
     """
@@ -52,6 +55,7 @@ class WorkerHalf:
         rank: int,
         device: Device,
         *,
+        is_early: bool = False,
         on_saved: Callable[[str, int, bool], None] | None = None,
     ) -> None:
         self._engine = engine
@@ -59,7 +63,9 @@ class WorkerHalf:
         self._device = device
         self._shard = rank if engine.layout.shards > 1 else 0
         self._is_copying_out = engine.layout.shards > 1 or rank == 0  # one shard: one rank saves for all
+        self._is_early = is_early and device.name == "cpu"
         self._on_saved = on_saved
+        self._layers: LayeredLoads | None = None
         self._tables: list[PageTable] = []
         self._handles: tuple[SlabHandle | SlabShare, ...] = ()
         self._slabs: dict[SlabHandle | SlabShare, AttachedSlab] = {}
@@ -69,10 +75,11 @@ class WorkerHalf:
         self._report = StepReport()
         self._finished: set[str] = set()
         self._failed: set[str] = set()
-        self._poisoned: set[str] = set()
+        self._unheard: set[int] = set()  # loads that failed inside a step, as long as the scheduler does not know
         self._bad_blocks: set[int] = set()
         self.plan = StepPlan()
         self._started_at = 0.0
+        self._is_in_forward = False
 
     def register(self, tables: Sequence[PageTable]) -> None:
         """Learn where the engine keeps its blocks, one table per layer group. Raises ConfigError if sizes differ."""
@@ -83,6 +90,8 @@ class WorkerHalf:
                     f"{group.page_bytes} by its configuration; the connector cannot store it"
                 )
         self._tables = list(tables)
+        if self._device.name == "cpu" and len(self._tables) == 1:
+            self._layers = LayeredLoads(self._device, self._engine.layer_names[0], self._tables[0])
 
     # ---- one step ---------------------------------------------------------------------------------------------
 
@@ -90,48 +99,45 @@ class WorkerHalf:
         """A step begins; its plan is bound until the next one."""
         self.plan = plan
         self._started_at = time.perf_counter()
+        self._is_in_forward = True
+        self._unheard.difference_update(plan.heard)
         if plan.slabs is not None:
             self._use(plan.slabs)
+        if self._is_early:
+            self._start_loads([job for job in plan.loads if job.is_async])
+            plan.loads = [job for job in plan.loads if not job.is_async]
 
     def start_loads(self) -> None:
-        """Start the plan's loads; those that are not asynchronous have ended when this returns."""
-        plan = self.plan
-        for job in plan.loads:
-            if job.is_bad or not self._fits(plan):
-                self._end(job, False, 0, 0.0, "" if job.is_bad else "the slab or the layout is not the scheduler's")
-            elif job.is_async:
-                if not self._submit(self._loads, job):
-                    self._end(job, False, 0, 0.0, "too many copies are waiting")
-            else:
-                self._run(job, plan.half)
-        plan.loads = []
+        """Start the plan's loads; the forward may begin with those that are not asynchronous."""
+        self._start_loads(self.plan.loads)
+        self.plan.loads = []
+
+    def wait_for_layer(self, name: str) -> None:
+        """The forward is about to read the blocks of a layer."""
+        if self._layers is not None:
+            self._layers.wait(name)
 
     def start_saves(self) -> None:
         """Start the plan's saves; the forward has been given to the device."""
         plan = self.plan
-        if plan.num_tokens >= MIN_PREFILL_TOKENS and self._device.name == "cpu":
-            self._report.forward_seconds += time.perf_counter() - self._started_at
-            self._report.forward_tokens += plan.num_tokens
+        self._end_forward()
         if plan.saves:
             self._collect()
         for job in plan.saves:
-            if not self._is_copying_out:
-                self._end(job, True, 0, 0.0, "")
-            elif job.request in self._poisoned or not self._fits(plan):
+            if self._unheard or not self._fits(plan):
                 self._end(job, False, 0, 0.0, "")
+            elif not self._is_copying_out:
+                self._end(job, True, 0, 0.0, "")
             elif not self._submit(self._saves, job):
                 self._end(job, False, 0, 0.0, "too many copies are waiting")
         plan.saves = []
 
-    def take_results(self, ended: Iterable[str] = ()) -> tuple[set[str], set[str]]:
-        """Requests whose asynchronous load ended since the last call, and those of them that failed.
-
-        ended: requests that are over; what is remembered of them is forgotten.
-        """
+    def take_results(self) -> tuple[set[str], set[str]]:
+        """Requests whose asynchronous load ended since the last call, and those of them that failed."""
+        self._end_forward()  # with a draft model vLLM asks before it has come to the saves
         if not self.plan.num_tokens:
             self._wait_for_copies()
         self._collect()
-        self._poisoned.difference_update(ended)
         finished, self._finished = self._finished, set()
         failed, self._failed = self._failed & finished, set()
         return finished, failed
@@ -150,6 +156,8 @@ class WorkerHalf:
 
     def close(self) -> None:
         """Finish the copies under way and let the slab go. Idempotent."""
+        if self._layers is not None:
+            self._layers.close()
         self._loads.close(CLOSE_TIMEOUT_S)
         self._saves.close(CLOSE_TIMEOUT_S)
         self._device.close()
@@ -162,7 +170,38 @@ class WorkerHalf:
         if not self._ended and self._loads.flush(IDLE_WAIT_S) and not self._ended:
             self._saves.flush(IDLE_WAIT_S)
 
+    def _end_forward(self) -> None:
+        """The forward is over: book it, and the loads beside it. Once a step."""
+        if not self._is_in_forward:
+            return
+        self._is_in_forward = False
+        num_tokens = self.plan.num_tokens
+        beside = self._layers.finish(num_tokens) if self._layers is not None else []
+        for load in beside:
+            self._end(load.job, not load.error, load.num_bytes, load.seconds, load.error)
+        if num_tokens >= MIN_PREFILL_TOKENS and self._device.name == "cpu" and not beside:
+            self._report.forward_seconds += time.perf_counter() - self._started_at
+            self._report.forward_tokens += num_tokens
+
     # ---- copying ----------------------------------------------------------------------------------------------
+
+    def _start_loads(self, jobs: Sequence[LoadJob]) -> None:
+        for job in jobs:
+            if job.is_bad or not self._fits(self.plan):
+                self._end(job, False, 0, 0.0, "" if job.is_bad else "the slab or the layout is not the scheduler's")
+            elif job.is_async:
+                if not self._submit(self._loads, job):
+                    self._end(job, False, 0, 0.0, "too many copies are waiting")
+            elif not self._start_beside(job):
+                self._run(job, self.plan.half)
+
+    def _start_beside(self, job: LoadJob) -> bool:
+        """Copy beside the forward, if that is known to be right here."""
+        layers = self._layers
+        if layers is None or not layers.is_proven or not job.copies:
+            return False
+        (part,) = job.copies
+        return layers.start(job, lambda: self._shard_slots(part))
 
     def _fits(self, plan: StepPlan) -> bool:
         return plan.layout == self._layout.fingerprint
@@ -231,6 +270,8 @@ class WorkerHalf:
             slab.close()
 
     def _end(self, job: LoadJob | SaveJob, ok: bool, num_bytes: int, seconds: float, error: str) -> None:
+        if isinstance(job, LoadJob) and not ok and not job.is_async:
+            self._unheard.add(job.lease)
         self._ended.append((job, ok, num_bytes, seconds, error))
 
     def _collect(self) -> None:
@@ -253,8 +294,9 @@ class WorkerHalf:
             if job.is_async:
                 self._finished.add(job.request)
             if not ok:
-                (self._failed if job.is_async else self._poisoned).add(job.request)
                 self._bad_blocks.update(job.blocks)
+                if job.is_async:
+                    self._failed.add(job.request)
 
 
 def page_tables(engine: EngineLayout, kv_caches: Mapping[str, Any], num_blocks: int) -> list[PageTable]:

@@ -15,7 +15,7 @@ def test_an_empty_configuration_is_a_cache_in_host_memory() -> None:
     config = parse_extra_config({}, "kv_both")
 
     assert (config.loads, config.saves) == (True, True)
-    assert config.fields.load == "async"
+    assert config.fields.load == "auto"
     assert config.store.disk.path is None
 
 
@@ -42,7 +42,7 @@ def test_the_role_says_what_is_done(tmp_path: Any, role: str, loads: bool, saves
         ({"path": "/tmp"}, "kv_both", "unknown key 'path'"),
         ({"host": {"capacity": 1}}, "kv_both", "host.capacity"),
         ({"host": "1GiB"}, "kv_both", "host is '1GiB'; it must be an object"),
-        ({"load": "later"}, "kv_both", "load is 'later'; it must be one of async, sync"),
+        ({"load": "later"}, "kv_both", "load is 'later'; it must be one of auto, async, sync"),
         ({"save": True}, "kv_both", "save is True; it must be one of"),
         ({"min_load_tokens": -1}, "kv_both", "min_load_tokens is -1"),
         ({"weights": ""}, "kv_both", "weights is ''"),

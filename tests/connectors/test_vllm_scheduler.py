@@ -71,13 +71,18 @@ class World:
     """A half with its surroundings."""
 
     def __init__(
-        self, store: Any, engine: EngineLayout = ENGINE, world: int = 1, extra: dict[str, Any] | None = None
+        self,
+        store: Any,
+        engine: EngineLayout = ENGINE,
+        world: int = 1,
+        extra: dict[str, Any] | None = None,
+        is_beside: bool = False,
     ) -> None:
         self.clock = Clock()
         self.pool = Pool()
         self.store = store
         config = parse_extra_config(extra or {}, "kv_both")
-        self.half = SchedulerHalf(store, engine, config, world=world, now=self.clock)
+        self.half = SchedulerHalf(store, engine, config, world=world, is_beside=is_beside, now=self.clock)
         self.half.bind_pool(self.pool)
 
     def save(self, asked: Any, first_block: int = 1) -> StepPlan:
@@ -91,6 +96,18 @@ class World:
         for job in self.save(asked).saves:
             self.half.reported(StepReport(done={job.lease: 1}))
         self.half.request_finished(asked)
+
+    def loaded(self, name: str, asked: Any, *, ok: bool = True) -> bool:
+        """Load a prompt of the tokens of `asked`, alone; True if that was aside. The request stays."""
+        again = request(name, asked.num_tokens, asked.block_hashes[0][0])
+        self.half.new_request(again)
+        num_tokens, is_aside = self.half.matched(again, 0)
+        assert num_tokens
+        self.half.allocated(again, self.blocks(num_tokens // BLOCK), num_tokens)
+        (job,) = self.half.plan_step({} if is_aside else {name: 1}, lambda name: None).loads
+        assert job.is_async is is_aside
+        self.half.reported(StepReport(done={job.lease: 1}, failed=set() if ok else {job.lease}))
+        return is_aside
 
     def blocks(self, count: int, first: int = 50) -> list[list[Any]]:
         return [[SimpleNamespace(block_id=first + n, is_null=False) for n in range(count)]]
@@ -453,3 +470,81 @@ class TestSingleFlight:
             asked = request(name, 4 * BLOCK + 1)
             world.half.new_request(asked)
             assert world.half.matched(asked, 0) == (0, False)
+
+
+def test_after_a_first_load_an_idle_engine_loads_beside_its_forward(store: LocalStore) -> None:
+    world = World(store, is_beside=True)
+    asked = request("a", 4 * BLOCK + 1)
+    world.stored(asked)
+
+    assert world.loaded("b", asked)  # nothing shows yet that copies work
+    world.half.request_finished(request("b", 1))
+    assert not world.loaded("c", asked)
+    assert world.loaded("d", asked)  # while c runs
+    world.half.request_finished(request("c", 1))
+    world.half.request_finished(request("d", 1))
+    assert not world.loaded("e", asked)
+
+
+def test_only_one_load_of_a_step_goes_beside_the_forward(store: LocalStore) -> None:
+    world = World(store, is_beside=True)
+    asked = request("a", 4 * BLOCK + 1)
+    world.stored(asked)
+    world.loaded("b", asked)
+    world.half.request_finished(request("b", 1))
+    waiting = [request(name, 4 * BLOCK + 1) for name in ("c", "d")]
+
+    aside = []
+    for one in waiting:
+        world.half.new_request(one)
+        num_tokens, is_aside = world.half.matched(one, 0)
+        world.half.allocated(one, world.blocks(4), num_tokens or 0)
+        aside.append(is_aside)
+
+    assert aside == [False, True]
+    assert [job.is_async for job in world.half.plan_step({"c": 1}, lambda name: None).loads] == [False, True]
+
+
+@pytest.mark.parametrize(("load", "is_beside"), [("async", True), ("auto", False)])
+def test_loads_go_aside_where_that_is_wanted_or_nothing_else_works(
+    store: LocalStore, load: str, is_beside: bool
+) -> None:
+    world = World(store, extra={"load": load}, is_beside=is_beside)
+    asked = request("a", 4 * BLOCK + 1)
+    world.stored(asked)
+
+    for name in ("b", "c"):
+        assert world.loaded(name, asked)
+        world.half.request_finished(request(name, 1))
+
+
+def test_after_a_load_failed_inside_a_step_nothing_of_who_was_there_is_saved(store: LocalStore) -> None:
+    world = World(store, is_beside=True)
+    asked = request("a", 4 * BLOCK + 1)
+    world.stored(asked)
+    world.loaded("b", asked)
+    world.half.request_finished(request("b", 1))
+    bystander = request("c", 3 * BLOCK, seed=9)
+    world.half.new_request(bystander)
+
+    assert not world.loaded("d", asked, ok=False)
+
+    plan = world.half.plan_step({"c": 3 * BLOCK}, lambda name: ([1, 2, 3],))
+    assert plan.saves == []
+    assert len(plan.heard) == 1
+    assert world.save(request("e", 2 * BLOCK, seed=8)).saves == []  # came while they are there
+    for name in ("c", "d"):
+        world.half.request_finished(request(name, 1))
+    assert world.save(request("f", 2 * BLOCK, seed=7)).saves != []
+
+
+def test_after_a_failed_load_the_next_ones_go_aside_until_one_worked(store: LocalStore) -> None:
+    world = World(store, is_beside=True)
+    asked = request("a", 4 * BLOCK + 1)
+    world.stored(asked)
+    aside = []
+    for name, ok in (("b", True), ("c", False), ("d", True), ("e", True)):
+        aside.append(world.loaded(name, asked, ok=ok))
+        world.half.request_finished(request(name, 1))
+
+    assert aside == [True, False, True, False]

@@ -42,19 +42,25 @@ def slab() -> Iterator[HostSlab]:
 class Rank:
     """One worker half and its tensors."""
 
-    def __init__(self, slab: HostSlab, rank: int = 0, shards: int = 1) -> None:
+    def __init__(self, slab: HostSlab, rank: int = 0, shards: int = 1, is_early: bool = False) -> None:
+        self.waits_for: tuple[str, ...] = ("a", "b")
         self.engine = engine_of(shards)
         self.tensors = caches()
         self.slab = slab
-        self.half = WorkerHalf(self.engine, rank, CpuDevice())
+        self.half = WorkerHalf(self.engine, rank, CpuDevice(), is_early=is_early)
         self.half.register(page_tables(self.engine, self.tensors, NUM_BLOCKS))
 
-    def step(self, *jobs: LoadJob | SaveJob, layout: str | None = None, num_tokens: int = 1) -> None:
+    def step(
+        self, *jobs: LoadJob | SaveJob, layout: str | None = None, num_tokens: int = 1, heard: tuple[int, ...] = ()
+    ) -> None:
         loads = [job for job in jobs if isinstance(job, LoadJob)]
         saves = [job for job in jobs if isinstance(job, SaveJob)]
         plan = StepPlan(num_tokens, layout or self.engine.layout.fingerprint, "", (self.slab.handle,), loads, saves)
+        plan.heard = heard
         self.half.begin(plan)
         self.half.start_loads()
+        for name in self.waits_for:
+            self.half.wait_for_layer(name)
         self.half.start_saves()
 
     def settle(self, num_leases: int) -> tuple[set[str], set[str], StepReport]:
@@ -147,16 +153,100 @@ def test_a_load_that_cannot_be_copied_is_told(slab: HostSlab, bad: dict[str, Any
     rank.half.close()
 
 
-def test_after_a_failed_synchronous_load_nothing_of_the_request_is_saved(slab: HostSlab) -> None:
+def test_after_a_load_failed_inside_a_step_nothing_is_saved_until_the_scheduler_knows(slab: HostSlab) -> None:
     rank = Rank(slab)
     load = LoadJob(1, "r", copies((0,), (NUM_BLOCKS,)), is_async=False)
 
+    # "other" may share the blocks that are missing; the step after was planned before anybody heard.
     rank.step(load, SaveJob(2, "r", copies((1,), (2,))), SaveJob(3, "other", copies((2,), (3,))))
     _, _, report = rank.settle(3)
+    rank.step(SaveJob(4, "other", copies((3,), (3,))))
+    _, _, next_report = rank.settle(1)
 
-    assert report.failed == {1, 2}
-    assert not slab.array(1).any()
+    assert report.failed == {1, 2, 3}
+    assert next_report.failed == {4}
+    assert not any(slab.array(slot).any() for slot in (1, 2, 3))
+
+    rank.step(SaveJob(5, "other", copies((2,), (3,))), heard=(1,))
+    assert rank.settle(1)[2].failed == set()
     assert slab.array(2).any()
+    rank.half.close()
+
+
+def test_a_rank_that_saves_nothing_tells_too_that_a_load_failed(slab: HostSlab) -> None:
+    rank = Rank(slab, rank=1)
+    load = LoadJob(1, "r", copies((0,), (NUM_BLOCKS,)), is_async=False)
+
+    rank.step(load, SaveJob(2, "r", copies((1,), (2,))))
+
+    assert rank.settle(2)[2].failed == {1, 2}
+    rank.half.close()
+
+
+def test_after_a_forward_that_waited_for_its_layers_a_synchronous_load_goes_beside_it(
+    slab: HostSlab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = Rank(slab)
+    rank.step()
+    copy_in, threads = rank.half._device.copy_in, []
+
+    def note(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return copy_in(*arguments)
+
+    monkeypatch.setattr(rank.half._device, "copy_in", note)
+    slab.array(0)[:] = 7
+
+    rank.step(LoadJob(1, "r", copies((0,), (3,)), is_async=False))
+
+    assert rank.tensors["a"][3].view(torch.uint8).eq(7).all()
+    assert rank.settle(1)[2].done == {1: 1}
+    assert set(threads) == {"kvstore-vllm-layers"}
+    rank.half.close()
+
+
+def test_a_load_beside_a_forward_that_did_not_wait_is_told_as_failed(slab: HostSlab) -> None:
+    rank = Rank(slab)
+    rank.step()
+    rank.waits_for = ("a",)
+
+    rank.step(LoadJob(1, "r", copies((0,), (3,)), is_async=False), SaveJob(2, "r", copies((1,), (4,))))
+
+    assert rank.settle(2)[2].failed == {1, 2}
+    assert rank.half.take_bad_blocks() == {3}
+    rank.half.close()
+
+
+def test_vllm_may_ask_for_results_before_it_comes_to_the_saves(slab: HostSlab) -> None:
+    rank = Rank(slab)
+    rank.step()
+    plan = StepPlan(1, rank.engine.layout.fingerprint, "", (slab.handle,))
+    plan.loads = [LoadJob(1, "r", copies((0,), (3,)), is_async=False)]
+
+    rank.half.begin(plan)
+    rank.half.start_loads()
+    rank.half.take_results()
+
+    report = rank.half.take_report()
+    assert report is not None
+    assert report.failed == {1}  # no layer was waited for
+    rank.half.start_saves()
+    rank.half.close()
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_an_early_load_begins_with_the_step_and_not_after_its_forward(slab: HostSlab, is_early: bool) -> None:
+    rank = Rank(slab, is_early=is_early)
+    slab.array(0)[:] = 7
+    plan = StepPlan(1, rank.engine.layout.fingerprint, "", (slab.handle,), [LoadJob(1, "r", copies((0,), (3,)))])
+
+    rank.half.begin(plan)
+    rank.half._loads.flush(10)
+
+    assert bool(rank.tensors["a"][3].view(torch.uint8).eq(7).all()) is is_early
+    rank.half.start_loads()
+    rank.half.start_saves()
+    assert rank.settle(1)[2].done == {1: 1}
     rank.half.close()
 
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.timeout(600)
 LONG = make_prompt(1200, 11)
 
 
-@pytest.fixture(scope="module", params=["async", "sync"])
+@pytest.fixture(scope="module", params=["auto", "async"])
 def engine(request: pytest.FixtureRequest, open_engine: Callable[..., Engine]) -> Engine:
     return open_engine({"load": request.param, "save": "all"})
 
