@@ -54,7 +54,7 @@ def engine_namespace(
         "engine": "vllm " + ".".join(vllm_version.split(".")[:2]),
         "hash": hash_name or str(getattr(cache, "prefix_caching_hash_algo", "sha256")),
         "kv_dtype": str(getattr(cache, "cache_dtype", "auto")),
-        "kv_layout": str(getattr(vllm_config, "kv_layout_name", "") or "LBHNC"),
+        "kv_layout": str(getattr(cache, "kv_cache_layout", None)),
         "kernels": kernels_name(vllm_config, layout.block_size),
         "parallel": f"tp{vllm_config.parallel_config.tensor_parallel_size}",
         "quantization": str(getattr(model, "quantization", None)),
