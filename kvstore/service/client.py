@@ -4,19 +4,13 @@ Prompts are hashed here, planning happens in the daemon, and bytes are copied by
 the slab, which is mapped into this process. While the daemon is away everything is a miss: lookups match nothing,
 leases have no page. The first call that is not answered in time finds that out; after it none waits, until a thread
 of the link (link.py) has found the daemon again.
-
-A lease belongs to the attachment it was granted under. Its slots stay mapped until it ends, even if the daemon is gone
-by then: what was ready may still be copied, and what is being saved is written to where nobody looks.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import count
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,20 +18,12 @@ import numpy.typing as npt
 
 from kvstore.errors import RequestError, StoreClosed
 from kvstore.layout import Layout
-from kvstore.plan.records import (
-    CutReason,
-    LeaseState,
-    LeaseStatus,
-    LoadLease,
-    Match,
-    Request,
-    SaveLease,
-    SlotPage,
-)
+from kvstore.plan.records import CutReason, LeaseStatus, LoadLease, Match, Request, SaveLease
 from kvstore.requests import RequestMaker, check_blocks, check_range
 from kvstore.service import messages
 from kvstore.service.attachment import Attachment, DaemonDown
 from kvstore.service.calls import Calls, as_number
+from kvstore.service.leases import CLOSED, Held, Leases
 from kvstore.service.link import Link
 from kvstore.service.memory import Memory
 from kvstore.service.namespaces import check_pair, layout_to_json, namespace_to_json
@@ -50,20 +36,8 @@ from radix.namespace import Namespace
 log = logging.getLogger(__name__)
 
 MISS = Match(0, 0, cut=CutReason.NEVER_STORED)
-CLOSED = LeaseStatus(LeaseState.CLOSED, 0, 0)
 LOOKUP_DEADLINE_S = 0.05  # while no daemon has told its own
 COMPUTING_CALL_S = 5.0  # how long one call waits for another request's computing
-
-
-@dataclass(slots=True)
-class _Held:
-    """A lease that is open. status: of a load, as last heard."""
-
-    attachment: Attachment
-    owner: str
-    status: LeaseStatus | None
-    pages: tuple[SlotPage, ...] = ()
-    has_come: bool = True  # False while the pages of a load are still to be brought from another machine
 
 
 class RemoteStore(RequestMaker):
@@ -89,10 +63,7 @@ class RemoteStore(RequestMaker):
         super().__init__(namespace)
         self._layout = layout
         self.namespace = namespace
-        self._lease_ids = count(1)
-        self._held: dict[int, _Held] = {}
         self._memory = memory
-        self._lock = threading.Lock()  # of the two above; never held while calling
         self._is_closed = False
         greeting = {"layout": layout_to_json(layout), "namespace": namespace_to_json(namespace), "client": client}
         self._link = Link(
@@ -100,8 +71,9 @@ class RemoteStore(RequestMaker):
             encode_json(greeting),
             call_timeout_s=call_timeout_s,
             retry_max_s=retry_max_s,
-            on_change=self._changed,
+            on_change=lambda attachment: self._leases.changed(attachment),
         )
+        self._leases = Leases(self._link, memory)
         self._calls = Calls(self._link)
         try:
             self._link.attach()
@@ -156,7 +128,7 @@ class RemoteStore(RequestMaker):
         check_range("num_blocks", num_blocks, len(request.keys))
         check_range("first", first, num_blocks)
         self._check_open()
-        lease_id = next(self._lease_ids)
+        lease_id = self._leases.next_id()
         try:
             attachment, answer = self._calls.prepare(Op.PREPARE_LOAD, request, lease_id, first, num_blocks, owner)
             lease, status = messages.decode_load(answer, lease_id, attachment.slot_base)
@@ -166,32 +138,17 @@ class RemoteStore(RequestMaker):
         if pages is None:
             return self._less(request, lease_id, attachment, first, num_blocks, owner)
         has_come = self._memory.is_shared or not pages
-        if not self._hold(lease_id, _Held(attachment, owner, status, pages, has_come)):
+        if not self._leases.hold(lease_id, Held(attachment, owner, pages, status, has_come)):
             return LoadLease(lease_id, 0, 0, ())
         return replace(lease, pages=pages)
 
     def wait(self, lease: LoadLease, timeout_s: float | None = None) -> LeaseStatus:
         """Wait until the lease is ready, at most until the load deadline."""
         self._check_open()
-        held = self._held.get(lease.id)
-        if held is None or held.status is None:
-            return CLOSED
-        if held.status.state is LeaseState.READY and held.has_come:
-            return held.status  # final: no need to ask
-        if held.attachment is not self._link.attachment:
-            return CLOSED
-        timeout_s = _bounded(held.attachment.load_deadline_s if timeout_s is None else timeout_s)
-        until = time.monotonic() + timeout_s
         try:
-            if held.status.state is not LeaseState.READY:
-                message = messages.encode_wait(lease.id, timeout_s)
-                _, answer = self._link.call(held.attachment, Op.WAIT, message, timeout_s)
-                held.status = messages.decode_status(answer)
-            if held.status.state is LeaseState.READY and not held.has_come:
-                self._bring(lease.id, held, held.status, until)
+            return self._leases.wait(lease.id, timeout_s)
         except (DaemonDown, ProtocolError):
             return CLOSED
-        return held.status if held.has_come else LeaseStatus(LeaseState.WAITING, 0, 0)
 
     def poll(self, lease: LoadLease) -> LeaseStatus:
         """The progress of a load lease."""
@@ -213,7 +170,7 @@ class RemoteStore(RequestMaker):
         """Give slots for those pages of blocks [first, first + num_blocks) that host memory does not have."""
         check_blocks(request, first, num_blocks)
         self._check_open()
-        lease_id = next(self._lease_ids)
+        lease_id = self._leases.next_id()
         try:
             attachment, answer = self._calls.prepare(
                 Op.PREPARE_SAVE, request, lease_id, first, first + num_blocks, owner
@@ -225,7 +182,7 @@ class RemoteStore(RequestMaker):
         if pages is None:
             self._calls.release(attachment, lease_id)
             return SaveLease(lease_id, (), lease.skipped + len(lease.pages))
-        if not self._hold(lease_id, _Held(attachment, owner, None, pages)):
+        if not self._leases.hold(lease_id, Held(attachment, owner, pages)):
             return SaveLease(lease_id, (), lease.skipped + len(lease.pages))
         return replace(lease, pages=pages)
 
@@ -235,21 +192,20 @@ class RemoteStore(RequestMaker):
             raise RequestError(f"filled has {len(filled)} entries; the lease has {len(lease.pages)} pages")
         message = messages.encode_complete(lease.id, filled)
         if isinstance(lease, LoadLease):
-            self._end(lease.id, Op.COMPLETE, message)
+            self._leases.end(lease.id, Op.COMPLETE, message)
         else:
-            self._end(lease.id, Op.COMPLETE, message, [True] * len(lease.pages) if filled is None else filled)
+            self._leases.end(lease.id, Op.COMPLETE, message, [True] * len(lease.pages) if filled is None else filled)
 
     def release(self, lease: LoadLease | SaveLease) -> None:
         """End a lease badly. A lease that ended already is ignored."""
-        self._end(lease.id, Op.RELEASE, messages.encode_lease(lease.id))
+        self._leases.end(lease.id, Op.RELEASE, messages.encode_lease(lease.id))
 
     def release_owner(self, owner: str) -> int:
         """Release every lease of an owner that died."""
         self._check_open()
-        with self._lock:
-            mine = [lease_id for lease_id, held in self._held.items() if held.owner == owner]
+        mine = self._leases.owned_by(owner)
         for lease_id in mine:
-            self._end(lease_id, Op.RELEASE, messages.encode_lease(lease_id))
+            self._leases.end(lease_id, Op.RELEASE, messages.encode_lease(lease_id))
         return len(mine)
 
     # ---- retention --------------------------------------------------------------------------------------------
@@ -312,16 +268,14 @@ class RemoteStore(RequestMaker):
 
         Whoever maps them in another process maps no others: memory of a daemon that died stays taken until all let go.
         """
-        with self._lock:
-            self._drop_slabs()
-            return self._memory.handles
+        return self._leases.slabs
 
     # ---- the store as a whole ---------------------------------------------------------------------------------
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything saved so far is written behind."""
         self._check_open()
-        timeout_s = _bounded(timeout_s)
+        timeout_s = messages.bounded(timeout_s)
         try:
             message = messages.encode_seconds(timeout_s)
             _, answer = self._link.call(self._link.attached(), Op.FLUSH, message, timeout_s)
@@ -342,9 +296,7 @@ class RemoteStore(RequestMaker):
             return
         self._is_closed = True
         self._link.close()
-        with self._lock:
-            self._held.clear()
-            self._memory.close()
+        self._leases.close()
 
     def __enter__(self) -> RemoteStore:
         return self
@@ -358,63 +310,18 @@ class RemoteStore(RequestMaker):
         if self._is_closed:
             raise StoreClosed("the store is closed")
 
-    def _changed(self, attachment: Attachment | None) -> None:
-        """A daemon is attached to, or lost."""
-        with self._lock:
-            if attachment is not None:
-                self._memory.enter(attachment)
-            self._drop_slabs()
-
-    def _drop_slabs(self) -> None:
-        """Let go of the memory of lost attachments that no lease needs any more. Under the lock."""
-        current = self._link.attachment
-        attachments = [held.attachment for held in self._held.values()]
-        self._memory.keep([*attachments, current] if current is not None else attachments)
-
     @property
     def _lookup_deadline_s(self) -> float:
         attachment = self._link.attachment
         return LOOKUP_DEADLINE_S if attachment is None else attachment.lookup_deadline_s
 
     def _lookup(self, request: Request, timeout_s: float, op: Op = Op.LOOKUP) -> Match:
-        timeout_s = _bounded(timeout_s)
+        timeout_s = messages.bounded(timeout_s)
         try:
             _, answer = self._calls.ask(op, request, lambda part: messages.encode_lookup(part, timeout_s), timeout_s)
             return messages.decode_match(answer)
         except (DaemonDown, ProtocolError):
             return MISS
-
-    def _hold(self, lease_id: int, held: _Held) -> bool:
-        """Note a lease; False if its daemon was lost meanwhile, and its slab with it."""
-        with self._lock:
-            is_held = held.attachment is self._link.attachment
-            if is_held:
-                self._held[lease_id] = held
-            else:
-                self._memory.give_back(held.pages)
-            return is_held
-
-    def _end(self, lease_id: int, op: Op, message: bytes, filled: Sequence[bool] | None = None) -> None:
-        """End a lease here and there. filled: pages of a save that have to get there first."""
-        with self._lock:
-            held = self._held.pop(lease_id, None)
-            if held is None:
-                return
-            if held.attachment is not self._link.attachment:
-                self._memory.give_back(held.pages)
-                self._drop_slabs()
-                return
-        try:
-            with self._link.borrow(held.attachment) as wire:
-                if filled is not None:
-                    timeout_s = held.attachment.load_deadline_s + self._link.call_timeout_s
-                    self._memory.send(wire, lease_id, held.pages, filled, timeout_s)
-                wire.call(op, message, self._link.call_timeout_s)
-        except DaemonDown:
-            self._link.orphan(held.attachment, lease_id)
-        finally:
-            with self._lock:
-                self._memory.give_back(held.pages)
 
     def _less(
         self, request: Request, lease_id: int, attachment: Attachment, first: int, num_blocks: int, owner: str
@@ -425,19 +332,3 @@ class RemoteStore(RequestMaker):
         if not first < fits < num_blocks:
             return LoadLease(lease_id, 0, 0, ())
         return self.prepare_load(request, fits, first=first, owner=owner)
-
-    def _bring(self, lease_id: int, held: _Held, status: LeaseStatus, until: float) -> None:
-        """Receive the pages of a load that is ready over there."""
-        left_s = max(until - time.monotonic(), 0.0) + self._link.call_timeout_s
-        try:
-            with self._link.borrow(held.attachment) as wire:
-                is_whole = self._memory.receive(wire, lease_id, held.pages, status.num_blocks, left_s)
-        except RequestError:  # the lease has ended over there
-            is_whole = False
-        held.has_come = True
-        if not is_whole:
-            held.status = LeaseStatus(LeaseState.READY, 0, 0)
-
-
-def _bounded(timeout_s: float) -> float:
-    return min(max(0.0, timeout_s), messages.MAX_TIMEOUT_S)

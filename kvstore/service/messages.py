@@ -162,6 +162,11 @@ def check_timeout(timeout_s: float) -> float:
     return float(timeout_s)
 
 
+def bounded(timeout_s: float) -> float:
+    """The wait that comes nearest to what a caller asks for."""
+    return min(max(0.0, timeout_s), MAX_TIMEOUT_S)
+
+
 def encode_prepare(request: bytes, lease_id: int, first: int, end: int, owner: str) -> bytes:
     raw = owner.encode()
     return _PREPARE.pack(lease_id, first, end, len(raw)) + raw + request
