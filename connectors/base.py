@@ -10,10 +10,12 @@ computed, what cannot be saved is skipped, and both are counted in `ConnectorCou
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Protocol, TypeVar
 
+from kvstore.errors import KVStoreError
 from kvstore.plan.records import HOST, Request, SlotPage
 
 Source = TypeVar("Source", contravariant=True)
@@ -109,3 +111,8 @@ def tokens_by_tier(by_tier: Mapping[str, int], num_blocks: int, block_size: int)
         missing -= cut
         tokens[tier] = (blocks - cut) * block_size
     return {tier: count for tier, count in tokens.items() if count}
+
+
+def log_failure(log: logging.Logger, what: str, error: Exception) -> None:
+    """Log a failure that became a miss; with its traceback where it is none of the store's own errors."""
+    log.warning("%s: %s: %s", what, type(error).__name__, error, exc_info=not isinstance(error, KVStoreError))

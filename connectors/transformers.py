@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from connectors.transformers_check import PROVEN, check_engine
-from connectors.transformers_connector import TransformersConnector, check_chunk
+from connectors.transformers_connector import TransformersConnector
 from connectors.transformers_forward import Forward
-from connectors.transformers_identity import Reuse, model_namespace
+from connectors.transformers_identity import Reuse, check_chunk, model_namespace
 from connectors.transformers_layout import model_layout, new_cache
 from connectors.transformers_positions import steady_tokens
 from connectors.transformers_report import Found, Generation, Piece, Prefill, Report
@@ -213,7 +213,7 @@ class KVCacheModel:
     def lookup(self, prompt: Any, options: RequestOptions | None = None) -> Found:
         """What the tiers have of a prompt, for who has to choose where it goes. Computes and loads nothing."""
         tokens = self._ids(prompt)
-        return Found(len(tokens), {} if self.connector is None else self.connector.find(tokens, options))
+        return Found(len(tokens), {} if self.connector is None else self.connector.loads.find(tokens, options))
 
     def forget(self, prompt: Any, options: RequestOptions | None = None) -> int:
         """Delete the prompt's blocks and all that continue them, in every tier that can be reached."""
@@ -224,7 +224,7 @@ class KVCacheModel:
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until what was saved so far can be found by the next request; False if the time ran out."""
-        return self.connector is None or self.connector.flush(timeout_s)
+        return self.connector is None or self.connector.saves.flush(timeout_s)
 
     def close(self) -> None:
         """Finish the saves under way; close the store if `open` made it. Idempotent."""

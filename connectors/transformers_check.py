@@ -17,7 +17,7 @@ import numpy as np
 
 from connectors.transformers_cache import CacheBridge, Span
 from connectors.transformers_forward import Forward
-from connectors.transformers_layout import cache_shapes, layout_of
+from connectors.transformers_layout import cache_shapes, default_device, layout_of
 from kvstore.devices.base import Device
 from kvstore.errors import UnsupportedModel
 from kvstore.plan.records import SlotPage
@@ -89,8 +89,6 @@ def check_engine(model: Any, device: Device | None = None, *, seed: int = 0) -> 
     Raises UnsupportedModel if the model's cache cannot be cut into pages at all.
     """
     import torch
-
-    from connectors.transformers_connector import default_device
 
     began = time.perf_counter()
     forward = Forward(model)

@@ -31,6 +31,7 @@ from kvstore.layout import Layout
 if TYPE_CHECKING:
     import torch
 
+    from kvstore.base import KVStore
     from radix.namespace import Namespace
 
 # Say where a model was found or how it is to be printed, not what it computes.
@@ -65,6 +66,15 @@ def check_reuse(reuse: Reuse | str) -> Reuse:
         return Reuse(reuse)
     except ValueError:
         raise ConfigError(f"reuse is {reuse!r}; it must be one of {', '.join(mode.value for mode in Reuse)}") from None
+
+
+def check_chunk(prefill_chunk: int, block_size: int) -> None:
+    """Raise ConfigError unless `prefill_chunk` is a positive multiple of `block_size`."""
+    if prefill_chunk < 1 or prefill_chunk % block_size:
+        right = max(1, round(prefill_chunk / block_size)) * block_size
+        raise ConfigError(
+            f"prefill_chunk is {prefill_chunk}; it must be a multiple of the block size {block_size}, e.g. {right}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +145,31 @@ def model_namespace(
         hash=hash_name,
         extra=tuple(sorted(extra.items())),
     )
+
+
+def check_namespace(model: Any, store: KVStore, *, prefill_chunk: int, reuse: Reuse) -> None:
+    """Refuse a store of another model or mode, where it tells its namespace. The weights are not hashed again.
+
+    Raises ConfigError.
+    """
+    theirs = getattr(store, "namespace", None)
+    if theirs is None:
+        return
+    ours = model_namespace(
+        model,
+        store.layout,
+        prefill_chunk=prefill_chunk,
+        reuse=reuse,
+        salt=theirs.salt,
+        revision=theirs.revision,
+        hash_name=theirs.hash,
+    )
+    names = ("model", "dtype", "layout", "block_size", "adapter")
+    pairs = [(name, getattr(ours, name), getattr(theirs, name)) for name in names]
+    pairs += [(name, value, dict(theirs.extra).get(name)) for name, value in ours.extra]
+    wrong = [f"{name} is {there!r}, here {here!r}" for name, here, there in pairs if here != there]
+    if wrong:
+        raise ConfigError("the store was opened for another model or mode: " + "; ".join(wrong))
 
 
 def weights_fingerprint(model: Any) -> str:

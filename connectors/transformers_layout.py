@@ -20,6 +20,8 @@ from kvstore.layout import GroupKind, LayerSpec, Layout, balanced_groups
 if TYPE_CHECKING:
     import torch
 
+    from kvstore.devices.base import Device
+
 FORMAT = "transformers:layer,kv,head,token,dim"
 _WORKS = "full, multi-latent (MLA) and sliding-window attention work"
 
@@ -110,6 +112,18 @@ def model_device(model: Any) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"model: it is on {device.type!r}; cpu and cuda work")
     return device
+
+
+def default_device(model: Any) -> Device:
+    """The device that reaches the model's memory."""
+    where = model_device(model)
+    if where.type == "cuda":
+        from kvstore.devices.cuda import CudaDevice
+
+        return CudaDevice(where.index or 0)
+    from kvstore.devices.cpu import CpuDevice
+
+    return CpuDevice()
 
 
 def is_sliding(layer: Any) -> bool:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from connectors.transformers_connector import Loaded, TransformersConnector
+from connectors.transformers_connector import TransformersConnector
+from connectors.transformers_loads import Loaded
 from kvstore.plan.records import Request, RequestOptions
 from radix.tokens import TokenArray
 
@@ -67,7 +68,7 @@ class StoreSession(ColdSession):
         with self._guard():
             decoding = first >= self._prompt_tokens
             if decoding and self._connector.saves_decode and self._is_whole:
-                self._connector.extend(self._request, tokens)
+                self._connector.saves.extend(self._request, tokens)
             self._recording = self._is_whole and (self._connector.saves_decode or first < self._savable)
             if self._recording:
                 self._recorder.before()
@@ -132,8 +133,8 @@ def open_session(
     if connector is None or request is None:
         return ColdSession(new_cache())
     try:
-        matched = yield from connector.match(request, may_block)
-        loaded = yield from connector.load(request, matched.num_tokens, may_block)
+        matched = yield from connector.loads.match(request, may_block)
+        loaded = yield from connector.loads.load(request, matched.num_tokens, may_block)
         session = StoreSession(connector, request, loaded)
         session.compute_wait_s = matched.compute_wait_s
         return session

@@ -11,9 +11,9 @@ import pytest
 from connectors.base import Connector
 from connectors.transformers import KVCacheModel, Piece, Sampling, UnsupportedModel
 from connectors.transformers_cache import Span
-from connectors.transformers_connector import Loaded
 from connectors.transformers_identity import model_namespace
 from connectors.transformers_layout import model_layout
+from connectors.transformers_loads import Loaded
 from kvstore.errors import ConfigError, RequestError
 from tests.helpers.dict_store import DictStore
 from tests.helpers.tiny_models import MAX_TOKENS, random_ids, tiny_model
