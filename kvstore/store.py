@@ -297,6 +297,12 @@ class LocalStore(RequestMaker):
         with self._lock:
             self._planner.catalog.journal = journal
 
+    def want_events(self) -> None:
+        """Write down from now on what comes and goes, for `take_events` alone."""
+        journal = Journal(time.time)
+        journal.wants_events = True
+        self.keep_journal(journal)
+
     def take_events(self) -> list[BlockEvent]:
         """What came and went since the last call; nothing without a journal that wants events."""
         with self._lock:

@@ -39,6 +39,7 @@ class Event(Enum):
     STORED = "BlockStored"
     REMOVED = "BlockRemoved"
     CLEARED = "AllBlocksCleared"
+    DROPPED = "Dropped"  # events before this one were lost: what was told until then may not be so any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,7 @@ class Journal:
         self._departures: OrderedDict[BlockHash, Departure] = OrderedDict()
         self._max_departures = max_departures
         self._events: deque[BlockEvent] = deque()
+        self._has_dropped = False  # since the last `take_events`
         self._max_events = max_events
 
     def stored(self, tier: str, pages: Sequence[Page]) -> None:
@@ -137,8 +139,11 @@ class Journal:
         self.shortfalls.append(Shortfall(self._wall(), request.num_tokens, request.options.session, told))
 
     def take_events(self) -> list[BlockEvent]:
-        """The news since the last call."""
+        """The news since the last call; first of them `DROPPED` if not all could be kept."""
         events, self._events = list(self._events), deque()
+        if self._has_dropped:
+            self._has_dropped = False
+            events.insert(0, BlockEvent(Event.DROPPED, self._wall()))
         return events
 
     def _note(self, event: Event, tier: str, pages: Sequence[Page]) -> None:
@@ -156,4 +161,5 @@ class Journal:
         if len(self._events) >= self._max_events:
             self._events.popleft()
             self.num_dropped += 1
+            self._has_dropped = True
         self._events.append(event)

@@ -12,6 +12,7 @@ from kvstore.service import messages, protocol
 from kvstore.service.protocol import Op, ProtocolError, Status
 from kvstore.service.wire import Dial, Wire
 from kvstore.tiers.host import HostSlab, SlabHandle
+from radix.hashing import BlockHash
 
 EPOCH_BITS = 32  # slot numbers of attachment n are n << 32 higher than in the slab: those of two slabs never meet
 MAX_IDLE_WIRES = 64
@@ -31,6 +32,7 @@ class DaemonDown(KVStoreError):
 class Attachment:
     """One session with one daemon, and its slab, which a daemon on another machine cannot share. Any thread.
 
+    event_root: what the keys of events are bound to, beyond what the client's own are; None where they are the same.
     sent:    request id -> keys the daemon knows of it.
     orphans: leases that may be held for this client without its knowing.
     """
@@ -40,6 +42,8 @@ class Attachment:
         self.namespace_id = str(answer["namespace"])
         self.lookup_deadline_s = float(answer["lookup_deadline_s"])
         self.load_deadline_s = float(answer["load_deadline_s"])
+        root = answer.get("event_root")
+        self.event_root = None if root is None else BlockHash(bytes.fromhex(root))
         self.slot_base = epoch << EPOCH_BITS
         self.anchor = anchor
         self.slab = slab

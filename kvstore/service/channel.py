@@ -20,8 +20,9 @@ from kvstore.errors import KVStoreError
 from kvstore.service import batches, protocol
 from kvstore.service.batches import Incoming
 from kvstore.service.known import Resend
+from kvstore.service.pending import Pending
 from kvstore.service.protocol import HEADER, Frame, Op, ProtocolError, Status
-from kvstore.service.session import Pending, Session
+from kvstore.service.session import Session
 from kvstore.service.tenants import Tenant
 from kvstore.service.wire import LOW_WATER_BYTES
 

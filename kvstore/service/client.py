@@ -18,11 +18,13 @@ import numpy.typing as npt
 
 from kvstore.errors import RequestError, StoreClosed
 from kvstore.layout import Layout
+from kvstore.plan.journal import BlockEvent
 from kvstore.plan.records import CutReason, LeaseStatus, LoadLease, Match, Request, SaveLease
 from kvstore.requests import RequestMaker, check_blocks, check_range
 from kvstore.service import messages
 from kvstore.service.attachment import Attachment, DaemonDown
 from kvstore.service.calls import Calls, as_number
+from kvstore.service.follower import Follower
 from kvstore.service.leases import CLOSED, Held, Leases
 from kvstore.service.link import Link
 from kvstore.service.memory import Memory
@@ -31,6 +33,7 @@ from kvstore.service.protocol import Op, ProtocolError, decode_json, encode_json
 from kvstore.service.slab import SlabShare
 from kvstore.service.wire import Dial
 from kvstore.tiers.host import SlabHandle
+from radix.hashing import BlockHash, bind_hashes
 from radix.namespace import Namespace
 
 log = logging.getLogger(__name__)
@@ -75,6 +78,7 @@ class RemoteStore(RequestMaker):
         )
         self._leases = Leases(self._link, memory)
         self._calls = Calls(self._link)
+        self._follower: Follower | None = None
         try:
             self._link.attach()
         except DaemonDown:
@@ -270,6 +274,26 @@ class RemoteStore(RequestMaker):
         """
         return self._leases.slabs
 
+    # ---- events -----------------------------------------------------------------------------------------------
+
+    def want_events(self) -> None:
+        """Have the daemon tell what comes and goes from now on, for `take_events`. Idempotent."""
+        self._check_open()
+        if self._follower is None:
+            self._follower = Follower(self._link)
+
+    def take_events(self) -> list[BlockEvent]:
+        """What came to the daemon's tiers and left them since the last call. Does not wait.
+
+        `DROPPED` stands for events that were lost, and for all that a daemon had that is gone.
+        """
+        return [] if self._follower is None else self._follower.take()
+
+    def event_keys(self, keys: Sequence[BlockHash]) -> Sequence[BlockHash]:
+        """The names that `take_events` has for blocks of a request: a tenant's are bound to a root of its daemon's."""
+        attachment = self._link.attachment
+        return keys if attachment is None or attachment.event_root is None else bind_hashes(attachment.event_root, keys)
+
     # ---- the store as a whole ---------------------------------------------------------------------------------
 
     def flush(self, timeout_s: float) -> bool:
@@ -296,6 +320,8 @@ class RemoteStore(RequestMaker):
             return
         self._is_closed = True
         self._link.close()
+        if self._follower is not None:
+            self._follower.close()
         self._leases.close()
 
     def __enter__(self) -> RemoteStore:

@@ -25,6 +25,7 @@ from typing import Any
 from kvstore.config import Config
 from kvstore.errors import ConfigError, RequestError, StoreClosed
 from kvstore.service.channel import Channel, Greeting
+from kvstore.service.events import EventHub, Feed
 from kvstore.service.namespaces import layout_from_json, namespace_from_json
 from kvstore.service.session import Session
 from kvstore.service.stores import OpenStore, Stores
@@ -40,7 +41,9 @@ LONGEST_LOOK_S = 5.0  # between two looks for overdue leases
 class Clients:
     """The sessions of a daemon, and the connections they came by."""
 
-    def __init__(self, config: Config, stores: Stores, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: Config, stores: Stores, events: EventHub, now: Callable[[], float] = time.monotonic
+    ) -> None:
         self.sessions: dict[str, Session] = {}
         self.is_draining = False
         self.num_attached = 0
@@ -48,6 +51,7 @@ class Clients:
         self.num_expired = 0
         self._config = config
         self._stores = stores
+        self._events = events
         self._now = now
         self._channels: set[Channel] = set()
         self._watching: asyncio.Task[None] | None = None
@@ -141,6 +145,7 @@ class Clients:
             secrets.token_hex(16),
             opened,
             _name(channel, message),
+            Feed(self._events, opened),
             is_remote=not channel.is_local,
             number=self.num_attached,
             pid=channel.pid,
@@ -157,6 +162,7 @@ class Clients:
             "slot_bytes": opened.handle.slot_bytes,
             "lookup_deadline_s": store.lookup_deadline_s,
             "load_deadline_s": store.load_deadline_s,
+            "event_root": opened.store.namespace.root().hex() if channel.tenant.salt else None,
         }
         log.info("client %s attached to %s", session.client, opened.id)
         return Greeting(session, answer, _slab_fd(opened) if channel.is_local else None)

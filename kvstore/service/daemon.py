@@ -43,7 +43,8 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.stores = Stores(config)
-        self.clients = Clients(config, self.stores)
+        self.events = EventHub(self.stores.all)
+        self.clients = Clients(config, self.stores, self.events)
         self.is_ready = False
         self.is_draining = False
         self._server: asyncio.AbstractServer | None = None
@@ -51,7 +52,6 @@ class Daemon:
         self._stop = asyncio.Event()
         service = config.service
         self.tokens = None if service.tokens_file is None else read_tokens(service.tokens_file)
-        self.events = EventHub(self.stores.all)
         self.dashboard = Dashboard(self)
         self.app = App(self)
 

@@ -51,6 +51,7 @@ class Op(IntEnum):
     READ = 19  # remote clients: pages of a load lease -> a batch of them (batches.py)
     WRITE = 20  # remote clients: a batch of pages of a save lease; has no answer
     PEEK = 21  # as LOOKUP
+    EVENTS = 22  # what came and went since the last answer, waited for (event_messages.py)
 
 
 class Status(IntEnum):
@@ -130,6 +131,11 @@ class Reader:
             return self.take(num_bytes).decode()
         except UnicodeDecodeError:
             raise ProtocolError("text is not UTF-8") from None
+
+    @property
+    def is_at_end(self) -> bool:
+        """True if nothing is left."""
+        return self._at == len(self._raw)
 
     def end(self) -> None:
         """Nothing may be left."""

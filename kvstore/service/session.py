@@ -31,7 +31,9 @@ from kvstore.plan.records import (
 )
 from kvstore.service import batches, messages, protocol
 from kvstore.service.dashboard_usage import Usage
+from kvstore.service.events import Feed
 from kvstore.service.known import KnownRequests
+from kvstore.service.pending import Pending
 from kvstore.service.protocol import Op, ProtocolError, Reader
 from kvstore.service.stores import OpenStore
 
@@ -40,19 +42,6 @@ MAX_TICKETS = 4096
 MAX_TOMBSTONES = 1024
 
 _CLOSED = LeaseStatus(LeaseState.CLOSED, 0, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """An answer that is not there yet.
-
-    look:      returns the answer, or None to be asked again after the store has changed.
-    give_up:   the answer after `timeout_s`.
-    """
-
-    look: Callable[[], bytes | None]
-    give_up: Callable[[], bytes]
-    timeout_s: float
 
 
 @dataclass(slots=True)
@@ -80,6 +69,7 @@ class Session:
         session_id: str,
         opened: OpenStore,
         client: str,
+        feed: Feed,
         *,
         is_remote: bool = False,
         number: int = 0,
@@ -90,6 +80,7 @@ class Session:
 
         session_id: whoever knows it may attach to the session; number: names it to operators.
         client:     what the client calls itself; pid: its process, on this machine.
+        feed:       the events of the store, should it ask for them.
         """
         self.id = session_id
         self.opened = opened
@@ -106,6 +97,7 @@ class Session:
         self.leases: dict[int, Held] = {}
         self.usage = Usage()
         self._store = opened.store
+        self._feed = feed
         self._now = now
         self.requests = KnownRequests(opened)
         self._tickets: OrderedDict[int, None] = OrderedDict()
@@ -128,6 +120,7 @@ class Session:
             Op.OBSERVE_PREFILL: self._observe_prefill,
             Op.FLUSH: self._flush,
             Op.STATS: self._stats,
+            Op.EVENTS: feed.answer,
         }
 
     def handle(self, op: Op, body: bytes) -> bytes | Pending:
@@ -135,7 +128,8 @@ class Session:
         handler = self._handlers.get(op)
         if handler is None:
             raise ProtocolError(f"a session has no {op.name}")
-        self.heard_at = self._now()
+        if op is not Op.EVENTS:  # which a client asks for as long as it lives, though it does nothing
+            self.heard_at = self._now()
         return handler(Reader(body))
 
     def orphan(self) -> None:
@@ -146,6 +140,7 @@ class Session:
     def close(self) -> int:
         """Release every lease; returns how many. Idempotent."""
         self._abandon()
+        self._feed.close()
         return self.expire(list(self.leases))
 
     def overdue(self, before: float) -> list[int]:

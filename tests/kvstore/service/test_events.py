@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.service.events import MAX_QUEUED, EventStream
+from kvstore.service.events import MAX_QUEUED_BYTES, SENT, EventStream
 from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon, wait_until
 from tests.helpers.stores import prompt, save
 
@@ -55,11 +55,14 @@ def test_a_router_hears_of_what_is_stored_removed_and_cleared(daemon: LocalDaemo
 
 
 async def test_a_slow_listener_is_told_how_much_it_missed() -> None:
-    stream = EventStream(lambda opened: True)
-    for number in range(MAX_QUEUED + 3):
-        stream.put(b"%d\n" % number)
+    stream = EventStream(lambda opened: True, SENT)
+    fit = MAX_QUEUED_BYTES // 1024
+    for number in range(fit + 3):
+        stream.put(b"%-1023d\n" % number)
 
     data = await stream.take(1.0)
 
-    assert data.startswith(b'event: Dropped\ndata: {"events":3}\n\n3\n4\n')
+    dropped, kept = data.split(b"\n\n")
+    assert dropped == b'event: Dropped\ndata: {"events":3}'
+    assert [int(line) for line in kept.splitlines()] == list(range(3, fit + 3))
     assert await stream.take(0.01) == b": still here\n\n"

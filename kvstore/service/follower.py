@@ -1,0 +1,81 @@
+"""What comes to a daemon's tiers and leaves them, as its client is told: a thread asks, `take` never waits.
+
+Whoever follows must never go on believing in a block that has left. So when events may have been lost (the daemon died
+or does not answer, or nobody took them for too long) those that are kept give way to one `DROPPED`: all that was told
+before it may not be so any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from kvstore.plan.journal import BlockEvent, Event
+from kvstore.service import messages
+from kvstore.service.attachment import DaemonDown, error_of
+from kvstore.service.errand import Errand
+from kvstore.service.event_messages import decode_events
+from kvstore.service.link import Link
+from kvstore.service.protocol import Op, Status
+from kvstore.service.wire import Wire
+
+log = logging.getLogger(__name__)
+
+LISTEN_S = 5.0  # after so long without news the daemon says that there are none, and so that it lives
+RETRY_S = 0.1  # between two looks whether the link has found a daemon; a look sends nothing
+MAX_KEYS = 1 << 18  # in the queue: 16 MB and more
+
+
+class Follower:
+    """The events of the store that a link's daemon keeps for this client, from now on. `take`: any thread."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._events: list[BlockEvent] = []
+        self._num_keys = 0
+        self._has_told = False  # since the last DROPPED
+        self._lock = threading.Lock()  # of these three
+        self._errand = Errand("events", self._run)
+
+    def take(self) -> list[BlockEvent]:
+        """The news since the last call."""
+        with self._lock:
+            events, self._events, self._num_keys = self._events, [], 0
+        return events
+
+    def close(self) -> None:
+        """Stop asking. After the link is closed; idempotent."""
+        self._errand.end()
+
+    def _run(self, errand: Errand) -> None:
+        while not errand.rest(RETRY_S):
+            try:
+                with self._link.borrow(self._link.attached()) as wire:
+                    self._listen(errand.hold(wire))
+            except DaemonDown as error:
+                log.debug("no events: %s", error)
+            self._drop()
+
+    def _listen(self, wire: Wire) -> None:
+        while True:
+            message = messages.encode_seconds(LISTEN_S)
+            status, answer = wire.call(Op.EVENTS, message, LISTEN_S + self._link.call_timeout_s)
+            if status is not Status.OK:
+                raise DaemonDown(f"events: {error_of(answer)}")
+            self._put(decode_events(answer))
+
+    def _put(self, events: list[BlockEvent]) -> None:
+        num_keys = sum(len(event.keys) for event in events)
+        if self._num_keys + num_keys > MAX_KEYS:
+            self._drop()
+        with self._lock:
+            self._events += events
+            self._num_keys += num_keys
+            self._has_told = self._has_told or bool(events)
+
+    def _drop(self) -> None:
+        with self._lock:
+            if self._has_told:
+                self._events, self._num_keys = [BlockEvent(Event.DROPPED, time.time())], 0
+                self._has_told = False
