@@ -125,7 +125,13 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                     transfer.kv_load_failure_policy,
                 )
             # With several layer groups vLLM cannot recover from a load that fails inside a step.
-            is_beside = vllm_config.device_config.device_type == "cpu" and len(kv_cache_config.kv_cache_groups) == 1
+            can_fail_inside = len(kv_cache_config.kv_cache_groups) == 1
+            if self._config.fields.load == "sync" and not can_fail_inside:
+                raise ConfigError(
+                    'kv_connector_extra_config: load is "sync", but the model has several layer groups, and vLLM cannot '
+                    'recover there from a copy that fails inside a step; leave it out ("auto")'
+                )
+            is_beside = can_fail_inside and vllm_config.device_config.device_type == "cpu"
             self._scheduler = open_half(vllm_config, self._config, self._engine, vllm.__version__, is_beside=is_beside)
             _NEIGHBOURS[self._scheduler.name] = self._scheduler
             self._snapshots = Snapshots()
