@@ -34,7 +34,6 @@ class Saving:
     request: str
     filled: list[bool]
     held: list[Any]
-    hashes: list[bytes]
     is_good: bool = True
 
 
@@ -51,7 +50,6 @@ class Saves:
         world: int,
     ) -> None:
         self.pool: Any = None  # vLLM's block pool
-        self.stored: list[bytes] | None = None  # vLLM's hashes of what was published, where anybody wants to know
         self._store = store
         self._engine = engine
         self._block_size = engine.layout.block_size
@@ -97,8 +95,6 @@ class Saves:
         if is_good and saving.is_good:
             self._store.complete(saving.lease, filled=saving.filled)
             self._counters["saved_pages"] += sum(saving.filled)
-            if self.stored is not None:
-                self.stored += saving.hashes
         else:
             self._store.release(saving.lease)
             self._counters["save_failures"] += 1
@@ -153,9 +149,7 @@ class Saves:
             return
         held = [self.pool.blocks[block] for _, blocks in copies.values() for block in blocks]
         self.pool.touch(held)
-        per_block = self._engine.hashes_per_block
-        hashes = [bytes(one) for one in request.block_hashes[per_block - 1 :: per_block][first:end]]
-        self._under_way[lease.id] = Saving(lease, name, filled, held, hashes)
+        self._under_way[lease.id] = Saving(lease, name, filled, held)
         self._jobs.append(
             SaveJob(lease.id, name, tuple(PageCopies(group, tuple(s), tuple(b)) for group, (s, b) in copies.items()))
         )

@@ -15,17 +15,15 @@ from typing import Any, Protocol
 
 from connectors import vllm_loads, vllm_saves
 from connectors.vllm_config import ConnectorConfig
-from connectors.vllm_events import MEDIA, Announcer, News
+from connectors.vllm_events import Announcer, News
 from connectors.vllm_layout import EngineLayout
 from connectors.vllm_loads import Loads
 from connectors.vllm_messages import IDLE_WAIT_S, StepPlan, StepReport
 from connectors.vllm_requests import Requests
 from connectors.vllm_saves import Saves
 from kvstore.base import KVStore
-from kvstore.plan.journal import Journal
-from kvstore.plan.records import HOST
+from kvstore.plan.journal import BlockEvent
 from kvstore.service.slab import SlabShare
-from kvstore.store import LocalStore
 from kvstore.tiers.host import SlabHandle
 
 COUNTERS = (
@@ -40,11 +38,20 @@ COUNTERS = (
 
 
 class SharedStore(KVStore, Protocol):
-    """A store whose slots other processes of this machine can map."""
+    """A store whose slots other processes of this machine can map, and which tells what comes and goes."""
 
     @property
     def slabs(self) -> tuple[SlabHandle | SlabShare, ...]:
         """Where they lie; none while a daemon is away and nothing of it is leased."""
+
+    def want_events(self) -> None:
+        """Write down from now on what comes and goes."""
+
+    def take_events(self) -> list[BlockEvent]:
+        """The news since the last call; `DROPPED` where not all is known that left."""
+
+    def event_keys(self, keys: Sequence[bytes]) -> Sequence[bytes]:
+        """What blocks of a request are called in them."""
 
 
 class SchedulerHalf:
@@ -181,22 +188,16 @@ class SchedulerHalf:
 
     def announce(self) -> None:
         """Have what comes and goes told by `take_news`, from now on."""
-        if isinstance(self.store, LocalStore):
-            journal = Journal(time.time)
-            journal.wants_events = True
-            self.store.keep_journal(journal)
-            self._requests.on_named = self._announcer.name
-        else:
-            self._saves.stored = []  # what becomes of it, the daemon tells
+
+        def named(keys: Sequence[bytes], hashes: Sequence[bytes]) -> None:
+            self._announcer.name(self.store.event_keys(keys), hashes)
+
+        self.store.want_events()
+        self._requests.on_named = named
 
     def take_news(self) -> list[News]:
-        """What came and went since the last call."""
-        if isinstance(self.store, LocalStore):
-            return self._announcer.tell(self.store.take_events())
-        if not self._saves.stored:
-            return []
-        stored, self._saves.stored = self._saves.stored, []
-        return [News(True, MEDIA[HOST], None, stored)]
+        """What came and went since the last call. Does not wait."""
+        return self._announcer.tell(self.store.take_events())
 
     # ---- the engine as a whole --------------------------------------------------------------------------------
 

@@ -79,7 +79,7 @@ class RequestMaker:
             raise RequestError(str(error)) from None
         request.num_tokens = num_tokens
 
-    def event_keys(self, keys: Sequence[BlockHash]) -> Sequence[BlockHash]:
+    def event_keys(self, keys: Sequence[bytes]) -> Sequence[bytes]:
         """The names that `take_events` has for blocks of a request."""
         return keys
 

@@ -33,7 +33,7 @@ from kvstore.service.protocol import Op, ProtocolError, decode_json, encode_json
 from kvstore.service.slab import SlabShare
 from kvstore.service.wire import Dial
 from kvstore.tiers.host import SlabHandle
-from radix.hashing import BlockHash, bind_hashes
+from radix.hashing import bind_hashes
 from radix.namespace import Namespace
 
 log = logging.getLogger(__name__)
@@ -289,7 +289,7 @@ class RemoteStore(RequestMaker):
         """
         return [] if self._follower is None else self._follower.take()
 
-    def event_keys(self, keys: Sequence[BlockHash]) -> Sequence[BlockHash]:
+    def event_keys(self, keys: Sequence[bytes]) -> Sequence[bytes]:
         """The names that `take_events` has for blocks of a request: a tenant's are bound to a root of its daemon's."""
         attachment = self._link.attachment
         return keys if attachment is None or attachment.event_root is None else bind_hashes(attachment.event_root, keys)

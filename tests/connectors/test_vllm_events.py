@@ -40,7 +40,9 @@ def test_blocks_are_told_by_vllms_hashes_and_media(announcer: Announcer) -> None
 
 
 def test_what_was_not_announced_is_not_taken_back(announcer: Announcer) -> None:
-    assert announcer.tell([left(0), came(5), left(5), came(1, tier="redis")]) == []
+    assert announcer.tell([left(0), came(5), left(5), left(5), came(1, tier="redis")]) == []
+    announcer.name(KEYS[5:], NAMES[5:])
+    assert announcer.tell([]) == []
 
 
 def test_a_block_is_announced_once_per_place(announcer: Announcer) -> None:
@@ -78,3 +80,37 @@ def test_after_a_reset_nothing_is_taken_back(announcer: Announcer) -> None:
     announcer.forget()
 
     assert announcer.tell([left(0), came(0)]) == []
+
+
+def test_what_others_stored_is_announced_when_a_request_names_it(announcer: Announcer) -> None:
+    assert announcer.tell([came(4), came(5), came(4, 5, tier="disk"), left(5), came(0)]) == [
+        News(True, "CPU", None, NAMES[:1])
+    ]
+
+    announcer.name(KEYS[4:], NAMES[4:])
+    news = announcer.tell([left(4)])
+
+    assert sorted(news[:-1]) == [News(True, "CPU", None, NAMES[4:5]), News(True, "STORAGE", None, NAMES[4:])]
+    assert news[-1] == News(False, "CPU", None, NAMES[4:5])
+    assert announcer.tell([]) == []
+
+
+def test_what_nobody_here_named_is_bounded(monkeypatch: pytest.MonkeyPatch, announcer: Announcer) -> None:
+    monkeypatch.setattr(vllm_events, "MAX_UNNAMED", 1)
+    announcer.tell([came(4), came(5)])
+
+    announcer.name(KEYS[4:], NAMES[4:])
+
+    assert announcer.tell([]) == [News(True, "CPU", None, NAMES[5:])]
+
+
+@pytest.mark.parametrize("kind", [Event.CLEARED, Event.DROPPED])
+def test_when_events_were_lost_everything_is_taken_back(announcer: Announcer, kind: Event) -> None:
+    announcer.tell([came(0, 1), came(1, tier="disk"), came(5)])
+
+    news = announcer.tell([BlockEvent(kind, 0.0), left(0), came(1)])
+
+    assert sorted(news[:-1]) == [News(False, "CPU", None, NAMES[:2]), News(False, "STORAGE", None, NAMES[1:2])]
+    assert news[-1] == News(True, "CPU", None, NAMES[1:2])
+    announcer.name(KEYS[5:], NAMES[5:])
+    assert announcer.tell([]) == []
