@@ -134,7 +134,7 @@ def attach_tier(store: LocalStore, config: Config, name: str) -> None:
             max_queue=MAX_QUEUE,
         )
         try:
-            store.attach_tier(lane, plan)
+            store.admin.attach_tier(lane, plan)
         except BaseException:
             tier.close()
             raise

@@ -37,6 +37,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "kvstore.metrics": (),
     "kvstore.base": ("kvstore.layout", "kvstore.plan.records", "kvstore.errors"),
+    "kvstore.dispatcher": ("kvstore.errors", "kvstore.move", "kvstore.plan"),
+    "kvstore.admin": ("kvstore.dispatcher", "kvstore.errors", "kvstore.move", "kvstore.plan", "kvstore.tiers.base"),
     "kvstore.plan": ("radix", "eviction", "kvstore.layout", "kvstore.page", "kvstore.errors", "kvstore.plan"),
     "kvstore.tiers": ("kvstore.layout", "kvstore.page", "kvstore.codec", "kvstore.errors", "kvstore.tiers"),
     "kvstore.devices": ("kvstore.layout", "kvstore.page", "kvstore.codec", "kvstore.errors", "kvstore.devices"),
@@ -77,7 +79,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "asyncio": ("kvstore.aio", "kvstore.service", "kvstore.cluster", "kvstore.load"),
     "aiohttp": ("kvstore.service", "kvstore.cluster", "kvstore.load"),
     # codec: storage per thread; service: the client's locks, for the daemon itself has one thread
-    "threading": ("kvstore.move", "kvstore.store", "kvstore.tiers", "kvstore.codec", "kvstore.service"),
+    "threading": ("kvstore.move", "kvstore.dispatcher", "kvstore.tiers", "kvstore.codec", "kvstore.service"),
     # workloads stand in for a lane; a replica computes on one thread beside its event loop
     "concurrent": ("kvstore.move", "kvstore.tiers", "kvstore.lab.workloads", "kvstore.cluster"),
     "transformers": ("connectors", "kvstore.lab"),

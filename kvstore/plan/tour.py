@@ -5,7 +5,7 @@ visits a bounded number of blocks at a time, each time under the store's lock, a
 goes meanwhile is seen or not; whatever is told of a prefix was true at one moment of the tour.
 
     tour = Tour()
-    while not store.guide(tour, max_blocks=2048):
+    while not store.admin.guide(tour, max_blocks=2048):
         ...                                # others use the store
     tour.prefixes                          # each after the one it continues
 """

@@ -167,9 +167,9 @@ class Api:
 
     async def clear(self, call: Call) -> ClearAnswer:
         opened = self._one(call, call.request.match_info["namespace"])
-        blocks = opened.store.clear()
+        blocks = opened.store.admin.clear()
         try:
-            keys = await asyncio.to_thread(opened.store.sweep, SWEEP_TIMEOUT_S)
+            keys = await asyncio.to_thread(opened.store.admin.sweep, SWEEP_TIMEOUT_S)
         except TierUnavailable as error:
             detail = f"{blocks} blocks that were known here are deleted; for the rest call again: {error}"
             raise Problem(503, "a shared tier is not cleared", detail, Retry_After="5") from None
@@ -244,7 +244,7 @@ class Api:
     async def detach(self, call: Call) -> TiersAnswer:
         opened, tier = self._tier(call)
         with self._change(opened, tier):
-            if not await asyncio.to_thread(opened.store.detach_tier, tier, DETACH_TIMEOUT_S):
+            if not await asyncio.to_thread(opened.store.admin.detach_tier, tier, DETACH_TIMEOUT_S):
                 raise Problem(409, "a transfer hangs in the tier", "it is out of use, but not closed; call again")
         return _tiers([opened])
 
@@ -252,13 +252,13 @@ class Api:
         body: Resize = call.body
         opened, tier = self._tier(call, may_be_host=True)
         if tier == HOST:
-            opened.store.resize_host(body.capacity_bytes // opened.layout.slot_bytes)
+            opened.store.admin.resize_host(body.capacity_bytes // opened.layout.slot_bytes)
             return _tiers([opened])
         if tier != "disk":
             raise Problem(409, "this tier has no capacity", "redis evicts by itself: set maxmemory there", "tier")
         config = self._attach_config(opened, Attach(capacity_bytes=body.capacity_bytes))
         with self._change(opened, tier):
-            if not await asyncio.to_thread(opened.store.detach_tier, tier, DETACH_TIMEOUT_S):
+            if not await asyncio.to_thread(opened.store.admin.detach_tier, tier, DETACH_TIMEOUT_S):
                 raise Problem(409, "a transfer hangs in the tier", "it is out of use, but not closed; call again")
             await asyncio.to_thread(attach_tier, opened.store, config, tier)
         return _tiers([opened])

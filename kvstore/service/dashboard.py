@@ -293,7 +293,7 @@ class Dashboard:
 
     def _misses(self, stores: Sequence[OpenStore]) -> tuple[list[Miss], dict[str, int]]:
         """The last lookups that fell short, newest first, and all that are remembered by reason."""
-        short = [(one, shortfall) for one in stores for shortfall in one.store.shortfalls()]
+        short = [(one, shortfall) for one in stores for shortfall in one.store.admin.shortfalls()]
         short.sort(key=lambda pair: -pair[1].at)
         misses: list[Miss] = []
         reasons: dict[str, int] = {}

@@ -37,11 +37,11 @@ def explain(opened: OpenStore, request: Request, others: Sequence[tuple[OpenStor
 
     others: the tenant's other namespaces, each with the same prompt under its own hashes; MAX_ELSEWHERE at most.
     """
-    told = opened.store.explain(request)
+    told = opened.store.admin.explain(request)
     elsewhere: list[dict[str, Any]] = [
         {"namespace": other.id, "known": known, "differs": differing(opened.namespace, other.namespace)}
         for other, same in others
-        if (known := other.store.explain(same).match.known) > told.match.known
+        if (known := other.store.admin.explain(same).match.known) > told.match.known
     ]
     reason, text = in_words(told, elsewhere)
     left, match = told.left, told.match

@@ -190,7 +190,7 @@ def test_a_tier_that_goes_down_is_seen(browser: Browser, daemon: LocalDaemon) ->
         browser.wait(lambda: browser.text("#health") == "All up")
 
         (opened,) = daemon.look(lambda d: d.stores.all())
-        lane = opened.store._lanes["disk"]
+        lane = opened.store._dispatcher.lanes["disk"]
         lane.breaker._probe_after_s = lane.breaker._backoff_s = 30.0
         lane.breaker.trip()
 

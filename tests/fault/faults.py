@@ -374,7 +374,7 @@ class BrokenSlab:
 
 
 def broken_slab(store: LocalStore, number: int, verbs: tuple[str, ...] = ("read", "write")) -> BrokenSlab:
-    tier: Any = store._lanes["disk"].tier
+    tier: Any = store._dispatcher.lanes["disk"].tier
     return BrokenSlab(tier._directory.slab, number, verbs)
 
 

@@ -94,7 +94,7 @@ def kill_a_writer(directory: Path, pages: int, journal: Path, first_seed: int, r
 def check(journal: Journal, store: LocalStore, figures: Figures, *, must_be_there: dict[int, int]) -> None:
     """Load all that was tried: acknowledged prompts come whole, others as far as they were written, none is wrong."""
     keys = {key for seed, blocks in journal.tried.items() for key in store.request(prompt(blocks, seed)).keys}
-    tier = store._lanes["disk"].tier
+    tier = store._dispatcher.lanes["disk"].tier
     figures.phantoms += sum(split_key(page.key)[0] not in keys for page in tier.scan())
     figures.phantoms += store.wait_lookup(store.request(prompt(8, seed=77))).num_blocks
     for seed, blocks in journal.tried.items():

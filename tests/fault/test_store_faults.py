@@ -183,7 +183,7 @@ def push_out(store: LocalStore, seed: int) -> None:
 
 
 def disk_of(store: LocalStore) -> DiskTier:
-    tier = store._lanes["disk"].tier
+    tier = store._dispatcher.lanes["disk"].tier
     assert isinstance(tier, DiskTier)
     return tier
 

@@ -197,7 +197,8 @@ class TestLowerTiers:
 
     def test_another_process_sees_what_this_one_writes(self, tmp_path: Path) -> None:
         with open_small(tmp_path) as writer:
-            tier = writer._lanes["disk"].tier  # one process may open a directory once; a second store shares the tier
+            # One process may open a directory once; a second store shares the tier.
+            tier = writer._dispatcher.lanes["disk"].tier
             reader_plan = TierPlan("disk", 128, make_policy("lru"), is_indexed=True, is_shared=True)
             use(writer, prompt(10))
             assert writer.flush(5.0)
@@ -205,7 +206,7 @@ class TestLowerTiers:
             try:
                 blocks, match = load(reader, reader.request(prompt(10)))
             finally:
-                reader._mover.close(5.0)
+                reader._dispatcher.mover.close(5.0)
 
         assert blocks == 10
         assert match.by_tier == {"disk": 10}
@@ -236,7 +237,7 @@ class TestLowerTiers:
                 assert with_other.wait_lookup(request, 5.0).num_blocks == 4
                 assert load(with_other, request)[0] == 4
             finally:
-                with_other._mover.close(5.0)
+                with_other._dispatcher.mover.close(5.0)
 
     def test_a_page_that_vanished_below_is_a_miss_and_is_saved_again(self) -> None:
         tier, plan = memory_tier()
@@ -476,7 +477,7 @@ class TestPrefetch:
                     time.sleep(0.01)
                 assert other.stats()["slots"]["resident"] == 4
             finally:
-                other._mover.close(5.0)
+                other._dispatcher.mover.close(5.0)
 
     def test_a_cancelled_prefetch_holds_nothing(self, store: LocalStore) -> None:
         store.cancel(store.prefetch(store.request(prompt(4))))

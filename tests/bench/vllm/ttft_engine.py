@@ -200,7 +200,7 @@ class ConnectorBench(Bench):
     def facts(self) -> dict[str, Any]:
         if self.settings.kind != "disk":
             return {}
-        return {"direct_io": self.engine.half.store._lanes["disk"].tier.is_direct}
+        return {"direct_io": self.engine.half.store._dispatcher.lanes["disk"].tier.is_direct}
 
 
 class TierBench(Bench):

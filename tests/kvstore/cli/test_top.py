@@ -93,7 +93,7 @@ def test_a_tier_that_is_down_is_told(daemon: LocalDaemon, tmp_path: Path) -> Non
     with attach(tmp_path / "kv.sock") as store:
         use(store, prompt(3))
         (opened,) = daemon.look(lambda d: d.stores.all())
-        opened.store._lanes["disk"].breaker.trip()
+        opened.store._dispatcher.lanes["disk"].breaker.trip()
         daemon.look(lambda d: d.dashboard.sample())
 
         code, output = run(f"unix://{tmp_path / 'kv.sock'}")

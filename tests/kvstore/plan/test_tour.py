@@ -14,7 +14,7 @@ def fork(shared: int, tail: int, seed: int) -> list[int]:
 
 def walk(store: LocalStore, max_blocks: int) -> Tour:
     tour = Tour()
-    while not store.guide(tour, max_blocks):
+    while not store.admin.guide(tour, max_blocks):
         pass
     return tour
 
@@ -42,9 +42,9 @@ def test_a_step_visits_no_more_blocks_than_it_may() -> None:
         use(store, prompt(40))
         tour = Tour()
 
-        assert not store.guide(tour, 8)
+        assert not store.admin.guide(tour, 8)
         assert tour.prefixes[0].num_blocks == 8
-        assert not store.guide(tour, 8)
+        assert not store.admin.guide(tour, 8)
         assert tour.prefixes[0].num_blocks == 16
 
 
@@ -68,11 +68,11 @@ def test_what_goes_between_two_steps_is_left_out() -> None:
         use(store, fork(4, 3, 0))
         use(store, fork(4, 3, 1))
         tour = Tour()
-        assert not store.guide(tour, 4)
+        assert not store.admin.guide(tour, 4)
 
-        store.clear()
+        store.admin.clear()
 
-        assert store.guide(tour, 100)
+        assert store.admin.guide(tour, 100)
         assert [(prefix.depth, prefix.num_blocks) for prefix in tour.prefixes] == [(0, 4)]
 
 
@@ -80,11 +80,11 @@ def test_a_run_that_is_cut_between_two_steps_is_seen_whole() -> None:
     with open_small() as store:
         use(store, fork(8, 2, 0))
         tour = Tour()
-        assert not store.guide(tour, 3)
+        assert not store.admin.guide(tour, 3)
 
         use(store, fork(8, 2, 1))
 
-        while not store.guide(tour, 3):
+        while not store.admin.guide(tour, 3):
             pass
         assert shape(tour) == [(0, 8, 2), (8, 2, 0), (8, 2, 0)]
 
@@ -95,7 +95,7 @@ def test_more_prefixes_than_fit_are_said_to_be_more() -> None:
             use(store, prompt(2, seed))
         tour = Tour(max_prefixes=3)
 
-        assert store.guide(tour, 1000)
+        assert store.admin.guide(tour, 1000)
 
         assert tour.is_cut
         assert len(tour.prefixes) == 3
@@ -103,13 +103,13 @@ def test_more_prefixes_than_fit_are_said_to_be_more() -> None:
 
 def test_lookups_that_fall_short_are_remembered_with_their_reason_then() -> None:
     with open_small() as store:
-        assert store.shortfalls() == []
+        assert store.admin.shortfalls() == []
         store.keep_journal(Journal(lambda: 12.0, max_shortfalls=3))
         use(store, prompt(4))
         use(store, prompt(4))  # whole: nothing to tell
         use(store, fork(4, 2, 0))
 
-        told = store.shortfalls()
+        told = store.admin.shortfalls()
 
         assert [(s.at, s.num_tokens, s.told.block, s.told.match.cut) for s in told] == [
             (12.0, 4 * BLOCK + 1, 0, CutReason.NEVER_STORED),
@@ -117,7 +117,7 @@ def test_lookups_that_fall_short_are_remembered_with_their_reason_then() -> None
         ]
         for seed in range(5):
             use(store, prompt(3, 50 + seed))
-        assert len(store.shortfalls()) == 3
+        assert len(store.admin.shortfalls()) == 3
 
 
 def test_a_prefix_tells_the_session_that_used_it() -> None:

@@ -129,7 +129,7 @@ def test_a_breaker_that_opens_is_told_with_the_time_and_stays_in_the_list(daemon
     play(daemon.config.service.socket, fork(2, 2, 0))
     sample(daemon)
     (opened,) = daemon.look(lambda d: d.stores.all())
-    lane = opened.store._lanes["disk"]
+    lane = opened.store._dispatcher.lanes["disk"]
 
     lane.breaker.trip()
     sample(daemon)

@@ -1,0 +1,109 @@
+"""What operators ask of a store, and change in it, while requests run: `store.admin`.
+
+The daemon's API and dashboard are made of it; no connector needs it.
+"""
+
+from __future__ import annotations
+
+import time
+
+from kvstore.dispatcher import Dispatcher
+from kvstore.errors import ConfigError
+from kvstore.move.lane import Lane
+from kvstore.plan.cascade import TierPlan
+from kvstore.plan.journal import Shortfall
+from kvstore.plan.records import Explanation, Request
+from kvstore.plan.tour import Tour
+from kvstore.tiers.base import Sweepable
+
+
+class Admin:
+    """The operator's verbs. Any thread."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._planner = dispatcher.planner
+        self._lock = dispatcher.lock
+
+    # ---- what is asked ----------------------------------------------------------------------------------------
+
+    def explain(self, request: Request) -> Explanation:
+        """Why a request matches what it matches, and not more."""
+        with self._lock:
+            self._dispatcher.check_open()
+            return self._planner.explain(request)
+
+    def shortfalls(self) -> list[Shortfall]:
+        """The last lookups that fell short, oldest first; nothing without a journal."""
+        with self._lock:
+            journal = self._planner.catalog.journal
+            return [] if journal is None else list(journal.shortfalls)
+
+    def guide(self, tour: Tour, max_blocks: int = 2048) -> bool:
+        """One step of a walk over everything that is stored; True when it is over. See kvstore/plan/tour.py."""
+        with self._lock:
+            self._dispatcher.check_open()
+            return tour.step(self._planner, max_blocks, self._dispatcher.now())
+
+    # ---- what is changed --------------------------------------------------------------------------------------
+
+    def clear(self) -> int:
+        """Delete every block that is known, in every tier that can be reached; returns how many."""
+        with self._lock:
+            self._dispatcher.check_open()
+            cleared = self._planner.clear(self._dispatcher.now())
+            self._dispatcher.send()
+            return cleared
+
+    def sweep(self, timeout_s: float) -> dict[str, int]:
+        """After `clear`: have tiers that are not indexed delete what they hold of this namespace, whoever wrote it.
+
+        Returns keys deleted, by tier. Any thread; holds no lock, and takes as long as a walk over the whole server.
+        Raises TierUnavailable if a server is not reached, or the time runs out.
+        """
+        until = time.monotonic() + timeout_s
+        tiers = [lane.tier for lane in self._dispatcher.lanes.values()]
+        return {
+            tier.name: tier.sweep(timeout_s=until - time.monotonic()) for tier in tiers if isinstance(tier, Sweepable)
+        }
+
+    def resize_host(self, num_slots: int) -> None:
+        """Use `num_slots` of the slots; memory of the others goes back to the system as they come free."""
+        most = self._planner.host.pool.num_slots
+        if not 1 <= num_slots <= most:
+            raise ConfigError(f"host: {num_slots} slots are asked for; the slab has 1 to {most}")
+        with self._lock:
+            self._dispatcher.check_open()
+            self._planner.resize_host(num_slots)
+            self._dispatcher.free_retired()
+
+    def attach_tier(self, lane: Lane, plan: TierPlan) -> None:
+        """Take up one more tier. Raises ConfigError if there is one of its name."""
+        stored = [(page.key, page.meta) for page in lane.tier.scan()]
+        with self._lock:
+            self._dispatcher.check_open()
+            self._dispatcher.mover.add(lane)
+            self._planner.attach_tier(plan)
+            self._planner.restore(lane.name, stored, self._dispatcher.now())
+            self._dispatcher.send()
+            self._dispatcher.tell()
+
+    def detach_tier(self, name: str, timeout_s: float = 5.0) -> bool:
+        """Take a tier away; its pages stay in the medium, and are a miss until it is back.
+
+        False if a transfer still hangs in it after `timeout_s`: the tier is out of use, but not closed; call again.
+        Raises ConfigError if there is no such tier.
+        """
+        with self._lock:
+            self._dispatcher.check_open()
+            lane = self._dispatcher.lanes.get(name)
+            if lane is None:
+                there = ", ".join(sorted(self._dispatcher.lanes)) or "none"
+                raise ConfigError(f"there is no tier {name!r}; there are {there}")
+            self._planner.detach_tier(name)
+            self._dispatcher.send()
+            self._dispatcher.tell()
+        if not self._dispatcher.mover.remove(name, timeout_s):
+            return False
+        lane.tier.close()
+        return True

@@ -1,0 +1,141 @@
+"""Between planner and mover, under the store's one lock: what is planned is handed on, what came of it is booked.
+
+Planning happens under the lock and takes microseconds; bytes never move under it. Lanes report outcomes from their own
+threads, the housekeeper reports ticks and tiers that went down or came back; each takes the lock, lets the planner book
+it, hands on what the planner wants carried next, and wakes whoever waits.
+
+    with dispatcher.lock:
+        dispatcher.check_open()
+        ...plan...
+        dispatcher.send()       # after everything that may leave transfers in the planner's outbox
+        dispatcher.tell()       # after everything that others may wait for
+
+The hard thing: a slot must not be reused while anything may still write to it. Slots are freed only by outcomes and
+by the ends of leases, and a lane answers for a transfer only when its worker has returned from the tier; so waiting
+has deadlines, slots do not.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from kvstore.errors import StoreClosed
+from kvstore.move.lane import Lane
+from kvstore.move.mover import Mover
+from kvstore.plan.planner import Planner
+from kvstore.plan.records import Outcome
+
+
+class Dispatcher:
+    """The lock, the planner it guards, and the mover that carries for it. Made and closed by LocalStore.
+
+    lock:    held for planning, never while bytes move; not reentrant.
+    discard: gives the memory of slots back to the system.
+    now:     the planner's clock, in seconds.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        lanes: Sequence[Lane],
+        discard: Callable[[Sequence[int]], None],
+        now: Callable[[], float],
+    ) -> None:
+        self.lock = threading.Lock()
+        self.planner = planner
+        self.now = now
+        self.is_closed = False
+        self._changed = threading.Condition(self.lock)
+        self._listeners: list[Callable[[], None]] = []
+        self._discard = discard
+        self.mover = Mover(lanes, self._on_outcome, self._on_tier_state, self._on_tick, now=now)
+
+    # ---- under the lock ---------------------------------------------------------------------------------------
+
+    def check_open(self) -> None:
+        """Raise StoreClosed after close."""
+        if self.is_closed:
+            raise StoreClosed("the store is closed")
+
+    def send(self) -> None:
+        """Hand the planner's transfers to the lanes. Under the lock, so that they go out in the planner's order."""
+        transfers = self.planner.take_transfers()
+        if transfers and not self.is_closed:
+            self.mover.submit(transfers)
+        promotions = self.planner.take_promotions()
+        if promotions and not self.is_closed:
+            self.mover.promote(promotions)
+
+    def tell(self) -> None:
+        """Wake whoever waits."""
+        self._changed.notify_all()
+        for listener in self._listeners:
+            listener()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Let go of the lock until `tell` or the timeout; False for the latter."""
+        return self._changed.wait(timeout_s)
+
+    def wait_until(self, until: float) -> bool:
+        """The same, up to a moment of time.monotonic(); False at once where that is over."""
+        left = until - time.monotonic()
+        return left > 0 and self._changed.wait(left)
+
+    def free_retired(self) -> None:
+        """Give the memory of slots that are out of use back to the system."""
+        self._discard(self.planner.host.pool.take_retired())
+
+    # ---- not under the lock -----------------------------------------------------------------------------------
+
+    @property
+    def lanes(self) -> Mapping[str, Lane]:
+        """The lanes there are now, by the name of their tier."""
+        return self.mover.lanes
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called by every `tell`, under the lock."""
+        with self.lock:
+            self._listeners.append(listener)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything saved so far is written behind."""
+        until = time.monotonic() + timeout_s
+        with self.lock:
+            while not self.planner.is_settled:
+                if self.is_closed or not self.wait_until(until):
+                    return self.planner.is_settled
+            return True
+
+    def close(self) -> bool:
+        """Let nothing more begin, and wake whoever waits; False if it is closed already. The mover is closed after."""
+        with self.lock:
+            if self.is_closed:
+                return False
+            self.is_closed = True
+            self.tell()
+            return True
+
+    # ---- callbacks of the mover -------------------------------------------------------------------------------
+
+    def _on_outcome(self, outcome: Outcome) -> None:
+        with self.lock:
+            self.planner.outcome(outcome, self.now())
+            self.send()
+            self.tell()
+
+    def _on_tier_state(self, name: str, is_up: bool) -> None:
+        with self.lock:
+            self.planner.set_tier_up(name, is_up, self.now())
+            self.send()
+            self.tell()
+
+    def _on_tick(self) -> None:
+        with self.lock:
+            if not self.is_closed:
+                is_over = self.planner.tick(self.now())
+                self.send()
+                if is_over:
+                    self.tell()
+                self.free_retired()
