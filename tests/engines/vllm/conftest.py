@@ -68,17 +68,16 @@ def reference(model_of: Callable[[str], str]) -> Iterator[Reference]:
 
 @pytest.fixture(scope="module")
 def open_engine(model_of: Callable[[str], str]) -> Iterator[Callable[..., Engine]]:
-    """Make an engine in this process; one lives at a time, the one before is closed."""
+    """Make an engine in this process; one lives at a time, the one before is closed. Without `extra`, vLLM alone."""
     current: list[Engine] = []
 
-    def make(extra: dict[str, Any] | None = None, *, kind: str = "gqa", **values: Any) -> Engine:
+    def make(extra: dict[str, Any] | None, *, kind: str = "gqa", model: str = "", **values: Any) -> Engine:
         while current:
             current.pop().close()
-        sections = dict(extra or {})
-        if "service" not in sections:  # else the daemon has the host memory
-            sections.setdefault("host", {"capacity_bytes": 64 * MiB, "huge_pages": False})
+        if extra is not None and "service" not in extra:  # else the daemon has the host memory
+            extra = {"host": {"capacity_bytes": 64 * MiB, "huge_pages": False}, **extra}
         try:
-            engine = Engine(model_of(kind), sections, **values)
+            engine = Engine(model or model_of(kind), extra, **values)
         except BaseException:
             clean_up()
             raise

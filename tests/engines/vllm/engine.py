@@ -124,12 +124,12 @@ class Engine:
         store = self.half.store
         assert store.flush(max(0.1, until - time.monotonic())) or not store.slabs  # none: its daemon is away
 
-    def forget_own_cache(self) -> None:
+    def forget_own_cache(self, reset_connector: bool = False) -> None:
         """Empty vLLM's prefix cache, so that only the store can help."""
         if self.llm.llm_engine.vllm_config.kv_transfer_config is not None and self.is_in_process:
             self.settle()
         until = time.monotonic() + 30
-        while not self.llm.reset_prefix_cache():
+        while not self.llm.reset_prefix_cache(reset_connector=reset_connector):
             assert time.monotonic() < until, "vLLM's blocks are still in use"
             time.sleep(0.01)
 
@@ -200,9 +200,9 @@ class EngineProcess:
         values: dict[str, float] = self._call("metrics")
         return values
 
-    def forget_own_cache(self) -> None:
+    def forget_own_cache(self, reset_connector: bool = False) -> None:
         """As Engine.forget_own_cache."""
-        self._call("forget_own_cache")
+        self._call("forget_own_cache", reset_connector)
 
     def close(self) -> None:
         """Stop it; everything saved is written behind."""

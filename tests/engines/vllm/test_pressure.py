@@ -12,7 +12,8 @@ from tests.engines.vllm.conftest import Reference
 from tests.engines.vllm.engine import BLOCK, Engine, make_prompt
 
 pytestmark = pytest.mark.timeout(600)
-SMALL = {"num_gpu_blocks_override": 40, "max_model_len": 1024}  # 40 blocks of 32 tokens: 1280 tokens for everybody
+# 40 blocks of 32 tokens, 1280 tokens for everybody, and prompts are computed in chunks of 256.
+SMALL = {"num_gpu_blocks_override": 40, "max_model_len": 1024, "max_num_batched_tokens": 256}
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +34,33 @@ def test_what_the_engine_evicted_comes_back(small: Engine, reference: Reference)
     assert small.half.counters["loaded_tokens"] > 0
 
 
-def test_preempted_requests_answer_as_without_us(small: Engine, reference: Reference) -> None:
+def test_after_a_load_the_rest_of_a_prompt_is_computed_and_saved_in_chunks(small: Engine, reference: Reference) -> None:
+    whole = make_prompt(900, 10)
+    fork = whole[:340] + make_prompt(600, 11)
+    saved = small.half.counters["saved_pages"]
+    small.ask(whole)
+    small.forget_own_cache()
+    assert small.half.counters["saved_pages"] - saved == 900 // BLOCK  # the blocks of every chunk
+
+    first = small.ask(fork)
+    small.forget_own_cache()
+    second = small.ask(fork)
+
+    assert [first["tokens"], second["tokens"]] == reference.tokens([fork, fork])
+    assert (first["cached"], second["cached"]) == (340 // BLOCK * BLOCK, 939 // BLOCK * BLOCK)
+
+
+def test_preempted_requests_answer_as_without_us_and_load_what_they_had(small: Engine, reference: Reference) -> None:
     prompts = [make_prompt(200, 100 + seed) for seed in range(6)]
     before = small.metrics().get("vllm:num_preemptions", 0)
+    loaded = small.half.counters["loaded_tokens"]
 
     answers = small.generate(prompts, max_tokens=150)
 
     assert small.metrics()["vllm:num_preemptions"] > before
     assert [answer["tokens"] for answer in answers] == reference.tokens(prompts, 150)
+    assert small.half.counters["loaded_tokens"] > loaded
+    assert not small.scheduler.requires_kv_delivery  # a preempted request does not wait for its saves
 
 
 def test_a_slab_smaller_than_a_prompt_keeps_what_fits(open_engine: Callable[..., Engine], reference: Reference) -> None:
