@@ -128,8 +128,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             can_fail_inside = len(kv_cache_config.kv_cache_groups) == 1
             if self._config.fields.load == "sync" and not can_fail_inside:
                 raise ConfigError(
-                    'kv_connector_extra_config: load is "sync", but the model has several layer groups, and vLLM cannot '
-                    'recover there from a copy that fails inside a step; leave it out ("auto")'
+                    'kv_connector_extra_config: load is "sync", but the model has several layer groups, and vLLM '
+                    'cannot recover there from a copy that fails inside a step; leave it out ("auto")'
                 )
             is_beside = can_fail_inside and vllm_config.device_config.device_type == "cpu"
             self._scheduler = open_half(vllm_config, self._config, self._engine, vllm.__version__, is_beside=is_beside)
@@ -173,8 +173,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self._worker.begin(metadata.plan)
             self._worker.start_loads()
 
+    @quiet(lambda: None)
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Wait for a layer's blocks of loads beside this forward. Not measured: it is called for every layer."""
+        """Wait for a layer's blocks of loads beside this forward."""
         if self._worker is not None:
             self._worker.wait_for_layer(layer_name)
 

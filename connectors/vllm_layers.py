@@ -93,9 +93,9 @@ class LayeredLoads:
 
     def wait(self, layer: str) -> None:
         """The engine is about to read the blocks of a layer: wait until they have come."""
-        self._seen.add(layer)
         for copying in self._copying:
             copying.ready[self._span_of.get(layer, -1)].wait()  # one that we do not know may read any
+        self._seen.add(layer)
 
     def finish(self, num_tokens: int) -> list[LayeredLoad]:
         """The forward, of `num_tokens`, is over: what became of the loads beside it."""
