@@ -23,6 +23,7 @@ from kvstore.plan.settings import PlanSettings
 from kvstore.store import LocalStore
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostSlab
+from kvstore.tiers.memory import MemoryTier
 from radix.namespace import Namespace
 
 BLOCK = 16
@@ -68,6 +69,18 @@ def store_over(
         layout, PlanSettings(num_slots, **(numbers | settings)), make_policy("lru"), [plan for _, plan in tiers]
     )
     return LocalStore(layout, namespace(layout), planner, slab, lanes)
+
+
+def memory_tier(capacity_pages: int = 128, name: str = "memory", **plan: object) -> tuple[MemoryTier, TierPlan]:
+    """A tier in a dict that the planner takes for a disk."""
+    fields: dict[str, object] = {"is_indexed": True, "is_shared": False, "policy": make_policy("lru")}
+    tier = MemoryTier(capacity_pages, LAYOUT.slot_bytes, name=name)
+    return tier, TierPlan(name=name, capacity_pages=capacity_pages, **(fields | plan))  # type: ignore[arg-type]
+
+
+def redis_like(name: str = "shared") -> tuple[MemoryTier, TierPlan]:
+    """A tier in a dict that others may write to, and that the catalog says nothing about."""
+    return memory_tier(name=name, is_indexed=False, is_shared=True, capacity_pages=128)
 
 
 def prompt(num_blocks: int, seed: int = 0, tail: int = 1) -> np.ndarray[Any, np.dtype[np.int64]]:

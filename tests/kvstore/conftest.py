@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from kvstore.store import LocalStore
+from tests.helpers.stores import open_small
 
 
 @pytest.fixture
@@ -13,3 +17,11 @@ def nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if name.upper().startswith("KVSTORE_"):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def store() -> Iterator[LocalStore]:
+    """A small store without lower tiers, whose books are right at the end."""
+    with open_small() as store:
+        yield store
+        store.check()

@@ -1,79 +1,28 @@
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 from eviction.registry import make_policy
-from kvstore.errors import RequestError, StoreClosed, TierFull
+from kvstore.errors import TierFull
 from kvstore.page import PageKey
 from kvstore.plan.cascade import TierPlan
-from kvstore.plan.records import CutReason, LeaseState, RequestOptions
+from kvstore.plan.records import CutReason, LeaseState
 from kvstore.store import LocalStore
-from kvstore.tiers.memory import MemoryTier
 from tests.helpers.faulty_tier import FaultyTier
-from tests.helpers.stores import BLOCK, LAYOUT, PAGE_BYTES, load, open_small, prompt, save, store_over, use
-
-
-def memory_tier(capacity_pages: int = 128, name: str = "memory", **plan: object) -> tuple[MemoryTier, TierPlan]:
-    """A tier in a dict that the planner takes for a disk."""
-    fields: dict[str, object] = {"is_indexed": True, "is_shared": False, "policy": make_policy("lru")}
-    tier = MemoryTier(capacity_pages, LAYOUT.slot_bytes, name=name)
-    return tier, TierPlan(name=name, capacity_pages=capacity_pages, **(fields | plan))  # type: ignore[arg-type]
-
-
-def redis_like(name: str = "shared") -> tuple[MemoryTier, TierPlan]:
-    """A tier in a dict that others may write to, and that the catalog says nothing about."""
-    return memory_tier(name=name, is_indexed=False, is_shared=True, capacity_pages=128)
-
-
-@pytest.fixture
-def store() -> Iterator[LocalStore]:
-    with open_small() as store:
-        yield store
-        store.check()
-
-
-class TestRequests:
-    def test_growing_a_request_gives_the_keys_of_the_whole_prompt(self, store: LocalStore) -> None:
-        tokens = prompt(6, tail=5)
-
-        request = store.request(tokens[:20])
-        store.extend(request, tokens[20:23])
-        store.extend(request, tokens[23:])
-
-        assert request.keys == store.request(tokens).keys
-        assert request.num_tokens == len(tokens)
-
-    def test_tenants_share_no_key(self, store: LocalStore) -> None:
-        tokens = prompt(3)
-
-        ours = store.request(tokens, RequestOptions(tenant="a")).keys
-        theirs = store.request(tokens, RequestOptions(tenant="b")).keys
-
-        assert not set(ours) & set(theirs)
-
-    def test_hashes_of_an_engine_are_bound_to_the_namespace(self, store: LocalStore) -> None:
-        hashes = [bytes([i]) * 32 for i in range(3)]
-
-        request = store.request_from_hashes(hashes, 3 * BLOCK + 1)
-
-        assert len(request.keys) == 3
-        assert not set(request.keys) & set(hashes)
-
-    def test_fewer_tokens_than_the_hashes_cover_are_refused(self, store: LocalStore) -> None:
-        with pytest.raises(RequestError, match="num_tokens is 40"):
-            store.request_from_hashes([b"x" * 32] * 3, 40)
-
-    def test_a_prompt_without_a_full_block_is_a_miss_that_says_so(self, store: LocalStore) -> None:
-        match = store.lookup(store.request(prompt(1, tail=0)))  # its last token must be computed
-
-        assert (match.num_blocks, match.cut) == (0, CutReason.TOO_SHORT)
+from tests.helpers.stores import (
+    BLOCK,
+    PAGE_BYTES,
+    load,
+    memory_tier,
+    open_small,
+    prompt,
+    redis_like,
+    save,
+    store_over,
+    use,
+)
 
 
 class TestSavingAndLoading:
@@ -364,87 +313,6 @@ class TestLowerTiers:
             assert len(list(tier.scan())) == 4
 
 
-class TestRetention:
-    def test_a_time_to_live_of_a_request_ends_its_pages(self, store: LocalStore) -> None:
-        request = store.request(prompt(3), RequestOptions(ttl_s=1e-6))
-        save(store, request)
-        use(store, prompt(3, seed=1))
-
-        assert store.lookup(request).num_blocks == 0
-        assert store.lookup(store.request(prompt(3, seed=1))).num_blocks == 3
-        assert store.stats()["expired_pages"]["host"] == 3
-
-    def test_a_higher_priority_stays_longer(self, store: LocalStore) -> None:
-        use(store, prompt(20, seed=1), RequestOptions(priority=1))
-        use(store, prompt(44, seed=2))
-
-        use(store, prompt(30, seed=3))
-
-        assert store.lookup(store.request(prompt(20, seed=1))).num_blocks == 20
-        assert store.lookup(store.request(prompt(44, seed=2))).num_blocks == 14
-
-    def test_pages_retained_until_a_time_do_not_leave_before_it(self, store: LocalStore) -> None:
-        use(store, prompt(20, seed=1), RequestOptions(retain_until=time.time() + 60))
-        use(store, prompt(60, seed=2))
-
-        assert store.lookup(store.request(prompt(20, seed=1))).num_blocks == 20
-        assert store.stats()["pinned_pages"] == 20
-
-    def test_a_request_may_pin_what_it_saves(self, store: LocalStore) -> None:
-        use(store, prompt(20, seed=1), RequestOptions(pin=True))
-        use(store, prompt(60, seed=2))
-
-        assert store.lookup(store.request(prompt(20, seed=1))).num_blocks == 20
-        assert store.unpin(store.request(prompt(20, seed=1))) == 20
-
-    def test_after_the_last_turn_only_the_shared_part_keeps_its_place(self, store: LocalStore) -> None:
-        shared, ours = prompt(10, seed=1, tail=0), prompt(20, seed=2)
-        use(store, np.concatenate([shared, prompt(10, seed=3)]), RequestOptions(session="other"))
-        whole = np.concatenate([shared, ours])
-        request = store.request(whole, RequestOptions(session="mine"))
-        load(store, request)
-        save(store, request)
-        store.finished(request, finish_reason="stop", last_turn=True)
-
-        use(store, prompt(44, seed=4))  # 20 too many: exactly the private part of the session that is over
-
-        assert store.lookup(store.request(whole)).num_blocks == 10
-        other = np.concatenate([shared, prompt(10, seed=3)])
-        assert store.lookup(store.request(other)).num_blocks == 20
-
-    def test_forgotten_blocks_are_gone_from_every_tier(self) -> None:
-        tier = memory_tier()
-        with store_over([tier]) as store:
-            request = store.request(prompt(6))
-            save(store, request)
-            assert store.flush(5.0)
-
-            assert store.forget(request, 2) == 4
-            assert store.lookup(request).num_blocks == 2
-            until = time.monotonic() + 5.0
-            while len(list(tier[0].scan())) > 2 and time.monotonic() < until:
-                time.sleep(0.01)
-            store.check()
-
-            assert len(list(tier[0].scan())) == 2
-
-    def test_a_lookup_right_after_forgetting_finds_nothing(self) -> None:
-        tier, plan = redis_like()
-        faulty = FaultyTier(tier)
-        with store_over([(faulty, replace(plan, workers=2))]) as store:
-            request = store.request(prompt(6))
-            save(store, request)
-            assert store.flush(5.0)
-            store.finished(request)
-            faulty.hang(only=("delete",))
-
-            store.forget(request)
-            found = store.wait_lookup(store.request(prompt(6)), 5.0).num_blocks
-            faulty.recover()
-
-        assert found == 0
-
-
 class TestPrefetch:
     def test_prefetched_pages_wait_in_host_memory(self) -> None:
         tier = memory_tier()
@@ -483,52 +351,6 @@ class TestPrefetch:
         store.cancel(store.prefetch(store.request(prompt(4))))
 
         assert store.stats()["slots"]["free"] == 64
-
-
-class TestThreads:
-    def test_concurrent_loads_of_one_prefix_share_their_fetches(self) -> None:
-        tier = memory_tier()
-        with store_over([tier], num_slots=16) as store:
-            use(store, prompt(8, seed=1))
-            assert store.flush(5.0)
-            use(store, prompt(16, seed=2))
-            assert store.flush(5.0)
-            request = store.request(prompt(8, seed=1))
-            leases = [store.prepare_load(request, 8) for _ in range(5)]
-            statuses = [store.wait(lease, 5.0) for lease in leases]
-            for lease in leases:
-                store.complete(lease)
-            store.check()
-
-            assert [status.num_blocks for status in statuses] == [8] * 5
-            assert store.stats()["lane_bytes"]["memory"]["fetch"] == 8 * PAGE_BYTES
-
-    def test_many_threads_always_get_the_right_bytes(self) -> None:
-        tier = memory_tier(capacity_pages=60)
-        failures: list[BaseException] = []
-        with store_over([tier], num_slots=24) as store:
-
-            def engine(number: int) -> None:
-                rng = np.random.default_rng(number)
-                try:
-                    for _ in range(60):
-                        shared = prompt(int(rng.integers(1, 8)), seed=0, tail=0)
-                        use(store, np.concatenate([shared, prompt(int(rng.integers(1, 6)), int(rng.integers(0, 9)))]))
-                except BaseException as error:
-                    failures.append(error)
-
-            threads = [threading.Thread(target=engine, args=(n,)) for n in range(4)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(60)
-            store.flush(5.0)
-            store.check()
-
-            assert not failures
-            assert store.stats()["leases"] == 0
-            assert store.stats()["pinned_pages"] == 0
-            assert store.stats()["slots"]["filling"] == 0
 
 
 class TestLoadOrRecompute:
@@ -583,27 +405,3 @@ class TestHashesThatMayCollide:
             use(store, prompt(4))
         with open_small(tmp_path, store={"hash": "xxh3_128"}) as store:
             assert load(store, store.request(prompt(4)))[0] == 4
-
-
-class TestClosing:
-    def test_a_closed_store_refuses_work(self) -> None:
-        store = open_small()
-        request = store.request(prompt(2))
-        store.close()
-        store.close()
-
-        with pytest.raises(StoreClosed):
-            store.lookup(request)
-
-    def test_closing_writes_behind_what_is_left(self, tmp_path: Path) -> None:
-        with open_small(tmp_path) as store:
-            save(store, store.request(prompt(50)))
-        with open_small(tmp_path) as store:
-            assert store.lookup(store.request(prompt(50))).known == 50
-
-    def test_no_thread_is_left(self, tmp_path: Path) -> None:
-        before = set(threading.enumerate())
-        with open_small(tmp_path) as store:
-            use(store, prompt(4))
-
-        assert {t for t in threading.enumerate() if t.name.startswith("kvstore")} <= before
