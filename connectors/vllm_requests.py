@@ -6,13 +6,16 @@ the scheduler's thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from connectors.vllm_layout import EngineLayout
 from kvstore.base import KVStore
 from kvstore.plan.records import LoadLease, Request, RequestOptions
+
+log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 
 NEVER = 1 << 40  # more blocks than any prompt has
 
@@ -113,15 +116,23 @@ class Requests:
 
 
 def _options(request: Any, tenant: str, single_flight: bool) -> RequestOptions:
-    """What vLLM's request says about itself: hints under "kvstore" in kv_transfer_params."""
-    hints = (getattr(request, "kv_transfer_params", None) or {}).get("kvstore")
-    hints = hints if isinstance(hints, Mapping) else {}
-    ttl_s = hints.get("ttl_s")
-    return RequestOptions(
-        tenant=tenant,
-        session=str(hints.get("session", "")),
-        priority=int(hints.get("priority", 0)),
-        ttl_s=float(ttl_s) if ttl_s is not None and float(ttl_s) > 0 else None,
-        retain_until=max(0.0, float(hints.get("retain_until", 0.0))),
-        single_flight=single_flight,
-    )
+    """What vLLM's request says about itself: hints under "kvstore" in kv_transfer_params.
+
+    They come from whoever sent the request, so those that make no sense are ignored, all of them.
+    """
+    hints = (getattr(request, "kv_transfer_params", None) or {}).get("kvstore", {})
+    plain = RequestOptions(tenant=tenant, single_flight=single_flight)
+    try:
+        ttl_s = hints.get("ttl_s")
+        options = replace(
+            plain,
+            session=str(hints.get("session", "")),
+            priority=int(hints.get("priority", 0)),
+            ttl_s=float(ttl_s) if ttl_s is not None and float(ttl_s) > 0 else None,
+            retain_until=max(0.0, float(hints.get("retain_until", 0.0))),
+        )
+        options.session.encode()  # not every text that JSON can spell is one
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        log.warning("kvstore: hints %.200r of request %s are ignored: %s", hints, request.request_id, error)
+        return plain
+    return options

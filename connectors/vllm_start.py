@@ -37,6 +37,7 @@ def open_half(
     )
     try:
         check_service(store, config)
+        warn_of_hash(vllm_config, config)
         check_redis(store, config, engine.layout.block_size)
     except ConfigError:
         store.close(0)
@@ -82,6 +83,18 @@ def check_redis(store: KVStore, config: ConnectorConfig, block_size: int) -> Non
         raise ConfigError(
             f"redis.url: the server does not answer within {wait_s:.1f} s; start it or mend the URL, or set "
             '"require_redis": false in kv_connector_extra_config to start without it'
+        )
+
+
+def warn_of_hash(vllm_config: Any, config: ConnectorConfig) -> None:
+    """Warn if vLLM hashes with a seed of this process alone, though others could share what is stored."""
+    name = str(getattr(vllm_config.cache_config, "prefix_caching_hash_algo", ""))
+    tiers = config.store.disk.path, config.store.redis.url, config.store.service.url
+    if name.startswith("xxhash") and "PYTHONHASHSEED" not in os.environ and any(tiers):
+        log.warning(
+            "kvstore: with prefix_caching_hash_algo %r vLLM draws a seed at every start, so no other process, nor this "
+            "one after a restart, finds what is stored; set PYTHONHASHSEED to one number everywhere, or use 'sha256'",
+            name,
         )
 
 

@@ -345,6 +345,20 @@ def test_hints_of_a_request_reach_the_store(world: World) -> None:
     assert (options.session, options.priority, options.ttl_s) == ("s", 2, 60.0)
 
 
+@pytest.mark.parametrize(
+    "hints",
+    [{"priority": "high"}, {"ttl_s": [60]}, {"retain_until": "soon"}, {"session": "\ud800"}, "session", 7, None],
+)
+def test_hints_that_make_no_sense_are_ignored(world: World, hints: Any) -> None:
+    asked = request("a", BLOCK)
+    asked.kv_transfer_params = {"kvstore": hints}
+
+    world.half.new_request(asked)
+
+    options = world.half._requests._tracked["a"].store.options
+    assert (options.session, options.priority, options.ttl_s, options.retain_until) == ("", 0, None, 0.0)
+
+
 def test_a_save_that_cannot_be_planned_keeps_no_load_back(world: World) -> None:
     world.stored(request("a", 4 * BLOCK + 1))
     again = request("b", 4 * BLOCK + 1)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from connectors.vllm_config import parse_extra_config
 from connectors.vllm_scheduler import SharedStore
-from connectors.vllm_start import check_redis, check_service
+from connectors.vllm_start import check_redis, check_service, warn_of_hash
 from kvstore.build import open_configured
 from kvstore.config import Config
 from kvstore.errors import ConfigError
@@ -46,3 +48,32 @@ def test_a_daemon_that_answers_is_accepted(tmp_path: Path) -> None:
 
         check_service(store, parse_extra_config(wanted, "kv_both"))
         store.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "extra", "is_warned_of"),
+    [
+        ("xxhash", None, {"redis": {"url": "redis://cache:6379"}}, True),
+        ("xxhash_cbor", None, {"disk": {"path": "/var/cache/kv"}}, True),
+        ("xxhash", "7", {"redis": {"url": "redis://cache:6379"}}, False),
+        ("xxhash", None, {}, False),
+        ("sha256", None, {"redis": {"url": "redis://cache:6379"}}, False),
+    ],
+)
+def test_hashes_that_no_other_process_makes_are_warned_of(
+    name: str,
+    seed: str | None,
+    extra: dict[str, Any],
+    is_warned_of: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    if seed is not None:
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+    vllm_config = SimpleNamespace(cache_config=SimpleNamespace(prefix_caching_hash_algo=name))
+
+    with caplog.at_level(logging.WARNING, "vllm.kvstore"):
+        warn_of_hash(vllm_config, parse_extra_config(extra, "kv_both"))
+
+    assert ("set PYTHONHASHSEED" in caplog.text) == is_warned_of
