@@ -5,7 +5,7 @@ import time
 import pytest
 
 from eviction.registry import make_policy
-from kvstore.errors import ConfigError, StoreClosed
+from kvstore.errors import ConfigError, StoreClosed, TierUnavailable
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
 from kvstore.plan.cascade import TierPlan
@@ -64,6 +64,8 @@ def test_a_tier_comes_and_goes_while_requests_run() -> None:
         assert store.admin.detach_tier("memory")
 
         assert "memory" not in store.stats()["lane_bytes"]
+        with pytest.raises(TierUnavailable, match="used after close"):
+            tier.ping(timeout_s=1.0)
         with pytest.raises(ConfigError, match="there is no tier 'memory'; there are none"):
             store.admin.detach_tier("memory")
 

@@ -21,25 +21,23 @@ def test_the_pages_of_a_request_that_ended_while_it_was_saved_are_the_most_recen
 
     planner.finished(first, 2.0)
     planner.finished(second, 3.0)
-    assert leaving(planner, first, second) == ["b", "b"]
     planner.complete(lease.id, 4.0)
 
     assert leaving(planner, first, second) == ["b", "b", "a", "a", "a"]
     planner.check()
 
 
-def test_a_request_ends_once_its_last_save_has() -> None:
+def test_a_path_that_was_saved_in_parts_after_its_request_ended_leaves_tail_first() -> None:
     planner, _ = make(num_slots=8)
     request = path(0, 4)
-    leases = [planner.prepare_save(request, 0, 2, 0.0), planner.prepare_save(request, 2, 2, 0.0)]
+    leases = [planner.prepare_save(request, first, 2, 0.0) for first in (0, 2)]
     planner.finished(request, 1.0)
 
     for lease in leases:
-        assert planner.saver.is_saving(request)
         planner.complete(lease.id, 2.0)
 
-    assert not planner.saver.is_saving(request)
-    assert planner.lookup(path(0, 4), 3.0).num_blocks == 4
+    assert [page.block.key for page in planner.host.policy.victims(4)] == request.keys[::-1]
+    planner.check()
 
 
 def test_the_time_that_loading_saved_is_that_of_computing() -> None:
