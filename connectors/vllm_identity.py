@@ -1,7 +1,8 @@
 """Who computed a page: everything its bytes depend on beside what vLLM's block hashes already name.
 
-vLLM's block hashes cover the tokens, the adapter's name, multimodal content, prompt embeddings and `cache_salt`. They
-say nothing about the model, the weights, the element type, the layout of a block or the machine; the namespace does.
+vLLM's block hashes cover the tokens, an adapter's name and path, multimodal content, prompt embeddings and
+`cache_salt`. They say nothing about the model, the weights, the element type, the layout of a block or the machine; the
+namespace does.
 
 The weights are identified by their files, not by the name on the command line: two checkpoints at one path, or one name
 on two machines, must not share pages. "sampled" reads every file's size, its head (for safetensors: names, shapes and
@@ -75,9 +76,9 @@ def chunk_namespace(
     """The root of all chunk names of this engine. Raises ConfigError for what cannot be told apart."""
     if getattr(vllm_config, "lora_config", None) is not None and not adapters_by_name:
         raise ConfigError(
-            "KVStoreTier: LoRA is on, and vLLM tells a secondary tier only an adapter's name, so two adapters of one "
-            'name would share pages; set "adapters_by_name": true if a name always means the same adapter, or use '
-            "connectors.vllm.KVStoreConnector, which reads the adapters' files"
+            "KVStoreTier: LoRA is on, and vLLM names an adapter to a secondary tier by its name and path alone, so "
+            'that other files at the same path would share pages; set "adapters_by_name": true if a path never changes '
+            "its content, or use connectors.vllm.KVStoreConnector, which reads the adapters' files"
         )
     return engine_namespace(vllm_config, layout, weights=weights, vllm_version=vllm_version)
 
