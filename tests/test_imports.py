@@ -78,8 +78,16 @@ CONNECTORS_USERS = ("connectors", "kvstore.lab", "kvstore.cluster")
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "asyncio": ("kvstore.aio", "kvstore.service", "kvstore.cluster", "kvstore.load"),
     "aiohttp": ("kvstore.service", "kvstore.cluster", "kvstore.load"),
-    # codec: storage per thread; service: the client's locks, for the daemon itself has one thread
-    "threading": ("kvstore.move", "kvstore.dispatcher", "kvstore.tiers", "kvstore.codec", "kvstore.service"),
+    # codec: storage per thread; service: the client's locks, for the daemon itself has one thread; vllm_layers: events,
+    # for a layer that waits for its copy
+    "threading": (
+        "kvstore.move",
+        "kvstore.dispatcher",
+        "kvstore.tiers",
+        "kvstore.codec",
+        "kvstore.service",
+        "connectors.vllm_layers",
+    ),
     # workloads stand in for a lane; a replica computes on one thread beside its event loop
     "concurrent": ("kvstore.move", "kvstore.tiers", "kvstore.lab.workloads", "kvstore.cluster"),
     "transformers": ("connectors", "kvstore.lab"),
