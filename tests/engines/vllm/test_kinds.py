@@ -112,16 +112,16 @@ def blocks_of(engine: Engine, prompt: list[int]) -> bytes:
 
 
 @pytest.mark.skipif(find_smollm2() is None, reason="the real model is not in the cache; run .ci/setup model")
-def test_the_real_model_goes_on_in_a_new_process(tmp_path: Path) -> None:
+def test_the_real_model_goes_on_in_a_new_process(open_engine: Callable[..., Engine], tmp_path: Path) -> None:
     model = str(find_smollm2())
     prompt = make_prompt(1500, 3)
     extra = {"host": {"capacity_bytes": 256 * MiB}, "disk": {"path": str(tmp_path), "capacity_bytes": 256 * MiB}}
 
-    with EngineProcess(model, None) as plain:
-        expected = plain.ask(prompt, 16)
-    with EngineProcess(model, extra, processes=True) as first:
-        saving = first.ask(prompt, 16)
-    with EngineProcess(model, extra) as second:
+    expected = open_engine(None, model=model).ask(prompt, 16)
+    first = open_engine(extra, model=model)
+    saving = first.ask(prompt, 16)
+    first.close()
+    with EngineProcess(model, extra, processes=True) as second:
         loading = second.ask(prompt, 16)
 
     assert saving["tokens"] == expected["tokens"]

@@ -47,13 +47,26 @@ def disk(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("processes", [False, True], ids=["one process", "core in another process"])
-def test_a_new_process_takes_a_prompt_from_disk(
-    folder: Path, processes: bool, model_of: Callable[[str], str], reference: Reference
+@pytest.mark.parametrize(
+    ("tier", "source", "processes"),
+    [("disk", "disk", True), ("redis", "external_unspecified", False)],
+    ids=["disk, core in another process", "redis, one process"],
+)
+def test_a_new_process_takes_a_prompt_from_one_tier(
+    folder: Path,
+    redis: LocalRedis,
+    tier: str,
+    source: str,
+    processes: bool,
+    model_of: Callable[[str], str],
+    reference: Reference,
 ) -> None:
+    host = {"host": {"capacity_bytes": 64 * MiB, "huge_pages": False}}
+    extra = disk(folder) if tier == "disk" else {**host, "redis": {"url": redis.url}}
     fork_prompt = PROMPTS[0][:600] + make_prompt(60, 30 + processes)
-    with EngineProcess(model_of("gqa"), disk(folder), processes=processes) as engine:
-        unknown = engine.ask(make_prompt(2500, 98 + processes))  # the case before saved its own to this folder
+    unknown_prompt = make_prompt(2500, 98 + processes)
+    with EngineProcess(model_of("gqa"), extra, processes=processes) as engine:
+        unknown = engine.ask(unknown_prompt)
         answers = [engine.ask(prompt) for prompt in PROMPTS]
         fork = engine.ask(fork_prompt)
         metrics = engine.metrics()
@@ -62,22 +75,13 @@ def test_a_new_process_takes_a_prompt_from_disk(
     assert fork["tokens"] == reference.tokens([fork_prompt])[0]
     assert [answer["cached"] for answer in answers] == [999 // BLOCK * BLOCK, 2499 // BLOCK * BLOCK]
     assert fork["cached"] == 600 // BLOCK * BLOCK  # vLLM's own cache by now
-    assert metrics["vllm:kvstore_hit_tokens.disk"] == sum(answer["cached"] for answer in answers)
-    assert answers[1]["wall_s"] < unknown["wall_s"]  # the computing really falls away
-
-
-@pytest.mark.timeout(600)
-def test_another_replica_takes_a_prompt_from_redis_alone(
-    folder: Path, redis: LocalRedis, model_of: Callable[[str], str], reference: Reference
-) -> None:
-    extra = {"host": {"capacity_bytes": 64 * MiB, "huge_pages": False}, "redis": {"url": redis.url}}
-    with EngineProcess(model_of("gqa"), extra) as engine:
-        answers = [engine.ask(prompt) for prompt in PROMPTS]
-        metrics = engine.metrics()
-
-    assert [answer["tokens"] for answer in answers] == reference.tokens(PROMPTS)
-    assert [answer["cached"] for answer in answers] == [999 // BLOCK * BLOCK, 2499 // BLOCK * BLOCK]
-    assert metrics["vllm:kvstore_hit_tokens.redis"] == sum(answer["cached"] for answer in answers)
+    hit = sum(answer["cached"] for answer in answers)
+    assert metrics[f"vllm:kvstore_hit_tokens.{tier}"] == hit
+    assert metrics[f"vllm:prompt_tokens_cached_by_source.{source}"] == hit  # vLLM's own word for it
+    asked = [*PROMPTS, fork_prompt, unknown_prompt]
+    computed = sum(map(len, asked)) - hit - fork["cached"]
+    assert metrics["vllm:prompt_tokens_by_source.local_compute"] == computed
+    assert answers[1]["wall_s"] < unknown["wall_s"] / 2  # the computing really falls away
 
 
 @pytest.mark.timeout(600)
@@ -87,12 +91,6 @@ def test_other_weights_of_the_same_shape_find_nothing(
     from tests.engines.vllm.models import make_model
 
     other = make_model(tmp_path / "other", "gqa", seed=1)
-    engine = open_engine(disk(folder), kind="gqa")
-    assert engine.ask(PROMPTS[0])["cached"] > 0
-    engine.close()
 
-    stranger = Engine(str(other), disk(folder))
-    try:
-        assert stranger.ask(PROMPTS[0])["cached"] == 0
-    finally:
-        stranger.close()
+    assert open_engine(disk(folder)).ask(PROMPTS[0])["cached"] > 0
+    assert open_engine(disk(folder), model=str(other)).ask(PROMPTS[0])["cached"] == 0
