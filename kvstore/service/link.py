@@ -240,9 +240,9 @@ class Link:
             return
         began = time.monotonic()
         wire = attachment.open(dial, SEEK_TIMEOUT_S)
-        if time.monotonic() - began > self.call_timeout_s:  # it has just woken, or is too slow for any call
+        if time.monotonic() - began > self.call_timeout_s:  # it has just woken, or is too slow for any call: ask again
             wire.close()
-            raise DaemonDown("it answers too late")
+            wire = attachment.open(dial, self.call_timeout_s)
         try:
             attachment.release_orphans(wire, self.call_timeout_s)
         except BaseException:
