@@ -115,7 +115,10 @@ class EventHub:
 
     def _note(self) -> None:
         for opened in self._stores():
-            opened.journal.wants_events = any(stream.wants(opened) for stream in self._streams)
+            is_wanted = any(stream.wants(opened) for stream in self._streams)
+            if is_wanted and not opened.journal.wants_events:
+                opened.store.take_events()  # what a listener before left there: much may have happened since
+            opened.journal.wants_events = is_wanted
 
     async def _collect(self) -> None:
         while self._streams:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kvstore.service.daemon import Daemon
 from kvstore.service.events import MAX_QUEUED_BYTES, SENT, EventStream
 from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon, wait_until
 from tests.helpers.stores import prompt, save
@@ -66,3 +67,27 @@ async def test_a_slow_listener_is_told_how_much_it_missed() -> None:
     assert dropped == b'event: Dropped\ndata: {"events":3}'
     assert [int(line) for line in kept.splitlines()] == list(range(3, fit + 3))
     assert await stream.take(0.01) == b": still here\n\n"
+
+
+def test_news_that_a_listener_left_behind_are_not_told_to_the_next(daemon: LocalDaemon, tmp_path: Path) -> None:
+    with attach(tmp_path / "kv.sock") as store:
+        first, second = store.request(prompt(2)), store.request(prompt(2, 1))
+
+        def listen_twice(inside: Daemon) -> EventStream:
+            (opened,) = inside.stores.all()
+            gone = inside.events.listen(lambda opened: True)
+            save(opened.store, opened.new_request(list(first.keys), first.num_tokens, first.options))
+            inside.events.leave(gone)
+            opened.store.forget(first)  # while nobody listens
+            return inside.events.listen(lambda opened: True)
+
+        stream = daemon.look(listen_twice)
+        save(store, second)
+        told = bytearray()
+
+        def is_told() -> bool:
+            told.extend(daemon.look(lambda inside: stream.drain()))
+            return second.keys[-1].hex().encode() in told
+
+        wait_until(is_told)
+        assert first.keys[0].hex().encode() not in told
