@@ -11,6 +11,7 @@ import pytest
 
 from tests.engines.vllm.conftest import MiB
 from tests.engines.vllm.engine import Engine, make_prompt
+from tests.helpers.daemons import DaemonProcess, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -90,6 +91,50 @@ def test_a_router_believes_what_is_stored(
     assert told == {"CPU": pages["host"], "STORAGE": pages["disk"]}
     assert {"CPU", "STORAGE"} <= router.removed
     assert router.names("CPU") <= router.names("GPU")  # by the names that vLLM itself uses; its own cache is larger
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
+    disk = (f"disk.path={tmp_path / 'disk'}", f"disk.capacity_bytes={4 * MiB}")
+    daemon = DaemonProcess(tmp_path / "kv.sock", None, f"host.capacity_bytes={3 * MiB}", *disk)
+    yield daemon
+    daemon.kill()
+
+
+def test_through_a_daemon_a_router_believes_what_is_stored_there_and_nothing_once_it_is_dead(
+    open_engine: Callable[..., Engine], router: Router, daemon: DaemonProcess
+) -> None:
+    service = {"url": f"unix://{daemon.socket}", "retry_max_s": 0.2}
+    engine = open_engine({"service": service}, kv_events_config=router.config)
+    time.sleep(0.5)
+
+    def told() -> dict[str, int]:
+        engine.ask(make_prompt(20, 99))  # events go out with steps
+        router.hear(0.2)
+        return {medium: sum(where == medium for _, where, _ in router.beliefs) for medium in ("CPU", "STORAGE")}
+
+    def stored() -> dict[str, int]:
+        pages = engine.half.store.stats()["pages"]
+        return {"CPU": pages["host"], "STORAGE": pages["disk"]}
+
+    for seed in range(5):  # far more than the daemon has room for
+        engine.ask(make_prompt(700, seed))
+        engine.settle()
+    wait_until(lambda: told() == stored())
+    assert min(stored().values()) > 0
+    assert {"CPU", "STORAGE"} <= router.removed
+    assert router.names("CPU") <= router.names("GPU")
+
+    daemon.kill()
+    wait_until(lambda: told() == {"CPU": 0, "STORAGE": 0})
+    assert router.names("GPU")
+
+    daemon.start()
+    wait_until(lambda: engine.half.store.num_attached == 2)
+    before = stored()  # what lies on disk from before is not told
+    wait_until(lambda: engine.ask(make_prompt(300, 50))["tokens"] is not None and told()["CPU"] > 0)
+    assert told()["CPU"] <= stored()["CPU"]
+    assert told()["STORAGE"] <= stored()["STORAGE"] - before["STORAGE"]
 
 
 def test_after_a_reset_a_router_believes_nothing(open_engine: Callable[..., Engine], router: Router) -> None:
