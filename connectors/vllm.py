@@ -156,7 +156,18 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             is_early=not getattr(self._kv_cache_config, "needs_kv_cache_zeroing", True),
             on_saved=_tell_neighbour,
         )
-        self._worker.register(page_tables(self._engine, kv_caches, self._kv_cache_config.num_blocks))
+        self._kv_caches = kv_caches
+        self.restore_kv_caches()
+
+    def unregister_kv_caches(self) -> None:
+        """Sleep (0.33): the memory of the KV tensors is about to go. Raises RuntimeError if a copy does not end."""
+        if self._worker is not None:
+            self._worker.unregister()
+
+    def restore_kv_caches(self) -> None:
+        """The KV tensors have memory again, maybe elsewhere."""
+        if self._worker is not None:
+            self._worker.register(page_tables(self._engine, self._kv_caches, self._kv_cache_config.num_blocks))
 
     @quiet(lambda: None)
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:

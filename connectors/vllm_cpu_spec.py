@@ -72,8 +72,8 @@ class HostCopyWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM's classes 
         """Engine blocks -> chunks."""
         return self._copy(job_id, src_spec, dst_spec, is_store=True)
 
-    def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
-        """Chunks -> engine blocks."""
+    def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any, expedited: bool = False) -> bool:
+        """Chunks -> engine blocks. expedited: vLLM 0.33 waits for it within the step; here that is always so."""
         return self._copy(job_id, dst_spec, src_spec, is_store=False)
 
     def get_finished(self) -> list[TransferResult]:

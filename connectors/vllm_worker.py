@@ -83,6 +83,7 @@ class WorkerHalf:
 
     def register(self, tables: Sequence[PageTable]) -> None:
         """Learn where the engine keeps its blocks, one table per layer group. Raises ConfigError if sizes differ."""
+        self.unregister()
         for index, (table, group) in enumerate(zip(tables, self._layout.groups, strict=True)):
             if table.page_bytes != group.page_bytes:
                 raise ConfigError(
@@ -92,6 +93,18 @@ class WorkerHalf:
         self._tables = list(tables)
         if self._device.name == "cpu" and len(self._tables) == 1:
             self._layers = LayeredLoads(self._device, self._engine.layer_names[0], self._tables[0])
+
+    def unregister(self) -> None:
+        """Forget where the blocks are: they are about to go. A copy that is asked for later fails. Idempotent.
+
+        Raises RuntimeError if a copy does not come to its end: it would go on in memory that is not there any more.
+        """
+        if not (self._loads.flush(CLOSE_TIMEOUT_S) and self._saves.flush(CLOSE_TIMEOUT_S)):
+            raise RuntimeError(f"kvstore: a copy has not ended within {CLOSE_TIMEOUT_S:.0f} s; the KV cache is in use")
+        self._tables = []
+        if self._layers is not None:
+            self._layers.close()
+            self._layers = None
 
     # ---- one step ---------------------------------------------------------------------------------------------
 

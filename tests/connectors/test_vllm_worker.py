@@ -139,6 +139,62 @@ def test_with_one_shard_only_the_first_rank_saves(slab: HostSlab) -> None:
     rank.half.close()
 
 
+def test_after_a_sleep_copies_go_where_the_tensors_are_now(slab: HostSlab) -> None:
+    rank = Rank(slab)
+    slab.array(0)[:] = 7
+    before = {name: tensor.clone() for name, tensor in rank.tensors.items()}
+    old = {name: tensor.data for name, tensor in rank.tensors.items()}
+
+    rank.half.unregister()
+    rank.half.unregister()
+    for name, tensor in rank.tensors.items():
+        tensor.data = before[name].clone()
+    rank.half.register(page_tables(rank.engine, rank.tensors, NUM_BLOCKS))
+    rank.step(LoadJob(1, "r", copies((0,), (3,))))
+    finished, failed, _ = rank.settle(1)
+
+    assert (finished, failed) == ({"r"}, set())
+    for name, tensor in rank.tensors.items():
+        assert tensor[3].view(torch.uint8).eq(7).all()
+        assert torch.equal(old[name], before[name])
+    rank.half.close()
+
+
+def test_while_asleep_a_copy_fails_and_touches_nothing(slab: HostSlab) -> None:
+    rank = Rank(slab)
+    before = {name: tensor.clone() for name, tensor in rank.tensors.items()}
+
+    rank.half.unregister()
+    rank.step(LoadJob(1, "r", copies((0,), (3,)), is_async=False), SaveJob(2, "s", copies((1,), (1,))))
+    _, _, report = rank.settle(2)
+
+    assert report.failed == {1, 2}
+    assert all(torch.equal(rank.tensors[name], before[name]) for name in before)
+    rank.half.close()
+
+
+def test_sleep_is_refused_while_a_copy_does_not_end(slab: HostSlab, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = Rank(slab)
+    go_on = threading.Event()
+    monkeypatch.setattr("connectors.vllm_worker.CLOSE_TIMEOUT_S", 0.05)
+    copy_out = CpuDevice.copy_out
+
+    def stuck(*arguments: Any) -> Any:
+        go_on.wait(10)
+        return copy_out(*arguments)
+
+    monkeypatch.setattr(CpuDevice, "copy_out", stuck)
+    rank.step(SaveJob(1, "r", copies((0,), (1,))))
+
+    with pytest.raises(RuntimeError, match="a copy has not ended"):
+        rank.half.unregister()
+
+    go_on.set()
+    _, _, report = rank.settle(1)
+    assert (report.done, report.failed) == ({1: 1}, set())
+    rank.half.close()
+
+
 @pytest.mark.parametrize("bad", [{"layout": "another"}, {}])
 def test_a_load_that_cannot_be_copied_is_told(slab: HostSlab, bad: dict[str, Any]) -> None:
     rank = Rank(slab)
