@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 
+from kvstore.errors import RequestError
 from kvstore.plan.journal import BlockEvent, Event
 from kvstore.service import messages
 from kvstore.service.attachment import DaemonDown, error_of
@@ -24,7 +25,8 @@ log = logging.getLogger(__name__)
 
 LISTEN_S = 5.0  # after so long without news the daemon says that there are none, and so that it lives
 RETRY_S = 0.1  # between two looks whether the link has found a daemon; a look sends nothing
-MAX_KEYS = 1 << 18  # in the queue: 16 MB and more
+REFUSED_S = 30.0  # until a daemon that tells no events, as of another release, is asked again
+MAX_KEYS = 1 << 18  # in the queue, 16 MB and more; an event counts as one, too
 
 
 class Follower:
@@ -49,24 +51,32 @@ class Follower:
         self._errand.end()
 
     def _run(self, errand: Errand) -> None:
-        while not errand.rest(RETRY_S):
-            try:
-                with self._link.borrow(self._link.attached()) as wire:
-                    self._listen(errand.hold(wire))
-            except DaemonDown as error:
-                log.debug("no events: %s", error)
+        pause_s = 0.0
+        while not errand.rest(pause_s):
+            pause_s = self._follow(errand)
             self._drop()
+
+    def _follow(self, errand: Errand) -> float:
+        """Listen until that ends; returns after how many seconds to try again."""
+        try:
+            with self._link.borrow(self._link.attached()) as wire:
+                self._listen(errand.hold(wire))
+        except DaemonDown:
+            return RETRY_S
+        except Exception as error:  # whatever it is, this thread must not leave anybody with what he believes
+            log.warning("the daemon tells no events: %s", error)
+        return REFUSED_S
 
     def _listen(self, wire: Wire) -> None:
         while True:
             message = messages.encode_seconds(LISTEN_S)
             status, answer = wire.call(Op.EVENTS, message, LISTEN_S + self._link.call_timeout_s)
             if status is not Status.OK:
-                raise DaemonDown(f"events: {error_of(answer)}")
+                raise RequestError(str(error_of(answer)))
             self._put(decode_events(answer))
 
     def _put(self, events: list[BlockEvent]) -> None:
-        num_keys = sum(len(event.keys) for event in events)
+        num_keys = sum(1 + len(event.keys) for event in events)
         if self._num_keys + num_keys > MAX_KEYS:
             self._drop()
         with self._lock:

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.05  # before the seeker's first try; doubled by each that fails, up to retry_max_s
 HELLO_TIMEOUT_S = 30.0  # the daemon may have to read a directory of millions of pages
-SEEK_TIMEOUT_S = 30.0  # a frozen daemon answers when it wakes: better to wait for that than to try again and again
+SEEK_TIMEOUT_S = 10.0  # a frozen daemon answers when it wakes: better to wait for that than to try again and again
 
 
 class Link:

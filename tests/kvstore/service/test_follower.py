@@ -16,6 +16,8 @@ from kvstore.service import events as daemon_side
 from kvstore.service import follower as client_side
 from kvstore.service.client import MISS, RemoteStore
 from kvstore.service.connect import connect
+from kvstore.service.events import Feed
+from kvstore.service.protocol import ProtocolError, Reader
 from tests.helpers.daemons import DaemonProcess, Http, LocalDaemon, attach, local_daemon, wait_until
 from tests.helpers.stores import LAYOUT, namespace, prompt, save, use
 
@@ -254,3 +256,23 @@ def test_closing_does_not_wait_for_news(process: DaemonProcess) -> None:
 
     assert not thread.is_alive()
     assert not [thread for thread in threading.enumerate() if thread.name == "kvstore-seeker"]
+
+
+def test_a_daemon_that_tells_no_events_is_left_in_peace(
+    daemon: LocalDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Feed, reader: Reader) -> bytes:
+        asked.append(1)
+        raise ProtocolError("this release does not know EVENTS")
+
+    asked: list[int] = []
+    monkeypatch.setattr(Feed, "answer", refuse)
+    monkeypatch.setattr(client_side, "RETRY_S", 0.0)
+    with attach(tmp_path / "kv.sock") as store:
+        believer = Believer(store)
+        wait_until(lambda: len(asked) == 1)
+
+        assert save(store, store.request(prompt(3))) == 3  # all else goes on
+        assert store.lookup(store.request(prompt(3))).num_blocks == 3
+        assert believer.hear() == set()
+        assert len(asked) == 1
