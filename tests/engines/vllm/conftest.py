@@ -6,8 +6,10 @@ them where they can. What vLLM answers without us comes from one engine per mode
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,3 +89,29 @@ def open_engine(model_of: Callable[[str], str]) -> Iterator[Callable[..., Engine
     yield make
     while current:
         current.pop().close()
+
+
+@pytest.fixture
+def small_mount(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 16 MiB."""
+    point = tmp_path / "small"
+    point.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(point)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"this system does not let us mount: {done.stderr.strip()}")
+    yield point
+    subprocess.run(["umount", "-l", str(point)], check=True)
+
+
+def fill(ballast: Path) -> None:
+    """Take all the space there is."""
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise

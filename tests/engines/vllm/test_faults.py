@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvstore.tiers.redis_local import LocalRedis
-from tests.engines.vllm.conftest import MiB, Reference
+from tests.engines.vllm.conftest import MiB, Reference, fill
 from tests.engines.vllm.engine import BLOCK, Engine, make_prompt
 
 pytestmark = pytest.mark.timeout(600)
@@ -65,6 +66,21 @@ class TestRedis:
 
     def test_pages_come_from_redis_when_all_is_well(self, engine: Engine, reference: Reference) -> None:
         assert answer_is_right(engine, reference, self.stored(engine, 1))["cached"] == HIT
+
+    def test_the_server_is_asked_once_however_often_vllm_asks(
+        self, engine: Engine, redis: LocalRedis, reference: Reference
+    ) -> None:
+        prompt = self.stored(engine, 7)
+        asked_again = engine.half.counters["asked_again"]
+        redis.client().config_resetstat()
+        redis.freeze()
+        thaw = threading.Timer(0.1, redis.thaw)
+        thaw.start()
+        answer_is_right(engine, reference, prompt)
+        thaw.join()
+
+        assert redis.client().info("commandstats")["cmdstat_exists"]["calls"] == HIT // BLOCK
+        assert engine.half.counters["asked_again"] - asked_again > 5
 
     def test_a_flushed_server_is_a_miss(self, engine: Engine, redis: LocalRedis, reference: Reference) -> None:
         prompt = self.stored(engine, 2)
@@ -146,6 +162,31 @@ class TestDisk:
 
         assert cached[0] == HIT  # the newest is there, the oldest had to go
         assert 0 in cached
+
+
+def test_a_disk_without_room_stores_nothing_and_stores_again_when_it_has_some(
+    open_engine: Callable[..., Engine], reference: Reference, small_mount: Path
+) -> None:
+    disk = {"path": str(small_mount / "pages"), "capacity_bytes": 8 * MiB}
+    engine = open_engine({"disk": disk, "store": PATIENCE, "breaker": {"probe_after_s": 0.1}})
+    slab = max((small_mount / "pages").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    os.truncate(slab, 0)  # the reserve is gone ...
+    ballast = small_mount / "ballast"
+    fill(ballast)  # ... and somebody else took the space
+    prompt = make_prompt(LENGTH, 51)
+
+    answer_is_right(engine, reference, prompt)
+    drop_host(engine)
+    assert answer_is_right(engine, reference, prompt)["cached"] == 0
+    ballast.unlink()
+    until = time.monotonic() + 20
+    while engine.half.store.stats()["breaker_open"]["disk"] and time.monotonic() < until:
+        time.sleep(0.01)
+    drop_host(engine)
+    answer_is_right(engine, reference, prompt)
+    drop_host(engine)
+
+    assert answer_is_right(engine, reference, prompt)["cached"] == HIT
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("gqa", "async"), ("gqa", "sync"), ("sliding", "async")])

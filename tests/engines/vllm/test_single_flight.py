@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,24 +19,35 @@ HIT = (LENGTH - 1) // BLOCK * BLOCK
 WAITS: dict[str, Any] = {"store": {"single_flight": True}}
 
 
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Served]:
-    daemon = Served(tmp_path)
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    daemon = Served(tmp_path_factory.mktemp("daemon"))
     yield daemon
     daemon.kill()
 
 
+@pytest.fixture(scope="module")
+def pair(daemon: Served, model_of: Callable[[str], str]) -> Iterator[tuple[EngineProcess, EngineProcess]]:
+    """Two engines of the daemon, both warm. The last test to use them kills the second one."""
+    extra = {**daemon.extra, **WAITS}
+    two = EngineProcess(model_of("gqa"), extra)
+    try:
+        with EngineProcess(model_of("gqa"), extra) as one:
+            one.ask(make_prompt(40, 2))
+            two.ask(make_prompt(40, 3))
+            yield one, two
+    finally:
+        two.kill()
+        two.close_pipes()
+
+
 def test_two_engines_of_a_daemon_compute_a_prompt_once(
-    daemon: Served, model_of: Callable[[str], str], reference: Reference
+    pair: tuple[EngineProcess, EngineProcess], reference: Reference
 ) -> None:
     prompt = make_prompt(LENGTH, 1)
-    extra = {**daemon.extra, **WAITS}
-    with EngineProcess(model_of("gqa"), extra) as one, EngineProcess(model_of("gqa"), extra) as two:
-        one.ask(make_prompt(40, 2))  # both are warm
-        two.ask(make_prompt(40, 3))
-        with ThreadPoolExecutor() as threads:
-            answers = list(threads.map(lambda engine: engine.ask(prompt), (one, two)))
-        waits = [engine.metrics().get("vllm:kvstore_compute_waits", 0) for engine in (one, two)]
+    with ThreadPoolExecutor() as threads:
+        answers = list(threads.map(lambda engine: engine.ask(prompt), pair))
+    waits = [engine.metrics().get("vllm:kvstore_compute_waits", 0) for engine in pair]
 
     assert [answer["tokens"] for answer in answers] == reference.tokens([prompt]) * 2
     assert sorted(answer["cached"] for answer in answers) == [0, HIT]
@@ -45,19 +55,16 @@ def test_two_engines_of_a_daemon_compute_a_prompt_once(
 
 
 def test_an_engine_that_dies_while_it_computes_is_not_waited_for(
-    daemon: Served, model_of: Callable[[str], str], reference: Reference
+    daemon: Served, pair: tuple[EngineProcess, EngineProcess], reference: Reference
 ) -> None:
     prompt = make_prompt(LENGTH, 4)
-    extra = {**daemon.extra, **WAITS}
-    with EngineProcess(model_of("gqa"), extra) as survivor:
-        doomed = EngineProcess(model_of("gqa"), extra)
-        doomed.ask(make_prompt(40, 2))
-        doomed.begin("generate", [prompt], 8)
-        wait_until(lambda: daemon.stats()["compute_claims"] >= 2, "the prompt is not being computed")
-        doomed.kill()
-        doomed.close_pipes()
+    survivor, doomed = pair
+    claims = daemon.stats()["compute_claims"]
+    doomed.begin("generate", [prompt], 8)
+    wait_until(lambda: daemon.stats()["compute_claims"] > claims, "the prompt is not being computed")
+    doomed.kill()
 
-        answer = survivor.ask(prompt)
+    answer = survivor.ask(prompt)
 
     assert answer["tokens"] == reference.tokens([prompt])[0]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 
 from kvstore.tiers.redis_local import LocalRedis
+from tests.engines.vllm.conftest import fill
 from tests.engines.vllm.engine import BLOCK, EngineProcess, make_prompt
 from tests.engines.vllm.tier_engine import TierEngine, tier_config
 from tests.helpers.redis_server import NEEDS_REDIS
@@ -51,32 +50,6 @@ def open_tier_engine(model_of: Callable[[str], str]) -> Iterator[Callable[..., T
     for engine in current:
         engine.close()
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("kvstore-")] == []
-
-
-@pytest.fixture
-def small_mount(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of 16 MiB."""
-    point = tmp_path / "small"
-    point.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(point)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"this system does not let us mount: {done.stderr.strip()}")
-    yield point
-    subprocess.run(["umount", "-l", str(point)], check=True)
-
-
-def fill(ballast: Path) -> None:
-    """Take all the space there is."""
-    with ballast.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
 
 
 def ask_in_time(engine: TierEngine, prompt: list[int]) -> dict[str, Any]:
@@ -170,21 +143,22 @@ def test_a_disk_that_is_full_stores_nothing_and_stores_again_when_it_has_room(
     assert [first["cached"], second["cached"], fourth["cached"]] == [0, 0, FULL]
 
 
-def test_engines_of_several_processes_store_and_load(
-    model_of: Callable[[str], str], reference: Any, tmp_path: Path
+def test_an_engine_of_several_processes_stores_and_loads(
+    open_tier_engine: Callable[..., TierEngine], model_of: Callable[[str], str], reference: Any, tmp_path: Path
 ) -> None:
-    extra = tier_config({"disk": {"path": str(tmp_path / "pages"), "capacity_bytes": 32 * MiB}})
+    entry = {"disk": {"path": str(tmp_path / "pages"), "capacity_bytes": 32 * MiB}}
     transfer = {"kv_connector": "OffloadingConnector", "kv_connector_module_path": None}
-    with EngineProcess(model_of("gqa"), extra, processes=True, transfer=transfer) as writer:
-        first = writer.ask(PROMPT)
+    with EngineProcess(model_of("gqa"), tier_config(entry), processes=True, transfer=transfer) as engine:
+        first = engine.ask(PROMPT)
         until = time.monotonic() + 30
-        while writer.metrics().get(STORED, 0) < FULL // BLOCK and time.monotonic() < until:
-            writer.ask(OTHER[:40], 1)  # metrics come with answers
+        while engine.metrics().get(STORED, 0) < FULL // BLOCK and time.monotonic() < until:
+            engine.ask(OTHER[:40], 1)  # metrics come with answers
+        engine.forget_own_cache(True)  # vLLM's host memory too
+        computed = engine.metrics()[COMPUTED]
+        second = engine.ask(PROMPT)
+        computed = engine.metrics()[COMPUTED] - computed
+    third = open_tier_engine(entry).ask(PROMPT)
 
-    with EngineProcess(model_of("gqa"), extra, processes=True, transfer=transfer) as reader:
-        second = reader.ask(PROMPT)
-        numbers = reader.metrics()
-
-    assert [first["tokens"]] == [second["tokens"]] == reference.tokens([PROMPT])
-    assert [first["cached"], second["cached"]] == [0, FULL]
-    assert numbers[COMPUTED] == len(PROMPT) - FULL
+    assert [one["tokens"] for one in (first, second, third)] == reference.tokens([PROMPT]) * 3
+    assert [one["cached"] for one in (first, second, third)] == [0, FULL, FULL]
+    assert computed == len(PROMPT) - FULL
