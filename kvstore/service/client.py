@@ -68,10 +68,10 @@ class RemoteStore(RequestMaker):
         self.namespace = namespace
         self._memory = memory
         self._is_closed = False
-        greeting = {"layout": layout_to_json(layout), "namespace": namespace_to_json(namespace), "client": client}
+        self._greeting = {"layout": layout_to_json(layout), "namespace": namespace_to_json(namespace), "client": client}
         self._link = Link(
             dial,
-            encode_json(greeting),
+            encode_json(self._greeting),
             call_timeout_s=call_timeout_s,
             retry_max_s=retry_max_s,
             on_change=lambda attachment: self._leases.changed(attachment),
@@ -280,6 +280,8 @@ class RemoteStore(RequestMaker):
         """Have the daemon tell what comes and goes from now on, for `take_events`. Idempotent."""
         self._check_open()
         if self._follower is None:
+            # A daemon that is attached to later notes events before it can be asked for them: none is missed.
+            self._link.greeting = encode_json({**self._greeting, "events": True})
             self._follower = Follower(self._link)
 
     def take_events(self) -> list[BlockEvent]:

@@ -141,11 +141,14 @@ class Clients:
         namespace = namespace_from_json(message.get("namespace"))
         opened = await self._stores.open(channel.tenant, layout, namespace)
         self.num_attached += 1
+        feed = Feed(self._events, opened)
+        if message.get("events") is True:
+            feed.listen()
         session = Session(
             secrets.token_hex(16),
             opened,
             _name(channel, message),
-            Feed(self._events, opened),
+            feed,
             is_remote=not channel.is_local,
             number=self.num_attached,
             pid=channel.pid,

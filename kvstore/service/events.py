@@ -140,7 +140,7 @@ class EventHub:
 
 
 class Feed:
-    """The events of one client's store, from its first question on."""
+    """The events of one client's store, from `listen` or its first question on."""
 
     def __init__(self, hub: EventHub, opened: OpenStore) -> None:
         self._hub = hub
@@ -148,13 +148,17 @@ class Feed:
         self._stream: EventStream | None = None
         self._num_asked = 0
 
+    def listen(self) -> EventStream:
+        """Have events noted for the client. Idempotent."""
+        if self._stream is None:
+            self._stream = self._hub.listen(lambda opened: opened is self._opened, ASKED)
+        return self._stream
+
     def answer(self, reader: Reader) -> bytes | Pending:
         """What is new, waiting for it as long as the client says; nothing then."""
         timeout_s = messages.read_seconds(reader)
         reader.end()
-        if self._stream is None:
-            self._stream = self._hub.listen(lambda opened: opened is self._opened, ASKED)
-        stream = self._stream
+        stream = self.listen()
         self._num_asked = number = self._num_asked + 1
 
         def look() -> bytes | None:

@@ -42,7 +42,7 @@ class Link:
     """Calls to a daemon, with deadlines; finding it again. Any thread.
 
     dial:      makes a connection; raises OSError, or ConfigError.
-    greeting:  the hello message.
+    greeting:  the hello message; may be changed for the hellos that follow.
     on_change: told with a new attachment before it is used, and with None when one is lost. Under no lock; any thread.
     """
 
@@ -59,7 +59,7 @@ class Link:
         self.attachment: Attachment | None = None
         self.num_attached = 0
         self._dial = dial
-        self._greeting = greeting
+        self.greeting = greeting
         self._retry_max_s = retry_max_s
         self._on_change = on_change
         self._is_closed = False
@@ -165,7 +165,7 @@ class Link:
             wire = dial(min(timeout_s, self.call_timeout_s))
         except OSError as error:
             raise DaemonDown(str(error)) from None
-        attachment = greet(wire, self._greeting, self.num_attached, timeout_s)
+        attachment = greet(wire, self.greeting, self.num_attached, timeout_s)
         with self._lock:
             if not self._is_closed:
                 self.num_attached += 1

@@ -229,8 +229,9 @@ def test_with_a_dead_daemon_all_beliefs_end_and_with_a_new_one_others_begin(proc
         assert not store.is_attached
         assert believer.told.count(Event.DROPPED) == 1
         process.start()
-        wait_until(lambda: store.num_attached == 2)
-        believing(believer)
+        first = store.request(prompt(3, 500))
+        wait_until(lambda: save(store, first) == 3)  # the first that the new daemon has
+        wait_until(lambda: believer.blocks("host") == names(store, first))
 
 
 def test_a_daemon_that_does_not_answer_has_nothing(process: DaemonProcess, monkeypatch: pytest.MonkeyPatch) -> None:
