@@ -5,7 +5,7 @@ Kept for readers outside: whoever asks why a prompt missed, routers that follow 
 watch. A planner without such readers (a trace replay, a store inside one engine) has no journal and pays nothing.
 
 The hard thing: readers may be slow or absent, so all parts are bounded. What does not fit is dropped, oldest first,
-and `num_dropped` says that it was. Under the store's lock.
+and `num_dropped` and, to whoever takes events, `Event.DROPPED` say that it was. Under the store's lock.
 """
 
 from __future__ import annotations
