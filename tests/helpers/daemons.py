@@ -10,20 +10,25 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 from kvstore.config import Config
 from kvstore.service.client import RemoteStore
 from kvstore.service.connect import connect
 from kvstore.service.daemon import Daemon
+from kvstore.service.protocol import Op
+from kvstore.service.wire import Wire
 from tests.helpers.stores import LAYOUT, PAGE_BYTES, namespace
 
 T = TypeVar("T")
 START_S = 30.0
+SEEKER = "kvstore-seeker"  # the thread of a client that looks for its daemon
 
 
 def daemon_config(socket: Path, disk: Path | None = None, **sections: Any) -> Config:
@@ -176,6 +181,24 @@ class DaemonProcess:
 
         with socket.socket(socket.AF_UNIX) as probe:
             return probe.connect_ex(str(self.socket)) == 0
+
+
+@contextmanager
+def counted_calls() -> Iterator[Counter[str]]:
+    """The messages that clients in this process send meanwhile, by the thread that waits for the answer."""
+    counted: Counter[str] = Counter()
+    call, hello = Wire.call, Wire.hello
+
+    def counting(self: Wire, op: Op, body: bytes, timeout_s: float) -> Any:
+        counted[threading.current_thread().name] += 1
+        return call(self, op, body, timeout_s)
+
+    def counting_hello(self: Wire, body: bytes, timeout_s: float, **named: Any) -> Any:
+        counted[threading.current_thread().name] += 1
+        return hello(self, body, timeout_s, **named)
+
+    with patch.object(Wire, "call", counting), patch.object(Wire, "hello", counting_hello):
+        yield counted
 
 
 def attach(socket: Path, **options: Any) -> RemoteStore:

@@ -13,7 +13,7 @@ import pytest
 from kvstore.tiers.redis_local import free_port
 from tests.engines.vllm.conftest import MiB, Reference
 from tests.engines.vllm.engine import BLOCK, Engine, EngineProcess, make_prompt
-from tests.helpers.daemons import DaemonProcess, Http, wait_until
+from tests.helpers.daemons import SEEKER, DaemonProcess, Http, counted_calls, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 LENGTH = 700
@@ -133,13 +133,17 @@ class TestFaults:
             delattr(owner, moment)
             daemon.start()
 
-    def test_a_daemon_that_freezes_costs_a_bounded_wait(
+    def test_a_daemon_that_freezes_costs_each_thread_one_call(
         self, engine: Engine, daemon: Served, reference: Reference
     ) -> None:
         prompt = self.stored(engine, reference, daemon, 13)
+        others = [make_prompt(300, 130 + seed) for seed in range(4)]
+        reference.tokens([prompt, *others])
         daemon.signal(signal.SIGSTOP)
         try:
-            assert self.ask(engine, reference, prompt) == 0
+            with counted_calls() as calls:
+                assert [self.ask(engine, reference, one) for one in (prompt, *others)] == [0] * 5
+            assert {num for name, num in calls.items() if name != SEEKER} == {1}
         finally:
             daemon.signal(signal.SIGCONT)
 

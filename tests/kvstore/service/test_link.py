@@ -8,18 +8,13 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from kvstore.plan.records import LeaseState
 from kvstore.service.client import MISS, RemoteStore
-from kvstore.service.protocol import Op
-from kvstore.service.wire import Wire
-from tests.helpers.daemons import DaemonProcess, attach, wait_until
+from tests.helpers.daemons import SEEKER, DaemonProcess, attach, counted_calls, wait_until
 from tests.helpers.stores import prompt, save
-
-SEEKER = "kvstore-seeker"
 
 
 @pytest.fixture
@@ -30,22 +25,9 @@ def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Messages that were sent, by the thread that waits for the answer."""
-    counted: Counter[str] = Counter()
-    call, hello = Wire.call, Wire.hello
-
-    def counting(self: Wire, op: Op, body: bytes, timeout_s: float) -> Any:
-        counted[threading.current_thread().name] += 1
-        return call(self, op, body, timeout_s)
-
-    def counting_hello(self: Wire, body: bytes, timeout_s: float, **named: Any) -> Any:
-        counted[threading.current_thread().name] += 1
-        return hello(self, body, timeout_s, **named)
-
-    monkeypatch.setattr(Wire, "call", counting)
-    monkeypatch.setattr(Wire, "hello", counting_hello)
-    return counted
+def calls() -> Iterator[Counter[str]]:
+    with counted_calls() as counted:
+        yield counted
 
 
 def everything(store: RemoteStore, number: int) -> None:
