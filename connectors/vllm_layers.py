@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from connectors.vllm_cpus import copy_cpus
 from connectors.vllm_messages import LoadJob
 from kvstore.devices.base import Device, PageTable
 from kvstore.move.worker import Worker
@@ -77,7 +78,7 @@ class LayeredLoads:
         self._span_of = {name: bisect_left(last, index) for index, name in enumerate(names)}
         self._seen: set[str] = set()
         self._copying: list[_Copying] = []
-        self._worker = Worker("vllm-layers", MAX_JOBS)
+        self._worker = Worker("vllm-layers", MAX_JOBS, cpus=copy_cpus())
 
     def start(self, job: LoadJob, slots: Callable[[], Slots]) -> bool:
         """Begin the copies of a job of one layer group; False if it is not taken.

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from connectors.vllm_cpus import copy_cpus
 from connectors.vllm_layers import LayeredLoads
 from connectors.vllm_layout import EngineLayout
 from connectors.vllm_messages import IDLE_WAIT_S, LoadJob, PageCopies, SaveJob, StepPlan, StepReport
@@ -69,8 +70,9 @@ class WorkerHalf:
         self._tables: list[PageTable] = []
         self._handles: tuple[SlabHandle | SlabShare, ...] = ()
         self._slabs: dict[SlabHandle | SlabShare, AttachedSlab] = {}
-        self._loads = Worker("vllm-load", MAX_JOBS)
-        self._saves = Worker("vllm-save", MAX_JOBS)
+        cpus = copy_cpus() if device.name == "cpu" else None
+        self._loads = Worker("vllm-load", MAX_JOBS, cpus=cpus)
+        self._saves = Worker("vllm-save", MAX_JOBS, cpus=cpus)
         self._ended: deque[Ended] = deque()
         self._report = StepReport()
         self._finished: set[str] = set()

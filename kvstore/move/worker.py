@@ -6,11 +6,13 @@ finds the queue full is refused, and the caller skips the save instead of waitin
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from kvstore.errors import ConfigError
 
@@ -22,17 +24,19 @@ Job = Callable[[], object]
 class Worker:
     """Runs callables one after another. Any thread.
 
+    cpus:       where its thread runs, if not where the one that makes it does.
     num_done:   jobs that ended.
     num_errors: of those, the ones that raised; the error is logged and goes no further.
     """
 
-    def __init__(self, name: str, max_queue: int = 64) -> None:
+    def __init__(self, name: str, max_queue: int = 64, *, cpus: Collection[int] | None = None) -> None:
         if max_queue < 1:
             raise ConfigError(f"worker {name}: max_queue is {max_queue}; it must be at least 1")
         self.name = name
         self.num_done = 0
         self.num_errors = 0
         self._max_queue = max_queue
+        self._cpus = cpus
         self._jobs: deque[Job] = deque()
         self._num_submitted = 0
         self._closing = False
@@ -77,6 +81,9 @@ class Worker:
         return num_dropped
 
     def _work(self) -> None:
+        if self._cpus:
+            with contextlib.suppress(OSError):  # one that may not move works all the same
+                os.sched_setaffinity(0, self._cpus)  # of this thread alone
         while (job := self._take()) is not None:
             try:
                 job()

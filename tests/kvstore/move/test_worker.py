@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -26,6 +27,20 @@ def worker() -> Iterator[Worker]:
     worker = Worker("test", max_queue=4)
     yield worker
     worker.close(WAIT_S)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux only")
+def test_its_thread_runs_where_it_is_told_and_nobody_else_does() -> None:
+    before = os.sched_getaffinity(0)
+    one = {min(before)}
+    worker = Worker("bound", cpus=one)
+    seen: list[set[int]] = []
+
+    assert worker.submit(lambda: seen.append(os.sched_getaffinity(0)))
+    worker.close(WAIT_S)
+
+    assert seen == [one]
+    assert os.sched_getaffinity(0) == before
 
 
 def hold(worker: Worker, gate: threading.Event) -> None:
