@@ -1,27 +1,23 @@
 """The operations of the HTTP API, over the daemon's stores.
 
-Handlers get checked bodies (see routes) and raise `Problem`, or an error of ours that becomes one. What a tenant may
-not see does not exist for it: another's namespace is a 404, as one that never was.
+Handlers get checked bodies (see routes) and raise `Problem`, or an error of ours that becomes one. Those on tiers are
+in tiers_api.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from kvstore.build import attach_tier
-from kvstore.config import Config
-from kvstore.errors import ConfigError, RequestError, TierUnavailable
+from kvstore.errors import TierUnavailable
 from kvstore.metrics import CONTENT_TYPE
-from kvstore.plan.records import HOST, Match, Request, RequestOptions
-from kvstore.service import metrics, pages
+from kvstore.plan.records import Match, Request, RequestOptions
+from kvstore.service import metrics, pages, scope
 from kvstore.service.explain import MAX_ELSEWHERE, explain
 from kvstore.service.models import (
-    Attach,
     BlocksAnswer,
     Cancel,
     ClearAnswer,
@@ -38,12 +34,9 @@ from kvstore.service.models import (
     NewNamespace,
     Prompt,
     Read,
-    Resize,
     StatsAnswer,
     StatusAnswer,
     TicketAnswer,
-    TierAnswer,
-    TiersAnswer,
     Ttl,
 )
 from kvstore.service.namespaces import layout_from_json, namespace_from_json
@@ -51,6 +44,7 @@ from kvstore.service.problems import Problem
 from kvstore.service.routes import Call, Route
 from kvstore.service.session import Session
 from kvstore.service.stores import OpenStore
+from kvstore.service.tiers_api import TiersApi
 from radix.hashing import BlockHash, hash_blocks
 
 if TYPE_CHECKING:
@@ -58,7 +52,6 @@ if TYPE_CHECKING:
 
 EVENT_KEEPALIVE_S = 5.0  # also the longest time until a listener that left is noticed
 MAX_EVENT_STREAMS = 64
-DETACH_TIMEOUT_S = 5.0
 SWEEP_TIMEOUT_S = 60.0  # a walk over about a hundred million keys
 
 
@@ -67,7 +60,7 @@ class Api:
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
-        self._changing: set[tuple[str, str, str]] = set()  # (tenant, namespace, tier) being attached or detached
+        self._tiers = TiersApi(daemon)
 
     def routes(self) -> list[Route]:
         """The table."""
@@ -100,13 +93,7 @@ class Api:
                   errors=(404, 409)),
             Route("POST", "/v1/delete", self.delete, "Delete a prefix and all that continues it.", body=Delete,
                   answer=BlocksAnswer, errors=(404, 409)),
-            Route("GET", "/v1/tiers", self.tiers, "The tiers.", query=InNamespace, answer=TiersAnswer, errors=(404,)),
-            Route("POST", "/v1/tiers/{tier}/attach", self.attach, "Attach a tier.", body=Attach, answer=TiersAnswer,
-                  needs_operator=True, errors=(403, 404, 409)),
-            Route("POST", "/v1/tiers/{tier}/detach", self.detach, "Detach a tier.", body=InNamespace,
-                  answer=TiersAnswer, needs_operator=True, errors=(403, 404, 409)),
-            Route("POST", "/v1/tiers/{tier}/resize", self.resize, "Give a tier another capacity.", body=Resize,
-                  answer=TiersAnswer, needs_operator=True, errors=(403, 404, 409)),
+            *self._tiers.routes(),
             Route("POST", "/v1/pages/read", self.read_pages, "The pages of a stored prefix, as a framed stream.",
                   body=Read, produces=pages.CONTENT_TYPE, errors=(404, 409)),
             Route("PUT", "/v1/pages", self.write_pages, "Store pages, given as a framed stream.", body=Prompt,
@@ -134,7 +121,10 @@ class Api:
 
     async def stats(self, call: Call) -> StatsAnswer:
         own = self._daemon.own_metrics() if call.tenant.is_operator else {}
-        return StatsAnswer(namespaces={opened.id: opened.store.stats() for opened in self._some(call)}, service=own)
+        return StatsAnswer(
+            namespaces={opened.id: opened.store.stats() for opened in scope.some(self._daemon.stores, call)},
+            service=own,
+        )
 
     async def clients(self, call: Call) -> ClientsAnswer:
         sessions = self._daemon.sessions.values()
@@ -166,7 +156,7 @@ class Api:
         return _namespace(await self._daemon.stores.open(call.tenant, layout, namespace))
 
     async def clear(self, call: Call) -> ClearAnswer:
-        opened = self._one(call, call.request.match_info["namespace"])
+        opened = scope.one(self._daemon.stores, call, call.request.match_info["namespace"])
         blocks = opened.store.admin.clear()
         try:
             keys = await asyncio.to_thread(opened.store.admin.sweep, SWEEP_TIMEOUT_S)
@@ -203,7 +193,7 @@ class Api:
 
     async def cancel(self, call: Call) -> BlocksAnswer:
         body: Cancel = call.body
-        self._one(call, body.namespace).store.cancel(body.ticket)
+        scope.one(self._daemon.stores, call, body.namespace).store.cancel(body.ticket)
         return BlocksAnswer(blocks=0)
 
     async def pin(self, call: Call) -> BlocksAnswer:
@@ -225,44 +215,6 @@ class Api:
             raise Problem(409, "there is no such block", f"the prompt has {len(request.keys)} full blocks", "first")
         return BlocksAnswer(blocks=opened.store.forget(request, body.first))
 
-    # ---- tiers ------------------------------------------------------------------------------------------------------
-
-    async def tiers(self, call: Call) -> TiersAnswer:
-        return _tiers(self._some(call))
-
-    async def attach(self, call: Call) -> TiersAnswer:
-        body: Attach = call.body
-        opened, tier = self._tier(call)
-        if (body.path or body.url) and not self._daemon.has_tokens:
-            # Whoever reaches loopback would make the daemon write where it may, or connect to where it can.
-            raise Problem(403, "only the configured tier", "another path or url needs service.tokens_file", "path")
-        config = self._attach_config(opened, body)
-        with self._change(opened, tier):
-            await asyncio.to_thread(attach_tier, opened.store, config, tier)
-        return _tiers([opened])
-
-    async def detach(self, call: Call) -> TiersAnswer:
-        opened, tier = self._tier(call)
-        with self._change(opened, tier):
-            if not await asyncio.to_thread(opened.store.admin.detach_tier, tier, DETACH_TIMEOUT_S):
-                raise Problem(409, "a transfer hangs in the tier", "it is out of use, but not closed; call again")
-        return _tiers([opened])
-
-    async def resize(self, call: Call) -> TiersAnswer:
-        body: Resize = call.body
-        opened, tier = self._tier(call, may_be_host=True)
-        if tier == HOST:
-            opened.store.admin.resize_host(body.capacity_bytes // opened.layout.slot_bytes)
-            return _tiers([opened])
-        if tier != "disk":
-            raise Problem(409, "this tier has no capacity", "redis evicts by itself: set maxmemory there", "tier")
-        config = self._attach_config(opened, Attach(capacity_bytes=body.capacity_bytes))
-        with self._change(opened, tier):
-            if not await asyncio.to_thread(opened.store.admin.detach_tier, tier, DETACH_TIMEOUT_S):
-                raise Problem(409, "a transfer hangs in the tier", "it is out of use, but not closed; call again")
-            await asyncio.to_thread(attach_tier, opened.store, config, tier)
-        return _tiers([opened])
-
     # ---- bytes and events -------------------------------------------------------------------------------------------
 
     async def read_pages(self, call: Call) -> web.StreamResponse:
@@ -279,7 +231,7 @@ class Api:
         hub = self._daemon.events
         if hub.num_streams >= MAX_EVENT_STREAMS:
             raise Problem(429, "too many event streams", f"{MAX_EVENT_STREAMS} are open", Retry_After="5")
-        self._some(call)
+        scope.some(self._daemon.stores, call)
         wanted = call.body.namespace
         stream = hub.listen(lambda opened: opened.tenant.name == call.tenant.name and wanted in (None, opened.id))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
@@ -315,63 +267,9 @@ class Api:
             is_alone=session.is_orphan,
         )
 
-    def _one(self, call: Call, namespace: str | None) -> OpenStore:
-        """The namespace that is meant. Problem 404 if there is none such, 409 if it is not clear."""
-        if namespace is not None:
-            opened = self._daemon.stores.find(call.tenant, namespace)
-            if opened is None:
-                raise Problem(404, "there is no such namespace", field="namespace")
-            return opened
-        known = self._daemon.stores.of(call.tenant)
-        if len(known) == 1:
-            return known[0]
-        detail = "none is open" if not known else f"{len(known)} are open; say which: GET /v1/namespaces lists them"
-        raise Problem(409, "it is not clear which namespace", detail, "namespace")
-
-    def _some(self, call: Call) -> list[OpenStore]:
-        """The namespace of a query, or all of the tenant's."""
-        wanted: str | None = call.body.namespace
-        return self._daemon.stores.of(call.tenant) if wanted is None else [self._one(call, wanted)]
-
     def _request(self, call: Call) -> tuple[OpenStore, Request]:
-        opened = self._one(call, call.body.namespace)
+        opened = scope.one(self._daemon.stores, call, call.body.namespace)
         return opened, _hashed(opened, call.body)
-
-    def _tier(self, call: Call, *, may_be_host: bool = False) -> tuple[OpenStore, str]:
-        tier = call.request.match_info["tier"]
-        if tier not in ("disk", "redis") and not (may_be_host and tier == HOST):
-            raise Problem(404, "there is no such tier", field="tier")
-        return self._one(call, call.body.namespace), tier
-
-    def _attach_config(self, opened: OpenStore, body: Attach) -> Config:
-        config = self._daemon.stores.share(opened.tenant, opened.id)
-        disk = config.disk.model_dump() | {
-            name: value for name, value in (("path", body.path), ("capacity_bytes", body.capacity_bytes)) if value
-        }
-        redis = {name: getattr(config.redis, name) for name in type(config.redis).model_fields}
-        return Config(
-            **{
-                "store": config.store.model_dump(),
-                "host": config.host.model_dump(),
-                "disk": disk,
-                "redis": redis | ({"url": body.url} if body.url else {}),
-                "breaker": config.breaker.model_dump(),
-            }
-        )
-
-    @contextlib.contextmanager
-    def _change(self, opened: OpenStore, tier: str):  # type: ignore[no-untyped-def]
-        """One change of a tier at a time; what is wrong with it becomes a 409."""
-        place = (opened.tenant.name, opened.id, tier)
-        if place in self._changing:
-            raise Problem(409, "the tier is being changed", "ask again when that is over", "tier")
-        self._changing.add(place)
-        try:
-            yield
-        except (ConfigError, RequestError) as error:
-            raise Problem(409, "the tier is not changed", str(error)) from None
-        finally:
-            self._changing.discard(place)
 
 
 def _hashed(opened: OpenStore, body: Prompt) -> Request:
@@ -409,22 +307,3 @@ def _match(match: Match) -> MatchAnswer:
         known=match.known,
         cut=match.cut.value,
     )
-
-
-def _tiers(stores: list[OpenStore]) -> TiersAnswer:
-    rows = []
-    for opened in stores:
-        stats = opened.store.stats()
-        capacity = stats["capacity_pages"]
-        for name in [HOST, *stats["breaker_open"]]:
-            pages_fit = capacity.get(name)
-            rows.append(
-                TierAnswer(
-                    namespace=opened.id,
-                    tier=name,
-                    is_up=name == HOST or not stats["breaker_open"][name],
-                    pages=stats["pages"].get(name, 0),
-                    capacity_bytes=None if pages_fit is None else pages_fit * stats["slot_bytes"],
-                )
-            )
-    return TiersAnswer(tiers=rows)
