@@ -78,8 +78,8 @@ CONNECTORS_USERS = ("connectors", "kvstore.lab", "kvstore.cluster")
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "asyncio": ("kvstore.aio", "kvstore.service", "kvstore.cluster", "kvstore.load"),
     "aiohttp": ("kvstore.service", "kvstore.cluster", "kvstore.load"),
-    # codec: storage per thread; service: the client's locks, for the daemon itself has one thread; vllm_layers: events,
-    # for a layer that waits for its copy
+    # codec: storage per thread; service: a client's locks and errands, for the daemon itself has one thread;
+    # vllm_layers: events, for a layer that waits for its copy
     "threading": (
         "kvstore.move",
         "kvstore.dispatcher",
