@@ -28,6 +28,7 @@ from kvstore.cluster.supervisor_ports import holder, is_ready, redis_is_ready
 from kvstore.cluster.topology import AUTO, ClusterSpec, Kind, Process, plan
 from kvstore.tiers.redis_local import RedisNotInstalled, find_redis_server
 
+EXIT_TIMEOUT_S = 1.0  # from a process that is seen no more to its exit code
 START_TIMEOUT_S = 300.0  # imports and loading: 10 s here, minutes for a large model on a cold disk
 STOP_TIMEOUT_S = 60.0  # a replica finishes what it runs (30 s), a node drains and flushes
 STEP_S = 0.1
@@ -113,16 +114,24 @@ class Supervisor:
         """Return when nobody runs any more; tell of each process that ends. `interruptible` ends it too."""
         alive = {process.name for process in self.processes}
         while alive:
-            codes = {name: child.poll() for name, child in self._children.items()}  # reaps, too
             now = set(self.directory.running())
             for name in sorted(alive - now):
-                how = f" {_how(code)}" if (code := codes.get(name)) is not None else ""
+                how = f" {_how(code)}" if (code := self._exit_code(name)) is not None else ""
                 again = f"kvstore cluster restart --name {self.spec.name} {name}"
                 self._say(f"{name} ended{how}; its log is {self.directory.log(name)}; to start it again: {again}")
             for name in sorted(now - alive):
                 self._say(f"{name} is back")
             alive = now
             time.sleep(STAND_STEP_S)
+
+    def _exit_code(self, name: str) -> int | None:
+        """How a process ended that this object started; it takes the kernel a moment to tell."""
+        child = self._children.pop(name, None)  # who is back was started by somebody else
+        if child is None:
+            return None
+        with suppress(subprocess.TimeoutExpired):
+            return child.wait(EXIT_TIMEOUT_S)
+        return None
 
     # ---- down -------------------------------------------------------------------------------------------------------
 

@@ -22,13 +22,15 @@ from kvstore.plan.saver import Saver
 from kvstore.plan.scout import Scout
 from kvstore.plan.turns import Turns
 
+MAX_REASONS = 16
+
 
 class Endings:
     """Tells of ends. Under the store's lock.
 
     seconds_saved:  by loading instead of computing, in all loads so far.
     finish_reasons: how many requests ended with each; it predicts whether a turn follows (tool calls nearly always
-                    bring one), for policies to come.
+                    bring one), for policies to come. Callers choose the words: those after MAX_REASONS are "other".
     tiers:          the planner's own list, which may grow.
     """
 
@@ -90,6 +92,8 @@ class Endings:
     def finished(self, request: Request, now: float, finish_reason: str, *, last_turn: bool) -> None:
         """A request is over; with `last_turn` its private part goes first."""
         if finish_reason:
+            if finish_reason not in self.finish_reasons and len(self.finish_reasons) >= MAX_REASONS:
+                finish_reason = "other"
             self.finish_reasons[finish_reason] = self.finish_reasons.get(finish_reason, 0) + 1
         self._scout.end(request)
         if self._saver.is_saving(request):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvstore.plan.endings import MAX_REASONS
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Request
 from tests.helpers.planners import BLOCK, make, path, save
@@ -60,3 +61,15 @@ def test_a_load_that_was_given_up_saved_no_time() -> None:
     planner.release(planner.prepare_load(request, 3, 0.0).id, 0.0)
 
     assert planner.endings.seconds_saved == 0.0
+
+
+def test_reasons_are_counted_as_long_as_there_are_few() -> None:
+    planner, _ = make(num_slots=8)
+    for number in range(MAX_REASONS + 5):
+        planner.finished(path(0, 1), 0.0, finish_reason="stop")
+        planner.finished(path(0, 1), 0.0, finish_reason=f"reason {number}")
+
+    reasons = planner.endings.finish_reasons
+    assert reasons["stop"] == MAX_REASONS + 5
+    assert reasons["other"] == 6
+    assert len(reasons) == MAX_REASONS + 1
