@@ -9,6 +9,7 @@
     pending      an answer that is not there yet
     events       what came to which tier and what left, for routers and clients that listen
     channel      one connection of a client, in the daemon's event loop
+    rawsocket    the socket below it: what asyncio leaves undone
     clients      who is attached, and what they hold
     daemon       the process: listens, drains, closes
     attachment   what a client has of one daemon: a session, its connections, the slab

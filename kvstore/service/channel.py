@@ -11,8 +11,6 @@ import asyncio
 import itertools
 import logging
 import os
-import socket
-import struct
 from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
@@ -22,6 +20,7 @@ from kvstore.service.batches import Incoming
 from kvstore.service.known import Resend
 from kvstore.service.pending import Pending
 from kvstore.service.protocol import HEADER, Frame, Op, ProtocolError, Status
+from kvstore.service.rawsocket import RawSocket
 from kvstore.service.session import Session
 from kvstore.service.tenants import Tenant
 from kvstore.service.wire import LOW_WATER_BYTES
@@ -29,11 +28,7 @@ from kvstore.service.wire import LOW_WATER_BYTES
 log = logging.getLogger(__name__)
 
 BUFFER_BYTES = 64 << 10  # the keys of 2000 blocks; a message that is longer gets a buffer of its own
-PEER = struct.Struct("3i")  # pid, uid, gid
 HELLO_TIMEOUT_S = 5.0  # a connection that says nothing is closed
-# An anchor is silent for as long as its client lives, and a machine that loses power says no goodbye: without these,
-# its session would last for ever. Seconds of silence, seconds between questions, questions.
-KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
 
 class Host(Protocol):
@@ -78,7 +73,7 @@ class Channel(asyncio.BufferedProtocol):
         self._waiter = 0
         self._greeting: asyncio.Task[None] | None = None
         self._batch: Incoming | None = None  # pages on their way from the socket into their slots
-        self._low_water = 1
+        self._raw: RawSocket | None = None
         self._sending: asyncio.Task[None] | None = None
         self._may_write = asyncio.Event()
         self._may_write.set()
@@ -87,17 +82,15 @@ class Channel(asyncio.BufferedProtocol):
     @property
     def pid(self) -> int | None:
         """The process at the other end of a unix socket; None for one on another machine."""
-        if not self.is_local or self._transport is None:
-            return None
-        raw = self._transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size)
-        return int(PEER.unpack(raw)[0]) or None  # 0: of a container that this one cannot see into
+        return None if not self.is_local or self._raw is None else self._raw.pid
 
     # ---- the transport's calls ----------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._raw = RawSocket(self._transport)
         if not self.is_local:
-            _notice_death(self._transport.get_extra_info("socket"))
+            self._raw.notice_death()
         self._timer = self._loop.call_later(HELLO_TIMEOUT_S, self._transport.abort)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -125,7 +118,7 @@ class Channel(asyncio.BufferedProtocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
+        self._transport = self._raw = None
         self._may_write.set()
         self._stop_waiting()
         if self._greeting is not None:
@@ -273,18 +266,13 @@ class Channel(asyncio.BufferedProtocol):
                 os.close(greeting.fd)
 
     def _send_greeting(self, frame: Frame, greeting: Greeting) -> None:
-        if self._transport is None:
+        if self._raw is None:
             return
         body = b"" if greeting.answer is None else protocol.encode_json(greeting.answer)
         if greeting.fd is None:
             self.answer(frame, body)
             return
-        data = protocol.encode_frame(frame.op, body, frame.sequence)
-        # Past the transport, which cannot send descriptors; nothing of ours is in its buffer yet.
-        with socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno())) as raw:
-            sent = socket.send_fds(raw, [data], [greeting.fd])
-        if sent < len(data):
-            self._transport.write(data[sent:])
+        self._raw.send_descriptor(protocol.encode_frame(frame.op, body, frame.sequence), greeting.fd)
 
     # ---- pages of remote clients ---------------------------------------------------------------------------------
 
@@ -313,15 +301,11 @@ class Channel(asyncio.BufferedProtocol):
         return pages + taken - start
 
     def _wait_for(self, num_bytes: int) -> None:
-        """Be woken once so many bytes have come."""
-        transport = self._transport
-        if num_bytes == self._low_water or transport is None or transport.get_extra_info("sslcontext") is not None:
-            return
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
-        self._low_water = num_bytes
+        if self._raw is not None:
+            self._raw.wait_for(num_bytes)
 
     async def _send_batch(self, frame: Frame, num_bytes: int, parts: Iterator[bytes | memoryview]) -> None:
-        raw = self._raw_socket()
+        raw = None if self._raw is None else self._raw.past_transport()
         data = HEADER.pack(protocol.MAGIC, protocol.VERSION, Op.READ, Status.OK, num_bytes, frame.sequence)
         try:
             for part in itertools.chain([data + bytes(next(parts))], parts):
@@ -340,15 +324,6 @@ class Channel(asyncio.BufferedProtocol):
                 raw.close()
             self._sending = None
             self._set_busy(False)
-
-    def _raw_socket(self) -> socket.socket | None:
-        """The socket past the transport, which would copy what it cannot send at once; None where it must not be."""
-        transport = self._transport
-        if transport is None or transport.get_extra_info("sslcontext") is not None or transport.get_write_buffer_size():
-            return None
-        raw = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
-        raw.setblocking(False)
-        return raw
 
     # ---- waiting ------------------------------------------------------------------------------------------------
 
@@ -400,10 +375,3 @@ class Channel(asyncio.BufferedProtocol):
             grown = bytearray(num_bytes)
             grown[: self._end] = memoryview(self._buffer)[: self._end]
             self._buffer = grown
-
-
-def _notice_death(connection: socket.socket) -> None:
-    """Have the kernel end a TCP connection whose other machine is gone, after a minute."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in KEEPALIVE:
-        connection.setsockopt(socket.IPPROTO_TCP, option, value)
