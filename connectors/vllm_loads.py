@@ -24,10 +24,11 @@ from connectors.vllm_requests import Requests, Tracked
 from kvstore.base import KVStore
 from kvstore.plan.records import CutReason, LeaseState, LoadLease
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 
 NO_LEASE = 0  # the planner counts from 1
 MAX_LEASED_FRACTION = 0.5  # of the host slots, for pages on their way to waiting requests
+FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0  # after a copy failed; doubled as long as they go on failing
 COMPUTING_POLL_S = 0.005  # vLLM asks a thousand times a second, and computing takes longer
 COUNTERS = (
     "compute_waits",
@@ -61,6 +62,8 @@ class Loads:
         self.scheduled: Collection[str] = ()  # requests in the last step
         self._is_beside = is_beside
         self._is_trusted = False  # the last load of these slabs was copied well
+        self._pause_s = 0.0
+        self._paused_until = 0.0
         self._store = store
         self._engine = engine
         self._block_size = engine.layout.block_size
@@ -85,6 +88,9 @@ class Loads:
         """How many tokens after the first `num_computed` can be loaded; None means ask again."""
         if not self._requests.extend(tracked):
             self.let_go(tracked)
+        if self._now() < self._paused_until:
+            self.let_go(tracked)
+            return 0, False
         first = num_computed // self._block_size
         if tracked.lease is not None and first != tracked.first:
             self.let_go(tracked)  # vLLM's own cache has more or less of it by now
@@ -175,9 +181,12 @@ class Loads:
     def failed(self, lease_id: int, error: str) -> bool:
         """A rank could not copy: this request is not offered the same blocks again, or it could go round for ever.
 
+        Nor is any other for a while: what failed in memory is likely to fail again, and then a request starts anew.
         Returns True if it failed inside a step, so that others may have computed with what is missing.
         """
         self._is_trusted = False
+        self._pause_s = min(MAX_PAUSE_S, max(FIRST_PAUSE_S, 2 * self._pause_s))
+        self._paused_until = self._now() + self._pause_s
         if lease_id == NO_LEASE:
             return True  # a refused one, whichever it was
         tracked, lease = self._under_way[lease_id]
@@ -196,6 +205,7 @@ class Loads:
         if lease_id == NO_LEASE:
             return
         self._is_trusted = is_good
+        self._pause_s = 0.0 if is_good else self._pause_s
         tracked, lease = self._under_way.pop(lease_id)
         tracked.is_loading = False
         self._leased -= len(lease.pages)

@@ -21,7 +21,7 @@ from connectors.vllm_requests import NEVER, Requests, Tracked
 from kvstore.base import KVStore
 from kvstore.plan.records import SaveLease
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 
 COUNTERS = ("saved_pages", "skipped_pages", "save_failures")
 

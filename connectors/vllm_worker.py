@@ -32,7 +32,7 @@ from kvstore.move.worker import Worker
 from kvstore.service.slab import AttachedSlab, SlabShare, attach_slab
 from kvstore.tiers.host import SlabHandle
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 
 MIN_PREFILL_TOKENS = 64  # shorter steps tell nothing of the rate of a prefill
 MAX_JOBS = 4096  # copies waiting in a thread; one per request and step

@@ -560,5 +560,26 @@ def test_after_a_failed_load_the_next_ones_go_aside_until_one_worked(store: Loca
     for name, ok in (("b", True), ("c", False), ("d", True), ("e", True)):
         aside.append(world.loaded(name, asked, ok=ok))
         world.half.request_finished(request(name, 1))
+        world.clock.pass_s(60)
 
     assert aside == [True, False, True, False]
+
+
+def test_after_a_failed_load_nobody_is_offered_anything_for_longer_each_time(world: World) -> None:
+    asked = request("a", 4 * BLOCK + 1)
+    world.stored(asked)
+
+    for number, pause_s in enumerate((1, 2, 4, 8, 16, 30, 30)):
+        world.loaded(f"fails {number}", asked, ok=False)
+        other = request(f"other {number}", 4 * BLOCK + 1)
+        world.half.new_request(other)
+        world.clock.pass_s(pause_s - 0.1)
+        assert world.half.matched(other, 0) == (0, False)
+        world.clock.pass_s(0.2)
+        assert world.half.matched(other, 0) == (4 * BLOCK, True)
+        world.half.request_finished(other)
+    world.loaded("works", asked)
+    world.loaded("fails", asked, ok=False)
+    world.clock.pass_s(1.1)
+
+    assert world.loaded("works again", asked)
