@@ -1,7 +1,9 @@
 """All that depends on the version of vLLM: which are supported, and where they keep what we use.
 
 vLLM calls its connector interface experimental and changes it between minor releases, so a version that was not tested
-is refused with a clear message instead of failing somewhere inside an engine step.
+is refused with a clear message instead of failing somewhere inside an engine step. What is written here holds for all
+of SUPPORTED; between 0.32 and 0.33 nothing that we call has changed, and what 0.33 calls beside it is
+`unregister_kv_caches`/`restore_kv_caches` (sleep, vllm.py) and `submit_load(..., expedited)` (vllm_cpu_spec.py).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 from connectors.vllm_events import News
 from kvstore.errors import ConfigError
 
-SUPPORTED = ("0.32",)  # minor releases the engine tests have run with
+SUPPORTED = ("0.32", "0.33")  # minor releases the engine tests have run with
 
 
 def check_version(version: str) -> None:
@@ -19,19 +21,19 @@ def check_version(version: str) -> None:
     if ".".join(version.split("+")[0].split(".")[:2]) not in SUPPORTED:
         raise ConfigError(
             f"vLLM {version} is not supported by this release of kvtiers; supported are "
-            f"{', '.join(f'{minor}.x' for minor in SUPPORTED)}. Install vllm=={SUPPORTED[-1]}.* "
+            f"{' and '.join(f'{minor}.x' for minor in SUPPORTED)}. Install vllm=={SUPPORTED[-1]}.* "
             "or a kvtiers release that names yours"
         )
 
 
 def null_safe_block_ids(scheduler_output: Any, request_id: str) -> Any:
-    """vLLM's block ids of a scheduled request, one list per group; None if it was not scheduled (0.32)."""
+    """vLLM's block ids of a scheduled request, one list per group; None if it was not scheduled."""
     state = scheduler_output.kv_connector_block_state
     return None if state is None else state.get_block_ids(request_id)
 
 
 def kv_event(news: News, block_size: int) -> Any:
-    """The event that tells a router which blocks can be had here, or no longer (0.32)."""
+    """The event that tells a router which blocks can be had here, or no longer."""
     from vllm.distributed.kv_events import BlockRemoved, BlockStored
     from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
@@ -51,14 +53,14 @@ def kv_event(news: News, block_size: int) -> Any:
 
 
 def all_cleared() -> Any:
-    """The event that tells a router to forget what it knows of this engine (0.32)."""
+    """The event that tells a router to forget what it knows of this engine."""
     from vllm.distributed.kv_events import AllBlocksCleared
 
     return AllBlocksCleared()
 
 
 def hit_sources(tokens: dict[str, int]) -> dict[Any, int]:
-    """Tokens by tier in vLLM's words; Redis has none there, so it is "external" (0.32)."""
+    """Tokens by tier in vLLM's words; Redis has none there, so it is "external"."""
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
     names = {"host": CacheHitSource.HOST, "disk": CacheHitSource.DISK}

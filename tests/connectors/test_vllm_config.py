@@ -69,12 +69,12 @@ def test_a_role_that_neither_loads_nor_saves_is_refused(tmp_path: Any) -> None:
         parse_extra_config({"disk": {"path": str(tmp_path)}, "save": "none"}, "kv_producer")
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.5", "0.32.1+cpu"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.5", "0.32.1+cpu", "0.33.0", "0.33.0+cpu"])
 def test_tested_versions_are_accepted(version: str) -> None:
     check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0", "0.3.2"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "0.3.2"])
 def test_other_versions_are_refused_by_name(version: str) -> None:
-    with pytest.raises(ConfigError, match=rf"vLLM {version} is not supported.*0\.32\.x"):
+    with pytest.raises(ConfigError, match=rf"vLLM {version} is not supported.*0\.32\.x and 0\.33\.x"):
         check_version(version)
