@@ -71,10 +71,15 @@ def test_two_ranks_are_two_shards_of_one_engine_to_a_daemon(
         engine.forget_own_cache()
         away = engine.ask(PROMPTS[0])
         daemon.start()
+
+        def has_saved() -> bool:
+            engine.forget_own_cache()
+            engine.ask(PROMPTS[1])
+            return bool(daemon.stats()["saved_pages"] >= LENGTH // BLOCK)
+
+        wait_until(lambda: bool(daemon.http.get("/v1/clients")["clients"]))  # it attaches by itself
+        wait_until(has_saved)
         engine.forget_own_cache()
-        engine.ask(PROMPTS[1])  # attaches again, and saves
-        engine.forget_own_cache()
-        wait_until(lambda: daemon.stats()["saved_pages"] >= LENGTH // BLOCK)
         back = engine.ask(PROMPTS[1])
 
     assert [a["tokens"] for a in (cold, warm, away, back)] == [*[expected[0]] * 3, expected[1]]
