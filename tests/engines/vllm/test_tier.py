@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm
 
+from connectors.vllm_cpu_spec import HostCopyWorker
 from kvstore.tiers.redis_local import LocalRedis
 from tests.engines.vllm.engine import BLOCK, ENVIRONMENT, make_prompt
 from tests.engines.vllm.tier_engine import TierEngine
@@ -29,9 +31,9 @@ def on_disk(path: Path) -> dict[str, Any]:
     return {"disk": {"path": str(path), "capacity_bytes": 32 * MiB}}
 
 
-def in_new_process(model: str, entry: dict[str, Any], steps: Sequence[Any], **offloading: Any) -> list[Any]:
-    """Run steps in an engine that has never seen a prompt, and return their answers."""
-    script = json.dumps({"model": model, "entry": entry, "steps": list(steps), "offloading": offloading})
+def in_new_process(model: str, entries: Sequence[dict[str, Any]], steps: Sequence[Any]) -> list[Any]:
+    """Run steps in an engine of each entry, where no prompt has ever been seen, and return all their answers."""
+    script = json.dumps({"model": model, "entries": list(entries), "steps": list(steps)})
     run = subprocess.run(
         [sys.executable, "-m", "tests.engines.vllm.tier_engine", script],
         capture_output=True,
@@ -74,7 +76,7 @@ def open_tier_engine(model_of: Callable[[str], str], tmp_path: Path) -> Iterator
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("_", [pytest.param("", marks=NEEDS_REDIS)])
-def test_new_processes_take_a_prompt_from_disk_and_from_redis_only(
+def test_a_new_process_takes_a_prompt_from_disk_and_from_redis_only(
     open_tier_engine: Callable[..., TierEngine], model_of: Callable[[str], str], reference: Any, tmp_path: Path, _: str
 ) -> None:
     (expected,) = reference.tokens([PROMPT])
@@ -85,15 +87,16 @@ def test_new_processes_take_a_prompt_from_disk_and_from_redis_only(
         first.settle()
         first.close()
 
-        from_disk, disk_numbers = in_new_process(model_of("gqa"), on_disk(tmp_path / "pages"), [PROMPT, "metrics"])
-        from_redis, redis_numbers = in_new_process(model_of("gqa"), redis, [PROMPT, "metrics"])
+        entries = [on_disk(tmp_path / "pages"), redis]
+        answers = in_new_process(model_of("gqa"), entries, ["metrics", PROMPT, "metrics"])
 
-    for answer, numbers in ((from_disk, disk_numbers), (from_redis, redis_numbers)):
+    for before, answer, after in (answers[:3], answers[3:]):
+        added = {name: after.get(name, 0) - before.get(name, 0) for name in after}
         assert answer["tokens"] == expected
         assert answer["cached"] == FULL
-        assert numbers[COMPUTED] == len(PROMPT) - FULL
-        assert numbers[DISK] == FULL
-        assert numbers["vllm:kvstore_tier_loaded_chunks"] == FULL // BLOCK
+        assert added[COMPUTED] == len(PROMPT) - FULL
+        assert added[DISK] == FULL
+        assert added["vllm:kvstore_tier_loaded_chunks"] == FULL // BLOCK
 
 
 def test_after_everything_above_is_forgotten_the_disk_helps(
@@ -109,6 +112,28 @@ def test_after_everything_above_is_forgotten_the_disk_helps(
 
     assert [answer["tokens"] for answer in answers] == reference.tokens([PROMPT, forked, stranger])
     assert [answer["cached"] for answer in answers] == [FULL, 600 // BLOCK * BLOCK, 0]
+
+
+def test_a_load_that_vllm_waits_for_within_its_step_brings_the_same_tokens(
+    open_tier_engine: Callable[..., TierEngine], reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.33 has such loads, by sync_load_budget_bytes; 0.32 takes no notice of it."""
+    engine = open_tier_engine(on_disk(tmp_path / "pages"), offloading={"sync_load_budget_bytes": 1 << 30})
+    asked: list[bool] = []
+    submit_load = HostCopyWorker.submit_load
+    monkeypatch.setattr(
+        HostCopyWorker,
+        "submit_load",
+        lambda *arguments, expedited=False: [asked.append(expedited), submit_load(*arguments)][1],
+    )
+    engine.ask(PROMPT)
+    engine.forget()
+
+    answer = engine.ask(PROMPT)
+
+    assert [answer["tokens"]] == reference.tokens([PROMPT])
+    assert answer["cached"] == FULL
+    assert asked == [not vllm.__version__.startswith("0.32.")]
 
 
 def test_a_flipped_byte_on_disk_is_computed_again(

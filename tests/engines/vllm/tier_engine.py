@@ -1,7 +1,7 @@
 """A vLLM engine with its own offloading and our secondary tier below it, as the tests drive it.
 
-Also a command: `python -m tests.engines.vllm.tier_engine SCRIPT` runs a list of steps in a new process and prints one
-JSON line per step.
+Also a command: `python -m tests.engines.vllm.tier_engine SCRIPT` runs a list of steps in a new process, with one engine
+after the other, and prints one JSON line per step.
 """
 
 from __future__ import annotations
@@ -67,15 +67,16 @@ class TierEngine(Engine):
 def main() -> None:
     """Run the steps of a script: prompts to ask, "settle", "forget" or "metrics"."""
     script = json.loads(sys.argv[1])
-    engine = TierEngine(script["model"], script["entry"], script.get("offloading"), **script.get("options", {}))
-    for step in script["steps"]:
-        if isinstance(step, list):
-            answer: Any = engine.ask(step)
-            engine.settle()
-        else:
-            answer = getattr(engine, step)()
-        print("ANSWER " + json.dumps(answer), flush=True)
-    engine.close()
+    for entry in script["entries"]:
+        engine = TierEngine(script["model"], entry)
+        for step in script["steps"]:
+            if isinstance(step, list):
+                answer: Any = engine.ask(step)
+                engine.settle()
+            else:
+                answer = getattr(engine, step)()
+            print("ANSWER " + json.dumps(answer), flush=True)
+        engine.close()
     print("CLOSED", flush=True)
 
 
