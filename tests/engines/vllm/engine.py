@@ -122,7 +122,9 @@ class Engine:
             core.step()
             time.sleep(0.002)
         store = self.half.store
-        assert store.flush(max(0.1, until - time.monotonic())) or not store.slabs  # none: its daemon is away
+        while not store.flush(max(0.1, until - time.monotonic())) and store.slabs:  # none: its daemon is gone
+            assert time.monotonic() < until
+            time.sleep(0.01)  # a daemon that was killed may only seem silent for a moment
 
     def forget_own_cache(self, reset_connector: bool = False) -> None:
         """Empty vLLM's prefix cache, so that only the store can help."""
