@@ -8,6 +8,7 @@ which one rank has no part is a page that nobody has.
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ from kvstore.base import KVStore
 from kvstore.plan.journal import BlockEvent
 from kvstore.service.slab import SlabShare
 from kvstore.tiers.host import SlabHandle
+
+log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 
 COUNTERS = (
     *vllm_loads.COUNTERS,
@@ -148,13 +151,12 @@ class SchedulerHalf:
         self._heard = ()
         self._loads.scheduled = scheduled
         plan.loads, plan.saves = self._loads.take_jobs(), self._saves.take_jobs()
-        slabs = self.store.slabs
-        if plan.loads or plan.saves or slabs != self._slabs:
-            plan.slabs = slabs
-        if slabs != self._slabs:
-            self._slabs = slabs
-            self._loads.allow(slabs[-1].num_slots if slabs else 0)
-        self._loads.wait(0.0 if scheduled or plan.loads or plan.saves else IDLE_WAIT_S)
+        try:
+            self._add_slabs(plan)
+            self._loads.wait(0.0 if scheduled or plan.loads or plan.saves else IDLE_WAIT_S)
+        except Exception:  # the plan must go out all the same: vLLM counts on its loads
+            log.exception("kvstore: where slots lie is not known; nothing is copied in this step")
+            plan.layout = ""  # which no worker has: it reports all its copies as failed
         return plan
 
     def reported(self, report: StepReport) -> None:
@@ -175,14 +177,26 @@ class SchedulerHalf:
                 continue
             is_good = lease not in self._broken
             self._broken.discard(lease)
-            if self._loads.has(lease):
-                self._loads.ended(lease, is_good)
-            elif self._saves.has(lease):
-                self._saves.ended(lease, is_good)
+            try:
+                if self._loads.has(lease):
+                    self._loads.ended(lease, is_good)
+                elif self._saves.has(lease):
+                    self._saves.ended(lease, is_good)
+            except Exception:  # the others of this report hold blocks and slots, too
+                log.exception("kvstore: the end of lease %d could not be booked", lease)
 
     def saved(self, lease_id: int, ok: bool) -> None:
         """A save of the only rank ended. Any thread; publishes at once what `reported` would at the next step."""
         self._saves.saved(lease_id, ok)
+
+    def _add_slabs(self, plan: StepPlan) -> None:
+        """Tell the workers where slots lie, if they need to know."""
+        slabs = self.store.slabs
+        if plan.loads or plan.saves or slabs != self._slabs:
+            plan.slabs = slabs
+        if slabs != self._slabs:
+            self._slabs = slabs
+            self._loads.allow(slabs[-1].num_slots if slabs else 0)
 
     # ---- events for routers -----------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ class TierFields:
     weights:          "sampled" identifies the weights by sizes, headers and samples of their files, "full" by all their
                       bytes; anything else is taken as the name of the weights, and you vouch for it.
     adapters_by_name: True if one LoRA name means the same adapter on every engine and at any time: vLLM tells a tier
-                      no more of an adapter than its name.
+                      no more of an adapter than its name and path.
     enable_kv_events: tell routers what is stored here, where vLLM's kv_events_config is on.
     locality:         "LOCAL" or "REMOTE", for requests that choose by it; None means by what is configured.
     close_timeout_s:  longest wait for saves under way when the engine stops.

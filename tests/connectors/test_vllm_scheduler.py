@@ -583,3 +583,51 @@ def test_after_a_failed_load_nobody_is_offered_anything_for_longer_each_time(wor
     world.clock.pass_s(1.1)
 
     assert world.loaded("works again", asked)
+
+
+class Broken:
+    """A store of which, for a while, one attribute raises."""
+
+    def __init__(self, store: Any, name: str) -> None:
+        self._store, self._name, self.is_broken = store, name, False
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("_store", "_name", "is_broken"):
+            return object.__getattribute__(self, name)
+        if self.is_broken and name == self._name:
+            raise RuntimeError("not just now")
+        return getattr(self._store, name)
+
+
+@pytest.mark.parametrize("is_beside", [False, True])
+def test_a_plan_that_cannot_be_finished_goes_out_as_one_that_no_worker_copies(
+    store: LocalStore, is_beside: bool
+) -> None:
+    broken = Broken(store, "slabs")
+    world = World(broken, is_beside=is_beside)
+    asked = request("a", 4 * BLOCK + 1)
+    world.stored(asked)
+    world.loaded("b", asked)
+    world.half.request_finished(request("b", 1))
+    again = request("c", 4 * BLOCK + 1)
+    world.half.new_request(again)
+    world.half.matched(again, 0)
+    world.half.allocated(again, world.blocks(4), 4 * BLOCK)
+    broken.is_broken = True
+
+    plan = world.half.plan_step({} if not is_beside else {"c": 1}, lambda name: None)
+
+    assert [(job.request, job.is_async) for job in plan.loads] == [("c", not is_beside)]
+    assert plan.layout != LAYOUT.fingerprint
+
+
+def test_one_lease_that_cannot_be_booked_keeps_no_other_from_it(store: LocalStore) -> None:
+    broken = Broken(store, "complete")
+    world = World(broken)
+    plans = [world.save(request("a", 2 * BLOCK)), world.save(request("b", 3 * BLOCK, seed=1), first_block=10)]
+    leases = [plan.saves[0].lease for plan in plans]
+    broken.is_broken = True
+
+    world.half.reported(StepReport(done=dict.fromkeys(leases, 1)))
+
+    assert world.pool.num_held == 0
