@@ -31,10 +31,12 @@ def open_half(
     is_beside: workers can copy beside the forward (vllm_layers.py).
     """
     namespace = engine_namespace(vllm_config, engine.layout, weights=config.fields.weights, vllm_version=vllm_version)
+    # Private memory gets huge pages, shared memory seldom: disks read twice as fast into them. So it is shared only
+    # where a worker is another process.
+    is_alone = vllm_config.parallel_config.distributed_executor_backend == "uni"
+    shared_name = None if is_alone else f"kvstore-{os.getpid()}"
     # Both kinds that this can be have slabs that workers can map.
-    store = cast(
-        SharedStore, open_configured(config.store, engine.layout, namespace, shared_name=f"kvstore-{os.getpid()}")
-    )
+    store = cast(SharedStore, open_configured(config.store, engine.layout, namespace, shared_name=shared_name))
     try:
         check_service(store, config)
         warn_of_hash(vllm_config, config)

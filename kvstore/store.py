@@ -289,12 +289,12 @@ class LocalStore(RequestMaker):
 
     @property
     def slab_handle(self) -> SlabHandle:
-        """How another process maps the slab; ValueError unless the store was opened with a shared one."""
+        """How the slab is attached to; by another process only if the store was opened with a shared one."""
         return self._slab.handle
 
     @property
     def slabs(self) -> tuple[SlabHandle, ...]:
-        """The slabs that slots may lie in: one for ever, see RemoteStore. ValueError as for `slab_handle`."""
+        """The slabs that slots may lie in: one for ever, see RemoteStore."""
         return (self._slab.handle,)
 
     @property

@@ -16,6 +16,8 @@ import ctypes
 import logging
 import mmap
 import os
+import threading
+import weakref
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -33,6 +35,8 @@ _MAP_FIXED = 0x10  # not in the mmap module
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _SPARE_BYTES = 64 << 20  # what a full slab leaves of the available memory for everybody else
 
+_PRIVATE = "private:"  # and the process, and the object: no fork takes its parent's for its own
+
 _log = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -41,10 +45,11 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class SlabHandle(NamedTuple):
-    """What another process of the same user needs to map a shared slab. Plain data: it travels.
+    """What it takes to attach to a slab: for a shared one, by any process of the same user. Plain data: it travels.
 
     path: the descriptor of the process that made the slab, under /proc; it needs no name in /dev/shm, so nothing is
-          left behind by a process that dies, and the small /dev/shm of a container does not matter.
+          left behind by a process that dies, and the small /dev/shm of a container does not matter. Of private memory
+          it is a name that means something in the process that made it, and nowhere else.
     first_slot: number of its first slot, as the store counts them; not 0 where a store has had several slabs.
     """
 
@@ -52,6 +57,11 @@ class SlabHandle(NamedTuple):
     num_slots: int
     slot_bytes: int
     first_slot: int = 0
+
+
+# Private slabs that somebody asked the handle of, by its path.
+_private: weakref.WeakValueDictionary[str, HostSlab] = weakref.WeakValueDictionary()
+_private_lock = threading.Lock()
 
 
 class HostSlab:
@@ -97,9 +107,13 @@ class HostSlab:
     def attach(cls, handle: SlabHandle, *, prefault: bool = True) -> HostSlab:
         """Map the shared slab of another process; it may end before this one does, the memory stays.
 
+        A private slab of this process is attached to without mapping it again.
+
         Raises OSError if the slab is gone or another user's, ConfigError if its size is not what the handle says.
         """
         _check_geometry(handle.num_slots, handle.slot_bytes)
+        if handle.path.startswith(_PRIVATE):
+            return cls._attach_private(handle)
         slab = cls.__new__(cls)
         slab.num_slots, slab.slot_bytes = handle.num_slots, handle.slot_bytes
         slab._fd = os.open(handle.path, os.O_RDWR | os.O_CLOEXEC)
@@ -117,10 +131,29 @@ class HostSlab:
         slab._cut()
         return slab
 
+    @classmethod
+    def _attach_private(cls, handle: SlabHandle) -> HostSlab:
+        with _private_lock:
+            origin = _private.get(handle.path)
+        if origin is None:  # another process' (its number is in the path), or closed
+            raise FileNotFoundError(f"host slab: {handle.path} is private memory of another process, or closed")
+        if (origin.num_slots, origin.slot_bytes) != (handle.num_slots, handle.slot_bytes):
+            raise ConfigError(f"host slab: {handle.path} is not of the size that the handle says")
+        slab = cls.__new__(cls)
+        slab.num_slots, slab.slot_bytes, slab._fd = handle.num_slots, handle.slot_bytes, None
+        slab.buffer = origin.buffer
+        slab._cut()
+        return slab
+
     @property
     def handle(self) -> SlabHandle:
-        """How another process maps this slab; ValueError for private memory."""
-        return SlabHandle(f"/proc/{os.getpid()}/fd/{self.fileno()}", self.num_slots, self.slot_bytes)
+        """How this slab is attached to: by other processes, too, unless it is private memory."""
+        if self._fd is not None:
+            return SlabHandle(f"/proc/{os.getpid()}/fd/{self._fd}", self.num_slots, self.slot_bytes)
+        path = f"{_PRIVATE}{os.getpid()}:{id(self)}"
+        with _private_lock:
+            _private[path] = self
+        return SlabHandle(path, self.num_slots, self.slot_bytes)
 
     def view(self, slot: int) -> memoryview:
         """The bytes of a slot, writable: to be read into or received into; slice assignment would hold the GIL."""
@@ -144,6 +177,8 @@ class HostSlab:
 
     def close(self) -> None:
         """Let go of the memory; it returns to the system with the last view that callers still hold. Idempotent."""
+        with _private_lock:
+            _private.pop(f"{_PRIVATE}{os.getpid()}:{id(self)}", None)
         self._views: list[memoryview] = []
         self._arrays: list[npt.NDArray[np.uint8]] = []
         self.buffer = np.empty(0, np.uint8)

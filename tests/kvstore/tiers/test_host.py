@@ -47,11 +47,59 @@ class TestAttach:
         with pytest.raises(FileNotFoundError):
             HostSlab.attach(handle)
 
-    def test_private_memory_has_no_handle(self) -> None:
+
+class TestAttachToPrivateMemory:
+    def test_in_its_own_process_it_is_the_same_memory(self) -> None:
+        slab = HostSlab(3, SLOT_BYTES)
+        attached = HostSlab.attach(slab.handle)
+
+        attached.array(2)[:] = 7
+
+        assert slab.handle == slab.handle
+        assert (slab.array(2) == 7).all()
+        assert attached.array(0).ctypes.data == slab.array(0).ctypes.data
+        attached.close()
+        assert slab.array(2)[0] == 7  # whoever attached lets go for itself alone
+        slab.close()
+
+    def test_its_memory_stays_as_long_as_somebody_is_attached(self) -> None:
+        slab = HostSlab(3, SLOT_BYTES)
+        slab.array(1)[:] = 5
+        attached = HostSlab.attach(slab.handle)
+
+        slab.close()
+
+        assert (attached.array(1) == 5).all()
+        attached.close()
+
+    def test_once_it_is_closed_nobody_attaches(self) -> None:
+        slab = HostSlab(3, SLOT_BYTES)
+        handle = slab.handle
+        slab.close()
+
+        with pytest.raises(FileNotFoundError, match="private memory of another process, or closed"):
+            HostSlab.attach(handle)
+
+    def test_another_process_does_not_attach_not_even_a_fork(self) -> None:
+        slab = HostSlab(3, SLOT_BYTES)
+        handle = slab.handle
+        pid = os.fork()
+        if pid == 0:
+            try:
+                HostSlab.attach(HostSlab(3, SLOT_BYTES).handle)
+                HostSlab.attach(handle)
+            except FileNotFoundError:
+                os._exit(0)
+            os._exit(1)
+
+        assert os.waitpid(pid, 0)[1] == 0
+        slab.close()
+
+    def test_another_size_is_refused(self) -> None:
         slab = HostSlab(3, SLOT_BYTES)
 
-        with pytest.raises(ValueError, match="private"):
-            _ = slab.handle
+        with pytest.raises(ConfigError, match="size"):
+            HostSlab.attach(slab.handle._replace(num_slots=2))
         slab.close()
 
 
