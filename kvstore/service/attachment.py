@@ -96,8 +96,9 @@ class Attachment:
     def release_orphans(self, wire: Wire, timeout_s: float) -> None:
         """Have the daemon release what it may hold for nobody. Raises OSError or ProtocolError."""
         while self.orphans:
-            wire.call(Op.RELEASE, messages.encode_lease(self.orphans[-1]), timeout_s)
-            self.orphans.pop()
+            lease_id = self.orphans[-1]
+            wire.call(Op.RELEASE, messages.encode_lease(lease_id), timeout_s)
+            self.orphans.remove(lease_id)  # another thread may have appended one meanwhile
 
     def hang_up(self) -> None:
         """Close all connections. Idempotent."""
