@@ -76,6 +76,8 @@ class Loads:
         self._max_leased = 1
         self._leased = 0
         self._under_way: dict[int, tuple[Tracked, LoadLease]] = {}
+        self._coming: dict[bytes, int] = {}  # blocks that are being copied aside, and the lease of the first to do so
+        self._keys: dict[int, list[bytes]] = {}  # of those blocks, by lease: the request may have others by the end
         self._jobs: list[LoadJob] = []
         self._asking: Tracked | None = None  # one that was answered "ask again" since the last jobs were taken
 
@@ -92,6 +94,10 @@ class Loads:
             self.let_go(tracked)
             return 0, False
         first = num_computed // self._block_size
+        if self._is_coming(tracked, first) and not self._is_late(tracked):
+            self.let_go(tracked)
+            self._ask_again(tracked)
+            return None, False
         if tracked.lease is not None and first != tracked.first:
             self.let_go(tracked)  # vLLM's own cache has more or less of it by now
         if tracked.lease is None:
@@ -132,6 +138,10 @@ class Loads:
         tracked.is_loading = True
         tracked.lease = None
         self._under_way[lease.id] = (tracked, lease)
+        if tracked.is_aside:
+            self._keys[lease.id] = list(tracked.store.keys[tracked.first : end])
+            for key in self._keys[lease.id]:
+                self._coming.setdefault(key, lease.id)
         self._jobs.append(
             LoadJob(
                 lease.id,
@@ -207,6 +217,9 @@ class Loads:
         self._is_trusted = is_good
         self._pause_s = 0.0 if is_good else self._pause_s
         tracked, lease = self._under_way.pop(lease_id)
+        for key in self._keys.pop(lease_id, ()):
+            if self._coming.get(key) == lease_id:
+                del self._coming[key]
         tracked.is_loading = False
         self._leased -= len(lease.pages)
         if not is_good:
@@ -235,6 +248,19 @@ class Loads:
             tracked.lease = None
 
     # ---- private ----------------------------------------------------------------------------------------------
+
+    def _is_coming(self, tracked: Tracked, first: int) -> bool:
+        """Whether most of what the request could load is just being copied for another one.
+
+        vLLM shares the blocks of a load only once it has ended. So of many requests with a common head that come at
+        once, one loads it, and the others take it from vLLM's own cache, without a copy or blocks of their own.
+        """
+        if self._config.fields.without_prefix_caching:
+            return False
+        num_blocks = (tracked.engine.num_tokens - 1) // self._block_size
+        half = first + (num_blocks - first + 1) // 2
+        keys = tracked.store.keys
+        return first < half <= len(keys) and keys[half - 1] in self._coming
 
     def _goes_aside(self) -> bool:
         """Whether a load is asynchronous.

@@ -631,3 +631,84 @@ def test_one_lease_that_cannot_be_booked_keeps_no_other_from_it(store: LocalStor
     world.half.reported(StepReport(done=dict.fromkeys(leases, 1)))
 
     assert world.pool.num_held == 0
+
+
+class TestCommonHead:
+    """Requests that come while another one's load of their head is being copied."""
+
+    @pytest.fixture
+    def loading(self, world: World) -> World:
+        """Eight blocks are stored, and on their way to "b"."""
+        world.stored(request("a", 8 * BLOCK + 1))
+        self.begin(world, request("b", 8 * BLOCK + 1))
+        return world
+
+    def begin(self, world: World, asked: Any) -> int | None:
+        world.half.new_request(asked)
+        num_tokens, _ = world.half.matched(asked, 0)
+        if num_tokens:
+            world.half.allocated(asked, world.blocks(num_tokens // BLOCK), num_tokens)
+        return num_tokens
+
+    def fork(self, name: str, num_shared: int, num_blocks: int) -> Any:
+        """The first `num_shared` blocks of "a", and others."""
+        asked = request(name, num_blocks * BLOCK + 1, seed=5)
+        asked.block_hashes[:num_shared] = request("a", 8 * BLOCK + 1).block_hashes[:num_shared]
+        return asked
+
+    def test_they_wait_for_it_and_take_it_from_the_engine(self, loading: World) -> None:
+        asked = self.fork("c", 8, 12)
+        assert self.begin(loading, asked) is None
+
+        (job,) = loading.half.plan_step({}, lambda name: None).loads
+        loading.half.reported(StepReport(done={job.lease: 1}))
+
+        assert loading.half.matched(asked, 8 * BLOCK) == (0, False)
+        assert loading.store.stats()["leases"] == 0
+
+    def test_one_that_shares_less_than_half_does_not_wait(self, loading: World) -> None:
+        assert self.begin(loading, self.fork("c", 4, 9)) == 4 * BLOCK
+
+    def test_one_that_has_the_head_itself_does_not_wait(self, loading: World) -> None:
+        loading.stored(self.fork("d", 8, 12))
+        asked = self.fork("c", 8, 12)
+        loading.half.new_request(asked)
+
+        assert loading.half.matched(asked, 8 * BLOCK) == (4 * BLOCK, True)
+
+    def test_if_the_load_fails_they_are_not_kept_waiting(self, loading: World) -> None:
+        asked = self.fork("c", 8, 8)
+        assert self.begin(loading, asked) is None
+        (job,) = loading.half.plan_step({}, lambda name: None).loads
+
+        loading.half.reported(StepReport(done={job.lease: 1}, failed={job.lease}))
+
+        assert loading.half.matched(asked, 0) == (0, False)  # nothing is offered for a while
+        loading.clock.pass_s(1.1)
+        assert loading.half.matched(asked, 0) == (8 * BLOCK, True)
+
+    def test_after_the_load_nobody_is_kept_waiting_even_if_its_request_took_back_its_tokens(
+        self, loading: World
+    ) -> None:
+        tracked = loading.half._requests.get("b")
+        assert tracked is not None
+        (job,) = loading.half.plan_step({}, lambda name: None).loads
+        tracked.engine.block_hashes = []
+        loading.half._requests.extend(tracked)
+
+        loading.half.reported(StepReport(done={job.lease: 1}))
+
+        assert self.begin(loading, self.fork("c", 8, 8)) == 8 * BLOCK
+
+    def test_they_wait_within_their_patience(self, loading: World) -> None:
+        asked = self.fork("c", 8, 8)
+        assert self.begin(loading, asked) is None
+        loading.clock.pass_s(60)
+
+        assert loading.half.matched(asked, 0) == (8 * BLOCK, True)
+
+    def test_without_vllms_own_cache_everybody_loads(self, store: LocalStore) -> None:
+        world = World(store, extra={"without_prefix_caching": True})
+        world.stored(request("a", 8 * BLOCK + 1))
+
+        assert [self.begin(world, request(name, 8 * BLOCK + 1)) for name in "bc"] == [8 * BLOCK] * 2

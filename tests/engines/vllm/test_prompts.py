@@ -95,6 +95,20 @@ def test_many_requests_at_once_get_their_own_pages(engine: Engine, reference: Re
     assert all(answer["cached"] >= 100 * n // BLOCK * BLOCK for n, answer in enumerate(answers, 1))
 
 
+def test_of_many_requests_with_a_common_head_one_loads_it(engine: Engine, reference: Reference) -> None:
+    head = make_prompt(20 * BLOCK, 101)
+    prompts = [head + make_prompt(40 + n, 102 + n) for n in range(6)]
+    check(engine, reference, prompts[0], 0)
+    engine.forget_own_cache()
+    loaded = engine.half.counters["loaded_tokens"]
+
+    answers = engine.generate(prompts)
+
+    assert [answer["tokens"] for answer in answers] == reference.tokens(prompts)
+    assert all(answer["cached"] >= len(head) for answer in answers)
+    assert len(head) <= engine.half.counters["loaded_tokens"] - loaded < 2 * len(head)
+
+
 def test_tenants_do_not_share(engine: Engine, reference: Reference) -> None:
     prompt = make_prompt(300, 81)
     engine.ask(prompt, cache_salt="one")
