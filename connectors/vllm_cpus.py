@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import os
 
+BINDINGS = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES")  # one of them is how vLLM binds a worker it starts
+
 
 def copy_cpus() -> frozenset[int] | None:
     """CPUs for threads that copy; None where they may keep what they inherit.
 
-    Only a main thread that is bound to a single CPU is taken for vLLM's doing; wider masks are the operator's.
+    Only a main thread that OpenMP bound to a single CPU is taken for vLLM's doing; other masks are the operator's.
     """
+    if not any(name in os.environ for name in BINDINGS):
+        return None
     try:
         own, parents = os.sched_getaffinity(0), os.sched_getaffinity(os.getppid())
     except (AttributeError, OSError):  # not Linux, or the parent is gone or another user's

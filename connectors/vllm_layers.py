@@ -5,6 +5,9 @@ the layers above. It is right only if vLLM calls `wait_for_layer_load` before th
 does not promise for whole compiled graphs. So that is looked at: nothing is copied beside a forward before some forward
 was seen to call it for all layers, and a load during which it was not called for all has failed, and is computed.
 
+These waits have no deadline: the copy is memory to memory and ends, and one that was given up and came late would write
+over blocks that are being computed.
+
 The engine's thread, but for the copying itself.
 """
 

@@ -163,8 +163,6 @@ class SchedulerHalf:
         """Book what the ranks have copied."""
         for name in ("loaded_bytes", "load_seconds", "saved_bytes", "save_seconds"):
             self.counters[name] += getattr(report, name)
-        if report.forward_tokens:
-            self.store.observe_prefill(report.forward_tokens, report.forward_seconds)
         self._broken |= report.failed
         self._heard += tuple(report.failed)
         for lease in report.failed:
@@ -184,6 +182,8 @@ class SchedulerHalf:
                     self._saves.ended(lease, is_good)
             except Exception:  # the others of this report hold blocks and slots, too
                 log.exception("kvstore: the end of lease %d could not be booked", lease)
+        if report.forward_tokens:
+            self.store.observe_prefill(report.forward_tokens, report.forward_seconds)
 
     def saved(self, lease_id: int, ok: bool) -> None:
         """A save of the only rank ended. Any thread; publishes at once what `reported` would at the next step."""

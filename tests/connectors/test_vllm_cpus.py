@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from connectors.vllm_cpus import BINDINGS
+
 ASK = "import os\n{bind}\nfrom connectors.vllm_cpus import copy_cpus\nprint(sorted(copy_cpus() or ()))"
 
 pytestmark = pytest.mark.skipif(
@@ -18,6 +20,18 @@ pytestmark = pytest.mark.skipif(
 def ask(bind: str) -> str:
     done = subprocess.run([sys.executable, "-c", ASK.format(bind=bind)], capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+@pytest.fixture(autouse=True)
+def openmp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_CPU_AFFINITY", "0")
+
+
+def test_a_process_that_openmp_did_not_bind_stays_where_the_operator_put_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in BINDINGS:
+        monkeypatch.delenv(name, raising=False)
+
+    assert ask(f"os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})") == "[]"
 
 
 def test_a_process_bound_to_one_cpu_copies_where_its_parent_may() -> None:
