@@ -2,7 +2,9 @@
 
 Engines copy into and out of slots, the disk reads and writes them with O_DIRECT, Redis replies are received into them.
 So the slab is made once, aligned, backed by huge pages and faulted in before the first request: a first touch in 4 KiB
-steps costs more than the copy itself. `shared_name` puts it into a memfd whose descriptor another process can map.
+steps costs more than the copy itself. `shared_name` puts it into a memfd whose descriptor another process can map. Its
+size is sealed: a process that was given it can neither cut it short, which would end every process that reads behind the
+cut with SIGBUS, nor lift or add a seal.
 
 The hard thing is asking for more memory than there is: Linux would grant it and kill somebody later, so the slab is
 compared with what is available before anything is touched.
@@ -13,6 +15,8 @@ Any thread: which slot belongs to whom is the planner's business.
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import logging
 import mmap
 import os
@@ -32,6 +36,8 @@ HUGE_PAGE_BYTES = 2 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the mmap module
 _MADV_REMOVE = 9  # not in the mmap module before Python 3.13
 _MAP_FIXED = 0x10  # not in the mmap module
+_MFD_NOEXEC_SEAL = 0x8  # Linux 6.3; not in the os module. Where vm.memfd_noexec is 2, no memfd is given without it
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _SPARE_BYTES = 64 << 20  # what a full slab leaves of the available memory for everybody else
 
@@ -81,18 +87,16 @@ class HostSlab:
         slot_bytes:  a multiple of 4096, so that every slot is fit for O_DIRECT.
         shared_name: None for private memory; else the name under which /proc shows the shared one.
 
-        Raises ConfigError naming `host.capacity_bytes` if the slots cannot be had.
+        Raises ConfigError naming `host.capacity_bytes` if the slots cannot be had, or saying that the system has no
+        shared memory that can be sealed.
         """
         _check_geometry(num_slots, slot_bytes)
         _check_fits(num_slots, slot_bytes)
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
-        self._fd: int | None = None
         size = num_slots * slot_bytes
+        self._fd: int | None = None if shared_name is None else _sealed_memory(shared_name, size)
         try:
-            if shared_name is not None:
-                self._fd = os.memfd_create(shared_name)
-                os.ftruncate(self._fd, size)
             self.buffer: npt.NDArray[np.uint8] = _map(size, self._fd)
         except OSError as error:
             self._close_fd()
@@ -214,6 +218,34 @@ def _check_fits(num_slots: int, slot_bytes: int) -> None:
             f"host.capacity_bytes is {size} ({num_slots} slots of {slot_bytes} bytes), but only {available} bytes of "
             f"memory are available: set it to at most {fitting * slot_bytes} ({fitting} slots)"
         )
+
+
+def _sealed_memory(name: str, size: int) -> int:
+    """A descriptor of shared memory whose size nobody can change any more. Raises ConfigError."""
+    try:
+        fd = _memfd(name)
+        try:
+            os.ftruncate(fd, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"host slab: the system gives no shared memory of {size} bytes that can be sealed (memfd_create, "
+            f"F_ADD_SEALS): {error.strerror}. A node daemon needs it; a store in its engine's own process does not"
+        ) from error
+    return fd
+
+
+def _memfd(name: str) -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create(name, flags | _MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.memfd_create(name, flags)
 
 
 def _map(size: int, fd: int | None) -> npt.NDArray[np.uint8]:

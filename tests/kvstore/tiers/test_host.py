@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import mmap
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +49,68 @@ class TestAttach:
 
         with pytest.raises(FileNotFoundError):
             HostSlab.attach(handle)
+
+
+class TestSeals:
+    @pytest.fixture
+    def given(self) -> Iterator[int]:
+        """The descriptor of a shared slab, as another process has it."""
+        slab = HostSlab(3, SLOT_BYTES, shared_name="kvstore-test")
+        fd = os.open(slab.handle.path, os.O_RDWR)
+        yield fd
+        os.close(fd)
+        slab.close()
+
+    @pytest.mark.parametrize("num_bytes", [0, 1, 2 * SLOT_BYTES, 4 * SLOT_BYTES, 1 << 40])
+    def test_who_was_given_a_slab_cannot_change_its_size(self, given: int, num_bytes: int) -> None:
+        with pytest.raises(PermissionError):
+            os.ftruncate(given, num_bytes)
+
+        assert os.fstat(given).st_size == 3 * SLOT_BYTES
+
+    def test_nor_write_or_allocate_behind_its_end(self, given: int) -> None:
+        with pytest.raises(PermissionError):
+            os.pwrite(given, b"x", 3 * SLOT_BYTES)
+        with pytest.raises(PermissionError):
+            os.posix_fallocate(given, 0, 4 * SLOT_BYTES)
+
+    @pytest.mark.parametrize("seal", [fcntl.F_SEAL_WRITE, fcntl.F_SEAL_GROW, 0x10])
+    def test_nor_add_a_seal_that_keeps_others_from_writing(self, given: int, seal: int) -> None:
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(given, fcntl.F_ADD_SEALS, seal)
+
+    def test_memory_of_slots_can_still_be_given_back_to_the_system(self) -> None:
+        slab = HostSlab(3, 4096, shared_name="kvstore-test")
+        slab.array(1)[:] = 7
+
+        slab.discard([1])
+
+        assert slab.array(1)[0] == 0
+        slab.close()
+
+    def test_an_older_kernel_seals_as_well(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = os.memfd_create
+
+        def older(name: str, flags: int) -> int:
+            if flags & 0x8:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return real(name, flags)
+
+        monkeypatch.setattr(os, "memfd_create", older)
+        slab = HostSlab(3, SLOT_BYTES, shared_name="kvstore-test")
+
+        with pytest.raises(PermissionError):
+            os.ftruncate(slab.fileno(), 0)
+        slab.close()
+
+    def test_a_system_without_such_memory_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def none(name: str, flags: int) -> int:
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        monkeypatch.setattr(os, "memfd_create", none)
+
+        with pytest.raises(ConfigError, match="shared memory.*memfd_create.*Function not implemented"):
+            HostSlab(3, SLOT_BYTES, shared_name="kvstore-test")
 
 
 class TestAttachToPrivateMemory:
