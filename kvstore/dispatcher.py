@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from kvstore.errors import StoreClosed
-from kvstore.move.lane import Lane
+from kvstore.move.lane import Lane, TierState
 from kvstore.move.mover import Mover
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Outcome
@@ -125,9 +125,9 @@ class Dispatcher:
             self.send()
             self.tell()
 
-    def _on_tier_state(self, name: str, is_up: bool) -> None:
+    def _on_tier_state(self, state: TierState) -> None:
         with self.lock:
-            self.planner.set_tier_up(name, is_up, self.now())
+            self.planner.set_tier_up(state.tier, state.is_up, self.now(), state.directions)
             self.send()
             self.tell()
 

@@ -39,6 +39,20 @@ class TierUnavailable(TierError):
     """The medium cannot be reached in time; the lane's circuit breaker counts these."""
 
 
+class TierRefused(TierUnavailable):
+    """The medium answered and will not do this kind of thing: it says nothing about the other kinds.
+
+    reason: one word for counters, such as READONLY or ENOSPC.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class TierFull(TierError):
     """No room is left and nothing can be evicted."""
 

@@ -27,6 +27,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+TEXTS = "down_reasons"  # the one key of `stats()` with words in it: why a direction of a tier is out
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -105,8 +106,10 @@ METRICS: tuple[MetricSpec, ...] = (
     _counter("lane_refused", "lane_refused_transfers", "Batches not taken: queue full, or tier taken out.", "tier"),
     _counter("lane_expired", "lane_expired_transfers", "Batches dropped because their deadline had passed.", "tier"),
     _gauge("lane_queue", "lane_queued_transfers", "Batches waiting in a lane.", "tier"),
-    _gauge("breaker_open", "breaker_open", "1 while a failing tier is taken out, else 0.", "tier"),
-    _counter("breaker_opens", "breaker_opens", "Times a tier was taken out.", "tier"),
+    _gauge("breaker_open", "breaker_open", "1 while no pages are asked of a failing tier, else 0.", "tier"),
+    _gauge("direction_open", "direction_open", "1 while a tier is left out in one direction.", "tier", "direction"),
+    _counter("breaker_opens", "breaker_opens", "Times a tier, or a direction of it, was taken out.", "tier"),
+    _counter("refusals", "refusals", "Batches that a medium answered with an error.", "tier", "direction", "reason"),
     # What is there now.
     _gauge("slots", "slots", "Host slots by state; the sum is the capacity.", "state"),
     _gauge("pinned_pages", "pinned_pages", "Resident pages that nothing may evict now."),
@@ -169,7 +172,7 @@ def render(store: HasStats) -> bytes:
 
 def unknown_keys(stats: Mapping[str, Any]) -> list[str]:
     """Keys of `stats()` whose numbers no metric exports, sorted."""
-    return sorted(set(stats) - {spec.key for spec in METRICS})
+    return sorted(set(stats) - {spec.key for spec in METRICS} - {TEXTS})
 
 
 def markdown() -> str:

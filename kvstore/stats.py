@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kvstore.direction import Direction
 from kvstore.move.lane import Lane
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import HOST
 from kvstore.tiers.base import TierCounters
+
+REASONS = "down_reasons"  # {tier: {direction: the medium's words}}; the only texts in a snapshot
 
 
 def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
@@ -78,6 +81,13 @@ def _lane_stats(lanes: Mapping[str, Lane]) -> dict[str, Any]:
         "lane_refused": {n: c.refused for n, c in counters.items()},
         "lane_expired": {n: c.expired for n, c in counters.items()},
         "lane_queue": {n: c.queued for n, c in counters.items()},
-        "breaker_open": {n: int(not lane.breaker.allow()) for n, lane in lanes.items()},
-        "breaker_opens": {n: lane.breaker.num_opened for n, lane in lanes.items()},
+        "breaker_open": {n: int(Direction.READ not in lane.directions.open_ways) for n, lane in lanes.items()},
+        "breaker_opens": {n: lane.directions.num_opened for n, lane in lanes.items()},
+        "direction_open": {
+            n: {way.value: int(way not in lane.directions.open_ways) for way in Direction} for n, lane in lanes.items()
+        },
+        "refusals": {n: c.refusals for n, c in counters.items()},
+        REASONS: {
+            n: {way.value: reason for way, reason in list(lane.directions.reasons.items())} for n, lane in lanes.items()
+        },
     }

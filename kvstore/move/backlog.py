@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection
 
-from kvstore.plan.records import Priority, Transfer
+from kvstore.plan.records import Op, Priority, Transfer
 
 
 class Backlog:
@@ -58,11 +58,11 @@ class Backlog:
             self.remove(transfer.id)
         return expired
 
-    def clear(self) -> list[Transfer]:
-        """Remove and return all."""
-        waiting = [t for line in self._lines.values() for t in line.values()]
-        for line in self._lines.values():
-            line.clear()
+    def clear(self, ops: Collection[Op] = tuple(Op)) -> list[Transfer]:
+        """Remove and return all, or those of some operations. O(n)."""
+        waiting = [t for line in self._lines.values() for t in line.values() if t.op in ops]
+        for transfer in waiting:
+            self.remove(transfer.id)
         return waiting
 
     def __len__(self) -> int:

@@ -55,13 +55,17 @@ class Breaker:
             )
         self.state = BreakerState.CLOSED
         self.num_opened = 0
-        self._failures_to_open = failures_to_open
+        self.failures_to_open = failures_to_open
         self._probe_after_s = probe_after_s
         self._probe_max_s = probe_max_s
         self._now = now
         self._failures = 0
         self._backoff_s = probe_after_s
         self._probe_at = 0.0
+
+    def sibling(self) -> Breaker:
+        """Another breaker with the same numbers and clock, closed."""
+        return Breaker(self.failures_to_open, self._probe_after_s, self._probe_max_s, self._now)
 
     def allow(self) -> bool:
         """True if transfers may be sent to the tier."""
@@ -78,7 +82,7 @@ class Breaker:
         if self.state is not BreakerState.CLOSED:
             return
         self._failures += 1
-        if self._failures >= self._failures_to_open:
+        if self._failures >= self.failures_to_open:
             self.trip()
 
     def trip(self) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from kvstore.direction import Direction
 from kvstore.plan.records import Op, Transfer
+
+MAX_REASONS = 32  # per direction; a label of a metric must not grow with what a server may say
 
 
 @dataclass(slots=True)
@@ -17,7 +20,8 @@ class LaneCounters:
                queue full) and `dropped` (the lane was closed).
     seconds:   time inside the tier, summed over workers.
     queued:    transfers that wait now; likewise `running` (inside the tier) and `stuck` (of those, for far too long).
-    pings:     asked of a tier that was down.
+    pings:     asked of a tier, or of a direction of it, that was down.
+    refusals:  of the errors, those that the medium answered with: by direction, then by its reason (READONLY, ENOSPC).
     """
 
     transfers: int = 0
@@ -39,6 +43,7 @@ class LaneCounters:
     running: int = 0
     stuck: int = 0
     pings: int = 0
+    refusals: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def add(self, transfer: Transfer, ok: tuple[bool, ...], seconds: float, num_bytes: int) -> None:
         """Count a transfer that came back from the tier."""
@@ -53,3 +58,10 @@ class LaneCounters:
             self.spilled_bytes += num_bytes
             self.spill_seconds += seconds
             self.failed_spill_pages += len(ok) - sum(ok)
+
+    def add_refusal(self, way: Direction, reason: str) -> None:
+        """Count an answer that was a refusal."""
+        # A new mapping each time: metrics walk them without the lock.
+        reasons = self.refusals.get(way.value, {})
+        reason = reason if reason in reasons or len(reasons) < MAX_REASONS else "other"
+        self.refusals = {**self.refusals, way.value: {**reasons, reason: reasons.get(reason, 0) + 1}}

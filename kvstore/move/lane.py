@@ -9,6 +9,8 @@ Who delivers an outcome:
     carried by a worker                    that worker, from its own thread, with no lock held
     refused, cancelled, expired, dropped   the mover's housekeeper, through `emit`: the caller may hold the store's lock
 
+What fails is judged by direction (`directions`): refused writes leave reads alone.
+
 A transfer that is *inside* the tier is not given up while the lane lives: the tier may still write into its slots, so
 telling the planner that they are free would let two pages share one place. A worker that stays there too long opens the
 breaker instead, and the transfer's outcome comes when the tier returns.
@@ -22,18 +24,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from enum import Enum
+from typing import NamedTuple, ParamSpec
 
-from kvstore.errors import ConfigError, TierError, TierUnavailable
+from kvstore.direction import ALL_DIRECTIONS, Direction
+from kvstore.errors import ConfigError, TierError, TierRefused, TierUnavailable
 from kvstore.move.backlog import Backlog
 from kvstore.move.breaker import Breaker
+from kvstore.move.calls import call_tier, moved_bytes
 from kvstore.move.counters import LaneCounters
+from kvstore.move.directions import DIRECTION_OF, OPS_OF, Directions
 from kvstore.plan.records import Op, Outcome, Priority, Transfer
-from kvstore.tiers.base import Claimable, Tier
+from kvstore.tiers.base import Probing, Tier
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 
 # A timeout shorter than this proves nothing: the last transfers of a burst begin just before their deadline, and three
 # of them must not take out a tier that is busy and well. A guess; a healthy tier answers a small batch within it.
@@ -42,14 +50,27 @@ STUCK_GRACE_S = 1.0  # a disk cannot be interrupted: a batch may overrun its tim
 
 
 class TierState(NamedTuple):
-    """A tier went down or came back, and why."""
+    """A tier, or some directions of it, went down or came back, and why.
+
+    directions: those that changed. is_whole: it is the tier that did, and not a direction by itself.
+    """
 
     tier: str
     is_up: bool
     reason: str
+    directions: frozenset[Direction] = ALL_DIRECTIONS
+    is_whole: bool = True
 
 
 Event = Outcome | TierState
+
+
+class _End(Enum):
+    """How a call of the tier ended."""
+
+    ANSWERED = "answered"
+    REFUSED = "refused"  # an answer, but not one that this direction lives by
+    UNANSWERED = "unanswered"
 
 
 @dataclass(slots=True)
@@ -67,7 +88,8 @@ class Lane:
 
     slot_view:  the bytes of a host slot, by number.
     workers:    threads; with more than one, one is always kept free of saves, so that a load never waits for a write.
-    breaker:    made for this lane alone, with the mover's clock; metrics may read its state.
+    breaker:    of the tier as a whole, made for this lane alone, with the mover's clock; the directions get siblings of
+                it. Metrics may read their states.
     timeout_s:  the longest any call to the tier may take.
     max_queue:  transfers of one priority that may wait; more are refused.
     """
@@ -91,6 +113,7 @@ class Lane:
         self.tier = tier
         self.name = tier.name
         self.breaker = breaker if breaker is not None else Breaker()
+        self.directions = Directions(self.breaker)
         self.counters = LaneCounters()
         self._slot_view = slot_view
         self._num_workers = workers
@@ -102,7 +125,8 @@ class Lane:
         self._num_saves = 0  # SAVE transfers inside the tier
         self._closing = False
         self._threads: list[threading.Thread] = []
-        self._pinger: threading.Thread | None = None
+        self._told = ALL_DIRECTIONS  # the directions that are open, as last reported
+        self._pingers: list[threading.Thread] = []
         self._deliver: Callable[[Outcome], None]
         self._emit: Callable[[Event], None]
         self._now: Callable[[], float]
@@ -133,9 +157,9 @@ class Lane:
                 if self._closing:
                     self.counters.dropped += 1
                     self._refuse(transfer, "the lane is closed")
-                elif not self.breaker.allow():
+                elif not self.directions.allows(transfer.op):
                     self.counters.refused += 1
-                    self._refuse(transfer, "the breaker is open")
+                    self._refuse(transfer, self._why_not(transfer.op))
                 elif not self._backlog.push(transfer):
                     self.counters.refused += 1
                     self._refuse(transfer, "too many transfers wait already")
@@ -159,7 +183,7 @@ class Lane:
                 self._backlog.promote(transfer_id)
 
     def check(self, now: float) -> None:
-        """What the housekeeper does here: expire what waits in vain, find stuck workers, ping a tier that is due.
+        """What the housekeeper does here: expire what waits in vain, find stuck workers, test what is due.
 
         It works when every worker hangs.
         """
@@ -174,8 +198,13 @@ class Lane:
                     self.counters.stuck += 1
                     self._trip(f"a {running.transfer.op.value} has been inside it for {now - running.began:.1f} s")
             # While every worker is stuck there is nobody to do the work, whatever the ping would say.
-            if self.breaker.due(now) and self.counters.stuck < self._num_workers and not self._closing:
-                self._start_ping()
+            if self.counters.stuck < self._num_workers and not self._closing:
+                if self.breaker.due(now):
+                    self.breaker.probe()
+                    self._start_test(self._ping)
+                for way in self.directions.due(now):
+                    self.directions.breakers[way].probe()
+                    self._start_test(self._probe, way)
 
     def stop(self) -> int:
         """Take nothing more and drop what waits; return how many were dropped.
@@ -192,7 +221,7 @@ class Lane:
     def join(self, timeout_s: float) -> list[str]:
         """Wait for the threads after `stop`; return the names of those that still run."""
         until = time.monotonic() + timeout_s
-        threads = [*self._threads, *([self._pinger] if self._pinger is not None else [])]
+        threads = [*self._threads, *self._pingers]
         others = [thread for thread in threads if thread is not threading.current_thread()]
         for thread in others:
             thread.join(max(0.0, until - time.monotonic()))
@@ -247,18 +276,21 @@ class Lane:
         """Call the tier and book what came of it; None if the transfer has been answered for by `abandon`."""
         transfer = running.transfer
         ok = (False,) * len(transfer.keys)
-        error_line, is_answer = None, True
+        error_line, end, reason = None, _End.ANSWERED, ""
         # Broad, because this is the lane's top and nothing above could answer for the transfer. The exception is not
         # kept: its traceback holds the slot views.
         try:
-            ok = self._call_tier(transfer, running.timeout_s)
+            ok = call_tier(self.tier, transfer, self._slot_view, running.timeout_s)
+        except TierRefused as error:
+            error_line, end, reason = self._line(transfer, error), _End.REFUSED, error.reason
+        except TierUnavailable as error:
+            error_line, end = self._line(transfer, error), _End.UNANSWERED
         except TierError as error:
-            # A full tier and a corrupt page are answers.
-            error_line, is_answer = self._line(transfer, error), not isinstance(error, TierUnavailable)
+            error_line = self._line(transfer, error)  # a full tier and a corrupt page are answers
         except BaseException as error:
-            error_line, is_answer = self._line(transfer, error), False
+            error_line, end, reason = self._line(transfer, error), _End.REFUSED, type(error).__name__
             log.exception("tier %s: unexpected error in %s", self.name, transfer.op.value)
-        num_bytes = self._num_bytes(transfer, ok)
+        num_bytes = moved_bytes(transfer, ok)
         with self._wake:
             self._num_saves -= transfer.priority is Priority.SAVE
             self._wake.notify()  # a save that was held back may go now, and this worker has an outcome to deliver first
@@ -269,73 +301,52 @@ class Lane:
             self.counters.stuck -= running.is_stuck
             self.counters.errors += error_line is not None
             self.counters.add(transfer, ok, seconds, num_bytes)
-            self._judge(running, seconds, is_answer, error_line)
+            if end is _End.REFUSED:
+                self.counters.add_refusal(DIRECTION_OF[transfer.op], reason)
+            self._judge(running, seconds, end, error_line)
         return Outcome(transfer.id, ok, seconds, num_bytes, error_line)
 
-    def _call_tier(self, transfer: Transfer, timeout_s: float) -> tuple[bool, ...]:
-        keys = transfer.keys
-        match transfer.op:
-            case Op.FETCH:
-                views = [self._slot_view(slot) for slot in transfer.slots]
-                answer = self.tier.read_into(keys, views, transfer.metas, timeout_s=timeout_s)
-            case Op.SPILL:
-                views = [self._slot_view(slot) for slot in transfer.slots]
-                answer = self.tier.write_from(keys, views, transfer.metas, evict=transfer.evict, timeout_s=timeout_s)
-            case Op.PROBE:
-                answer = self.tier.contains(keys, timeout_s=timeout_s)
-            case Op.TOUCH:
-                answer = self.tier.touch(keys, expires_at=transfer.expires_at, timeout_s=timeout_s)
-            case Op.DELETE:
-                self.tier.delete(keys, timeout_s=timeout_s)
-                answer = [True] * len(keys)
-            case Op.CLAIM:
-                tier = self._claimable()
-                answer = tier.claim(keys, token=transfer.token, lease_s=transfer.lease_s, timeout_s=timeout_s)
-            case Op.UNCLAIM:
-                self._claimable().unclaim(keys, token=transfer.token, timeout_s=timeout_s)
-                answer = [True] * len(keys)
-        if len(answer) != len(keys):
-            raise TierError(f"{len(answer)} answers for {len(keys)} keys")
-        return tuple(answer)
+    # -- the breakers, under the lock ----------------------------------------------------------------------------------
 
-    def _claimable(self) -> Claimable:
-        if not isinstance(self.tier, Claimable):
-            raise TierError("it takes no claims")
-        return self.tier
-
-    def _num_bytes(self, transfer: Transfer, ok: tuple[bool, ...]) -> int:
-        if transfer.op not in (Op.FETCH, Op.SPILL):
-            return 0
-        return sum(meta.num_bytes for meta, is_ok in zip(transfer.metas, ok, strict=False) if is_ok)
-
-    # -- the breaker, under the lock -----------------------------------------------------------------------------------
-
-    def _judge(self, running: _Running, seconds: float, is_answer: bool, error_line: str | None) -> None:
-        """Tell the breaker how a transfer went."""
+    def _judge(self, running: _Running, seconds: float, end: _End, error_line: str | None) -> None:
+        """Tell the breakers how a transfer went."""
+        op, line = running.transfer.op, error_line or "it failed"
         had_no_time = running.timeout_s < MIN_EVIDENCE_S and seconds >= running.timeout_s / 2
-        if is_answer:
-            self.breaker.success()
-        elif self.breaker.allow() and not had_no_time:
-            self.breaker.failure()
-            if not self.breaker.allow():
-                self._went_down(error_line or "it failed")
+        if end is _End.ANSWERED:
+            self.directions.answered(op)
+        elif end is _End.REFUSED:
+            self.directions.refused(op, line)
+            self._report(line)
+        elif not had_no_time:
+            self.directions.unanswered(op, line)
+            self._report(line)
 
     def _trip(self, reason: str) -> None:
-        if self.breaker.allow():
-            self.breaker.trip()
-            self._went_down(reason)
+        self.breaker.trip()
+        self._report(reason)
 
-    def _went_down(self, reason: str) -> None:
-        """Report it, and let nothing wait for a tier that is down."""
-        self._emit(TierState(self.name, False, reason))
-        self.counters.refused += self._drop_waiting("the breaker is open")
+    def _report(self, reason: str) -> None:
+        """Tell of directions that opened or closed, and let nothing wait for one that is out."""
+        ways = self.directions.open_ways
+        lost, won = self._told - ways, ways - self._told
+        if not lost and not won:
+            return
+        is_whole = not ways or not self._told
+        self._told = ways
+        self._emit(TierState(self.name, bool(won), reason, lost or won, is_whole))
+        if lost:
+            ops = [op for way in lost for op in OPS_OF[way]]
+            self.counters.refused += self._drop_waiting(self._why_not(ops[0]), ops)
 
-    def _start_ping(self) -> None:
-        # In a thread of its own: a ping that hangs must hold up neither the other tiers nor the last worker.
-        self.breaker.probe()
+    def _why_not(self, op: Op) -> str:
+        return "the breaker is open" if not self.breaker.allow() else f"{DIRECTION_OF[op].value}: the breaker is open"
+
+    def _start_test(self, test: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        # In a thread of its own: one that hangs must hold up neither the other tiers nor the last worker.
         self.counters.pings += 1
-        self._pinger = threading.Thread(target=self._ping, name=f"kvstore-{self.name}-ping", daemon=True)
-        self._pinger.start()
+        thread = threading.Thread(target=test, args=args, kwargs=kwargs, name=f"kvstore-{self.name}-ping", daemon=True)
+        self._pingers = [*(one for one in self._pingers if one.is_alive()), thread]
+        thread.start()
 
     def _ping(self) -> None:
         try:
@@ -345,8 +356,20 @@ class Lane:
             answered = False
         with self._wake:
             self.breaker.probed(answered)
-            if answered:
-                self._emit(TierState(self.name, True, "it answers again"))
+            self._report("it answers again")
+
+    def _probe(self, way: Direction) -> None:
+        reason = None
+        try:
+            if isinstance(self.tier, Probing):
+                self.tier.probe(way, timeout_s=self._timeout_s)
+            else:
+                self.tier.ping(timeout_s=self._timeout_s)
+        except BaseException as error:  # as above
+            reason = f"tier {self.name}: {way.value}: {_one_line(error)}"
+        with self._wake:
+            self.directions.probed(way, reason)
+            self._report("it is done again")
 
     # -- answers without the tier, under the lock ----------------------------------------------------------------------
 
@@ -354,9 +377,9 @@ class Lane:
         self.counters.expired += 1
         self._refuse(transfer, "not begun by its deadline")
 
-    def _drop_waiting(self, reason: str) -> int:
-        waiting = self._backlog.clear()
-        self.counters.queued = 0
+    def _drop_waiting(self, reason: str, ops: Collection[Op] = tuple(Op)) -> int:
+        waiting = self._backlog.clear(ops)
+        self.counters.queued = len(self._backlog)
         for transfer in waiting:
             self._refuse(transfer, reason)
         return len(waiting)
@@ -366,5 +389,9 @@ class Lane:
         self._emit(Outcome(transfer.id, (False,) * len(transfer.keys), error=line))
 
     def _line(self, transfer: Transfer, error: BaseException) -> str:
-        text = " ".join(str(error).split()) or "no message"
-        return f"tier {self.name}: {transfer.op.value} of {len(transfer.keys)} pages: {type(error).__name__}: {text}"
+        return f"tier {self.name}: {transfer.op.value} of {len(transfer.keys)} pages: {_one_line(error)}"
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text}"

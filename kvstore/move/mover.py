@@ -33,7 +33,7 @@ class Mover:
 
     lanes:         one per tier, not started yet.
     on_outcome:    called once per transfer, from a lane's or the housekeeper's thread.
-    on_tier_state: called with (tier name, is up) by the housekeeper, in order.
+    on_tier_state: called by the housekeeper with what went down or came back, in order.
     on_tick:       called by the housekeeper about every `tick_s`.
     now:           clock of deadlines, in seconds.
     """
@@ -42,7 +42,7 @@ class Mover:
         self,
         lanes: Sequence[Lane],
         on_outcome: Callable[[Outcome], None],
-        on_tier_state: Callable[[str, bool], None],
+        on_tier_state: Callable[[TierState], None],
         on_tick: Callable[[], None],
         *,
         now: Callable[[], float] = time.monotonic,
@@ -173,12 +173,9 @@ class Mover:
         match event:
             case Outcome():
                 self._deliver(event)
-            case TierState(tier, is_up, reason):
-                if is_up:
-                    log.info("tier %s is up: %s", tier, reason)
-                else:
-                    log.warning("tier %s is down: %s", tier, reason)
-                self._call(self._on_tier_state, tier, is_up)
+            case TierState():
+                log.log(logging.INFO if event.is_up else logging.WARNING, "%s", _told(event))
+                self._call(self._on_tier_state, event)
 
     def _empty_inbox(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -197,3 +194,12 @@ class Mover:
         except Exception:
             self.num_callback_errors += 1
             log.exception("callback %s failed", getattr(callback, "__name__", callback))
+
+
+def _told(state: TierState) -> str:
+    ways = ", ".join(sorted(way.value for way in state.directions))
+    if state.is_whole:
+        return f"tier {state.tier} is {'up' if state.is_up else 'down'}: {state.reason}"
+    if state.is_up:
+        return f"tier {state.tier}: {ways} is back: {state.reason}"
+    return f"tier {state.tier}: {ways} is left out, the rest goes on: {state.reason}"

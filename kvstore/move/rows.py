@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvstore.errors import ConfigError, RequestError, StoreClosed, TierUnavailable
-from kvstore.move.breaker import BreakerState
 from kvstore.move.counters import LaneCounters
 from kvstore.move.lane import Lane
 from kvstore.move.mover import Mover
@@ -119,7 +118,7 @@ class RowMover:
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._num_open = 0
         self._is_closed = False
-        self._mover = Mover(make_lanes(self._slot_view), self._landed, lambda tier, is_up: None, lambda: None, now=now)
+        self._mover = Mover(make_lanes(self._slot_view), self._landed, lambda state: None, lambda: None, now=now)
 
     # ---- verbs --------------------------------------------------------------------------------------------------
 
@@ -205,12 +204,16 @@ class RowMover:
         return self._staging.num_pages
 
     def is_up(self, tier: str) -> bool:
-        """False while the tier's breaker keeps it out."""
-        return self._mover.lanes[tier].breaker.state is BreakerState.CLOSED
+        """False while pages are not asked of the tier: it is down, or refuses to be read."""
+        return self.takes(tier, Op.FETCH)
+
+    def takes(self, tier: str, op: Op) -> bool:
+        """False while a breaker keeps transfers of this kind out."""
+        return self._mover.lanes[tier].directions.allows(op)
 
     def num_opened(self, tier: str) -> int:
-        """How often the breaker has taken the tier out."""
-        return self._mover.lanes[tier].breaker.num_opened
+        """How often the tier, or a direction of it, was taken out."""
+        return self._mover.lanes[tier].directions.num_opened
 
     def lane_counters(self, tier: str) -> LaneCounters:
         """What the tier's lane has done."""

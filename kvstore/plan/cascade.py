@@ -3,7 +3,7 @@
 Pages are written behind: soon after they are whole in host memory they are *owed* to every lower tier that admits
 them, and leave the queue in batches as fast as the lane takes them. So eviction from host memory is a plain drop.
 Only the batches under way hold their slots; a page that is merely owed may still be evicted, and is then lost to
-that tier and counted. A tier that is down keeps its queue and is paid when it is back.
+that tier and counted. A tier that is down, or refuses writes, keeps its queue and is paid when that is over.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from eviction.policy import EvictionPolicy
+from kvstore.direction import Direction
 from kvstore.page import PageKey
 from kvstore.plan.catalog import Block, Catalog, Page, PageState
 from kvstore.plan.flights import Flight, Flights
@@ -72,7 +73,7 @@ class LowerTier:
     wall_offset: float
     page_bytes: Sequence[int]
     max_owed: int
-    is_up: bool = True
+    out: frozenset[Direction] = frozenset()  # what its breakers keep out
     is_detached: bool = False  # taken away by an operator: it has nothing, and gets nothing
     used_pages: int = 0
     in_flight: int = 0
@@ -93,7 +94,7 @@ class LowerTier:
 
     def pump(self, now: float) -> None:
         """Send what is owed, as far as the window allows."""
-        while self.owed and self.is_up and self.in_flight < self.plan.window_pages:
+        while self.owed and self.takes(Direction.WRITE) and self.in_flight < self.plan.window_pages:
             batch: list[Page] = []
             for page in list(_first(self.owed, self.batch_pages)):
                 del self.owed[page]
@@ -232,7 +233,7 @@ class LowerTier:
 
     def detach(self) -> None:
         """The tier is taken away: it has nothing any more. What is on its way there fails, or counts for nothing."""
-        self.is_up, self.is_detached = False, True
+        self.is_detached = True
         self.owed.clear()
         copies = self.copies(list(self.catalog.pages()))
         self.forget_copies(copies, Left.DETACHED)
@@ -242,7 +243,7 @@ class LowerTier:
     def attach(self, plan: TierPlan) -> None:
         """The tier is back, perhaps another one; nothing is known of what it holds."""
         self.plan = plan
-        self.is_up, self.is_detached = True, False
+        self.out, self.is_detached = frozenset(), False
 
     def check(self, pages: set[Page]) -> None:
         """Assert that the books agree with the pages. For tests."""
@@ -263,7 +264,16 @@ class LowerTier:
     @property
     def is_settled(self) -> bool:
         """True if nothing is owed or under way, or nothing can be paid."""
-        return not self.in_flight and (not self.owed or not self.is_up)
+        return not self.in_flight and (not self.owed or not self.takes(Direction.WRITE))
+
+    def takes(self, way: Direction) -> bool:
+        """True if the tier is there and can be used in this direction."""
+        return way not in self.out and not self.is_detached
+
+    @property
+    def is_up(self) -> bool:
+        """True if lookups may count on its pages."""
+        return self.takes(Direction.READ)
 
     def _forget_excess(self) -> None:
         """More is booked than the tier can hold: others have written there, and what is oldest has made room."""

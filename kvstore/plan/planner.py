@@ -14,9 +14,10 @@ Called under the store's lock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from eviction.policy import EvictionPolicy
+from kvstore.direction import ALL_DIRECTIONS, Direction
 from kvstore.layout import Layout
 from kvstore.page import PageKey, PageMeta, page_key
 from kvstore.plan.cascade import TierPlan
@@ -255,9 +256,11 @@ class Planner:
         """Book what became of a transfer. Unknown and repeated outcomes are ignored."""
         self._outcomes.book(outcome, now)
 
-    def set_tier_up(self, name: str, is_up: bool, now: float) -> None:
-        """A breaker opened or closed: lookups leave the tier out, or its debts are paid again."""
-        self._book.set_up(name, is_up, now)
+    def set_tier_up(
+        self, name: str, is_up: bool, now: float, directions: Collection[Direction] = ALL_DIRECTIONS
+    ) -> None:
+        """Breakers opened or closed: lookups leave the tier out, or its debts are paid again."""
+        self._book.set_up(name, is_up, now, directions)
 
     def attach_tier(self, plan: TierPlan) -> None:
         """A tier is there from now on, or is back; `restore` tells what it holds. Its lane must be there."""

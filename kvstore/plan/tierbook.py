@@ -6,8 +6,9 @@ both, empty, and gets them back when it returns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from kvstore.direction import ALL_DIRECTIONS, Direction
 from kvstore.page import PageKey, PageMeta, split_key
 from kvstore.plan.cascade import LowerTier, TierPlan
 from kvstore.plan.catalog import Block, Catalog, Page
@@ -74,13 +75,16 @@ class TierBook:
         self._count_homes()
         return known is None
 
-    def set_up(self, name: str, is_up: bool, now: float) -> None:
-        """A breaker opened or closed: lookups leave the tier out, or its debts are paid again."""
+    def set_up(self, name: str, is_up: bool, now: float, directions: Collection[Direction] = ALL_DIRECTIONS) -> None:
+        """Breakers opened or closed: lookups leave the tier out, or its debts are paid again.
+
+        directions: those that changed; the others stay as they are.
+        """
         tier = self.named(name)
-        tier.is_up = is_up and not tier.is_detached
-        if tier.is_up:
+        tier.out = tier.out - set(directions) if is_up else tier.out | set(directions)
+        if tier.takes(Direction.WRITE):
             tier.pump(now)
-        else:
+        if not is_up and Direction.READ in directions:
             self._flights.stall(name)
 
     def detach(self, name: str) -> None:

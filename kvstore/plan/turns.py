@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from kvstore.direction import Direction
 from kvstore.page import page_key
 from kvstore.plan.cascade import LowerTier
 from kvstore.plan.claims import Claim, Claims
@@ -192,7 +193,7 @@ class Turns:
     ) -> Match:
         """The claim is free here; is it elsewhere?"""
         _, wait = self._waits.get(request.id, (request, None))
-        tier = next((tier for tier in self._tiers if tier.plan.can_claim and tier.is_up), None)
+        tier = next((tier for tier in self._tiers if tier.plan.can_claim and tier.takes(Direction.CLAIM)), None)
         if tier is None:
             self._grant(claim)
         elif not (claim.is_refused or claim.asked):

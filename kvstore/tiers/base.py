@@ -2,7 +2,8 @@
 
 The planner knows what lies where; a tier only moves pages between slots of the host slab and its medium, and
 verifies what it reads. It is called from the threads of one lane (several at once, so a tier is thread-safe) and
-never under the store's lock. Single pages fail by a False in the answer; the whole medium fails by TierUnavailable.
+never under the store's lock. Single pages fail by a False in the answer, a kind of call that the medium refuses by
+TierRefused, and the whole medium by TierUnavailable.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from kvstore.direction import Direction
 from kvstore.page import PageKey, PageMeta
 
 
@@ -91,6 +93,17 @@ class Tier(Protocol):
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
+
+
+@runtime_checkable
+class Probing(Protocol):
+    """A tier that can test one direction without a page: what a ping says of reads may not hold for writes."""
+
+    def probe(self, way: Direction, *, timeout_s: float) -> None:
+        """Return if this kind of call would be done now. Raises TierRefused or TierUnavailable.
+
+        Leaves nothing behind, or what ends by itself within seconds.
+        """
 
 
 @runtime_checkable

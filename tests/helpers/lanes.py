@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 
+from kvstore.direction import Direction
 from kvstore.move.lane import Event, TierState
 from kvstore.page import PageKey, PageMeta
 from kvstore.plan.records import Op, Outcome, Priority, Transfer
@@ -36,6 +37,7 @@ class Recorder:
         self.threads: list[str] = []
         self.states: list[tuple[str, bool]] = []
         self.reasons: list[str] = []
+        self.directions: list[frozenset[Direction]] = []
         self._changed = threading.Condition()
 
     def outcome(self, outcome: Outcome) -> None:
@@ -44,15 +46,16 @@ class Recorder:
             self.threads.append(threading.current_thread().name)
             self._changed.notify_all()
 
-    def state(self, tier: str, is_up: bool) -> None:
+    def state(self, state: TierState) -> None:
         with self._changed:
-            self.states.append((tier, is_up))
+            self.reasons.append(state.reason)
+            self.states.append((state.tier, state.is_up))
+            self.directions.append(state.directions)
             self._changed.notify_all()
 
     def event(self, event: Event) -> None:
         if isinstance(event, TierState):
-            self.reasons.append(event.reason)
-            self.state(event.tier, event.is_up)
+            self.state(event)
         else:
             self.outcome(event)
 

@@ -9,11 +9,15 @@ from dataclasses import replace
 
 import pytest
 
-from kvstore.errors import ConfigError, TierFull, TierUnavailable
+from kvstore.direction import Direction
+from kvstore.errors import ConfigError, TierFull, TierRefused, TierUnavailable
 from kvstore.move.breaker import Breaker, BreakerState
+from kvstore.move.counters import MAX_REASONS, LaneCounters
 from kvstore.move.lane import MIN_EVIDENCE_S, Lane
 from kvstore.page import PageKey, PageMeta
 from kvstore.plan.records import Op, Outcome, Priority
+from kvstore.tiers.base import Tier
+from kvstore.tiers.memory import MemoryTier
 from tests.helpers.faulty_tier import FaultyTier
 from tests.helpers.lanes import PAGE_BYTES, SLOT_BYTES, WAIT_S, Recorder, Transfers, wait_until
 from tests.helpers.pages import FakeClock, fetch, key_of, payload, store
@@ -372,6 +376,70 @@ def test_a_failed_call_keeps_no_view_of_its_slots(
     assert lane.join(WAIT_S) == []
 
     arena.close()  # raises BufferError while a view of it exists
+
+
+# Refusals.
+
+
+class ReadOnlyTier(FaultyTier):
+    """Takes no pages; `probe` says whether it would."""
+
+    def __init__(self, inner: Tier) -> None:
+        super().__init__(inner)
+        self.probed: list[Direction] = []
+
+    def probe(self, way: Direction, *, timeout_s: float) -> None:
+        self.probed.append(way)
+        if way is Direction.WRITE:
+            self.write_from([], [], [], timeout_s=timeout_s)
+
+
+def test_refused_writes_leave_reads_alone_and_come_back_by_a_test_of_writes(
+    slot_view: Callable[[int], memoryview], recorder: Recorder, clock: FakeClock
+) -> None:
+    tier = ReadOnlyTier(MemoryTier(8, SLOT_BYTES))
+    lane = Lane(tier, slot_view, workers=1, breaker=Breaker(3, 1.0, 8.0, clock), timeout_s=TIMEOUT_S)
+    lane.start(recorder.outcome, recorder.event, clock)
+    make = Transfers(tier.name)
+    tier.fail(error=TierRefused("READONLY You can't write", "READONLY"), only=("write_from",))
+
+    lane.submit([make(Op.SPILL) for _ in range(5)])
+    recorder.wait(5, num_states=1)
+    lane.submit([make(Op.PROBE), make(Op.FETCH), make(Op.DELETE)])
+    answered = recorder.wait(8)[5:]
+
+    assert all(one.error is None for one in answered)
+    assert recorder.directions == [frozenset({Direction.WRITE})]
+    assert "READONLY You can't write" in recorder.reasons[0]
+    assert lane.counters.refusals == {"write": {"READONLY": 3}}
+    lane.submit([make(Op.SPILL)])
+    assert "write: the breaker is open" in str(recorder.wait(9)[-1].error)
+
+    clock.advance(1.0)
+    lane.check(clock())
+    wait_until(lambda: lane.directions.breakers[Direction.WRITE].state is BreakerState.OPEN)
+    assert tier.probed == [Direction.WRITE]
+    assert tier.calls["ping"] == 0
+    tier.recover()
+    clock.advance(2.0)
+    lane.check(clock())
+    recorder.wait(9, num_states=2)
+    lane.submit([make(Op.SPILL)])
+
+    assert recorder.wait(10)[-1].ok == (True,)
+    assert lane.directions.reasons == {}
+    lane.stop()
+    assert lane.join(WAIT_S) == []
+
+
+def test_reasons_of_refusals_are_bounded_as_labels() -> None:
+    counters = LaneCounters()
+
+    for number in range(10 * MAX_REASONS):
+        counters.add_refusal(Direction.READ, f"E{number}")
+
+    assert len(counters.refusals["read"]) == MAX_REASONS + 1
+    assert sum(counters.refusals["read"].values()) == 10 * MAX_REASONS
 
 
 # Hung workers and pings.

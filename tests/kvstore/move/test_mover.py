@@ -87,7 +87,7 @@ def test_two_lanes_of_one_name_are_refused(tier: FaultyTier, slot_view: Callable
     lanes = [Lane(tier, slot_view), Lane(tier, slot_view)]
 
     with pytest.raises(ConfigError, match="two lanes"):
-        Mover(lanes, lambda outcome: None, lambda name, is_up: None, lambda: None)
+        Mover(lanes, lambda outcome: None, lambda state: None, lambda: None)
 
 
 # Callbacks.

@@ -1,0 +1,52 @@
+"""From a transfer to the call of its tier. Pure: no thread, no lock; it raises what the tier raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvstore.errors import TierError
+from kvstore.plan.records import Op, Transfer
+from kvstore.tiers.base import Claimable, Tier
+
+
+def call_tier(
+    tier: Tier, transfer: Transfer, slot_view: Callable[[int], memoryview], timeout_s: float
+) -> tuple[bool, ...]:
+    """Have the tier do it; one answer per key. Raises TierError where there are not as many."""
+    keys = transfer.keys
+    match transfer.op:
+        case Op.FETCH:
+            views = [slot_view(slot) for slot in transfer.slots]
+            answer = tier.read_into(keys, views, transfer.metas, timeout_s=timeout_s)
+        case Op.SPILL:
+            views = [slot_view(slot) for slot in transfer.slots]
+            answer = tier.write_from(keys, views, transfer.metas, evict=transfer.evict, timeout_s=timeout_s)
+        case Op.PROBE:
+            answer = tier.contains(keys, timeout_s=timeout_s)
+        case Op.TOUCH:
+            answer = tier.touch(keys, expires_at=transfer.expires_at, timeout_s=timeout_s)
+        case Op.DELETE:
+            tier.delete(keys, timeout_s=timeout_s)
+            answer = [True] * len(keys)
+        case Op.CLAIM:
+            claims = _claimable(tier)
+            answer = claims.claim(keys, token=transfer.token, lease_s=transfer.lease_s, timeout_s=timeout_s)
+        case Op.UNCLAIM:
+            _claimable(tier).unclaim(keys, token=transfer.token, timeout_s=timeout_s)
+            answer = [True] * len(keys)
+    if len(answer) != len(keys):
+        raise TierError(f"{len(answer)} answers for {len(keys)} keys")
+    return tuple(answer)
+
+
+def moved_bytes(transfer: Transfer, ok: tuple[bool, ...]) -> int:
+    """The bytes of the pages that were moved."""
+    if transfer.op not in (Op.FETCH, Op.SPILL):
+        return 0
+    return sum(meta.num_bytes for meta, is_ok in zip(transfer.metas, ok, strict=False) if is_ok)
+
+
+def _claimable(tier: Tier) -> Claimable:
+    if not isinstance(tier, Claimable):
+        raise TierError("it takes no claims")
+    return tier
