@@ -13,7 +13,9 @@ from typing import Any
 
 from connectors.vllm_layout import EngineLayout
 from kvstore.base import KVStore
+from kvstore.errors import RequestError
 from kvstore.plan.records import LoadLease, Request, RequestOptions
+from kvstore.requests import check_options
 
 log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 
@@ -131,8 +133,8 @@ def _options(request: Any, tenant: str, single_flight: bool) -> RequestOptions:
             ttl_s=float(ttl_s) if ttl_s is not None and float(ttl_s) > 0 else None,
             retain_until=max(0.0, float(hints.get("retain_until", 0.0))),
         )
-        options.session.encode()  # not every text that JSON can spell is one
-    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        check_options(options)  # not every text that JSON can spell is one, nor is every number
+    except (AttributeError, TypeError, ValueError, OverflowError, RequestError) as error:
         log.warning("kvstore: hints %.200r of request %s are ignored: %s", hints, request.request_id, error)
         return plain
     return options

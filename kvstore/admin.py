@@ -6,12 +6,14 @@ The daemon's API and dashboard are made of it; no connector needs it.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from kvstore.dispatcher import Dispatcher
 from kvstore.errors import ConfigError
 from kvstore.move.lane import Lane
 from kvstore.plan.cascade import TierPlan
 from kvstore.plan.journal import Shortfall
+from kvstore.plan.keeper import Kept
 from kvstore.plan.records import Explanation, Request
 from kvstore.plan.tour import Tour
 from kvstore.tiers.base import Sweepable
@@ -38,6 +40,12 @@ class Admin:
         with self._lock:
             journal = self._planner.catalog.journal
             return [] if journal is None else list(journal.shortfalls)
+
+    def kept(self) -> list[Kept]:
+        """Who has how many pages kept in host memory by pins and `retain_until`, and until when (Unix time)."""
+        with self._lock:
+            ahead_s = time.time() - self._dispatcher.now()
+            return [replace(one, until=one.until + ahead_s) for one in self._planner.keeper.holders]
 
     def guide(self, tour: Tour, max_blocks: int = 2048) -> bool:
         """One step of a walk over everything that is stored; True when it is over. See kvstore/plan/tour.py."""

@@ -117,7 +117,11 @@ class KVStore(Protocol):
         """The request is over: refresh its path in every tier, or let it go first if no turn will follow."""
 
     def pin(self, request: Request) -> int:
-        """Keep the request's resident pages in host memory until `unpin`; return how many blocks are pinned."""
+        """Keep the request's resident pages in host memory until `unpin`; return how many blocks are pinned.
+
+        Fewer than are resident where the budget for it ends (`store.max_pinned_fraction` of the host slots, of all pins
+        together). A pin that nobody undoes ends after `store.pin_max_s`.
+        """
 
     def unpin(self, request: Request) -> int:
         """Undo `pin`."""

@@ -238,6 +238,8 @@ def _settings(config: Config, num_slots: int) -> PlanSettings:
         hash_bytes=HASH_BYTES[store.hash],
         compare_tokens=store.hash != "sha256",
         compute_wait_s=store.compute_wait_s,
+        max_pinned_fraction=store.max_pinned_fraction,
+        pin_max_s=store.pin_max_s,
         claimer=uuid4().bytes,
     )
 

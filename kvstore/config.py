@@ -105,6 +105,17 @@ class StoreConfig(Section):
         le=1,
         description="Share of the host slots that may wait to be written behind.",
     )
+    max_pinned_fraction: Number = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of the host slots (of a tenant's own) that pins and retain_until may keep; 0 keeps none.",
+    )
+    pin_max_s: Seconds = Field(
+        default=86400.0,
+        gt=0,
+        description="Longest time a pin or a retain_until keeps pages in host memory, whoever asked for it.",
+    )
     lane_batch_pages: Count = Field(default=8, ge=1, le=1024, description="Pages a lane moves in one batch (a guess).")
     touch_interval_s: Seconds = Field(
         default=60.0,

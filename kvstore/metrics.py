@@ -113,6 +113,8 @@ METRICS: tuple[MetricSpec, ...] = (
     # What is there now.
     _gauge("slots", "slots", "Host slots by state; the sum is the capacity.", "state"),
     _gauge("pinned_pages", "pinned_pages", "Resident pages that nothing may evict now."),
+    _gauge("kept_pages", "kept_pages", "Pages that a pin or retain_until keeps in host memory."),
+    _counter("keep_refused_pages", "keep_refused_pages", "Pages that are not kept: no budget was left."),
     _gauge("leases", "leases", "Leases that are open."),
     _gauge("blocks", "indexed_blocks", "Blocks the prefix index knows."),
     _gauge("owed_pages", "owed_pages", "Pages waiting to be written to a tier.", "tier"),

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
+from math import isfinite
 from numbers import Integral, Real
+from typing import TypeGuard
 
 from kvstore.base import Tokens
 from kvstore.errors import RequestError
@@ -15,6 +17,10 @@ from kvstore.plan.records import Request, RequestOptions
 from radix.hashing import BlockHash, BlockHasher, bind_hashes
 from radix.namespace import Namespace
 
+MAX_SESSION_BYTES = 1024  # a block keeps the name of its session
+MAX_STEP_BLOCKS = 1 << 31
+MAX_TTL_S = 100 * 365 * 86400.0  # deadlines are written down as numbers of bounded size
+MAX_TENANT_KEPT = 1024  # characters; the root of a longer name is made anew each time
 MAX_ROOTS = 4096  # tenants come from outside: what is remembered of them is bounded
 
 
@@ -91,7 +97,9 @@ class RequestMaker:
                 self._roots.clear()
             own = self._namespace.salt
             salt = f"{len(own)}:{own}{tenant}" if own else tenant  # framed: "a" + "bc" is not "ab" + "c"
-            root = self._roots[tenant] = self._namespace.with_salt(salt).root()
+            root = self._namespace.with_salt(salt).root()
+            if len(tenant) <= MAX_TENANT_KEPT:
+                self._roots[tenant] = root
         return root
 
 
@@ -99,17 +107,31 @@ def check_options(options: RequestOptions) -> None:
     """Raise RequestError for options no request can have."""
     if not isinstance(options, RequestOptions):
         raise RequestError(f"options is a {type(options).__name__}; it must be RequestOptions")
-    for name in ("tenant", "session"):
-        if not _is_text(getattr(options, name)):
-            raise RequestError(f"options.{name} is {getattr(options, name)!r}; it must be text")
-    if not isinstance(options.priority, Integral):
-        raise RequestError(f"options.priority is {options.priority!r}; it must be an int")
-    if options.ttl_s is not None and not (isinstance(options.ttl_s, Real) and options.ttl_s > 0):
-        raise RequestError(f"options.ttl_s is {options.ttl_s!r}; it must be positive, or None for the configured time")
-    if not (isinstance(options.step_blocks, Integral) and options.step_blocks >= 1):
-        raise RequestError(f"options.step_blocks is {options.step_blocks!r}; it must be an int of at least 1")
-    if not (isinstance(options.retain_until, Real) and options.retain_until >= 0):
-        raise RequestError(f"options.retain_until is {options.retain_until!r}; it is a Unix time, or 0 for no promise")
+    if _num_bytes(options.tenant) is None:
+        raise RequestError(f"options.tenant is {_show(options.tenant)}; it must be text")
+    num_bytes = _num_bytes(options.session)
+    if num_bytes is None or num_bytes > MAX_SESSION_BYTES:
+        told = _show(options.session)
+        raise RequestError(f"options.session is {told}; it must be text of at most {MAX_SESSION_BYTES} bytes")
+    if not (_is_int(options.priority) and -(1 << 31) <= options.priority < 1 << 31):
+        raise RequestError(f"options.priority is {_show(options.priority)}; it must be an int of 32 bits")
+    if options.ttl_s is not None:
+        check_ttl("options.ttl_s", options.ttl_s)
+    if not (_is_int(options.step_blocks) and 1 <= options.step_blocks <= MAX_STEP_BLOCKS):
+        told = _show(options.step_blocks)
+        raise RequestError(f"options.step_blocks is {told}; it must be an int in [1, {MAX_STEP_BLOCKS}]")
+    if not (_is_finite(options.retain_until) and options.retain_until >= 0):
+        told = _show(options.retain_until)
+        raise RequestError(f"options.retain_until is {told}; it must be a Unix time, or 0 for no promise")
+    for name in ("pin", "single_flight"):
+        if not isinstance(getattr(options, name), bool):
+            raise RequestError(f"options.{name} is {_show(getattr(options, name))}; it must be a bool")
+
+
+def check_ttl(name: str, ttl_s: object) -> None:
+    """Raise RequestError unless it is a time to live that every medium can write down."""
+    if not (_is_real(ttl_s) and 0 < ttl_s <= MAX_TTL_S):
+        raise RequestError(f"{name} is {_show(ttl_s)}; it must be positive, at most {MAX_TTL_S:.0f} seconds")
 
 
 def check_range(name: str, value: int, most: int, least: int = 0) -> None:
@@ -127,11 +149,37 @@ def check_blocks(request: Request, first: int, num_blocks: int) -> None:
     check_range("first + num_blocks", first + num_blocks, len(request.keys))
 
 
-def _is_text(value: object) -> bool:
+def _num_bytes(value: object) -> int | None:
+    """The length of a text; None for what is none."""
     try:
-        return isinstance(value, str) and value.encode() is not None
+        return len(value.encode()) if isinstance(value, str) else None
     except UnicodeEncodeError:  # half of a surrogate pair: it has no bytes to hash
+        return None
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    """A whole number of any length is a number; one of 400 digits is no float, and stops what computes with it."""
+    try:
+        return _is_real(value) and isfinite(value)
+    except OverflowError:
         return False
+
+
+def _show(value: object) -> str:
+    """A value as an error may tell it: not at the length at which it came."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python prints
+        return "a number of very many digits"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _extend(hasher: BlockHasher, tokens: Tokens) -> None:

@@ -56,6 +56,8 @@ def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
         }
         | ({"retired": host.pool.num_retired} if host.pool.num_retired else {}),
         "pinned_pages": host.num_resident - len(host.policy),
+        "kept_pages": planner.keeper.num_pages,
+        "keep_refused_pages": planner.keeper.refused_pages,
         "leases": planner.num_leases,
         "blocks": len(planner.catalog.tree),
         "pages": {HOST: host.num_resident} | {name: tier.used_pages for name, tier in tiers.items()},

@@ -30,7 +30,7 @@ from kvstore.plan.records import (
     Request,
     SaveLease,
 )
-from kvstore.requests import RequestMaker, check_blocks, check_range
+from kvstore.requests import RequestMaker, check_blocks, check_range, check_ttl
 from kvstore.stats import snapshot
 from kvstore.tiers.host import HostSlab, SlabHandle
 from radix.namespace import Namespace
@@ -250,8 +250,7 @@ class LocalStore(RequestMaker):
 
     def set_ttl(self, request: Request, ttl_s: float) -> int:
         """Give the request's known blocks a time to live from now on; returns how many."""
-        if not ttl_s > 0:
-            raise RequestError(f"ttl_s is {ttl_s}; it must be a positive number of seconds")
+        check_ttl("ttl_s", ttl_s)
         with self._lock:
             self._dispatcher.check_open()
             known = self._planner.set_ttl(request, ttl_s, self._now())

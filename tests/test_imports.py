@@ -70,6 +70,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "connectors": (
         "kvstore.base",
+        "kvstore.requests",  # what a request's options may be
         "kvstore.layout",
         "kvstore.plan.records",
         "kvstore.plan.journal",  # what came and went, for routers

@@ -14,6 +14,8 @@ WEIGHT = 0.25  # of a new sample; four transfers replace most of an old belief
 STALE_WEIGHT = 0.5  # of one that comes after REMEASURE_AFTER_S without any: a tier that recovered is back after three
 REMEASURE_AFTER_S = 10.0  # how long an estimate that keeps a tier unused is believed
 MIN_PREFILL_TOKENS = 16  # shorter prefills measure overhead, not a rate
+MAX_PREFILL_TOKENS = 1 << 32  # and what is longer, or faster than this, was not measured at all
+MAX_PREFILL_RATE = 1e9  # tokens per second
 
 
 @dataclass(slots=True)
@@ -56,9 +58,11 @@ class CostModel:
 
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """Take in one prefill of the engine."""
-        if not (num_tokens >= MIN_PREFILL_TOKENS and 0 < seconds < float("inf")):  # not a number is not either
-            return
+        if not (MIN_PREFILL_TOKENS <= num_tokens <= MAX_PREFILL_TOKENS and 0 < seconds < float("inf")):
+            return  # not a number is not in there either
         rate = num_tokens / seconds
+        if rate > MAX_PREFILL_RATE:
+            return
         if self.prefill_tokens_per_s is None:
             self.prefill_tokens_per_s = rate
         else:

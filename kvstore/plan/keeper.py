@@ -1,53 +1,80 @@
 """Promises to keep blocks in host memory: pins of an operator, and "retain until" of a request.
 
-A kept block holds one pin on each of its resident pages, whatever the number of reasons; the latest deadline counts.
-A promise is about pages that are in host memory: it does not bring any there.
+A kept block holds one pin on each of its resident pages, whatever the number of reasons; the latest deadline counts,
+and the word of who gave it. A promise is about pages that are in host memory: it does not bring any there.
+
+What is kept, nothing else can use. So all promises together have a budget, a share of the slots, and each has an end:
+what one forgets to undo, or dies before it can, others get back in time. Of a path that does not fit the head is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from heapq import heappop, heappush
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from itertools import count
 
 from kvstore.plan.catalog import Block, PageState
 from kvstore.plan.hostspace import HostSpace
 
+MAX_STALE = 1024  # ends in the queue that do not count any more, beside as many as do
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is kept on one holder's word: pages, and until when at the latest (the keeper's clock is the planner's)."""
+
+    holder: str
+    num_pages: int
+    until: float
+
+
+@dataclass(slots=True)
+class _Promise:
+    until: float
+    holder: str
+    num_pages: int = 0
+
 
 class Keeper:
-    """Who is kept, and until when (planner's clock; inf for a pin)."""
+    """Who is kept, until when (planner's clock), and on whose word. Under the store's lock.
 
-    def __init__(self, host: HostSpace, wall_offset: float) -> None:
+    budget: share of the host slots that may be kept. longest_s: after so long every promise ends.
+    """
+
+    def __init__(self, host: HostSpace, *, budget: float, longest_s: float) -> None:
+        self.num_pages = 0
+        self.refused_pages = 0  # that found no budget
         self._host = host
-        self._until: dict[Block, float] = {}
+        self._budget = budget
+        self._longest_s = longest_s
+        self._promises: dict[Block, _Promise] = {}
         self._queue: list[tuple[float, int, Block]] = []
         self._order = count()
-        self.wall_offset = wall_offset
+        self._holders: dict[str, list[float]] = {}  # pages, latest end
 
-    def keep(self, blocks: Sequence[Block], until: float) -> int:
-        """Hold the resident pages of blocks; returns the number of blocks that hold any."""
-        kept = 0
-        for block in blocks:
-            held = False
-            for page in block.pages:
-                if page.state == PageState.READY and not page.kept:
-                    page.kept = True
-                    self._host.pin(page)
-                held = held or page.kept
-            if held:
-                kept += 1
-                if until > self._until.get(block, float("-inf")):
-                    self._until[block] = until
-                    if until != float("inf"):
-                        heappush(self._queue, (until, next(self._order), block))
-        return kept
+    @property
+    def max_pages(self) -> int:
+        """How many pages may be kept."""
+        return int(self._budget * self._host.pool.num_in_use)
+
+    def keep(self, blocks: Sequence[Block], until: float, now: float, holder: str = "") -> int:
+        """Hold the resident pages of blocks, given in path order; returns the number of blocks that hold any.
+
+        until: inf for as long as may be. holder: whose word it is, for operators.
+        """
+        until = min(until, now + self._longest_s)
+        if until <= now:
+            return 0
+        return sum([self._keep(block, until, holder) for block in blocks])
 
     def let_go(self, blocks: Sequence[Block], now: float) -> int:
         """End the promises for blocks given in path order; returns how many had one."""
-        kept = [block for block in blocks if self._until.pop(block, None) is not None]
+        kept = [block for block in blocks if self._end(block)]
         pages = [page for block in kept for page in block.pages if page.kept]
         for page in pages:
             page.kept = False
+        self.num_pages -= len(pages)
         self._host.unpin(pages, now, used=False)
         return len(kept)
 
@@ -56,11 +83,66 @@ class Keeper:
         over: list[Block] = []
         while self._queue and self._queue[0][0] <= now:
             until, _, block = heappop(self._queue)
-            if self._until.get(block) == until:
+            promise = self._promises.get(block)
+            if promise is not None and promise.until == until:
                 over.append(block)
         if over:
             over.sort(key=lambda block: block.depth)
             self.let_go(over, now)
 
+    @property
+    def holders(self) -> list[Kept]:
+        """Who has how many pages kept, and until when."""
+        return [Kept(holder, int(pages), until) for holder, (pages, until) in self._holders.items()]
+
     def __len__(self) -> int:
-        return len(self._until)
+        return len(self._promises)
+
+    def check(self) -> None:
+        """Assert that the sums are right. For tests."""
+        kept = [page for block in self._promises for page in block.pages if page.kept]
+        assert self.num_pages == len(kept), f"{len(kept)} pages are kept, {self.num_pages} booked"
+        assert self.num_pages == sum(kept.num_pages for kept in self.holders), f"{self.num_pages}: {self.holders}"
+
+    def _keep(self, block: Block, until: float, holder: str) -> bool:
+        promise = self._promises.get(block)
+        wanted = [page for page in block.pages if page.state == PageState.READY and not page.kept]
+        fits = max(0, self.max_pages - self.num_pages)
+        if len(wanted) > fits:
+            self.refused_pages += len(wanted)  # half a block is of no use
+            wanted = []
+        if promise is None:
+            if not wanted:
+                return False
+            promise = self._promises[block] = _Promise(float("-inf"), holder)
+        for page in wanted:
+            page.kept = True
+            self._host.pin(page)
+        self.num_pages += len(wanted)
+        if until > promise.until:
+            self._book(promise, -promise.num_pages)
+            promise.until, promise.holder = until, holder
+            self._book(promise, promise.num_pages)
+            self._note_end(until, block)
+        promise.num_pages += len(wanted)
+        self._book(promise, len(wanted))
+        return True
+
+    def _end(self, block: Block) -> bool:
+        promise = self._promises.pop(block, None)
+        if promise is not None:
+            self._book(promise, -promise.num_pages)
+        return promise is not None
+
+    def _book(self, promise: _Promise, num_pages: int) -> None:
+        booked = self._holders.setdefault(promise.holder, [0, promise.until])
+        booked[0] += num_pages
+        booked[1] = max(booked[1], promise.until)
+        if not booked[0]:
+            del self._holders[promise.holder]
+
+    def _note_end(self, until: float, block: Block) -> None:
+        if len(self._queue) > 2 * len(self._promises) + MAX_STALE:  # the same block, kept again and again
+            self._queue = [(promise.until, next(self._order), kept) for kept, promise in self._promises.items()]
+            heapify(self._queue)
+        heappush(self._queue, (until, next(self._order), block))

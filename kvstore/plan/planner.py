@@ -95,7 +95,7 @@ class Planner:
             self.costs,
             self.scout.ask_again,
         )
-        self.keeper = Keeper(self.host, settings.wall_offset)
+        self.keeper = Keeper(self.host, budget=settings.max_pinned_fraction, longest_s=settings.pin_max_s)
         self._retention = Retention(self.host, self.tiers, self.keeper, settings.touch_interval_s, settings.wall_offset)
         self.saver = Saver(self.host, self.catalog, self.scout)
         self.endings = Endings(
@@ -215,8 +215,8 @@ class Planner:
         return self.turns.end(request, now)
 
     def pin(self, request: Request, now: float) -> int:
-        """Keep the request's blocks in host memory until unpin."""
-        return self.keeper.keep(self.scout.known_path(request), float("inf"))
+        """Keep the request's blocks in host memory until unpin, as many as the budget holds and as long as may be."""
+        return self.keeper.keep(self.scout.known_path(request), float("inf"), now, request.holder)
 
     def unpin(self, request: Request, now: float) -> int:
         """Undo pin."""
@@ -330,6 +330,7 @@ class Planner:
             tier.check(known)
         self.catalog.tree.check()
         self.turns.claims.check()
+        self.keeper.check()
 
     # ---- private ----------------------------------------------------------------------------------------------
 

@@ -84,7 +84,8 @@ class RequestOptions:
     priority:     pages of a higher priority stay longer.
     ttl_s:        time to live of the pages this request saves; None means the configured one.
     retain_until: Unix time until which its pages are not evicted from host memory; 0 means no promise.
-    pin:          keep its pages in host memory until `unpin`.
+    pin:          keep its pages in host memory until `unpin`. Both have a budget (`store.max_pinned_fraction`) and an
+                  end (`store.pin_max_s`): what does not fit is not kept.
     single_flight: if another request is computing blocks that this one misses, wait for them; if none is, let later
                   requests wait for this one.
     step_blocks:  blocks the engine computes and saves at once, counted from the root; single flight goes by them.
@@ -110,6 +111,7 @@ class Request:
     hasher:     the chain so far, which `extend` goes on with; None if an engine hashed the blocks.
     held:       leading blocks that the engine has in memory of its own: a lookup weighs only what comes after them.
                 Set by the engine's connector, before a lookup.
+    holder:     on whose word its pages are kept, for operators; "" in a store of one process.
     """
 
     id: int
@@ -119,6 +121,7 @@ class Request:
     tokens: bytearray | None = None
     hasher: BlockHasher | None = None
     held: int = 0
+    holder: str = ""
 
 
 class CutReason(Enum):

@@ -51,12 +51,12 @@ class Retention:
             if block.session != session:
                 block.session = SHARED_SESSION if block.session else session
 
-    def promise(self, blocks: Sequence[Block], request: Request) -> None:
-        """Keep blocks in host memory as the request's options say."""
+    def promise(self, blocks: Sequence[Block], request: Request, now: float) -> None:
+        """Keep blocks in host memory as the request's options say, as far as the budget for that goes."""
         if request.options.pin:
-            self._keeper.keep(blocks, float("inf"))
+            self._keeper.keep(blocks, float("inf"), now, request.holder)
         elif request.options.retain_until:
-            self._keeper.keep(blocks, request.options.retain_until - self._wall_offset)
+            self._keeper.keep(blocks, request.options.retain_until - self._wall_offset, now, request.holder)
 
     def let_go_first(self, path: Sequence[Block], request: Request) -> None:
         """No turn will follow: what only this session has used is the first to make room."""

@@ -13,6 +13,8 @@ class PlanSettings:
     hash_bytes:  length of a block hash (32, or 16 for xxh3_128).
     compare_tokens: verify the tokens of every block on a hit (hashes that are not collision resistant).
     compute_wait_s: longest wait without progress for another request's computing (single flight); 0 never waits.
+    max_pinned_fraction: share of the host slots that pins and promises of `retain_until` may hold, all together.
+    pin_max_s:   after so long each of them ends.
     claimer:     names this store among those that share a tier; no two have the same.
     """
 
@@ -28,4 +30,6 @@ class PlanSettings:
     hash_bytes: int = 32
     compare_tokens: bool = False
     compute_wait_s: float = 10.0
+    max_pinned_fraction: float = 0.5
+    pin_max_s: float = 86400.0
     claimer: bytes = b""

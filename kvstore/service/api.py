@@ -27,11 +27,13 @@ from kvstore.service.models import (
     Explain,
     ExplainAnswer,
     InNamespace,
+    KeptAnswer,
     Lookup,
     MatchAnswer,
     NamespaceAnswer,
     NamespacesAnswer,
     NewNamespace,
+    PinAnswer,
     Prompt,
     Read,
     StatsAnswer,
@@ -86,7 +88,7 @@ class Api:
                   answer=TicketAnswer, errors=(404, 409)),
             Route("POST", "/v1/prefetch/cancel", self.cancel, "Stop a prefetch.", body=Cancel, answer=BlocksAnswer,
                   errors=(404, 409)),
-            Route("POST", "/v1/pin", self.pin, "Keep a prefix in host memory.", body=Prompt, answer=BlocksAnswer,
+            Route("POST", "/v1/pin", self.pin, "Keep a prefix in host memory.", body=Prompt, answer=PinAnswer,
                   errors=(404, 409)),
             Route("POST", "/v1/unpin", self.unpin, "Undo pin.", body=Prompt, answer=BlocksAnswer, errors=(404, 409)),
             Route("POST", "/v1/ttl", self.ttl, "Give a prefix a time to live.", body=Ttl, answer=BlocksAnswer,
@@ -129,7 +131,19 @@ class Api:
     async def clients(self, call: Call) -> ClientsAnswer:
         sessions = self._daemon.sessions.values()
         mine = [one for one in sessions if call.tenant.is_operator or one.opened.tenant == call.tenant]
-        return ClientsAnswer(clients=[self._client(session) for session in mine])
+        stores = self._daemon.stores
+        kept = [
+            KeptAnswer(
+                holder=one.holder,
+                tenant=opened.tenant.name,
+                namespace=opened.id,
+                slots=one.num_pages,
+                until=one.until,
+            )
+            for opened in (stores.all() if call.tenant.is_operator else stores.of(call.tenant))
+            for one in opened.store.admin.kept()
+        ]
+        return ClientsAnswer(clients=[self._client(session, kept) for session in mine], kept=kept)
 
     async def disconnect(self, call: Call) -> ClientsAnswer:
         session = self._daemon.clients.find(call.request.match_info["client"])
@@ -196,9 +210,11 @@ class Api:
         scope.one(self._daemon.stores, call, body.namespace).store.cancel(body.ticket)
         return BlocksAnswer(blocks=0)
 
-    async def pin(self, call: Call) -> BlocksAnswer:
+    async def pin(self, call: Call) -> PinAnswer:
         opened, request = self._request(call)
-        return BlocksAnswer(blocks=opened.store.pin(request))
+        blocks = opened.store.pin(request)
+        until = time.time() + self._daemon.config.store.pin_max_s
+        return PinAnswer(blocks=blocks, until=until if blocks else None)
 
     async def unpin(self, call: Call) -> BlocksAnswer:
         opened, request = self._request(call)
@@ -247,8 +263,9 @@ class Api:
 
     # ---- private ----------------------------------------------------------------------------------------------------
 
-    def _client(self, session: Session) -> ClientAnswer:
+    def _client(self, session: Session, kept: list[KeptAnswer]) -> ClientAnswer:
         now, leases = time.monotonic(), session.leases.values()
+        own = next((one for one in kept if one.holder == session.holder and one.namespace == session.opened.id), None)
         return ClientAnswer(
             id=session.number,
             client=session.client,
@@ -265,6 +282,8 @@ class Api:
             oldest_lease_s=max((now - held.granted_at for held in leases), default=None),
             overdue_leases=len(session.overdue(now - self._daemon.config.service.lease_max_s)),
             is_alone=session.is_orphan,
+            kept_slots=0 if own is None else own.slots,
+            kept_until=None if own is None else own.until,
         )
 
     def _request(self, call: Call) -> tuple[OpenStore, Request]:

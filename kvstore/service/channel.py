@@ -253,6 +253,9 @@ class Channel(asyncio.BufferedProtocol):
         except OSError as error:
             log.warning("client %s: no hello: %s", self.peer, error)
             self.close()
+        except Exception as error:
+            log.exception("client %s: %s failed", self.peer, frame.op.name)
+            self._refuse(frame, ProtocolError(f"{frame.op.name} failed in the daemon: {type(error).__name__}"))
         finally:
             self._greeting = None
         self._set_busy(False)

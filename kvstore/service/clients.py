@@ -26,6 +26,7 @@ from kvstore.config import Config
 from kvstore.errors import ConfigError, RequestError, StoreClosed
 from kvstore.service.channel import Channel, Greeting
 from kvstore.service.events import EventHub, Feed
+from kvstore.service.guard import goes_on
 from kvstore.service.namespaces import layout_from_json, namespace_from_json
 from kvstore.service.session import Session
 from kvstore.service.stores import OpenStore, Stores
@@ -84,7 +85,8 @@ class Clients:
             channel.close()
         await asyncio.sleep(0)
         for session in list(self.sessions.values()):
-            self.end(session)
+            with goes_on(log, "client %s: its session does not end", session.client):
+                self.end(session)
 
     def end(self, session: Session) -> None:
         """The client is gone, or shall be: release its leases and hang up. Idempotent."""
@@ -211,25 +213,31 @@ class Clients:
             await asyncio.sleep(min(LONGEST_LOOK_S, lease_max_s / 4))
             before = self._now() - lease_max_s
             for session in list(self.sessions.values()):
-                leases = session.overdue(before)
-                if leases and session.is_remote:
-                    self.num_expired += session.expire(leases)
-                    log.warning("client %s: released %d leases it held too long", session.client, len(leases))
-                elif leases and not session.is_overdue:
-                    log.warning(
-                        "client %s, process %s, has held %d leases for longer than service.lease_max_s (%.0f s): their "
-                        "slots are out of use until they end, or the process does",
-                        session.client,
-                        session.pid,
-                        len(leases),
-                        lease_max_s,
-                    )
-                session.is_overdue = bool(leases)
+                with goes_on(log, "client %s: its leases are not looked at", session.client):
+                    self._look_at(session, before)
+
+    def _look_at(self, session: Session, before: float) -> None:
+        leases = session.overdue(before)
+        if leases and session.is_remote:
+            self.num_expired += session.expire(leases)
+            log.warning("client %s: released %d leases it held too long", session.client, len(leases))
+        elif leases and not session.is_overdue:
+            log.warning(
+                "client %s, process %s, has held %d leases for longer than service.lease_max_s (%.0f s): their "
+                "slots are out of use until they end, or the process does",
+                session.client,
+                session.pid,
+                len(leases),
+                self._config.service.lease_max_s,
+            )
+        session.is_overdue = bool(leases)
 
 
 def _name(channel: Channel, message: dict[str, Any]) -> str:
     """Who a client says it is, and where it is if that is not here."""
-    name = str(message.get("client") or "")[:MAX_NAME]
+    said = message.get("client")
+    # It goes into logs and JSON: no line of its own, and nothing that no text can be (half of a surrogate pair).
+    name = "".join(char if char.isprintable() else "?" for char in said[:MAX_NAME]) if isinstance(said, str) else ""
     return channel.peer if not name else name if channel.is_local else f"{name} ({channel.peer})"
 
 

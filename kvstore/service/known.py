@@ -16,6 +16,7 @@ from kvstore.plan.records import Request, RequestOptions
 from kvstore.service.messages import RequestPart
 from kvstore.service.stores import OpenStore
 
+MAX_REQUEST_TOKENS = (1 << 32) - 1  # answers tell tokens in 32 bits
 MAX_REQUESTS = 16_384  # as many as the planner keeps notes about
 
 
@@ -26,8 +27,10 @@ class Resend(Exception):
 class KnownRequests:
     """Requests by the client's numbers. Bounded: the oldest is forgotten."""
 
-    def __init__(self, opened: OpenStore) -> None:
+    def __init__(self, opened: OpenStore, holder: str) -> None:
+        """holder: the client, as operators know it."""
         self._opened = opened
+        self._holder = holder
         self._requests: OrderedDict[int, Request] = OrderedDict()
 
     def take(self, part: RequestPart) -> Request:
@@ -40,6 +43,8 @@ class KnownRequests:
         else:
             # Another connection may have brought the same keys meanwhile; what is known is not appended again.
             request.keys += self._opened.bind(part.keys[len(request.keys) - part.base :])
+        if part.num_tokens > MAX_REQUEST_TOKENS:
+            raise RequestError(f"request has {part.num_tokens} tokens; at most {MAX_REQUEST_TOKENS} are allowed")
         request.num_tokens = max(request.num_tokens, part.num_tokens)
         request.held = part.held
         least = len(request.keys) * self._opened.layout.block_size
@@ -68,6 +73,6 @@ class KnownRequests:
         while len(self._requests) >= MAX_REQUESTS:
             self._requests.popitem(last=False)
         # Planner ids must differ between clients: this one's number is the store's, not the client's.
-        request = self._opened.new_request(keys, part.num_tokens, part.options or RequestOptions())
+        request = self._opened.new_request(keys, part.num_tokens, part.options or RequestOptions(), self._holder)
         self._requests[part.id] = request
         return request

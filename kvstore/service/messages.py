@@ -28,6 +28,7 @@ from kvstore.plan.records import (
     SaveLease,
     SlotPage,
 )
+from kvstore.requests import check_options
 from kvstore.service import batches
 from kvstore.service.protocol import MAX_BODY_BYTES, MAX_TEXT_BYTES, ProtocolError, Reader, decode_json, encode_json
 from radix.hashing import BlockHash
@@ -126,17 +127,12 @@ def options_from_json(fields: dict[str, Any]) -> RequestOptions:
     for name, value in fields.items():
         kinds = _OPTION_TYPES.get(name)
         if kinds is None:
-            raise RequestError(f"options.{name} is not known; known are {', '.join(_OPTION_TYPES)}")
+            raise RequestError(f"options.{name:.64} is not known; known are {', '.join(_OPTION_TYPES)}")
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise RequestError(f"options.{name} is {value!r:.80}; it must be of type {kinds[-1].__name__}")
-    if not -(1 << 31) <= fields.get("priority", 0) < 1 << 31:
-        raise RequestError(f"options.priority is {fields['priority']}; it must fit into 32 bits")
-    if fields.get("step_blocks", 1) < 1:
-        raise RequestError(f"options.step_blocks is {fields['step_blocks']}; it must be at least 1")
-    try:
-        return RequestOptions(**fields)
-    except TypeError as error:
-        raise RequestError(f"options: {error}") from None
+            raise RequestError(f"options.{name:.64} is {value!r:.80}; it must be of type {kinds[-1].__name__}")
+    options = RequestOptions(**fields)
+    check_options(options)
+    return options
 
 
 def _decode_options(text: str) -> RequestOptions:

@@ -208,6 +208,16 @@ class BlocksAnswer(Answer):
     blocks: int
 
 
+class PinAnswer(Answer):
+    """How many blocks are kept, and the Unix time at which that ends; none where nothing is.
+
+    Fewer than were given where they are not in host memory, or the budget ends (store.max_pinned_fraction).
+    """
+
+    blocks: int
+    until: float | None
+
+
 class ClearAnswer(Answer):
     """What was deleted. blocks: that were known here. keys: further ones, by tier without an index."""
 
@@ -228,6 +238,7 @@ class ClientAnswer(Answer):
     ranks:    further processes of its engine that have the slab mapped.
     slots:    that its leases hold; overdue ones are out of use until it ends (see docs/service.md).
     is_alone: the client is gone, and only ranks of its engine still hold its leases.
+    kept_slots, kept_until: what its pins and promises keep, and the Unix time at which the last of them ends.
     """
 
     id: int
@@ -245,12 +256,31 @@ class ClientAnswer(Answer):
     oldest_lease_s: float | None
     overdue_leases: int
     is_alone: bool
+    kept_slots: int
+    kept_until: float | None
+
+
+class KeptAnswer(Answer):
+    """What pins and `retain_until` keep in host memory on one holder's word, be it attached or not.
+
+    holder: a client and its id, or "http". until: Unix time at which the last of it ends.
+    """
+
+    holder: str
+    tenant: str
+    namespace: str
+    slots: int
+    until: float
 
 
 class ClientsAnswer(Answer):
-    """All clients of the tenant; of all tenants for an operator."""
+    """All clients of the tenant; of all tenants for an operator.
+
+    kept: what is kept in host memory, by holder, also on the word of clients that are gone.
+    """
 
     clients: list[ClientAnswer]
+    kept: list[KeptAnswer]
 
 
 class NamespaceAnswer(Answer):

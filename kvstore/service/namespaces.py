@@ -131,9 +131,16 @@ def _integer(name: str, value: Any, least: int, most: int) -> int:
 
 
 def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or len(value) > MAX_TEXT:
+    if not isinstance(value, str) or len(value) > MAX_TEXT or not _has_bytes(value):
         raise ConfigError(f"{name} is {_show(value)}; it must be text of at most {MAX_TEXT} characters")
     return value
+
+
+def _has_bytes(text: str) -> bool:
+    try:
+        return text.encode() is not None
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        return False
 
 
 def _show(value: object) -> str:

@@ -117,7 +117,7 @@ class Reader:
     def take(self, num_bytes: int) -> bytes:
         """The next bytes."""
         end = self._at + num_bytes
-        if end > len(self._raw):
+        if num_bytes < 0 or end > len(self._raw):
             raise ProtocolError(f"message of {len(self._raw)} bytes ends within a field of {num_bytes} at {self._at}")
         data = self._raw[self._at : end]
         self._at = end

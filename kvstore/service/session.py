@@ -4,19 +4,15 @@ A session speaks messages (bytes in, bytes out) and knows no socket. It lives as
 connections that a client and the ranks of its engine keep for nothing else; when the last is gone, so is whoever could
 copy, and `close` releases its leases: what was being read may be evicted again, what was being written vanishes.
 
-The hard thing: a client whose call timed out does not know whether a lease was granted. It releases the number it had
-chosen, over another connection, and that message may come first; so the number of a lease that is not known is kept
-for a while, and a lease that is already released is not granted.
-
 In the daemon's event loop: messages take microseconds under the store's lock, and what would wait answers `Pending`.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvstore.errors import RequestError
@@ -32,26 +28,18 @@ from kvstore.plan.records import (
 from kvstore.service import batches, messages, protocol
 from kvstore.service.dashboard_usage import Usage
 from kvstore.service.events import Feed
+from kvstore.service.guard import goes_on
+from kvstore.service.holdings import Holdings
 from kvstore.service.known import KnownRequests
 from kvstore.service.pending import Pending
 from kvstore.service.protocol import Op, ProtocolError, Reader
 from kvstore.service.stores import OpenStore
 
-MAX_LEASES = 16_384
+log = logging.getLogger(__name__)
+
 MAX_TICKETS = 4096
-MAX_TOMBSTONES = 1024
 
 _CLOSED = LeaseStatus(LeaseState.CLOSED, 0, 0)
-
-
-@dataclass(slots=True)
-class Held:
-    """A lease of the client. owner: its own word for who holds it. received: pages that came over the wire."""
-
-    lease: LoadLease | SaveLease
-    owner: str
-    granted_at: float
-    received: set[int] = field(default_factory=set)
 
 
 class Anchor(Protocol):
@@ -94,14 +82,14 @@ class Session:
         self.anchors: set[Anchor] = set()  # with those of its ranks
         self.is_orphan = False
         self.is_draining = False
-        self.leases: dict[int, Held] = {}
+        self._holdings = Holdings(opened.store, now)
+        self.leases = self._holdings.leases
         self.usage = Usage()
         self._store = opened.store
         self._feed = feed
         self._now = now
-        self.requests = KnownRequests(opened)
+        self.requests = KnownRequests(opened, self.holder)
         self._tickets: OrderedDict[int, None] = OrderedDict()
-        self._tombstones: OrderedDict[int, None] = OrderedDict()
         self._handlers: dict[Op, Callable[[Reader], bytes | Pending]] = {
             Op.LOOKUP: self._lookup,
             Op.PEEK: self._peek,
@@ -122,6 +110,11 @@ class Session:
             Op.STATS: self._stats,
             Op.EVENTS: feed.answer,
         }
+
+    @property
+    def holder(self) -> str:
+        """How operators are told what is kept on this client's word, also when it is gone."""
+        return f"{self.client} (client {self.number})"
 
     def handle(self, op: Op, body: bytes) -> bytes | Pending:
         """Answer a message. Raises Resend, ProtocolError, or a KVStoreError that is the client's own fault."""
@@ -145,13 +138,11 @@ class Session:
 
     def overdue(self, before: float) -> list[int]:
         """The leases that were granted before that time, of the session's clock."""
-        return [lease_id for lease_id, held in self.leases.items() if held.granted_at < before]
+        return self._holdings.overdue(before)
 
     def expire(self, lease_ids: Sequence[int]) -> int:
         """Release leases without their holder's word; returns how many."""
-        for lease_id in lease_ids:
-            self._store.release(self.leases.pop(lease_id).lease)
-        return len(lease_ids)
+        return self._holdings.expire(lease_ids)
 
     # ---- lookups and loads --------------------------------------------------------------------------------------
 
@@ -193,13 +184,13 @@ class Session:
         if not self._may_grant(lease_id):
             return messages.encode_load(LoadLease(0, 0, 0, ()), _CLOSED)
         lease = self._store.prepare_load(request, end, first=first, owner=self._owner(owner))
-        self._grant(lease_id, lease, owner)
+        self._holdings.grant(lease_id, lease, owner)
         return messages.encode_load(lease, self._store.poll(lease))
 
     def _wait(self, reader: Reader) -> bytes | Pending:
         lease_id, timeout_s = messages.read_wait(reader)
         reader.end()
-        lease = self._lease(lease_id)
+        lease = self._holdings.find(lease_id)
         if not isinstance(lease, LoadLease):
             return messages.encode_status(_CLOSED)
         status = self._store.poll(lease)
@@ -238,7 +229,7 @@ class Session:
         if not self._may_grant(lease_id):
             return messages.encode_save(SaveLease(0, ()))
         lease = self._store.prepare_save(request, first, end - first, owner=self._owner(owner))
-        self._grant(lease_id, lease, owner)
+        self._holdings.grant(lease_id, lease, owner)
         return messages.encode_save(lease)
 
     def _complete(self, reader: Reader) -> bytes:
@@ -259,19 +250,13 @@ class Session:
     def _release(self, reader: Reader) -> bytes:
         lease_id = messages.read_lease(reader)
         reader.end()
-        if lease_id in self.leases:
-            self.expire([lease_id])
-        else:
-            self._tombstones[lease_id] = None
-            if len(self._tombstones) > MAX_TOMBSTONES:
-                self._tombstones.popitem(last=False)
+        self._holdings.release(lease_id)
         return b""
 
     def _release_owner(self, reader: Reader) -> bytes:
         owner = reader.text(messages.read_number(reader))
         reader.end()
-        mine = [lease_id for lease_id, held in self.leases.items() if held.owner == owner]
-        return messages.encode_number(self.expire(mine))
+        return messages.encode_number(self.expire(self._holdings.owned_by(owner)))
 
     # ---- pages of remote clients ----------------------------------------------------------------------------------
 
@@ -280,7 +265,7 @@ class Session:
         reader = Reader(body)
         lease_id, indices = messages.read_read(reader)
         reader.end()
-        lease = self._lease(lease_id)
+        lease = self._holdings.find(lease_id)
         if not isinstance(lease, LoadLease):
             raise RequestError(f"lease {lease_id} is no load lease of this client")
         if max(indices) >= len(lease.pages):
@@ -293,11 +278,11 @@ class Session:
         num_bytes = batches.body_bytes([len(view) for view in views])
         if num_bytes > protocol.MAX_BATCH_BYTES:
             raise RequestError(f"{len(views)} pages are asked for; their {num_bytes} bytes are too many at once")
-        return num_bytes, batches.parts(lease_id, indices, views, lambda: self._lease(lease_id) is lease)
+        return num_bytes, batches.parts(lease_id, indices, views, lambda: self._holdings.find(lease_id) is lease)
 
     def writable(self, lease_id: int, index: int, num_bytes: int) -> memoryview | None:
         """Where a page that is being received goes; None if the lease has ended. Ask again for every piece of it."""
-        lease = self._lease(lease_id)
+        lease = self._holdings.find(lease_id)
         if not isinstance(lease, SaveLease):
             return None
         if index >= len(lease.pages):
@@ -361,7 +346,8 @@ class Session:
         """The client goes on with none of its requests: others need not wait for what it was computing."""
         for request in self.requests:
             if request.options.single_flight:
-                self._store.abandon(request)
+                with goes_on(log, "client %s: request %d is not abandoned", self.client, request.id):
+                    self._store.abandon(request)
 
     def _request(self, reader: Reader) -> Request:
         part = messages.read_request(reader)
@@ -369,18 +355,7 @@ class Session:
         return self.requests.take(part)
 
     def _may_grant(self, lease_id: int) -> bool:
-        if lease_id in self.leases:
-            raise RequestError(f"lease {lease_id} is open already; each call needs a number of its own")
-        if len(self.leases) >= MAX_LEASES:
-            raise RequestError(f"this client holds {len(self.leases)} leases; it may hold {MAX_LEASES}")
-        return not self.is_draining and self._tombstones.pop(lease_id, self) is self
-
-    def _grant(self, lease_id: int, lease: LoadLease | SaveLease, owner: str) -> None:
-        self.leases[lease_id] = Held(lease, owner, self._now())
-
-    def _lease(self, lease_id: int) -> LoadLease | SaveLease | None:
-        held = self.leases.get(lease_id)
-        return None if held is None else held.lease
+        return self._holdings.may_grant(lease_id) and not self.is_draining
 
     def _owner(self, owner: str) -> str:
         return f"{self.id}/{owner}"

@@ -104,9 +104,14 @@ class OpenStore:
     root: BlockHash
     request_ids: Iterator[int] = field(default_factory=lambda: count(1))
 
-    def new_request(self, keys: list[BlockHash], num_tokens: int, options: RequestOptions) -> Request:
-        """A request under bound keys, numbered for the planner: clients count for themselves, and all from one."""
-        return Request(next(self.request_ids), keys, num_tokens, options)
+    def new_request(
+        self, keys: list[BlockHash], num_tokens: int, options: RequestOptions, holder: str = "http"
+    ) -> Request:
+        """A request under bound keys, numbered for the planner: clients count for themselves, and all from one.
+
+        holder: names to operators on whose word its pages are kept.
+        """
+        return Request(next(self.request_ids), keys, num_tokens, options, holder=holder)
 
     async def wait_lookup(self, request: Request, timeout_s: float) -> Match:
         """Lookup, waiting for pending tiers without blocking the loop."""

@@ -3,8 +3,7 @@
 Engines copy into and out of slots, the disk reads and writes them with O_DIRECT, Redis replies are received into them.
 So the slab is made once, aligned, backed by huge pages and faulted in before the first request: a first touch in 4 KiB
 steps costs more than the copy itself. `shared_name` puts it into a memfd whose descriptor another process can map. Its
-size is sealed: a process that was given it can neither cut it short, which would end every process that reads behind the
-cut with SIGBUS, nor lift or add a seal.
+size is sealed: a process that was given it cannot cut it short, which would end all that read behind the cut (SIGBUS).
 
 The hard thing is asking for more memory than there is: Linux would grant it and kill somebody later, so the slab is
 compared with what is available before anything is touched.

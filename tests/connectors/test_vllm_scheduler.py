@@ -347,7 +347,23 @@ def test_hints_of_a_request_reach_the_store(world: World) -> None:
 
 @pytest.mark.parametrize(
     "hints",
-    [{"priority": "high"}, {"ttl_s": [60]}, {"retain_until": "soon"}, {"session": "\ud800"}, "session", 7, None],
+    [
+        {"priority": "high"},
+        {"ttl_s": [60]},
+        {"retain_until": "soon"},
+        {"session": "\ud800"},
+        {"session": "s" * 2000},
+        {"priority": 1 << 40},
+        {"priority": 10**400},
+        {"ttl_s": 10**400},
+        {"ttl_s": 1e300},
+        {"retain_until": 10**400},
+        {"retain_until": float("inf")},
+        {"retain_until": float("nan")},
+        "session",
+        7,
+        None,
+    ],
 )
 def test_hints_that_make_no_sense_are_ignored(world: World, hints: Any) -> None:
     asked = request("a", BLOCK)

@@ -89,9 +89,9 @@ def redis_store(stack: ExitStack, url: str, **store: Any) -> LocalStore:
     return stack.enter_context(open_small(None, url, **_sections(store), redis={"timeout_s": 0.3, **CONNECT}))
 
 
-def disk_store(stack: ExitStack, path: Path, **disk: Any) -> LocalStore:
+def disk_store(stack: ExitStack, path: Path, store: dict[str, Any] | None = None, **disk: Any) -> LocalStore:
     values = {"capacity_bytes": DISK_PAGES * PAGE_BYTES, "timeout_s": 0.5, **disk}
-    return stack.enter_context(open_small(path, **_sections({}), disk=values))
+    return stack.enter_context(open_small(path, **_sections(store or {}), disk=values))
 
 
 def faulty_disk_store(stack: ExitStack, path: Path) -> tuple[LocalStore, FaultyTier]:
@@ -480,7 +480,7 @@ def disk_unexpected(stack: ExitStack, path: Path) -> Scene:
 
 def host_pinned(stack: ExitStack, path: Path) -> Scene:
     """Every host slot holds a page that somebody has pinned."""
-    store = disk_store(stack, path)
+    store = disk_store(stack, path, store={"max_pinned_fraction": 1.0})
     pinned: list[Any] = []
 
     def strike() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import xxhash
 
+from kvstore.plan.records import RequestOptions
 from kvstore.service import pages
 from kvstore.service.client import RemoteStore
 from kvstore.service.connect import connect
@@ -99,12 +101,43 @@ def test_lookup_by_tokens_and_by_keys_agree(http: Http, store: RemoteStore) -> N
 def test_pin_unpin_ttl_and_delete_concern_the_prefix(http: Http, store: RemoteStore) -> None:
     save(store, store.request(prompt(5)))
 
-    assert http.post("/v1/pin", tokens=ids(5)) == {"blocks": 5}
+    pinned = http.post("/v1/pin", tokens=ids(5))
+    assert pinned["blocks"] == 5
+    assert 0 < pinned["until"] - time.time() <= 86400
     assert store.stats()["pinned_pages"] == 5
     assert http.post("/v1/unpin", tokens=ids(5)) == {"blocks": 5}
     assert http.post("/v1/ttl", tokens=ids(5), ttl_s=1000) == {"blocks": 5}
     assert http.post("/v1/delete", tokens=ids(5), first=2) == {"blocks": 3}
     assert http.post("/v1/lookup", tokens=ids(5))["num_blocks"] == 2
+
+
+def test_a_pin_of_more_than_the_budget_is_granted_in_part_and_told(http: Http, store: RemoteStore) -> None:
+    save(store, store.request(prompt(20)))
+
+    assert http.post("/v1/pin", tokens=ids(20))["blocks"] == 16  # half of this namespace's 32 slots
+    assert http.post("/v1/pin", tokens=ids(20, seed=1)) == {"blocks": 0, "until": None}
+
+    (kept,) = http.get("/v1/clients")["kept"]
+    assert (kept["holder"], kept["tenant"], kept["slots"]) == ("http", "local", 16)
+    assert 0 < kept["until"] - time.time() <= 86400
+    stats = store.stats()
+    assert (stats["kept_pages"], stats["keep_refused_pages"]) == (16, 4)
+
+
+def test_who_keeps_what_until_when_is_told_also_of_a_client_that_is_gone(http: Http, daemon: LocalDaemon) -> None:
+    assert daemon.config.service.socket is not None
+    until = time.time() + 60
+    with attach(daemon.config.service.socket, client="engine") as engine:
+        use(engine, prompt(5), RequestOptions(retain_until=until))
+        (client,) = http.get("/v1/clients")["clients"]
+        assert client["kept_slots"] == 5
+        assert client["kept_until"] == pytest.approx(until, abs=5)
+    wait_until(lambda: not http.get("/v1/clients")["clients"])
+
+    (kept,) = http.get("/v1/clients")["kept"]
+
+    assert (kept["holder"], kept["slots"]) == (f"engine (client {client['id']})", 5)
+    assert kept["until"] == pytest.approx(until, abs=5)
 
 
 def test_a_time_to_live_ends(http: Http, store: RemoteStore) -> None:

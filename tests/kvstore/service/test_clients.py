@@ -117,6 +117,11 @@ def test_clients_are_told_with_their_process_and_what_they_hold(http: Http, sock
         assert of(http, "engine 7")["oldest_lease_s"] is None
 
 
+def test_a_client_may_call_itself_anything_and_writes_no_line_into_log_or_json(http: Http, socket: Path) -> None:
+    with attach(socket, client="evil\n2026-11-29 ERROR\ud800\x1b[2J"):
+        assert of(http, "evil")["client"] == "evil?2026-11-29 ERROR??[2J"
+
+
 def test_what_a_stopped_client_on_this_machine_holds_is_out_of_use_and_told(http: Http, socket: Path) -> None:
     with attach(socket, client="watcher") as store:
         holder = Holder(f"unix://{socket}")

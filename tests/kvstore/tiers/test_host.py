@@ -109,7 +109,7 @@ class TestSeals:
 
         monkeypatch.setattr(os, "memfd_create", none)
 
-        with pytest.raises(ConfigError, match="shared memory.*memfd_create.*Function not implemented"):
+        with pytest.raises(ConfigError, match=r"shared memory.*memfd_create.*Function not implemented"):
             HostSlab(3, SLOT_BYTES, shared_name="kvstore-test")
 
 
