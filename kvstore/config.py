@@ -164,6 +164,11 @@ class RedisConfig(Section):
     )
     timeout_s: Seconds = Field(default=1.0, gt=0, le=600, description="Longest time for one batch of reads or writes.")
     connect_timeout_s: Seconds = Field(default=0.5, gt=0, le=600, description="Longest time for making a connection.")
+    idle_max_s: Seconds = Field(
+        default=180.0,
+        ge=0,
+        description="A connection idle for longer is made anew (NAT forgets after 4 to 6 minutes); 0: never.",
+    )
     prefix: PlainWord = Field(default="kv:", description="What every key on the server starts with.")
     capacity_bytes: Annotated[Bytes | None, OrNone] = Field(
         default=None,

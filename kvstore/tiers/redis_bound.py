@@ -20,10 +20,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from kvstore.errors import ConfigError
+from kvstore.direction import Direction
+from kvstore.errors import ConfigError, TierRefused
 from kvstore.page import PageKey, PageMeta
 from kvstore.tiers.base import StoredPage
 from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_refusal import OOM
 
 LEDGER = b"ledger"
 STEP_S = 1e-6  # between the ages of a block and of the one before it; a score has 53 bits, of which the time takes 31
@@ -80,7 +82,14 @@ class BoundedRedis:
         if evict:
             self.delete(evict, timeout_s=timeout_s)
         now = self._now()
-        leaving = self._enter(keys, [now - STEP_S * meta.depth for meta in metas], timeout_s=until - time.monotonic())
+        try:
+            scores = [now - STEP_S * meta.depth for meta in metas]
+            leaving = self._enter(keys, scores, timeout_s=until - time.monotonic())
+        except TierRefused as refusal:
+            if refusal.reason != OOM:
+                raise
+            self.counters.extra["oom_replies"] += 1  # there is no room for the ledger: neither is for pages
+            return [False] * len(keys)
         if leaving:
             self._tier.delete(leaving, timeout_s=until - time.monotonic())
             self.counters.extra["bound_evictions"] += len(leaving)
@@ -133,6 +142,13 @@ class BoundedRedis:
         """As RedisTier."""
         return self._tier.scan()
 
+    def probe(self, way: Direction, *, timeout_s: float) -> None:
+        """As RedisTier, and whether the ledger may be written."""
+        until = time.monotonic() + timeout_s
+        self._tier.probe(way, timeout_s=timeout_s)
+        if way is not Direction.READ:
+            self._strike([PageKey(b"probe")], timeout_s=until - time.monotonic())
+
     def ping(self, *, timeout_s: float) -> None:
         """As RedisTier."""
         self._tier.ping(timeout_s=timeout_s)
@@ -155,7 +171,8 @@ class BoundedRedis:
         count = self._tier.ask(self._name, commands, timeout_s=timeout_s)[-1]
         if not isinstance(count, int) or count <= self._most:
             return []
-        popped = self._tier.ask(self._name, [(b"ZPOPMIN", self._name, count - self._most)], timeout_s=timeout_s)[0]
+        pop = (b"ZPOPMIN", self._name, count - self._most)
+        popped = self._tier.ask(self._name, [pop], timeout_s=timeout_s, repeatable=False)[0]
         return [PageKey(member) for member in popped[::2]] if isinstance(popped, list) else []
 
     def _strike(self, keys: Sequence[PageKey], *, timeout_s: float) -> None:

@@ -12,9 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from redis.exceptions import MovedError, ResponseError
-
-from kvstore.errors import TierError
+from kvstore.tiers.redis_refusal import checked
 from kvstore.tiers.redis_wire import Wire
 
 ENDING = b":claim"  # no other part of a page has a name of that length
@@ -44,25 +42,24 @@ end
 return given
 """
 
-Work = Callable[[Wire, list[int]], None]
-
 
 class RedisClaims:
     """Takes and gives back claims. Thread rule as the tier's.
 
-    on_each_node: on_each_node(names, timeout_s, work) calls work(wire, indexes of its names) for each node.
+    on_each_node: on_each_node(names, timeout_s, work, all_nodes=True) calls work(wire, indexes of its names) for each
+                  node (`redis_calls.Calls`).
     is_cluster:   a script may only name keys of one slot there, so each key has a call of its own.
     """
 
-    def __init__(self, on_each_node: Callable[[Sequence[bytes], float, Work], None], *, is_cluster: bool) -> None:
+    def __init__(self, on_each_node: Callable[..., None], *, is_cluster: bool) -> None:
         self._on_each_node = on_each_node
         self._at_once = 1 if is_cluster else KEYS_AT_ONCE
 
     def take(self, heads: Sequence[bytes], token: bytes, lease_s: float, timeout_s: float) -> list[bool]:
         """Claim or renew the pages with these first keys; all False if the first is another's.
 
-        One round trip, two for many. Raises TierError for a server that takes no claims: that is an answer, and no
-        reason to take the tier out.
+        One round trip, two for many. Raises TierRefused for a server that takes no claims, which is no reason to store
+        no pages there.
         """
         deadline = time.monotonic() + timeout_s
         args = (token, max(1, int(lease_s * 1000)))
@@ -87,12 +84,9 @@ class RedisClaims:
             batches = [indexes[at : at + self._at_once] for at in range(0, len(indexes), self._at_once)]
             commands = [(b"EVAL", script, len(batch), *(names[i] for i in batch), *args) for batch in batches]
             for batch, reply in zip(batches, wire.ask(commands), strict=True):
-                if isinstance(reply, MovedError):
-                    raise reply
-                if isinstance(reply, ResponseError):
-                    raise TierError(f"redis takes no claims: {reply}")
+                checked(reply, f"{wire.where} takes no claims", wire.account)
                 for i, answer in zip(batch, reply, strict=False):
                     said[i] = answer == 1
 
-        self._on_each_node(names, timeout_s, run)
+        self._on_each_node(names, timeout_s, run, all_nodes=True)
         return said

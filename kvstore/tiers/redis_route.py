@@ -11,6 +11,7 @@ server has hung up, is never among them. Any thread.
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from bisect import bisect_right
@@ -25,10 +26,27 @@ from redis.exceptions import ResponseError
 from redis.retry import Retry
 
 from kvstore.errors import TierUnavailable
+from kvstore.tiers.redis_hedge import IDLE_S, Hedge
+from kvstore.tiers.redis_parser import PageParser, Reply
+from kvstore.tiers.redis_refusal import Account, is_denied, words
+from kvstore.tiers.redis_slots import SlotRange, place, read_shards, read_slots
 from kvstore.tiers.redis_url import Address, Kind, RedisTarget
-from kvstore.tiers.redis_wire import PageParser, Reply, Wire
+from kvstore.tiers.redis_wire import Wire
 
 _Answer = TypeVar("_Answer")
+
+# A connection that is idle keeps its place in the tables of NAT and load balancers (they forget after 4 to 6 minutes),
+# and one whose other end is gone is found dead within a minute, used or not. Options that a system lacks are left out.
+KEEPALIVE: dict[int, int] = {
+    getattr(socket, name): value
+    for name, value in (
+        ("TCP_KEEPIDLE", 30),
+        ("TCP_KEEPINTVL", 10),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 60_000),  # milliseconds; bounds what was sent and is not acknowledged
+    )
+    if hasattr(socket, name)
+}
 
 
 class Route(Protocol):
@@ -40,6 +58,9 @@ class Route(Protocol):
     def nodes(self, deadline: float) -> list[Node]:
         """All nodes that hold keys."""
 
+    def moved(self, address: Address, node: Node) -> None:
+        """`node` said that a slot has moved to `address`: `forget`, and ask there first."""
+
     def forget(self) -> None:
         """Drop idle connections and what is known about who holds what: something has changed or broken."""
 
@@ -47,44 +68,63 @@ class Route(Protocol):
         """Close every connection, idle now or given back later. Idempotent."""
 
 
-def make_route(target: RedisTarget, *, connections: int, connect_timeout_s: float) -> Route:
-    """The route of `target`: at most `connections` to each server at a time."""
+def make_route(
+    target: RedisTarget,
+    *,
+    connections: int,
+    connect_timeout_s: float,
+    idle_max_s: float = 0.0,
+    prefix: str = "",
+) -> Route:
+    """The route of `target`: at most `connections` to each server at a time.
+
+    idle_max_s: a connection that was idle for longer is not used again; 0 means any may be.
+    prefix:     of all our keys, for what to tell an operator whose account lacks a permission.
+    """
+    dialer = _Dialer(target, connect_timeout_s, prefix)
     if target.kind is Kind.CLUSTER:
-        return ClusterRoute(target, connections=connections, connect_timeout_s=connect_timeout_s)
+        return ClusterRoute(target, dialer, connections=connections, idle_max_s=idle_max_s)
     if target.kind is Kind.SENTINEL:
-        master = _Sentinels(target, connect_timeout_s)
-        where = f"{target.service} behind {_text(target.nodes[0])}"
-        return SingleRoute(Node(where, master.connect, connections))
-    dialer = _Dialer(target, connect_timeout_s)
+        master = _Sentinels(target, dialer)
+        where = f"{target.service} behind {text_of(target.nodes[0])}"
+        return SingleRoute(Node(where, master.connect, connections, idle_max_s=idle_max_s))
     address = target.nodes[0] if target.nodes else (target.path, 0)
-    return SingleRoute(Node(_text(address), lambda deadline: dialer.dial(address, deadline), connections))
+    return SingleRoute(
+        Node(text_of(address), lambda deadline: dialer.dial(address, deadline), connections, idle_max_s=idle_max_s)
+    )
 
 
 class Node:
-    """One server and the wires to it, at most `connections` at a time."""
+    """One server and the wires to it, at most `connections` at a time; one more while a silent one is replaced."""
 
-    def __init__(self, where: str, connect: Callable[[float], Wire], connections: int) -> None:
-        """`connect(deadline)` returns an open wire."""
+    def __init__(
+        self, where: str, connect: Callable[[float], Wire], connections: int, *, idle_max_s: float = 0.0
+    ) -> None:
+        """`connect(deadline)` returns an open wire. idle_max_s: as for `make_route`."""
         self.where = where
+        self._idle_max_s = idle_max_s
         self._connect = connect
         self._connections = connections
         self._closed = False
-        self._idle: list[Wire] = []
+        self._idle: list[tuple[Wire, float]] = []  # with the time since when; the youngest last
         self._begin()
 
     @contextmanager
-    def lease(self, deadline: float) -> Iterator[Wire]:
-        """A wire for one call. Raises TierUnavailable if none is free or can be made before `deadline`."""
+    def lease(self, deadline: float, *, repeatable: bool = False) -> Iterator[Wire]:
+        """A wire for one call. Raises TierUnavailable if none is free or can be made before `deadline`.
+
+        repeatable: what is asked first may be asked twice, where an idle connection turns out to be dead.
+        """
         if self._pid != os.getpid():
             # After a fork both processes hold the same sockets and would read each other's replies.
             inherited = self._idle
             self._begin()
-            for wire in inherited:
+            for wire, _ in inherited:
                 wire.close()  # redis-py closes only our copy of the socket: the parent's connection lives on
         if not self._permits.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TierUnavailable(f"redis {self.where}: all {self._connections} connections are busy")
         try:
-            wire = self._take(deadline)
+            wire = self._take(deadline, repeatable)
             try:
                 yield wire
             finally:
@@ -96,7 +136,7 @@ class Node:
         """Close the wires nobody uses; the next lease makes a new one."""
         with self._lock:
             idle, self._idle = self._idle, []
-        for wire in idle:
+        for wire, _ in idle:
             wire.close()
 
     def close(self) -> None:
@@ -111,22 +151,25 @@ class Node:
         self._lock = threading.Lock()
         self._idle = []
 
-    def _take(self, deadline: float) -> Wire:
+    def _take(self, deadline: float, repeatable: bool) -> Wire:
         while True:
             with self._lock:
                 if self._closed:
                     raise TierUnavailable(f"redis {self.where}: closed")
-                wire = self._idle.pop() if self._idle else None
+                wire, since = self._idle.pop() if self._idle else (None, 0.0)
             if wire is None:
                 return self._connect(deadline)
-            if wire.resume(deadline):
+            idle_s = time.monotonic() - since
+            is_young = not self._idle_max_s or idle_s <= self._idle_max_s
+            hedge = Hedge(self._connect, self.drop_idle) if repeatable and idle_s >= IDLE_S else None
+            if is_young and wire.resume(deadline, hedge):
                 return wire
             wire.close()
 
     def _give_back(self, wire: Wire) -> None:
         with self._lock:
             if wire.is_reusable and not self._closed:
-                self._idle.append(wire)
+                self._idle.append((wire, time.monotonic()))
                 return
         wire.close()
 
@@ -143,6 +186,10 @@ class SingleRoute:
     def nodes(self, deadline: float) -> list[Node]:
         return [self._node]
 
+    def moved(self, address: Address, node: Node) -> None:
+        host = text_of(address)
+        raise TierUnavailable(f"redis {node.where}: it is a node of a cluster ({host}); use redis+cluster://")
+
     def forget(self) -> None:
         self._node.drop_idle()
 
@@ -153,13 +200,17 @@ class SingleRoute:
 class ClusterRoute:
     """Each key on the master that has its slot."""
 
-    def __init__(self, target: RedisTarget, *, connections: int, connect_timeout_s: float) -> None:
+    def __init__(self, target: RedisTarget, dialer: _Dialer, *, connections: int, idle_max_s: float) -> None:
         self._seeds = target.nodes
-        self._dialer = _Dialer(target, connect_timeout_s)
+        self._is_tls = target.tls is not None
+        self._dialer = dialer
         self._connections = connections
+        self._idle_max_s = idle_max_s
+        self._knows_best: Address | None = None  # told of by a redirection
+        self._by_name: dict[str, Address] = {}  # of the nodes, for redirections
         self._lock = threading.Lock()
         self._nodes: dict[Address, Node] = {}
-        self._ranges: list[tuple[int, int, Address]] = []  # first slot, last slot, master; sorted
+        self._ranges: list[SlotRange] = []  # sorted
         self._closed = False
 
     def split(self, keys: Sequence[bytes], deadline: float) -> list[tuple[Node, list[int]]]:
@@ -177,6 +228,13 @@ class ClusterRoute:
     def nodes(self, deadline: float) -> list[Node]:
         return [self._node(address) for address in dict.fromkeys(a for _, _, a in self._slot_ranges(deadline))]
 
+    def moved(self, address: Address, node: Node) -> None:
+        asked = self._by_name.get(node.where, self._seeds[0])
+        self.forget()
+        with self._lock:
+            # The node that was asked may be slow to learn of the change; the one that has the slot knows it.
+            self._knows_best = place(address[0], address[1], asked)
+
     def forget(self) -> None:
         with self._lock:
             self._ranges = []
@@ -191,33 +249,36 @@ class ClusterRoute:
         for node in nodes:
             node.close()
 
-    def _slot_ranges(self, deadline: float) -> list[tuple[int, int, Address]]:
+    def _slot_ranges(self, deadline: float) -> list[SlotRange]:
         with self._lock:
             if self._ranges:
                 return self._ranges
-            addresses = list(dict.fromkeys([*self._seeds, *self._nodes]))
+            first = [self._knows_best] if self._knows_best is not None else []
+            addresses = list(dict.fromkeys([*first, *self._seeds, *self._nodes]))
+            self._knows_best = None
         # Outside the lock: two threads may both ask, which costs one more round trip and never a wait on a dead server.
         ranges = _first_answer(addresses, deadline, self._ask_slots, "no cluster node answers")
         with self._lock:
             self._ranges = ranges
         return ranges
 
-    def _ask_slots(self, address: Address, deadline: float) -> list[tuple[int, int, Address]]:
-        with self._node(address).lease(deadline) as wire:
+    def _ask_slots(self, address: Address, deadline: float) -> list[SlotRange]:
+        with self._node(address).lease(deadline, repeatable=True) as wire:
             (reply,) = wire.ask([(b"CLUSTER", b"SLOTS")])
+            if is_denied(reply):  # an ACL may allow one of the two
+                (reply,) = wire.ask([(b"CLUSTER", b"SHARDS")])
+        where = f"redis {text_of(address)}"
         if isinstance(reply, ResponseError):
-            raise TierUnavailable(f"redis {_text(address)}: {reply}; use redis:// for a server that is not a cluster")
+            hint = "; use redis:// for a server that is not a cluster" if "support disabled" in str(reply) else ""
+            raise TierUnavailable(f"{where}: {words(reply, wire.account)}{hint}")
         try:
-            # A node that does not know its own name leaves it empty: it is the one we asked.
-            ranges = [
-                (int(first), int(last), (master[0].decode() or address[0], int(master[1])))
-                for first, last, master, *_ in reply
-            ]
+            is_slots = not reply or isinstance(reply[0][0], int)
+            ranges = read_slots(reply, address) if is_slots else read_shards(reply, address, is_tls=self._is_tls)
         except (TypeError, ValueError, LookupError, AttributeError) as error:
-            raise TierUnavailable(f"redis {_text(address)}: its table of slots cannot be read: {error}") from error
+            raise TierUnavailable(f"{where}: its table of slots cannot be read: {error}") from error
         if not ranges:
-            raise TierUnavailable(f"redis {_text(address)}: the cluster has no slots assigned")
-        return sorted(ranges)
+            raise TierUnavailable(f"{where}: the cluster has no slots assigned")
+        return ranges
 
     def _node(self, address: Address) -> Node:
         with self._lock:
@@ -225,17 +286,23 @@ class ClusterRoute:
                 raise TierUnavailable("redis cluster: closed")
             if address not in self._nodes:
                 self._nodes[address] = Node(
-                    _text(address), lambda deadline: self._dialer.dial(address, deadline), self._connections
+                    text_of(address),
+                    lambda deadline: self._dialer.dial(address, deadline),
+                    self._connections,
+                    idle_max_s=self._idle_max_s,
                 )
+                self._by_name[text_of(address)] = address
             return self._nodes[address]
 
 
 class _Dialer:
     """Makes wires with the credentials and TLS options of a target."""
 
-    def __init__(self, target: RedisTarget, connect_timeout_s: float) -> None:
+    def __init__(self, target: RedisTarget, connect_timeout_s: float, prefix: str) -> None:
         self._target = target
         self._connect_timeout_s = connect_timeout_s
+        extra = (*(("cluster|slots",) if target.kind is Kind.CLUSTER else ()), *(("select",) if target.db else ()))
+        self._account = Account(target.username or "default", f"{prefix}*", extra)
         self._common: dict[str, Any] = {
             "db": target.db,
             "username": target.username,
@@ -251,6 +318,7 @@ class _Dialer:
         else:
             kind = Connection if self._target.tls is None else SSLConnection
             arguments["host"], arguments["port"] = address
+            arguments["socket_keepalive"], arguments["socket_keepalive_options"] = True, KEEPALIVE
             arguments.update(self._target.tls or {})
 
         def connect(parser: PageParser) -> Any:
@@ -262,7 +330,7 @@ class _Dialer:
                 **arguments,
             )
 
-        wire = Wire(_text(address), connect)
+        wire = Wire(text_of(address), connect, self._account)
         wire.open(deadline, connect_timeout_s=self._connect_timeout_s)
         return wire
 
@@ -270,9 +338,9 @@ class _Dialer:
 class _Sentinels:
     """Asks sentinels for the master, then connects to it."""
 
-    def __init__(self, target: RedisTarget, connect_timeout_s: float) -> None:
+    def __init__(self, target: RedisTarget, dialer: _Dialer) -> None:
         self._target = target
-        self._dialer = _Dialer(target, connect_timeout_s)
+        self._dialer = dialer
 
     def connect(self, deadline: float) -> Wire:
         """Return an open wire to the present master."""
@@ -290,12 +358,12 @@ class _Sentinels:
             wire.close()
         if not isinstance(reply, list):
             failure = reply or f"knows no master named {target.service!r}"
-            raise TierUnavailable(f"redis sentinel {_text(address)}: {failure}")
+            raise TierUnavailable(f"redis sentinel {text_of(address)}: {failure}")
         try:
             host, port = reply
             return host.decode(), int(port)
         except (TypeError, ValueError, AttributeError) as error:
-            raise TierUnavailable(f"redis sentinel {_text(address)}: its answer cannot be read: {error}") from error
+            raise TierUnavailable(f"redis sentinel {text_of(address)}: its answer cannot be read: {error}") from error
 
 
 def _first_answer(
@@ -312,7 +380,8 @@ def _first_answer(
     raise TierUnavailable(f"{failure}: " + "; ".join(errors))
 
 
-def _text(address: Address) -> str:
+def text_of(address: Address) -> str:
+    """host:port as a URL has it."""
     host, port = address
     if not port:
         return host

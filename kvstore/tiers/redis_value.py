@@ -40,6 +40,11 @@ class KeyNames:
         tag = b"{%s}" % key[:8].hex().encode() if self._tagged else b""
         return self.prefix + tag + key
 
+    def beside(self, what: bytes, number: int) -> bytes:
+        """A name under the prefix that no page has; in a cluster, each number lies elsewhere."""
+        tag = b"{%d}" % number if self._tagged else b""
+        return self.prefix + tag + what
+
     @property
     def pattern(self) -> bytes:
         """Matches every key under the prefix, and no other, in SCAN's language."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.errors import TierError, TierUnavailable
+from kvstore.errors import TierError, TierRefused
 from kvstore.tiers.base import Claimable
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_claims import KEYS_AT_ONCE
@@ -128,5 +128,5 @@ def test_a_server_that_takes_no_claims_still_takes_pages(server: tuple[str, Any]
         with pytest.raises(TierError, match="takes no claims") as refused:
             claim(tier, keys_of("claim", 2), A)
 
-        assert not isinstance(refused.value, TierUnavailable)
+        assert isinstance(refused.value, TierRefused)
         assert tier.contains(keys_of("claim", 2), timeout_s=TIMEOUT_S) == [False] * 2
