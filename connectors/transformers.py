@@ -24,6 +24,7 @@ from connectors.transformers_run import GenerationRun, PromptRun
 from connectors.transformers_text import Sampler, Sampling, TextStream
 from kvstore.base import KVStore
 from kvstore.errors import RequestError, UnsupportedModel
+from kvstore.forks import forbid, harmless
 from kvstore.plan.records import RequestOptions
 from radix.tokens import TokenArray
 
@@ -100,6 +101,7 @@ class KVCacheModel:
                 load_deadline_s=load_deadline_s,
                 single_flight=single_flight,
             )
+            forbid(self)  # the store is its parent's in a forked child, and the thread that saves is not there
 
     @classmethod
     def open(
@@ -226,6 +228,7 @@ class KVCacheModel:
         """Wait until what was saved so far can be found by the next request; False if the time ran out."""
         return self.connector is None or self.connector.saves.flush(timeout_s)
 
+    @harmless
     def close(self) -> None:
         """Finish the saves under way; close the store if `open` made it. Idempotent."""
         if self.connector is not None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from kvstore.dispatcher import Dispatcher
 from kvstore.errors import ConfigError
+from kvstore.forks import forbid
 from kvstore.move.lane import Lane
 from kvstore.plan.cascade import TierPlan
 from kvstore.plan.journal import Shortfall
@@ -26,6 +27,7 @@ class Admin:
         self._dispatcher = dispatcher
         self._planner = dispatcher.planner
         self._lock = dispatcher.lock
+        forbid(self)
 
     # ---- what is asked ----------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from kvstore.errors import StoreClosed
+from kvstore.forks import forbid
 from kvstore.move.lane import Lane, TierState
 from kvstore.move.mover import Mover
 from kvstore.plan.planner import Planner
@@ -51,6 +52,7 @@ class Dispatcher:
         self._listeners: list[Callable[[], None]] = []
         self._discard = discard
         self.mover = Mover(lanes, self._on_outcome, self._on_tier_state, self._on_tick, now=now)
+        forbid(self)
 
     # ---- under the lock ---------------------------------------------------------------------------------------
 

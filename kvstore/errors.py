@@ -53,6 +53,10 @@ class TierRefused(TierUnavailable):
         return str(self.args[0])
 
 
+class StoreForked(StoreClosed, TierUnavailable):
+    """A forked child used what the process before it had opened. Open a store of its own in the child."""
+
+
 class TierFull(TierError):
     """No room is left and nothing can be evicted."""
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from kvstore.admin import Admin
 from kvstore.dispatcher import Dispatcher
 from kvstore.errors import RequestError
+from kvstore.forks import forbid, harmless
 from kvstore.layout import Layout
 from kvstore.move.lane import Lane
 from kvstore.plan.journal import BlockEvent, Journal
@@ -42,7 +43,7 @@ class LocalStore(RequestMaker):
     """A KVStore (see base.py) that plans and keeps its pages in this process. Any thread.
 
     Made by `kvstore.build.open_store`, which owns the choice of tiers and policies. Use it as a context manager, or
-    close it.
+    close it. In a forked child every call raises StoreForked (see forks.py).
 
     admin: what operators ask and change, while requests run.
     """
@@ -68,6 +69,7 @@ class LocalStore(RequestMaker):
         self._dispatcher = Dispatcher(planner, lanes, slab.discard, now)
         self._lock = self._dispatcher.lock
         self.admin = Admin(self._dispatcher)
+        forbid(self)
 
     @property
     def layout(self) -> Layout:
@@ -325,6 +327,7 @@ class LocalStore(RequestMaker):
         with self._lock:
             self._planner.check()
 
+    @harmless
     def close(self, timeout_s: float | None = None) -> None:
         """Write behind what is left, stop all threads, give everything back."""
         timeout_s = self._close_timeout_s if timeout_s is None else timeout_s

@@ -31,6 +31,7 @@ from typing import NamedTuple, ParamSpec
 
 from kvstore.direction import ALL_DIRECTIONS, Direction
 from kvstore.errors import ConfigError, TierError, TierRefused, TierUnavailable
+from kvstore.forks import forbid
 from kvstore.move.backlog import Backlog
 from kvstore.move.breaker import Breaker
 from kvstore.move.calls import call_tier, moved_bytes
@@ -130,6 +131,7 @@ class Lane:
         self._deliver: Callable[[Outcome], None]
         self._emit: Callable[[Event], None]
         self._now: Callable[[], float]
+        forbid(self)
 
     def start(
         self,

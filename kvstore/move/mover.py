@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import ParamSpec
 
 from kvstore.errors import ConfigError, StoreClosed
+from kvstore.forks import forbid, harmless
 from kvstore.move.lane import Event, Lane, TierState
 from kvstore.plan.records import Outcome, Transfer
 
@@ -66,6 +67,7 @@ class Mover:
             lane.start(self._deliver, self._inbox.put, now)
         self._housekeeper = threading.Thread(target=self._keep_house, name="kvstore-housekeeper", daemon=True)
         self._housekeeper.start()
+        forbid(self)
 
     def submit(self, transfers: Sequence[Transfer]) -> None:
         """Queue transfers in their lanes. Never blocks, never calls back. Raises StoreClosed once `close` is over."""
@@ -122,6 +124,7 @@ class Mover:
             self.lanes = {other: lane for other, lane in self.lanes.items() if other != name}
         return True
 
+    @harmless
     def close(self, timeout_s: float) -> int:
         """Drop what waits, let the workers finish what they carry, join all threads; return how many were dropped.
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvstore.errors import ConfigError, RequestError, StoreClosed, TierUnavailable
+from kvstore.forks import forbid, harmless
 from kvstore.move.counters import LaneCounters
 from kvstore.move.lane import Lane
 from kvstore.move.mover import Mover
@@ -119,6 +120,7 @@ class RowMover:
         self._num_open = 0
         self._is_closed = False
         self._mover = Mover(make_lanes(self._slot_view), self._landed, lambda state: None, lambda: None, now=now)
+        forbid(self)
 
     # ---- verbs --------------------------------------------------------------------------------------------------
 
@@ -174,6 +176,7 @@ class RowMover:
             if load is None or not load.is_given_up:
                 answered.append(outcome)
 
+    @harmless
     def close(self, timeout_s: float) -> int:
         """Drop what waits, let lanes finish what they carry, close the tiers; return how many transfers were lost."""
         if self._is_closed:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 
 from kvstore.errors import ConfigError
+from kvstore.forks import forbid, harmless
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Worker:
         self._changed = threading.Condition(threading.Lock())
         self._thread = threading.Thread(target=self._work, name=f"kvstore-{name}", daemon=True)
         self._thread.start()
+        forbid(self)
 
     def submit(self, job: Job) -> bool:
         """Queue a job; False, and nothing is kept, where the queue is full or the worker closed. Never blocks."""
@@ -60,6 +62,7 @@ class Worker:
             target = self._num_submitted
             return self._changed.wait_for(lambda: self.num_done >= target, timeout_s)
 
+    @harmless
     def close(self, timeout_s: float) -> int:
         """Finish what is queued, at most `timeout_s`, then drop the rest and join; return how many were dropped.
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.errors import RequestError, StoreClosed
+from kvstore.forks import forbid, harmless
 from kvstore.layout import Layout
 from kvstore.plan.journal import BlockEvent
 from kvstore.plan.records import CutReason, LeaseStatus, LoadLease, Match, Request, SaveLease
@@ -79,6 +80,8 @@ class RemoteStore(RequestMaker):
         self._leases = Leases(self._link, memory)
         self._calls = Calls(self._link)
         self._follower: Follower | None = None
+        if not memory.is_shared:
+            forbid(self)  # the staging memory is the parent's; where the daemon shares its own, a child attaches anew
         try:
             self._link.attach()
         except DaemonDown:
@@ -316,6 +319,7 @@ class RemoteStore(RequestMaker):
         except (DaemonDown, ProtocolError):
             return {}
 
+    @harmless
     def close(self, timeout_s: float | None = None) -> None:
         """Detach: the daemon releases what was leased and keeps the pages. Idempotent."""
         if self._is_closed:

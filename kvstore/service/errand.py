@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from kvstore.forks import in_child
 from kvstore.service.wire import Wire
 
 JOIN_S = 5.0  # for a dial that hangs, as in asking for a host's address; all else is cut short
@@ -18,6 +19,7 @@ class Errand:
         self._wire: Wire | None = None
         self._thread = threading.Thread(target=run, args=(self,), name=f"kvstore-{name}", daemon=True)
         self._thread.start()
+        in_child(self, Errand._begin_anew)
 
     def rest(self, seconds: float) -> bool:
         """Do nothing for a while; True, at once, if the errand is to end."""
@@ -31,6 +33,11 @@ class Errand:
             wire.close()
             raise ConnectionAbortedError("the store is closed")
         return wire
+
+    def _begin_anew(self) -> None:
+        """In a forked child, where the thread is not."""
+        self._is_over = threading.Event()
+        self._wire = None
 
     def end(self) -> None:
         """Cut short what it waits for, and join it. Idempotent."""

@@ -12,6 +12,7 @@ import threading
 import time
 
 from kvstore.errors import RequestError
+from kvstore.forks import in_child
 from kvstore.plan.journal import BlockEvent, Event
 from kvstore.service import messages
 from kvstore.service.attachment import DaemonDown, error_of
@@ -38,17 +39,27 @@ class Follower:
         self._num_keys = 0
         self._has_told = False  # since the last DROPPED
         self._lock = threading.Lock()  # of these three
-        self._errand = Errand("events", self._run)
+        self._errand: Errand | None = Errand("events", self._run)
+        in_child(self, Follower._begin_anew)
 
     def take(self) -> list[BlockEvent]:
         """The news since the last call."""
+        if self._errand is None:  # in a forked child
+            self._errand = Errand("events", self._run)
         with self._lock:
             events, self._events, self._num_keys = self._events, [], 0
         return events
 
     def close(self) -> None:
         """Stop asking. After the link is closed; idempotent."""
-        self._errand.end()
+        if self._errand is not None:
+            self._errand.end()
+
+    def _begin_anew(self) -> None:
+        """In a forked child: what was told to the parent may not be so any more, and the child has to ask by itself."""
+        self._lock = threading.Lock()
+        self._events, self._num_keys = [BlockEvent(Event.DROPPED, time.time())], 0
+        self._errand = None
 
     def _run(self, errand: Errand) -> None:
         pause_s = 0.0

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from kvstore.errors import RequestError
+from kvstore.forks import in_child
 from kvstore.plan.records import LeaseState, LeaseStatus, SlotPage
 from kvstore.service import messages
 from kvstore.service.attachment import Attachment, DaemonDown
@@ -48,6 +49,7 @@ class Leases:
         self._ids = count(1)
         self._held: dict[int, Held] = {}
         self._lock = threading.Lock()  # of the two above; never held while calling
+        in_child(self, Leases._begin_anew)
 
     def next_id(self) -> int:
         """The number of one more lease."""
@@ -130,6 +132,11 @@ class Leases:
             self._memory.close()
 
     # ---- private ------------------------------------------------------------------------------------------------
+
+    def _begin_anew(self) -> None:
+        """In a forked child: the leases are its parent's, as are the slots they name."""
+        self._lock = threading.Lock()
+        self._held = {}
 
     def _bring(self, lease_id: int, held: Held, status: LeaseStatus, until: float) -> None:
         """Receive the pages of a load that is ready over there."""

@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 
 from kvstore.errors import ConfigError, LayoutMismatch
+from kvstore.forks import in_child
 from kvstore.service.attachment import Attachment, DaemonDown, error_of, greet
 from kvstore.service.errand import Errand
 from kvstore.service.protocol import Op, ProtocolError, Status
@@ -68,7 +67,7 @@ class Link:
         self._pause_s = 0.0
         self._seeker: Errand | None = None
         self._lock = threading.Lock()  # of these and the attachment; never held while calling
-        _links.add(self)
+        in_child(self, Link.forget)
 
     def attach(self, timeout_s: float = HELLO_TIMEOUT_S) -> Attachment:
         """Say hello for the first time. If that fails the daemon is sought from then on.
@@ -252,14 +251,3 @@ class Link:
 
     def _longer(self, pause_s: float) -> float:
         return min(self._retry_max_s, max(FIRST_PAUSE_S, 2 * pause_s))
-
-
-_links: weakref.WeakSet[Link] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for link in list(_links):
-        link.forget()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -15,6 +15,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.errors import StoreForked
+from kvstore.forks import in_child
 from kvstore.plan.records import SlotPage
 from kvstore.service.attachment import EPOCH_BITS, Attachment
 from kvstore.service.slab import SlabShare
@@ -85,6 +87,7 @@ class SharedMemory:
         self._socket = socket
         self._slabs: dict[int, HostSlab] = {}  # by epoch
         self._shares: dict[int, SlabShare] = {}
+        in_child(self, SharedMemory._begin_anew)
 
     def enter(self, attachment: Attachment) -> None:
         slab = attachment.slab
@@ -115,10 +118,10 @@ class SharedMemory:
         pass
 
     def view(self, slot: int) -> memoryview:
-        return self._slabs[slot >> EPOCH_BITS].view(slot & _IN_SLAB)
+        return self._slab_of(slot).view(slot & _IN_SLAB)
 
     def array(self, slot: int) -> npt.NDArray[np.uint8]:
-        return self._slabs[slot >> EPOCH_BITS].array(slot & _IN_SLAB)
+        return self._slab_of(slot).array(slot & _IN_SLAB)
 
     def buffer(self, current: Attachment | None) -> npt.NDArray[np.uint8] | None:
         return None if current is None or current.slab is None else current.slab.buffer
@@ -130,6 +133,18 @@ class SharedMemory:
     def close(self) -> None:
         for slab in self._slabs.values():
             slab.close()
+
+    def _slab_of(self, slot: int) -> HostSlab:
+        try:
+            return self._slabs[slot >> EPOCH_BITS]
+        except KeyError:
+            raise StoreForked(
+                f"slot {slot} is in no slab that this process has: its lease ended, or is a parent's"
+            ) from None
+
+    def _begin_anew(self) -> None:
+        """In a forked child, which is given the slab again when it says hello."""
+        self._slabs, self._shares = {}, {}
 
 
 class StagedMemory:

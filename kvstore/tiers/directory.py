@@ -26,7 +26,7 @@ from pathlib import Path
 
 import lmdb
 
-from kvstore.errors import ConfigError, CorruptPage, LayoutMismatch, TierFull, TierUnavailable
+from kvstore.errors import ConfigError, CorruptPage, LayoutMismatch, StoreForked, TierFull, TierUnavailable
 from kvstore.tiers.directory_lock import DirectoryLock
 from kvstore.tiers.disk_index import DiskIndex
 from kvstore.tiers.disk_meta import Geometry
@@ -96,8 +96,7 @@ class DiskDirectory:
         Raises TierFull where the index has no room left, TierUnavailable where it cannot be used. After damage the
         directory stays unavailable until `revive`.
         """
-        if os.getpid() != self.pid:
-            raise TierUnavailable(f"disk tier: {self.path} was opened before a fork; start children by spawn")
+        self._check_process()
         self._gate.enter()
         try:
             assert self._index is not None
@@ -115,6 +114,7 @@ class DiskDirectory:
 
     def revive(self) -> None:
         """Open again what broke; nothing if nothing did. Raises TierUnavailable if it still cannot be used."""
+        self._check_process()
         if not self._is_broken:
             return
         with self._opening:
@@ -151,6 +151,10 @@ class DiskDirectory:
             else:
                 _log.error("disk tier: calls into %s have not ended; its files stay open", self.path)
         return True
+
+    def _check_process(self) -> None:
+        if os.getpid() != self.pid:
+            raise StoreForked(f"disk tier: {self.path} was opened before a fork; start children by spawn")
 
     def _refit(self, num_slots: int) -> None:
         """Change the number of slots while tiers of this process use the directory: they wait outside meanwhile."""
@@ -368,6 +372,14 @@ def release(directory: DiskDirectory) -> None:
         if directory.leave():
             for identity in [identity for identity, opened in _opened.items() if opened is directory]:
                 del _opened[identity]
+
+
+def _after_fork() -> None:
+    global _opened_lock
+    _opened_lock = threading.Lock()  # another thread may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

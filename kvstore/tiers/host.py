@@ -8,6 +8,11 @@ size is sealed: a process that was given it cannot cut it short, which would end
 The hard thing is asking for more memory than there is: Linux would grant it and kill somebody later, so the slab is
 compared with what is available before anything is touched.
 
+A forked child is left without it: the mapping reads as zeros there, and what is written to it stays in the child. So
+views that were handed out before the fork neither crash it nor reach the parent's pages, and the parent keeps its huge
+pages, which copy-on-write would take to pieces. (MADV_DONTFORK does the latter too, but leaves a hole: a child ends by
+SIGSEGV where it touches an old view, and unmaps what has come into the hole when it lets the view go.)
+
 Any thread: which slot belongs to whom is the planner's business.
 """
 
@@ -28,15 +33,18 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.errors import ConfigError
+from kvstore.forks import forbid, harmless, in_child
 from kvstore.layout import SLOT_ALIGNMENT
 from kvstore.tiers.memory_limit import available_memory
 
 HUGE_PAGE_BYTES = 2 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the mmap module
+_MADV_WIPEONFORK = 18  # Linux 4.14; not in the mmap module
 _MADV_REMOVE = 9  # not in the mmap module before Python 3.13
 _MAP_FIXED = 0x10  # not in the mmap module
 _MFD_NOEXEC_SEAL = 0x8  # Linux 6.3; not in the os module. Where vm.memfd_noexec is 2, no memfd is given without it
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_MAP_NORESERVE = 0x4000  # not in the mmap module before Python 3.13
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _SPARE_BYTES = 64 << 20  # what a full slab leaves of the available memory for everybody else
 
@@ -67,6 +75,14 @@ class SlabHandle(NamedTuple):
 # Private slabs that somebody asked the handle of, by its path.
 _private: weakref.WeakValueDictionary[str, HostSlab] = weakref.WeakValueDictionary()
 _private_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _private_lock
+    _private_lock = threading.Lock()  # another thread may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class HostSlab:
@@ -178,6 +194,7 @@ class HostSlab:
         for slot in slots:
             _advise(self.array(slot), advice)
 
+    @harmless
     def close(self) -> None:
         """Let go of the memory; it returns to the system with the last view that callers still hold. Idempotent."""
         with _private_lock:
@@ -188,6 +205,7 @@ class HostSlab:
         self._close_fd()
 
     def _cut(self) -> None:
+        forbid(self, HostSlab._close_fd)  # the descriptor would keep the memory alive for as long as a child lives
         slab = self.buffer.data
         bounds = range(0, self.num_slots * self.slot_bytes, self.slot_bytes)
         self._views = [slab[start : start + self.slot_bytes] for start in bounds]
@@ -261,7 +279,18 @@ def _map(size: int, fd: int | None) -> npt.NDArray[np.uint8]:
         protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED
         if _libc.mmap(whole.ctypes.data + start, size, protection, flags, fd, 0) == _MAP_FAILED:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return whole[start : start + size]
+    slab = whole[start : start + size]
+    if fd is not None or not _advise(slab, _MADV_WIPEONFORK):  # which the kernel has for private memory only
+        in_child(whole, lambda whole: _blank(whole.ctypes.data + start, size))
+    return slab
+
+
+def _blank(address: int, size: int) -> None:
+    """Put memory of this process's own, which reads as zeros, where a mapping was inherited."""
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE
+    if _libc.mmap(address, size, protection, flags, -1, 0) == _MAP_FAILED:
+        os._exit(70)  # a child that could write into its parent's pages must not go on; EX_SOFTWARE
 
 
 def _advise(buffer: npt.NDArray[np.uint8], advice: int) -> bool:

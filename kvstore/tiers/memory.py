@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.errors import ConfigError, CorruptPage, TierUnavailable
+from kvstore.forks import forbid, harmless
 from kvstore.page import PageKey, PageMeta, decode_header, encode_header, verify_page
 from kvstore.tiers.base import StoredPage, TierCounters
 
@@ -49,6 +50,7 @@ class MemoryTier:
         self._lock = threading.Lock()
         self._copies: dict[PageKey, _Copy] = {}
         self._is_closed = False
+        forbid(self)
 
     @property
     def capacity_pages(self) -> int | None:
@@ -116,6 +118,7 @@ class MemoryTier:
         """Raise TierUnavailable once closed."""
         self._check_open()
 
+    @harmless
     def close(self) -> None:
         """Forget everything. Idempotent."""
         with self._lock:

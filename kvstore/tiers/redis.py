@@ -25,6 +25,7 @@ from redis.exceptions import OutOfMemoryError, ResponseError
 from kvstore.codec import codec_by_name
 from kvstore.direction import Direction
 from kvstore.errors import ConfigError, CorruptPage, TierUnavailable
+from kvstore.forks import in_child
 from kvstore.page import HEADER_BYTES, PageKey, PageMeta
 from kvstore.tiers.base import StoredPage, TierCounters
 from kvstore.tiers.redis_calls import Calls
@@ -109,6 +110,10 @@ class RedisTier:
         self._calls = Calls(self._route, self._count)
         self._claims = RedisClaims(self._calls.on_each_node, is_cluster=target.kind is Kind.CLUSTER)
         self._probe = RedisProbe(self._calls, self._claims, self._names_on_each_node, in_parts=self._max_parts > 1)
+        in_child(self, RedisTier._begin_anew)
+
+    def _begin_anew(self) -> None:
+        self._count_lock = threading.Lock()  # in a forked child: another thread of the parent may have held it
 
     @property
     def capacity_pages(self) -> int | None:

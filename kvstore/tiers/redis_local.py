@@ -89,6 +89,7 @@ class LocalRedis:
         self._tls_key = tls_key
         self.arguments = tuple(arguments)
         self._start_timeout_s = start_timeout_s
+        self._pid = os.getpid()  # a forked child that exits must not end its parent's server
         self._process: subprocess.Popen[bytes] | None = None
         self._directory: Path | None = None
         self.port = 0
@@ -113,7 +114,9 @@ class LocalRedis:
                 raise RedisDidNotStart(f"redis-server on port {port} did not start: {words}")
 
     def stop(self) -> None:
-        """End the server and remove its directory. Idempotent."""
+        """End the server and remove its directory. Idempotent; nothing in a process that did not start it."""
+        if self._pid != os.getpid():
+            return
         self._reap()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)

@@ -10,7 +10,6 @@ server has hung up, is never among them. Any thread.
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 import time
@@ -26,6 +25,7 @@ from redis.exceptions import ResponseError
 from redis.retry import Retry
 
 from kvstore.errors import TierUnavailable
+from kvstore.forks import in_child
 from kvstore.tiers.redis_hedge import IDLE_S, Hedge
 from kvstore.tiers.redis_parser import PageParser, Reply
 from kvstore.tiers.redis_refusal import Account, is_denied, words
@@ -108,6 +108,7 @@ class Node:
         self._closed = False
         self._idle: list[tuple[Wire, float]] = []  # with the time since when; the youngest last
         self._begin()
+        in_child(self, Node._begin_anew)
 
     @contextmanager
     def lease(self, deadline: float, *, repeatable: bool = False) -> Iterator[Wire]:
@@ -115,12 +116,6 @@ class Node:
 
         repeatable: what is asked first may be asked twice, where an idle connection turns out to be dead.
         """
-        if self._pid != os.getpid():
-            # After a fork both processes hold the same sockets and would read each other's replies.
-            inherited = self._idle
-            self._begin()
-            for wire, _ in inherited:
-                wire.close()  # redis-py closes only our copy of the socket: the parent's connection lives on
         if not self._permits.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TierUnavailable(f"redis {self.where}: all {self._connections} connections are busy")
         try:
@@ -146,10 +141,16 @@ class Node:
         self.drop_idle()
 
     def _begin(self) -> None:
-        self._pid = os.getpid()
         self._permits = threading.BoundedSemaphore(self._connections)
         self._lock = threading.Lock()
         self._idle = []
+
+    def _begin_anew(self) -> None:
+        """In a forked child: both processes hold the same sockets, and would read each other's replies."""
+        inherited = self._idle
+        self._begin()
+        for wire, _ in inherited:
+            wire.close()  # redis-py closes only our copy of the socket: the parent's connection lives on
 
     def _take(self, deadline: float, repeatable: bool) -> Wire:
         while True:
@@ -212,6 +213,10 @@ class ClusterRoute:
         self._nodes: dict[Address, Node] = {}
         self._ranges: list[SlotRange] = []  # sorted
         self._closed = False
+        in_child(self, ClusterRoute._begin_anew)
+
+    def _begin_anew(self) -> None:
+        self._lock = threading.Lock()  # another thread of the parent may have held it
 
     def split(self, keys: Sequence[bytes], deadline: float) -> list[tuple[Node, list[int]]]:
         ranges = self._slot_ranges(deadline)

@@ -1,6 +1,7 @@
 """KVCacheModel: answers, streams, ends and reports, with and without a store."""
 
 import gc
+import os
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from connectors.transformers_cache import Span
 from connectors.transformers_identity import model_namespace
 from connectors.transformers_layout import model_layout
 from connectors.transformers_loads import Loaded
-from kvstore.errors import ConfigError, RequestError
+from kvstore.errors import ConfigError, RequestError, StoreForked
 from tests.helpers.dict_store import DictStore
 from tests.helpers.tiny_models import MAX_TOKENS, random_ids, tiny_model
 
@@ -331,3 +332,23 @@ def test_the_connector_keeps_the_protocol(model: Any) -> None:
         verbs = [name for name in vars(Connector) if not name.startswith("_")]
         assert len(verbs) == 6
         assert all(callable(getattr(connector, verb)) for verb in verbs)
+
+
+def test_a_forked_child_is_told_at_once_and_the_parent_goes_on(model: Any) -> None:
+    kv = KVCacheModel(model, dict_store(model), prefill_chunk=CHUNK)
+    ids = random_ids(40, seed=3)
+    expected = kv.generate(ids, max_new_tokens=2).tokens
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            kv.generate(ids, max_new_tokens=2)
+        except StoreForked:
+            kv.close()
+            code = 0
+        finally:
+            os._exit(code)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert kv.generate(ids, max_new_tokens=2).tokens == expected
+    kv.close()
