@@ -20,11 +20,14 @@ class Hint(NamedTuple):
     ttl_s:    time to live, overriding the policy's own; None keeps the policy's.
     hits:     uses since the key was stored; lets a frequency-aware policy keep what it learned while the key was
               pinned.
+    left_s:   seconds until the deadline of a key that has lived before; from its next use on it has its ttl again.
+              None: the key begins to live now.
     """
 
     priority: int = 0
     ttl_s: float | None = None
     hits: int = 0
+    left_s: float | None = None
 
 
 NO_HINT = Hint()
@@ -52,7 +55,10 @@ class EvictionPolicy(Protocol[K]):
         """
 
     def expired(self, now: float) -> list[K]:
-        """Return keys past their deadline; empty for a policy without deadlines. O(answer)."""
+        """Return keys past their deadline; empty for a policy without deadlines. O(answer).
+
+        `now` may have gone back since the last call: a wall clock can be set.
+        """
 
     def __len__(self) -> int: ...
 

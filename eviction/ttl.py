@@ -5,21 +5,35 @@ policy says. A deadline is set when a key is added and moved when it is touched.
 
 The hard thing: deadlines in order without a heap over keys. Keys of one ttl form a class, and in a class the order of
 uses is the order of deadlines, so a use moves a key to the end. A heap over classes (mostly one) finds those that are
-due.
+due. Keys that come with what is left of an earlier life (`Hint.left_s`) are on loan from their class until their next
+use, in a heap of their own.
+
+A clock that is set back would break that order, and let keys live for as long as it was wrong. So no key ever has more
+left than its ttl: when time goes back, deadlines further away than that come nearer.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable
-from heapq import heappop, heappush
-from itertools import islice, repeat, takewhile
+from heapq import heapify, heappop, heappush
+from itertools import count, islice, repeat, takewhile
 from math import inf, isnan
-from typing import Generic
+from typing import Generic, NamedTuple
 
 from eviction.policy import NO_HINT, EvictionPolicy, Hint, K
 
 NEVER = 0.0  # a ttl that sets no deadline
+SET_BACK_S = 1.0  # time that goes back by less stands still: clocks of several cores, a correction in small steps
+
+
+class _Loan(NamedTuple):
+    """What a key has left of an earlier life. ttl_s: what it will have from its next use on."""
+
+    deadline: float
+    number: int
+    left_s: float
+    ttl_s: float
 
 
 class Ttl(Generic[K]):
@@ -28,8 +42,8 @@ class Ttl(Generic[K]):
     ttl_s: seconds from a key's last add or touch to its deadline, for keys whose hint has none; None or 0 means never.
            A hint's ttl_s of 0 means never too, and a negative one a deadline that has passed.
 
-    `now` should not go backwards between calls; where it does, the latest time seen counts. O(1) per key, and
-    O(log classes) for each class that is due.
+    `now` may go back between calls, see the module: O(keys) then. Otherwise O(1) per key, and O(log classes) for each
+    class that is due.
     """
 
     def __init__(self, inner: EvictionPolicy[K], ttl_s: float | None = None) -> None:
@@ -45,6 +59,9 @@ class Ttl(Generic[K]):
         # deadline away, so an entry is looked at again when its time has come, and not before.
         self._due: list[tuple[float, float]] = []
         self._in_due: set[float] = set()
+        self._lent: dict[K, _Loan] = {}
+        self._lent_due: list[tuple[float, int, K]] = []  # a heap of their deadlines, and of loans that are over
+        self._order = count()
 
     def add(self, keys: Iterable[K], now: float, hint: Hint = NO_HINT) -> None:
         """Take keys in and set their deadlines by this hint. A known key is touched."""
@@ -53,10 +70,14 @@ class Ttl(Generic[K]):
         if isnan(ttl_s):
             raise ValueError("hint: ttl_s is nan; it must be a number of seconds, None or 0")
         ttl_s = NEVER if ttl_s == inf else ttl_s
+        if hint.left_s is not None and isnan(hint.left_s):
+            raise ValueError("hint: left_s is nan; it must be a number of seconds or None")
         self._inner.add(keys, now, hint)
-        if self._unusual or ttl_s != self._ttl_s:
+        if self._unusual or self._lent or ttl_s != self._ttl_s or hint.left_s is not None:
             self._leave_classes(keys)
-        if ttl_s != NEVER:
+        if hint.left_s is not None:
+            self._lend(keys, self._seen(now), hint.left_s, ttl_s)
+        elif ttl_s != NEVER:
             self._set_deadlines(keys, self._seen(now), ttl_s)
 
     def touch(self, keys: Iterable[K], now: float) -> None:
@@ -64,6 +85,8 @@ class Ttl(Generic[K]):
         keys = list(keys)
         self._inner.touch(keys, now)
         now = self._seen(now)
+        if self._lent:
+            self._take_back(keys, now)
         if self._usual:
             self._set_deadlines(list(filter(self._usual.__contains__, keys)), now, self._ttl_s)
         if self._unusual:
@@ -100,8 +123,41 @@ class Ttl(Generic[K]):
         return key in self._inner
 
     def _seen(self, now: float) -> float:
-        self._now = max(now, self._now)
+        if now > self._now:
+            self._now = now
+        elif now < self._now - SET_BACK_S:
+            self._now = now
+            self._bring_near(now)
         return self._now
+
+    def _bring_near(self, now: float) -> None:
+        """Time went back: no key has more left than its ttl. What is in order stays in order."""
+        for ttl_s, deadlines in self._classes.items():
+            latest = now + ttl_s
+            for key in reversed(deadlines):
+                if deadlines[key] <= latest:
+                    break
+                deadlines[key] = latest
+        self._due = [(next(iter(deadlines.values())), ttl_s) for ttl_s, deadlines in self._classes.items() if deadlines]
+        heapify(self._due)
+        self._in_due = {ttl_s for _, ttl_s in self._due}
+        self._lent = {
+            key: loan._replace(deadline=min(loan.deadline, now + loan.left_s)) for key, loan in self._lent.items()
+        }
+        self._lent_due = [(loan.deadline, loan.number, key) for key, loan in self._lent.items()]
+        heapify(self._lent_due)
+
+    def _lend(self, keys: list[K], now: float, left_s: float, ttl_s: float) -> None:
+        for key in keys:
+            loan = self._lent[key] = _Loan(now + left_s, next(self._order), left_s, ttl_s)
+            heappush(self._lent_due, (loan.deadline, loan.number, key))
+
+    def _take_back(self, keys: list[K], now: float) -> None:
+        """Keys with a rest are used: from now on they live as long as others of their ttl."""
+        for key in filter(self._lent.__contains__, keys):
+            ttl_s = self._lent.pop(key).ttl_s
+            if ttl_s != NEVER:
+                self._set_deadlines([key], now, ttl_s)
 
     def _set_deadlines(self, keys: list[K], now: float, ttl_s: float) -> None:
         if not keys:
@@ -116,6 +172,8 @@ class Ttl(Generic[K]):
             heappush(self._due, (now + ttl_s, ttl_s))
 
     def _leave_classes(self, keys: list[K]) -> None:
+        if self._lent:
+            deque(map(self._lent.pop, keys, repeat(None)), maxlen=0)
         if self._usual:
             deque(map(self._usual.pop, keys, repeat(None)), maxlen=0)
         if self._unusual:
@@ -143,6 +201,23 @@ class Ttl(Generic[K]):
             found += [(deadline, key) for key, deadline in islice(past, limit)]
         for entry in looked_at:
             heappush(self._due, entry)
-        if len(looked_at) > 1:
+        lent = self._expired_lent()
+        found += lent
+        if len(looked_at) > 1 or lent:
             found.sort(key=lambda item: item[0])
         return [key for _, key in found[:limit]]
+
+    def _expired_lent(self) -> list[tuple[float, K]]:
+        """Return the expired ones of the keys with a rest."""
+        found: list[tuple[float, K]] = []
+        kept: list[tuple[float, int, K]] = []
+        while self._lent_due and self._lent_due[0][0] <= self._now:
+            entry = heappop(self._lent_due)
+            deadline, number, key = entry
+            loan = self._lent.get(key)
+            if loan is not None and loan.number == number:
+                found.append((deadline, key))
+                kept.append(entry)
+        for entry in kept:
+            heappush(self._lent_due, entry)
+        return found

@@ -46,7 +46,8 @@ class Admin:
     def kept(self) -> list[Kept]:
         """Who has how many pages kept in host memory by pins and `retain_until`, and until when (Unix time)."""
         with self._lock:
-            ahead_s = time.time() - self._dispatcher.now()
+            clock = self._planner.clock
+            ahead_s = clock.wall() - clock.boot()
             return [replace(one, until=one.until + ahead_s) for one in self._planner.keeper.holders]
 
     def guide(self, tour: Tour, max_blocks: int = 2048) -> bool:
@@ -94,7 +95,7 @@ class Admin:
             self._dispatcher.check_open()
             self._dispatcher.mover.add(lane)
             self._planner.attach_tier(plan)
-            self._planner.restore(lane.name, stored, self._dispatcher.now())
+            self._planner.restore(lane.name, stored)
             self._dispatcher.send()
             self._dispatcher.tell()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from uuid import uuid4
 
@@ -71,7 +70,7 @@ def open_store(config: Config, layout: Layout, namespace: Namespace, *, shared_n
             plans,
         )
         for tier in opened:
-            planner.restore(tier.name, [(page.key, page.meta) for page in tier.scan()], time.monotonic())
+            planner.restore(tier.name, [(page.key, page.meta) for page in tier.scan()])
         return LocalStore(layout, namespace, planner, slab, lanes)
     except BaseException:
         for tier in opened:
@@ -235,7 +234,6 @@ def _settings(config: Config, num_slots: int) -> PlanSettings:
         batch_pages=store.lane_batch_pages,
         max_prefetch_slots=int(store.max_prefetch_slots_fraction * num_slots),
         touch_interval_s=store.touch_interval_s,
-        wall_offset=time.time() - time.monotonic(),
         hash_bytes=HASH_BYTES[store.hash],
         compare_tokens=store.hash != "sha256",
         compute_wait_s=store.compute_wait_s,

@@ -134,6 +134,7 @@ class Dispatcher:
             self.tell()
 
     def _on_tick(self) -> None:
+        self.planner.clock.look()
         with self.lock:
             if not self.is_closed:
                 is_over = self.planner.tick(self.now())

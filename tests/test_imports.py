@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "radix": ("radix",),
     "eviction": ("eviction",),
     "kvstore.errors": (),
+    "kvstore.clock": (),
     "kvstore.units": (),
     "kvstore.direction": (),
     "kvstore.forks": ("kvstore.errors",),
@@ -51,6 +52,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.plan": (
         "radix",
         "eviction",
+        "kvstore.clock",
         "kvstore.direction",
         "kvstore.layout",
         "kvstore.page",
@@ -110,6 +112,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     # codec: storage per thread; service: a client's locks and errands, for the daemon itself has one thread;
     # vllm_layers: events, for a layer that waits for its copy
     "threading": (
+        "kvstore.clock",  # many stores look at one clock
         "kvstore.move",
         "kvstore.dispatcher",
         "kvstore.tiers",

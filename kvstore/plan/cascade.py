@@ -8,7 +8,7 @@ that tier and counted. A tier that is down, or refuses writes, keeps its queue a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -63,14 +63,18 @@ class SpillCounters:
 
 @dataclass(slots=True)
 class LowerTier:
-    """The planner's book of one lower tier. Under the store's lock."""
+    """The planner's book of one lower tier. Under the store's lock.
+
+    wall: clock of the deadlines on the medium, Unix time. Asked whenever one is made or judged, so that the policy says
+          what the medium says, also after somebody has set the clock.
+    """
 
     plan: TierPlan
     bit: int
     batch_pages: int
     flights: Flights
     catalog: Catalog
-    wall_offset: float
+    wall: Callable[[], float]
     page_bytes: Sequence[int]
     max_owed: int
     out: frozenset[Direction] = frozenset()  # what its breakers keep out
@@ -102,7 +106,7 @@ class LowerTier:
                     self.counters.lost_pages += 1
                 elif not (page.homes | page.spilling) & self.bit:
                     batch.append(page)
-            if batch and not self._spill(batch, now):
+            if batch and not self._spill(batch):
                 return
 
     def spilled(self, flight: Flight, outcome: Outcome, now: float) -> None:
@@ -126,7 +130,7 @@ class LowerTier:
     def has(self, page: Page) -> bool:
         return bool(page.homes & self.bit)
 
-    def learn(self, page: Page, now: float, left_s: float | None = None) -> None:
+    def learn(self, page: Page, left_s: float | None = None) -> None:
         """The tier turned out to hold a page that was not booked; `left_s` of its time are left, if it has a limit."""
         if not page.homes & self.bit and not self.is_detached:
             page.homes |= self.bit
@@ -135,8 +139,8 @@ class LowerTier:
             if not page.spilling & self.bit:
                 self.used_pages += 1
             if self.plan.policy is not None:
-                hint = page.block.hint if left_s is None else page.block.hint._replace(ttl_s=max(left_s, 1e-3))
-                self.plan.policy.add((page,), now, hint)
+                hint = page.block.hint if left_s is None else page.block.hint._replace(left_s=left_s)
+                self.plan.policy.add((page,), self.wall(), hint)
             self._forget_excess()
 
     def forget_copies(self, pages: Sequence[Page], why: Left | None = Left.LOST) -> None:
@@ -180,15 +184,15 @@ class LowerTier:
         if self.plan.policy is not None:
             self.plan.policy.discard((page,))
 
-    def let_go(self, page: Page, now: float) -> None:
+    def let_go(self, page: Page) -> None:
         """The fetch is over."""
         if self.plan.policy is not None and page.homes & self.bit:
-            self.plan.policy.add((page,), now, page.block.hint)
+            self.plan.policy.add((page,), self.wall(), page.block.hint)
 
     def touch(self, blocks: Sequence[Block], fresh: Sequence[Block], now: float) -> None:
         """Note a use of a path (root first); tell the medium about the blocks it was not told of lately (`fresh`)."""
         if self.plan.policy is not None:
-            self.plan.policy.touch((page for block in reversed(blocks) for page in block.pages), now)
+            self.plan.policy.touch((page for block in reversed(blocks) for page in block.pages), self.wall())
         copies = [page for block in reversed(fresh) for page in block.pages if page.homes & self.bit]
         for ttl_s, group in groupby(copies, key=self._ttl_s):
             pages = list(group)
@@ -201,8 +205,16 @@ class LowerTier:
                     batch,
                     priority=Priority.SAVE,
                     deadline=now + 60.0,
-                    expires_at=self._expires_at(ttl_s, now),
+                    expires_at=_deadline(self.wall(), ttl_s),
                 )
+
+    def set_ttl(self, pages: Sequence[Page]) -> None:
+        """The hints of pages, given in path order, have another time to live, which begins now."""
+        if self.plan.policy is not None:
+            now = self.wall()
+            for page in reversed(pages):
+                if page in self.plan.policy:
+                    self.plan.policy.add((page,), now, page.block.hint)
 
     def make_up(self, blocks: Sequence[Block], now: float) -> None:
         """Owe what the tier should have had for some time: a write may have failed, or the copy turned out bad."""
@@ -220,11 +232,11 @@ class LowerTier:
             self.catalog.prune(page.block)
         self.pump(now)
 
-    def expire(self, now: float) -> None:
-        """Delete copies past their deadline."""
+    def expire(self) -> None:
+        """Delete copies past their deadline; one that is still being written goes when it is there."""
         if self.plan.policy is None:
             return
-        expired = [page for page in self.plan.policy.expired(now) if not page.spilling & self.bit]
+        expired = [page for page in self.plan.policy.expired(self.wall()) if not page.spilling & self.bit]
         if expired:
             self.delete(expired, why=Left.EXPIRED)
             for page in expired:
@@ -291,8 +303,9 @@ class LowerTier:
             del self.owed[page]
         self.counters.lost_pages += len(lost)
 
-    def _spill(self, pages: list[Page], now: float) -> bool:
+    def _spill(self, pages: list[Page]) -> bool:
         """Send a batch; what finds no room stays owed, and False returns."""
+        now = self.wall()
         evict = self._make_room(len(pages))
         room = len(pages) if self.plan.capacity_pages is None else self.plan.capacity_pages - self.used_pages
         if room < len(pages):
@@ -319,9 +332,7 @@ class LowerTier:
             priority=Priority.SAVE,
             deadline=float("inf"),
             slots=[page.slot for page in pages],
-            metas=[
-                page.block.meta(self.page_bytes[page.group], self._expires_at(self._ttl_s(page), now)) for page in pages
-            ],
+            metas=[page.block.meta(self.page_bytes[page.group], _deadline(now, self._ttl_s(page))) for page in pages],
             evict=evict,
         )
         return True
@@ -348,8 +359,9 @@ class LowerTier:
         own = page.block.hint.ttl_s
         return self.plan.ttl_s if own is None else own
 
-    def _expires_at(self, ttl_s: float, now: float) -> float:
-        return now + self.wall_offset + ttl_s if ttl_s > 0 else 0.0
+
+def _deadline(now: float, ttl_s: float) -> float:
+    return now + ttl_s if ttl_s > 0 else 0.0
 
 
 def _first(pages: dict[Page, None], n: int) -> list[Page]:

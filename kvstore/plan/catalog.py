@@ -39,6 +39,7 @@ class PageState(IntEnum):
     ABSENT = 0
     FILLING = 1  # a fetch or a save lease is writing its slot
     READY = 2
+    EXPIRED = 3  # it outlived its time to live while a tier reads its slot; it goes as soon as none does
 
 
 class Page:

@@ -60,7 +60,7 @@ class Endings:
         request = save.request
         blocks = list(dict.fromkeys(page.block for page in whole))
         self._retention.note_session(blocks, request)
-        self._retention.promise(blocks, request, now)
+        self._retention.promise(blocks, request)
         self._turns.published((block.key for block in blocks), now)
         if len(whole) < len(save.pages):
             self._turns.end(request, now)
@@ -102,6 +102,6 @@ class Endings:
             self._turns.end(request, now)
         path = self._scout.known_path(request)
         self._retention.use(path, request, now)
-        self._retention.promise(path, request, now)
+        self._retention.promise(path, request)
         if last_turn:
             self._retention.let_go_first(path, request)

@@ -7,13 +7,15 @@ Every slot is in one of three states, and `check` holds the sum to the capacity:
     resident    holds a page: either pinned (in no policy) or in the policy
 
 A page under way to a lower tier stays in the policy, so that the order of its path is kept, but is passed over when
-victims are
-taken: its bytes are being read.
+victims are taken: its bytes are being read. If it outlives its time to live meanwhile, it leaves the policy and is
+EXPIRED: no lookup sees it, and its slot comes free when the tier has read it.
+
+Times to live are counted by a clock that goes on while the machine sleeps and is never set (`Clock.boot`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from eviction.policy import EvictionPolicy, Hint
 from kvstore.plan.catalog import Block, Catalog, Page, PageState
@@ -25,9 +27,14 @@ REUSED = Hint(hits=1)
 
 
 class HostSpace:
-    """Slots of host memory and the order in which their pages leave."""
+    """Slots of host memory and the order in which their pages leave.
 
-    def __init__(self, num_slots: int, policy: EvictionPolicy[Page], catalog: Catalog) -> None:
+    boot: clock of times to live, in seconds.
+    """
+
+    def __init__(
+        self, num_slots: int, policy: EvictionPolicy[Page], catalog: Catalog, boot: Callable[[], float]
+    ) -> None:
         self.pool = SlotPool(num_slots)
         self.policy = policy
         self.num_resident = 0
@@ -35,6 +42,7 @@ class HostSpace:
         self.evicted_pages = 0
         self.expired_pages = 0
         self._catalog = catalog
+        self._boot = boot
 
     def take(self, n: int, path: Sequence[Block] = ()) -> list[int]:
         """Slots for up to `n` pages, evicting pages that nobody holds; fewer when all else is held.
@@ -93,7 +101,7 @@ class HostSpace:
             self.policy.discard((page,))
         page.pins += 1
 
-    def unpin(self, pages: Sequence[Page], now: float, *, used: bool) -> None:
+    def unpin(self, pages: Sequence[Page], *, used: bool) -> None:
         """Let go of resident pages, given in path order; those that nobody else holds become evictable again."""
         loose: list[Page] = []
         for page in pages:
@@ -103,10 +111,11 @@ class HostSpace:
                     loose.append(page)
                 elif not page.spilling:
                     self.drop((page,))
-        self.enter(loose, now, used=used)
+        self.enter(loose, used=used)
 
-    def enter(self, pages: Sequence[Page], now: float, *, used: bool) -> None:
+    def enter(self, pages: Sequence[Page], *, used: bool) -> None:
         """Make resident pages, given in path order, known to the policy."""
+        now = self._boot()
         # Tail first: a leaf must look older than its parent, so that plain LRU evicts leaves before what they hang on.
         group: list[Page] = []
         hint: Hint | None = None
@@ -119,20 +128,31 @@ class HostSpace:
         if group and hint is not None:
             self.policy.add(group, now, _with_use(hint, used))
 
-    def touch(self, blocks: Sequence[Block], now: float) -> None:
+    def touch(self, blocks: Sequence[Block]) -> None:
         """Note a use of a path, given root first."""
-        self.policy.touch((page for block in reversed(blocks) for page in block.pages), now)
+        self.policy.touch((page for block in reversed(blocks) for page in block.pages), self._boot())
 
-    def expire(self, now: float) -> list[Page]:
-        """Drop pages past their deadline; return them."""
-        expired = [page for page in self.policy.expired(now) if not page.spilling]
+    def expire(self) -> None:
+        """Drop pages past their deadline; those that a tier is reading are EXPIRED until it has done so."""
+        expired = self.policy.expired(self._boot())
         if not expired:
-            return []
-        self.drop(expired, Left.EXPIRED)
-        for page in expired:
-            self._catalog.prune(page.block)
+            return
         self.expired_pages += len(expired)
-        return expired
+        reading = [page for page in expired if page.spilling]
+        if reading:
+            self.policy.discard(reading)
+            for page in reading:
+                page.state = PageState.EXPIRED
+            if self._catalog.journal is not None:
+                self._catalog.journal.leaving(HOST, reading, Left.EXPIRED)
+            expired = [page for page in expired if not page.spilling]
+        self.drop_expired(expired)
+
+    def drop_expired(self, pages: Sequence[Page]) -> None:
+        """Pages past their deadline, which nobody reads, leave."""
+        self.drop(pages, Left.EXPIRED)
+        for page in pages:
+            self._catalog.prune(page.block)
 
     def resize(self, num_slots: int) -> None:
         """Use `num_slots` of the slots from now on; pages that nobody holds leave, the others' slots follow them."""
@@ -160,7 +180,12 @@ class HostSpace:
                 continue
             assert page.slot not in seen, f"slot {page.slot} holds two pages"
             seen.add(page.slot)
-            if page.state == PageState.READY:
+            if page.state == PageState.EXPIRED:
+                resident += 1
+                assert page.spilling, "an expired page stays though nobody reads it"
+                assert page.pins == 0, "an expired page is pinned"
+                assert page not in self.policy, "an expired page is in the policy"
+            elif page.state == PageState.READY:
                 resident += 1
                 if not page.block.is_removed:
                     held = page.pins > 0

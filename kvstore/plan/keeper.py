@@ -5,6 +5,10 @@ and the word of who gave it. A promise is about pages that are in host memory: i
 
 What is kept, nothing else can use. So all promises together have a budget, a share of the slots, and each has an end:
 what one forgets to undo, or dies before it can, others get back in time. Of a path that does not fit the head is kept.
+
+The hard thing: two clocks. "Retain until" is Unix time and ends when the wall clock says so, wherever that was set to
+meanwhile; the longest time of a promise is counted by the boot clock. The queue of ends goes by the latter, and is made
+anew when the former was set.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import count
 
+from kvstore.clock import LARGE_STEP_S, Clock
 from kvstore.plan.catalog import Block, PageState
 from kvstore.plan.hostspace import HostSpace
 
@@ -22,7 +27,7 @@ MAX_STALE = 1024  # ends in the queue that do not count any more, beside as many
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What is kept on one holder's word: pages, and until when at the latest (the keeper's clock is the planner's)."""
+    """What is kept on one holder's word: pages, and until when at the latest, by the boot clock."""
 
     holder: str
     num_pages: int
@@ -31,21 +36,27 @@ class Kept:
 
 @dataclass(slots=True)
 class _Promise:
+    """until: by the boot clock, as things are now. unix: what was asked for. latest: by the boot clock."""
+
     until: float
     holder: str
     num_pages: int = 0
+    unix: float = float("inf")
+    latest: float = 0.0
 
 
 class Keeper:
-    """Who is kept, until when (planner's clock), and on whose word. Under the store's lock.
+    """Who is kept, until when, and on whose word. Under the store's lock.
 
     budget: share of the host slots that may be kept. longest_s: after so long every promise ends.
     """
 
-    def __init__(self, host: HostSpace, *, budget: float, longest_s: float) -> None:
+    def __init__(self, host: HostSpace, clock: Clock, *, budget: float, longest_s: float) -> None:
         self.num_pages = 0
         self.refused_pages = 0  # that found no budget
         self._host = host
+        self._clock = clock
+        self._ahead = 0.0  # wall clock before boot clock when the queue was made: it only says when to make it anew
         self._budget = budget
         self._longest_s = longest_s
         self._promises: dict[Block, _Promise] = {}
@@ -58,37 +69,42 @@ class Keeper:
         """How many pages may be kept."""
         return int(self._budget * self._host.pool.num_in_use)
 
-    def keep(self, blocks: Sequence[Block], until: float, now: float, holder: str = "") -> int:
+    def keep(self, blocks: Sequence[Block], until: float, holder: str = "") -> int:
         """Hold the resident pages of blocks, given in path order; returns the number of blocks that hold any.
 
-        until: inf for as long as may be. holder: whose word it is, for operators.
+        until: Unix time; inf for as long as may be. holder: whose word it is, for operators.
         """
-        until = min(until, now + self._longest_s)
-        if until <= now:
+        boot = self._look()
+        latest = boot + self._longest_s
+        end = min(until - self._ahead, latest)
+        if end <= boot:
             return 0
-        return sum([self._keep(block, until, holder) for block in blocks])
+        return sum([self._keep(block, _Promise(end, holder, unix=until, latest=latest)) for block in blocks])
 
-    def let_go(self, blocks: Sequence[Block], now: float) -> int:
+    def let_go(self, blocks: Sequence[Block]) -> int:
         """End the promises for blocks given in path order; returns how many had one."""
         kept = [block for block in blocks if self._end(block)]
         pages = [page for block in kept for page in block.pages if page.kept]
         for page in pages:
             page.kept = False
         self.num_pages -= len(pages)
-        self._host.unpin(pages, now, used=False)
+        self._host.unpin(pages, used=False)
         return len(kept)
 
-    def expire(self, now: float) -> None:
+    def expire(self) -> None:
         """End the promises whose time is over."""
+        if not self._promises:
+            return
+        boot = self._look()
         over: list[Block] = []
-        while self._queue and self._queue[0][0] <= now:
+        while self._queue and self._queue[0][0] <= boot:
             until, _, block = heappop(self._queue)
             promise = self._promises.get(block)
             if promise is not None and promise.until == until:
                 over.append(block)
         if over:
             over.sort(key=lambda block: block.depth)
-            self.let_go(over, now)
+            self.let_go(over)
 
     @property
     def holders(self) -> list[Kept]:
@@ -104,7 +120,20 @@ class Keeper:
         assert self.num_pages == len(kept), f"{len(kept)} pages are kept, {self.num_pages} booked"
         assert self.num_pages == sum(kept.num_pages for kept in self.holders), f"{self.num_pages}: {self.holders}"
 
-    def _keep(self, block: Block, until: float, holder: str) -> bool:
+    def _look(self) -> float:
+        """The boot clock; where the wall clock was set against it, all ends are found anew."""
+        boot = self._clock.boot()
+        ahead = self._clock.wall() - boot
+        if abs(ahead - self._ahead) >= LARGE_STEP_S:
+            self._ahead = ahead
+            self._holders.clear()
+            for promise in self._promises.values():
+                promise.until = min(promise.unix - ahead, promise.latest)
+                self._book(promise, promise.num_pages)
+            self._order_ends()
+        return boot
+
+    def _keep(self, block: Block, asked: _Promise) -> bool:
         promise = self._promises.get(block)
         wanted = [page for page in block.pages if page.state == PageState.READY and not page.kept]
         fits = max(0, self.max_pages - self.num_pages)
@@ -114,16 +143,17 @@ class Keeper:
         if promise is None:
             if not wanted:
                 return False
-            promise = self._promises[block] = _Promise(float("-inf"), holder)
+            promise = self._promises[block] = _Promise(float("-inf"), asked.holder)
         for page in wanted:
             page.kept = True
             self._host.pin(page)
         self.num_pages += len(wanted)
-        if until > promise.until:
+        if asked.until > promise.until:
             self._book(promise, -promise.num_pages)
-            promise.until, promise.holder = until, holder
+            promise.until, promise.unix, promise.latest = asked.until, asked.unix, asked.latest
+            promise.holder = asked.holder
             self._book(promise, promise.num_pages)
-            self._note_end(until, block)
+            self._note_end(promise.until, block)
         promise.num_pages += len(wanted)
         self._book(promise, len(wanted))
         return True
@@ -143,6 +173,9 @@ class Keeper:
 
     def _note_end(self, until: float, block: Block) -> None:
         if len(self._queue) > 2 * len(self._promises) + MAX_STALE:  # the same block, kept again and again
-            self._queue = [(promise.until, next(self._order), kept) for kept, promise in self._promises.items()]
-            heapify(self._queue)
+            self._order_ends()
         heappush(self._queue, (until, next(self._order), block))
+
+    def _order_ends(self) -> None:
+        self._queue = [(promise.until, next(self._order), block) for block, promise in self._promises.items()]
+        heapify(self._queue)

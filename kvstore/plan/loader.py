@@ -80,7 +80,7 @@ class Loader:
             # No room for all: give back, and try for what ends before the first page without a slot.
             for index in absent[: len(slots)]:
                 self._host.abandon(pages[index])
-            self._host.unpin([page for page in pages if page.state == PageState.READY], now, used=False)
+            self._host.unpin([page for page in pages if page.state == PageState.READY], used=False)
             self._catalog.prune(path[-1])
             limit = blocks[absent[len(slots)]]
         load = Load(
@@ -131,7 +131,7 @@ class Loader:
         for page, ok in zip(flight.pages, outcome.ok, strict=True):
             page.flight = 0
             if ok and not page.block.is_removed:
-                tier.learn(page, now)
+                tier.learn(page)
                 self._host.ready(page)
                 page.pins += len(page.waiters or ())
                 if not page.pins:
@@ -150,8 +150,8 @@ class Loader:
                     for load in page.waiters or ():
                         load.lost.add(page)
                     self._tell(page, now)
-            tier.let_go(page, now)
-        self._host.enter(loose, now, used=False)
+            tier.let_go(page)
+        self._host.enter(loose, used=False)
         self._fetch(retry, retry_codes, now)
 
     def give_up(self, pages: Sequence[Page], now: float) -> bool:
@@ -324,4 +324,4 @@ class Loader:
             elif page.waiters is not None:
                 page.waiters.remove(load)
         load.state = LeaseState.CLOSED
-        self._host.unpin(held, now, used=used)
+        self._host.unpin(held, used=used)

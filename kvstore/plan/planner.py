@@ -1,8 +1,8 @@
-"""The brain: decides what is loaded, saved, moved and evicted. It does no I/O, has no thread and no clock.
+"""The brain: decides what is loaded, saved, moved and evicted. It does no I/O, has no thread and no clock of its own.
 
-Every method takes `now`, changes the books, and leaves transfers in an outbox (`take_transfers`); the store hands
-those to the lanes and brings their outcomes back (`outcome`). So the same code runs under a virtual clock over a
-trace, and in a server.
+Every method takes `now` (of `Clock.steady`: waits), changes the books, and leaves transfers in an outbox
+(`take_transfers`); the store hands those to the lanes and brings their outcomes back (`outcome`). Times to live go by
+the other two clocks that it is given. So the same code runs under a virtual clock over a trace, and in a server.
 
 A page's life in host memory:
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from eviction.policy import EvictionPolicy
+from kvstore.clock import SYSTEM_CLOCK, Clock
 from kvstore.direction import ALL_DIRECTIONS, Direction
 from kvstore.layout import Layout
 from kvstore.page import PageKey, PageMeta, page_key
@@ -58,15 +59,17 @@ class Planner:
         settings: PlanSettings,
         policy: EvictionPolicy[Page],
         tiers: Sequence[TierPlan] = (),
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.layout = layout
         self.settings = settings
+        self.clock = clock
         groups = range(len(layout.groups))
         self.windows = [layout.window_blocks(group) for group in groups]
         page_bytes = [layout.stored_bytes(group) for group in groups]
         self.catalog = Catalog(len(layout.groups))
         self.flights = Flights()
-        self.host = HostSpace(settings.num_slots, policy, self.catalog)
+        self.host = HostSpace(settings.num_slots, policy, self.catalog, clock.boot)
         self._book = TierBook(
             tiers,
             self.catalog,
@@ -75,7 +78,7 @@ class Planner:
             batch_pages=settings.batch_pages,
             max_owed=2 * settings.num_slots,
             hash_bytes=settings.hash_bytes,
-            wall_offset=settings.wall_offset,
+            wall=clock.wall,
         )
         self.tiers = self._book.all
         self.costs = CostModel(
@@ -95,8 +98,8 @@ class Planner:
             self.costs,
             self.scout.ask_again,
         )
-        self.keeper = Keeper(self.host, budget=settings.max_pinned_fraction, longest_s=settings.pin_max_s)
-        self._retention = Retention(self.host, self.tiers, self.keeper, settings.touch_interval_s, settings.wall_offset)
+        self.keeper = Keeper(self.host, clock, budget=settings.max_pinned_fraction, longest_s=settings.pin_max_s)
+        self._retention = Retention(self.host, self.tiers, self.keeper, settings.touch_interval_s)
         self.saver = Saver(self.host, self.catalog, self.scout)
         self.endings = Endings(
             layout.block_size, self.tiers, self.costs, self.scout, self.saver, self.turns, self._retention
@@ -110,7 +113,7 @@ class Planner:
 
     def lookup(self, request: Request, now: float) -> Match:
         """The longest prefix worth loading, and whether asking again may show more."""
-        self.host.expire(now)
+        self._expire()
         match, stale = self.scout.lookup(request, now, self.turns.judge)
         if stale is not None:
             self.loader.sample(request, stale, now)
@@ -118,14 +121,17 @@ class Planner:
 
     def ask(self, request: Request, now: float) -> bool:
         """Ask shared tiers about a request without looking it up; True until they have answered."""
+        self._expire()
         return self.scout.ask(request, now)
 
     def explain(self, request: Request) -> Explanation:
         """Why a request matches what it matches."""
+        self._expire()
         return self.scout.explain(request)
 
     def prepare_load(self, request: Request, num_blocks: int, now: float, owner: str = "", first: int = 0) -> LoadLease:
         """Pin blocks [first, num_blocks) that are in host memory, make room for the rest, send the fetches."""
+        self._expire()
         load = self.loader.prepare(self._lease_id(), request, num_blocks, now, owner, first)
         by_tier: dict[str, int] = {}
         for name in load.sources[load.first :]:
@@ -153,7 +159,7 @@ class Planner:
 
     def prefetch(self, request: Request, now: float) -> int:
         """Start bringing the known prefix into host memory; returns a ticket."""
-        self.host.expire(now)
+        self._expire()
         return self.loader.prefetch(self._lease_id(), request, now)
 
     def cancel(self, ticket: int) -> list[int]:
@@ -171,6 +177,7 @@ class Planner:
 
         Never waits: where no slot is free and nothing can be evicted, the rest is skipped and counted.
         """
+        self._expire()  # else what is over would count as stored, and not be saved again
         lease = self.saver.prepare(self._lease_id(), request, first, num_blocks, owner)
         if lease.skipped:
             self.turns.end(request, now)  # nobody should wait for what will not be there
@@ -216,11 +223,12 @@ class Planner:
 
     def pin(self, request: Request, now: float) -> int:
         """Keep the request's blocks in host memory until unpin, as many as the budget holds and as long as may be."""
-        return self.keeper.keep(self.scout.known_path(request), float("inf"), now, request.holder)
+        self._expire()
+        return self.keeper.keep(self.scout.known_path(request), float("inf"), request.holder)
 
     def unpin(self, request: Request, now: float) -> int:
         """Undo pin."""
-        return self.keeper.let_go(self.scout.known_path(request), now)
+        return self.keeper.let_go(self.scout.known_path(request))
 
     def forget(self, request: Request, first: int, now: float) -> int:
         """Delete blocks from `first` on and all that is known to continue them."""
@@ -228,7 +236,7 @@ class Planner:
         if first >= len(request.keys):
             return 0
         removed = self.catalog.remove(request.keys[first])
-        pages = self._retention.leave(removed, now)
+        pages = self._retention.leave(removed)
         own = [page_key(key, group) for key in request.keys[first:] for group in range(len(self.windows))]
         for tier in self.tiers:
             tier.delete(pages, () if tier.plan.is_indexed else own)  # there may be what the catalog does not remember
@@ -237,7 +245,7 @@ class Planner:
     def clear(self, now: float) -> int:
         """Delete every block that is known; returns how many."""
         removed = self.catalog.clear()
-        pages = self._retention.leave(removed, now)
+        pages = self._retention.leave(removed)
         for tier in self.tiers:
             tier.delete(pages)
         if self.catalog.journal is not None:
@@ -246,6 +254,7 @@ class Planner:
 
     def set_ttl(self, request: Request, ttl_s: float, now: float) -> int:
         """Give the known blocks of a request a time to live from now on, in every tier; returns how many."""
+        self._expire()
         path = self.scout.known_path(request)
         self._retention.set_ttl(path, ttl_s, now)
         return len(path)
@@ -279,11 +288,10 @@ class Planner:
 
     def tick(self, now: float) -> bool:
         """Do what only time makes due: deadlines, promises that end. True if somebody need not wait any more."""
-        self.host.expire(now)
-        self.keeper.expire(now)
+        self._expire()
+        self.keeper.expire()
         self.host.shrink()
         for tier in self.tiers:
-            tier.expire(now)
             tier.pump(now)
         # What had not begun when its tier went down has been answered for by now, and may be on its way from another
         # tier; the rest is inside and may never come back.
@@ -294,9 +302,9 @@ class Planner:
         """The engine computed `num_tokens` in `seconds`."""
         self.costs.observe_prefill(num_tokens, seconds)
 
-    def restore(self, name: str, stored: Sequence[tuple[PageKey, PageMeta]], now: float) -> int:
+    def restore(self, name: str, stored: Sequence[tuple[PageKey, PageMeta]]) -> int:
         """Book what a tier held when it was opened, least recently used first; returns the pages taken in."""
-        return self._book.restore(name, stored, now)
+        return self._book.restore(name, stored)
 
     def take_transfers(self) -> list[Transfer]:
         """What the lanes have to carry now."""
@@ -333,6 +341,12 @@ class Planner:
         self.keeper.check()
 
     # ---- private ----------------------------------------------------------------------------------------------
+
+    def _expire(self) -> None:
+        """Let go what is past its deadline. Wherever it matters, and not by `tick` alone: ticks may be late."""
+        self.host.expire()
+        for tier in self.tiers:
+            tier.expire()
 
     def _lease_id(self) -> int:
         self._next_lease += 1

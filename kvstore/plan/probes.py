@@ -99,7 +99,7 @@ class Probes:
                 for block in range(probe.first, end):
                     if column[block] == ABSENT and probe.answer[(block - probe.first) * num_groups + group]:
                         known = survey.blocks[block].pages[group] if block < len(survey.blocks) else None
-                        if known is None or known.state != PageState.FILLING:
+                        if known is None or known.state == PageState.ABSENT:
                             column[block] = code
 
     def _send(self, request: Request, index: int, probe: Probe, first: int, end: int, now: float) -> None:

@@ -23,19 +23,16 @@ class Retention:
     touch_interval_s: media are told of a use at most this often.
     """
 
-    def __init__(
-        self, host: HostSpace, tiers: Sequence[LowerTier], keeper: Keeper, touch_interval_s: float, wall_offset: float
-    ) -> None:
+    def __init__(self, host: HostSpace, tiers: Sequence[LowerTier], keeper: Keeper, touch_interval_s: float) -> None:
         self._host = host
         self._tiers = tiers
         self._keeper = keeper
         self._touch_interval_s = touch_interval_s
-        self._wall_offset = wall_offset
 
     def use(self, path: Sequence[Block], request: Request, now: float) -> None:
         """Refresh a path: in the policies always, at the media not more often than every touch_interval_s."""
         self.note_session(path, request)
-        self._host.touch(path, now)
+        self._host.touch(path)
         fresh = [block for block in path if now - block.touched_at > self._touch_interval_s]
         used_before = [block for block in fresh if block.touched_at > float("-inf")]
         for block in fresh:
@@ -51,12 +48,12 @@ class Retention:
             if block.session != session:
                 block.session = SHARED_SESSION if block.session else session
 
-    def promise(self, blocks: Sequence[Block], request: Request, now: float) -> None:
+    def promise(self, blocks: Sequence[Block], request: Request) -> None:
         """Keep blocks in host memory as the request's options say, as far as the budget for that goes."""
         if request.options.pin:
-            self._keeper.keep(blocks, float("inf"), now, request.holder)
+            self._keeper.keep(blocks, float("inf"), request.holder)
         elif request.options.retain_until:
-            self._keeper.keep(blocks, request.options.retain_until - self._wall_offset, now, request.holder)
+            self._keeper.keep(blocks, request.options.retain_until, request.holder)
 
     def let_go_first(self, path: Sequence[Block], request: Request) -> None:
         """No turn will follow: what only this session has used is the first to make room."""
@@ -73,26 +70,27 @@ class Retention:
             block.hint = block.hint._replace(ttl_s=ttl_s)
             block.touched_at = now
         pages = [page for block in path for page in block.pages]
-        self._host.enter([page for page in pages if page in self._host.policy], now, used=False)
+        self._host.enter([page for page in pages if page in self._host.policy], used=False)
         for tier in self._tiers:
-            if tier.plan.policy is not None:
-                for page in reversed(pages):
-                    if page in tier.plan.policy:
-                        tier.plan.policy.add((page,), now, page.block.hint)
+            tier.set_ttl(pages)
             tier.touch(path, path, now)
 
-    def leave(self, removed: Sequence[Block], now: float) -> list[Page]:
+    def leave(self, removed: Sequence[Block]) -> list[Page]:
         """Blocks are forgotten: their pages leave host memory, those in use as soon as they are not; returns all."""
-        self._keeper.let_go(removed, now)
+        self._keeper.let_go(removed)
         pages = [page for block in removed for page in block.pages]
         self.drop_idle(pages)
         self._host.doom([page for page in pages if page.state == PageState.READY])
         return pages
 
     def drop_idle(self, pages: Sequence[Page]) -> None:
-        """Those of the pages of forgotten blocks that nothing uses give their slots back."""
+        """Those of the pages of forgotten blocks, and of expired pages, that nothing uses give their slots back."""
         for page in pages:
-            if page.block.is_removed and page.state == PageState.READY and page.pins == 0 and not page.spilling:
+            if page.spilling:
+                continue
+            if page.state == PageState.EXPIRED:
+                self._host.drop_expired((page,))
+            elif page.block.is_removed and page.state == PageState.READY and page.pins == 0:
                 self._host.drop((page,))
 
 

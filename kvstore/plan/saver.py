@@ -80,7 +80,7 @@ class Saver:
             else:
                 self._host.abandon(page)
                 self.counters["aborted_saves"] += 1
-        self._host.enter(whole, now, used=False)
+        self._host.enter(whole, used=False)
         if len(whole) < len(save.pages):
             for page in reversed(save.pages):
                 self._catalog.prune(page.block)

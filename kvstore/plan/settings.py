@@ -9,7 +9,6 @@ from dataclasses import dataclass
 class PlanSettings:
     """Made by `kvstore.build` from the configuration.
 
-    wall_offset: Unix time minus the planner's clock, so that deadlines can be written down.
     hash_bytes:  length of a block hash (32, or 16 for xxh3_128).
     compare_tokens: verify the tokens of every block on a hit (hashes that are not collision resistant).
     compute_wait_s: longest wait without progress for another request's computing (single flight); 0 never waits.
@@ -26,7 +25,6 @@ class PlanSettings:
     batch_pages: int = 8
     max_prefetch_slots: int = 64
     touch_interval_s: float = 60.0
-    wall_offset: float = 0.0
     hash_bytes: int = 32
     compare_tokens: bool = False
     compute_wait_s: float = 10.0

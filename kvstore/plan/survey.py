@@ -113,7 +113,7 @@ def locate(
             append(IN_HOST)
             continue
         homes = page.homes
-        if homes and state != filling:
+        if homes and not state:
             for bit, code in tier_order:
                 if homes & bit:
                     append(code)

@@ -6,7 +6,7 @@ both, empty, and gets them back when it returns.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from kvstore.direction import ALL_DIRECTIONS, Direction
 from kvstore.page import PageKey, PageMeta, split_key
@@ -24,6 +24,7 @@ class TierBook:
     page_bytes:  of each layer group.
     max_owed:    pages that a tier which is down may be owed.
     hash_bytes:  length of a block hash.
+    wall:        clock, Unix time.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class TierBook:
         batch_pages: int,
         max_owed: int,
         hash_bytes: int,
-        wall_offset: float,
+        wall: Callable[[], float],
     ) -> None:
         self._catalog = catalog
         self._flights = flights
@@ -44,7 +45,7 @@ class TierBook:
         self._batch_pages = batch_pages
         self._max_owed = max_owed
         self._hash_bytes = hash_bytes
-        self._wall_offset = wall_offset
+        self._wall = wall
         self.all: list[LowerTier] = []
         catalog.on_prune = self._pruned
         for plan in plans:
@@ -67,7 +68,7 @@ class TierBook:
                     self._batch_pages,
                     self._flights,
                     self._catalog,
-                    self._wall_offset,
+                    self._wall,
                     self._page_bytes,
                     self._max_owed,
                 )
@@ -93,9 +94,10 @@ class TierBook:
         self._flights.stall(name)
         self._count_homes()
 
-    def restore(self, name: str, stored: Sequence[tuple[PageKey, PageMeta]], now: float) -> int:
+    def restore(self, name: str, stored: Sequence[tuple[PageKey, PageMeta]]) -> int:
         """Book what a tier held when it was opened, least recently used first; returns the pages taken in."""
         tier = self.named(name)
+        now = self._wall()
         taken: list[Page | None] = [None] * len(stored)
         for index in sorted(range(len(stored)), key=lambda i: stored[i][1].depth):
             page_key, meta = stored[index]
@@ -109,8 +111,7 @@ class TierBook:
         for (_, meta), page in zip(stored, taken, strict=True):
             if page is not None:
                 # What is left of its time; the tier itself refuses it after that anyway.
-                left_s = meta.expires_at - self._wall_offset - now if meta.expires_at else None
-                tier.learn(page, now, left_s)
+                tier.learn(page, meta.expires_at - now if meta.expires_at else None)
         return sum(page is not None for page in taken)
 
     def _pruned(self, block: Block) -> None:

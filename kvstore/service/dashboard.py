@@ -37,6 +37,7 @@ from kvstore.service.dashboard_models import (
     Use,
 )
 from kvstore.service.dashboard_prefixes import Looks, merged
+from kvstore.service.dashboard_usage import unix_of
 from kvstore.service.explain import in_words
 from kvstore.service.history import COARSE_S, FINE_ROWS, FINE_S, LOWER, TIERS, Columns, History, row_of
 from kvstore.service.problems import Problem
@@ -63,7 +64,7 @@ class Dashboard:
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
-        self._started_at = time.time()
+        self._began = time.monotonic()
         self._history = History()
         self._stats: dict[Place, dict[str, Any]] = {}
         self._breakers: dict[tuple[str, str, str], tuple[bool, float]] = {}  # is it up, and since when
@@ -121,7 +122,7 @@ class Dashboard:
         misses, reasons = self._misses(stores)
         return NowAnswer(
             at=time.time(),
-            started_at=self._started_at,
+            started_at=unix_of(self._began),
             version=self._daemon.app.version,
             node=platform.node(),
             tenant=call.tenant.name,
@@ -225,7 +226,7 @@ class Dashboard:
             for tier in TIERS:
                 hits[tier] += stats["hit_tokens"].get(tier, 0)
         return Use(
-            span_s=time.time() - self._started_at,
+            span_s=time.monotonic() - self._began,
             lookups=lookups,
             prompt_tokens=prompt_tokens,
             hit_tokens=hits,
@@ -261,7 +262,7 @@ class Dashboard:
             filling_bytes=total("slots", "filling") if name == HOST else 0,
             pinned_bytes=total("pinned_pages") if name == HOST else 0,
             is_up=is_up,
-            since=max((since for up, since in breakers if up == is_up), default=self._started_at),
+            since=max((since for up, since in breakers if up == is_up), default=unix_of(self._began)),
             num_opened=sum(_number(stats, ("breaker_opens", name)) for _, stats in found),
             queued=sum(_number(stats, ("lane_queue", name)) for _, stats in found),
             bytes_per_s=max(speeds, default=None),

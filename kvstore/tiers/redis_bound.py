@@ -11,8 +11,9 @@ parent.
 
 The hard thing: the ledger is no index, and may be wrong. Pages that the server evicted stay in it until they are the
 oldest (the namespace then has less than it may); a ledger that the server evicted begins anew, and pages enter again
-as they are used. Both err for a TTL at most. Every writer of the namespace must have a bound configured: one that has
-none is not counted.
+as they are used. Both err for a TTL at most. Entries of a clock that was ahead and has been set right would be the most
+recent for as long as it was wrong, and whatever is written would leave at once: they count as used now. Every writer of
+the namespace must have a bound configured: one that has none is not counted.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_refusal import OOM
 
 LEDGER = b"ledger"
+AHEAD_S = 3600.0  # clocks of machines differ by less, or one of them is wrong
+AHEAD_ENTRIES = 1000  # put right in one round trip
 STEP_S = 1e-6  # between the ages of a block and of the one before it; a score has 53 bits, of which the time takes 31
 
 
@@ -167,13 +170,27 @@ class BoundedRedis:
         if self._ttl_s:
             oldest = min(scores) - self._ttl_s
             commands.append((b"ZREMRANGEBYSCORE", self._name, b"-inf", b"(%r" % oldest))
+        commands.append((b"ZCOUNT", self._name, b"(%r" % (max(scores) + AHEAD_S), b"+inf"))
         commands.append((b"ZCARD", self._name))
-        count = self._tier.ask(self._name, commands, timeout_s=timeout_s)[-1]
+        num_ahead, count = self._tier.ask(self._name, commands, timeout_s=timeout_s)[-2:]
+        if isinstance(num_ahead, int) and num_ahead:
+            self._bring_back(min(scores) - STEP_S, max(scores) + AHEAD_S, timeout_s=timeout_s)
         if not isinstance(count, int) or count <= self._most:
             return []
         pop = (b"ZPOPMIN", self._name, count - self._most)
         popped = self._tier.ask(self._name, [pop], timeout_s=timeout_s, repeatable=False)[0]
         return [PageKey(member) for member in popped[::2]] if isinstance(popped, list) else []
+
+    def _bring_back(self, score: float, most: float, *, timeout_s: float) -> None:
+        """Give entries above `most` the age `score`."""
+        until = time.monotonic() + timeout_s
+        scan = (b"ZRANGEBYSCORE", self._name, b"(%r" % most, b"+inf", b"LIMIT", 0, AHEAD_ENTRIES)
+        while time.monotonic() < until:
+            members = self._tier.ask(self._name, [scan], timeout_s=until - time.monotonic())[0]
+            if not isinstance(members, list) or not members:
+                return
+            pairs = [part for member in members for part in (b"%r" % score, member)]
+            self._tier.ask(self._name, [(b"ZADD", self._name, *pairs)], timeout_s=until - time.monotonic())
 
     def _strike(self, keys: Sequence[PageKey], *, timeout_s: float) -> None:
         if keys:

@@ -174,13 +174,83 @@ def test_more_expired_keys_than_victims_asked_for(policy: Ttl[str]) -> None:
     assert policy.victims(3) == ["s", "a", "b"]
 
 
-def test_a_clock_that_steps_back_brings_no_deadline_forward(policy: Ttl[str]) -> None:
+def test_a_clock_that_goes_back_a_little_stands_still(policy: Ttl[str]) -> None:
+    policy.add("a", 100.0)
+    policy.add("b", 99.5)
+
+    assert policy.expired(109.5) == []
+    assert policy.expired(110.0) == ["a", "b"]
+
+
+def test_a_clock_that_is_set_back_leaves_no_key_more_time_than_its_ttl(policy: Ttl[str]) -> None:
     policy.add("a", 100.0)
     policy.add("b", 50.0, Hint(ttl_s=5.0))
+    policy.add("c", 51.0)
 
-    assert policy.expired(60.0) == []
-    assert policy.expired(105.0) == ["b"]
-    assert policy.expired(110.0) == ["b", "a"]
+    assert policy.expired(54.9) == []
+    assert policy.expired(55.0) == ["b"]
+    assert policy.expired(60.0) == ["b", "a"]
+    assert policy.expired(61.0) == ["b", "a", "c"]
+
+
+def test_a_key_that_had_less_left_when_the_clock_was_set_back_keeps_its_deadline(policy: Ttl[str]) -> None:
+    policy.add("a", 93.0)
+    policy.add("b", 100.0)
+    policy.touch("", 95.0)
+
+    assert policy.expired(102.9) == []
+    assert policy.expired(103.0) == ["a"]
+    assert policy.expired(105.0) == ["a", "b"]
+
+
+def test_a_clock_that_is_set_forward_and_back_again_expires_what_is_past_its_deadline_then(policy: Ttl[str]) -> None:
+    policy.add("a", 100.0)
+    assert policy.expired(1e6) == ["a"]
+
+    assert policy.expired(105.0) == []
+    assert policy.expired(110.0) == ["a"]
+
+
+def test_a_key_with_a_rest_expires_when_that_is_over(policy: Ttl[str]) -> None:
+    policy.add("a", 0.0, Hint(left_s=3.0))
+    policy.add("b", 0.0, Hint(left_s=2.0, ttl_s=50.0))
+    policy.add("c", 0.0, Hint(left_s=-1.0))
+
+    assert policy.expired(0.0) == ["c"]
+    assert policy.expired(3.0) == policy.expired(3.0) == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize("again", ["touch", "add"])
+def test_a_key_with_a_rest_has_its_whole_ttl_from_its_next_use_on(policy: Ttl[str], again: str) -> None:
+    policy.add("a", 0.0, Hint(left_s=3.0))
+    getattr(policy, again)("a", 2.0)
+
+    assert policy.expired(11.9) == []
+    assert policy.expired(12.0) == ["a"]
+
+
+def test_a_key_with_a_rest_that_lives_for_ever_after_its_next_use() -> None:
+    policy: Ttl[str] = Ttl(Lru())
+    policy.add("ab", 0.0, Hint(left_s=3.0))
+    policy.touch("a", 1.0)
+
+    assert policy.expired(1e12) == ["b"]
+
+
+def test_a_key_with_a_rest_that_was_discarded_and_came_back(policy: Ttl[str]) -> None:
+    policy.add("a", 0.0, Hint(left_s=3.0))
+    policy.discard("a")
+    policy.add("a", 0.0, Hint(left_s=3.0))
+
+    assert policy.expired(5.0) == ["a"]
+
+
+def test_a_clock_that_is_set_back_leaves_no_key_more_time_than_its_rest(policy: Ttl[str]) -> None:
+    policy.add("a", 100.0, Hint(left_s=3.0))
+    policy.touch("", 50.0)
+
+    assert policy.expired(52.9) == []
+    assert policy.expired(53.0) == ["a"]
 
 
 def test_many_ttls_at_once() -> None:
@@ -206,5 +276,7 @@ def test_a_ttl_below_zero_is_refused(ttl_s: float) -> None:
 def test_a_hint_that_is_no_number_is_refused_and_nothing_is_added(policy: Ttl[str]) -> None:
     with pytest.raises(ValueError, match="ttl_s is nan"):
         policy.add("a", 0.0, Hint(ttl_s=nan))
+    with pytest.raises(ValueError, match="left_s is nan"):
+        policy.add("a", 0.0, Hint(left_s=nan))
 
     assert len(policy) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from eviction.registry import make_policy
+from kvstore.clock import SYSTEM_CLOCK, Clock
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.cascade import TierPlan
 from kvstore.plan.journal import Journal
@@ -17,11 +18,23 @@ BLOCK = 4
 LAYOUT = Layout(BLOCK, (LayerGroup(GroupKind.FULL, (0,), 4096),), "test", "uint8")
 
 
-def make(num_slots: int = 8, disk_pages: int | None = None) -> tuple[Planner, Journal]:
+def make(
+    num_slots: int = 8,
+    disk_pages: int | None = None,
+    *,
+    clock: Clock = SYSTEM_CLOCK,
+    host_ttl_s: float | None = None,
+    disk_ttl_s: float = 0.0,
+) -> tuple[Planner, Journal]:
     tiers = []
     if disk_pages is not None:
-        tiers = [TierPlan("disk", disk_pages, make_policy("lru"), is_indexed=True, is_shared=False)]
-    planner = Planner(LAYOUT, PlanSettings(num_slots, load_or_recompute=False), make_policy("lru"), tiers)
+        tiers = [
+            TierPlan(
+                "disk", disk_pages, make_policy("lru", disk_ttl_s), is_indexed=True, is_shared=False, ttl_s=disk_ttl_s
+            )
+        ]
+    settings = PlanSettings(num_slots, load_or_recompute=False)
+    planner = Planner(LAYOUT, settings, make_policy("lru", host_ttl_s), tiers, clock)
     journal = planner.catalog.journal = Journal(lambda: 1000.0)
     journal.wants_events = True
     return planner, journal
@@ -34,9 +47,14 @@ def path(seed: int, num_blocks: int) -> Request:
 
 
 def save(planner: Planner, request: Request) -> None:
+    publish(planner, request)
+    land(planner)
+
+
+def publish(planner: Planner, request: Request) -> None:
+    """Save; what is written behind is on its way."""
     lease = planner.prepare_save(request, 0, len(request.keys), 0.0)
     planner.complete(lease.id, 0.0)
-    land(planner)
 
 
 def land(planner: Planner) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ def store_over(
         Lane(tier, slab.view, workers=plan.workers, breaker=Breaker(3, 0.1, 0.2), timeout_s=timeout_s)
         for tier, plan in tiers
     ]
-    numbers: dict[str, Any] = {"wall_offset": time.time() - time.monotonic(), "lookup_deadline_s": 0.5}
+    numbers: dict[str, Any] = {"lookup_deadline_s": 0.5}
     planner = Planner(
         layout, PlanSettings(num_slots, **(numbers | settings)), make_policy("lru"), [plan for _, plan in tiers]
     )

@@ -23,6 +23,7 @@ from kvstore.plan.records import CutReason, LeaseState, Op, Outcome, Request, Re
 from kvstore.plan.resume import needed_from
 from kvstore.plan.settings import PlanSettings
 from radix.namespace import BlockHash
+from tests.helpers.clocks import Clocks
 
 BLOCK = 4
 FULL = Layout(BLOCK, (LayerGroup(GroupKind.FULL, (0,), 4096),), "test", "uint8")
@@ -58,7 +59,7 @@ class PlannerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = 100.0
+        self.clocks = Clocks(100.0)
         self.next_request = 1
         self.media: dict[str, set[bytes]] = {"disk": set(), "redis": set()}
         self.slots: dict[int, bytes | None] = {}
@@ -68,6 +69,10 @@ class PlannerMachine(RuleBasedStateMachine):
         self.requests: list[Request] = []
         self.tickets: list[int] = []
         self.claims: dict[bytes, tuple[bytes, float]] = {}  # in Redis: whose, and until when
+
+    @property
+    def now(self) -> float:
+        return self.clocks.now
 
     @initialize(
         num_slots=st.integers(2, 9), disk_pages=st.integers(2, 7), admit=st.sampled_from(["always", "second_use"])
@@ -89,6 +94,7 @@ class PlannerMachine(RuleBasedStateMachine):
                 TierPlan("disk", disk_pages, make_policy("lru", 500.0), True, True, admit, ttl_s=500.0, window_pages=3),
                 TierPlan("redis", None, None, False, True, window_pages=3, can_claim=True),
             ],
+            self.clocks,
         )
 
     # -- what callers do
@@ -107,7 +113,7 @@ class PlannerMachine(RuleBasedStateMachine):
         options = RequestOptions(
             pin=pin and self.next_request % 5 == 0,
             priority=priority,
-            retain_until=self.now + 20 if retain and self.next_request % 3 == 0 else 0.0,
+            retain_until=self.clocks.unix + 20 if retain and self.next_request % 3 == 0 else 0.0,
             single_flight=step_blocks > 0 or self.all_single_flight,
             step_blocks=max(1, step_blocks),
         )
@@ -250,9 +256,17 @@ class PlannerMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.01, 1.0, 30.0, 400.0]))
     def time_passes(self, seconds: float) -> None:
-        self.now += seconds
+        self.clocks.advance(seconds)
         self.planner.tick(self.now)
         self.collect()
+
+    @rule(seconds=st.sampled_from([30.0, 400.0, 1e6]))
+    def the_machine_sleeps(self, seconds: float) -> None:
+        self.clocks.sleep(seconds)
+
+    @rule(seconds=st.sampled_from([-1e6, -400.0, -30.0, 30.0, 400.0, 1e6]))
+    def the_wall_clock_is_set(self, seconds: float) -> None:
+        self.clocks.set_by(seconds)
 
     @rule(rate=st.sampled_from([10.0, 1e9]))
     def the_engine_computes(self, rate: float) -> None:
@@ -297,7 +311,7 @@ class PlannerMachine(RuleBasedStateMachine):
             self.planner.finished(request, self.now)
         for request in self.requests[-1:]:
             for wait_s in (LEASE_S, LEASE_S, LEASE_S, 0.0, 0.0, 0.0):  # the last ones leave time for questions only
-                self.now += wait_s
+                self.clocks.advance(wait_s)
                 self.planner.tick(self.now)
                 match = self.planner.lookup(request, self.now)
                 self.collect()

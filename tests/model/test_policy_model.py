@@ -156,6 +156,7 @@ class NaivePolicy:
         self.demoted: list[str] = []
         self.ttl_s = ttl_s
         self.ttl: dict[str, float] = {}
+        self.most: dict[str, float] = {}  # what it had when its life, or what was left of it, began
         self.deadline: dict[str, float] = {}
 
     def add(self, key: str, now: float, hint: Hint) -> None:
@@ -168,7 +169,8 @@ class NaivePolicy:
             self.priority[key] = hint.priority
         ttl = self.ttl_s if hint.ttl_s is None else hint.ttl_s
         self.ttl[key] = ttl or 0.0
-        self.deadline[key] = now + ttl if ttl else float("inf")
+        self.most[key] = (ttl or float("inf")) if hint.left_s is None else hint.left_s
+        self.deadline[key] = now + self.most[key]
 
     def touch(self, key: str, now: float) -> None:
         if key not in self.priority:
@@ -178,8 +180,12 @@ class NaivePolicy:
             self.demoted.remove(key)
             order.add(key, 0)
         order.touch(key)
-        if self.ttl[key]:
-            self.deadline[key] = now + self.ttl[key]
+        self.most[key] = self.ttl[key] or float("inf")
+        self.deadline[key] = now + self.most[key]
+
+    def set_back(self, now: float) -> None:
+        """The clock was set back: nothing has more left than it began with."""
+        self.deadline = {key: min(deadline, now + self.most[key]) for key, deadline in self.deadline.items()}
 
     def demote(self, keys: list[str]) -> None:
         for key in reversed(keys):
@@ -194,7 +200,7 @@ class NaivePolicy:
     def discard(self, key: str) -> None:
         if key in self.priority:
             self.leave(key)
-            del self.ttl[key], self.deadline[key]
+            del self.ttl[key], self.most[key], self.deadline[key]
 
     def leave(self, key: str) -> None:
         priority = self.priority.pop(key)
@@ -240,7 +246,13 @@ class PolicyMachine(RuleBasedStateMachine):
 
     @rule(
         keys=key_lists,
-        hint=st.builds(Hint, st.integers(-1, 1), st.sampled_from([None, 0.0, 3.0, 25.0]), st.integers(0, 2)),
+        hint=st.builds(
+            Hint,
+            st.integers(-1, 1),
+            st.sampled_from([None, 0.0, 3.0, 25.0]),
+            st.integers(0, 2),
+            st.sampled_from([None, None, None, 2.0, 7.0]),
+        ),
     )
     def add_with(self, keys: list[str], hint: Hint) -> None:
         self.policy.add(keys, self.now, hint)
@@ -294,6 +306,12 @@ class PolicyMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.5, 3.0, 11.0]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
+
+    @rule(seconds=st.sampled_from([5.0, 40.0]))
+    def the_clock_is_set_back(self, seconds: float) -> None:
+        self.now -= seconds
+        self.policy.touch([], self.now)  # tells the time
+        self.model.set_back(self.now)
 
     @rule()
     def expire(self) -> None:

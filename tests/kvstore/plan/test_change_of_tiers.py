@@ -98,7 +98,7 @@ def test_a_tier_that_is_back_knows_what_it_holds_and_is_written_to_again() -> No
 
     planner.attach_tier(disk(16))
     metas = [PageMeta(4096, b"", 0), PageMeta(4096, old.keys[0], 1)]
-    planner.restore("disk", [(page_key(key), meta) for key, meta in zip(old.keys, metas, strict=True)], 0.0)
+    planner.restore("disk", [(page_key(key), meta) for key, meta in zip(old.keys, metas, strict=True)])
     save(planner, path(0, 2))
     planner.check()
 

@@ -3,6 +3,7 @@
 from kvstore.page import PageMeta, page_key
 from kvstore.plan.journal import BlockEvent, Event, Journal, Left
 from kvstore.plan.records import CutReason, Op, Outcome
+from tests.helpers.clocks import Clocks
 from tests.helpers.planners import land, make, path, save
 
 
@@ -39,13 +40,15 @@ def test_an_evicted_block_is_explained_with_time_tier_and_reason() -> None:
 
 
 def test_an_expired_and_a_deleted_block_are_told_apart() -> None:
-    planner, _ = make()
+    clocks = Clocks()
+    planner, _ = make(clock=clocks)
     first, second = path(0, 2), path(1, 2)
     save(planner, first)
     save(planner, second)
 
     assert planner.set_ttl(first, 5.0, 0.0) == 2
     planner.forget(second, 0, 1.0)
+    clocks.advance(6.0)
     planner.tick(6.0)
 
     assert planner.explain(first).left == (1000.0, "host", "expired")
@@ -100,7 +103,7 @@ def test_clear_deletes_everything_and_says_so() -> None:
     planner, journal = make(num_slots=4, disk_pages=8)
     save(planner, path(0, 3))
     stray = page_key(path(5, 1).keys[0])
-    planner.restore("disk", [(stray, PageMeta(4096, b"\1" * 32, 7))], 0.0)
+    planner.restore("disk", [(stray, PageMeta(4096, b"\1" * 32, 7))])
     journal.take_events()
 
     assert planner.clear(0.0) == 4

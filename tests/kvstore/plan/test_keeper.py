@@ -9,6 +9,7 @@ from kvstore.plan.catalog import Block, Catalog, Page
 from kvstore.plan.hostspace import HostSpace
 from kvstore.plan.keeper import MAX_STALE, Keeper, Kept
 from radix.hashing import BlockHash
+from tests.helpers.clocks import Clocks
 
 INF = float("inf")
 
@@ -17,9 +18,10 @@ class Shelf:
     """Host memory of ten slots, of which five may be kept, for at most a hundred seconds."""
 
     def __init__(self) -> None:
+        self.clocks = Clocks(now=0.0, unix=0.0)
         self.catalog = Catalog(1)
-        self.host = HostSpace(10, make_policy("lru"), self.catalog)
-        self.keeper = Keeper(self.host, budget=0.5, longest_s=100.0)
+        self.host = HostSpace(10, make_policy("lru"), self.catalog, self.clocks.boot)
+        self.keeper = Keeper(self.host, self.clocks, budget=0.5, longest_s=100.0)
         self._count = 0
 
     def blocks(self, num_blocks: int) -> list[Block]:
@@ -33,8 +35,13 @@ class Shelf:
         self.host.take_for(pages, ())
         for page in pages:
             self.host.ready(page)
-        self.host.enter(pages, 0.0, used=False)
+        self.host.enter(pages, used=False)
         return blocks
+
+    def expire(self, at: float) -> None:
+        """Let time pass until `at`, and end what is over then."""
+        self.clocks.advance(at - self.clocks.boot())
+        self.keeper.expire()
 
     @property
     def num_pinned(self) -> int:
@@ -50,7 +57,7 @@ def shelf() -> Shelf:
 def test_of_a_path_larger_than_the_budget_the_head_is_kept(shelf: Shelf) -> None:
     path = shelf.blocks(8)
 
-    assert shelf.keeper.keep(path, INF, now=0.0) == 5
+    assert shelf.keeper.keep(path, INF) == 5
 
     assert shelf.num_pinned == 5
     assert [page.kept for block in path for page in block.pages] == [True] * 5 + [False] * 3
@@ -59,57 +66,59 @@ def test_of_a_path_larger_than_the_budget_the_head_is_kept(shelf: Shelf) -> None
 
 def test_the_budget_is_for_all_holders_together_and_comes_back(shelf: Shelf) -> None:
     first, second = shelf.blocks(4), shelf.blocks(4)
-    assert shelf.keeper.keep(first, INF, 0.0, "one") == 4
-    assert shelf.keeper.keep(second, INF, 0.0, "two") == 1
+    assert shelf.keeper.keep(first, INF, "one") == 4
+    assert shelf.keeper.keep(second, INF, "two") == 1
 
-    assert shelf.keeper.let_go(first, 1.0) == 4
+    assert shelf.keeper.let_go(first) == 4
 
-    assert shelf.keeper.keep(second, INF, 1.0, "two") == 4
+    assert shelf.keeper.keep(second, INF, "two") == 4
     assert shelf.num_pinned == 4
 
 
 @pytest.mark.parametrize("until", [INF, 1e300, 101.0, 100.0])
 def test_every_promise_ends(shelf: Shelf, until: float) -> None:
     path = shelf.blocks(3)
-    shelf.keeper.keep(path, until, now=0.0)
+    shelf.keeper.keep(path, until)
 
-    shelf.keeper.expire(99.0)
+    shelf.expire(99.0)
     assert shelf.num_pinned == 3
-    shelf.keeper.expire(100.0)
+    shelf.expire(100.0)
 
     assert shelf.num_pinned == 0
     assert len(shelf.keeper) == 0
 
 
 def test_a_promise_that_is_over_already_keeps_nothing(shelf: Shelf) -> None:
-    assert shelf.keeper.keep(shelf.blocks(3), 4.0, now=5.0) == 0
+    shelf.clocks.advance(5.0)
+
+    assert shelf.keeper.keep(shelf.blocks(3), 4.0) == 0
 
     assert shelf.num_pinned == 0
 
 
 def test_the_later_of_two_promises_counts(shelf: Shelf) -> None:
     path = shelf.blocks(2)
-    shelf.keeper.keep(path, 50.0, 0.0)
-    shelf.keeper.keep(path, 20.0, 0.0)
-    shelf.keeper.keep(path[:1], 80.0, 0.0)
+    shelf.keeper.keep(path, 50.0)
+    shelf.keeper.keep(path, 20.0)
+    shelf.keeper.keep(path[:1], 80.0)
 
-    shelf.keeper.expire(50.0)
+    shelf.expire(50.0)
 
     assert shelf.num_pinned == 1
-    shelf.keeper.expire(80.0)
+    shelf.expire(80.0)
     assert shelf.num_pinned == 0
 
 
 def test_operators_see_who_has_how_much_kept_until_when(shelf: Shelf) -> None:
     ours, theirs = shelf.blocks(2), shelf.blocks(3)
-    shelf.keeper.keep(ours, 30.0, 0.0, "one")
-    shelf.keeper.keep(theirs, 40.0, 0.0, "two")
+    shelf.keeper.keep(ours, 30.0, "one")
+    shelf.keeper.keep(theirs, 40.0, "two")
     assert shelf.keeper.holders == [Kept("one", 2, 30.0), Kept("two", 3, 40.0)]
 
-    shelf.keeper.keep(theirs[:1], 60.0, 0.0, "one")  # the later end is one's word
+    shelf.keeper.keep(theirs[:1], 60.0, "one")  # the later end is one's word
     assert shelf.keeper.holders == [Kept("one", 3, 60.0), Kept("two", 2, 40.0)]
 
-    shelf.keeper.expire(40.0)
+    shelf.expire(40.0)
     assert shelf.keeper.holders == [Kept("one", 1, 60.0)]
     shelf.keeper.check()
 
@@ -117,10 +126,11 @@ def test_operators_see_who_has_how_much_kept_until_when(shelf: Shelf) -> None:
 def test_keeping_the_same_again_and_again_takes_no_memory(shelf: Shelf) -> None:
     path = shelf.blocks(1)
     for step in range(5 * MAX_STALE):
-        shelf.keeper.keep(path, 100.0 + step * 1e-3, step * 1e-3)
+        shelf.keeper.keep(path, 100.0 + step * 1e-3)
+        shelf.clocks.advance(1e-3)
 
     assert len(shelf.keeper._queue) <= MAX_STALE + 3
-    shelf.keeper.expire(100.0)
+    shelf.expire(100.0)
     assert shelf.num_pinned == 1
-    shelf.keeper.expire(200.0)
+    shelf.expire(200.0)
     assert shelf.num_pinned == 0

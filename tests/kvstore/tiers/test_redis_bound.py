@@ -140,6 +140,21 @@ def test_expired_and_deleted_pages_leave_the_ledger(tier: BoundedRedis, client: 
     assert client.zcard(PREFIX + "ledger") == 1
 
 
+def test_after_the_clock_was_set_back_new_pages_have_room_and_old_ones_leave(
+    tier: BoundedRedis, client: Any, clock: FakeClock
+) -> None:
+    old = keys_of("old", 8)
+    put(tier, old)
+    clock.advance(-7 * 86_400.0)
+
+    assert put(tier, keys_of("new", 4)) == [True] * 4
+    clock.advance(1)
+    assert put(tier, keys_of("newer", 4)) == [True] * 4
+
+    assert there(tier, keys_of("new", 4)) == there(tier, keys_of("newer", 4)) == [True] * 4
+    assert client.zcard(PREFIX + "ledger") == 8
+
+
 def test_a_ledger_that_is_gone_begins_anew_with_what_is_used(tier: BoundedRedis, client: Any) -> None:
     keys = keys_of("page", 4)
     put(tier, keys)
