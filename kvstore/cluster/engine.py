@@ -13,7 +13,6 @@ has left `running`.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -26,12 +25,13 @@ from kvstore.cluster.metrics import ReplicaMetrics
 from kvstore.cluster.runner import Job, ModelSpec, Runner
 from kvstore.config import Config
 from kvstore.errors import StoreClosed
+from kvstore.service import logs
 
 if TYPE_CHECKING:
     from connectors.transformers_report import Found, Report
     from connectors.transformers_run import GenerationRun
 
-log = logging.getLogger(__name__)
+log = logs.limited(__name__)
 
 T = TypeVar("T")
 
@@ -206,7 +206,7 @@ class Engine:
                 elif not await self._round():
                     await asyncio.sleep(POLL_S)
         except Exception as error:
-            log.exception("the engine has stopped")
+            log.error("the engine has stopped: %s", logs.where(error))
             for answer in [*self._queue, *self._running]:
                 answer.end(error)
             raise
@@ -236,7 +236,7 @@ class Engine:
         try:
             pieces = await self._compute(run.step)
         except Exception as error:
-            log.warning("a request of %d tokens failed: %s", answer.ticket.tokens, error, exc_info=True)
+            log.warning("a request of %d tokens failed: %s", answer.ticket.tokens, logs.where(error))
             self._running.remove(answer)
             await self._close(answer, error)
             return True
@@ -276,8 +276,8 @@ class Engine:
         """End a request that has not come to its end."""
         try:
             await self._compute(answer.run.close)
-        except Exception:
-            log.exception("a request of %d tokens could not be closed", answer.ticket.tokens)
+        except Exception as failed:
+            log.error("a request of %d tokens could not be closed: %s", answer.ticket.tokens, logs.where(failed))
         self._leave(answer, error)
 
     def _leave(self, answer: Answer, error: Exception | None = None) -> None:

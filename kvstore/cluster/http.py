@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from aiohttp import web
 
 from kvstore.cluster.openai import ApiError
 from kvstore.errors import ConfigError
+from kvstore.service import descriptors
+from kvstore.service.bodies import BAD_BODY, Bodies, BodyError, bad_body
+from kvstore.service.connections import Connections
 from kvstore.service.protocol import encode_json
-
-MAX_BODY_BYTES = 16 << 20  # a million tokens as JSON
-BODY_TIMEOUT_S = 30.0
-SHUTDOWN_S = 1.0
+from kvstore.service.webserver import WebServer, bind
 
 
 class Site:
@@ -22,8 +21,10 @@ class Site:
     def __init__(self, app: web.Application, host: str, port: int) -> None:
         self.host = host
         self.port = port
+        budget = descriptors.budget(descriptors.limit())
+        self.connections = Connections(budget.http, max(1, budget.http // 2))
         self._app = app
-        self._runner: web.AppRunner | None = None
+        self._server: WebServer | None = None
 
     @property
     def url(self) -> str:
@@ -33,34 +34,58 @@ class Site:
 
     async def start(self) -> None:
         """Listen; `port` is then the one that was taken. Raises ConfigError if the address cannot be had."""
-        self._runner = web.AppRunner(
-            self._app, access_log=None, handle_signals=False, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S
-        )
-        await self._runner.setup()
+        self._server = WebServer(self._app, _malformed, handler_cancellation=True)
+        await self._server.start()
         try:
-            await web.TCPSite(self._runner, self.host, self.port, backlog=1024).start()
+            sockets = bind(self.host, self.port)
         except OSError as error:
             await self.close()
             raise ConfigError(
                 f"--host {self.host} --port {self.port}: {error.strerror or error}; name another port, or 0 for any"
             ) from None
-        self.port = self._runner.addresses[0][1]
+        self.port = sockets[0].getsockname()[1]
+        for raw in sockets:
+            self._server.listen("http", raw, self.connections, make_way=self.connections.drop_one)
 
     async def close(self) -> None:
         """Stop listening and hang up. Idempotent."""
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
+        if self._server is not None:
+            await self._server.close()
+            self._server = None
 
 
-async def read_body(request: web.Request) -> bytes:
-    """The body. Raises ApiError if it is too long or does not come."""
+async def read_body(request: web.Request, bodies: Bodies) -> bytes:
+    """The body. Raises ApiError if it is too long, does not come, or is not what its headers say."""
     try:
-        return await asyncio.wait_for(request.read(), BODY_TIMEOUT_S)
-    except asyncio.TimeoutError:
-        raise ApiError(408, f"the body did not come within {BODY_TIMEOUT_S:.0f} s") from None
-    except web.HTTPRequestEntityTooLarge:
-        raise ApiError(413, f"the body is longer than {MAX_BODY_BYTES} bytes") from None
+        return await bodies.read(request)
+    except BodyError as error:
+        raise of_body(error) from None
+
+
+def of_body(error: BodyError) -> ApiError:
+    """A body that is not taken, in OpenAI's form."""
+    if error.status == 429:
+        return ApiError(429, str(error), kind="rate_limit_error", code="bodies", retry_after_s=1)
+    return ApiError(error.status, str(error), param=error.field)
+
+
+def of_library(request: web.Request, error: Exception) -> ApiError | None:
+    """What aiohttp raises for what is wrong with a request, in OpenAI's form; None for anything else."""
+    if isinstance(error, BAD_BODY):
+        return of_body(bad_body(request, error))
+    if isinstance(error, web.HTTPException):
+        return ApiError(error.status, error.reason.lower(), param={404: "path", 405: "method"}.get(error.status))
+    return None
+
+
+async def expect(request: web.Request) -> web.StreamResponse | None:
+    """Answer `Expect`, before anything else is looked at."""
+    if request.headers.get("Expect", "").lower() != "100-continue":
+        return error_response(request, ApiError(417, "only 100-continue can be expected", param="Expect"))
+    if request.version >= (1, 1):
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # that was no part of the answer
+    return None
 
 
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
@@ -74,3 +99,8 @@ def error_response(request: web.Request, error: ApiError) -> web.Response:
     if request.can_read_body and not request.content.at_eof():
         response.force_close()  # what is left of the body is not read
     return response
+
+
+def _malformed(status: int, title: str, detail: str, field: str) -> web.Response:
+    error = ApiError(status, f"{title}: {detail}" if detail else title, param=field or None)
+    return json_response(error.body, status)

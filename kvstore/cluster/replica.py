@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -22,15 +21,17 @@ from aiohttp import web
 
 from kvstore.cluster.admission import Admission, Refused
 from kvstore.cluster.engine import Answer, Engine
-from kvstore.cluster.http import MAX_BODY_BYTES, Site, error_response, json_response, read_body
+from kvstore.cluster.http import Site, error_response, expect, json_response, of_library, read_body
 from kvstore.cluster.openai import ApiError, Ask, ChatAsk, CompletionAsk, Reply, check_model, event, models, parse
 from kvstore.cluster.runner import Job, ModelSpec
 from kvstore.config import Config
 from kvstore.errors import KVStoreError, RequestError, StoreClosed
 from kvstore.metrics import CONTENT_TYPE
 from kvstore.plan.records import RequestOptions
+from kvstore.service import logs
+from kvstore.service.bodies import Bodies
 
-log = logging.getLogger(__name__)
+log = logs.limited(__name__)
 
 TIERS = ("host", "disk", "redis")
 COMPLETION_TOKENS = 16  # where a request does not say; OpenAI's own default
@@ -73,16 +74,17 @@ class Replica:
         self.is_draining = False
         self._created = int(time.time())
         self._stop = asyncio.Event()
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._middleware])
+        self._bodies = Bodies()
+        app = web.Application(middlewares=[self._middleware])
         app.on_response_prepare.append(self._sign)
-        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models", self._models, expect_handler=expect)
         for path, kind in ANSWERS.items():
-            app.router.add_post(path, self._answer(kind))
-        app.router.add_post("/v1/lookup", self._lookup)
-        app.router.add_get("/v1/stats", self._stats)
-        app.router.add_get("/healthz", self._healthz)
-        app.router.add_get("/readyz", self._readyz)
-        app.router.add_get("/metrics", self._metrics)
+            app.router.add_post(path, self._answer(kind), expect_handler=expect)
+        app.router.add_post("/v1/lookup", self._lookup, expect_handler=expect)
+        app.router.add_get("/v1/stats", self._stats, expect_handler=expect)
+        app.router.add_get("/healthz", self._healthz, expect_handler=expect)
+        app.router.add_get("/readyz", self._readyz, expect_handler=expect)
+        app.router.add_get("/metrics", self._metrics, expect_handler=expect)
         self.site = Site(app, settings.host, settings.port)
 
     async def run(self, announce: Callable[[str], None]) -> None:
@@ -118,7 +120,7 @@ class Replica:
         async def handle(request: web.Request) -> web.StreamResponse:
             arrived = time.monotonic()
             self._check_open()
-            ask = parse(await read_body(request), kind)
+            ask = parse(await read_body(request, self._bodies), kind)
             check_model(ask.model, self.settings.model.name)
             self.engine.admission.check_queue(self.engine.num_queued)
             job = await self._job(ask)
@@ -211,7 +213,7 @@ class Replica:
     async def _lookup(self, request: web.Request) -> web.Response:
         """What this replica would have to compute for a request; for routers."""
         self._check_open()
-        raw = await read_body(request)
+        raw = await read_body(request, self._bodies)
         ask = parse(raw, ChatAsk if _is_chat(raw) else CompletionAsk)
         check_model(ask.model, self.settings.model.name)
         job = await self._job(ask)
@@ -237,7 +239,7 @@ class Replica:
         try:
             store: dict[str, Any] | None = await asyncio.wait_for(engine.stats(), STATS_TIMEOUT_S)
         except (KVStoreError, asyncio.TimeoutError) as error:
-            log.warning("the store gives no numbers: %s", error)
+            log.warning("the store gives no numbers: %s", type(error).__name__)
             store = None
         return json_response(
             {
@@ -282,7 +284,7 @@ class Replica:
         except ConnectionError:
             raise asyncio.CancelledError from None  # the client is gone: nobody is there to be answered
         except Exception as error:
-            response = error_response(request, self._error(error))
+            response = error_response(request, of_library(request, error) or self._error(error))
         if request.path in ANSWERS:
             self.engine.metrics.requests.labels(str(response.status)).inc()
         return response
@@ -303,9 +305,7 @@ class Replica:
                 return ApiError(400, str(error), param=str(error).split(":", 1)[0].split(" ", 1)[0])
             case StoreClosed():
                 return ApiError(503, str(error), kind="server_error", code="not_ready", retry_after_s=1)
-            case web.HTTPException():
-                return ApiError(error.status, error.reason.lower())
-        log.error("a request failed", exc_info=error)
+        log.error("a request failed: %s", logs.where(error))  # not its text: that may hold a prompt
         return ApiError(500, "a fault in the replica; its log has more", kind="server_error")
 
     async def _sign(self, request: web.Request, response: web.StreamResponse) -> None:

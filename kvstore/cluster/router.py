@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -18,15 +17,17 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from kvstore.cluster.http import MAX_BODY_BYTES, Site, error_response, json_response, read_body
+from kvstore.cluster.http import Site, error_response, expect, json_response, of_library, read_body
 from kvstore.cluster.metrics import RouterMetrics
 from kvstore.cluster.openai import ApiError
 from kvstore.cluster.relay import ClientGone, Relay, TryNext
 from kvstore.cluster.replicas import NOT_THERE, Link, Replicas, check_urls
 from kvstore.cluster.routing import Policy, View, make_policy
 from kvstore.metrics import CONTENT_TYPE
+from kvstore.service import logs
+from kvstore.service.bodies import Bodies
 
-log = logging.getLogger(__name__)
+log = logs.limited(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +56,15 @@ class Router:
         self.replicas = Replicas(check_urls(settings.replicas), settings.health_interval_s)
         self.metrics = RouterMetrics(self.replicas.links)
         self._stop = asyncio.Event()
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._middleware])
-        app.router.add_post("/v1/completions", self._forward)
-        app.router.add_post("/v1/chat/completions", self._forward)
-        app.router.add_get("/v1/models", self._forward)
-        app.router.add_get("/v1/replicas", self._replicas)
-        app.router.add_get("/healthz", self._healthz)
-        app.router.add_get("/readyz", self._readyz)
-        app.router.add_get("/metrics", self._metrics)
+        self._bodies = Bodies()
+        app = web.Application(middlewares=[self._middleware])
+        app.router.add_post("/v1/completions", self._forward, expect_handler=expect)
+        app.router.add_post("/v1/chat/completions", self._forward, expect_handler=expect)
+        app.router.add_get("/v1/models", self._forward, expect_handler=expect)
+        app.router.add_get("/v1/replicas", self._replicas, expect_handler=expect)
+        app.router.add_get("/healthz", self._healthz, expect_handler=expect)
+        app.router.add_get("/readyz", self._readyz, expect_handler=expect)
+        app.router.add_get("/metrics", self._metrics, expect_handler=expect)
         self.site = Site(app, settings.host, settings.port)
 
     async def run(self, announce: Callable[[str], None]) -> None:
@@ -98,7 +100,7 @@ class Router:
 
     async def _forward(self, request: web.Request) -> web.StreamResponse:
         began = time.monotonic()
-        raw = await read_body(request) if request.can_read_body else b""
+        raw = await read_body(request, self._bodies) if request.can_read_body else b""
         relay = Relay(request, raw, self.replicas.session)
         links = await self._order(request.path, raw)
         why = f"none of the {len(self.replicas.links)} replicas is ready" if not links else ""
@@ -173,15 +175,14 @@ class Router:
             return response
         except ApiError as error:
             return error_response(request, error)
-        except web.HTTPException as error:
-            return error_response(request, ApiError(error.status, error.reason.lower()))
         except (ConnectionError, ClientGone):
             raise asyncio.CancelledError from None  # nobody is there to be answered
-        except Exception:
-            log.exception("%s %s failed", request.method, request.path)
-            return error_response(
-                request, ApiError(500, "a fault in the router; its log has more", kind="server_error")
-            )
+        except Exception as error:
+            told = of_library(request, error)
+            if told is None:
+                log.error("a request failed: %s", logs.where(error))
+                told = ApiError(500, "a fault in the router; its log has more", kind="server_error")
+            return error_response(request, told)
 
 
 def serve(settings: RouterSettings, announce: Callable[[str], None]) -> None:

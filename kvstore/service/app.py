@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import ssl
 from importlib.metadata import PackageNotFoundError, version
 from ipaddress import ip_address
@@ -14,33 +13,39 @@ from pydantic import ValidationError
 
 from kvstore.config import ServiceConfig
 from kvstore.errors import ConfigError, KVStoreError, RequestError, StoreClosed
-from kvstore.service import dashboard_page, problems
+from kvstore.service import dashboard_page, logs, problems
 from kvstore.service.api import Api
-from kvstore.service.models import parse_json
+from kvstore.service.bodies import BAD_BODY, Bodies, BodyError, bad_body
+from kvstore.service.connections import Connection, Connections
+from kvstore.service.descriptors import Budget
+from kvstore.service.parsing import Parser
 from kvstore.service.problems import Problem
 from kvstore.service.protocol import encode_json
 from kvstore.service.routes import Call, Route, document
 from kvstore.service.tenants import LOCAL, Tenant
+from kvstore.service.webserver import Handler, WebServer, bind
 
 if TYPE_CHECKING:
     from kvstore.service.daemon import Daemon
 
-log = logging.getLogger(__name__)
+log = logs.limited(__name__)
 
-MAX_BODY_BYTES = 16 << 20  # a million tokens as JSON
-BODY_TIMEOUT_S = 30.0
 UPGRADE = "kvstore/1"
 
 
 class App:
     """The HTTP side of a daemon. Its event loop only."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, budget: Budget) -> None:
         self.port = 0
         self.num_requests = 0
         self.num_refused = 0
+        self.parser = Parser()
+        self.connections = Connections(budget.http, max(1, budget.http // 2))
+        self._budget = budget
         self._daemon = daemon
-        self._runner: web.AppRunner | None = None
+        self._server: WebServer | None = None
+        self._bodies = Bodies()
         self.version = _version()
         self.routes = [*Api(daemon).routes(), *daemon.dashboard.routes()]
         self._document = encode_json(document(self.routes, self.version, with_tokens=daemon.has_tokens))
@@ -49,44 +54,38 @@ class App:
         """Listen, if there is a port. Raises ConfigError for an address that cannot be had, or open to everybody."""
         check_exposure(config)
         context = _tls(config)
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._middleware])
+        app = web.Application(middlewares=[self._middleware])
         for route in self.routes:
-            app.router.add_route(route.method, route.path, self._handler(route))
-        app.router.add_get("/v1/openapi.json", self._openapi)
-        app.router.add_get("/v1/channel", self._channel)
+            app.router.add_route(route.method, route.path, self._handler(route), expect_handler=self._expect)
+        app.router.add_get("/v1/openapi.json", self._openapi, expect_handler=self._expect)
+        app.router.add_get("/v1/channel", self._channel, expect_handler=self._expect)
         dashboard_page.add_routes(app.router)
-        self._runner = web.AppRunner(
-            app,
-            access_log=None,
-            handle_signals=False,
-            shutdown_timeout=1.0,
-            max_line_size=16384,
-        )
-        await self._runner.setup()
+        server = WebServer(app, self._form)
+        await server.start()
+        self._server = server
         if config.http_port is None:
             return
-        site = web.TCPSite(self._runner, config.http_host, config.http_port, ssl_context=context, backlog=1024)
         try:
-            await site.start()
+            sockets = bind(config.http_host, config.http_port)
         except OSError as error:
             await self.close()
             raise ConfigError(
                 f"service.http_host {config.http_host}, service.http_port {config.http_port}: {error.strerror or error}"
             ) from None
-        self.port = self._runner.addresses[0][1]
+        self.port = sockets[0].getsockname()[1]
+        for raw in sockets:
+            server.listen("http", raw, self.connections, context, self.connections.drop_one)
         log.info("HTTP API on %s:%d%s", config.http_host, self.port, " with TLS" if context else "")
 
-    def protocol(self) -> asyncio.Protocol | None:
+    def protocol(self, connection: Connection) -> asyncio.Protocol | None:
         """Serve HTTP on a connection that was accepted elsewhere: by the unix socket. None before and after."""
-        server = None if self._runner is None else self._runner.server
-        made: asyncio.Protocol | None = None if server is None else server()
-        return made
+        return None if self._server is None else self._server.protocol(connection)
 
     async def close(self) -> None:
         """Stop listening and hang up. Idempotent."""
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
+        if self._server is not None:
+            server, self._server = self._server, None
+            await server.close()
 
     # ---- one request ------------------------------------------------------------------------------------------------
 
@@ -109,25 +108,27 @@ class App:
             self._check_host(request)
             response: web.StreamResponse = await handler(request)
             return response
-        except Problem as problem:
-            return self._refuse(request, problem)
-        except web.HTTPException as error:
-            allowed = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-            return self._refuse(request, Problem(error.status, error.reason.lower(), **allowed))
-        except RequestError as error:
-            return self._refuse(request, Problem(400, "the request is not valid", str(error), _field(error)))
-        except StoreClosed:
-            return self._refuse(request, Problem(503, "the daemon is closing", Retry_After="1"))
-        except ConfigError as error:
-            # Well formed, but not with what is configured here, or not in itself (a window for a full group).
-            return self._refuse(request, Problem(409, "not possible here", str(error), _field(error)))
-        except KVStoreError as error:
-            return self._refuse(request, Problem(409, "not possible now", str(error)))
         except (ConnectionError, asyncio.CancelledError):
             raise
-        except Exception:
-            log.exception("%s %s failed", request.method, request.path)
-            return self._refuse(request, Problem(500, "a fault in the daemon"))
+        except Exception as error:
+            problem = _problem(request, error)
+            if problem.status >= 500 and not isinstance(error, (Problem, StoreClosed)):
+                # Its text may hold what was sent, a token included: the type and the place are enough to find it.
+                log.error("%s %s failed: %s", request.method, _place(request), logs.where(error))
+            return self._refuse(request, problem)
+
+    async def _expect(self, request: web.Request) -> web.StreamResponse | None:
+        """Answer `Expect`, before anything else is looked at."""
+        if request.headers.get("Expect", "").lower() != "100-continue":
+            return self._refuse(request, Problem(417, "only 100-continue can be expected", field="Expect"))
+        if request.version >= (1, 1):
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # that was no part of the answer
+        return None
+
+    def _form(self, status: int, title: str, detail: str, field: str) -> web.Response:
+        self.num_refused += 1
+        return Problem(status, title, detail, field).response()
 
     def _refuse(self, request: web.Request, problem: Problem) -> web.Response:
         self.num_refused += 1
@@ -152,16 +153,7 @@ class App:
             raise Problem(415, f"the body must be {route.consumes}", field="Content-Type")
         if route.consumes != "application/json":
             return None  # the handler reads it as it comes
-        try:
-            raw = await asyncio.wait_for(request.read(), BODY_TIMEOUT_S)
-        except asyncio.TimeoutError:
-            raise Problem(400, "the body did not come in time", field="body") from None
-        try:
-            return route.body.model_validate(parse_json(raw))
-        except ValidationError as error:
-            raise problems.of_validation(error, "body") from None
-        except ValueError as error:
-            raise Problem(400, "the body is not JSON", str(error)[:200], "body") from None
+        return await self.parser.read(route.body, await self._bodies.read(request))
 
     def _tenant(self, request: web.Request) -> Tenant:
         tokens = self._daemon.tokens
@@ -175,7 +167,10 @@ class App:
 
     def _check_host(self, request: web.Request) -> None:
         """Without tokens only names we know are answered: a page elsewhere could rebind its own name to us."""
-        host = (request.url.host or "").strip("[]")
+        try:
+            host = (request.url.host or "").strip("[]")
+        except ValueError:
+            raise Problem(400, "the Host header is not valid", field="Host") from None
         names = (self._daemon.config.service.http_names or "").split(",")
         if self._daemon.tokens is None and not _is_loopback(host) and (not host or host not in names):
             raise Problem(400, "the Host header names another machine", field="Host")
@@ -193,6 +188,13 @@ class App:
         if self._daemon.is_draining:
             raise Problem(503, "the daemon is closing", Retry_After="1")
         transport, handler = request.transport, request.protocol
+        own, all_of_them = self._daemon.clients.num_remote(tenant)
+        most = self._budget.remote
+        if all_of_them >= most or (self._daemon.has_tokens and own >= max(1, most // 2)):
+            told = f"this tenant has {own}, all have {all_of_them}, {most} may be"
+            raise Problem(429, "too many connections of clients", told, Retry_After="5")
+        if isinstance(handler, Handler):
+            handler.hand_over()
         channel = self._daemon.clients.remote_channel(tenant, f"{tenant.name}@{request.remote}")
         transport.write(
             f"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {UPGRADE}\r\n\r\n".encode()
@@ -241,6 +243,37 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _problem(request: web.Request, error: Exception) -> Problem:
+    """What a request that failed is answered with."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, web.HTTPException):
+        allowed = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+        field = {404: "path", 405: "method"}.get(error.status, "")
+        return Problem(error.status, error.reason.lower(), field=field, **allowed)
+    if isinstance(error, BAD_BODY):
+        error = bad_body(request, error)
+    if isinstance(error, BodyError):
+        retry = {"Retry_After": "1"} if error.status == 429 else {}
+        return Problem(error.status, "the body is not taken", str(error), error.field, **retry)
+    if isinstance(error, RequestError):
+        return Problem(400, "the request is not valid", str(error), _field(error))
+    if isinstance(error, StoreClosed):
+        return Problem(503, "the daemon is closing", Retry_After="1")
+    if isinstance(error, ConfigError):
+        # Well formed, but not with what is configured here, or not in itself (a window for a full group).
+        return Problem(409, "not possible here", str(error), _field(error))
+    if isinstance(error, KVStoreError):
+        return Problem(409, "not possible now", str(error))
+    return Problem(500, "a fault in the daemon")
+
+
+def _place(request: web.Request) -> str:
+    """The path of a request as the table of routes has it: what was sent in its place may be anything."""
+    resource = request.match_info.route.resource
+    return "an unknown path" if resource is None else resource.canonical
 
 
 def _field(error: KVStoreError) -> str:

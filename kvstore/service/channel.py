@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import os
 from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
 from kvstore.errors import KVStoreError
-from kvstore.service import batches, protocol
+from kvstore.service import batches, logs, protocol
 from kvstore.service.batches import Incoming
 from kvstore.service.known import Resend
 from kvstore.service.pending import Pending
@@ -25,7 +24,7 @@ from kvstore.service.session import Session
 from kvstore.service.tenants import Tenant
 from kvstore.service.wire import LOW_WATER_BYTES
 
-log = logging.getLogger(__name__)
+log = logs.limited(__name__)
 
 BUFFER_BYTES = 64 << 10  # the keys of 2000 blocks; a message that is longer gets a buffer of its own
 HELLO_TIMEOUT_S = 5.0  # a connection that says nothing is closed
@@ -219,7 +218,7 @@ class Channel(asyncio.BufferedProtocol):
             self.answer(frame, protocol.encode_error(error), Status.ERROR)
         except Exception as error:
             # A fault of ours in one message must not cost the other clients their daemon.
-            log.exception("client %s: %s failed", self.peer, frame.op.name)
+            log.error("client %s: %s failed: %s", self.peer, frame.op.name, logs.where(error))
             self._refuse(frame, ProtocolError(f"{frame.op.name} failed in the daemon: {type(error).__name__}"))
 
     def _refuse(self, frame: Frame, error: ProtocolError) -> None:

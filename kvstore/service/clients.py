@@ -19,11 +19,13 @@ import logging
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from kvstore.config import Config
 from kvstore.errors import ConfigError, RequestError, StoreClosed
+from kvstore.service import shares
 from kvstore.service.channel import Channel, Greeting
 from kvstore.service.events import EventHub, Feed
 from kvstore.service.guard import goes_on
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 MAX_NAME = 64  # of a client
 MAX_CONNECTIONS = 1024  # of a client: one for each of its threads, and one for each rank
 LONGEST_LOOK_S = 5.0  # between two looks for overdue leases
+MAX_STRANGERS = 256  # connections that have not said yet whose they are; the oldest goes when one more comes
 
 
 class Clients:
@@ -47,6 +50,7 @@ class Clients:
     ) -> None:
         self.sessions: dict[str, Session] = {}
         self.is_draining = False
+        self.num_tenants = 1  # that may have clients here
         self.num_attached = 0
         self.num_reclaimed = 0
         self.num_expired = 0
@@ -55,6 +59,7 @@ class Clients:
         self._events = events
         self._now = now
         self._channels: set[Channel] = set()
+        self._strangers: dict[Channel, None] = {}
         self._watching: asyncio.Task[None] | None = None
 
     def local_channel(self) -> Channel:
@@ -114,6 +119,11 @@ class Clients:
         """Connections, also of those who have not said hello."""
         return len(self._channels)
 
+    def num_remote(self, tenant: Tenant) -> tuple[int, int]:
+        """Connections of remote clients: those of a tenant, and all."""
+        remote = [channel.tenant for channel in self._channels if not channel.is_local]
+        return remote.count(tenant), len(remote)
+
     @property
     def num_leases(self) -> int:
         """Leases that clients hold."""
@@ -139,6 +149,14 @@ class Clients:
         most = self._config.service.max_clients
         if len(self.sessions) >= most:
             raise ConfigError(f"service.max_clients is {most}, and as many are attached")
+        of_tenant = Counter(session.opened.tenant.name for session in self.sessions.values())
+        if channel.tenant is not LOCAL and not shares.has_room(
+            channel.tenant.name, of_tenant, most, self.num_tenants
+        ):
+            raise ConfigError(
+                f"service.max_clients is {most}; tenant {channel.tenant.name} has {of_tenant[channel.tenant.name]} of "
+                "them, and the rest are kept for others"
+            )
         layout = layout_from_json(message.get("layout"))
         namespace = namespace_from_json(message.get("namespace"))
         opened = await self._stores.open(channel.tenant, layout, namespace)
@@ -159,6 +177,7 @@ class Clients:
         session.anchor = channel
         session.anchors.add(channel)
         self.sessions[session.id] = session
+        self._strangers.pop(channel, None)
         store = self._config.store
         answer = {
             "session": session.id,
@@ -179,6 +198,7 @@ class Clients:
             return None
         if len(self.connections(session)) >= MAX_CONNECTIONS:
             raise RequestError(f"this client has {MAX_CONNECTIONS} connections; it may have no more")
+        self._strangers.pop(channel, None)
         if message.get("anchor") is True:
             session.anchors.add(channel)
         wants_slab = channel.is_local and message.get("slab") is True
@@ -187,6 +207,7 @@ class Clients:
     def lost(self, channel: Channel) -> None:
         """A connection ended; with its last anchor, a client."""
         self._channels.discard(channel)
+        self._strangers.pop(channel, None)
         session = channel.session
         if session is None or channel not in session.anchors:
             return
@@ -204,7 +225,12 @@ class Clients:
     # ---- private ------------------------------------------------------------------------------------------------
 
     def _channel(self, channel: Channel) -> Channel:
+        if len(self._strangers) >= MAX_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.close()
         self._channels.add(channel)
+        self._strangers[channel] = None
         return channel
 
     async def _watch(self) -> None:

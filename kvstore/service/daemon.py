@@ -21,11 +21,14 @@ from pathlib import Path
 
 from kvstore.config import Config
 from kvstore.errors import ConfigError
+from kvstore.service import descriptors, logs
 from kvstore.service.app import App, check_exposure
 from kvstore.service.clients import Clients
+from kvstore.service.connections import Connection, Connections
 from kvstore.service.dashboard import Dashboard
 from kvstore.service.door import Door
 from kvstore.service.events import EventHub
+from kvstore.service.listener import Listener
 from kvstore.service.metrics import open_files
 from kvstore.service.session import Session
 from kvstore.service.stores import Stores
@@ -33,7 +36,9 @@ from kvstore.service.tenants import LOCAL, Tenant, read_tokens
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 1024
+BACKLOG = 1024  # a connect to a unix socket whose backlog is full fails at once
+SPARE_FILES = 16
+SPARE_REFILL_S = 1.0
 DRAIN_STEP_S = 0.02
 
 
@@ -47,13 +52,17 @@ class Daemon:
         self.clients = Clients(config, self.stores, self.events)
         self.is_ready = False
         self.is_draining = False
-        self._server: asyncio.AbstractServer | None = None
+        budget = descriptors.budget(descriptors.limit())
+        self._silent = Connections(budget.silent)
+        self._spare = descriptors.Spare(0)
+        self._listener: Listener | None = None
         self._socket: Path | None = None
         self._stop = asyncio.Event()
         service = config.service
         self.tokens = None if service.tokens_file is None else read_tokens(service.tokens_file)
+        self.clients.num_tenants = len(self.tenants)
         self.dashboard = Dashboard(self)
-        self.app = App(self)
+        self.app = App(self, budget)
 
     @property
     def sessions(self) -> dict[str, Session]:
@@ -79,8 +88,10 @@ class Daemon:
         try:
             # HTTP first: whoever finds the socket open finds everything open.
             await self.app.start(self.config.service)
-            loop = asyncio.get_running_loop()
-            self._server = await loop.create_unix_server(self._accept, sock=listener, backlog=BACKLOG)
+            self._spare = descriptors.Spare(SPARE_FILES)
+            listener.listen(BACKLOG)
+            self._listener = Listener("unix socket", listener, self._silent, self._door, make_way=self._make_way)
+            self._listener.start()
         except BaseException:
             listener.close()
             self._socket.unlink(missing_ok=True)
@@ -109,8 +120,8 @@ class Daemon:
         """Drain, hang up, flush. Idempotent."""
         self.is_draining, self.is_ready = True, False
         until = asyncio.get_running_loop().time() + self.config.service.drain_s
-        if self._server is not None:
-            self._server.close()
+        if self._listener is not None:
+            self._listener.close()
         self.clients.drain()
         while self.clients.num_leases and asyncio.get_running_loop().time() < until:
             await asyncio.sleep(DRAIN_STEP_S)
@@ -120,13 +131,16 @@ class Daemon:
         await self.events.close()
         await self.dashboard.close()
         await self.app.close()
+        while self._silent.drop_one():
+            pass
         await self.clients.close()
         left_s = max(1.0, until - asyncio.get_running_loop().time())
         await self.stores.close(left_s)
-        if self._server is not None and self._socket is not None:
+        self._spare.close()
+        if self._listener is not None and self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.unlink()
-            self._server = None
+            self._listener = None
 
     def own_metrics(self) -> dict[str, float]:
         """The daemon's own numbers, by metric name."""
@@ -148,8 +162,14 @@ class Daemon:
 
     # ---- private ------------------------------------------------------------------------------------------------
 
-    def _accept(self) -> Door:
-        return Door(self.clients.local_channel, self.app.protocol)
+    def _door(self, connection: Connection) -> Door:
+        return Door(connection, self.clients.local_channel, self.app.protocol)
+
+    def _make_way(self) -> bool:
+        """Engines come by the unix socket: when descriptors run out, strangers go, and one that was kept is given."""
+        self.app.connections.drop_one()
+        asyncio.get_running_loop().call_later(SPARE_REFILL_S, self._spare.refill)
+        return self._spare.let_go()
 
 
 def socket_path(path: Path | None) -> Path:

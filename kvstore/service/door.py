@@ -1,7 +1,7 @@
 """What a connection to the unix socket speaks: frames (a client of the library), or HTTP (curl, `kvstore top`).
 
 The first bytes tell: a frame begins with the protocol's magic, a request with the name of a method. Until they come,
-nothing is made for the connection, and one that says nothing is closed.
+nothing is made for the connection; one that says nothing is closed, and sooner if others need its place.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import cast
 
 from kvstore.service.channel import HELLO_TIMEOUT_S
+from kvstore.service.connections import Connection
 
 METHODS = (b"GET ", b"POST", b"PUT ", b"HEAD", b"DELE", b"OPTI", b"PATC")
 
@@ -19,8 +20,12 @@ class Door(asyncio.Protocol):
     """Hands a connection over to whoever speaks its language. The daemon's event loop only."""
 
     def __init__(
-        self, frames: Callable[[], asyncio.BufferedProtocol], http: Callable[[], asyncio.Protocol | None]
+        self,
+        connection: Connection,
+        frames: Callable[[], asyncio.BufferedProtocol],
+        http: Callable[[Connection], asyncio.Protocol | None],
     ) -> None:
+        self._connection = connection
         self._frames = frames
         self._http = http
         self._transport: asyncio.Transport | None = None
@@ -29,9 +34,11 @@ class Door(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._connection.drop = self._transport.abort
         self._timer = asyncio.get_running_loop().call_later(HELLO_TIMEOUT_S, self._transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._connection.leave()
         self._stop()
 
     def data_received(self, data: bytes) -> None:
@@ -41,7 +48,7 @@ class Door(asyncio.Protocol):
         transport, first = self._transport, self._first
         self._stop()
         if first[:4] in METHODS:
-            http = self._http()
+            http = self._http(self._connection)
             if http is None:  # the daemon is not up yet, or closing
                 transport.abort()
                 return
@@ -49,6 +56,7 @@ class Door(asyncio.Protocol):
             http.connection_made(transport)
             http.data_received(first)
             return
+        self._connection.leave()  # from here on it is a client's, or is closed when it does not say whose
         frames = self._frames()
         transport.set_protocol(frames)
         frames.connection_made(transport)

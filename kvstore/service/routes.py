@@ -95,7 +95,7 @@ def _operation(route: Route, schemas: dict[str, Any], with_tokens: bool) -> dict
     if with_tokens and not route.is_open:
         errors |= {401, 403} if route.needs_operator else {401}
     if route.body is not None:
-        errors |= {413, 415}
+        errors |= {408, 413, 415, 429}
     for status in sorted(errors):
         responses[str(status)] = {"description": _STATUS_TEXT[status], **problem}
     operation: dict[str, Any] = {
@@ -129,6 +129,7 @@ _STATUS_TEXT = {
     401: "No token, or not a known one.",
     403: "Not for this tenant.",
     404: "There is no such namespace, tier or client.",
+    408: "The body did not come in time.",
     409: "Not possible in the state things are in.",
     413: "The body is too large.",
     415: "The body is of another kind.",
