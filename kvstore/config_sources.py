@@ -45,6 +45,8 @@ _OUR_WORDS = {
     "greater than": "more than",
 }
 _SECRETS = frozenset({"redis", "redis.url"})  # also the section: somebody may give the URL in its place
+_NEVER_SHOWN = frozenset({"service", "service.token"})
+_URL_WITH_SECRET = re.compile(r"(\w[\w+.-]*:/{1,2})[^\s'\"]*@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +219,11 @@ def _did_you_mean(wrong: str, right: Sequence[str]) -> str:
 
 
 def _shown(name: str, value: Any) -> str:
-    return repr(mask_url(str(value))) if name in _SECRETS else repr(value)
+    if name in _NEVER_SHOWN:
+        return "***"
+    if name in _SECRETS:
+        return repr(mask_url(str(value)))
+    return _URL_WITH_SECRET.sub(r"\1***@", repr(value))  # a password may stand in any URL
 
 
 def _what_is_right(name: str, message: str) -> str:

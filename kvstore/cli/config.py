@@ -9,6 +9,7 @@ import typer
 
 from kvstore.cli.output import add_row, console, print_json, table
 from kvstore.errors import ConfigError
+from kvstore.secret import mask_url
 
 
 def config(
@@ -55,6 +56,8 @@ def overrides(assignments: list[str]) -> dict[str, Any]:
     for text in assignments:
         field, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"--set {text}: there is no value; write it as FIELD=VALUE, e.g. host.ttl_s=10min")
+            raise ConfigError(
+                f"--set {mask_url(text)}: there is no value; write it as FIELD=VALUE, e.g. host.ttl_s=10min"
+            )
         values[field.strip()] = value.strip()
     return values

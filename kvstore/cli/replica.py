@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -91,10 +90,11 @@ def replica(
     from kvstore.cluster.runner import ModelSpec
     from kvstore.config import Config
     from kvstore.lab.models import RANDOM, resolve_model
+    from kvstore.service import logs
+    from kvstore.service.descriptors import raise_limit
 
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.setup(verbose=verbose)
+    raise_limit()
     config = Config.load(file, **overrides(setting or []))
     errors = console(stderr=True)
 

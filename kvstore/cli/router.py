@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Annotated
 
 import typer
@@ -40,10 +39,11 @@ def router(
       kvstore router --replica http://127.0.0.1:8001 --replica http://127.0.0.1:8002 --policy prefix
     """
     from kvstore.cluster.router import RouterSettings, serve
+    from kvstore.service import logs
+    from kvstore.service.descriptors import raise_limit
 
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.setup(verbose=verbose)
+    raise_limit()
     errors = console(stderr=True)
     settings = RouterSettings(replica or [], policy, host, port, lookup_deadline_s, health_interval_s)
     serve(settings, lambda line: errors.print(line, markup=False, soft_wrap=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -28,11 +27,12 @@ def serve(
     after the next start.
     """
     from kvstore.config import Config
+    from kvstore.service import logs
     from kvstore.service.daemon import serve as run
+    from kvstore.service.descriptors import raise_limit
 
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.setup(verbose=verbose)
+    raise_limit()
     values = overrides(setting or [])
     if socket is not None:
         values["service.socket"] = socket

@@ -9,10 +9,10 @@ from aiohttp import web
 from kvstore.cluster.openai import ApiError
 from kvstore.errors import ConfigError
 from kvstore.service import descriptors
-from kvstore.service.bodies import BAD_BODY, Bodies, BodyError, bad_body
+from kvstore.service.bodies import Bodies, BodyError, bad_body
 from kvstore.service.connections import Connections
 from kvstore.service.protocol import encode_json
-from kvstore.service.webserver import WebServer, bind
+from kvstore.service.webserver import BAD_BODY, WebServer, bind
 
 
 class Site:
@@ -75,16 +75,6 @@ def of_library(request: web.Request, error: Exception) -> ApiError | None:
         return of_body(bad_body(request, error))
     if isinstance(error, web.HTTPException):
         return ApiError(error.status, error.reason.lower(), param={404: "path", 405: "method"}.get(error.status))
-    return None
-
-
-async def expect(request: web.Request) -> web.StreamResponse | None:
-    """Answer `Expect`, before anything else is looked at."""
-    if request.headers.get("Expect", "").lower() != "100-continue":
-        return error_response(request, ApiError(417, "only 100-continue can be expected", param="Expect"))
-    if request.version >= (1, 1):
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # that was no part of the answer
     return None
 
 

@@ -21,6 +21,7 @@ from kvstore.cluster.http import error_response
 from kvstore.cluster.openai import ApiError, event
 from kvstore.cluster.replicas import NOT_THERE, Link
 from kvstore.cluster.sse import BrokenStream, Progress, events
+from kvstore.service.logs import mask
 
 NAME_HEADER = "X-KVStore-Replica"
 SENT_ON = ("Content-Type", "Authorization", "X-Request-Id")  # of the request
@@ -120,7 +121,7 @@ class Relay:
             raise TryNext("unreachable", "no connection in time") from None
         except NOT_THERE as error:
             if isinstance(error, aiohttp.ClientConnectorError):
-                raise TryNext("unreachable", str(error)) from None
+                raise TryNext("unreachable", mask(str(error))) from None
             raise TryNext("died", f"its connection broke ({type(error).__name__})") from None
         if answer.status == 503:
             raise TryNext("not_ready", "it answers 503")

@@ -21,7 +21,7 @@ from aiohttp import web
 
 from kvstore.cluster.admission import Admission, Refused
 from kvstore.cluster.engine import Answer, Engine
-from kvstore.cluster.http import Site, error_response, expect, json_response, of_library, read_body
+from kvstore.cluster.http import Site, error_response, json_response, of_library, read_body
 from kvstore.cluster.openai import ApiError, Ask, ChatAsk, CompletionAsk, Reply, check_model, event, models, parse
 from kvstore.cluster.runner import Job, ModelSpec
 from kvstore.config import Config
@@ -77,14 +77,14 @@ class Replica:
         self._bodies = Bodies()
         app = web.Application(middlewares=[self._middleware])
         app.on_response_prepare.append(self._sign)
-        app.router.add_get("/v1/models", self._models, expect_handler=expect)
+        app.router.add_get("/v1/models", self._models)
         for path, kind in ANSWERS.items():
-            app.router.add_post(path, self._answer(kind), expect_handler=expect)
-        app.router.add_post("/v1/lookup", self._lookup, expect_handler=expect)
-        app.router.add_get("/v1/stats", self._stats, expect_handler=expect)
-        app.router.add_get("/healthz", self._healthz, expect_handler=expect)
-        app.router.add_get("/readyz", self._readyz, expect_handler=expect)
-        app.router.add_get("/metrics", self._metrics, expect_handler=expect)
+            app.router.add_post(path, self._answer(kind))
+        app.router.add_post("/v1/lookup", self._lookup)
+        app.router.add_get("/v1/stats", self._stats)
+        app.router.add_get("/healthz", self._healthz)
+        app.router.add_get("/readyz", self._readyz)
+        app.router.add_get("/metrics", self._metrics)
         self.site = Site(app, settings.host, settings.port)
 
     async def run(self, announce: Callable[[str], None]) -> None:

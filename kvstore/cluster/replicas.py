@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from kvstore.errors import ConfigError
+from kvstore.secret import mask_url
+from kvstore.service.logs import mask
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +32,13 @@ NOT_THERE = (aiohttp.ClientError, OSError)
 class Link:
     """One replica as the router sees it.
 
-    name:    as it calls itself; its URL until it has said.
+    name:    as it calls itself; its URL until it has said. shown: the URL without a password.
     lost:    done once it is taken for lost; a new one when it is back.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.name = url
+        self.shown = self.name = mask_url(url)
         self.is_ready = False
         self.in_flight = 0
         self.num_requests = 0
@@ -50,7 +52,7 @@ class Link:
     def up(self, name: str) -> None:
         """It is ready."""
         if not self.is_ready:
-            log.info("replica %s (%s) is ready", name, self.url)
+            log.info("replica %s (%s) is ready", name, self.shown)
         if self.lost.done():
             self.lost = asyncio.get_running_loop().create_future()
         self.name, self.is_ready, self.silences = name, True, 0
@@ -58,7 +60,7 @@ class Link:
     def down(self, why: str) -> None:
         """Send it nothing until it is ready again. Requests it has go on."""
         if self.is_ready:
-            log.warning("replica %s (%s) is not ready: %s", self.name, self.url, why)
+            log.warning("replica %s (%s) is not ready: %s", self.name, self.shown, why)
         self.is_ready = False
 
     def silent(self) -> None:
@@ -73,7 +75,7 @@ class Link:
         """One entry of `GET /v1/replicas`."""
         return {
             "name": self.name,
-            "url": self.url,
+            "url": self.shown,
             "ready": self.is_ready,
             "in_flight": self.in_flight,
             "requests": self.num_requests,
@@ -140,11 +142,11 @@ class Replicas:
             link.silent()
         except NOT_THERE as error:
             link.silences = 0
-            link.down(str(error) or type(error).__name__)
+            link.down(mask(str(error)) or type(error).__name__)
         else:
             link.silences = 0
             if answer.status == 200:
-                link.up(_name(body) or link.url)
+                link.up(_name(body) or link.shown)
             else:
                 link.down(f"it answers {answer.status}")
 
@@ -157,7 +159,7 @@ def check_urls(urls: Sequence[str]) -> list[str]:
     for url in checked:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path:
-            raise ConfigError(f"--replica is {url!r}; it must be http://host:port")
+            raise ConfigError(f"--replica is {mask_url(url)!r}; it must be http://host:port")
     if len(set(checked)) < len(checked):
         raise ConfigError("--replica: the same URL is given twice")
     return checked

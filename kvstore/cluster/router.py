@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from kvstore.cluster.http import Site, error_response, expect, json_response, of_library, read_body
+from kvstore.cluster.http import Site, error_response, json_response, of_library, read_body
 from kvstore.cluster.metrics import RouterMetrics
 from kvstore.cluster.openai import ApiError
 from kvstore.cluster.relay import ClientGone, Relay, TryNext
@@ -58,13 +58,13 @@ class Router:
         self._stop = asyncio.Event()
         self._bodies = Bodies()
         app = web.Application(middlewares=[self._middleware])
-        app.router.add_post("/v1/completions", self._forward, expect_handler=expect)
-        app.router.add_post("/v1/chat/completions", self._forward, expect_handler=expect)
-        app.router.add_get("/v1/models", self._forward, expect_handler=expect)
-        app.router.add_get("/v1/replicas", self._replicas, expect_handler=expect)
-        app.router.add_get("/healthz", self._healthz, expect_handler=expect)
-        app.router.add_get("/readyz", self._readyz, expect_handler=expect)
-        app.router.add_get("/metrics", self._metrics, expect_handler=expect)
+        app.router.add_post("/v1/completions", self._forward)
+        app.router.add_post("/v1/chat/completions", self._forward)
+        app.router.add_get("/v1/models", self._forward)
+        app.router.add_get("/v1/replicas", self._replicas)
+        app.router.add_get("/healthz", self._healthz)
+        app.router.add_get("/readyz", self._readyz)
+        app.router.add_get("/metrics", self._metrics)
         self.site = Site(app, settings.host, settings.port)
 
     async def run(self, announce: Callable[[str], None]) -> None:

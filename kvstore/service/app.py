@@ -15,7 +15,7 @@ from kvstore.config import ServiceConfig
 from kvstore.errors import ConfigError, KVStoreError, RequestError, StoreClosed
 from kvstore.service import dashboard_page, logs, problems
 from kvstore.service.api import Api
-from kvstore.service.bodies import BAD_BODY, Bodies, BodyError, bad_body
+from kvstore.service.bodies import Bodies, BodyError, bad_body
 from kvstore.service.connections import Connection, Connections
 from kvstore.service.descriptors import Budget
 from kvstore.service.parsing import Parser
@@ -23,7 +23,7 @@ from kvstore.service.problems import Problem
 from kvstore.service.protocol import encode_json
 from kvstore.service.routes import Call, Route, document
 from kvstore.service.tenants import LOCAL, Tenant
-from kvstore.service.webserver import Handler, WebServer, bind
+from kvstore.service.webserver import BAD_BODY, Handler, WebServer, bind
 
 if TYPE_CHECKING:
     from kvstore.service.daemon import Daemon
@@ -56,9 +56,9 @@ class App:
         context = _tls(config)
         app = web.Application(middlewares=[self._middleware])
         for route in self.routes:
-            app.router.add_route(route.method, route.path, self._handler(route), expect_handler=self._expect)
-        app.router.add_get("/v1/openapi.json", self._openapi, expect_handler=self._expect)
-        app.router.add_get("/v1/channel", self._channel, expect_handler=self._expect)
+            app.router.add_route(route.method, route.path, self._handler(route))
+        app.router.add_get("/v1/openapi.json", self._openapi)
+        app.router.add_get("/v1/channel", self._channel)
         dashboard_page.add_routes(app.router)
         server = WebServer(app, self._form)
         await server.start()
@@ -116,15 +116,6 @@ class App:
                 # Its text may hold what was sent, a token included: the type and the place are enough to find it.
                 log.error("%s %s failed: %s", request.method, _place(request), logs.where(error))
             return self._refuse(request, problem)
-
-    async def _expect(self, request: web.Request) -> web.StreamResponse | None:
-        """Answer `Expect`, before anything else is looked at."""
-        if request.headers.get("Expect", "").lower() != "100-continue":
-            return self._refuse(request, Problem(417, "only 100-continue can be expected", field="Expect"))
-        if request.version >= (1, 1):
-            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.writer.output_size = 0  # that was no part of the answer
-        return None
 
     def _form(self, status: int, title: str, detail: str, field: str) -> web.Response:
         self.num_refused += 1

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 
-from aiohttp import http_exceptions, web
+from aiohttp import web
 
-from kvstore.service.webserver import Handler
+from kvstore.service.webserver import BAD_BODY, Handler
 
 MAX_BYTES = 16 << 20  # a million tokens as JSON
 SMALL_BYTES = 64 << 10
 MAX_ALL_BYTES = 256 << 20
 TIMEOUT_S = 30.0
-BAD_BODY = (web.RequestPayloadError, http_exceptions.HttpProcessingError)
 
 
 class BodyError(Exception):

@@ -150,9 +150,7 @@ class Clients:
         if len(self.sessions) >= most:
             raise ConfigError(f"service.max_clients is {most}, and as many are attached")
         of_tenant = Counter(session.opened.tenant.name for session in self.sessions.values())
-        if channel.tenant is not LOCAL and not shares.has_room(
-            channel.tenant.name, of_tenant, most, self.num_tenants
-        ):
+        if channel.tenant is not LOCAL and not shares.has_room(channel.tenant.name, of_tenant, most, self.num_tenants):
             raise ConfigError(
                 f"service.max_clients is {most}; tenant {channel.tenant.name} has {of_tenant[channel.tenant.name]} of "
                 "them, and the rest are kept for others"

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from kvstore.config import Config
 from kvstore.errors import ConfigError
-from kvstore.service import descriptors, logs
+from kvstore.service import descriptors
 from kvstore.service.app import App, check_exposure
 from kvstore.service.clients import Clients
 from kvstore.service.connections import Connection, Connections

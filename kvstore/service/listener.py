@@ -129,7 +129,7 @@ class Listener:
         handshake_s = None if self._tls is None else HANDSHAKE_S
         try:
             await loop.connect_accepted_socket(
-                lambda: protocol,  # type: ignore[arg-type,return-value]
+                lambda: protocol,
                 raw,
                 ssl=self._tls,
                 ssl_handshake_timeout=handshake_s,

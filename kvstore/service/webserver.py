@@ -52,6 +52,9 @@ _FIELDS = (
     ("version", "version"),
 )
 
+# What aiohttp raises where a body is read that its headers do not describe.
+BAD_BODY = (web.RequestPayloadError, http_exceptions.HttpProcessingError)
+
 # Makes an answer of: status, title, detail, field.
 Form = Callable[[int, str, str, str], web.Response]
 
@@ -116,8 +119,14 @@ class Handler(web.RequestHandler):
         self._give(None)
         self._connection.leave()
 
-    async def finish_response(self, *given: Any, **named: Any) -> tuple[web.StreamResponse, bool]:
-        result = await super().finish_response(*given, **named)
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        if isinstance(resp, web.HTTPException):  # raised before there was anything of ours around: by `Expect`
+            field = "Expect" if resp.status == 417 else "request"
+            resp = self._form(resp.status, resp.reason.lower(), "", field)
+            resp.force_close()
+        result = await super().finish_response(request, resp, start_time)
         if not self.writing_paused:
             self._connection.move(State.IDLE)
             self._give(IDLE_S)
@@ -146,6 +155,9 @@ class Handler(web.RequestHandler):
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
         error = kw.get("exc_info")
+        if isinstance(error, BAD_BODY):  # found only when the rest of a body was read to be dropped
+            log.info("%s: a malformed body: %s", self._connection.peer, type(error).__name__)
+            return
         place = logs.where(error) if isinstance(error, BaseException) else "no answer was made"
         log.error("%s: a request failed: %s", self._connection.peer, place)
 
@@ -271,9 +283,13 @@ def _reason(exc: BaseException | None) -> tuple[str, str]:
         return "the path is not valid", "path"
     if isinstance(exc, http_exceptions.BadHttpMethod):
         return "the method is not valid", "method"
+    if isinstance(exc, http_exceptions.BadStatusLine):
+        return "the request line is not METHOD PATH HTTP/1.1", "request line"
     if isinstance(exc, http_exceptions.InvalidHeader):
         return "a header is not valid", "headers"
-    text = str(exc).splitlines()[0].lower() if exc is not None and str(exc) else ""
+    if isinstance(exc, http_exceptions.ContentEncodingError):
+        return "the body is not what Content-Encoding says", "Content-Encoding"
+    text = str(getattr(exc, "message", "")).partition("\n")[0].lower()
     field = next((field for word, field in _FIELDS if word in text), "request")
     return f"{field} is not valid", field
 

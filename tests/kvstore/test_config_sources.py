@@ -9,6 +9,7 @@ import pytest
 
 from kvstore import config_sources
 from kvstore.config import Config, HostConfig
+from kvstore.errors import ConfigError
 from kvstore.units import GiB, MiB
 from tests.helpers.configs import refusal
 
@@ -242,3 +243,32 @@ def test_value_in_place_of_a_section_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "f.toml", "host = 5\n")
 
     assert refusal(file) == f"host is 5 (from {file}); it is a section with fields such as host.capacity_bytes"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "service.url=http://kv:hunter2@host:1",
+        "service.socket_url=http://kv:hunter2@host:1",
+        "redis.url=redis://kv:hunter2@host:notaport",
+        "host.capacity_bytes=redis://kv:hunter2@host",
+        "service=hunter2",
+        "redis=redis://:hunter2@host",
+    ],
+)
+def test_no_message_about_a_wrong_value_shows_a_password(field: str) -> None:
+    name, _, value = field.partition("=")
+
+    with pytest.raises(ConfigError) as told:
+        Config.load(None, **{name: value})
+
+    assert "hunter2" not in str(told.value)
+
+
+def test_a_token_of_the_wrong_type_is_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "kv.toml").write_text('[service]\ntoken = ["hunter2"]\n')
+
+    with pytest.raises(ConfigError, match=r"service\.token is \*\*\*") as told:
+        Config.load(tmp_path / "kv.toml")
+
+    assert "hunter2" not in str(told.value)
