@@ -18,7 +18,6 @@ import contextlib
 import errno
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -31,8 +30,16 @@ from kvstore.tiers.directory_lock import DirectoryLock
 from kvstore.tiers.disk_index import DiskIndex
 from kvstore.tiers.disk_meta import Geometry
 from kvstore.tiers.gate import Gate
+from kvstore.tiers.index_files import (
+    DAMAGE,
+    check_files,
+    has_address_space,
+    open_environment,
+    reserve_blocks,
+    set_aside,
+)
 from kvstore.tiers.index_probe import index_is_sound
-from kvstore.tiers.slab_file import FILE_MODE, SlabFile
+from kvstore.tiers.slab_file import SlabFile
 
 OPEN_TIMEOUT_S = 30.0  # for another process that is setting the directory up; it may be walking a large index
 CLOSE_TIMEOUT_S = 5.0
@@ -41,21 +48,17 @@ _INDEX_BYTES_PER_SLOT = 4096  # ... and per slot; a page without tokens takes ab
 _RESERVED_FIXED_BYTES = 1 << 20  # replaced pages stay until the next transaction
 _RESERVED_BYTES_PER_SLOT = 768  # disk blocks set aside for the index, so that a full disk does not stop it
 _MAX_MAP_BYTES = 1 << 36  # 64 GiB of address space: 16 million slots at the figure above
-_MAX_READERS = 1024
-_LOCK_FILE_BYTES = 128 << 10  # twice what LMDB asks for that many readers
-
-# The index is not what was written: begin anew. Other errors of LMDB are about this moment or this process.
-_DAMAGE = (
-    CorruptPage,
-    lmdb.CorruptedError,
-    lmdb.InvalidError,
-    lmdb.VersionMismatchError,
-    lmdb.PageNotFoundError,
-    lmdb.IncompatibleError,
-    lmdb.BadDbiError,
-)
 
 _log = logging.getLogger(__name__)
+
+
+class IndexMapFull(TierUnavailable):
+    """The index does not fit the address space that this process has for it: not a tier that is full of pages."""
+
+    def __init__(self, message: str, map_bytes: int) -> None:
+        """`map_bytes` is what it had."""
+        super().__init__(message)
+        self.map_bytes = map_bytes
 
 
 class DiskDirectory:
@@ -65,6 +68,7 @@ class DiskDirectory:
         """Open or create; `geometry` None takes what is there. Use `acquire` instead."""
         self.path = path
         self.read_only = read_only
+        self._judges_owner = not (read_only and os.geteuid() == 0)  # root may look at what is another user's
         self.lost_pages = 0
         self._asked = geometry
         self._asked_slots = num_slots
@@ -93,20 +97,26 @@ class DiskDirectory:
     def use(self) -> Iterator[DiskIndex]:
         """The index, for one call; it stays open until the call is over.
 
-        Raises TierFull where the index has no room left, TierUnavailable where it cannot be used. After damage the
-        directory stays unavailable until `revive`.
+        Raises TierFull where the disk has no room left for the index, IndexMapFull where `enlarge_map` may help,
+        TierUnavailable where it cannot be used. After damage the directory stays unavailable until `revive`.
         """
         self._check_process()
         self._gate.enter()
         try:
             assert self._index is not None
             yield self._index
-        except (lmdb.MapFullError, lmdb.DiskError) as error:
+        except (lmdb.MapFullError, lmdb.MapResizedError) as error:
+            assert self._index is not None
+            map_bytes = self._index.map_bytes
+            raise IndexMapFull(
+                f"disk tier: the index in {self.path} does not fit its map of {map_bytes} bytes: {error}", map_bytes
+            ) from error
+        except lmdb.DiskError as error:
             raise TierFull(f"disk tier: no room left for the index in {self.path}: {error}") from error
         except (lmdb.Error, CorruptPage, SystemError) as error:
             # SystemError: py-lmdb's Cursor.delete does not notice that the step to the next record has failed.
             self._is_broken = True
-            self._is_damaged = self._is_damaged or isinstance(error, (*_DAMAGE, SystemError))
+            self._is_damaged = self._is_damaged or isinstance(error, (*DAMAGE, SystemError))
             self._gate.shut(f"disk tier: the index in {self.path} failed: {error}")
             raise TierUnavailable(f"disk tier: the index in {self.path} failed: {error}") from error
         finally:
@@ -128,6 +138,35 @@ class DiskDirectory:
             except (ConfigError, LayoutMismatch) as error:  # somebody changed the directory meanwhile
                 raise TierUnavailable(str(error)) from error
             _log.warning("disk tier: %s is in use again", self.path)
+
+    def enlarge_map(self, full: IndexMapFull) -> None:
+        """Give the index more address space than it had when it was `full`. Calls of this process wait meanwhile.
+
+        Raises `full` where it cannot have more.
+        """
+        with self._opening:
+            if self._is_broken or self._index is None:
+                raise full
+            if self._index.map_bytes > full.map_bytes:  # another thread was faster
+                return
+            in_file = (self.path / "index" / "data.mdb").stat().st_size
+            map_bytes = max(min(2 * full.map_bytes, _MAX_MAP_BYTES), in_file)
+            if map_bytes <= full.map_bytes or not has_address_space(map_bytes):
+                _log.error("%s; it cannot have more", full)
+                raise full
+            self._gate.pause(CLOSE_TIMEOUT_S)
+            try:
+                if not self._gate.drain(CLOSE_TIMEOUT_S):
+                    raise full
+                self._index.grow_map(map_bytes)
+            except lmdb.Error as error:  # without a map: nothing may touch it before it is opened anew
+                self._is_broken = True
+                self._gate.shut(f"disk tier: the index in {self.path} failed: {error}")
+                raise full from error
+            finally:
+                if not self._is_broken:
+                    self._gate.open()
+            _log.warning("%s; it has %d bytes now", full, map_bytes)
 
     def join(self, geometry: Geometry | None, num_slots: int, *, read_only: bool) -> None:
         """Let one more tier of this process use it. Raises what opening it would raise."""
@@ -178,12 +217,13 @@ class DiskDirectory:
         self._enter_path()
         deadline = time.monotonic() + OPEN_TIMEOUT_S
         try:
+            check_files(self.path, judge_owner=self._judges_owner)
             self._lock = self._open_lock()
             alone = self._lock is not None and self._lock.enter(deadline, may_set_up=not self.read_only)
             self._check_index(alone)
             try:
                 self._open_files()
-            except _DAMAGE as error:
+            except DAMAGE as error:
                 if not alone:
                     raise TierUnavailable(
                         f"disk tier: the index in {self.path} cannot be read and other processes have it open: {error}"
@@ -212,7 +252,7 @@ class DiskDirectory:
 
     def _open_lock(self) -> DirectoryLock | None:
         try:
-            return DirectoryLock(self.path / "lock", read_only=self.read_only)
+            return DirectoryLock(self.path / "lock", read_only=self.read_only, judge_owner=self._judges_owner)
         except OSError:
             if self.read_only:  # a copy of a directory, or one on a medium that nobody can write
                 return None
@@ -228,10 +268,7 @@ class DiskDirectory:
 
     def _set_aside(self, reason: str) -> None:
         self._close_files()
-        aside = self.path / "index.damaged"
-        _log.error("disk tier: %s: the index is damaged (%s); it moves to %s", self.path, reason, aside.name)
-        shutil.rmtree(aside, ignore_errors=True)
-        (self.path / "index").rename(aside)
+        set_aside(self.path, reason)
 
     def _open_files(self) -> None:
         try:
@@ -245,7 +282,11 @@ class DiskDirectory:
                 self._check_geometry(geometry)
             self.geometry = geometry
             self._slab = SlabFile(
-                self.path / "pages.slab", geometry.slot_bytes, direct=self._direct, read_only=self.read_only
+                self.path / "pages.slab",
+                geometry.slot_bytes,
+                direct=self._direct,
+                read_only=self.read_only,
+                judge_owner=self._judges_owner,
             )
             slots_in_file = self._slab.num_slots()
             self.num_slots = index.num_slots()
@@ -258,28 +299,12 @@ class DiskDirectory:
             raise
 
     def _open_index(self) -> DiskIndex:
-        if not self.read_only:
-            (self.path / "index").mkdir(mode=0o700, exist_ok=True)
-            # LMDB maps its lock file and writes to it: without blocks behind it a full disk would end the process.
-            _reserve(self.path / "index" / "lock.mdb", _LOCK_FILE_BYTES)
-        map_bytes = _MAX_MAP_BYTES if self.read_only else _map_bytes(self._asked_slots)
-        env = lmdb.open(
-            str(self.path / "index"),
-            map_size=map_bytes,
-            readonly=self.read_only,
-            lock=not self.read_only or os.access(self.path / "index" / "lock.mdb", os.W_OK),
-            mode=FILE_MODE,
-            max_dbs=8,
-            max_readers=_MAX_READERS,
-            # A cache: after a crash of the machine (not of the process) the newest pages may be missing, and the walk
-            # at the next opening finds an index that was half written.
-            sync=False,
-            metasync=False,
-            lib_version=0,  # the format of LMDB 0.9, which every release of py-lmdb reads
-        )
+        map_bytes = _map_bytes(self._asked_slots)
+        if self.read_only and has_address_space(_MAX_MAP_BYTES):
+            map_bytes = _MAX_MAP_BYTES
+        env = open_environment(self.path, map_bytes, read_only=self.read_only)
         try:
-            env.reader_check()
-            return DiskIndex(env, None if self.read_only else self._lock)
+            return DiskIndex(env, self._lock)
         except BaseException:
             env.close()
             raise
@@ -302,7 +327,7 @@ class DiskDirectory:
                 f"remove the directory to start with a smaller one"
             )
         slab.reserve(num_slots)
-        _reserve(self.path / "index" / "data.mdb", _RESERVED_FIXED_BYTES + num_slots * _RESERVED_BYTES_PER_SLOT)
+        reserve_blocks(self.path, _RESERVED_FIXED_BYTES + num_slots * _RESERVED_BYTES_PER_SLOT)
         index.grow_map(_map_bytes(num_slots))
         if num_slots > stored or index.geometry() is None:
             index.set_up(geometry, num_slots)
@@ -389,15 +414,3 @@ def _identity(path: Path) -> tuple[int, int, int]:
 
 def _map_bytes(num_slots: int) -> int:
     return min(_INDEX_FIXED_BYTES + num_slots * _INDEX_BYTES_PER_SLOT, _MAX_MAP_BYTES)
-
-
-def _reserve(path: Path, num_bytes: int) -> None:
-    """Put disk blocks behind a file as far as the filesystem can. Raises OSError if it is full."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
-    try:
-        os.posix_fallocate(fd, 0, num_bytes)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-    finally:
-        os.close(fd)

@@ -2,11 +2,17 @@
 
     byte 0          shared by every process that has the directory open; exclusive while the first of them sets it up
     byte 1          held during a write transaction
+    bytes 2 to 5    shared by readers: which snapshots of the index are being read (index_snapshots.py)
     byte 16 + id    held by writer `id` as long as it lives, so that slots a dead writer was filling can be taken back
 
 Unlike process ids, locks are not fooled by a reused number or by containers that cannot see each other's processes, and
 the kernel lets go only when the last write of a killed process has ended. Unlike LMDB's own mutex, they can be waited
-for with a deadline: a process that is stopped in the middle of a transaction does not stop the others for ever.
+for with a deadline: a process that is stopped in the middle of a transaction does not stop the others for ever. LMDB's
+own locks are not used at all: they go by process id, and two containers whose process is number 1 would shut each other
+out, or take each other's readers for their own.
+
+The file holds the number of the newest snapshot, for readers, and which kernel runs the processes that use it: locks
+and mapped memory reach no further, so a directory on a network is one machine's at a time.
 
 POSIX locks belong to the process and vanish when it closes *any* descriptor of the file. So a process opens the file
 once per directory (kvstore/tiers/directory.py sees to it). Any thread.
@@ -15,42 +21,55 @@ once per directory (kvstore/tiers/directory.py sees to it). Any thread.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import struct
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvstore.errors import TierUnavailable
-from kvstore.tiers.slab_file import FILE_MODE
+from kvstore.errors import ConfigError, TierUnavailable
+from kvstore.tiers.private_files import open_private
 
-_USERS, _WRITE, _WRITERS = 0, 1, 16  # byte offsets
-_POLL_S = 0.001  # fcntl has no wait with a deadline; a transaction takes about this long
+_USERS, _WRITE, _READERS, _WRITERS = 0, 1, 2, 16  # byte offsets of locks
+POLL_S = 0.001  # fcntl has no wait with a deadline; a transaction takes about this long
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+_NEWEST = struct.Struct("<Q")  # the content: the newest snapshot, then the kernel
+_KERNEL_BYTES = 36
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, process
 
 
 class DirectoryLock:
     """The lock file of one directory, as this process has it open."""
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        """Open the file, creating it unless `read_only`. Raises OSError."""
-        self._fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT) | os.O_CLOEXEC, FILE_MODE)
+    def __init__(self, path: Path, *, read_only: bool = False, judge_owner: bool = True) -> None:
+        """Open the file, creating it unless `read_only`. Raises OSError, or ConfigError if it is not ours alone."""
+        self.path = path
+        self.read_only = read_only
+        flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
+        self._fd = open_private(path, flags, judge_owner=judge_owner)
         self._threads = threading.Lock()  # POSIX locks do not tell threads of one process apart
 
     def enter(self, deadline: float, *, may_set_up: bool = True) -> bool:
         """Become a user of the directory; True if this is the only process, which then holds it exclusively.
 
         With `may_set_up` False it is never exclusive. `deadline` is on time.monotonic. Raises TierUnavailable if
-        another process is still setting up by then.
+        another process is still setting up by then, ConfigError if processes of another machine use it.
         """
         while True:
             if may_set_up and self._take(fcntl.LOCK_EX, _USERS):
+                self._write_content(_BOOT_ID_BYTES, _NEWEST.size)
                 return True
             if self._take(fcntl.LOCK_SH, _USERS):
+                self._check_kernel()
                 return False
             if time.monotonic() >= deadline:
                 raise TierUnavailable("disk tier: another process has been setting up the directory for too long")
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
 
     def share(self) -> None:
         """End being exclusive: let other processes in."""
@@ -65,11 +84,27 @@ class DirectoryLock:
             while not self._take(fcntl.LOCK_EX, _WRITE):
                 if time.monotonic() >= deadline:
                     raise TierUnavailable("disk tier: another process has held the index's write lock for too long")
-                time.sleep(_POLL_S)
+                time.sleep(POLL_S)
             try:
                 yield
             finally:
                 fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, _WRITE)
+        finally:
+            self._threads.release()
+
+    @contextlib.contextmanager
+    def holding_writers_off(self) -> Iterator[bool]:
+        """True while nobody may write, in any process; False, at once, if somebody is writing now."""
+        if not self._threads.acquire(blocking=False):
+            yield False
+            return
+        try:
+            held = self._take(fcntl.LOCK_SH, _WRITE)
+            try:
+                yield held
+            finally:
+                if held:
+                    fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, _WRITE)
         finally:
             self._threads.release()
 
@@ -80,10 +115,33 @@ class DirectoryLock:
 
     def is_alive(self, writer: int) -> bool:
         """True if another process lives as `writer`. Never ask about a writer of this process."""
-        if not self._take(fcntl.LOCK_EX, _WRITERS + writer):
-            return True
-        fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, _WRITERS + writer)
-        return False
+        return self._holder(_WRITERS + writer) is not None
+
+    # For readers of the index: see index_snapshots.py.
+
+    def begin_reading(self, ring: int) -> None:
+        """Tell writers that this process reads snapshots of number `ring`. Once per process: count threads yourself."""
+        if not self._take(fcntl.LOCK_SH, _READERS + ring):
+            raise TierUnavailable("disk tier: the lock of the index's readers is held by something else")
+
+    def end_reading(self, ring: int) -> None:
+        """Undo `begin_reading`."""
+        fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, _READERS + ring)
+
+    def reader(self, ring: int) -> int | None:
+        """The process id of another process that reads snapshots of number `ring`; 0 where it cannot be seen from here
+        (another container), None if there is none.
+        """
+        return self._holder(_READERS + ring)
+
+    def newest(self) -> int:
+        """The newest snapshot that is whole, as its writer wrote it down; -1 if nothing is written."""
+        raw = os.pread(self._fd, _NEWEST.size, 0)
+        return int(_NEWEST.unpack(raw)[0]) if len(raw) == _NEWEST.size else -1
+
+    def set_newest(self, snapshot: int) -> None:
+        """Write down that a snapshot is whole. Where it cannot be written readers take their longer way."""
+        self._write_content(_NEWEST.pack(snapshot), 0)
 
     def close(self) -> None:
         """Let go of everything. Idempotent."""
@@ -96,4 +154,41 @@ class DirectoryLock:
             fcntl.lockf(self._fd, kind | fcntl.LOCK_NB, 1, byte)
         except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, as the kernel likes
             return False
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                raise ConfigError(
+                    f"disk.path is {self.path.parent}: its filesystem has no locks ({error}); use a local one"
+                ) from error
+            raise
         return True
+
+    def _holder(self, byte: int) -> int | None:
+        """The process id of another process that has the byte locked, None if none has. Changes nothing."""
+        raw = fcntl.fcntl(self._fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+        kind, _, _, _, pid = _FLOCK.unpack(raw)
+        return None if kind == fcntl.F_UNLCK else max(0, pid)
+
+    def _check_kernel(self) -> None:
+        theirs = os.pread(self._fd, _KERNEL_BYTES, _NEWEST.size)
+        # Without another user it is what an earlier boot left. What is no boot id at all is damage, and no reason.
+        if theirs == _BOOT_ID_BYTES or theirs.count(b"-") != 4 or self._holder(_USERS) is None:
+            return
+        raise ConfigError(
+            f"disk.path is {self.path.parent}: processes of another machine (or virtual machine) have it open; a "
+            f"directory is shared by processes of one kernel: give each machine its own, and let them share a Redis"
+        )
+
+    def _write_content(self, data: bytes, offset: int) -> None:
+        if not self.read_only:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._fd, data, offset)
+
+
+def _boot_id() -> bytes:
+    try:
+        return _BOOT_ID.read_bytes().strip()[:_KERNEL_BYTES]
+    except OSError:  # then no machine is told from another
+        return bytes(_KERNEL_BYTES)
+
+
+_BOOT_ID_BYTES = _boot_id()

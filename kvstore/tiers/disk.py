@@ -14,24 +14,27 @@ Any thread, several at once: no threads of its own.
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
+from typing import TypeVar
 
 from kvstore.errors import ConfigError, RequestError, TierFull, TierUnavailable
 from kvstore.layout import SLOT_ALIGNMENT
 from kvstore.page import PageKey, PageMeta, encode_header, verify_page
 from kvstore.tiers.base import StoredPage, TierCounters
-from kvstore.tiers.directory import DiskDirectory, acquire, release
-from kvstore.tiers.disk_index import DiskIndex, Written
+from kvstore.tiers.directory import DiskDirectory, IndexMapFull, acquire, release
+from kvstore.tiers.disk_index import DiskIndex, Found, Written
 from kvstore.tiers.disk_meta import Geometry
 from kvstore.tiers.disk_pages import ScanPosition
 from kvstore.tiers.disk_record import PageRecord
 from kvstore.tiers.disk_slots import Claim
+
+T = TypeVar("T")
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -52,7 +55,7 @@ class DiskTier:
         """Use `open`."""
         self.name = name
         self.counters = TierCounters(lost_pages=directory.lost_pages)
-        self.counters.extra.update(read_errors=0, write_errors=0, no_room=0)
+        self.counters.extra.update(read_errors=0, write_errors=0, no_room=0, map_full=0)
         self._directory = directory
         self._read_only = read_only
         self._now = now
@@ -113,9 +116,13 @@ class DiskTier:
         """Which keys are there, unexpired, in one read transaction."""
         deadline, now = time.monotonic() + timeout_s, self._now()
         self._check_open()
-        with self._directory.use() as index:
+
+        def find(index: DiskIndex) -> Found:
             found = index.find(keys)
             self._drop(index, [], found.damaged, deadline)
+            return found
+
+        found = self._with_index(find)
         self.counters.corrupt_pages += len(found.damaged)
         return [record is not None and not record.is_expired(now) for record in found.records]
 
@@ -126,48 +133,9 @@ class DiskTier:
 
         Raises TierUnavailable if the time ran out between pages or the disk gave nothing at all.
         """
-        deadline, now = time.monotonic() + timeout_s, self._now()
+        deadline = time.monotonic() + timeout_s
         self._check_open()
-        answers = [False] * len(keys)
-        with self._directory.use() as index:
-            found = index.find(keys)
-            self.counters.corrupt_pages += len(found.damaged)
-            bad: list[PageRecord] = []
-            reads: list[tuple[int, PageRecord, _Read]] = []
-            for i, record in enumerate(found.records):
-                if record is None:
-                    continue
-                if record.is_expired(now):
-                    self.counters.expired_pages += 1
-                    bad.append(record)
-                elif record.header.raw_bytes != metas[i].num_bytes or record.header.codec != 0:
-                    self.counters.corrupt_pages += 1
-                    bad.append(record)
-                elif metas[i].tokens and metas[i].tokens != record.tokens:
-                    self.counters.collisions += 1  # somebody else's page: it stays
-                else:
-                    if time.monotonic() > deadline:
-                        raise TierUnavailable(f"disk tier: {len(reads)} of {len(keys)} pages read within {timeout_s} s")
-                    reads.append((i, record, self._read_page(record, views[i])))
-
-            # Another process may have given a slot away while we read it. What no longer has its record is lost, not
-            # corrupt, and is not served even where the bytes were still whole.
-            still = index.still_there([record for _, record, _ in reads])
-            for (i, record, read), is_there in zip(reads, still, strict=True):
-                if not is_there or read is _Read.SHORT:
-                    self.counters.lost_pages += 1
-                elif read is _Read.TORN:
-                    self.counters.corrupt_pages += 1
-                elif read is _Read.FAILED:
-                    self.counters.extra["read_errors"] += 1
-                else:
-                    answers[i] = True
-                if read is not _Read.WHOLE:
-                    bad.append(record)
-            self._drop(index, bad, found.damaged, deadline)
-        if reads and all(read is _Read.FAILED for _, _, read in reads):
-            raise TierUnavailable(f"disk tier: none of {len(reads)} pages could be read from {self._directory.path}")
-        return answers
+        return self._with_index(lambda index: self._read(index, keys, views, metas, deadline, timeout_s))
 
     def write_from(
         self,
@@ -197,8 +165,7 @@ class DiskTier:
         for i, key in enumerate(keys):
             first.setdefault(key, i)
         try:
-            with self._directory.use() as index:
-                stored = self._write(index, first, views, metas, evict, now, deadline)
+            stored = self._with_index(lambda index: self._write(index, first, views, metas, evict, now, deadline))
         except TierFull:
             self.counters.extra["no_room"] += len(first)
             return [False] * len(keys)
@@ -211,16 +178,16 @@ class DiskTier:
             return self.contains(keys, timeout_s=timeout_s)
         if not keys:
             return []
-        with self._use_for_change() as index:
-            return index.touch(keys, expires_at, now=self._now(), deadline=time.monotonic() + timeout_s)
+        deadline = time.monotonic() + timeout_s
+        return self._change(lambda index: index.touch(keys, expires_at, now=self._now(), deadline=deadline))
 
     def delete(self, keys: Sequence[PageKey], *, timeout_s: float) -> None:
         """Forget pages; unknown keys are ignored."""
         self._check_open()
         if self._read_only or not keys:
             return
-        with self._use_for_change() as index:
-            index.delete(keys, deadline=time.monotonic() + timeout_s)
+        deadline = time.monotonic() + timeout_s
+        self._change(lambda index: index.delete(keys, deadline=deadline))
 
     def scan(self) -> Iterator[StoredPage]:
         """Yield what is stored and unexpired, least recently used first; holds no transaction between batches."""
@@ -228,8 +195,7 @@ class DiskTier:
         position: ScanPosition | None = None
         while True:
             self._check_open()
-            with self._directory.use() as index:
-                records, position = index.scan(position)
+            records, position = self._with_index(functools.partial(DiskIndex.scan, position=position))
             for record in records:
                 if not record.is_expired(now):
                     yield StoredPage(record.header.key, record.meta)
@@ -257,6 +223,57 @@ class DiskTier:
         if self._is_closed:
             raise TierUnavailable("disk tier: used after close")
 
+    def _read(
+        self,
+        index: DiskIndex,
+        keys: Sequence[PageKey],
+        views: Sequence[memoryview],
+        metas: Sequence[PageMeta],
+        deadline: float,
+        timeout_s: float,
+    ) -> list[bool]:
+        """Fill the views; which of them hold their page now."""
+        now = self._now()
+        answers = [False] * len(keys)
+        found = index.find(keys)
+        self.counters.corrupt_pages += len(found.damaged)
+        bad: list[PageRecord] = []
+        reads: list[tuple[int, PageRecord, _Read]] = []
+        for i, record in enumerate(found.records):
+            if record is None:
+                continue
+            if record.is_expired(now):
+                self.counters.expired_pages += 1
+                bad.append(record)
+            elif record.header.raw_bytes != metas[i].num_bytes or record.header.codec != 0:
+                self.counters.corrupt_pages += 1
+                bad.append(record)
+            elif metas[i].tokens and metas[i].tokens != record.tokens:
+                self.counters.collisions += 1  # somebody else's page: it stays
+            else:
+                if time.monotonic() > deadline:
+                    raise TierUnavailable(f"disk tier: {len(reads)} of {len(keys)} pages read within {timeout_s} s")
+                reads.append((i, record, self._read_page(record, views[i])))
+
+        # Another process may have given a slot away while we read it. What no longer has its record is lost, not
+        # corrupt, and is not served even where the bytes were still whole.
+        still = index.still_there([record for _, record, _ in reads])
+        for (i, record, read), is_there in zip(reads, still, strict=True):
+            if not is_there or read is _Read.SHORT:
+                self.counters.lost_pages += 1
+            elif read is _Read.TORN:
+                self.counters.corrupt_pages += 1
+            elif read is _Read.FAILED:
+                self.counters.extra["read_errors"] += 1
+            else:
+                answers[i] = True
+            if read is not _Read.WHOLE:
+                bad.append(record)
+        self._drop(index, bad, found.damaged, deadline)
+        if reads and all(read is _Read.FAILED for _, _, read in reads):
+            raise TierUnavailable(f"disk tier: none of {len(reads)} pages could be read from {self._directory.path}")
+        return answers
+
     def _read_page(self, record: PageRecord, view: memoryview) -> _Read:
         num_bytes = record.header.stored_bytes
         try:
@@ -273,12 +290,21 @@ class DiskTier:
         if (records or damaged) and not self._read_only:
             index.drop(records, damaged, deadline=deadline)
 
-    @contextlib.contextmanager
-    def _use_for_change(self) -> Iterator[DiskIndex]:
-        """A change that finds no room has not happened, and nobody was asking for room."""
+    def _with_index(self, call: Callable[[DiskIndex], T]) -> T:
+        """Make a call into the index; once more where it failed because the index has outgrown its map."""
         try:
             with self._directory.use() as index:
-                yield index
+                return call(index)
+        except IndexMapFull as full:
+            self.counters.extra["map_full"] += 1
+            self._directory.enlarge_map(full)
+        with self._directory.use() as index:
+            return call(index)
+
+    def _change(self, call: Callable[[DiskIndex], T]) -> T:
+        """Make a call that stores no page: one that finds no room has not happened, and nobody was asking for room."""
+        try:
+            return self._with_index(call)
         except TierFull as error:
             raise TierUnavailable(str(error)) from error
 

@@ -11,8 +11,8 @@ To store a page a caller claims a slot (one short transaction), writes the bytes
 needed. Stamps and generations come from one counter that only grows, so a slot that was given away and filled again is
 told from what it was.
 
-Transactions are short and none is held across I/O: a reader that stays makes LMDB keep every page that was ever
-replaced. Any thread; writers wait for each other with a deadline.
+Transactions are short and none is held across I/O: a reader that stays keeps writers waiting (index_snapshots.py). Any
+thread; writers wait for each other, and for readers, with a deadline.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from kvstore.tiers.disk_meta import Geometry, MetaTable
 from kvstore.tiers.disk_pages import PageTable, ScanPosition
 from kvstore.tiers.disk_record import PageRecord
 from kvstore.tiers.disk_slots import AllocatorState, Claim, SlotAllocator, Txn
+from kvstore.tiers.index_snapshots import IndexSnapshots
 
 _SET_UP_TIMEOUT_S = 10.0
 
@@ -68,12 +69,16 @@ class DiskIndex:
     """Records and slots of one directory. See the head of the module for the tables."""
 
     def __init__(self, env: lmdb.Environment, lock: DirectoryLock | None) -> None:
-        """Take an open environment; `lock` is None for reading only.
+        """Take an environment that is open without LMDB's own locks.
 
+        lock: by which processes on the directory know of each other; it is for reading if the environment is. None
+              where nobody else is there: a copy, or a medium that nobody can write.
         Raises CorruptPage or lmdb.Error if it is not an index.
         """
         self._env = env
         self._lock = lock
+        self._is_writable = not env.flags()["readonly"]
+        self._snapshots = None if lock is None else IndexSnapshots(env, lock)
         self._orphans: list[Claim] = []  # claims that could be neither published nor freed
         self._pages = PageTable(self._table(b"pages"), self._table(b"order"))
         self._meta = MetaTable(self._table(b"meta"))
@@ -84,12 +89,12 @@ class DiskIndex:
 
     def geometry(self) -> Geometry | None:
         """What the directory was made for; None if it is new. Raises CorruptPage or LayoutMismatch (other version)."""
-        with self._env.begin() as txn:
+        with self._read() as txn:
             return self._meta.geometry(txn)
 
     def num_slots(self) -> int:
         """Slots of the directory. Raises CorruptPage."""
-        with self._env.begin() as txn:
+        with self._read() as txn:
             return self._meta.state(txn).num_slots
 
     def set_up(self, geometry: Geometry, num_slots: int) -> None:
@@ -98,9 +103,14 @@ class DiskIndex:
             self._meta.set_geometry(txn, geometry)
             state.num_slots = max(state.num_slots, num_slots)
 
+    @property
+    def map_bytes(self) -> int:
+        """The address space it may use."""
+        return int(self._env.info()["map_size"])
+
     def grow_map(self, map_bytes: int) -> None:
         """Give the index more address space. No transaction of this process may be open."""
-        if map_bytes > self._env.info()["map_size"]:
+        if map_bytes > self.map_bytes:
             self._env.set_mapsize(map_bytes)
 
     def enter(self, slots_in_file: int) -> int:
@@ -122,7 +132,7 @@ class DiskIndex:
     def find(self, keys: Sequence[PageKey]) -> Found:
         """The records of `keys`, in one read transaction."""
         found = Found()
-        with self._env.begin() as txn:
+        with self._read() as txn:
             for key in keys:
                 record = None
                 try:
@@ -134,7 +144,7 @@ class DiskIndex:
 
     def still_there(self, records: Sequence[PageRecord]) -> list[bool]:
         """Which records still describe the same copies; a touch meanwhile does not matter."""
-        with self._env.begin() as txn:
+        with self._read() as txn:
             return [self._pages.is_same(txn, record) for record in records]
 
     def scan(self, position: ScanPosition | None = None) -> tuple[list[PageRecord], ScanPosition | None]:
@@ -142,17 +152,17 @@ class DiskIndex:
 
         Ends with what was there when it began: a page used meanwhile is missed, since whoever used it knows it.
         """
-        with self._env.begin() as txn:
+        with self._read() as txn:
             return self._pages.scan(txn, position or ScanPosition(0, self._meta.state(txn).clock))
 
     def keys(self) -> list[PageKey]:
         """The keys of all records, also of damaged ones."""
-        with self._env.begin() as txn:
+        with self._read() as txn:
             return self._pages.keys(txn)
 
     def usage(self) -> dict[str, int]:
         """Slots by state; `slots` is their sum and those never used."""
-        with self._env.begin() as txn:
+        with self._read() as txn:
             state = self._meta.state(txn)
             pages = self._pages.count(txn)
             free, writing = self._slots.counts(txn, state)
@@ -266,21 +276,31 @@ class DiskIndex:
     # Transactions.
 
     def _table(self, name: bytes) -> Any:
-        if self._lock is None:
-            return self._env.open_db(name, create=False)
+        if not self._is_writable:
+            with self._read():  # LMDB opens a table in a transaction of its own; this one keeps its pages in place
+                return self._env.open_db(name, create=False)
+        assert self._lock is not None
         with self._lock.writing(time.monotonic() + _SET_UP_TIMEOUT_S):
             return self._env.open_db(name)
+
+    def _read(self) -> contextlib.AbstractContextManager[Txn]:
+        return self._env.begin() if self._snapshots is None else self._snapshots.reading()
 
     @contextlib.contextmanager
     def _write(self, deadline: float) -> Iterator[tuple[Txn, AllocatorState]]:
         assert self._lock is not None
-        with self._lock.writing(deadline), self._env.begin(write=True) as txn:
-            state = self._meta.state(txn)
-            before = state.encode()
-            yield txn, state
-            after = state.encode()
-            if after != before:
-                self._meta.set_state(txn, after)
+        assert self._snapshots is not None
+        with self._lock.writing(deadline):
+            with self._env.begin(write=True) as txn:
+                number = txn.id()
+                self._snapshots.wait_for_readers(number - 2, deadline)
+                state = self._meta.state(txn)
+                before = state.encode()
+                yield txn, state
+                after = state.encode()
+                if after != before:
+                    self._meta.set_state(txn, after)
+            self._snapshots.note(number)
 
     # Pages that leave.
 

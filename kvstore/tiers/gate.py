@@ -12,17 +12,20 @@ from kvstore.errors import TierUnavailable
 
 
 class Gate:
-    """Open or shut; calls pass only while it is open. Any thread."""
+    """Open, shut or paused; calls pass while it is open, wait while it is paused. Any thread."""
 
     def __init__(self) -> None:
         """A shut gate."""
         self._changed = threading.Condition()
         self._inside = 0
         self._reason: str | None = "not opened yet"
+        self._pause_s: float | None = None
 
     def enter(self) -> None:
-        """Begin a call. Raises TierUnavailable with the reason while the gate is shut."""
+        """Begin a call. Raises TierUnavailable with the reason while the gate is shut, or paused for too long."""
         with self._changed:
+            if self._pause_s is not None and not self._changed.wait_for(lambda: self._pause_s is None, self._pause_s):
+                raise TierUnavailable("disk tier: the gate was paused for too long")
             if self._reason is not None:
                 raise TierUnavailable(self._reason)
             self._inside += 1
@@ -37,12 +40,19 @@ class Gate:
     def open(self) -> None:
         """Let calls pass."""
         with self._changed:
-            self._reason = None
+            self._reason = self._pause_s = None
+            self._changed.notify_all()
 
     def shut(self, reason: str) -> None:
         """Let no further call pass, and tell each why."""
         with self._changed:
-            self._reason = reason
+            self._reason, self._pause_s = reason, None
+            self._changed.notify_all()
+
+    def pause(self, longest_s: float) -> None:
+        """Let calls wait, each at most `longest_s`, until `open` or `shut`."""
+        with self._changed:
+            self._pause_s = longest_s
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until no call is inside; False if some still are after `timeout_s`."""

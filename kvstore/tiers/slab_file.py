@@ -19,8 +19,7 @@ import numpy as np
 
 from kvstore.errors import ConfigError
 from kvstore.layout import SLOT_ALIGNMENT
-
-FILE_MODE = 0o600  # what a model made of somebody's prompt is nobody else's to read
+from kvstore.tiers.private_files import open_private, reserve
 
 _log = logging.getLogger(__name__)
 
@@ -28,12 +27,23 @@ _log = logging.getLogger(__name__)
 class SlabFile:
     """`slot_bytes`-sized slots in one preallocated file."""
 
-    def __init__(self, path: Path, slot_bytes: int, *, direct: bool = True, read_only: bool = False) -> None:
-        """Open the file, creating it empty if it may be written. Raises OSError."""
+    def __init__(
+        self,
+        path: Path,
+        slot_bytes: int,
+        *,
+        direct: bool = True,
+        read_only: bool = False,
+        judge_owner: bool = True,
+    ) -> None:
+        """Open the file, creating it empty if it may be written.
+
+        Raises OSError, or ConfigError if it is not ours alone (private_files.py, as `judge_owner`).
+        """
         self.path = path
         self.slot_bytes = slot_bytes
         flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
-        self._fd = os.open(path, flags | os.O_CLOEXEC, FILE_MODE)
+        self._fd = open_private(path, flags, judge_owner=judge_owner)
         self._direct_fd = self._open_direct(flags) if direct else None
         self._retired_fd: int | None = None
 
@@ -49,8 +59,9 @@ class SlabFile:
     def reserve(self, num_slots: int) -> None:
         """Grow the file to `num_slots` slots with disk blocks behind them, so that no later write can run out of space.
 
-        Never shrinks it. Raises ConfigError naming `disk.capacity_bytes` if the filesystem has no room; the file is
-        then as before.
+        Never shrinks it. Where the filesystem cannot set blocks aside the file is sparse: a write that finds no room
+        then refuses its page. Raises ConfigError naming `disk.capacity_bytes` if the filesystem has no room, or allows
+        no file that large; the file is then as before.
         """
         status = os.fstat(self._fd)
         size = num_slots * self.slot_bytes
@@ -61,14 +72,24 @@ class SlabFile:
         if size > free:
             raise self._no_room(size, free)
         try:
-            os.posix_fallocate(self._fd, 0, size)
-        except OSError as error:
-            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # a sparse file then, whose writes may find no room
+            if not reserve(self._fd, size):
                 os.ftruncate(self._fd, max(size, status.st_size))
-                return
+                _log.warning(
+                    "disk tier: the filesystem of %s cannot set space aside: %s is a sparse file of %d bytes, and "
+                    "pages that find no room later are not stored",
+                    self.path.parent,
+                    self.path.name,
+                    size,
+                )
+        except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, status.st_size)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno == errno.EFBIG:
+                raise ConfigError(
+                    f"disk.capacity_bytes is {size}, but a file of that size is not allowed in disk.path "
+                    f"{self.path.parent} (by its filesystem, or by the limit of file sizes: ulimit -f); set it lower"
+                ) from error
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise self._no_room(size, free) from error
             raise
 

@@ -8,10 +8,12 @@ raised where this package meets the operating system (os.preadv, os.pwritev).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import logging
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -24,6 +26,7 @@ import pytest
 
 from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.page import PageMeta
+from kvstore.tiers import private_files
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.disk_report import describe, verify
 from tests.helpers.disk import SLOT_BYTES, check_slots, index_of, open_disk, record_of
@@ -72,28 +75,43 @@ class TestFullDisk:
     ) -> None:
         size = (pages / "pages.slab").stat().st_size
 
-        def no_space(fd: int, offset: int, length: int) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
         with monkeypatch.context() as patch:
-            patch.setattr(os, "posix_fallocate", no_space)
+            patch.setattr(private_files, "fallocate", lambda fd, num_bytes: refuse(errno.ENOSPC))
             with pytest.raises(ConfigError, match=r"disk\.capacity_bytes"):
                 open_disk(pages, 16)
 
         assert (pages / "pages.slab").stat().st_size == size
         check_all_there(pages)
 
-    def test_a_disk_without_preallocation_gets_a_sparse_file(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM])
+    def test_a_disk_without_preallocation_gets_a_sparse_file_and_the_log_says_so_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
     ) -> None:
-        def unsupported(fd: int, offset: int, length: int) -> None:
-            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
-        monkeypatch.setattr(os, "posix_fallocate", unsupported)
+        monkeypatch.setattr(private_files, "fallocate", lambda fd, num_bytes: refuse(code))
 
         with closing(open_disk(tmp_path)) as tier:
             assert store(tier, KEYS, SLOT_BYTES) == [True] * 6
             assert fetch(tier, KEYS, SLOT_BYTES) == [payload(key, SLOT_BYTES) for key in KEYS]
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "is a sparse file of 65536 bytes" in caplog.text
+
+    def test_a_file_larger_than_the_limit_of_file_sizes_is_refused_with_the_reason(self, tmp_path: Path) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 22, hard))
+        try:
+            with pytest.raises(ConfigError, match=r"disk\.capacity_bytes is 8388608, .*limit of file sizes"):
+                open_disk(tmp_path / "cache", 1024)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def test_blocks_are_asked_of_the_kernel_where_the_filesystem_has_none_to_give(self, ext3: Path) -> None:
+        before = written_bytes()
+
+        with closing(open_disk(ext3 / "cache", 8192)) as tier:  # 64 MiB
+            assert store(tier, KEYS, SLOT_BYTES) == [True] * 6
+            assert (ext3 / "cache/pages.slab").stat().st_blocks * 512 < 1 << 20
+            assert (ext3 / "cache/index/data.mdb").stat().st_blocks * 512 < 4 << 20
+        assert written_bytes() - before < 8 << 20
 
     def test_a_full_disk_in_the_middle_of_writing_refuses_pages_and_recovers(self, small_mount: Path) -> None:
         with closing(open_disk(small_mount / "cache", 64)) as tier:
@@ -122,6 +140,35 @@ class TestFullDisk:
             for number in range(40):
                 assert store(tier, keys_of(f"page {number}", 4), SLOT_BYTES) == [True] * 4
             assert tier.counters.extra["no_room"] == 0
+
+
+def refuse(code: int) -> int:
+    """What the system call does where it fails."""
+    ctypes.set_errno(code)
+    return -1
+
+
+def written_bytes() -> int:
+    return int(Path("/proc/self/io").read_text().split("\nwrite_bytes: ")[1].split()[0])
+
+
+@pytest.fixture
+def ext3(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem without fallocate."""
+    image, mount = tmp_path / "image", tmp_path / "mount"
+    if os.geteuid() or shutil.which("mkfs.ext3") is None:
+        pytest.skip("needs root and mkfs.ext3")
+    mount.mkdir()
+    image.touch()
+    os.truncate(image, 256 << 20)
+    options = ["-q", "-F", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard"]
+    subprocess.run(["mkfs.ext3", *options, str(image)], check=True)
+    if subprocess.run(["mount", "-o", "loop", str(image), str(mount)], check=False, capture_output=True).returncode:
+        pytest.skip("no loop mounts here")
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
 
 
 def fill(path: Path) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from subprocess import PIPE, Popen
 
-import lmdb
 import pytest
 
 from kvstore.errors import ConfigError, LayoutMismatch, RequestError, TierUnavailable
 from kvstore.page import PageKey, PageMeta
 from kvstore.tiers.base import Tier
+from kvstore.tiers.directory import IndexMapFull
 from kvstore.tiers.directory_lock import DirectoryLock
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.disk_report import describe, verify
@@ -194,7 +196,7 @@ def test_only_the_owner_can_read_what_is_stored(tmp_path: Path) -> None:
     open_disk(tmp_path / "cache").close()
 
     paths = [tmp_path / "cache", *(tmp_path / "cache").rglob("*")]
-    assert len(paths) == 6
+    assert len(paths) == 5
     assert all(path.stat().st_mode & 0o077 == 0 for path in paths)
 
 
@@ -348,20 +350,88 @@ class TestRoom:
 
             assert seen == keys
 
-    def test_an_index_that_is_full_stores_nothing_more_and_says_so(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+
+class TestIndexMap:
+    """The index has address space of its own; that it is used up is not a tier full of pages."""
+
+    @pytest.fixture
+    def small_map(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("kvstore.tiers.directory._INDEX_FIXED_BYTES", 256 << 10)
         monkeypatch.setattr("kvstore.tiers.directory._INDEX_BYTES_PER_SLOT", 0)
+
+    @pytest.mark.usefixtures("small_map")
+    def test_an_index_that_outgrows_its_map_gets_a_larger_one(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         keys = keys_of("page", 200)
         meta = PageMeta(64, tokens=bytes(8192))
-        with closing(open_disk(tmp_path, 200)) as tier:
-            answers = [store(tier, [key], SLOT_BYTES, meta=meta)[0] for key in keys]
+        with closing(open_disk(tmp_path, 200)) as tier, caplog.at_level(logging.WARNING):
+            assert all(store(tier, [key], SLOT_BYTES, meta=meta)[0] for key in keys)
 
-            assert 0 < sum(answers) < 200
-            assert tier.counters.extra["no_room"] == answers.count(False)
-            stored = [key for key, ok in zip(keys, answers, strict=True) if ok]
+            assert fetch(tier, keys, SLOT_BYTES, meta=meta) == [payload(key, 64) for key in keys]
+            assert (tier.counters.extra["no_room"], tier.counters.fallback_evictions) == (0, 0)
+            assert tier.counters.extra["map_full"] >= 1
+            assert "does not fit its map of" in caplog.text
+            check_slots(tier)
+
+    @pytest.mark.usefixtures("small_map")
+    def test_a_map_that_cannot_grow_is_unavailable_and_not_full_of_pages(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        keys = keys_of("page", 200)
+        meta = PageMeta(64, tokens=bytes(8192))
+        monkeypatch.setattr("kvstore.tiers.directory.has_address_space", lambda num_bytes: False)
+        with closing(open_disk(tmp_path, 200)) as tier:
+            stored: list[PageKey] = []
+
+            def store_all() -> None:
+                for key in keys:
+                    store(tier, [key], SLOT_BYTES, meta=meta)
+                    stored.append(key)
+
+            with pytest.raises(TierUnavailable, match="does not fit its map of"):
+                store_all()
+
+            assert 0 < len(stored) < 200
+            assert (tier.counters.extra["no_room"], tier.counters.extra["map_full"]) == (0, 1)
             assert fetch(tier, stored, SLOT_BYTES, meta=meta) == [payload(key, 64) for key in stored]
+
+            monkeypatch.undo()  # somebody gave address space back
+            assert all(store(tier, [key], SLOT_BYTES, meta=meta)[0] for key in keys)
+            check_slots(tier)
+
+    @pytest.mark.usefixtures("small_map")
+    def test_a_process_whose_map_is_too_small_for_what_another_wrote_follows(self, tmp_path: Path) -> None:
+        with closing(open_disk(tmp_path, 200)) as tier:
+            child = run_child(STORE_MANY, tmp_path)
+            assert child.stdout is not None
+            assert child.stdout.read() == b"stored 200\n"
+            child.stdout.close()
+            child.wait()
+            meta = PageMeta(64, tokens=bytes(8192))
+
+            assert fetch(tier, keys_of("page", 200), SLOT_BYTES, meta=meta) == [
+                payload(key, 64) for key in keys_of("page", 200)
+            ]
+            assert store(tier, keys_of("more", 1), SLOT_BYTES) == [True]
+
+    def test_calls_wait_while_the_map_grows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        keys = keys_of("page", 1)
+        with closing(open_disk(tmp_path)) as tier:
+            store(tier, keys, SLOT_BYTES)
+            index = index_of(tier)
+            grow, answers = index.grow_map, []
+            reader = threading.Thread(target=lambda: answers.append(fetch(tier, keys, SLOT_BYTES)))
+
+            def grow_slowly(map_bytes: int) -> None:
+                reader.start()
+                grow(map_bytes)
+
+            monkeypatch.setattr(index, "grow_map", grow_slowly)
+            tier._directory.enlarge_map(IndexMapFull("full", index.map_bytes))
+            reader.join(TIMEOUT_S)
+
+            assert answers == [[payload(keys[0], SLOT_BYTES)]]
 
 
 class TestOtherProcesses:
@@ -480,6 +550,11 @@ class TestOtherProcesses:
         open_disk(tmp_path).close()
 
 
+STORE_MANY = """
+with closing(open_disk(path, 200)) as tier:
+    keys = keys_of("page", 200)
+    print("stored", sum(store(tier, [key], SLOT_BYTES, meta=PageMeta(64, tokens=bytes(8192)))[0] for key in keys))
+"""
 CLAIM_AND_HANG = """
 index = index_of(open_disk(path, 4))
 answers = index.claim(keys_of("claimed", 3), [], now=0.0, deadline=time.monotonic() + 10).answers
@@ -498,10 +573,13 @@ time.sleep(60)
 """
 PREAMBLE = """
 import sys, time
+from contextlib import closing
 from pathlib import Path
+from kvstore.page import PageMeta
+from kvstore.tiers.directory import IndexMapFull
 from kvstore.tiers.directory_lock import DirectoryLock
-from tests.helpers.disk import index_of, open_disk
-from tests.helpers.pages import keys_of
+from tests.helpers.disk import SLOT_BYTES, index_of, open_disk
+from tests.helpers.pages import keys_of, store
 path = Path(sys.argv[1])
 """
 
@@ -577,21 +655,22 @@ class TestReports:
             list(verify(tmp_path / "nowhere"))
 
 
-def test_a_reader_slot_of_a_dead_process_is_cleared_at_opening(tmp_path: Path) -> None:
-    open_disk(tmp_path).close()
-    child = Popen(
-        [sys.executable, "-c", READ_AND_HANG, str(tmp_path / "index")],
-        stdout=PIPE,
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == b"reading\n"
-    child.kill()
-    child.wait()
-    child.stdout.close()
+def test_a_reader_that_died_keeps_no_page_of_the_index_from_being_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstore.tiers.directory._INDEX_FIXED_BYTES", 1 << 20)
+    monkeypatch.setattr("kvstore.tiers.directory._INDEX_BYTES_PER_SLOT", 0)
+    with closing(open_disk(tmp_path, 8)) as tier:
+        child = Popen([sys.executable, "-c", READ_AND_HANG, str(tmp_path / "index")], stdout=PIPE)
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"reading\n"
+        child.kill()
+        child.wait()
+        child.stdout.close()
 
-    with closing(open_disk(tmp_path)) as tier:
-        env: lmdb.Environment = index_of(tier)._env
-        assert env.reader_check() == 0  # opening has done it
+        for number in range(100):
+            assert store(tier, keys_of(f"page {number}", 4), SLOT_BYTES) == [True] * 4
+        assert tier.counters.extra["map_full"] == 0
 
 
 READ_AND_HANG = """
