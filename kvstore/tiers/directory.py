@@ -5,9 +5,10 @@
     <disk.path>/pages.slab     the pages (slab_file.py)
     <disk.path>/index.damaged/ the last index that could not be read, kept for a look
 
-LMDB allows a directory once per process, so tiers over the same one share this object. The first process that opens a
-directory has it to itself while it checks the index, takes back what dead writers left and grows the files; then others
-come in. An index that cannot be read is set aside and begun anew: it is a cache, and the pages it named are misses.
+LMDB allows a directory once per process, so tiers over the same one share this object (open_directories.py). The first
+process that opens a directory has it to itself while it checks the index, takes back what dead writers left and grows the
+files; then others come in. An index that cannot be read is set aside and begun anew: it is a cache, and the pages it
+named are misses.
 
 After a fork the child may not use it (LMDB's rule): its calls raise TierUnavailable. Start children by spawn.
 """
@@ -65,7 +66,7 @@ class DiskDirectory:
     """Shared by all tiers of this process over one directory. Any thread."""
 
     def __init__(self, path: Path, geometry: Geometry | None, num_slots: int, *, direct: bool, read_only: bool) -> None:
-        """Open or create; `geometry` None takes what is there. Use `acquire` instead."""
+        """Open or create; `geometry` None takes what is there. Use `open_directories.acquire` instead."""
         self.path = path
         self.read_only = read_only
         self._judges_owner = not (read_only and os.geteuid() == 0)  # root may look at what is another user's
@@ -73,7 +74,7 @@ class DiskDirectory:
         self._asked = geometry
         self._asked_slots = num_slots
         self._direct = direct
-        self.pid = os.getpid()
+        self.is_inherited = False  # True in a child that was forked while it was open
         self._users = 1
         self._gate = Gate()
         self._opening = threading.Lock()
@@ -192,7 +193,7 @@ class DiskDirectory:
         return True
 
     def _check_process(self) -> None:
-        if os.getpid() != self.pid:
+        if self.is_inherited:
             raise StoreForked(f"disk tier: {self.path} was opened before a fork; start children by spawn")
 
     def _refit(self, num_slots: int) -> None:
@@ -366,50 +367,6 @@ class DiskDirectory:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-
-_opened: dict[tuple[int, int, int], DiskDirectory] = {}  # (process, device, inode)
-_opened_lock = threading.Lock()  # opening and closing only; never held while bytes move
-
-
-def acquire(
-    path: Path, geometry: Geometry | None = None, num_slots: int = 0, *, direct: bool = True, read_only: bool = False
-) -> DiskDirectory:
-    """The directory at `path`, opened now or shared with this process's other tiers. End with `release`.
-
-    Raises ConfigError, LayoutMismatch, or TierUnavailable if other processes keep it from being used.
-    """
-    with _opened_lock:
-        shared = _opened.get(_identity(path)) if path.exists() else None
-        if shared is not None:
-            shared.join(geometry, num_slots, read_only=read_only)
-            return shared
-        directory = DiskDirectory(path, geometry, num_slots, direct=direct, read_only=read_only)
-        _opened[_identity(path)] = directory
-        return directory
-
-
-def release(directory: DiskDirectory) -> None:
-    """Undo one `acquire`."""
-    if os.getpid() != directory.pid:
-        return  # a forked child: what it inherited is its parent's, and so are the locks it would wait for
-    with _opened_lock:
-        if directory.leave():
-            for identity in [identity for identity, opened in _opened.items() if opened is directory]:
-                del _opened[identity]
-
-
-def _after_fork() -> None:
-    global _opened_lock
-    _opened_lock = threading.Lock()  # another thread may have held it
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return os.getpid(), status.st_dev, status.st_ino
 
 
 def _map_bytes(num_slots: int) -> int:

@@ -27,12 +27,13 @@ from kvstore.errors import ConfigError, RequestError, TierFull, TierUnavailable
 from kvstore.layout import SLOT_ALIGNMENT
 from kvstore.page import PageKey, PageMeta, encode_header, verify_page
 from kvstore.tiers.base import StoredPage, TierCounters
-from kvstore.tiers.directory import DiskDirectory, IndexMapFull, acquire, release
+from kvstore.tiers.directory import DiskDirectory, IndexMapFull
 from kvstore.tiers.disk_index import DiskIndex, Found, Written
 from kvstore.tiers.disk_meta import Geometry
 from kvstore.tiers.disk_pages import ScanPosition
 from kvstore.tiers.disk_record import PageRecord
 from kvstore.tiers.disk_slots import Claim
+from kvstore.tiers.open_directories import acquire, release
 
 T = TypeVar("T")
 

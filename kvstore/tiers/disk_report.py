@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.page import PageKey, verify_page
-from kvstore.tiers.directory import DiskDirectory, acquire, release
+from kvstore.tiers.directory import DiskDirectory
 from kvstore.tiers.disk_record import PageRecord
+from kvstore.tiers.open_directories import acquire, release
 
 
 @dataclass(frozen=True, slots=True)

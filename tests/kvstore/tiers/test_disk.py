@@ -576,7 +576,6 @@ import sys, time
 from contextlib import closing
 from pathlib import Path
 from kvstore.page import PageMeta
-from kvstore.tiers.directory import IndexMapFull
 from kvstore.tiers.directory_lock import DirectoryLock
 from tests.helpers.disk import SLOT_BYTES, index_of, open_disk
 from tests.helpers.pages import keys_of, store

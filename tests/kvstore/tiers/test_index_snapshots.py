@@ -158,17 +158,15 @@ class TestOneProcess:
 
     def test_threads_read_right_while_others_write(self, table: Table) -> None:
         wrong: list[object] = []
+        ended: list[bool] = []
         is_over = threading.Event()
 
         def read() -> None:
             while not is_over.is_set():
-                try:
-                    values = table.read()
-                    if len(values) != 1:
-                        wrong.append(values)
-                except Exception as error:
-                    wrong.append(error)
-                    return
+                values = table.read()
+                if len(values) != 1:
+                    wrong.append(values)
+            ended.append(True)
 
         readers = [threading.Thread(target=read) for _ in range(3)]
         for reader in readers:
@@ -179,7 +177,7 @@ class TestOneProcess:
         for reader in readers:
             reader.join()
 
-        assert wrong == []
+        assert (wrong, ended) == ([], [True] * 3)
 
 
 class TestOtherProcesses:
