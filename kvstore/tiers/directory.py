@@ -6,9 +6,9 @@
     <disk.path>/index.damaged/ the last index that could not be read, kept for a look
 
 LMDB allows a directory once per process, so tiers over the same one share this object (open_directories.py). The first
-process that opens a directory has it to itself while it checks the index, takes back what dead writers left and grows the
-files; then others come in. An index that cannot be read is set aside and begun anew: it is a cache, and the pages it
-named are misses.
+process that opens a directory has it to itself while it checks the index, takes back what dead writers left and grows
+the files; then others come in. An index that cannot be read is set aside and begun anew: it is a cache, and the pages
+it named are misses.
 
 After a fork the child may not use it (LMDB's rule): its calls raise TierUnavailable. Start children by spawn.
 """
