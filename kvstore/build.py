@@ -216,6 +216,7 @@ def _redis_tier(redis: RedisConfig, layout: Layout, place: str) -> Tier:
         connections=redis.connections,
         connect_timeout_s=redis.connect_timeout_s,
         idle_max_s=redis.idle_max_s,
+        acl_pattern=f"{redis.prefix}*",
         codec=redis.codec,
     )
     if redis.capacity_bytes is None:

@@ -26,9 +26,17 @@ from pathlib import Path
 
 import lmdb
 
-from kvstore.errors import ConfigError, CorruptPage, LayoutMismatch, StoreForked, TierFull, TierUnavailable
+from kvstore.errors import (
+    ConfigError,
+    CorruptPage,
+    LayoutMismatch,
+    StoreForked,
+    TierFull,
+    TierRefused,
+    TierUnavailable,
+)
 from kvstore.tiers.directory_lock import DirectoryLock
-from kvstore.tiers.disk_index import DiskIndex
+from kvstore.tiers.disk_index import DiskIndex, is_read_only
 from kvstore.tiers.disk_meta import Geometry
 from kvstore.tiers.gate import Gate
 from kvstore.tiers.index_files import (
@@ -99,7 +107,8 @@ class DiskDirectory:
         """The index, for one call; it stays open until the call is over.
 
         Raises TierFull where the disk has no room left for the index, IndexMapFull where `enlarge_map` may help,
-        TierUnavailable where it cannot be used. After damage the directory stays unavailable until `revive`.
+        TierRefused where it can only be read, TierUnavailable where it cannot be used. After damage the directory stays
+        unavailable until `revive`.
         """
         self._check_process()
         self._gate.enter()
@@ -115,6 +124,9 @@ class DiskDirectory:
         except lmdb.DiskError as error:
             raise TierFull(f"disk tier: no room left for the index in {self.path}: {error}") from error
         except (lmdb.Error, CorruptPage, SystemError) as error:
+            if isinstance(error, lmdb.Error) and is_read_only(error):
+                # The filesystem takes no writes any more. The transaction has ended, and readers need none.
+                raise TierRefused(f"disk tier: the index in {self.path} cannot be written: {error}", "EROFS") from error
             # SystemError: py-lmdb's Cursor.delete does not notice that the step to the next record has failed.
             self._is_broken = True
             self._is_damaged = self._is_damaged or isinstance(error, (*DAMAGE, SystemError))

@@ -23,7 +23,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
-from kvstore.errors import ConfigError, RequestError, TierFull, TierUnavailable
+from kvstore.direction import Direction
+from kvstore.errors import ConfigError, RequestError, TierFull, TierRefused, TierUnavailable
 from kvstore.layout import SLOT_ALIGNMENT
 from kvstore.page import PageKey, PageMeta, encode_header, verify_page
 from kvstore.tiers.base import StoredPage, TierCounters
@@ -132,7 +133,7 @@ class DiskTier:
     ) -> list[bool]:
         """Fill `views[i]` with the verified page of `keys[i]`; False where there is none.
 
-        Raises TierUnavailable if the time ran out between pages or the disk gave nothing at all.
+        Raises TierUnavailable if the time ran out between pages, TierRefused if the disk gave nothing at all.
         """
         deadline = time.monotonic() + timeout_s
         self._check_open()
@@ -150,8 +151,8 @@ class DiskTier:
         """Store pages after `evict` left; False where there was no room or the write failed.
 
         A full directory first takes back what dead writers held, then (only needed where several processes store)
-        evicts expired and least recently used pages by itself, which is counted. Raises TierUnavailable if no page
-        could be written.
+        evicts expired and least recently used pages by itself, which is counted. Raises TierRefused if no page could be
+        written.
         """
         deadline, now = time.monotonic() + timeout_s, self._now()
         self._check_open()
@@ -204,15 +205,16 @@ class DiskTier:
                 return
 
     def ping(self, *, timeout_s: float) -> None:
-        """Return if index and slab answer; open a broken index again. Raises TierUnavailable."""
+        """Return if index and slab can be read; open a broken index again. Raises TierUnavailable."""
         self._check_open()
         self._directory.revive()
-        with self._directory.use() as index:
-            index.usage()
-            try:
-                self._directory.slab.ping(writable=not self._read_only)
-            except OSError as error:
-                raise TierUnavailable(f"disk tier: {self._directory.path} does not answer: {error}") from error
+        self._with_index(functools.partial(self._ping, writable=False))
+
+    def probe(self, way: Direction, *, timeout_s: float) -> None:
+        """Return if the directory can be read, or written where `way` needs that. Raises TierRefused."""
+        self._check_open()
+        writable = way is not Direction.READ and not self._read_only
+        self._with_index(functools.partial(self._ping, writable=writable))
 
     def close(self) -> None:
         """Close the directory if no other tier of this process uses it. Idempotent."""
@@ -240,6 +242,7 @@ class DiskTier:
         self.counters.corrupt_pages += len(found.damaged)
         bad: list[PageRecord] = []
         reads: list[tuple[int, PageRecord, _Read]] = []
+        errors: list[OSError] = []
         for i, record in enumerate(found.records):
             if record is None:
                 continue
@@ -254,7 +257,7 @@ class DiskTier:
             else:
                 if time.monotonic() > deadline:
                     raise TierUnavailable(f"disk tier: {len(reads)} of {len(keys)} pages read within {timeout_s} s")
-                reads.append((i, record, self._read_page(record, views[i])))
+                reads.append((i, record, self._read_page(record, views[i], errors)))
 
         # Another process may have given a slot away while we read it. What no longer has its record is lost, not
         # corrupt, and is not served even where the bytes were still whole.
@@ -272,15 +275,24 @@ class DiskTier:
                 bad.append(record)
         self._drop(index, bad, found.damaged, deadline)
         if reads and all(read is _Read.FAILED for _, _, read in reads):
-            raise TierUnavailable(f"disk tier: none of {len(reads)} pages could be read from {self._directory.path}")
+            what = f"disk tier: none of {len(reads)} pages could be read from {self._directory.path}: {errors[0]}"
+            raise TierRefused(what, _name_of(errors[0]))
         return answers
 
-    def _read_page(self, record: PageRecord, view: memoryview) -> _Read:
+    def _ping(self, index: DiskIndex, *, writable: bool) -> None:
+        index.usage()
+        try:
+            self._directory.slab.ping(writable=writable)
+        except OSError as error:
+            raise TierRefused(f"disk tier: {self._directory.path}: {error}", _name_of(error)) from error
+
+    def _read_page(self, record: PageRecord, view: memoryview, errors: list[OSError]) -> _Read:
         num_bytes = record.header.stored_bytes
         try:
             if not self._directory.slab.read(record.slot, view, num_bytes):
                 return _Read.SHORT
-        except OSError:
+        except OSError as error:
+            errors.append(error)
             return _Read.FAILED
         whole = verify_page(record.raw_header, record.header, record.tokens, view[:num_bytes])
         return _Read.WHOLE if whole else _Read.TORN
@@ -307,7 +319,7 @@ class DiskTier:
         try:
             return self._with_index(call)
         except TierFull as error:
-            raise TierUnavailable(str(error)) from error
+            raise TierRefused(str(error), "NO_ROOM") from error
 
     def _write(
         self,
@@ -352,10 +364,15 @@ class DiskTier:
         stored.update((page.key, ok) for page, ok in zip(written, published, strict=True))
         self._count_failures(claimed.answers.count(False), errors)
         if errors and not written and all(error.errno not in _NO_ROOM for error in errors):
-            raise TierUnavailable(f"disk tier: no page could be written to {self._directory.path}: {errors[0]}")
+            what = f"disk tier: no page could be written to {self._directory.path}: {errors[0]}"
+            raise TierRefused(what, _name_of(errors[0]))
         return stored
 
     def _count_failures(self, refused: int, errors: Sequence[OSError]) -> None:
         full = sum(error.errno in _NO_ROOM for error in errors)
         self.counters.extra["no_room"] += refused + full
         self.counters.extra["write_errors"] += len(errors) - full
+
+
+def _name_of(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, "OSError")

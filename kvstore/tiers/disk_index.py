@@ -18,6 +18,8 @@ thread; writers wait for each other, and for readers, with a deadline.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -256,18 +258,21 @@ class DiskIndex:
 
         At the best of it: where the index cannot be written now, the next reader finds the same.
         """
-        with (
-            contextlib.suppress(TierUnavailable, lmdb.MapFullError, lmdb.DiskError),
-            self._write(deadline) as (txn, state),
-        ):
-            for key in damaged:
-                with contextlib.suppress(CorruptPage):
-                    self._pages.get(txn, key)
-                    continue
-                self._remove(txn, state, key)
-            for record in records:
-                if self._pages.is_same(txn, record):
-                    self._remove(txn, state, record.header.key)
+        try:
+            with self._write(deadline) as (txn, state):
+                for key in damaged:
+                    with contextlib.suppress(CorruptPage):
+                        self._pages.get(txn, key)
+                        continue
+                    self._remove(txn, state, key)
+                for record in records:
+                    if self._pages.is_same(txn, record):
+                        self._remove(txn, state, record.header.key)
+        except (TierUnavailable, lmdb.MapFullError, lmdb.DiskError):
+            return
+        except lmdb.Error as error:
+            if not is_read_only(error):
+                raise
 
     def close(self) -> None:
         """Close the environment. No other call may be under way."""
@@ -355,3 +360,8 @@ class DiskIndex:
     def _repair(self, txn: Txn, state: AllocatorState) -> None:
         """Drop damaged records, free the slots they held, and make the order anew. One pass over the index."""
         self._slots.rebuild(txn, state, self._pages.rebuild(txn))
+
+
+def is_read_only(error: lmdb.Error) -> bool:
+    """True if a change failed because the filesystem takes no writes any more."""
+    return isinstance(error, lmdb.ReadonlyError) or os.strerror(errno.EROFS) in str(error)

@@ -71,6 +71,7 @@ class RedisTier:
         connections: int = 3,
         connect_timeout_s: float = 0.5,
         idle_max_s: float = 180.0,
+        acl_pattern: str | None = None,
         codec: str = "raw",
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -81,6 +82,7 @@ class RedisTier:
         ttl_s:       longest time a page lives after it was written or given a new deadline; 0 means for ever.
         connections: most connections to one server; one per lane thread is enough.
         idle_max_s:  a connection that was idle for longer is not used again; 0 means any may be.
+        acl_pattern: matches all keys of this product, for what to tell an operator; None means those of the prefix.
         codec:       name of a codec in `kvstore.codec`; pages of every codec can be read.
 
         Raises ConfigError.
@@ -105,7 +107,11 @@ class RedisTier:
         self._now = now
         self._names = KeyNames(prefix.encode(), tagged=target.kind is Kind.CLUSTER)
         self._route = make_route(
-            target, connections=connections, connect_timeout_s=connect_timeout_s, idle_max_s=idle_max_s, prefix=prefix
+            target,
+            connections=connections,
+            connect_timeout_s=connect_timeout_s,
+            idle_max_s=idle_max_s,
+            acl_pattern=acl_pattern or f"{prefix}*",
         )
         self._calls = Calls(self._route, self._count)
         self._claims = RedisClaims(self._calls.on_each_node, is_cluster=target.kind is Kind.CLUSTER)

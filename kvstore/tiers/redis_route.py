@@ -74,14 +74,14 @@ def make_route(
     connections: int,
     connect_timeout_s: float,
     idle_max_s: float = 0.0,
-    prefix: str = "",
+    acl_pattern: str = "*",
 ) -> Route:
     """The route of `target`: at most `connections` to each server at a time.
 
     idle_max_s: a connection that was idle for longer is not used again; 0 means any may be.
-    prefix:     of all our keys, for what to tell an operator whose account lacks a permission.
+    acl_pattern: matches all our keys, for what to tell an operator whose account lacks a permission.
     """
-    dialer = _Dialer(target, connect_timeout_s, prefix)
+    dialer = _Dialer(target, connect_timeout_s, acl_pattern)
     if target.kind is Kind.CLUSTER:
         return ClusterRoute(target, dialer, connections=connections, idle_max_s=idle_max_s)
     if target.kind is Kind.SENTINEL:
@@ -303,11 +303,11 @@ class ClusterRoute:
 class _Dialer:
     """Makes wires with the credentials and TLS options of a target."""
 
-    def __init__(self, target: RedisTarget, connect_timeout_s: float, prefix: str) -> None:
+    def __init__(self, target: RedisTarget, connect_timeout_s: float, acl_pattern: str) -> None:
         self._target = target
         self._connect_timeout_s = connect_timeout_s
         extra = (*(("cluster|slots",) if target.kind is Kind.CLUSTER else ()), *(("select",) if target.db else ()))
-        self._account = Account(target.username or "default", f"{prefix}*", extra)
+        self._account = Account(target.username or "default", acl_pattern, extra)
         self._common: dict[str, Any] = {
             "db": target.db,
             "username": target.username,

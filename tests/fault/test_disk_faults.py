@@ -24,7 +24,8 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from kvstore.errors import ConfigError, TierUnavailable
+from kvstore.direction import Direction
+from kvstore.errors import ConfigError, TierRefused, TierUnavailable
 from kvstore.page import PageMeta
 from kvstore.tiers import private_files
 from kvstore.tiers.disk import DiskTier
@@ -199,7 +200,9 @@ class TestReadOnlyDirectory:
         assert describe(frozen)["pages"] == 6
         assert all(check.ok for check in verify(frozen))
 
-    def test_a_disk_that_becomes_read_only_keeps_serving_and_fails_the_ping(self, pages: Path, tmp_path: Path) -> None:
+    def test_a_disk_that_becomes_read_only_keeps_serving_and_says_that_it_takes_no_writes(
+        self, pages: Path, tmp_path: Path
+    ) -> None:
         for point in mount(tmp_path / "disk", ["-t", "tmpfs", "-o", "size=16m", "tmpfs"]):
             with closing(open_disk(point / "cache")) as tier:
                 store(tier, KEYS, SLOT_BYTES)
@@ -207,11 +210,17 @@ class TestReadOnlyDirectory:
                 # forced.
                 blocked = subprocess.run(["mount", "-o", "remount,ro", str(point)], capture_output=True, check=False)
                 if blocked.returncode == 0:
-                    with pytest.raises(TierUnavailable):
-                        tier.ping(timeout_s=TIMEOUT_S)
+                    tier.ping(timeout_s=TIMEOUT_S)
+                    tier.probe(Direction.READ, timeout_s=TIMEOUT_S)
+                    for way in (Direction.WRITE, Direction.TOUCH, Direction.DELETE):
+                        with pytest.raises(TierRefused) as refused:
+                            tier.probe(way, timeout_s=TIMEOUT_S)
+                        assert refused.value.reason == "EROFS"
                 assert fetch(tier, KEYS, SLOT_BYTES) == [payload(key, SLOT_BYTES) for key in KEYS]
 
-    def test_a_ping_sees_a_read_only_filesystem(self, pages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_test_of_writes_sees_a_read_only_filesystem_and_one_of_reads_does_not_mind(
+        self, pages: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         with closing(open_disk(pages)) as tier:
             true_answer = os.fstatvfs
 
@@ -221,8 +230,10 @@ class TestReadOnlyDirectory:
                 return os.statvfs_result(fields)
 
             monkeypatch.setattr(os, "fstatvfs", read_only)
-            with pytest.raises(TierUnavailable, match="Read-only file system"):
-                tier.ping(timeout_s=TIMEOUT_S)
+            with pytest.raises(TierRefused, match="Read-only file system"):
+                tier.probe(Direction.WRITE, timeout_s=TIMEOUT_S)
+            tier.probe(Direction.READ, timeout_s=TIMEOUT_S)
+            tier.ping(timeout_s=TIMEOUT_S)
 
 
 class TestFailingDisk:
@@ -483,6 +494,26 @@ class TestDamagedIndex:
             assert fetch(tier, KEYS, SLOT_BYTES) == [None] * 6
             assert store(tier, KEYS, SLOT_BYTES) == [True] * 6
             check_slots(tier)
+
+    def test_an_index_that_can_only_be_read_is_read(self, pages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with closing(open_disk(pages)) as tier:
+            index = index_of(tier)
+
+            def refused(*args: object, **kwargs: object) -> None:
+                raise lmdb.Error("mdb_txn_commit: Read-only file system")
+
+            for verb in ("claim", "touch", "delete"):
+                monkeypatch.setattr(index, verb, refused)
+            for write in (
+                lambda: store(tier, keys_of("new", 1), SLOT_BYTES),
+                lambda: tier.touch(KEYS, expires_at=0.0, timeout_s=TIMEOUT_S),
+                lambda: tier.delete(KEYS, timeout_s=TIMEOUT_S),
+            ):
+                with pytest.raises(TierRefused, match="cannot be written") as told:
+                    write()
+                assert told.value.reason == "EROFS"
+
+            assert fetch(tier, KEYS, SLOT_BYTES) == [payload(key, SLOT_BYTES) for key in KEYS]
 
     def test_an_index_that_fails_without_damage_keeps_its_pages(self, pages: Path) -> None:
         with closing(open_disk(pages)) as tier:
