@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from kvstore.errors import TierUnavailable
+from kvstore.errors import TierRefused, TierUnavailable
 from kvstore.page import PageMeta
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_local import LocalRedis, free_port
@@ -214,15 +214,38 @@ class TestRights:
         [
             "LOADING Redis is loading the dataset in memory",
             "MASTERDOWN Link with MASTER is down",
-            "CLUSTERDOWN The cluster is down",
-            "MISCONF Redis is configured to save RDB snapshots",
             "ERR max number of clients reached",
-            "ERR something nobody thought of",
         ],
     )
     def test_a_server_that_cannot_serve_is_unavailable(self, answer: str) -> None:
         with canned_server([b"-%s\r\n" % answer.encode()]) as port, closing(tier_at(port)) as tier:
             assert_unavailable_in_time(tier, TIMEOUT_S, match=re.escape(answer.partition(" ")[2]))
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            "CLUSTERDOWN The cluster is down",
+            "MISCONF Redis is configured to save RDB snapshots",
+            "NOREPLICAS Not enough good replicas to write.",
+            "ERR something nobody thought of",
+        ],
+    )
+    def test_an_error_is_a_refusal_of_that_call_and_an_answer_to_a_ping(self, answer: str) -> None:
+        code, text = answer.split(" ", 1)
+        with canned_server([b"-%s\r\n" % answer.encode()]) as port, closing(tier_at(port)) as tier:
+            for name, call in every_call(tier, TIMEOUT_S):
+                if name == "ping":
+                    call()
+                    continue
+                with pytest.raises(TierRefused, match=re.escape(text)) as refused:
+                    call()
+                assert refused.value.reason == code
+
+    @pytest.mark.parametrize("answer", ["LOADING Redis is loading", "BUSY Redis is busy running a script."])
+    def test_a_server_that_serves_nobody_fails_its_ping(self, answer: str) -> None:
+        with canned_server([b"-%s\r\n" % answer.encode()]) as port, closing(tier_at(port)) as tier:
+            with pytest.raises(TierUnavailable, match=answer):
+                tier.ping(timeout_s=TIMEOUT_S)
 
 
 class TestNetwork:
