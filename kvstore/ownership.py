@@ -58,9 +58,12 @@ def read_secret(field: str, path: str | os.PathLike[str]) -> bytes:
     try:
         # Judged by what is open, so that nobody puts another file in its place meanwhile; a pipe does not hang us.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
+        try:
             check_secret_status(field, path, os.fstat(fd))
-            return file.read()
+            with open(fd, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(fd)
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise

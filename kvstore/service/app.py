@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from kvstore.config import ServiceConfig
 from kvstore.errors import ConfigError, KVStoreError, RequestError, StoreClosed
+from kvstore.ownership import check_secret
 from kvstore.service import dashboard_page, logs, problems
 from kvstore.service.api import Api
 from kvstore.service.bodies import Bodies, BodyError, bad_body
@@ -219,9 +220,11 @@ def _is_unix(request: web.Request) -> bool:
 def _tls(config: ServiceConfig) -> ssl.SSLContext | None:
     if config.tls_cert is None or config.tls_key is None:
         return None
+    check_secret("service.tls_key", config.tls_key)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
+        # With a password of "" a key that is encrypted is an error; without one OpenSSL would ask the terminal.
+        context.load_cert_chain(config.tls_cert, config.tls_key, password="")
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"service.tls_cert {config.tls_cert}, tls_key {config.tls_key}: {error}") from None
     return context

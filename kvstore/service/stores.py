@@ -41,6 +41,7 @@ from kvstore.service.namespaces import (
 from kvstore.service.tenants import Tenant
 from kvstore.store import LocalStore
 from kvstore.tiers.host import SlabHandle
+from kvstore.tiers.private_files import open_private
 from radix.hashing import BlockHash, bind_hashes
 from radix.namespace import Namespace
 
@@ -308,7 +309,7 @@ def _write_namespace(directory: Path, layout: Layout, namespace: Namespace) -> N
     """Write `namespace.json` whole or not at all. It holds salts, so it is its owner's alone."""
     value = {"layout": layout_to_json(layout), "namespace": namespace_to_json(namespace)}
     written = directory / (NAMESPACE_FILE + ".new")
-    with open(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+    with open(open_private(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w", encoding="utf-8") as file:
         json.dump(value, file)
         file.flush()
         os.fsync(file.fileno())

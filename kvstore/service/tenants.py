@@ -4,7 +4,7 @@ A tenant's pages lie in stores of its own, cut to its quota; so one tenant can n
 stored, and its statistics are its own. In Redis, which all tenants share, the salt in every block hash keeps them
 apart. Clients on the unix socket, and on loopback where no tokens are configured, are the tenant LOCAL.
 
-The file is TOML, and readable by its owner only:
+The file is TOML, and nobody else's to read (kvstore/ownership.py):
 
     [[tenant]]
     name = "blue"
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.errors import ConfigError
+from kvstore.ownership import read_secret
 from kvstore.units import parse_bytes
 
 _toml: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -84,11 +85,10 @@ class Tokens:
 def read_tokens(path: Path) -> Tokens:
     """Read the tenants' file. Raises ConfigError naming the entry and field."""
     name = f"service.tokens_file {path}"
+    data = read_secret("service.tokens_file", path)
     try:
-        if path.stat().st_mode & 0o077:
-            raise ConfigError(f"{name} may be read by others; run: chmod 600 {path}")
-        value = _toml.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, _toml.TOMLDecodeError) as error:
+        value = _toml.loads(data.decode("utf-8"))
+    except (UnicodeDecodeError, _toml.TOMLDecodeError) as error:
         raise ConfigError(f"{name}: {error}") from None
     entries = value.get("tenant")
     if set(value) != {"tenant"} or not isinstance(entries, list) or not 1 <= len(entries) <= MAX_TENANTS:
@@ -97,7 +97,24 @@ def read_tokens(path: Path) -> Tokens:
     for what, values in (("names", [t.name for _, t in pairs]), ("tokens", [token for token, _ in pairs])):
         if len(set(values)) < len(values):
             raise ConfigError(f"{name}: two tenants have one of their {what} in common")
+    _check_salts(name, [tenant for _, tenant in pairs])
     return Tokens(pairs)
+
+
+def _check_salts(where: str, tenants: Sequence[Tenant]) -> None:
+    """Refuse salts that would let two tenants meet in Redis, now or when one of them gives its salt up."""
+    names = {tenant.name: tenant for tenant in tenants}
+    seen: dict[str, Tenant] = {}
+    for tenant in tenants:
+        other = seen.setdefault(tenant.salt, tenant)
+        if other is tenant:
+            other = names.get(tenant.salt, tenant)
+        if other is not tenant:
+            raise ConfigError(
+                f"{where}: tenants {other.name!r} and {tenant.name!r} would share a salt, and so each other's pages in "
+                f"Redis: no two may have the same salt, nor one the other's name as its salt (a tenant without a salt "
+                f"has its name)"
+            )
 
 
 _FIELDS: dict[str, tuple[type, ...]] = {

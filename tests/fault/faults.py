@@ -6,6 +6,7 @@ ExitStack it is given. What needs root or a program that is not there says so in
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
 import os
@@ -25,6 +26,7 @@ from eviction.registry import make_policy
 from kvstore.plan.cascade import TierPlan
 from kvstore.plan.records import RequestOptions
 from kvstore.store import LocalStore
+from kvstore.tiers import private_files
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.redis_local import LocalRedis, RedisNotInstalled, find_redis_server, free_port
 from tests.helpers.faulty_tier import FaultyTier
@@ -527,16 +529,17 @@ def fill(filler: Path, leave: int = 0) -> None:
 @contextmanager
 def without_fallocate() -> Iterator[None]:
     """Let the filesystem say that it cannot set blocks aside."""
-    fallocate = os.posix_fallocate
+    fallocate = private_files.fallocate
 
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    def refuse(fd: int, num_bytes: int) -> int:
+        ctypes.set_errno(errno.EOPNOTSUPP)
+        return -1
 
-    os.posix_fallocate = refuse
+    private_files.fallocate = refuse
     try:
         yield
     finally:
-        os.posix_fallocate = fallocate
+        private_files.fallocate = fallocate
 
 
 def mount_small(stack: ExitStack, path: Path, size: str) -> None:
