@@ -106,7 +106,9 @@ class EventHub:
         self._note()
 
     async def close(self) -> None:
-        """Stop collecting. Idempotent."""
+        """Stop collecting, and let nobody wait any longer. Idempotent."""
+        for stream in self._streams:
+            stream.put(b"")
         self._streams.clear()
         if self._task is not None:
             self._task.cancel()
