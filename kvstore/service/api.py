@@ -7,7 +7,10 @@ in tiers_api.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections import Counter
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -15,19 +18,17 @@ from aiohttp import web
 from kvstore.errors import TierUnavailable
 from kvstore.metrics import CONTENT_TYPE
 from kvstore.plan.records import Match, Request, RequestOptions
-from kvstore.service import metrics, pages, scope
+from kvstore.service import metrics, pages, scope, shares
+from kvstore.service.clients_api import ClientsApi
 from kvstore.service.explain import MAX_ELSEWHERE, explain
 from kvstore.service.models import (
     BlocksAnswer,
     Cancel,
     ClearAnswer,
-    ClientAnswer,
-    ClientsAnswer,
     Delete,
     Explain,
     ExplainAnswer,
     InNamespace,
-    KeptAnswer,
     Lookup,
     MatchAnswer,
     NamespaceAnswer,
@@ -44,7 +45,6 @@ from kvstore.service.models import (
 from kvstore.service.namespaces import layout_from_json, namespace_from_json
 from kvstore.service.problems import Problem
 from kvstore.service.routes import Call, Route
-from kvstore.service.session import Session
 from kvstore.service.stores import OpenStore
 from kvstore.service.tiers_api import TiersApi
 from radix.hashing import BlockHash, hash_blocks
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 EVENT_KEEPALIVE_S = 5.0  # also the longest time until a listener that left is noticed
 MAX_EVENT_STREAMS = 64
+LARGE_PROMPT = 16_384  # tokens, or hashes; a longer one is hashed beside the event loop
 SWEEP_TIMEOUT_S = 60.0  # a walk over about a hundred million keys
 
 
@@ -63,6 +64,8 @@ class Api:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self._tiers = TiersApi(daemon)
+        self._clients = ClientsApi(daemon)
+        self._listening: Counter[str] = Counter()  # event streams by tenant
 
     def routes(self) -> list[Route]:
         """The table."""
@@ -72,9 +75,7 @@ class Api:
             Route("GET", "/metrics", self.metrics, "Prometheus metrics.", produces="text/plain"),
             Route("GET", "/v1/stats", self.stats, "Counters and gauges.", query=InNamespace, answer=StatsAnswer,
                   errors=(404,)),
-            Route("GET", "/v1/clients", self.clients, "Who is attached, and what they hold.", answer=ClientsAnswer),
-            Route("POST", "/v1/clients/{client}/disconnect", self.disconnect, "Release what a remote client holds.",
-                  answer=ClientsAnswer, needs_operator=True, errors=(404, 409)),
+            *self._clients.routes(),
             Route("GET", "/v1/namespaces", self.namespaces, "The open namespaces.", answer=NamespacesAnswer),
             Route("POST", "/v1/namespaces", self.open_namespace, "Open a namespace.", body=NewNamespace,
                   answer=NamespaceAnswer, errors=(409, 503)),
@@ -128,34 +129,6 @@ class Api:
             service=own,
         )
 
-    async def clients(self, call: Call) -> ClientsAnswer:
-        sessions = self._daemon.sessions.values()
-        mine = [one for one in sessions if call.tenant.is_operator or one.opened.tenant == call.tenant]
-        stores = self._daemon.stores
-        kept = [
-            KeptAnswer(
-                holder=one.holder,
-                tenant=opened.tenant.name,
-                namespace=opened.id,
-                slots=one.num_pages,
-                until=one.until,
-            )
-            for opened in (stores.all() if call.tenant.is_operator else stores.of(call.tenant))
-            for one in opened.store.admin.kept()
-        ]
-        return ClientsAnswer(clients=[self._client(session, kept) for session in mine], kept=kept)
-
-    async def disconnect(self, call: Call) -> ClientsAnswer:
-        session = self._daemon.clients.find(call.request.match_info["client"])
-        if session is None:
-            raise Problem(404, "there is no such client", field="client")
-        if not session.is_remote:
-            # Whatever we do, it has the slab mapped, and its slots must go to nobody else while it may write there.
-            detail = f"it shares this machine's memory: end its process, {session.pid}, and its leases are released"
-            raise Problem(409, "a client on this machine cannot be disconnected", detail, "client")
-        self._daemon.clients.end(session)
-        return await self.clients(call)
-
     # ---- namespaces -----------------------------------------------------------------------------------------------
 
     async def namespaces(self, call: Call) -> NamespacesAnswer:
@@ -183,27 +156,34 @@ class Api:
 
     async def lookup(self, call: Call) -> MatchAnswer:
         body: Lookup = call.body
-        opened, request = self._request(call)
-        return _match(await opened.wait_lookup(request, body.timeout_s))
+        async with self._asked(call) as (opened, request):
+            return _match(await opened.wait_lookup(request, body.timeout_s))
 
     async def explain(self, call: Call) -> ExplainAnswer:
-        opened, request = self._request(call)
+        async with self._asked(call) as (opened, request):
+            return await self._explain(call, opened, request)
+
+    async def _explain(self, call: Call, opened: OpenStore, request: Request) -> ExplainAnswer:
         others: list[tuple[OpenStore, Request]] = []
         body: Explain = call.body
         if body.tokens is not None:  # hashes of one namespace say nothing in another
-            others = [
-                (other, _hashed(other, body))
+            alike = [
+                other
                 for other in self._daemon.stores.of(call.tenant)
                 if other is not opened and other.layout.block_size == opened.layout.block_size
             ]
-        others = others[:MAX_ELSEWHERE]
-        if body.timeout_s:
-            await asyncio.gather(*(one.ask(same, body.timeout_s) for one, same in [(opened, request), *others]))
-        return explain(opened, request, others)
+            others = [(other, await _hashed(other, body)) for other in alike[:MAX_ELSEWHERE]]
+        try:
+            if body.timeout_s:
+                await asyncio.gather(*(one.ask(same, body.timeout_s) for one, same in [(opened, request), *others]))
+            return explain(opened, request, others)
+        finally:
+            for other, same in others:
+                other.store.abandon(same)
 
     async def prefetch(self, call: Call) -> TicketAnswer:
-        opened, request = self._request(call)
-        return TicketAnswer(ticket=opened.store.prefetch(request))
+        async with self._asked(call) as (opened, request):
+            return TicketAnswer(ticket=opened.store.prefetch(request))
 
     async def cancel(self, call: Call) -> BlocksAnswer:
         body: Cancel = call.body
@@ -211,87 +191,87 @@ class Api:
         return BlocksAnswer(blocks=0)
 
     async def pin(self, call: Call) -> PinAnswer:
-        opened, request = self._request(call)
-        blocks = opened.store.pin(request)
+        async with self._asked(call) as (opened, request):
+            blocks = opened.store.pin(request)
         until = time.time() + self._daemon.config.store.pin_max_s
         return PinAnswer(blocks=blocks, until=until if blocks else None)
 
     async def unpin(self, call: Call) -> BlocksAnswer:
-        opened, request = self._request(call)
-        return BlocksAnswer(blocks=opened.store.unpin(request))
+        async with self._asked(call) as (opened, request):
+            return BlocksAnswer(blocks=opened.store.unpin(request))
 
     async def ttl(self, call: Call) -> BlocksAnswer:
-        opened, request = self._request(call)
-        return BlocksAnswer(blocks=opened.store.set_ttl(request, call.body.ttl_s))
+        async with self._asked(call) as (opened, request):
+            return BlocksAnswer(blocks=opened.store.set_ttl(request, call.body.ttl_s))
 
     async def delete(self, call: Call) -> BlocksAnswer:
         body: Delete = call.body
-        opened, request = self._request(call)
-        if body.first > len(request.keys):
-            raise Problem(409, "there is no such block", f"the prompt has {len(request.keys)} full blocks", "first")
-        return BlocksAnswer(blocks=opened.store.forget(request, body.first))
+        async with self._asked(call) as (opened, request):
+            if body.first > len(request.keys):
+                raise Problem(409, "there is no such block", f"the prompt has {len(request.keys)} full blocks", "first")
+            return BlocksAnswer(blocks=opened.store.forget(request, body.first))
 
     # ---- bytes and events -------------------------------------------------------------------------------------------
 
     async def read_pages(self, call: Call) -> web.StreamResponse:
-        opened, request = self._request(call)
-        return await pages.send(call.request, opened, request, call.body)
+        async with self._asked(call) as (opened, request):
+            with self._daemon.transfers.begin(call.request, opened, "read by") as transfer:
+                return await pages.send(call.request, transfer, request, call.body)
 
     async def write_pages(self, call: Call) -> BlocksAnswer:
-        def opened_for(body: Prompt) -> tuple[OpenStore, Request]:
-            return self._request(Call(call.request, call.tenant, body))
+        async def opened_for(body: Prompt) -> tuple[OpenStore, Request]:
+            return await self._request(Call(call.request, call.tenant, body))
 
-        return BlocksAnswer(blocks=await pages.receive(call.request, opened_for))
+        transfers, parser = self._daemon.transfers, self._daemon.app.parser
+        return BlocksAnswer(blocks=await pages.receive(call.request, opened_for, transfers, parser))
 
     async def events(self, call: Call) -> web.StreamResponse:
-        hub = self._daemon.events
-        if hub.num_streams >= MAX_EVENT_STREAMS:
-            raise Problem(429, "too many event streams", f"{MAX_EVENT_STREAMS} are open", Retry_After="5")
+        hub, name = self._daemon.events, call.tenant.name
+        if not shares.has_room(name, self._listening, MAX_EVENT_STREAMS, len(self._daemon.tenants)):
+            told = f"this tenant has {self._listening[name]}, and {sum(self._listening.values())} are open"
+            raise Problem(429, "too many event streams", told, Retry_After="5")
         scope.some(self._daemon.stores, call)
         wanted = call.body.namespace
+        self._listening[name] += 1
         stream = hub.listen(lambda opened: opened.tenant.name == call.tenant.name and wanted in (None, opened.id))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         try:
             await response.prepare(call.request)
-            while not self._daemon.is_draining:
+            while not self._daemon.is_draining and call.request.transport is not None:
                 await response.write(await stream.take(EVENT_KEEPALIVE_S))
         except ConnectionError:
             pass
         finally:
             hub.leave(stream)
+            self._listening[name] -= 1
         return response
 
     # ---- private ----------------------------------------------------------------------------------------------------
 
-    def _client(self, session: Session, kept: list[KeptAnswer]) -> ClientAnswer:
-        now, leases = time.monotonic(), session.leases.values()
-        own = next((one for one in kept if one.holder == session.holder and one.namespace == session.opened.id), None)
-        return ClientAnswer(
-            id=session.number,
-            client=session.client,
-            tenant=session.opened.tenant.name,
-            namespace=session.opened.id,
-            is_remote=session.is_remote,
-            pid=session.pid,
-            connections=len(self._daemon.clients.connections(session)),
-            ranks=len(session.anchors) - (not session.is_orphan),
-            attached_s=now - session.began_at,
-            idle_s=now - session.heard_at,
-            leases=len(leases),
-            slots=sum(len(held.lease.pages) for held in leases),
-            oldest_lease_s=max((now - held.granted_at for held in leases), default=None),
-            overdue_leases=len(session.overdue(now - self._daemon.config.service.lease_max_s)),
-            is_alone=session.is_orphan,
-            kept_slots=0 if own is None else own.slots,
-            kept_until=None if own is None else own.until,
-        )
-
-    def _request(self, call: Call) -> tuple[OpenStore, Request]:
+    async def _request(self, call: Call) -> tuple[OpenStore, Request]:
         opened = scope.one(self._daemon.stores, call, call.body.namespace)
-        return opened, _hashed(opened, call.body)
+        return opened, await _hashed(opened, call.body)
+
+    @contextlib.asynccontextmanager
+    async def _asked(self, call: Call) -> AsyncIterator[tuple[OpenStore, Request]]:
+        """What a request is about. It is over when it is answered: the store keeps no note of the prompt."""
+        opened, request = await self._request(call)
+        try:
+            yield opened, request
+        finally:
+            opened.store.abandon(request)
 
 
-def _hashed(opened: OpenStore, body: Prompt) -> Request:
+async def _hashed(opened: OpenStore, body: Prompt) -> Request:
+    size = len(body.keys or ()) if body.tokens is None else len(body.tokens)
+    if size < LARGE_PROMPT:
+        keys, num_tokens = _keys(opened, body)
+    else:
+        keys, num_tokens = await asyncio.to_thread(_keys, opened, body)
+    return opened.new_request(keys, num_tokens, RequestOptions())
+
+
+def _keys(opened: OpenStore, body: Prompt) -> tuple[list[BlockHash], int]:
     block_size = opened.layout.block_size
     if body.tokens is not None:
         keys = hash_blocks(body.tokens, block_size, root=opened.root)
@@ -300,7 +280,7 @@ def _hashed(opened: OpenStore, body: Prompt) -> Request:
         assert body.keys is not None
         keys = [BlockHash(bytes.fromhex(key)) for key in body.keys]
         num_tokens = len(keys) * block_size + 1  # whoever sends hashes wants all of them
-    return opened.new_request(opened.bind(keys), num_tokens, RequestOptions())
+    return opened.bind(keys), num_tokens
 
 
 def _namespace(opened: OpenStore) -> NamespaceAnswer:

@@ -39,7 +39,7 @@ class Bodies:
         self._max_all_bytes = max_all_bytes
 
     async def read(self, request: web.Request, timeout_s: float | None = None) -> bytes:
-        """The whole body, within TIMEOUT_S unless said otherwise. Raises BodyError, and ConnectionError if the client has gone."""
+        """The whole body, within TIMEOUT_S unless said otherwise. Raises BodyError, or ConnectionError."""
         timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
         if (request.content_length or 0) > self._max_bytes:
             raise self._too_long()

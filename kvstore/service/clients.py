@@ -21,6 +21,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 from kvstore.config import Config
@@ -51,6 +52,7 @@ class Clients:
         self.sessions: dict[str, Session] = {}
         self.is_draining = False
         self.num_tenants = 1  # that may have clients here
+        self.numbers = count(1)  # name clients, and transfers of pages, to operators
         self.num_attached = 0
         self.num_reclaimed = 0
         self.num_expired = 0
@@ -168,7 +170,7 @@ class Clients:
             _name(channel, message),
             feed,
             is_remote=not channel.is_local,
-            number=self.num_attached,
+            number=next(self.numbers),
             pid=channel.pid,
             now=self._now,
         )

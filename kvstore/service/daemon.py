@@ -33,6 +33,7 @@ from kvstore.service.metrics import open_files
 from kvstore.service.session import Session
 from kvstore.service.stores import Stores
 from kvstore.service.tenants import LOCAL, Tenant, read_tokens
+from kvstore.service.transfers import Transfers
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ class Daemon:
         self._stop = asyncio.Event()
         service = config.service
         self.tokens = None if service.tokens_file is None else read_tokens(service.tokens_file)
-        self.clients.num_tenants = len(self.tenants)
+        self.transfers = Transfers(service.lease_max_s, lambda: next(self.clients.numbers))
+        self.clients.num_tenants = self.transfers.num_tenants = len(self.tenants)
         self.dashboard = Dashboard(self)
         self.app = App(self, budget)
 
@@ -123,11 +125,13 @@ class Daemon:
         if self._listener is not None:
             self._listener.close()
         self.clients.drain()
-        while self.clients.num_leases and asyncio.get_running_loop().time() < until:
+        while self._num_leases and asyncio.get_running_loop().time() < until:
             await asyncio.sleep(DRAIN_STEP_S)
-        if self.clients.num_leases:
+        if self._num_leases:
             drain_s = self.config.service.drain_s
-            log.warning("close: %d leases are still open after %.1f s", self.clients.num_leases, drain_s)
+            log.warning("close: %d leases are still open after %.1f s", self._num_leases, drain_s)
+        for transfer in self.transfers:
+            transfer.end()
         await self.events.close()
         await self.dashboard.close()
         await self.app.close()
@@ -148,12 +152,12 @@ class Daemon:
         return {
             "kvstore_service_clients": len(self.sessions),
             "kvstore_service_connections": self.clients.num_connections,
-            "kvstore_service_client_leases": self.clients.num_leases,
+            "kvstore_service_client_leases": self.clients.num_leases + self.transfers.num_leases,
             "kvstore_service_overdue_leases": overdue_leases,
             "kvstore_service_overdue_slots": overdue_slots,
             "kvstore_service_clients_total": self.clients.num_attached,
             "kvstore_service_leases_reclaimed_total": self.clients.num_reclaimed,
-            "kvstore_service_leases_expired_total": self.clients.num_expired,
+            "kvstore_service_leases_expired_total": self.clients.num_expired + self.transfers.num_expired,
             "kvstore_service_http_requests_total": self.app.num_requests,
             "kvstore_service_http_refused_total": self.app.num_refused,
             "kvstore_service_event_streams": self.events.num_streams,
@@ -161,6 +165,10 @@ class Daemon:
         }
 
     # ---- private ------------------------------------------------------------------------------------------------
+
+    @property
+    def _num_leases(self) -> int:
+        return self.clients.num_leases + self.transfers.num_leases
 
     def _door(self, connection: Connection) -> Door:
         return Door(connection, self.clients.local_channel, self.app.protocol)

@@ -17,7 +17,9 @@ from kvstore.service.messages import RequestPart
 from kvstore.service.stores import OpenStore
 
 MAX_REQUEST_TOKENS = (1 << 32) - 1  # answers tell tokens in 32 bits
-MAX_REQUESTS = 16_384  # as many as the planner keeps notes about
+MAX_REQUEST_TOKENS = (1 << 32) - 1  # answers tell tokens in 32 bits
+MAX_REQUESTS = 16_384  # of one client; as many as the planner keeps notes about
+MAX_KEYS = 1 << 20  # of one client's requests: about 95 MiB with the planner's notes
 
 
 class Resend(Exception):
@@ -25,13 +27,18 @@ class Resend(Exception):
 
 
 class KnownRequests:
-    """Requests by the client's numbers. Bounded: the oldest is forgotten."""
+    """Requests by the client's numbers. Bounded in number and in keys: the one unused for longest is forgotten.
+
+    What is forgotten here is over for the store, too: its notes end, and nobody waits for what it was to compute.
+    """
 
     def __init__(self, opened: OpenStore, holder: str) -> None:
         """holder: the client, as operators know it."""
+        self.num_keys = 0
         self._opened = opened
         self._holder = holder
         self._requests: OrderedDict[int, Request] = OrderedDict()
+        self._counted: dict[int, int] = {}  # keys of each that are counted in num_keys
 
     def take(self, part: RequestPart) -> Request:
         """The request of a message, brought up to date. Raises Resend, or RequestError for what cannot be."""
@@ -47,6 +54,7 @@ class KnownRequests:
             raise RequestError(f"request has {part.num_tokens} tokens; at most {MAX_REQUEST_TOKENS} are allowed")
         request.num_tokens = max(request.num_tokens, part.num_tokens)
         request.held = part.held
+        self._count(part.id, request)
         least = len(request.keys) * self._opened.layout.block_size
         if request.num_tokens < least:
             raise RequestError(
@@ -55,23 +63,52 @@ class KnownRequests:
         return request
 
     def drop(self, request_id: int) -> None:
-        """Forget a request. Idempotent."""
-        self._requests.pop(request_id, None)
+        """Forget a request that is over. Idempotent."""
+        if self._requests.pop(request_id, None) is not None:
+            self._book(-self._counted.pop(request_id, 0))
 
-    def clear(self) -> None:
-        """Forget all."""
-        self._requests.clear()
+    def forget_oldest(self) -> bool:
+        """Forget the request that was unused for longest, for the store as well; False if it is the only one."""
+        if len(self._requests) < 2:
+            return False
+        self.end(next(iter(self._requests)))
+        return True
+
+    def end(self, request_id: int) -> None:
+        """Forget a request, for the store as well."""
+        request = self._requests[request_id]
+        self.drop(request_id)
+        self._opened.store.abandon(request)
+
+    @property
+    def ids(self) -> list[int]:
+        """The client's numbers of those that are known."""
+        return list(self._requests)
 
     def __iter__(self) -> Iterator[Request]:
         return iter(self._requests.values())
+
+    def _count(self, request_id: int, request: Request) -> None:
+        self._requests.move_to_end(request_id)
+        grown = len(request.keys) - self._counted.get(request_id, 0)
+        if grown:
+            self._counted[request_id] = len(request.keys)
+            self._book(grown)
+        while self.num_keys > MAX_KEYS and self.forget_oldest():
+            pass
+
+    def _book(self, num_keys: int) -> None:
+        self.num_keys += num_keys
+        self._opened.ledger.add(self, num_keys)
 
     def _whole(self, part: RequestPart, known: Request | None) -> Request:
         keys = self._opened.bind(part.keys)
         if known is not None and known.keys[: len(keys)] == keys[: len(known.keys)]:
             known.keys += keys[len(known.keys) :]
             return known
+        self.drop(part.id)
         while len(self._requests) >= MAX_REQUESTS:
-            self._requests.popitem(last=False)
+            self.forget_oldest()
         # Planner ids must differ between clients: this one's number is the store's, not the client's.
         request = self._opened.new_request(keys, part.num_tokens, part.options or RequestOptions(), self._holder)
         self._requests[part.id] = request

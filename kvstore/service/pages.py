@@ -6,81 +6,87 @@ All numbers are little endian.
     frame:      block u32 | group u16 | 0 u16 | length u32 | 0 u32 | xxh3_64 of the bytes u64 | the bytes
 
 What is read is written from the slots, and what is put is received into them piece by piece, so memory does not grow
-with the body. A page whose checksum is wrong is not stored, and the call says so.
+with the body. A page whose checksum is wrong is not stored, and the call says so. What a transfer may hold, and for how
+long, is in transfers.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import xxhash
 from aiohttp import web
-from pydantic import ValidationError
 
 from kvstore.plan.records import LeaseState, LeaseStatus, Request, SaveLease
-from kvstore.service import problems
-from kvstore.service.models import Prompt, Read, parse_json
+from kvstore.service.models import Prompt, Read
+from kvstore.service.parsing import Parser
 from kvstore.service.problems import Problem
 from kvstore.service.stores import OpenStore
+from kvstore.service.transfers import Transfer, Transfers
+from kvstore.service.webserver import Handler
 
 CONTENT_TYPE = "application/vnd.kvstore.pages"
 FRAME = struct.Struct("<IHHIIQ")
 _LENGTH = struct.Struct("<I")
 MAX_PROMPT_BYTES = 16 << 20
-READ_TIMEOUT_S = 30.0  # without a single byte
+READ_TIMEOUT_S = 30.0  # without a single byte; also for the prompt as a whole, and for the head of a frame
+PIECE_BYTES = 256 << 10  # what is written at once
 
-Opened = Callable[[Prompt], tuple[OpenStore, Request]]
+Opened = Callable[[Prompt], Awaitable[tuple[OpenStore, Request]]]
 
 
-async def send(request: web.Request, opened: OpenStore, prompt: Request, body: Read) -> web.StreamResponse:
+async def send(request: web.Request, transfer: Transfer, prompt: Request, body: Read) -> web.StreamResponse:
     """Stream the stored pages of a prompt. The pages stay leased until they are sent."""
+    opened = transfer.opened
     store = opened.store
     match = await opened.wait_lookup(prompt, body.timeout_s)
     limit = match.num_blocks if body.num_blocks is None else min(match.num_blocks, body.num_blocks)
     lease = store.prepare_load(prompt, limit, owner="http")
-    try:
-        status = await opened.wait_for(lambda: _ended(store.poll(lease)), body.timeout_s) or store.poll(lease)
-        pages = [page for page in lease.pages if page.block < status.num_blocks]
-        sizes = [opened.layout.stored_bytes(page.group) for page in pages]
-        response = web.StreamResponse(headers={"Content-Type": CONTENT_TYPE, "X-Blocks": str(status.num_blocks)})
-        response.content_length = sum(sizes) + FRAME.size * len(pages)
-        await response.prepare(request)
-        for page, size in zip(pages, sizes, strict=True):
-            view = store.slot_view(page.slot)[:size]
-            checksum = xxhash.xxh3_64_intdigest(view)
-            await response.write(FRAME.pack(page.block, page.group, 0, size, 0, checksum))
-            await response.write(view)
-        await response.write_eof()
-        store.complete(lease)
-        return response
-    finally:
-        store.release(lease)
+    transfer.hold(lease)
+    status = await opened.wait_for(lambda: _ended(store.poll(lease)), body.timeout_s) or store.poll(lease)
+    pages = [page for page in lease.pages if page.block < status.num_blocks]
+    sizes = [opened.layout.stored_bytes(page.group) for page in pages]
+    response = web.StreamResponse(headers={"Content-Type": CONTENT_TYPE, "X-Blocks": str(status.num_blocks)})
+    response.content_length = sum(sizes) + FRAME.size * len(pages)
+    await response.prepare(request)
+    for page, size in zip(pages, sizes, strict=True):
+        transfer.check()
+        view = store.slot_view(page.slot)[:size]
+        checksum = xxhash.xxh3_64_intdigest(view)
+        await response.write(FRAME.pack(page.block, page.group, 0, size, 0, checksum))
+        for at in range(0, size, PIECE_BYTES):
+            transfer.check()
+            # Copied: what the transport cannot send at once it keeps, and the slot is another's when the lease ends.
+            await response.write(bytes(view[at : at + PIECE_BYTES]))
+    await response.write_eof()
+    transfer.complete(lease)
+    return response
 
 
-async def receive(request: web.Request, opened_for: Opened) -> int:
+async def receive(request: web.Request, opened_for: Opened, transfers: Transfers, parser: Parser) -> int:
     """Store the pages of a body; returns the blocks that became whole. Raises Problem."""
     body = _Body(request)
+    body.give(READ_TIMEOUT_S)
     (num_prompt,) = _LENGTH.unpack(await body.exactly(_LENGTH.size))
     if num_prompt > MAX_PROMPT_BYTES:
         raise Problem(413, "the prompt is too large", f"{num_prompt} bytes; at most {MAX_PROMPT_BYTES}", "prompt")
-    try:
-        prompt = Prompt.model_validate(parse_json(await body.exactly(num_prompt)))
-    except ValidationError as error:
-        raise problems.of_validation(error, "prompt") from None
-    except ValueError as error:
-        raise Problem(400, "the prompt is not JSON", str(error)[:200], "prompt") from None
-    opened, blocks = opened_for(prompt)
-    saving = _Saving(opened, blocks)
-    try:
-        while (head := await body.some(FRAME.size)) is not None:
+    prompt = await parser.read(Prompt, await body.exactly(num_prompt), "prompt")
+    opened, blocks = await opened_for(prompt)
+    if isinstance(request.protocol, Handler):
+        request.protocol.working()
+    with transfers.begin(request, opened, "stored by") as transfer:
+        saving = _Saving(transfer, blocks)
+        while True:
+            body.give(READ_TIMEOUT_S)
+            head = await body.some(FRAME.size)
+            if head is None:
+                return saving.num_whole
+            body.give(None)
             await saving.page(head, body)
-        return saving.num_whole
-    finally:
-        saving.end()
 
 
 @dataclass(slots=True)
@@ -92,11 +98,12 @@ class _Filling:
 
 
 class _Saving:
-    """Takes the pages of one body into slots, one lease per block."""
+    """Takes the pages of one body into slots, one lease per block. What is not whole ends with the transfer."""
 
-    def __init__(self, opened: OpenStore, request: Request) -> None:
+    def __init__(self, transfer: Transfer, request: Request) -> None:
         self.num_whole = 0
-        self._opened = opened
+        self._transfer = transfer
+        self._opened = transfer.opened
         self._request = request
         self._filling: dict[int, _Filling] = {}
 
@@ -113,24 +120,20 @@ class _Saving:
         filling = self._filling.get(block)
         if filling is None:
             lease = self._opened.store.prepare_save(self._request, block, 1, owner="http")
+            self._transfer.hold(lease)
             filling = self._filling[block] = _Filling(lease)
         index = next((i for i, page in enumerate(filling.lease.pages) if page.group == group), None)
         if index is None or index in filling.have:
             await body.skip(size)
             return
         view = self._opened.store.slot_array(filling.lease.pages[index].slot)[:size]
-        await body.into(view)
+        await body.into(view, self._transfer)
         if xxhash.xxh3_64_intdigest(view.data) != checksum:
             raise Problem(400, "the body is not valid", f"block {block}: the bytes have another checksum", "checksum")
         filling.have.add(index)
         if len(filling.have) == len(filling.lease.pages):
-            self._opened.store.complete(filling.lease)
+            self._transfer.complete(filling.lease)
             self.num_whole += 1
-
-    def end(self) -> None:
-        """What is not whole is dropped."""
-        for filling in self._filling.values():
-            self._opened.store.release(filling.lease)
 
 
 class _Body:
@@ -139,6 +142,11 @@ class _Body:
     def __init__(self, request: web.Request) -> None:
         self._content = request.content
         self._rest = memoryview(b"")
+        self._until: float | None = None
+
+    def give(self, seconds: float | None) -> None:
+        """So long for all that is read from here on; None: as long as something comes."""
+        self._until = None if seconds is None else asyncio.get_running_loop().time() + seconds
 
     async def exactly(self, n: int) -> bytes:
         """The next `n` bytes; Problem 400 if the body ends before."""
@@ -159,13 +167,14 @@ class _Body:
             parts += piece
         return bytes(parts)
 
-    async def into(self, view: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
-        """Fill a slot."""
+    async def into(self, view: np.ndarray[tuple[int], np.dtype[np.uint8]], transfer: Transfer) -> None:
+        """Fill a slot, as long as it is the transfer's."""
         at = 0
         while at < len(view):
             piece = await self._piece(len(view) - at)
             if not piece:
                 raise Problem(400, "the body is not valid", "it ends within a page", "body")
+            transfer.check()
             np.copyto(view[at : at + len(piece)], np.frombuffer(piece, np.uint8))
             at += len(piece)
 
@@ -180,9 +189,13 @@ class _Body:
     async def _piece(self, most: int) -> memoryview:
         if not self._rest:
             try:
-                self._rest = memoryview(await asyncio.wait_for(self._content.readany(), READ_TIMEOUT_S))
+                left_s = READ_TIMEOUT_S
+                if self._until is not None:
+                    left_s = min(left_s, max(0.0, self._until - asyncio.get_running_loop().time()))
+                self._rest = memoryview(await asyncio.wait_for(self._content.readany(), left_s))
             except asyncio.TimeoutError:
-                raise Problem(400, "the body is not valid", f"nothing came for {READ_TIMEOUT_S} s", "body") from None
+                told = f"too little came in {READ_TIMEOUT_S:.0f} s"
+                raise Problem(408, "the body is not taken", told, "body") from None
         piece, self._rest = self._rest[:most], self._rest[most:]
         return piece
 

@@ -344,10 +344,9 @@ class Session:
 
     def _abandon(self) -> None:
         """The client goes on with none of its requests: others need not wait for what it was computing."""
-        for request in self.requests:
-            if request.options.single_flight:
-                with goes_on(log, "client %s: request %d is not abandoned", self.client, request.id):
-                    self._store.abandon(request)
+        for request_id in self.requests.ids:
+            with goes_on(log, "client %s: request %d is not abandoned", self.client, request_id):
+                self.requests.end(request_id)
 
     def _request(self, reader: Reader) -> Request:
         part = messages.read_request(reader)

@@ -31,6 +31,7 @@ from kvstore.layout import SLOT_ALIGNMENT, Layout
 from kvstore.plan.journal import Journal
 from kvstore.plan.records import Match, Request, RequestOptions
 from kvstore.requests import RequestMaker
+from kvstore.service.ledger import Ledger
 from kvstore.service.namespaces import (
     check_pair,
     layout_from_json,
@@ -104,6 +105,7 @@ class OpenStore:
     journal: Journal
     root: BlockHash
     request_ids: Iterator[int] = field(default_factory=lambda: count(1))
+    ledger: Ledger = field(default_factory=Ledger)
 
     def new_request(
         self, keys: list[BlockHash], num_tokens: int, options: RequestOptions, holder: str = "http"
