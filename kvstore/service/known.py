@@ -80,6 +80,11 @@ class KnownRequests:
         self.drop(request_id)
         self._opened.store.abandon(request)
 
+    def clear(self) -> None:
+        """Forget all, for the store as well."""
+        for request_id in self.ids:
+            self.end(request_id)
+
     @property
     def ids(self) -> list[int]:
         """The client's numbers of those that are known."""
