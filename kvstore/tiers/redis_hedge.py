@@ -9,7 +9,8 @@ within a part of the time; if it does not, the same requests go out on a fresh o
                           '---------------- the old one may still answer first -------------------'
 
 Only requests that may be done twice are repeated, and only the first of a call: a connection that has answered once is
-alive. One that was in use a moment ago is not suspected, so a server that is slow under load gets no second requests.
+alive. One that was in use a moment ago is not suspected, so a server that is slow under load gets no second requests;
+of such a one only its end is taken for an end.
 """
 
 from __future__ import annotations
@@ -63,20 +64,23 @@ F = TypeVar("F", bound=Fresh)
 class Hedge(Generic[F]):
     """The requests of a call so far, and how to ask them again. One call's thread.
 
-    dial:     dial(deadline) returns a fresh open wire, or raises TierUnavailable.
-    replaced: called when the old connection is given up: others of its age will be dead too.
+    dial:        dial(deadline) returns a fresh open wire, or raises TierUnavailable.
+    replaced:    called when the old connection is given up: others of its age will be dead too.
+    is_doubtful: the connection was idle for a while, so silence is a sign; otherwise only its end is.
     """
 
-    def __init__(self, dial: Callable[[float], F], replaced: Callable[[], None]) -> None:
+    def __init__(self, dial: Callable[[float], F], replaced: Callable[[], None], *, is_doubtful: bool = True) -> None:
         self._dial = dial
         self._replaced = replaced
+        self._is_doubtful = is_doubtful
         self._sent: list[Buffers] = []
 
     def send(self, line: Line, buffers: Buffers) -> bool:
         """Send, and remember it; False if the connection did not take it within its part of the time."""
         self._sent.append(buffers)
         deadline = line.deadline
-        line.deadline = _patience_until(deadline)
+        if self._is_doubtful:
+            line.deadline = _patience_until(deadline)
         try:
             line.send(buffers)
         except (OSError, RedisError):
@@ -91,7 +95,7 @@ class Hedge(Generic[F]):
         What is wrong with the line beside its silence, and the end of the time, is left to the read that follows.
         """
         ours = line.link
-        if ours is None or line.holds_bytes:
+        if ours is None or line.holds_bytes or not self._is_doubtful:
             return None
         is_readable = _first_readable([ours], _patience_until(line.deadline)) is ours
         if is_readable and not _has_ended(ours):

@@ -56,6 +56,7 @@ class PageParser(_RESP2Parser):
     def __init__(self, socket_read_size: int) -> None:
         super().__init__(socket_read_size)  # type: ignore[no-untyped-call]
         self.deadline = 0.0  # of time.monotonic()
+        self.is_silent = True  # nothing was received since somebody set this
         self._line = bytearray(LINE_BYTES)
         self._view = memoryview(self._line)
         self._start = self._end = 0  # [start, end) of the line buffer is read and not yet used
@@ -230,6 +231,7 @@ class PageParser(_RESP2Parser):
         num_bytes = self._socket.recv_into(window)
         if not num_bytes:
             raise ConnectionError("the server closed the connection")
+        self.is_silent = False
         return num_bytes
 
     @property

@@ -162,7 +162,7 @@ class Node:
                 return self._connect(deadline)
             idle_s = time.monotonic() - since
             is_young = not self._idle_max_s or idle_s <= self._idle_max_s
-            hedge = Hedge(self._connect, self.drop_idle) if repeatable and idle_s >= IDLE_S else None
+            hedge = Hedge(self._connect, self.drop_idle, is_doubtful=idle_s >= IDLE_S) if repeatable else None
             if is_young and wire.resume(deadline, hedge):
                 return wire
             wire.close()

@@ -16,8 +16,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+import redis.exceptions
 from redis.exceptions import AuthenticationError, RedisError, ResponseError, TimeoutError
 
 from kvstore.errors import TierUnavailable
@@ -26,6 +27,7 @@ from kvstore.tiers.redis_parser import LINE_BYTES, Connection, PageParser, Reply
 from kvstore.tiers.redis_refusal import Account, words
 
 AnyHedge = Hedge[Any]  # it deals in wires
+T = TypeVar("T")
 
 
 def command(*args: bytes | int) -> bytes:
@@ -70,6 +72,7 @@ class Wire:
         hedge: how to ask again if it turns out to be dead; None for what may be asked once only.
         """
         self._parser.deadline = deadline
+        self._parser.is_silent = True
         self._hedge = hedge
         try:
             return self._connection.is_connected and not self._connection.can_read(0)
@@ -88,19 +91,21 @@ class Wire:
 
     def replies(self, count: int) -> list[Reply]:
         """Take `count` replies. A failed command answers with a ResponseError in its place."""
-        if self._hedge is not None:
-            self._await_answer(self._hedge)
         with self._unavailable():
-            replies = self._parser.read_replies(count)
+            if self._hedge is None:
+                replies = self._parser.read_replies(count)
+            else:
+                replies = self._first_answer(self._hedge, lambda: self._parser.read_replies(count))
         self._owed -= count
         return replies
 
     def reply_into(self, sink: Sink, count: int) -> list[int | None] | ResponseError:
         """Take one reply, an array of `count` strings, into `sink`; return their lengths, None for absent ones."""
-        if self._hedge is not None:
-            self._await_answer(self._hedge)
         with self._unavailable():
-            reply = self._parser.read_into(sink, count)
+            if self._hedge is None:
+                reply = self._parser.read_into(sink, count)
+            else:
+                reply = self._first_answer(self._hedge, lambda: self._parser.read_into(sink, count))
         self._owed -= 1
         return reply
 
@@ -140,11 +145,21 @@ class Wire:
         self._parser, other._parser = other._parser, self._parser
         other.close()
 
-    def _await_answer(self, hedge: AnyHedge) -> None:
+    def _first_answer(self, hedge: AnyHedge, read: Callable[[], T]) -> T:
+        """Read what comes first after a wire was taken up again, here or on a fresh connection."""
         self._hedge = None
         other = hedge.await_answer(self._parser)
         if other is not None:
             self._become(other)
+            return read()
+        try:
+            return read()
+        except (redis.exceptions.ConnectionError, ConnectionError):
+            # Closed by the server at the very moment at which we asked: it has read nothing of it, or may do it again.
+            if not self._parser.is_silent:
+                raise
+        self._become(hedge.ask_again(self._parser.deadline))
+        return read()
 
     @contextmanager
     def _unavailable(self) -> Iterator[None]:
