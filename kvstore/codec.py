@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.errors import ConfigError, CorruptPage
+from kvstore.extras import how_to_install
 
 Bytes8 = npt.NDArray[np.uint8]
 
@@ -89,7 +90,7 @@ class PlanesCodec:
             import zstandard
         except ImportError as error:
             raise ConfigError(
-                'codec is "planes": it needs the package zstandard (pip install "kvtiers[codecs]"); or use codec "raw"'
+                f'codec is "planes": it needs the package zstandard; {how_to_install("codecs")}; or use codec "raw"'
             ) from error
         self._zstd: Any = zstandard
         self._local = threading.local()  # a zstd context serves one thread at a time

@@ -71,7 +71,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.tiers",
     ),
     "kvstore.devices": ("kvstore.layout", "kvstore.page", "kvstore.codec", "kvstore.errors", "kvstore.devices"),
-    "kvstore.load": ("kvstore.errors", "kvstore.units", "kvstore.load"),  # knows HTTP, nothing of what serves
+    "kvstore.extras": ("kvstore.errors",),
+    "kvstore.palette": (),
+    # Knows HTTP, nothing of what serves.
+    "kvstore.load": ("kvstore.errors", "kvstore.extras", "kvstore.palette", "kvstore.units", "kvstore.load"),
     "kvstore.move": (
         "kvstore.tiers.base",
         "kvstore.tiers.host",  # what lanes read into for rows of an engine is made as the slab is

@@ -30,24 +30,10 @@ EXIT_ERROR = 2
 HELP = """
 Keeps the KV cache of LLM prompts in host memory, on disk and in Redis, so that a prefix is computed once.
 
-\b
-First steps:
-  kvstore demo           a real model answers over a long shared prompt
-  kvstore config         what is configured, and where each value comes from
-  kvstore bench          the workloads that measure this machine
-  kvstore serve          one cache for all engine processes of this machine
-  kvstore top URL        what a daemon's cache is doing, once a second
-  kvstore replica        one model behind OpenAI's API, with the cache
-  kvstore router         one address for several replicas
-  kvstore cluster up     replicas that share a cache, with a router and Redis, on this machine
-\b
-What a cache does for one's traffic:
-  kvstore load           play a workload: TTFT, hit rate by tier, with and without the cache
-\b
-Looking after a disk tier, also while it is in use:
-  kvstore inspect DIR    what is stored: pages, bytes, ages, biggest prefixes
-  kvstore verify DIR     read every page and check it
+Begin with [bold]kvstore demo[/]; [bold]kvstore COMMAND --help[/] teaches the rest.
 """
+
+FIRST, CLUSTER, DISK = "First steps", "A cluster, and what a cache does for one's traffic", "A disk tier, also in use"
 
 
 class Group(TyperGroup):
@@ -82,9 +68,10 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from kvstore.lab.machine import package_version
+        from kvstore.lab.machine import native, package_version
 
-        typer.echo(f"kvstore {package_version()}")
+        twins = ", ".join(f"{what} in {'C' if fast else 'Python'}" for what, fast in native().items())
+        typer.echo(f"kvstore {package_version()} ({twins})")
         raise typer.Exit
 
 
@@ -98,14 +85,18 @@ def _global_options(
     pass
 
 
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(demo)
-app.command()(config)
-app.command()(serve)
-app.command()(top)
-app.command()(replica)
-app.command()(router)
-app.add_typer(cluster, name="cluster")
-app.command(no_args_is_help=True)(inspect)
-app.command(no_args_is_help=True)(verify)
-app.command(cls=LoadCommand)(load)
-app.command()(bench)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+    rich_help_panel=FIRST,
+)(demo)
+app.command(rich_help_panel=FIRST)(config)
+app.command(rich_help_panel=FIRST)(serve)
+app.command(rich_help_panel=FIRST)(top)
+app.command(rich_help_panel=FIRST)(bench)
+app.command(rich_help_panel=CLUSTER)(replica)
+app.command(rich_help_panel=CLUSTER)(router)
+app.add_typer(cluster, name="cluster", rich_help_panel=CLUSTER)
+app.command(cls=LoadCommand, rich_help_panel=CLUSTER)(load)
+app.command(no_args_is_help=True, rich_help_panel=DISK)(inspect)
+app.command(no_args_is_help=True, rich_help_panel=DISK)(verify)

@@ -10,6 +10,7 @@ import typer
 
 from kvstore.cli.output import add_row, console, print_json, table
 from kvstore.errors import KVStoreError
+from kvstore.extras import how_to_install
 
 if TYPE_CHECKING:
     from kvstore.cluster.supervisor_directory import RunDirectory
@@ -173,7 +174,7 @@ def _directory(parent: Path | None, name: str) -> RunDirectory:
     try:
         from kvstore.cluster.supervisor_directory import RunDirectory, default_parent
     except ImportError as error:
-        raise KVStoreError(f"the cluster cannot start: {error}; run: pip install 'kvtiers[cluster]'") from error
+        raise KVStoreError(f"the cluster cannot start: {error}; {how_to_install('cluster')}") from error
     return RunDirectory(parent or default_parent(), name)
 
 

@@ -9,7 +9,6 @@ import typer
 
 from kvstore.cli.output import add_row, console, print_json, table
 from kvstore.errors import ConfigError
-from kvstore.secret import mask_url
 
 
 def config(
@@ -56,6 +55,8 @@ def overrides(assignments: list[str]) -> dict[str, Any]:
     for text in assignments:
         field, equals, value = text.partition("=")
         if not equals:
+            from kvstore.secret import mask_url
+
             raise ConfigError(
                 f"--set {mask_url(text)}: there is no value; write it as FIELD=VALUE, e.g. host.ttl_s=10min"
             )

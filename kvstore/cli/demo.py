@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from kvstore.errors import KVStoreError
+from kvstore.extras import how_to_install
 
 
 def demo(ctx: typer.Context) -> None:
@@ -15,9 +16,9 @@ def demo(ctx: typer.Context) -> None:
     try:
         from kvstore.lab.demo import demo as play
     except ImportError as error:
-        raise KVStoreError(f"the demo cannot start: {error}; run: pip install 'kvtiers[demo]'") from error
+        raise KVStoreError(f"the demo cannot start: {error}; {how_to_install('demo')}") from error
     player = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    player.command()(play)
+    player.command(context_settings={"help_option_names": ["-h", "--help"]})(play)
     result = typer.main.get_command(player).main(args=ctx.args, prog_name="kvstore demo", standalone_mode=False)
     if isinstance(result, int) and result:
         raise typer.Exit(result)

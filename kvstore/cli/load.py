@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 
 from kvstore.cli.output import console
 from kvstore.errors import ConfigError, KVStoreError
+from kvstore.extras import how_to_install, missing
 
 if TYPE_CHECKING:
     from kvstore.load.arrivals import Arrivals
@@ -333,7 +334,7 @@ def _need_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise KVStoreError("--png needs matplotlib; run: pip install 'kvtiers[demo]'") from error
+        raise KVStoreError(f"--png needs matplotlib; {how_to_install('demo', missing('demo'))}") from error
 
 
 def _recipes() -> dict[str, type[Any]]:

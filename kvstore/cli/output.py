@@ -6,15 +6,18 @@ JSON only.
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+_FILL = re.compile(r" +(?=\n)")
 PIPE_COLUMNS = 140  # a pipe has no width; 80 would fold paths
 
 
@@ -23,9 +26,25 @@ def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     made = Console(stderr=stderr, highlight=False)
-    if not made.is_terminal and "COLUMNS" not in made._environ:
-        made.width = PIPE_COLUMNS
+    if not made.is_terminal:
+        if "COLUMNS" not in made._environ:
+            made.width = PIPE_COLUMNS
+        made.file = cast(IO[str], _Trimmed(made.file))
     return made
+
+
+class _Trimmed(io.TextIOBase):
+    """A file without the spaces that fill a table's rows up to its width."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        self._file.write(_FILL.sub("", text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def print_json(value: Any) -> None:

@@ -11,6 +11,7 @@ import typer
 from kvstore.cli.config import overrides
 from kvstore.cli.output import console
 from kvstore.errors import KVStoreError
+from kvstore.extras import how_to_install, require
 
 
 class Dtype(str, Enum):
@@ -95,6 +96,7 @@ def replica(
 
     logs.setup(verbose=verbose)
     raise_limit()
+    require("cluster", "a replica")
     config = Config.load(file, **overrides(setting or []))
     errors = console(stderr=True)
 
@@ -117,7 +119,7 @@ def replica(
     try:
         serve(settings, config, announce)
     except ImportError as error:
-        raise KVStoreError(f"a replica cannot start: {error}; run: pip install 'kvtiers[cluster]'") from error
+        raise KVStoreError(f"a replica cannot start: {error}; {how_to_install('cluster')}") from error
     except (OSError, ValueError) as error:
         if isinstance(error, KVStoreError):
             raise

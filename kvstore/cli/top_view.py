@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from kvstore.cli.output import add_row, table
+from kvstore.palette import TERMINAL as COLOURS
 from kvstore.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from kvstore.service.dashboard_client import DashboardClient
 
-COLOURS = {"host": "blue", "disk": "yellow", "redis": "green", "engines": "magenta"}
 BARS = "▁▂▃▄▅▆▇█"
 BAR_WIDTH = 24
 SPARK_WIDTH = 40

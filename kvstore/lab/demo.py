@@ -13,6 +13,7 @@ what it shows is `demo_report` and `demo_plot`. It imports neither torch nor tra
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import time
 import uuid
@@ -30,6 +31,7 @@ from rich.table import Table
 
 from kvstore.cli.output import console
 from kvstore.errors import ConfigError
+from kvstore.extras import require
 from kvstore.lab.demo_plot import draw_bars
 from kvstore.lab.demo_report import Answer, Report, Stage, Turn, make_table, sentences, write_json
 from kvstore.lab.demo_text import FIRST_QUESTION, FOLLOW_UPS, FORK_QUESTION
@@ -94,10 +96,11 @@ def demo(
 
     Ends with 1 if any stage gave other tokens than the model gives without the store.
     """
+    require("demo", "the demo")
     out = console()
     show = Narrator(out)
     began = time.monotonic()
-    with ExitStack() as stack:
+    with unwound_by_sigterm(), ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-demo-")))
         disk_path = _disk_directory(directory, scratch)
         found_url, left_out = _redis_server(redis, redis_url, stack)
@@ -129,6 +132,23 @@ def demo(
         out.print(f"The disk tier is in {directory}: kvstore inspect {directory}", markup=False)
     out.print(f"[dim]{time.monotonic() - began:.0f} s in all[/]")
     return 0 if report.identical else 1
+
+
+@contextmanager
+def unwound_by_sigterm() -> Iterator[None]:
+    """Make SIGTERM (of `timeout`, CI, `docker stop`) unwind as Ctrl-C does: processes end, 2 GiB of files go; exit 143.
+
+    Only the main thread may call this.
+    """
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(slots=True)
@@ -312,6 +332,7 @@ def _finish(
 ) -> None:
     out.print()
     out.print(make_table(report))
+    out.print(f"[dim]{report.dtype}, {report.threads} CPU threads, greedy, equal prefill chunks in every stage.[/]")
     out.print("[dim]Conversation and fork are compared with the same prompt computed without the store.[/]\n")
     for sentence in sentences(report):
         out.print(sentence, markup=False)

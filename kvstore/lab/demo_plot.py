@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvstore.lab.demo_report import BAR_TITLES, TIERS, Report, Turn
+from kvstore.lab.demo_report import BAR_TITLES, Report, Turn
+from kvstore.palette import COMPUTED, GRID, INK, PAPER, SOFT, TIERS, WITHOUT
 
-INK, SOFT, GRID, PAPER = "#1f2933", "#7b8794", "#e4e7eb", "#ffffff"
-WITHOUT = "#d5dbe1"
-COLORS = {
-    "cold": "#9aa5b1",
-    "host": "#0f8a6d",
-    "disk": "#2b6cb0",
-    "redis": "#c0392b",
-    "conversation": "#7a4fb5",
-    "fork": "#d08a1d",
-}
+COLORS = {**TIERS, "cold": COMPUTED, "conversation": "#7a52a8", "fork": "#c0609c"}
 DPI = 160
 WIDTH_IN = 9.6
 ROW_IN = 0.74

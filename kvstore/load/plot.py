@@ -5,21 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kvstore import palette
 from kvstore.load.compare import Comparison
 from kvstore.load.player import Run
 from kvstore.load.record import TIERS
 from kvstore.load.summary import Group, Summary
+from kvstore.palette import BAD, COMPUTED, GRID, INK, PAPER, SOFT, WITHOUT
 
-INK, SOFT, GRID, PAPER = "#1f2933", "#7b8794", "#e4e7eb", "#ffffff"
-WITHOUT = "#c3cbd3"
-COLORS = {
-    "computed": "#e0a458",
-    "host": "#0f8a6d",
-    "disk": "#2b6cb0",
-    "redis": "#c0392b",
-    "cached": "#0f8a6d",
-    "not told": "#52606d",
-}
+# "cached": an engine that does not say from which tier; "not told": one that does not say at all.
+COLORS = {"computed": COMPUTED, **palette.TIERS, "cached": palette.HOST, "not told": "#52606d"}
 DPI = 150
 WIDTH_IN, TOP_IN, PANEL_IN, GAP_IN, ROW_IN, FOOT_IN = 10.4, 1.45, 2.9, 0.95, 0.42, 0.4
 
@@ -46,7 +40,7 @@ def draw(runs: list[tuple[Run, Summary]], comparison: Comparison | None, title: 
         figure.text(0.02, 1 - 0.56 / height, subtitle, fontsize=9.5, color=SOFT, va="top", linespacing=1.5)
         if comparison is not None and comparison.differences:
             warning = f"{len(comparison.differences)} of {comparison.compared} answers are NOT the same text"
-            figure.text(0.98, 1 - 0.34 / height, warning, fontsize=10, color="#c0392b", va="center", ha="right")
+            figure.text(0.98, 1 - 0.34 / height, warning, fontsize=10, color=BAD, va="center", ha="right")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DPI, facecolor=PAPER)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.errors import ConfigError
+from kvstore.extras import how_to_install
 from kvstore.load.requests import COMPLETIONS, VOCAB_SIZE, Blocks, Request, Workload
 
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -120,7 +121,7 @@ def _open(path: Path) -> io.TextIOWrapper:
     try:
         import zstandard
     except ImportError as error:
-        raise ConfigError(f"{path} is compressed with zstd; run: pip install 'kvtiers[codecs]'") from error
+        raise ConfigError(f"{path} is compressed with zstd; {how_to_install('codecs')}") from error
     stream = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True)
     return io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,9 @@ def test_help_names_every_command_and_says_where_to_begin() -> None:
 
     assert result.exit_code == 0
     for command in ("demo", "config", "inspect", "verify", "bench"):
-        assert f"kvstore {command}" in result.stdout
+        assert result.stdout.count(f"│ {command} ") == 1, "every command once"
     assert "First steps" in result.stdout
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
 
 
 @pytest.mark.parametrize("command", ["config", "inspect", "verify", "bench"])
@@ -56,11 +58,20 @@ def test_unknown_command_is_refused_with_what_was_meant() -> None:
     assert "inspect" in result.output
 
 
-def test_version_is_the_package_version() -> None:
+def test_version_is_the_package_version_and_says_which_twins_are_at_work() -> None:
     result = runner.invoke(app, ["--version"])
 
     assert result.exit_code == 0
-    assert result.stdout == f"kvstore {package_version()}\n"
+    assert re.fullmatch(
+        rf"kvstore {re.escape(package_version())} \(hashing in (C|Python), copying in (C|Python)\)\n", result.stdout
+    )
+
+
+def test_tables_in_a_pipe_end_where_their_text_ends(tmp_path: Path) -> None:
+    done = kvstore("config", cwd=tmp_path)
+
+    assert done.returncode == 0
+    assert all(line == line.rstrip() for line in done.stdout.splitlines())
 
 
 def break_inspect(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:

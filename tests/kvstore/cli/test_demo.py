@@ -74,4 +74,4 @@ def test_missing_package_is_told_with_what_to_install(monkeypatch: pytest.Monkey
     result = runner.invoke(app, ["demo"])
 
     assert result.exit_code == 2
-    assert "pip install 'kvtiers[demo]'" in result.stderr
+    assert "pip install '.[demo]'" in result.stderr

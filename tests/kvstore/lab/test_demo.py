@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,3 +124,22 @@ def test_a_prompt_too_short_to_share_is_refused(pretend: list[str]) -> None:
 
 def test_what_a_model_says_cannot_steer_the_terminal() -> None:
     assert demo_module._one_line("a\x1b[2Jb\n\n c\x07") == "a [2Jb c"
+
+
+def test_sigterm_unwinds_so_that_nothing_is_left_behind(tmp_path: Path) -> None:
+    code = (
+        "import tempfile, time\n"
+        "from kvstore.lab.demo import unwound_by_sigterm\n"
+        f"with unwound_by_sigterm(), tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(100)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        assert list(tmp_path.iterdir())
+
+        process.terminate()
+
+        assert process.wait(60) == 143
+    assert list(tmp_path.iterdir()) == []

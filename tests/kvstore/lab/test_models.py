@@ -50,8 +50,15 @@ def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
     assert resolve_model(str(tmp_path / "my model")) == DemoModel(str(tmp_path / "my model"), "my model")
 
 
-def test_a_hub_id_is_left_to_transformers() -> None:
-    assert resolve_model("owner/name-1.5") == DemoModel("owner/name-1.5", "name-1.5")
+@pytest.mark.parametrize(("spec", "name"), [("owner/name-1.5", "name-1.5"), ("gpt2", "gpt2")])
+def test_a_hub_id_that_the_hub_has_is_left_to_transformers(
+    spec: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(models, "check_hub_model", asked.append)
+
+    assert resolve_model(spec) == DemoModel(spec, name)
+    assert asked == [spec]
 
 
 def test_a_directory_without_a_config_is_refused(tmp_path: Path) -> None:
@@ -59,7 +66,7 @@ def test_a_directory_without_a_config_is_refused(tmp_path: Path) -> None:
         resolve_model(str(tmp_path))
 
 
-@pytest.mark.parametrize("spec", ["", "nonsense", "a/b/c", "https://host/x"])
+@pytest.mark.parametrize("spec", ["", "no model", "a/b/c", "https://host/x"])
 def test_what_names_nothing_is_refused_with_what_would(spec: str) -> None:
     with pytest.raises(ConfigError, match="neither a directory, nor a hub id like 'owner/name', nor 'random'"):
         resolve_model(spec)
