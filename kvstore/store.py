@@ -7,6 +7,7 @@ that ends something is silent after close; any other raises StoreClosed then.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -292,6 +293,14 @@ class LocalStore(RequestMaker):
     def slab_handle(self) -> SlabHandle:
         """How the slab is attached to; by another process only if the store was opened with a shared one."""
         return self._slab.handle
+
+    def slab_descriptor(self) -> int:
+        """A descriptor of the shared slab for another process, the caller's to close; ValueError if it is private.
+
+        A duplicate, not one that is opened anew: a process that was given one may hold a lease on the file (F_SETLEASE),
+        and opening it would wait until the kernel has taken that away, 45 s.
+        """
+        return os.dup(self._slab.fileno())
 
     @property
     def slabs(self) -> tuple[SlabHandle, ...]:

@@ -120,7 +120,8 @@ def greet(wire: Wire, greeting: bytes, epoch: int, timeout_s: float) -> Attachme
         if status is Status.ERROR:
             raise error_of(body)
         answer = json.loads(body)
-        return Attachment(epoch, answer, wire, _slab(fd, answer) if wire.is_local else None)
+        given, fd = fd, None  # the slab closes it
+        return Attachment(epoch, answer, wire, _slab(given, answer) if wire.is_local else None)
     except BaseException as error:
         wire.close()
         is_refusal = isinstance(error, KVStoreError) and not isinstance(error, ProtocolError)
@@ -142,4 +143,5 @@ def error_of(answer: bytes) -> KVStoreError:
 def _slab(fd: int | None, answer: dict[str, Any]) -> HostSlab:
     if fd is None:
         raise ProtocolError("the daemon sent no slab")
-    return HostSlab.attach(SlabHandle(f"/proc/self/fd/{fd}", int(answer["num_slots"]), int(answer["slot_bytes"])))
+    size = SlabHandle("the daemon's slab", int(answer["num_slots"]), int(answer["slot_bytes"]))
+    return HostSlab.attach_descriptor(fd, size)

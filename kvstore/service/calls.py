@@ -14,6 +14,7 @@ from kvstore.plan.records import Request
 from kvstore.service import messages
 from kvstore.service.attachment import Attachment, DaemonDown
 from kvstore.service.link import Link
+from kvstore.service.messages import PIECE_KEYS
 from kvstore.service.protocol import Op, ProtocolError, Reader, Status
 
 log = logging.getLogger(__name__)
@@ -75,17 +76,39 @@ class Calls:
     def _ask(
         self, attachment: Attachment, op: Op, request: Request, message: Callable[[bytes], bytes], wait_s: float = 0.0
     ) -> tuple[Attachment, bytes]:
-        num_keys = len(request.keys)
-        base = min(attachment.sent.get(request.id, 0), num_keys)
-        part = messages.encode_request(request, base, num_keys)
-        status, answer = self._link.call(attachment, op, message(part), wait_s)
+        if len(request.keys) > messages.MAX_KEYS:
+            raise messages.too_long(len(request.keys))
+        base = min(attachment.sent.get(request.id, 0), len(request.keys))
+        status, answer = self._send(attachment, op, request, base, message, wait_s)
         if status is Status.RESEND:
-            part = messages.encode_request(request, 0, num_keys)
-            status, answer = self._link.call(attachment, op, message(part), wait_s)
+            status, answer = self._send(attachment, op, request, 0, message, wait_s)
         if status is not Status.OK:
             raise DaemonDown(f"{op.name} was answered {status.name}")
-        attachment.note_sent(request.id, num_keys)
         return attachment, answer
+
+    def _send(
+        self,
+        attachment: Attachment,
+        op: Op,
+        request: Request,
+        base: int,
+        message: Callable[[bytes], bytes],
+        wait_s: float,
+    ) -> tuple[Status, bytes]:
+        """Bring the keys from `base` on, in pieces if there are many, and the call with the last of them."""
+        num_keys = len(request.keys)
+        while num_keys - base > PIECE_KEYS:
+            part = messages.encode_request(request, base, base + PIECE_KEYS)
+            status, answer = self._link.call(attachment, Op.KEYS, part)
+            if status is not Status.OK:
+                return status, answer
+            base += PIECE_KEYS
+            attachment.note_sent(request.id, base)
+        part = messages.encode_request(request, base, num_keys)
+        status, answer = self._link.call(attachment, op, message(part), wait_s)
+        if status is Status.OK:
+            attachment.note_sent(request.id, num_keys)
+        return status, answer
 
 
 def as_number(answer: bytes) -> int:

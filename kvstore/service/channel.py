@@ -1,13 +1,15 @@
 """One connection of a client, in the daemon's event loop.
 
 It cuts what arrives into frames, hands them to the session one at a time, and writes the answers. While an answer is
-pending it reads no further, so a client cannot pile up work. Whatever is no frame of this protocol is told once and
-ends the connection, and nothing else.
+pending, or answers are not taken, it reads no further: a client cannot pile up work, nor answers. Memory is taken for
+what has come, not for what a header announces. Whatever is no frame of this protocol, or does not become a whole one in
+good time, is told once and ends the connection, and nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import os
 from collections.abc import Iterator
@@ -16,7 +18,9 @@ from typing import Any, Protocol, cast
 from kvstore.errors import KVStoreError
 from kvstore.service import batches, logs, protocol
 from kvstore.service.batches import Incoming
+from kvstore.service.greeting import Greeting
 from kvstore.service.known import Resend
+from kvstore.service.patience import Patience
 from kvstore.service.pending import Pending
 from kvstore.service.protocol import HEADER, Frame, Op, ProtocolError, Status
 from kvstore.service.rawsocket import RawSocket
@@ -26,7 +30,7 @@ from kvstore.service.wire import LOW_WATER_BYTES
 
 log = logs.limited(__name__)
 
-BUFFER_BYTES = 64 << 10  # the keys of 2000 blocks; a message that is longer gets a buffer of its own
+BUFFER_BYTES = 64 << 10  # the keys of 2000 blocks; a message that is longer gets a larger one
 HELLO_TIMEOUT_S = 5.0  # a connection that says nothing is closed
 
 
@@ -42,16 +46,8 @@ class Host(Protocol):
     def lost(self, channel: Channel) -> None:
         """The connection is closed."""
 
-
-class Greeting:
-    """The answer to a hello (JSON) or attach (nothing), and the slab's descriptor, which is closed when it is sent."""
-
-    __slots__ = ("answer", "fd", "session")
-
-    def __init__(self, session: Session, answer: dict[str, Any] | None, fd: int | None) -> None:
-        self.session = session
-        self.answer = answer
-        self.fd = fd
+    def may_hold(self, channel: Channel, num_bytes: int) -> bool:
+        """Whether so many more bytes may be held for a message that is not whole; negative gives them back."""
 
 
 class Channel(asyncio.BufferedProtocol):
@@ -66,7 +62,9 @@ class Channel(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray(BUFFER_BYTES)
         self._end = 0  # bytes in the buffer
-        self._is_busy = False
+        self._is_busy = False  # an answer is pending
+        self._is_reading = True
+        self._patience = Patience(self._refuse)
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._waiter = 0
@@ -81,7 +79,7 @@ class Channel(asyncio.BufferedProtocol):
     @property
     def pid(self) -> int | None:
         """The process at the other end of a unix socket; None for one on another machine."""
-        return None if not self.is_local or self._raw is None else self._raw.pid
+        return self._raw.pid if self.is_local and self._raw is not None else None
 
     # ---- the transport's calls ----------------------------------------------------------------------------------
 
@@ -96,7 +94,7 @@ class Channel(asyncio.BufferedProtocol):
         if self._batch is not None and not self._batch.is_full:
             return self._batch.room()
         if self._end == len(self._buffer):
-            self._grow(2 * len(self._buffer))
+            self._grow()
         return memoryview(self._buffer)[self._end :]
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -109,9 +107,11 @@ class Channel(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         self._may_write.clear()
+        self._read_or_not()
 
     def resume_writing(self) -> None:
         self._may_write.set()
+        self._read_or_not()
 
     def eof_received(self) -> bool:
         return False
@@ -120,6 +120,8 @@ class Channel(asyncio.BufferedProtocol):
         self._transport = self._raw = None
         self._may_write.set()
         self._stop_waiting()
+        self._patience.end()
+        self._host.may_hold(self, BUFFER_BYTES - len(self._buffer))
         if self._greeting is not None:
             self._greeting.cancel()
         if self._sending is not None:
@@ -139,6 +141,8 @@ class Channel(asyncio.BufferedProtocol):
         """Send what is left and hang up."""
         if self._transport is not None:
             self._transport.close()
+            if self._transport.get_write_buffer_size():  # the other side does not take them: not for ever
+                self._loop.call_later(HELLO_TIMEOUT_S, self._transport.abort)
 
     def answer(self, frame: Frame, body: bytes, status: Status = Status.OK) -> None:
         """Write an answer; go on with the next frame."""
@@ -146,12 +150,11 @@ class Channel(asyncio.BufferedProtocol):
             self._transport.write(protocol.encode_frame(frame.op, body, frame.sequence, status))
 
     def _parse(self) -> None:
-        start = 0
+        start, frame = 0, None
         while self._may_parse:
             if self._batch is not None:
                 end = start + self._batch.tail_bytes
                 if end > self._end:
-                    self._grow(end - start)
                     break
                 self._batch.end(memoryview(self._buffer)[start:end])
                 self._batch = None
@@ -163,8 +166,7 @@ class Channel(asyncio.BufferedProtocol):
             try:
                 frame = protocol.decode_header(memoryview(self._buffer)[start : start + HEADER.size])
             except ProtocolError as error:
-                self._refuse(Frame(Op.HELLO, Status.OK, 0, 0), error)
-                return
+                return self._refuse(Frame(Op.HELLO, Status.OK, 0, 0), error)
             if frame.op is Op.WRITE and not self.is_local:
                 taken = self._begin_batch(frame, start)
                 if not taken:
@@ -173,10 +175,8 @@ class Channel(asyncio.BufferedProtocol):
                 continue
             end = start + HEADER.size + frame.num_bytes
             if frame.num_bytes > protocol.MAX_BODY_BYTES:
-                self._refuse(frame, ProtocolError(f"{frame.op.name} of {frame.num_bytes} bytes"))
-                return
+                return self._refuse(frame, ProtocolError(f"{frame.op.name} of {frame.num_bytes} bytes"))
             if end > self._end:
-                self._grow(end - start)
                 break
             body = bytes(memoryview(self._buffer)[start + HEADER.size : end])
             start = end
@@ -185,12 +185,15 @@ class Channel(asyncio.BufferedProtocol):
             self._buffer[: self._end - start] = self._buffer[start : self._end]
             self._end -= start
             if not self._end and len(self._buffer) > BUFFER_BYTES:
+                self._host.may_hold(self, BUFFER_BYTES - len(self._buffer))
                 self._buffer = bytearray(BUFFER_BYTES)
+            self._patience.end()
+        self._await_rest(frame)
 
     @property
     def _may_parse(self) -> bool:
         transport = self._transport
-        if self._is_busy or transport is None or transport.is_closing():
+        if self._is_busy or not self._may_write.is_set() or transport is None or transport.is_closing():
             return False
         return self._batch is None or self._batch.is_full
 
@@ -236,6 +239,7 @@ class Channel(asyncio.BufferedProtocol):
             self._stop_waiting()
             if greeting is None:
                 self.answer(frame, b"", Status.GONE)
+                self.close()
             else:
                 self._welcome(frame, greeting)
             return
@@ -263,6 +267,9 @@ class Channel(asyncio.BufferedProtocol):
         self.session = greeting.session
         try:
             self._send_greeting(frame, greeting)
+        except OSError as error:  # it does not read, or the system has too many descriptors under way
+            log.warning("client %s: no hello: %s", self.peer, error)
+            self.close()
         finally:
             if greeting.fd is not None:
                 os.close(greeting.fd)
@@ -273,8 +280,8 @@ class Channel(asyncio.BufferedProtocol):
         body = b"" if greeting.answer is None else protocol.encode_json(greeting.answer)
         if greeting.fd is None:
             self.answer(frame, body)
-            return
-        self._raw.send_descriptor(protocol.encode_frame(frame.op, body, frame.sequence), greeting.fd)
+        else:
+            self._raw.send_descriptor(protocol.encode_frame(frame.op, body, frame.sequence), greeting.fd)
 
     # ---- pages of remote clients ---------------------------------------------------------------------------------
 
@@ -291,7 +298,6 @@ class Channel(asyncio.BufferedProtocol):
             if pages <= self._end:
                 pages = body + batches.head_bytes(batches.count_pages(memoryview(self._buffer)[body:pages]))
             if pages > self._end:
-                self._grow(pages - start)
                 return 0
             received = memoryview(self._buffer)[body : self._end]
             self._batch = Incoming(self.session, received, frame.num_bytes)
@@ -360,20 +366,34 @@ class Channel(asyncio.BufferedProtocol):
             self._waiter = 0
 
     def _set_busy(self, is_busy: bool) -> None:
-        if is_busy == self._is_busy:
-            return
         self._is_busy = is_busy
-        if self._transport is None or self._transport.is_closing():
-            return
-        if is_busy:
-            self._transport.pause_reading()
-        else:
-            self._transport.resume_reading()
-            self._loop.call_soon(self._parse)  # frames that came with the one that waited
+        self._read_or_not()
 
-    def _grow(self, num_bytes: int) -> None:
-        if num_bytes > len(self._buffer):
-            # A new one: the loop may hold a view of the old, which then cannot be resized.
-            grown = bytearray(num_bytes)
-            grown[: self._end] = memoryview(self._buffer)[: self._end]
-            self._buffer = grown
+    def _read_or_not(self) -> None:
+        is_wanted = not self._is_busy and self._may_write.is_set()
+        if is_wanted == self._is_reading or self._transport is None or self._transport.is_closing():
+            return
+        self._is_reading = is_wanted
+        if not is_wanted:
+            self._transport.pause_reading()
+            return
+        self._transport.resume_reading()
+        self._loop.call_soon(self._parse)  # frames that came with the one that waited
+
+    def _await_rest(self, frame: Frame | None) -> None:
+        is_half = self._end > 0 or self._batch is not None
+        if is_half and self._is_reading and self.session is not None:  # before, another timer runs
+            self._patience.begin(frame)
+        else:
+            self._patience.end()
+
+    def _grow(self) -> None:
+        """Have room for more of a message: twice as much, up to the longest there is."""
+        size = min(2 * len(self._buffer), HEADER.size + protocol.MAX_BODY_BYTES)
+        if size == len(self._buffer) or not self._host.may_hold(self, size - len(self._buffer)):
+            log.warning("client %s: too many large messages are under way; this one is not taken", self.peer)
+            raise OSError(errno.ENOBUFS, "too many large messages are under way")  # it ends this connection
+        # A new one: the loop may hold a view of the old, which then cannot be resized.
+        grown = bytearray(size)
+        grown[: self._end] = memoryview(self._buffer)[: self._end]
+        self._buffer = grown

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import time
 from collections import Counter
@@ -27,18 +26,20 @@ from typing import Any
 from kvstore.config import Config
 from kvstore.errors import ConfigError, RequestError, StoreClosed
 from kvstore.service import shares
-from kvstore.service.channel import Channel, Greeting
+from kvstore.service.channel import Channel
 from kvstore.service.events import EventHub, Feed
+from kvstore.service.greeting import Greeting
 from kvstore.service.guard import goes_on
 from kvstore.service.namespaces import layout_from_json, namespace_from_json
 from kvstore.service.session import Session
-from kvstore.service.stores import OpenStore, Stores
+from kvstore.service.stores import Stores
 from kvstore.service.tenants import LOCAL, Tenant
 
 log = logging.getLogger(__name__)
 
 MAX_NAME = 64  # of a client
 MAX_CONNECTIONS = 1024  # of a client: one for each of its threads, and one for each rank
+MAX_HELD_BYTES = 256 << 20  # of messages of a tenant that are not whole, beyond 64 KiB for each connection
 LONGEST_LOOK_S = 5.0  # between two looks for overdue leases
 MAX_STRANGERS = 256  # connections that have not said yet whose they are; the oldest goes when one more comes
 
@@ -62,6 +63,7 @@ class Clients:
         self._now = now
         self._channels: set[Channel] = set()
         self._strangers: dict[Channel, None] = {}
+        self._held_bytes: dict[str, int] = {}  # by tenant
         self._watching: asyncio.Task[None] | None = None
 
     def local_channel(self) -> Channel:
@@ -189,7 +191,7 @@ class Clients:
             "event_root": opened.store.namespace.root().hex() if channel.tenant.salt else None,
         }
         log.info("client %s attached to %s", session.client, opened.id)
-        return Greeting(session, answer, _slab_fd(opened) if channel.is_local else None)
+        return Greeting(session, answer, opened.store.slab_descriptor() if channel.is_local else None)
 
     def attach(self, channel: Channel, message: dict[str, Any]) -> Greeting | None:
         """Another connection of a session; with "anchor" one of those that keep it alive, with "slab" its slab."""
@@ -202,7 +204,7 @@ class Clients:
         if message.get("anchor") is True:
             session.anchors.add(channel)
         wants_slab = channel.is_local and message.get("slab") is True
-        return Greeting(session, None, _slab_fd(session.opened) if wants_slab else None)
+        return Greeting(session, None, session.opened.store.slab_descriptor() if wants_slab else None)
 
     def lost(self, channel: Channel) -> None:
         """A connection ended; with its last anchor, a client."""
@@ -221,6 +223,14 @@ class Clients:
             session.orphan()
             for rank in session.anchors:
                 rank.tell_lost()
+
+    def may_hold(self, channel: Channel, num_bytes: int) -> bool:
+        """Whether a tenant's connections may hold so many more bytes of messages that are not whole."""
+        held = self._held_bytes.get(channel.tenant.name, 0) + num_bytes
+        if num_bytes > 0 and held > MAX_HELD_BYTES:
+            return False
+        self._held_bytes[channel.tenant.name] = held
+        return True
 
     # ---- private ------------------------------------------------------------------------------------------------
 
@@ -265,7 +275,3 @@ def _name(channel: Channel, message: dict[str, Any]) -> str:
     # It goes into logs and JSON: no line of its own, and nothing that no text can be (half of a surrogate pair).
     name = "".join(char if char.isprintable() else "?" for char in said[:MAX_NAME]) if isinstance(said, str) else ""
     return channel.peer if not name else name if channel.is_local else f"{name} ({channel.peer})"
-
-
-def _slab_fd(opened: OpenStore) -> int:
-    return os.open(opened.handle.path, os.O_RDWR | os.O_CLOEXEC)

@@ -3,6 +3,7 @@
 A message about a request names it by a number of the client's, and brings only the keys that the daemon has not seen:
 `base` says how many the client believes are there. A daemon that knows another number answers RESEND, and the
 message comes again with all keys. So the daemon may forget, restart or be another one, and nothing is out of step.
+Where there are more than PIECE_KEYS to bring, messages of Op.KEYS bring all but the last of them before.
 
 Leases are numbered by the client, too: a call whose answer never came can still be undone.
 
@@ -34,7 +35,8 @@ from kvstore.service.protocol import MAX_BODY_BYTES, MAX_TEXT_BYTES, ProtocolErr
 from radix.hashing import BlockHash
 
 KEY_BYTES = 32
-MAX_KEYS = MAX_BODY_BYTES // KEY_BYTES // 2
+MAX_KEYS = 1 << 20  # of a request, 16 million tokens in blocks of 16; each takes some 75 bytes in the daemon
+PIECE_KEYS = 1 << 14  # in one message
 MAX_TIMEOUT_S = 600.0
 
 _REQUEST = struct.Struct("<QIIQII")  # id, base, new keys, num_tokens, blocks held, bytes of options
@@ -53,6 +55,8 @@ _NUMBER = struct.Struct("<q")
 _SECONDS = struct.Struct("<d")
 _PREFILL = struct.Struct("<qd")
 _READ = struct.Struct("<QI")  # lease id, number of pages
+
+MAX_LEASE_PAGES = (MAX_BODY_BYTES - 4096) // _PAGE.size  # that an answer can tell
 
 CUTS = tuple(CutReason)
 STATES = tuple(LeaseState)
@@ -85,11 +89,16 @@ def read_request(reader: Reader) -> RequestPart:
     """The request of a message."""
     request_id, base, num_keys, num_tokens, held, num_options = reader.unpack(_REQUEST)
     if base + num_keys > MAX_KEYS:
-        raise ProtocolError(f"request has {base + num_keys} keys; at most {MAX_KEYS} are allowed")
+        raise too_long(base + num_keys)
     options = _decode_options(reader.text(num_options)) if base == 0 else None
     raw = reader.take(num_keys * KEY_BYTES)
     keys = [BlockHash(raw[at : at + KEY_BYTES]) for at in range(0, len(raw), KEY_BYTES)]
     return RequestPart(request_id, base, keys, num_tokens, held, options)
+
+
+def too_long(num_keys: int) -> RequestError:
+    """What a request with so many blocks is answered, by the client itself if it is asked."""
+    return RequestError(f"request has {num_keys} blocks; a daemon takes at most {MAX_KEYS}")
 
 
 def _encode_options(options: RequestOptions) -> bytes:

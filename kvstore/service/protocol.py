@@ -20,7 +20,7 @@ from kvstore.errors import KVStoreError
 
 MAGIC = 0x564B  # "KV"
 VERSION = 1
-MAX_BODY_BYTES = 8 << 20  # 256K keys; a prompt of a million tokens in blocks of 16 has 64K
+MAX_BODY_BYTES = 8 << 20  # keys of long prompts come in pieces (messages.PIECE_KEYS)
 MAX_BATCH_BYTES = (1 << 30) + (64 << 10)  # pages go from slots to a socket and back; no memory is taken for them
 MAX_TEXT_BYTES = 4096  # options, owners and reasons
 
@@ -52,6 +52,7 @@ class Op(IntEnum):
     WRITE = 20  # remote clients: a batch of pages of a save lease; has no answer
     PEEK = 21  # as LOOKUP
     EVENTS = 22  # what came and went since the last answer, waited for (event_messages.py)
+    KEYS = 23  # keys of a request that is too long for one message, before the call about it
 
 
 class Status(IntEnum):

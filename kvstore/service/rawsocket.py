@@ -7,6 +7,7 @@ where bytes lie. Nothing here may overtake what the transport has not sent yet.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import struct
@@ -45,7 +46,9 @@ class RawSocket:
             self._low_water = num_bytes
 
     def send_descriptor(self, data: bytes, fd: int) -> None:
-        """Send the first bytes of a connection, and a descriptor with them."""
+        """Send the first bytes of a connection, and a descriptor with them. Raises OSError if it cannot be at once."""
+        if self._transport.get_write_buffer_size():
+            raise BlockingIOError(errno.EAGAIN, "what was sent before is not taken")
         with self._duplicate() as raw:
             sent = socket.send_fds(raw, [data], [fd])
         if sent < len(data):

@@ -13,6 +13,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from kvstore.errors import RequestError
@@ -25,6 +26,7 @@ from kvstore.plan.records import (
     Request,
     SaveLease,
 )
+from kvstore.requests import check_blocks
 from kvstore.service import batches, messages, protocol
 from kvstore.service.dashboard_usage import Usage
 from kvstore.service.events import Feed
@@ -109,6 +111,7 @@ class Session:
             Op.FLUSH: self._flush,
             Op.STATS: self._stats,
             Op.EVENTS: feed.answer,
+            Op.KEYS: self._keys,
         }
 
     @property
@@ -145,6 +148,10 @@ class Session:
         return self._holdings.expire(lease_ids)
 
     # ---- lookups and loads --------------------------------------------------------------------------------------
+
+    def _keys(self, reader: Reader) -> bytes:
+        self._request(reader)
+        return b""
 
     def _lookup(self, reader: Reader) -> bytes | Pending:
         timeout_s = messages.read_timeout(reader)
@@ -183,6 +190,8 @@ class Session:
         request = self._request(reader)
         if not self._may_grant(lease_id):
             return messages.encode_load(LoadLease(0, 0, 0, ()), _CLOSED)
+        if end <= len(request.keys):
+            end = min(end, first + self._max_blocks)  # the rest is computed, or asked for once more
         lease = self._store.prepare_load(request, end, first=first, owner=self._owner(owner))
         self._holdings.grant(lease_id, lease, owner)
         return messages.encode_load(lease, self._store.poll(lease))
@@ -228,9 +237,12 @@ class Session:
             raise RequestError(f"blocks [{first}, {end}) is no range")
         if not self._may_grant(lease_id):
             return messages.encode_save(SaveLease(0, ()))
-        lease = self._store.prepare_save(request, first, end - first, owner=self._owner(owner))
+        check_blocks(request, first, end - first)
+        num_blocks = min(end - first, self._max_blocks)
+        lease = self._store.prepare_save(request, first, num_blocks, owner=self._owner(owner))
         self._holdings.grant(lease_id, lease, owner)
-        return messages.encode_save(lease)
+        too_many = (end - first - num_blocks) * len(self.opened.layout.groups)
+        return messages.encode_save(replace(lease, skipped=lease.skipped + too_many) if too_many else lease)
 
     def _complete(self, reader: Reader) -> bytes:
         lease_id, filled = messages.read_complete(reader)
@@ -355,6 +367,11 @@ class Session:
 
     def _may_grant(self, lease_id: int) -> bool:
         return self._holdings.may_grant(lease_id) and not self.is_draining
+
+    @property
+    def _max_blocks(self) -> int:
+        """Blocks of a lease whose pages one answer can tell."""
+        return messages.MAX_LEASE_PAGES // len(self.opened.layout.groups)
 
     def _owner(self, owner: str) -> str:
         return f"{self.id}/{owner}"

@@ -21,7 +21,6 @@ before the daemon started again needs both slabs: `store.slabs` names all that a
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import numpy as np
@@ -121,7 +120,4 @@ def _receive(anchor: Wire, handle: SlabShare, timeout_s: float) -> HostSlab:
         if status is Status.GONE:
             raise ConnectionResetError("the scheduler's session is gone: it ended, or the daemon has started again")
         raise ConfigError(f"the daemon at {handle.path} sent no slab: it is of another release")
-    try:
-        return HostSlab.attach(SlabHandle(f"/proc/self/fd/{fd}", handle.num_slots, handle.slot_bytes))
-    finally:
-        os.close(fd)
+    return HostSlab.attach_descriptor(fd, SlabHandle("the daemon's slab", handle.num_slots, handle.slot_bytes))

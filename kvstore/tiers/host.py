@@ -133,14 +133,22 @@ class HostSlab:
         _check_geometry(handle.num_slots, handle.slot_bytes)
         if handle.path.startswith(_PRIVATE):
             return cls._attach_private(handle)
+        return cls.attach_descriptor(os.open(handle.path, os.O_RDWR | os.O_CLOEXEC), handle, prefault=prefault)
+
+    @classmethod
+    def attach_descriptor(cls, fd: int, handle: SlabHandle, *, prefault: bool = True) -> HostSlab:
+        """Map the shared slab of a descriptor that another process sent; the slab closes it, or this if it raises.
+
+        handle: its size; the path is not opened. Raises OSError, or ConfigError if the size is another.
+        """
         slab = cls.__new__(cls)
-        slab.num_slots, slab.slot_bytes = handle.num_slots, handle.slot_bytes
-        slab._fd = os.open(handle.path, os.O_RDWR | os.O_CLOEXEC)
+        slab.num_slots, slab.slot_bytes, slab._fd = handle.num_slots, handle.slot_bytes, fd
         try:
-            size, there = handle.num_slots * handle.slot_bytes, os.fstat(slab._fd).st_size
+            _check_geometry(handle.num_slots, handle.slot_bytes)
+            size, there = handle.num_slots * handle.slot_bytes, os.fstat(fd).st_size
             if there != size:
                 raise ConfigError(f"host slab: {handle.path} has {there} bytes, the handle says {size}")
-            slab.buffer = _map(size, slab._fd)
+            slab.buffer = _map(size, fd)
         except BaseException:
             slab._close_fd()
             raise

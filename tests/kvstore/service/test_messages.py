@@ -124,7 +124,7 @@ def test_wrong_options_name_the_field(options: dict[str, object], told: str) -> 
 def test_a_request_with_too_many_keys_is_refused_before_they_are_read() -> None:
     raw = messages._REQUEST.pack(1, messages.MAX_KEYS, 1, 1, 0, 0)
 
-    with pytest.raises(ProtocolError, match="keys; at most"):
+    with pytest.raises(RequestError, match="blocks; a daemon takes at most"):
         messages.read_request(Reader(raw))
 
 
