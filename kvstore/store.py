@@ -297,7 +297,7 @@ class LocalStore(RequestMaker):
     def slab_descriptor(self) -> int:
         """A descriptor of the shared slab for another process, the caller's to close; ValueError if it is private.
 
-        A duplicate, not one that is opened anew: a process that was given one may hold a lease on the file (F_SETLEASE),
+        A duplicate, not one that is opened anew: a process that was given one may hold a lease on it (F_SETLEASE),
         and opening it would wait until the kernel has taken that away, 45 s.
         """
         return os.dup(self._slab.fileno())
