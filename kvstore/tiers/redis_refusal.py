@@ -36,7 +36,9 @@ COMMANDS = (
     *("set", "multi", "exec", "touch", "pexpire", "unlink", "ping", "scan"),
     *("eval", "get", "del"),
 )
-OF_A_BOUND = ("zadd", "zrem", "zcard", "zpopmin", "zremrangebyscore")
+OF_A_BOUND = ("zadd", "zrem", "zcard", "zcount", "zpopmin", "zremrangebyscore")
+
+_IN_A_SCRIPT = "user executing the script can't"  # Redis 7.0 has no code for it
 
 _ADVICE = {
     "READONLY": "it is a replica: point redis.url at the master, or use redis+sentinel:// or redis+cluster://",
@@ -82,6 +84,8 @@ def code_of(error: ResponseError) -> str:
     code = getattr(error, "status_code", None) or str(error).split(" ")[0]
     if re.match(r"(ERR )?unknown (sub)?command", str(error), re.IGNORECASE):
         return UNKNOWN
+    if _IN_A_SCRIPT in str(error):
+        return NOPERM
     return code if re.fullmatch(r"[A-Z]{2,20}", code) else "ERR"
 
 
@@ -119,6 +123,8 @@ def is_denied(reply: Reply) -> bool:
 
 
 def _what_is_missing(text: str, account: Account) -> str:
+    if _IN_A_SCRIPT in text:
+        return f"the account {account.user!r} may not do what our script does (GET, SET and DEL of {account.pattern})"
     command = re.search(r"'([\w|-]+)'(?: command| subcommand)?", text)
     if command is not None:
         return f"the account {account.user!r} may not run {command[1].upper()}"
