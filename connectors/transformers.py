@@ -215,14 +215,15 @@ class KVCacheModel:
     def lookup(self, prompt: Any, options: RequestOptions | None = None) -> Found:
         """What the tiers have of a prompt, for who has to choose where it goes. Computes and loads nothing."""
         tokens = self._ids(prompt)
-        return Found(len(tokens), {} if self.connector is None else self.connector.loads.find(tokens, options))
+        if self.connector is None or self.connector.bypass_reason():
+            return Found(len(tokens))
+        return Found(len(tokens), self.connector.loads.find(tokens, options))
 
     def forget(self, prompt: Any, options: RequestOptions | None = None) -> int:
         """Delete the prompt's blocks and all that continue them, in every tier that can be reached."""
         if self.connector is None:
             return 0
-        request = self.connector.begin(self._ids(prompt), options)
-        return 0 if request is None else self.connector.forget(request)
+        return self.connector.forget(self.connector.named(self._ids(prompt), options))
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until what was saved so far can be found by the next request; False if the time ran out."""

@@ -19,22 +19,26 @@ model computes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from connectors.base import ConnectorCounters, log_failure
 from connectors.transformers_cache import CacheBridge, Recorder, Span
-from connectors.transformers_identity import Reuse, check_chunk, check_namespace, check_reuse, model_state
+from connectors.transformers_identity import Reuse, check_chunk, check_namespace, check_reuse
 from connectors.transformers_layout import cache_shapes, default_device, layout_of
 from connectors.transformers_loads import Loaded, Loads
 from connectors.transformers_saves import CLOSE_TIMEOUT_S, Saves
+from connectors.transformers_watch import ModelWatch
 from kvstore.base import KVStore
 from kvstore.devices.base import Device
 from kvstore.errors import ConfigError, LayoutMismatch, RequestError
 from kvstore.plan.records import Request, RequestOptions
 
 log = logging.getLogger(__name__)
+
+MAX_PLACES = 300  # letters of a log line that name what has changed
+_WAY_OUT = "; it is again when that is taken back. For a model that is to stay so, make a new connector"
 
 
 class TransformersConnector:
@@ -74,22 +78,23 @@ class TransformersConnector:
         if self.saves_decode and self.reuse is Reuse.EXACT:
             raise ConfigError("save_decode is True with reuse 'exact'; a decode step gives other bits than a prefill")
         self.counters = ConnectorCounters()
+        self._places = ""  # what the last reason was found in
         self._single_flight = single_flight
         self._model = model
         self._store = store
-        self._block_size = store.layout.block_size
-        check_chunk(prefill_chunk, self._block_size)
+        self.block_size = store.layout.block_size
+        check_chunk(prefill_chunk, self.block_size)
         shapes = cache_shapes(model)
-        layout = layout_of(shapes, self._block_size)
+        layout = layout_of(shapes, self.block_size)
         if layout.fingerprint != store.layout.fingerprint:
             raise LayoutMismatch(f"the store keeps pages of {store.layout}; this model makes pages of {layout}")
         check_namespace(model, store, prefill_chunk=prefill_chunk, reuse=self.reuse)
-        self._step_blocks = prefill_chunk // self._block_size if self.reuse is Reuse.EXACT else 1
-        self._state = model_state(model)
-        if self._state.training:
+        self._step_blocks = prefill_chunk // self.block_size if self.reuse is Reuse.EXACT else 1
+        if model.training:
             raise ConfigError(
                 "model: it is in training mode, where dropout makes pages random; call model.eval() first"
             )
+        self._watch = ModelWatch(model, bits=self.reuse is Reuse.EXACT)
         self._owned_device: Device | None = None
         if device is None:
             device = self._owned_device = default_device(model)
@@ -101,24 +106,58 @@ class TransformersConnector:
 
     def savable_tokens(self, num_tokens: int) -> int:
         """How many of a prompt's tokens lie in blocks that may be saved."""
-        step = self.prefill_chunk if self.reuse is Reuse.EXACT else self._block_size
+        step = self.prefill_chunk if self.reuse is Reuse.EXACT else self.block_size
         return num_tokens // step * step
 
-    def begin(self, tokens: Any, options: RequestOptions | None = None) -> Request | None:
-        """Hash a prompt; None if it must not touch the store, because the model has changed or the store failed."""
+    def begin(
+        self, tokens: Any, options: RequestOptions | None = None, *, told: Callable[[str], None] | None = None
+    ) -> Request | None:
+        """Hash a prompt; None if it must not touch the store, because of the model or because the store failed.
+
+        told: is given the reason where the model is not, on this thread, what its pages were named for.
+        """
         self.counters.requests += 1
         try:
-            changed = self._state.changes(model_state(self._model))
-            if changed:
-                self._bypass("model changed: " + ", ".join(changed))
+            if reason := self.bypass_reason():
+                self.bypass(reason)
+                if told is not None:
+                    told(reason)
                 return None
-            return self._store.request(tokens, self._with_turns(options))
+            return self.named(tokens, options)
         except RequestError:
             raise  # bad options: the caller's mistake, before any work was done
         except Exception as error:
             self.counters.load_failures += 1
             log_failure(log, "a request was not looked up and is computed", error)
             return None
+
+    def named(self, tokens: Any, options: RequestOptions | None = None) -> Request:
+        """Hash a prompt under the name that the model had when this connector was made, whatever it is now."""
+        return self._store.request(tokens, self._with_turns(options))
+
+    def bypass_reason(self, *, glance: bool = False) -> str:
+        """Why the model's pages may be neither used nor made now, on this thread; "" where they may.
+
+        To be asked on the thread that computes, before each forward whose pages are to be saved: hooks, autocast and
+        the like may come and go between two of them.
+        glance: look whether something was added (a hook, a method, a mode), and only then at all that may have changed.
+        """
+        if glance and self._watch.is_same_at_a_glance():
+            return ""
+        found = self._watch.findings()
+        if not found:
+            return ""
+        kinds = ", ".join(dict.fromkeys(finding.kind for finding in found))
+        places = ", ".join(dict.fromkeys(finding.where for finding in found if finding.where))
+        self._places = places if len(places) <= MAX_PLACES else f"{places[:MAX_PLACES]}..."
+        return f"model changed: {kinds}"
+
+    def bypass(self, reason: str) -> None:
+        """Count and log a request whose pages are not used, or no longer saved, for this reason."""
+        if reason not in self.counters.reasons:
+            log.warning("the store is not used: %s (%s)%s", reason, self._places, _WAY_OUT)
+        self.counters.bypassed += 1
+        self.counters.reasons[reason] = self.counters.reasons.get(reason, 0) + 1
 
     def matched_tokens(self, request: Request) -> int:
         """Tokens that can be loaded, on a boundary this mode can resume from; waits at most the lookup deadline."""
@@ -165,12 +204,6 @@ class TransformersConnector:
             return options
         # In mode "exact" only whole chunks are saved, in mode "any" every block.
         return replace(options or RequestOptions(), single_flight=True, step_blocks=self._step_blocks)
-
-    def _bypass(self, reason: str) -> None:
-        if reason not in self.counters.reasons:
-            log.warning("the store is not used: %s; make a new connector for the model as it is now", reason)
-        self.counters.bypassed += 1
-        self.counters.reasons[reason] = self.counters.reasons.get(reason, 0) + 1
 
 
 _Answer = TypeVar("_Answer")

@@ -7,9 +7,8 @@ KV bytes also depend on *how* they were computed: the number of threads, the ins
 kernel decide the order of sums. A store of mode "exact" promises the bits of a cold run, so those are part of its
 namespace; a store of mode "any" promises equality up to rounding and shares more widely.
 
-The hard thing: a model can change under a running connector (an adapter switched on, weights trained, `train()`
-called). `ModelState` is a cheap look at what could have changed; a request that finds it changed does not touch the
-store.
+The hard thing: a model can change under a running connector, and some of what it computes cannot be written down at
+all. Both are the matter of `ModelWatch` (transformers_watch.py); here is what can be.
 """
 
 from __future__ import annotations
@@ -17,14 +16,16 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from connectors.transformers_layout import model_device
+from connectors.transformers_parts import acting_adapters, structure_digest, tuners_of
 from connectors.transformers_positions import steady_tokens
+from connectors.transformers_process import order_of_sums, precision
+from connectors.transformers_watch import attention_name
 from kvstore.errors import ConfigError
 from kvstore.layout import Layout
 
@@ -77,35 +78,6 @@ def check_chunk(prefill_chunk: int, block_size: int) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ModelState:
-    """What can change in a loaded model, cheap enough to look at before every request."""
-
-    training: bool
-    dtype: str
-    device: str
-    attention: str
-    adapters: str
-    weights: int  # of addresses and version counters: any in-place change of a parameter moves it
-
-    def changes(self, other: ModelState) -> list[str]:
-        """The names of the fields that differ."""
-        return [name for name in self.__slots__ if getattr(self, name) != getattr(other, name)]
-
-
-def model_state(model: Any) -> ModelState:
-    """Look at the model as it is now."""
-    parameters = list(model.parameters())
-    return ModelState(
-        training=bool(model.training),
-        dtype=str(model.dtype),
-        device=str(parameters[0].device) if parameters else "none",
-        attention=attention_name(model),
-        adapters=active_adapters(model),
-        weights=hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)),
-    )
-
-
 def model_namespace(
     model: Any,
     layout: Layout,
@@ -130,10 +102,13 @@ def model_namespace(
         "config": config_digest(model.config),
         "engine": f"transformers {_major(_version('transformers'))}",
         "isa": _instruction_set(model_device(model)),
+        "modules": structure_digest(model),
         "prefill": f"{reuse.value}:{prefill_chunk}" if reuse is Reuse.EXACT else reuse.value,
     }
     if reuse is Reuse.EXACT:
-        extra["numerics"] = _numerics()
+        extra["numerics"] = order_of_sums()
+    elif unusual := precision():
+        extra["precision"] = unusual
     return Namespace(
         model=f"{getattr(model.config, 'model_type', '')}/{_plain_class(model).__name__}",
         revision=revision if revision is not None else weights_fingerprint(model),
@@ -196,28 +171,9 @@ def config_digest(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def attention_name(model: Any) -> str:
-    """The implementation of attention, and of the experts where the model has them."""
-    config = model.config.get_text_config(decoder=True)
-    names = (getattr(config, field, None) for field in ("_attn_implementation", "_experts_implementation"))
-    return "+".join(str(name) for name in names if name)
-
-
 def active_adapters(model: Any) -> str:
     """Names of the PEFT adapters in force, and a digest of where and how strongly they act; "" if there are none."""
-    names: set[str] = set()
-    acting = []
-    for path, module in model.named_modules():
-        # By its attributes, so that PEFT need not be installed: a tuner layer wraps a base layer.
-        if "base_layer" not in getattr(module, "_modules", {}) or not hasattr(module, "active_adapters"):
-            continue
-        active = [] if getattr(module, "disable_adapters", False) else list(module.active_adapters)
-        merged = list(getattr(module, "merged_adapters", ()))
-        names.update(active, merged)
-        acting.append((path, active, merged, sorted(dict(getattr(module, "scaling", {})).items())))
-    if not names:
-        return ""
-    return "+".join(sorted(names)) + "#" + hashlib.sha256(repr(acting).encode()).hexdigest()[:16]
+    return acting_adapters(tuners_of(model))
 
 
 def _without_cosmetics(value: Any) -> Any:
@@ -252,22 +208,6 @@ def _instruction_set(device: torch.device) -> str:
     flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported")
     known = [flag.split("_is_")[1].removesuffix("_supported") for flag in flags if getattr(torch.cpu, flag, bool)()]
     return " ".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *known])
-
-
-def _numerics() -> str:
-    """What else decides the order of sums in this process."""
-    import torch
-
-    return " ".join(
-        [
-            f"torch {torch.__version__}",
-            f"transformers {_version('transformers')}",
-            f"threads {torch.get_num_threads()}",
-            f"matmul {torch.get_float32_matmul_precision()}",
-            f"mkldnn {torch.backends.mkldnn.enabled}",
-            f"deterministic {torch.are_deterministic_algorithms_enabled()}",
-        ]
-    )
 
 
 def _version(package: str) -> str:

@@ -62,7 +62,8 @@ def cache_shapes(model: Any) -> tuple[LayerShape | None, ...]:
     for index, layer in enumerate(probe.layers):
         _require_pageable(model, index, layer)
     ids = torch.zeros((1, 2), dtype=torch.long, device=model_device(model))
-    with torch.inference_mode():
+    # Not under a caller's autocast, which is no part of the model: it would give the pages another element type.
+    with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
         output = model(input_ids=ids, past_key_values=probe, position_ids=torch.arange(2, device=ids.device)[None])
     if output.past_key_values is not probe:
         raise UnsupportedModel(f"{_name(model)} replaces the DynamicCache it is given by its own cache; {_WORKS}")

@@ -26,6 +26,8 @@ class Report:
     cpu_s:      the same in CPU seconds of this process, all threads.
     decode_s:   from the first token to the last.
     new_tokens: generated so far.
+    bypassed:   why the store was not used although there is one: the model is not what its pages were named for. "" if
+                it was.
     """
 
     prompt_tokens: int
@@ -37,6 +39,7 @@ class Report:
     cpu_s: float = 0.0
     decode_s: float = 0.0
     new_tokens: int = 0
+    bypassed: str = ""
 
     @property
     def reused_tokens(self) -> int:

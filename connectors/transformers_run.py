@@ -69,6 +69,7 @@ class PromptRun:
         )
         self.report.by_tier = self.session.by_tier
         self.report.compute_wait_s = self.session.compute_wait_s
+        self.report.bypassed = self.session.bypassed
         self.report.load_s = time.perf_counter() - self._started
 
     def chunks(self, *, all_logits: bool = False) -> Iterator[torch.Tensor]:
@@ -83,6 +84,7 @@ class PromptRun:
     def forward(self, tokens: TokenArray, first: int, *, last_only: bool = True) -> torch.Tensor:
         """One forward over `tokens`, which stand at `first`, with the session told of it."""
         self.session.before(tokens, first)
+        self.report.bypassed = self.session.bypassed
         began = time.perf_counter()
         logits = self._forward(tokens, self.session.cache, first, last_only=last_only)
         self.session.after(first + len(tokens), time.perf_counter() - began)

@@ -25,8 +25,9 @@ log = logging.getLogger(__name__)
 class ColdSession:
     """A prompt that no store knows of."""
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Any, bypassed: str = "") -> None:
         self.cache = cache
+        self.bypassed = bypassed  # why the store is not used, where the model is the reason
         self.num_tokens = 0  # loaded
         self.by_tier: dict[str, int] = {}
         self.compute_wait_s = 0.0  # while another request computed the same blocks
@@ -70,7 +71,7 @@ class StoreSession(ColdSession):
             if decoding and self._connector.saves_decode and self._is_whole:
                 self._connector.saves.extend(self._request, tokens)
             self._recording = self._is_whole and (self._connector.saves_decode or first < self._savable)
-            if self._recording:
+            if self._recording and self._is_unchanged(decoding, first):
                 self._recorder.before()
         self._inside = True
 
@@ -100,7 +101,18 @@ class StoreSession(ColdSession):
 
     @property
     def _is_whole(self) -> bool:
-        return not (self._inside or self._failed)
+        return not (self._inside or self._failed or self.bypassed)
+
+    def _is_unchanged(self, decoding: bool, first: int) -> bool:
+        """False, and nothing of this request is saved from now on, if the model is not what it was at the begin.
+
+        Whole looks before each chunk of a prompt and each block of an answer, glances before the tokens between.
+        """
+        glance = decoding and first % self._connector.block_size != 0
+        if reason := self._connector.bypass_reason(glance=glance):
+            self._connector.bypass(reason)
+            self.bypassed, self._recording = reason, False
+        return self._recording
 
     def _save(self, num_tokens: int) -> None:
         if self._is_whole:
@@ -129,9 +141,10 @@ def open_session(
 
     Yields where it would wait and `may_block()` says no: to be asked again. Closed there, it gives all back.
     """
-    request = connector.begin(tokens, options) if connector is not None else None
+    reasons: list[str] = []
+    request = connector.begin(tokens, options, told=reasons.append) if connector is not None else None
     if connector is None or request is None:
-        return ColdSession(new_cache())
+        return ColdSession(new_cache(), "".join(reasons))
     try:
         matched = yield from connector.loads.match(request, may_block)
         loaded = yield from connector.loads.load(request, matched.num_tokens, may_block)

@@ -10,7 +10,6 @@ from connectors.transformers_identity import (
     active_adapters,
     check_reuse,
     model_namespace,
-    model_state,
     weights_fingerprint,
 )
 from connectors.transformers_layout import model_layout
@@ -191,45 +190,6 @@ def test_a_merged_adapter_is_in_force_though_none_is_active() -> None:
     assert active_adapters(model).startswith("poet#")
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        (lambda model: model.train(), "training"),
-        (lambda model: model.bfloat16(), "dtype"),
-        (lambda model: model.set_attn_implementation("eager"), "attention"),
-        (lambda model: add_tuner(model, "poet"), "adapters"),
-        (lambda model: _train_a_little(model), "weights"),
-        (lambda model: model.load_state_dict(tiny_model("llama_gqa", seed=1).state_dict()), "weights"),
-    ],
-)
-def test_a_model_that_changes_under_a_connector_is_noticed(change: Any, field: str) -> None:
-    model = tiny_model("llama_gqa")
-    before = model_state(model)
-    assert before.changes(model_state(model)) == []
-
-    change(model)
-
-    assert field in before.changes(model_state(model))
-
-
-def test_running_the_model_is_no_change() -> None:
-    import torch
-
-    model = tiny_model("gemma3")
-    before = model_state(model)
-    with torch.inference_mode():
-        model(torch.tensor([random_ids(50)]))
-
-    assert before.changes(model_state(model)) == []
-
-
 def test_an_unknown_mode_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="'fast'; it must be one of exact, any"):
         check_reuse("fast")
-
-
-def _train_a_little(model: Any) -> None:
-    import torch
-
-    with torch.no_grad():
-        model.lm_head.weight.add_(1e-3)
