@@ -18,7 +18,6 @@ from connectors.transformers_connector import TransformersConnector
 from connectors.transformers_forward import Forward
 from connectors.transformers_identity import Reuse, check_chunk, model_namespace
 from connectors.transformers_layout import model_layout, new_cache
-from connectors.transformers_positions import steady_tokens
 from connectors.transformers_report import Found, Generation, Piece, Prefill, Report
 from connectors.transformers_run import GenerationRun, PromptRun
 from connectors.transformers_text import Sampler, Sampling, TextStream
@@ -86,7 +85,6 @@ class KVCacheModel:
         self.tokenizer = tokenizer
         self.prefill_chunk = prefill_chunk
         self._forward = Forward(model)
-        self._steady_tokens = steady_tokens(model.config)
         self._owned_store: KVStore | None = None
         self.connector: TransformersConnector | None = None
         if store is not None:
@@ -262,10 +260,15 @@ class KVCacheModel:
         return frozenset([eos] if isinstance(eos, int) else eos)
 
     def _prompt_run(self, tokens: TokenArray, options: RequestOptions | None, max_new_tokens: int) -> PromptRun:
-        connector, chunk = self.connector, self.prefill_chunk
-        if self._steady_tokens is not None and len(tokens) + max_new_tokens > self._steady_tokens:
+        connector, chunk, ropes = self.connector, self.prefill_chunk, self._forward.ropes
+        if ropes is not None and len(tokens) + max_new_tokens > ropes.border:
             # Its positions are encoded by its length: computed in one piece, as transformers does, and kept to itself.
             connector, chunk = None, len(tokens)
+            if ropes.restarts is None and len(tokens) <= ropes.border < len(tokens) + max_new_tokens - 1:
+                raise RequestError(
+                    f"max_new_tokens: {len(tokens)} tokens and {max_new_tokens} new ones cross {ropes.border}, from "
+                    f"where this model encodes positions in another way; at most {ropes.border - len(tokens) + 1} work"
+                )
         return PromptRun(self._forward, connector, lambda: new_cache(self.model), tokens, chunk, options)
 
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from connectors.transformers_layout import model_device
 from connectors.transformers_positions import max_tokens
+from connectors.transformers_ropes import RopeState, ropes_of
 from kvstore.errors import RequestError
 from radix.tokens import TokenArray, as_tokens
 
@@ -46,9 +48,14 @@ class Forward:
         self._keeps_logits = "logits_to_keep" in inspect.signature(_forward_of(model)).parameters
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self.max_tokens = max_tokens(model.config)
+        self.ropes = ropes_of(model)
 
-    def __call__(self, tokens: TokenArray, cache: Any, start: int, *, last_only: bool = True) -> torch.Tensor:
+    def __call__(
+        self, tokens: TokenArray, cache: Any, start: int, *, last_only: bool = True, rope: RopeState | None = None
+    ) -> torch.Tensor:
         """Run `tokens`, which stand at `start` of the prompt, through the model; the cache grows by them.
+
+        rope: of this prompt, where the model's depends on the length; None: one that has seen nothing yet.
 
         Returns the logits [1, len(tokens), vocabulary], or [1, 1, vocabulary] of the last token.
         """
@@ -57,7 +64,8 @@ class Forward:
         ids = torch.from_numpy(tokens.astype(np.int64))[None].to(self._device)
         positions = torch.arange(start, start + len(tokens), device=self._device)[None]
         keep = {"logits_to_keep": int(last_only)} if self._keeps_logits else {}
-        with torch.inference_mode():
+        turn = nullcontext() if self.ropes is None else self.ropes.turn(self.ropes.fresh() if rope is None else rope)
+        with torch.inference_mode(), turn:
             output = self._model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True, **keep)
             logits: torch.Tensor = output.logits
             return logits[:, -1:] if last_only else logits

@@ -10,29 +10,42 @@ from __future__ import annotations
 
 from typing import Any
 
-_MOVING = ("dynamic", "longrope")
-
 
 def max_tokens(config: Any) -> int | None:
-    """Positions the model has, stretched by its rope's factor where it has one; None if its config does not say."""
+    """Positions the model has; None if its config does not say.
+
+    `max_position_embeddings` is the answer where a rope has been stretched already (llama3, longrope, and yarn as most
+    models ship it) or each type of layer has its own. Where it is the length before the stretching, it is stretched
+    here: always with "dynamic", which computes with it; with "linear", which says nothing else; and with "yarn" or
+    "longrope" up to their factor times the original length they name.
+    """
     config = config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None)
     if not limit:
         return None
-    return int(limit * max([1.0, *(float(rope.get("factor") or 1.0) for rope in _ropes(config))]))
+    rope = getattr(config, "rope_parameters", None) or {}
+    if any(isinstance(entry, dict) for entry in rope.values()):
+        return int(limit)
+    factor = float(rope.get("factor") or 1.0)
+    original = int(rope.get("original_max_position_embeddings") or limit)
+    kind = _kind(rope)
+    if kind in ("yarn", "longrope", "linear"):
+        return max(int(limit), int(factor * original))
+    return int(factor * limit) if kind == "dynamic" else int(limit)
 
 
 def steady_tokens(config: Any) -> int | None:
     """Tokens up to which positions are encoded in one way; None where that is always so.
 
-    A longer prompt is to be computed in one piece, as transformers does, and never stored.
+    A longer prompt is to be computed as transformers does, and never stored.
     """
     config = config.get_text_config(decoder=True)
-    limits = [
-        int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
-        for rope in _ropes(config)
-        if any(kind in str(rope.get("rope_type", "")) for kind in _MOVING)
-    ]
+    limits = []
+    for rope in _ropes(config):
+        if "dynamic" in _kind(rope):
+            limits.append(int(config.max_position_embeddings))
+        elif "longrope" in _kind(rope):
+            limits.append(int(rope.get("original_max_position_embeddings") or config.max_position_embeddings))
     return min(limits, default=None)
 
 
@@ -40,3 +53,7 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
     """The parameters of each rope: one for the model, or one per type of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [entry for entry in rope.values() if isinstance(entry, dict)] or [rope]
+
+
+def _kind(rope: dict[str, Any]) -> str:
+    return str(rope.get("rope_type") or rope.get("type") or "default")

@@ -60,6 +60,8 @@ class PromptRun:
         self._new_cache = new_cache
         self._chunk = chunk
         self._options = options
+        self._rope = None if forward.ropes is None else forward.ropes.fresh()
+        self._fed: list[TokenArray] = []  # of a model that computes all again at the border of its rope
 
     def load(self) -> Generator[None, None, None]:
         """Look the prompt up and load what there is; yields while it waits and may not block."""
@@ -83,10 +85,16 @@ class PromptRun:
 
     def forward(self, tokens: TokenArray, first: int, *, last_only: bool = True) -> torch.Tensor:
         """One forward over `tokens`, which stand at `first`, with the session told of it."""
+        ropes = self._forward.ropes
+        if ropes is not None and ropes.restarts:
+            if first == ropes.border:
+                self.session.cache = self._new_cache()
+                tokens, first = np.concatenate([*self._fed, tokens]), 0
+            self._fed.append(tokens)
         self.session.before(tokens, first)
         self.report.bypassed = self.session.bypassed
         began = time.perf_counter()
-        logits = self._forward(tokens, self.session.cache, first, last_only=last_only)
+        logits = self._forward(tokens, self.session.cache, first, last_only=last_only, rope=self._rope)
         self.session.after(first + len(tokens), time.perf_counter() - began)
         return logits
 

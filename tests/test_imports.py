@@ -115,7 +115,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "asyncio": ("kvstore.aio", "kvstore.service", "kvstore.cluster", "kvstore.load"),
     "aiohttp": ("kvstore.service", "kvstore.cluster", "kvstore.load"),
     # codec: storage per thread; service: a client's locks and errands, for the daemon itself has one thread;
-    # vllm_layers: events, for a layer that waits for its copy
+    # vllm_layers: events, for a layer that waits for its copy; transformers_ropes: forwards that take turns
     "threading": (
         "kvstore.clock",  # many stores look at one clock
         "kvstore.move",
@@ -124,6 +124,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "kvstore.codec",
         "kvstore.service",
         "connectors.vllm_layers",
+        "connectors.transformers_ropes",
     ),
     # workloads stand in for a lane; a replica computes on one thread beside its event loop
     "concurrent": ("kvstore.move", "kvstore.tiers", "kvstore.lab.workloads", "kvstore.cluster"),
