@@ -60,6 +60,7 @@ class PromptRun:
         self._new_cache = new_cache
         self._chunk = chunk
         self._options = options
+        self._ropes = forward.ropes
         self._rope = None if forward.ropes is None else forward.ropes.fresh()
         self._fed: list[TokenArray] = []  # of a model that computes all again at the border of its rope
 
@@ -85,7 +86,7 @@ class PromptRun:
 
     def forward(self, tokens: TokenArray, first: int, *, last_only: bool = True) -> torch.Tensor:
         """One forward over `tokens`, which stand at `first`, with the session told of it."""
-        ropes = self._forward.ropes
+        ropes = self._ropes
         if ropes is not None and ropes.restarts:
             if first == ropes.border:
                 self.session.cache = self._new_cache()
