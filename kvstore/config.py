@@ -51,6 +51,7 @@ from kvstore.config_values import (
     PlainWord,
     Policy,
     Seconds,
+    SocketOrNone,
 )
 from kvstore.secret import SecretUrl
 from kvstore.units import GiB, format_seconds
@@ -225,7 +226,7 @@ class ServiceConfig(Section):
     retry_max_s: Seconds = Field(
         default=2.0, gt=0, le=600, description="For clients: longest time between two tries to reach a daemon again."
     )
-    socket: PathOrNone = Field(
+    socket: SocketOrNone = Field(
         default=None,
         description="Unix socket of the daemon; none means kvstore.sock in $XDG_RUNTIME_DIR, or /tmp/kvstore-UID.sock.",
     )

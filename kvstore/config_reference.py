@@ -14,6 +14,7 @@ from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 
 from kvstore.config import Config
+from kvstore.config_paths import shown
 from kvstore.config_sources import known_fields
 from kvstore.config_values import known_policy
 from kvstore.units import format_bytes, format_seconds
@@ -31,7 +32,7 @@ class Row:
     @property
     def json_value(self) -> Any:
         """The value as JSON has it: bytes and seconds as numbers; never a password."""
-        return self.value if isinstance(self.value, (bool, int, float, type(None))) else str(self.value)
+        return self.value if isinstance(self.value, (bool, int, float, type(None))) else shown(str(self.value))
 
     @property
     def text(self) -> str:
@@ -75,7 +76,7 @@ def _readable(field: str, value: Any) -> str:
         return format_bytes(value)
     if field.endswith("_s"):
         return format_seconds(value)
-    return str(value)
+    return shown(str(value))
 
 
 def _allowed(name: str, info: FieldInfo) -> str:

@@ -8,6 +8,7 @@ three mistakes is mended in one go.
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, TomlConfigSettingsSource
 
+from kvstore import config_paths
 from kvstore.errors import ConfigError
+from kvstore.ownership import exposure
 from kvstore.secret import mask_url
 
 DEFAULT_FILE = Path("kvstore.toml")
@@ -48,6 +51,8 @@ _SECRETS = frozenset({"redis", "redis.url"})  # also the section: somebody may g
 _NEVER_SHOWN = frozenset({"service", "service.token"})
 _URL_WITH_SECRET = re.compile(r"(\w[\w+.-]*:/{1,2})[^\s'\"]*@")
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -66,6 +71,17 @@ def known_fields(settings: type[BaseModel]) -> dict[str, list[str]]:
     }
 
 
+def path_fields(settings: type[BaseModel]) -> set[str]:
+    """The full names of fields whose value is a path."""
+    return {
+        f"{section}.{name}"
+        for section, info in settings.model_fields.items()
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+        for name, field in info.annotation.model_fields.items()
+        if field.annotation == (Path | None)
+    }
+
+
 def variable(field: str) -> str:
     """The environment variable of a field: "host.ttl_s" -> "KVSTORE_HOST__TTL_S"."""
     return (PREFIX + field.replace(".", DELIMITER)).upper()
@@ -78,9 +94,9 @@ def read_file(settings: type[BaseSettings], path: str | os.PathLike[str] | None)
     """
     named = os.environ.get(FILE_VARIABLE)
     if path is not None:
-        file, asked_by = Path(path), "the path given"
+        file, asked_by = _file(path, "the path given"), "the path given"
     elif named:
-        file, asked_by = Path(named), f"environment {FILE_VARIABLE}"
+        file, asked_by = _file(named, f"environment {FILE_VARIABLE}"), f"environment {FILE_VARIABLE}"
     elif DEFAULT_FILE.is_file():
         file, asked_by = DEFAULT_FILE, "found in the working directory"
     else:
@@ -95,7 +111,31 @@ def read_file(settings: type[BaseSettings], path: str | os.PathLike[str] | None)
         raise ConfigError(f"configuration file {file} ({asked_by}) cannot be read: {reason}") from None
     except ValueError as error:  # TOMLDecodeError, which names line and column; UnicodeDecodeError
         raise ConfigError(f"configuration file {file} ({asked_by}) is not valid TOML: {error}") from None
-    return _flatten(settings, data, lambda _: str(file))
+    values = _flatten(settings, data, lambda _: str(file))
+    _warn_of_readers(file, values)
+    folder = Path(os.getcwd()) / file.parent
+    for name in path_fields(settings) & set(values):
+        values[name] = Setting(config_paths.below(folder, values[name].value), values[name].origin)
+    return values
+
+
+def _file(path: str | os.PathLike[str], asked_by: str) -> Path:
+    try:
+        return Path(config_paths.expanded(os.fspath(path)))
+    except ValueError as error:
+        raise ConfigError(f"configuration file {os.fspath(path)!r} ({asked_by}): {error}") from None
+
+
+def _warn_of_readers(file: Path, values: Mapping[str, Setting]) -> None:
+    """Say that others can read a password; a file without one is everybody's to read."""
+    url = str(values["redis.url"].value) if "redis.url" in values else ""
+    named = ["service.token"] if "service.token" in values else []
+    named += ["redis.url with a password"] if mask_url(url) != url else []
+    exposed = exposure(file.stat(), 0o444) if named else None
+    if exposed:
+        _log.warning(
+            "configuration file %s holds %s and %s; run: chmod 600 %s", file, " and ".join(named), exposed, file
+        )
 
 
 def read_environment(settings: type[BaseSettings]) -> dict[str, Setting]:

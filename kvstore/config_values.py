@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from annotated_types import Ge
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from kvstore import config_paths
 from kvstore.units import parse_bytes, parse_seconds
 
 
@@ -53,9 +54,17 @@ def _host_names(names: str | None) -> str | None:
 def _daemon_url(url: str | None) -> str | None:
     if url is None:
         return None
+    url = url.strip()
+    if url.startswith(("/", "~", "./")):
+        raise ValueError(
+            f"it is a URL, and not a path: write unix://{url if url.startswith('/') else '/path/of/socket'}"
+        )
+    if url.startswith("unix:"):
+        rest = config_paths.expanded(url[len("unix:") :].removeprefix("//"))
+        if not rest.startswith("/") or set("?#%") & set(rest):
+            raise ValueError("it must be unix:///path/of/socket, with an absolute path, and without ?, # and %")
+        return f"unix://{config_paths.socket(Path(rest))}"
     parts = urlsplit(url)
-    if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/") and len(parts.path) > 1:
-        return url
     try:
         has_port = parts.port is not None
     except ValueError:
@@ -65,6 +74,14 @@ def _daemon_url(url: str | None) -> str | None:
     raise ValueError("it must be unix:///path/of/socket, http://host:port or https://host:port")
 
 
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else config_paths.absolute(path)
+
+
+def _socket(path: Path | None) -> Path | None:
+    return None if path is None else config_paths.socket(path)
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Ge(4096)]  # at least one aligned slot
 Count = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
@@ -72,7 +89,8 @@ Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(allow_inf_nan=F
 Policy = Annotated[str, AfterValidator(known_policy)]
 Admit = Literal["always", "second_use"]
 OrNone = BeforeValidator(_off_when_empty)  # "none", "off" and "" stand for None
-PathOrNone = Annotated[Path | None, OrNone]
+PathOrNone = Annotated[Path | None, AfterValidator(_absolute), OrNone]
+SocketOrNone = Annotated[Path | None, AfterValidator(_absolute), AfterValidator(_socket), OrNone]
 PlainWord = Annotated[str, AfterValidator(_plain_word)]
 HostNames = Annotated[str | None, OrNone, AfterValidator(_host_names)]
 DaemonUrl = Annotated[str | None, OrNone, AfterValidator(_daemon_url)]
