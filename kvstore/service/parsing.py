@@ -25,7 +25,8 @@ LARGE_BYTES = 128 << 10
 PIECE_BYTES = 64 << 10  # 6,000 to 30,000 ids: about a millisecond
 TOKEN_LIMIT = 1 << 32
 _TOKENS = re.compile(rb'"tokens"\s*:\s*\[')
-_IN_TOKENS = b"0123456789, \t\r\n"
+_DIGITS = b"0123456789,"
+_IN_TOKENS = _DIGITS + b" \t\r\n"
 
 
 class Parser:
@@ -73,15 +74,26 @@ def _split(raw: bytes) -> tuple[list[npt.NDArray[np.int64]] | None, bytes]:
         if piece.translate(None, _IN_TOKENS):
             return None, raw  # something else than whole numbers
         try:
-            pieces.append(np.array(parse_json(b"[" + piece + b"]"), np.int64))
+            pieces.append(_numbers(piece))
         except (ValueError, OverflowError):
-            return None, raw
-        if not len(pieces[-1]):
             return None, raw
         if comma >= 0 and not text[comma + 1 :].strip():
             return None, raw  # it ends with a comma
         at = comma + 1 if comma >= 0 else len(text)
     return pieces, raw[: head.end()] + b"0" + raw[end:]
+
+
+def _numbers(piece: bytes) -> npt.NDArray[np.int64]:
+    """The whole numbers of a piece, as JSON reads them. Raises ValueError or OverflowError."""
+    text = piece.replace(b", ", b",")
+    is_plain = not (text.translate(None, _DIGITS) or b",," in text or text[:1] in b",0" or b",0" in text)
+    if is_plain and text[-1:] != b",":
+        # Three times as fast as by way of a list. What is too large becomes the largest there is, and is refused then.
+        return np.fromstring(text, np.int64, sep=",")
+    found = np.array(parse_json(b"[" + piece + b"]"), np.int64)
+    if not len(found):
+        raise ValueError("there is nothing between two commas")
+    return found
 
 
 def _checked(pieces: list[npt.NDArray[np.int64]], where: str) -> npt.NDArray[np.uint32]:
