@@ -160,6 +160,7 @@ def open_configured(config: Config, layout: Layout, namespace: Namespace, *, sha
         staging_bytes=service.staging_bytes,
         call_timeout_s=service.call_timeout_s,
         retry_max_s=service.retry_max_s,
+        client=service.client_name or "",
     )
 
 

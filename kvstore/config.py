@@ -214,6 +214,11 @@ class ServiceConfig(Section):
     token: Annotated[SecretStr | None, OrNone] = Field(
         default=None, description="For clients: what proves the tenant to a daemon over http; never printed."
     )
+    client_name: Annotated[str | None, OrNone] = Field(
+        default=None,
+        max_length=64,
+        description="For clients: how the daemon calls this one; none means its program and process id.",
+    )
     tls_ca: PathOrNone = Field(
         default=None, description="For clients: certificates to trust for https (PEM); none trusts the system's."
     )
@@ -260,6 +265,9 @@ class ServiceConfig(Section):
         default=600.0,
         gt=0,
         description="Longest time a client holds a lease: then a remote one's is released, a local one's is reported.",
+    )
+    ready_without_redis: bool = Field(
+        default=False, description="Be ready although the Redis of redis.url was not reached since the start."
     )
     drain_s: Seconds = Field(
         default=5.0, ge=0, le=600, description="At the end: longest wait for open leases and for what is owed to disk."

@@ -98,6 +98,9 @@ def replica(
     raise_limit()
     require("cluster", "a replica")
     config = Config.load(file, **overrides(setting or []))
+    if config.service.client_name is None:
+        named = config.service.model_copy(update={"client_name": name[:64]})
+        config = config.model_copy(update={"service": named})
     errors = console(stderr=True)
 
     def announce(line: str) -> None:

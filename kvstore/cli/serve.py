@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvstore.cli.config import overrides
+from kvstore.cli.output import console
 
 
 def serve(
@@ -23,8 +24,14 @@ def serve(
 ) -> None:
     """Keep one cache for all engine processes of this machine.
 
-    Clients attach with KVSTORE_SERVICE__URL=unix:///path. SIGTERM drains and flushes; what is on disk is there again
-    after the next start.
+    Engines attach with KVSTORE_SERVICE__URL=unix:///path. The dashboard, the HTTP API and /metrics are at
+    http://127.0.0.1:8470 (service.http_host, service.http_port; none turns them off). It says what is up once it
+    listens; a value that can never work stops the start. SIGTERM and Ctrl-C drain and flush; what is on disk is there
+    again after the next start.
+
+    \b
+      kvstore serve --set host.capacity_bytes=8GiB --set disk.path=/var/lib/kvstore
+      kvstore top
     """
     from kvstore.config import Config
     from kvstore.service import logs
@@ -36,4 +43,5 @@ def serve(
     values = overrides(setting or [])
     if socket is not None:
         values["service.socket"] = socket
-    run(Config.load(file, **values))
+    errors = console(stderr=True)
+    run(Config.load(file, **values), lambda line: errors.print(line, markup=False, soft_wrap=True))

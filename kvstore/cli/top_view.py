@@ -47,8 +47,8 @@ class View:
         yield self._head()
         if not self.now["total"]["lookups"]:
             yield Text(
-                "\nNothing has been asked yet. Attach an engine with\n"
-                f"  KVSTORE_SERVICE__URL={self.url} python engine.py\n"
+                f"\nNothing has been asked yet. Attach an engine on {self.now['node']} with\n"
+                f"  KVSTORE_SERVICE__URL={self.now.get('engines_url') or self.url} python engine.py\n"
                 "or see it all at once:  kvstore cluster up, then kvstore load\n",
                 style="dim",
             )

@@ -113,7 +113,12 @@ class Api:
     async def ready(self, call: Call) -> StatusAnswer:
         if not self._daemon.is_ready:
             raise Problem(503, "draining" if self._daemon.is_draining else "starting", Retry_After="1")
-        return StatusAnswer(status="ready")
+        unable, without = self._daemon.reasons
+        if unable:
+            problem = Problem(503, "not ready", unable[0], Retry_After="1")
+            problem.reasons = [*unable, *without]
+            raise problem
+        return StatusAnswer(status="ready", reasons=without)
 
     async def metrics(self, call: Call) -> web.Response:
         if call.tenant.is_operator:

@@ -251,6 +251,7 @@ class Channel(asyncio.BufferedProtocol):
         try:
             self._welcome(frame, await self._host.hello(self, message))
         except KVStoreError as error:
+            log.warning("a client is refused (%s): %s", self.peer, logs.mask(str(error)))
             self.answer(frame, protocol.encode_error(error), Status.ERROR)
             self.close()
         except OSError as error:

@@ -17,11 +17,13 @@ import os
 import signal
 import socket
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from kvstore.config import Config
 from kvstore.errors import ConfigError
-from kvstore.service import descriptors
+from kvstore.service import descriptors, logs, summary
 from kvstore.service.app import App, check_exposure
 from kvstore.service.clients import Clients
 from kvstore.service.connections import Connection, Connections
@@ -30,12 +32,15 @@ from kvstore.service.door import Door
 from kvstore.service.events import EventHub
 from kvstore.service.listener import Listener
 from kvstore.service.metrics import open_files
+from kvstore.service.preflight import Preflight
 from kvstore.service.session import Session
 from kvstore.service.stores import Stores
-from kvstore.service.tenants import LOCAL, Tenant, read_tokens
+from kvstore.service.tenants import LOCAL, Tenant, Tokens, read_tokens
 from kvstore.service.transfers import Transfers
+from kvstore.tiers.redis_url import parse_redis_url
 
 log = logging.getLogger(__name__)
+faults = logs.limited(f"{__name__}.faults")
 
 BACKLOG = 1024  # a connect to a unix socket whose backlog is full fails at once
 SPARE_FILES = 16
@@ -53,18 +58,22 @@ class Daemon:
         self.clients = Clients(config, self.stores, self.events)
         self.is_ready = False
         self.is_draining = False
-        budget = descriptors.budget(descriptors.limit())
-        self._silent = Connections(budget.silent)
+        self.preflight = Preflight(config)
+        self.budget = descriptors.budget(descriptors.limit())
+        self._silent = Connections(self.budget.silent)
         self._spare = descriptors.Spare(0)
         self._listener: Listener | None = None
-        self._socket: Path | None = None
+        self.socket: Path | None = None
         self._stop = asyncio.Event()
+        self._why_stopped = "stopped"
+        self.num_restored = 0
         service = config.service
         self.tokens = None if service.tokens_file is None else read_tokens(service.tokens_file)
+        _hide(config, self.tokens)
         self.transfers = Transfers(service.lease_max_s, lambda: next(self.clients.numbers))
         self.clients.num_tenants = self.transfers.num_tenants = len(self.tenants)
         self.dashboard = Dashboard(self)
-        self.app = App(self, budget)
+        self.app = App(self, self.budget)
 
     @property
     def sessions(self) -> dict[str, Session]:
@@ -82,11 +91,13 @@ class Daemon:
         return [LOCAL, *(self.tokens.tenants if self.tokens is not None else [])]
 
     async def start(self) -> None:
-        """Open what lies on disk, then listen. Raises ConfigError if the socket cannot be had."""
+        """Open what lies on disk, then listen. Raises ConfigError if something cannot be had or can never work."""
         check_exposure(self.config.service)
+        await asyncio.to_thread(self.preflight.check)
+        await self.preflight.start()
         num_stores = await self.stores.restore(self.tenants)
-        self._socket = socket_path(self.config.service.socket)
-        listener = _listen(self._socket)
+        self.socket = socket_path(self.config.service.socket)
+        listener = _listen(self.socket)
         try:
             # HTTP first: whoever finds the socket open finds everything open.
             await self.app.start(self.config.service)
@@ -96,27 +107,57 @@ class Daemon:
             self._listener.start()
         except BaseException:
             listener.close()
-            self._socket.unlink(missing_ok=True)
+            self.socket.unlink(missing_ok=True)
             raise
         self.dashboard.start()
         self.clients.start()
         self.is_ready = True
-        log.info("listening on %s, %d stores opened from disk", self._socket, num_stores)
+        self.num_restored = num_stores
+        log.info("listening on %s, %d stores opened from disk", self.socket, num_stores)
 
-    async def run(self) -> None:
-        """Start, serve until SIGTERM, SIGINT or `stop`, and close."""
+    async def run(self, announce: Callable[[str], None] = lambda line: None) -> None:
+        """Start, serve until SIGTERM, SIGINT or `stop`, and close. announce: is told what is up, and the end."""
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_log_fault)
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)  # before the start, which may take long: it ends well, too
+            # Before the start, which may take long: it ends well, too.
+            loop.add_signal_handler(number, self.stop, number.name)
         try:
             await self.start()
+            for line in summary.started(self, self.num_restored):
+                announce(line)
             await self._stop.wait()
+            announce(summary.ending(self, self._why_stopped))
         finally:
+            was_up = self.is_ready
             await self.close()
+        if was_up:
+            announce(
+                summary.ended(
+                    sum(max(one.store.stats()["owed_pages"].values(), default=0) for one in self.stores.all())
+                )
+            )
 
-    def stop(self) -> None:
+    def stop(self, why: str = "stopped") -> None:
         """Have `run` come to its end."""
+        self._why_stopped = why
         self._stop.set()
+
+    @property
+    def num_leases(self) -> int:
+        """Leases of clients and of transfers of pages."""
+        return self.clients.num_leases + self.transfers.num_leases
+
+    @property
+    def reasons(self) -> tuple[list[str], list[str]]:
+        """What keeps the daemon from serving, and what it serves without."""
+        without = [f"{tier}: out of use, its breaker is open" for tier in self.dashboard.tiers_down]
+        # As long as nobody has opened a store: would it be possible?
+        unable = [] if self.stores.all() else self.preflight.recent_problems()
+        if self.config.redis.url is not None and self.preflight.redis is None:
+            told = f"redis: not reached since the start: {self.preflight.redis_problem}"
+            (without if self.config.service.ready_without_redis else unable).append(told)
+        return unable, without
 
     async def close(self) -> None:
         """Drain, hang up, flush. Idempotent."""
@@ -125,13 +166,14 @@ class Daemon:
         if self._listener is not None:
             self._listener.close()
         self.clients.drain()
-        while self._num_leases and asyncio.get_running_loop().time() < until:
+        while self.num_leases and asyncio.get_running_loop().time() < until:
             await asyncio.sleep(DRAIN_STEP_S)
-        if self._num_leases:
+        if self.num_leases:
             drain_s = self.config.service.drain_s
-            log.warning("close: %d leases are still open after %.1f s", self._num_leases, drain_s)
+            log.warning("close: %d leases are still open after %.1f s", self.num_leases, drain_s)
         for transfer in self.transfers:
             transfer.end()
+        await self.preflight.close()
         await self.events.close()
         await self.dashboard.close()
         await self.app.close()
@@ -141,9 +183,9 @@ class Daemon:
         left_s = max(1.0, until - asyncio.get_running_loop().time())
         await self.stores.close(left_s)
         self._spare.close()
-        if self._listener is not None and self._socket is not None:
+        if self._listener is not None and self.socket is not None:
             with contextlib.suppress(OSError):
-                self._socket.unlink()
+                self.socket.unlink()
             self._listener = None
 
     def own_metrics(self) -> dict[str, float]:
@@ -152,7 +194,7 @@ class Daemon:
         return {
             "kvstore_service_clients": len(self.sessions),
             "kvstore_service_connections": self.clients.num_connections,
-            "kvstore_service_client_leases": self.clients.num_leases + self.transfers.num_leases,
+            "kvstore_service_client_leases": self.num_leases,
             "kvstore_service_overdue_leases": overdue_leases,
             "kvstore_service_overdue_slots": overdue_slots,
             "kvstore_service_clients_total": self.clients.num_attached,
@@ -165,10 +207,6 @@ class Daemon:
         }
 
     # ---- private ------------------------------------------------------------------------------------------------
-
-    @property
-    def _num_leases(self) -> int:
-        return self.clients.num_leases + self.transfers.num_leases
 
     def _door(self, connection: Connection) -> Door:
         return Door(connection, self.clients.local_channel, self.app.protocol)
@@ -225,6 +263,21 @@ def _make_way(path: Path) -> None:
     raise ConfigError(f"service.socket is {path}, where another daemon listens; stop it or name another path")
 
 
-def serve(config: Config) -> None:
-    """Run a daemon until it is told to stop."""
-    asyncio.run(Daemon(config).run())
+def _hide(config: Config, tokens: Tokens | None) -> None:
+    """Have every secret of the configuration masked in the log, whoever writes it there."""
+    if tokens is not None:
+        logs.know(tokens.digests)
+    if config.redis.url is not None:
+        target = parse_redis_url(config.redis.url.reveal())
+        logs.know(word for word in (target.password, target.sentinel_password) if word)
+
+
+def _log_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what nobody caught: the type and the place, for its text may hold what a client sent."""
+    error = context.get("exception")
+    faults.error("%s: %s", context.get("message", "a fault"), "-" if error is None else logs.where(error))
+
+
+def serve(config: Config, announce: Callable[[str], None] = lambda line: None) -> None:
+    """Run a daemon until it is told to stop. announce: is told what is up, and the end."""
+    asyncio.run(Daemon(config).run(announce))

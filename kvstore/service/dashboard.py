@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvstore.plan.records import HOST
+from kvstore.plan.records import HOST, CutReason
 from kvstore.service.dashboard_models import (
     Branches,
     ClientBrief,
@@ -113,6 +113,17 @@ class Dashboard:
                     self._incidents.append(Incident(at=at, tenant=tenant, namespace=namespace, tier=tier, is_up=is_up))
                 self._breakers[tenant, namespace, tier] = (is_up, since)
 
+    @property
+    def tiers_down(self) -> list[str]:
+        """Tiers that are out of use in some store, as of the last sample."""
+        return sorted(
+            {
+                tier
+                for (tenant, name, tier), (up, _) in self._breakers.items()
+                if not up and (tenant, name) in self._stats
+            }
+        )
+
     # ---- operations -----------------------------------------------------------------------------------------------
 
     async def now(self, call: Call) -> NowAnswer:
@@ -127,6 +138,7 @@ class Dashboard:
             node=platform.node(),
             tenant=call.tenant.name,
             is_operator=call.tenant.is_operator,
+            engines_url=f"unix://{self._daemon.socket}" if call.tenant.is_operator else "",
             status="draining" if self._daemon.is_draining else "ready" if self._daemon.is_ready else "starting",
             namespaces=[self._namespace(one) for one in self._visible(call, Shown())],
             total=self._total(places),
@@ -293,14 +305,18 @@ class Dashboard:
         return sorted(rows, key=lambda row: -row.total.prompt_tokens)
 
     def _misses(self, stores: Sequence[OpenStore]) -> tuple[list[Miss], dict[str, int]]:
-        """The last lookups that fell short, newest first, and all that are remembered by reason."""
-        short = [(one, shortfall) for one in stores for shortfall in one.store.admin.shortfalls()]
-        short.sort(key=lambda pair: -pair[1].at)
+        """The last lookups that fell short, and all that are remembered by reason.
+
+        Every new turn of a conversation ends in blocks that were never stored: those come last, or nobody sees another.
+        """
+        short = [
+            (one, shortfall, *in_words(shortfall.told)) for one in stores for shortfall in one.store.admin.shortfalls()
+        ]
+        short.sort(key=lambda found: (found[2] == CutReason.NEVER_STORED.value, -found[1].at))
         misses: list[Miss] = []
         reasons: dict[str, int] = {}
-        for one, shortfall in short:
+        for one, shortfall, reason, text in short:
             told = shortfall.told
-            reason, text = in_words(told)
             reasons[reason] = reasons.get(reason, 0) + 1
             if len(misses) < MAX_MISSES:
                 misses.append(

@@ -144,6 +144,8 @@ class Incident(Answer):
 class NowAnswer(Answer):
     """All that the dashboard shows of this moment.
 
+    engines_url: what engines on this machine set service.url to; only operators are told.
+    misses:  the newest of those remembered, first those that are no mere beginnings (never_stored).
     reasons: the lookups among those remembered that fell short, by reason.
     """
 
@@ -153,6 +155,7 @@ class NowAnswer(Answer):
     node: str
     tenant: str
     is_operator: bool
+    engines_url: str
     status: Literal["starting", "ready", "draining"]
     namespaces: list[NamespaceBrief]
     total: Use

@@ -353,16 +353,18 @@ class StatsAnswer(Answer):
 
 
 class StatusAnswer(Answer):
-    """Whether the daemon lives, or serves."""
+    """Whether the daemon lives, or serves. reasons: what it serves without, such as a tier that is down."""
 
     status: Literal["ok", "ready", "starting", "draining"]
+    reasons: list[str] = []
 
 
 class ProblemAnswer(Answer):
-    """RFC 9457, with the field that is wrong."""
+    """RFC 9457, with the field that is wrong. reasons: of a daemon that is not ready, one by one."""
 
     type: str
     title: str
     status: int
     detail: str = ""
     field: str = ""
+    reasons: list[str] = []

@@ -144,5 +144,10 @@ def _has_bytes(text: str) -> bool:
 
 
 def _show(value: object) -> str:
+    """A value in a message. Text and what holds text is told by its size: it may be a salt, and messages are logged."""
+    if isinstance(value, str):
+        return f"text of {len(value)} characters"
+    if isinstance(value, (list, dict)):
+        return f"a {'list' if isinstance(value, list) else 'table'} of {len(value)}"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -22,6 +22,7 @@ class Problem(Exception):
         self.detail = detail
         self.field = field
         self.headers = headers
+        self.reasons: list[str] = []
 
     def response(self) -> web.Response:
         """The answer."""
@@ -30,6 +31,8 @@ class Problem(Exception):
             body["detail"] = self.detail
         if self.field:
             body["field"] = self.field
+        if self.reasons:
+            body["reasons"] = self.reasons
         headers = {name.replace("_", "-"): value for name, value in self.headers.items()}
         return web.Response(status=self.status, body=encode_json(body), content_type=CONTENT_TYPE, headers=headers)
 

@@ -77,6 +77,11 @@ class Tokens:
         return found
 
     @property
+    def digests(self) -> list[bytes]:
+        """SHA-256 of every token, for what must never be logged."""
+        return [digest for digest, _ in self._digests]
+
+    @property
     def tenants(self) -> list[Tenant]:
         """All tenants, each once."""
         return list(dict.fromkeys(tenant for _, tenant in self._digests))

@@ -31,6 +31,7 @@ function times(plot, ticks) {
 class Chart {
   constructor(element, legend, names) {
     this.element = element;
+    this.all = names;
     this.names = names;
     this.legend = legend;
     this.plot = null;
@@ -45,6 +46,12 @@ class Chart {
     this.span = span;
     if (!this.plot) this.#rebuild();
     else this.plot.setData(data);
+    this.tell();
+  }
+
+  // Names of tiers that nobody has configured would only say that they are at zero.
+  only(tiers) {
+    this.names = this.all.filter((name) => !TIERS.includes(name.id) || tiers.includes(name.id));
     this.tell();
   }
 

@@ -111,6 +111,9 @@ function show(now) {
   showHealth(now);
   showTiers(now);
   misses.show(now);
+  const tiers = now.tiers.map((tier) => tier.tier);
+  hits.only(tiers);
+  flows.only(tiers);
   showTenants(now);
   showClients(now);
   const isFine = state.span <= FINE_S;
