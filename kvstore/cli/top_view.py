@@ -110,6 +110,9 @@ class View:
             state = Text("up", style="green")
             if not tier["is_up"]:
                 state = Text(f"DOWN for {format_seconds(round(self.now['at'] - tier['since']))}", style="bold red")
+            elif tier["left_out"]:
+                ways = ", ".join(sorted(tier["left_out"]))
+                state = Text(f"up, but no {ways}: {next(filter(None, tier['left_out'].values()), 'refused')}", "yellow")
             elif tier["num_opened"]:
                 state.append(f", was down {tier['num_opened']} times", style="dim")
             if tier["waiting_bytes"]:

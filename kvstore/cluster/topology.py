@@ -177,7 +177,7 @@ def plan(spec: ClusterSpec, directory: Path, redis_server: Callable[[], str]) ->
 def _redis(spec: ClusterSpec, directory: Path, binary: str) -> Process:
     options = ["--bind", HOST, "--port", str(spec.ports.redis), "--dir", str(directory), "--daemonize", "no"]
     options += ["--save", "", "--appendonly", "no"]
-    options += ["--maxmemory", str(spec.redis_bytes), "--maxmemory-policy", "allkeys-lru"]
+    options += ["--maxmemory", str(spec.redis_bytes), "--maxmemory-policy", "allkeys-lfu"]  # see docs/redis.md
     return Process("redis", Kind.REDIS, (binary, *options), spec.ports.redis)
 
 

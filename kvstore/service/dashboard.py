@@ -15,7 +15,6 @@ import asyncio
 import logging
 import platform
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,6 @@ from kvstore.service.dashboard_models import (
     Branches,
     ClientBrief,
     Flow,
-    Incident,
     Miss,
     NamespaceBrief,
     NowAnswer,
@@ -40,6 +38,7 @@ from kvstore.service.dashboard_prefixes import Looks, merged
 from kvstore.service.dashboard_usage import unix_of
 from kvstore.service.explain import in_words
 from kvstore.service.history import COARSE_S, FINE_ROWS, FINE_S, LOWER, TIERS, Columns, History, row_of
+from kvstore.service.incidents import Incidents, left_out
 from kvstore.service.problems import Problem
 from kvstore.service.routes import Call, Route
 from kvstore.service.stores import OpenStore
@@ -54,7 +53,6 @@ RECENT_S = 60.0
 FLOW_S = 5.0  # long enough that a batch of pages is a stream, not a spike
 MAX_MISSES = 60
 MAX_CLIENTS = 50
-MAX_INCIDENTS = 64
 
 Place = tuple[str, str]  # tenant, namespace
 
@@ -67,8 +65,7 @@ class Dashboard:
         self._began = time.monotonic()
         self._history = History()
         self._stats: dict[Place, dict[str, Any]] = {}
-        self._breakers: dict[tuple[str, str, str], tuple[bool, float]] = {}  # is it up, and since when
-        self._incidents: deque[Incident] = deque(maxlen=MAX_INCIDENTS)
+        self._incidents = Incidents()
         self._looks = Looks()
         self._task: asyncio.Task[None] | None = None
 
@@ -104,14 +101,8 @@ class Dashboard:
         self._history.add(
             at, {place: row_of(stats, len(opened[place].layout.groups)) for place, stats in self._stats.items()}
         )
-        for (tenant, namespace), stats in self._stats.items():
-            for tier, is_open in stats["breaker_open"].items():
-                is_up = not is_open
-                was_up, since = self._breakers.get((tenant, namespace, tier), (True, at))
-                if is_up != was_up:
-                    since = at
-                    self._incidents.append(Incident(at=at, tenant=tenant, namespace=namespace, tier=tier, is_up=is_up))
-                self._breakers[tenant, namespace, tier] = (is_up, since)
+        for place, stats in self._stats.items():
+            self._incidents.note(place, stats, at)
 
     @property
     def tiers_down(self) -> list[str]:
@@ -150,7 +141,7 @@ class Dashboard:
             num_clients=len(sessions),
             misses=misses,
             reasons=reasons,
-            incidents=[one for one in self._incidents if (one.tenant, one.namespace) in set(places)][::-1],
+            incidents=self._incidents.of(set(places)),
         )
 
     async def series(self, call: Call) -> SeriesAnswer:
@@ -251,7 +242,7 @@ class Dashboard:
         found = [(place, stats) for place, stats in every if name == HOST or name in stats["breaker_open"]]
         if not found:
             return None
-        breakers = [state for place, _ in found if (state := self._breakers.get((*place, name))) is not None]
+        breakers = [state for place, _ in found if (state := self._incidents.reads(place, name)) is not None]
         is_up = all(up for up, _ in breakers)
         bounded = all(name in stats["capacity_pages"] for _, stats in found)
 
@@ -275,6 +266,7 @@ class Dashboard:
             pinned_bytes=total("pinned_pages") if name == HOST else 0,
             is_up=is_up,
             since=max((since for up, since in breakers if up == is_up), default=unix_of(self._began)),
+            left_out=left_out([stats for _, stats in found], name),
             num_opened=sum(_number(stats, ("breaker_opens", name)) for _, stats in found),
             queued=sum(_number(stats, ("lane_queue", name)) for _, stats in found),
             bytes_per_s=max(speeds, default=None),

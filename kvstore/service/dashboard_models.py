@@ -72,7 +72,8 @@ class TierBrief(Answer):
     capacity_bytes: none where the medium evicts by itself; then used_bytes are those known to be there.
     waiting_bytes:  on its way there or owed to it; for host: not yet written to some tier below.
     free_bytes, filling_bytes, pinned_bytes: of host memory.
-    is_up, since:   whether its breaker is closed in every namespace, and since when, as far as was seen.
+    is_up, since:   whether it is read in every namespace, and since when, as far as was seen.
+    left_out:       directions in which it is not used (read, write, touch, delete, claim), and its own words for why.
     """
 
     tier: str
@@ -84,6 +85,7 @@ class TierBrief(Answer):
     pinned_bytes: int
     is_up: bool
     since: float
+    left_out: dict[str, str]
     num_opened: int
     queued: int
     bytes_per_s: float | None
@@ -132,13 +134,19 @@ class Miss(Answer):
 
 
 class Incident(Answer):
-    """A tier went down or came back."""
+    """A tier, or a direction of it, went down or came back.
+
+    direction: read stands for the tier itself: without it no page is had of it.
+    reason:    why it went down, in the medium's words, as far as was seen.
+    """
 
     at: float
     tenant: str
     namespace: str
     tier: str
+    direction: str
     is_up: bool
+    reason: str
 
 
 class NowAnswer(Answer):

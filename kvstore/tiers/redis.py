@@ -1,7 +1,7 @@
 """Pages in Redis, shared by replicas and machines.
 
 What a page looks like there is told in `redis_value`, how it is cut in `redis_parts`. The server evicts by itself
-(`allkeys-lru`) and expires by TTL, so a page may be gone at any time, and so may one of its parts: a read finds out,
+(`maxmemory-policy`) and by TTL, so a page may be gone at any time, and so may one of its parts: a read finds out,
 and takes away what is left.
 
     contains   EXISTS for each page, in one round trip: as fast as one script, and allowed everywhere
@@ -230,7 +230,7 @@ class RedisTier:
         return present
 
     def delete(self, keys: Sequence[PageKey], *, timeout_s: float) -> None:
-        """Forget pages. A string is freed at once, by UNLINK as by DEL: about 50 us per page of 2 MiB."""
+        """Forget pages. The server frees a string in its main thread, by UNLINK as by DEL."""
         heads = [self._names.head(key) for key in keys]
 
         def forget(wire: Wire, indexes: list[int]) -> None:

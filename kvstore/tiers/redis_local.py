@@ -66,7 +66,7 @@ class LocalRedis:
         self,
         *,
         maxmemory_bytes: int = 256 * MiB,
-        policy: str = "allkeys-lru",
+        policy: str = "allkeys-lfu",
         password: str | None = None,
         tls_cert: Path | None = None,
         tls_key: Path | None = None,
@@ -75,7 +75,8 @@ class LocalRedis:
     ) -> None:
         """Starts nothing yet.
 
-        maxmemory_bytes, policy: what the server may hold, and what leaves when that is full.
+        maxmemory_bytes, policy: what the server may hold, and what leaves when that is full. A burst of saves turns a
+            small memory over within a second, which is the tick of LRU's clock: then LRU is random (docs/redis.md).
         tls_cert, tls_key: with these the port speaks TLS only; clients need no certificate of their own.
         arguments: more options of redis-server, such as ("--cluster-enabled", "yes").
 
@@ -182,8 +183,6 @@ class LocalRedis:
             options += ["--requirepass", self._password]
         options += ["--dir", str(self._directory), "--save", "", "--appendonly", "no", "--daemonize", "no"]
         options += ["--maxmemory", str(self._maxmemory_bytes), "--maxmemory-policy", self._policy]
-        # Freeing a page of megabytes is left to the server's background thread.
-        options += ["--lazyfree-lazy-eviction", "yes", "--lazyfree-lazy-expire", "yes"]
         with open(self._directory / "log", "ab") as log:
             return subprocess.Popen(
                 [self._binary, *options, *self.arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log

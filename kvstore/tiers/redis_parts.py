@@ -1,7 +1,9 @@
 """How the bytes of one page are cut into Redis values.
 
-Redis keeps a string in one jemalloc block, and those come in sizes that step by a quarter of a power of two. A page of
-2^k bytes with a header before it lands just above a class and costs 1.25 times its bytes. So a value that would waste
+A Redis built with jemalloc accounts a string with its whole block, and those come in sizes that step by a quarter of a
+power of two. A page of 2^k bytes with a header before it lands just above a class and costs 1.25 times its bytes of
+`maxmemory`; not of RAM, since the end of the block is never touched, and nothing of either on builds with libc's
+allocator, where the cut costs a second key and does no harm. So a value that would waste
 more than 1/32 is cut once: the first part fills the class below to the brim, the rest is small and goes under a key of
 its own. The rest is less than a quarter of the page, so what it wastes is again less than 1/32.
 

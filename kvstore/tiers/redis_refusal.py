@@ -36,7 +36,7 @@ COMMANDS = (
     *("set", "multi", "exec", "touch", "pexpire", "unlink", "ping", "scan"),
     *("eval", "get", "del"),
 )
-OF_A_BOUND = ("zadd", "zrem", "zcard", "zcount", "zpopmin", "zremrangebyscore")
+OF_A_BOUND = ("zadd", "zrem", "zcard", "zcount", "zpopmin", "zrangebyscore", "zremrangebyscore")
 
 _IN_A_SCRIPT = "user executing the script can't"  # Redis 7.0 has no code for it
 

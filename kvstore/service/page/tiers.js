@@ -60,8 +60,15 @@ function updatePlace(element, { id, tier, now }) {
   if (tier.waiting_bytes) told.push(id === "host" ? `${bytes(tier.waiting_bytes)} dirty` : `${bytes(tier.waiting_bytes)} owed to it`);
   if (tier.queued) told.push(tier.queued === 1 ? "1 batch queued" : `${tier.queued} batches queued`);
   if (tier.latency_s) told.push(`answers in ${tier.latency_s < 0.001 ? `${(tier.latency_s * 1e6).toFixed(0)} µs` : seconds(tier.latency_s)}`);
+  told.push(...refused(tier));
   setText(facts, told.join(" · "));
   setAttribute(bar, "aria-label", told.join(", "));
+}
+
+// What a tier that is up does not do, and its own words for why.
+function refused(tier) {
+  if (!tier.is_up) return [];
+  return Object.entries(tier.left_out).map(([way, why]) => `${way} left out${why ? `: ${why}` : ""}`);
 }
 
 function makeFlow(id) {
@@ -85,21 +92,25 @@ function updateFlow(element, { id, now }) {
 
 export function showHealth(now) {
   const down = now.tiers.filter((tier) => !tier.is_up);
-  setText(byId("health"), down.length ? `${down.length} down` : now.tiers.length ? "All up" : "–");
-  byId("health").classList.toggle("bad", down.length > 0);
+  const partly = now.tiers.filter((tier) => tier.is_up && Object.keys(tier.left_out).length);
+  setText(byId("health"), down.length ? `${down.length} down` : partly.length ? `${partly.length} in part`
+    : now.tiers.length ? "All up" : "–");
+  byId("health").classList.toggle("bad", down.length + partly.length > 0);
   reconcile(byId("lamps"), now.tiers, (tier) => tier.tier, () => make("li", {}, make("i", { "aria-hidden": "true" }), make("span")),
     (element, tier) => {
-      element.className = tier.is_up ? "up" : "down";
-      setText(element.lastChild, tier.is_up ? tier.tier : `${tier.tier} down`);
+      const ways = Object.keys(tier.left_out);
+      element.className = tier.is_up && !ways.length ? "up" : "down";
+      setText(element.lastChild, !tier.is_up ? `${tier.tier} down` : ways.length ? `${tier.tier}: no ${ways.join(", ")}` : tier.tier);
     });
   const opened = now.tiers.reduce((total, tier) => total + tier.num_opened, 0);
   setText(byId("health-note"), down.length
     ? `${down[0].tier} is left out for ${seconds(now.at - down[0].since)}; requests go on without it`
+    : partly.length ? `${partly[0].tier}: ${refused(partly[0])[0]}`
     : opened ? `breakers opened ${opened} ${opened === 1 ? "time" : "times"} since the start` : "no breaker has opened");
   const several = new Set(now.namespaces.map((one) => one.tenant)).size > 1;
   const rows = now.incidents.slice(0, 5).map((one) => ({
-    key: `${one.at} ${one.tenant} ${one.namespace} ${one.tier}`, isUp: one.is_up,
-    text: `${one.tier} ${one.is_up ? "came back" : "was taken out"}${several ? ` (${one.tenant})` : ""}`, ago: now.at - one.at,
+    key: `${one.at} ${one.tenant} ${one.namespace} ${one.tier} ${one.direction}`, isUp: one.is_up,
+    text: `${one.tier}${one.direction === "read" ? "" : ` (${one.direction})`} ${one.is_up ? "came back" : "was taken out"}${several ? ` (${one.tenant})` : ""}`, ago: now.at - one.at,
   }));
   if (!rows.length) rows.push({ key: "none", isUp: true, text: "Nothing went down since the daemon started", ago: null });
   reconcile(byId("incidents"), rows, (row) => row.key,

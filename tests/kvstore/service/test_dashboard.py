@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from kvstore.plan.records import RequestOptions
+from kvstore.direction import Direction
+from kvstore.plan.records import Op, RequestOptions
 from kvstore.service import dashboard_prefixes
 from kvstore.service.connect import connect
 from kvstore.service.dashboard_page import DIRECTORY
@@ -143,6 +144,27 @@ def test_a_breaker_that_opens_is_told_with_the_time_and_stays_in_the_list(daemon
     assert disk["num_opened"] == 1
     assert disk["since"] == down["incidents"][0]["at"]
     assert [(one["tier"], one["is_up"]) for one in up["incidents"]] == [("disk", True), ("disk", False)]
+
+
+def test_a_direction_that_is_refused_is_told_with_the_mediums_words(daemon: LocalDaemon, http: Http) -> None:
+    play(daemon.config.service.socket, fork(2, 2, 0))
+    sample(daemon)
+    (opened,) = daemon.look(lambda d: d.stores.all())
+    directions = opened.store._dispatcher.lanes["disk"].directions
+    breaker = directions.breakers[Direction.WRITE]
+    breaker._probe_after_s = breaker._backoff_s = 1000.0
+
+    for _ in range(3):
+        directions.refused(Op.SPILL, "EROFS: Read-only file system")
+    sample(daemon)
+    now = http.get("/v1/dashboard/now")
+
+    disk = next(tier for tier in now["tiers"] if tier["tier"] == "disk")
+    assert disk["is_up"]
+    assert disk["left_out"] == {"write": "EROFS: Read-only file system"}
+    assert [(one["direction"], one["is_up"], one["reason"]) for one in now["incidents"]] == [
+        ("write", False, "EROFS: Read-only file system")
+    ]
 
 
 # ---- over time

@@ -79,7 +79,7 @@ class TestRunning:
         with LocalRedis(maxmemory_bytes=64 << 20) as server, server.client() as client:
             config: Any = client.config_get(*names)
 
-        assert [config[name] for name in names] == ["", "no", str(64 << 20), "allkeys-lru"]
+        assert [config[name] for name in names] == ["", "no", str(64 << 20), "allkeys-lfu"]
 
     def test_after_a_kill_it_comes_back_empty_on_the_same_port(self) -> None:
         with LocalRedis() as server:
