@@ -108,11 +108,7 @@ class Dashboard:
     def tiers_down(self) -> list[str]:
         """Tiers that are out of use in some store, as of the last sample."""
         return sorted(
-            {
-                tier
-                for (tenant, name, tier), (up, _) in self._breakers.items()
-                if not up and (tenant, name) in self._stats
-            }
+            {tier for stats in self._stats.values() for tier, is_open in stats["breaker_open"].items() if is_open}
         )
 
     # ---- operations -----------------------------------------------------------------------------------------------
