@@ -5,7 +5,6 @@ The daemon's API and dashboard are made of it; no connector needs it.
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 from kvstore.dispatcher import Dispatcher
@@ -17,7 +16,7 @@ from kvstore.plan.journal import Shortfall
 from kvstore.plan.keeper import Kept
 from kvstore.plan.records import Explanation, Request
 from kvstore.plan.tour import Tour
-from kvstore.tiers.base import Sweepable
+from kvstore.tiers.base import CLEARED, Sweepable
 
 
 class Admin:
@@ -59,24 +58,32 @@ class Admin:
     # ---- what is changed --------------------------------------------------------------------------------------
 
     def clear(self) -> int:
-        """Delete every block that is known, in every tier that can be reached; returns how many."""
+        """Delete everything that is stored; returns how many blocks were known.
+
+        Tiers without an index (Redis) delete what they find of this namespace, whoever wrote it; that takes a walk over
+        the whole server. As with `forget`, a delete is acknowledged by the next true `flush`, and owed until then.
+        """
         with self._lock:
             self._dispatcher.check_open()
             cleared = self._planner.clear(self._dispatcher.now())
             self._dispatcher.send()
             return cleared
 
-    def sweep(self, timeout_s: float) -> dict[str, int]:
-        """After `clear`: have tiers that are not indexed delete what they hold of this namespace, whoever wrote it.
+    def undeleted(self, *, at_once: bool = False) -> dict[str, int] | None:
+        """How many deletes tiers are owed, by tier, a clear counting as one; none where all is deleted.
 
-        Returns keys deleted, by tier. Any thread; holds no lock, and takes as long as a walk over the whole server.
-        Raises TierUnavailable if a server is not reached, or the time runs out.
+        None while some can be done that are not, unless it is asked for `at_once`. Ask after each change (`listen`).
         """
-        until = time.monotonic() + timeout_s
+        with self._lock:
+            tiers, now = self._planner.tiers, self._dispatcher.now()
+            if not at_once and any(tier.is_deleting(now) for tier in tiers):
+                return None
+            return {tier.plan.name: len(tier.deletes) for tier in tiers if len(tier.deletes)}
+
+    def cleared_keys(self) -> dict[str, int]:
+        """How many keys the clears of tiers have deleted that know themselves what they have."""
         tiers = [lane.tier for lane in self._dispatcher.lanes.values()]
-        return {
-            tier.name: tier.sweep(timeout_s=until - time.monotonic()) for tier in tiers if isinstance(tier, Sweepable)
-        }
+        return {tier.name: tier.counters.extra.get(CLEARED, 0) for tier in tiers if isinstance(tier, Sweepable)}
 
     def resize_host(self, num_slots: int) -> None:
         """Use `num_slots` of the slots; memory of the others goes back to the system as they come free."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 
 from kvstore.base import KVStore
-from kvstore.plan.records import LeaseStatus, LoadLease, Match, Request
+from kvstore.plan.records import FlushResult, LeaseStatus, LoadLease, Match, Request
 
 
 class AsyncStore:
@@ -40,8 +40,8 @@ class AsyncStore:
             raise
         return lease, status
 
-    async def flush(self, timeout_s: float) -> bool:
-        """Wait until everything saved so far is written behind."""
+    async def flush(self, timeout_s: float) -> FlushResult:
+        """Wait until everything saved and deleted so far is so on its tiers; true if it is, else what is missing."""
         return await asyncio.to_thread(self.store.flush, timeout_s)
 
     async def close(self, timeout_s: float | None = None) -> None:

@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from kvstore.layout import Layout
 from kvstore.plan.records import (
+    FlushResult,
     LeaseStatus,
     LoadLease,
     Match,
@@ -127,7 +128,11 @@ class KVStore(Protocol):
         """Undo `pin`."""
 
     def forget(self, request: Request, first: int = 0) -> int:
-        """Delete blocks from `first` on and all that continues them, in every tier that can be reached."""
+        """Delete blocks from `first` on and all that is known to continue them; return how many.
+
+        They are gone from host memory at once, and no lookup finds them any more. On lower tiers a delete is owed as a
+        write is: it is acknowledged by the next true `flush`, and tried again where a tier cannot be reached.
+        """
 
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """Tell how fast the engine computes, so that lookups can weigh loading against recomputing."""
@@ -138,8 +143,13 @@ class KVStore(Protocol):
     def slot_array(self, slot: int) -> npt.NDArray[np.uint8]:
         """The same bytes as an array: use np.copyto, which releases the GIL (memoryview assignment holds it)."""
 
-    def flush(self, timeout_s: float) -> bool:
-        """Wait until everything saved so far is written behind; False if the time ran out."""
+    def flush(self, timeout_s: float) -> FlushResult:
+        """Wait until everything saved, and everything deleted, so far is so on every tier that should have it.
+
+        The result is true if it is, and says what is missing if not: because the time ran out, because a tier is out or
+        refuses it (then without waiting: a later flush tries again), or because it was lost. Only a true result is an
+        acknowledgement. What a caller was told to be lost for good is not told again.
+        """
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges as plain numbers."""

@@ -202,6 +202,7 @@ def _lower_tiers(
             window_pages=min(window, 4 * redis.connections * config.store.lane_batch_pages),
             workers=redis.connections,
             can_claim=redis.admit == "always",  # else what is computed may never be there
+            can_clear=namespace is not None,  # the prefix of its keys is the namespace's own
         )
         yield tier, plan, redis.timeout_s
 

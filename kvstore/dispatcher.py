@@ -25,8 +25,9 @@ from kvstore.errors import StoreClosed
 from kvstore.forks import forbid
 from kvstore.move.lane import Lane, TierState
 from kvstore.move.mover import Mover
+from kvstore.plan.flushing import Flushing, Told
 from kvstore.plan.planner import Planner
-from kvstore.plan.records import Outcome
+from kvstore.plan.records import FlushResult, Outcome
 
 
 class Dispatcher:
@@ -89,6 +90,12 @@ class Dispatcher:
         """Give the memory of slots that are out of use back to the system."""
         self._discard(self.planner.host.pool.take_retired())
 
+    def is_flushed(self, flushing: Flushing) -> bool:
+        """True if a flush has come to its end, or the store to its own."""
+        is_over = self.is_closed or flushing.is_over(self.now())
+        self.send()
+        return is_over
+
     # ---- not under the lock -----------------------------------------------------------------------------------
 
     @property
@@ -101,14 +108,14 @@ class Dispatcher:
         with self.lock:
             self._listeners.append(listener)
 
-    def flush(self, timeout_s: float) -> bool:
-        """Wait until everything saved so far is written behind."""
+    def flush(self, timeout_s: float, told: Told) -> FlushResult:
+        """Wait until everything saved and deleted so far is so on its tiers, or cannot be made so now."""
         until = time.monotonic() + timeout_s
         with self.lock:
-            while not self.planner.is_settled:
-                if self.is_closed or not self.wait_until(until):
-                    return self.planner.is_settled
-            return True
+            flushing = self.planner.flushing()
+            while not self.is_flushed(flushing) and self.wait_until(until):
+                pass
+            return self.planner.flush_result(told)
 
     def close(self) -> bool:
         """Let nothing more begin, and wake whoever waits; False if it is closed already. The mover is closed after."""

@@ -94,6 +94,9 @@ METRICS: tuple[MetricSpec, ...] = (
     _counter("spill_failures", "spill_failed_pages", "Pages a lower tier failed to take.", "tier"),
     _counter("spill_lost", "spill_lost_pages", "Pages evicted from host memory before a tier got them.", "tier"),
     # Leaving.
+    _counter("deleted_pages", "deleted_pages", "Deletes that a tier has done; clearing it counts as one.", "tier"),
+    _counter("delete_failures", "delete_failed_pages", "Deletes that a tier did not do; they are tried again.", "tier"),
+    _counter("deletes_dropped", "deletes_dropped", "Deletes that were given up: a flush says so.", "tier"),
     _counter("evicted_pages", "evicted_pages", "Copies that made room for others.", "tier"),
     _counter("expired_pages", "expired_pages", "Copies that outlived their TTL.", "tier"),
     _counter("lost_pages", "lost_pages", "Copies believed to be in a tier that were not.", "tier"),
@@ -118,6 +121,7 @@ METRICS: tuple[MetricSpec, ...] = (
     _gauge("leases", "leases", "Leases that are open."),
     _gauge("blocks", "indexed_blocks", "Blocks the prefix index knows."),
     _gauge("owed_pages", "owed_pages", "Pages waiting to be written to a tier.", "tier"),
+    _gauge("owed_deletes", "owed_deletes", "Pages waiting to be deleted from a tier.", "tier"),
     _gauge("pages", "pages", "Pages known to be in a tier.", "tier"),
     _gauge("capacity_pages", "capacity_pages", "Pages that fit into a tier.", "tier"),
     _gauge("slot_bytes", "slot_bytes", "Bytes of one slot."),

@@ -40,8 +40,12 @@ def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
         **planner.saver.counters,
         "spilled_pages": {name: tier.counters.spilled_pages for name, tier in tiers.items()},
         "spill_failures": {name: tier.counters.failed_pages for name, tier in tiers.items()},
-        "spill_lost": {name: tier.counters.lost_pages for name, tier in tiers.items()},
-        "owed_pages": {name: len(tier.owed) for name, tier in tiers.items()},
+        "spill_lost": {name: tier.debts.num_lost for name, tier in tiers.items()},
+        "owed_pages": {name: len(tier.debts) for name, tier in tiers.items()},
+        "deleted_pages": {name: tier.deletes.num_done for name, tier in tiers.items()},
+        "delete_failures": {name: tier.deletes.num_failed for name, tier in tiers.items()},
+        "deletes_dropped": {name: tier.deletes.num_dropped for name, tier in tiers.items()},
+        "owed_deletes": {name: len(tier.deletes) for name, tier in tiers.items()},
         "evicted_pages": {HOST: host.evicted_pages}
         | {name: tier.counters.evicted_pages + media[name].fallback_evictions for name, tier in tiers.items()},
         "expired_pages": {HOST: host.expired_pages}

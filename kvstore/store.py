@@ -21,10 +21,12 @@ from kvstore.errors import RequestError
 from kvstore.forks import forbid, harmless
 from kvstore.layout import Layout
 from kvstore.move.lane import Lane
+from kvstore.plan.flushing import Flushing, Told
 from kvstore.plan.journal import BlockEvent, Journal
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import (
     CutReason,
+    FlushResult,
     LeaseState,
     LeaseStatus,
     LoadLease,
@@ -67,6 +69,7 @@ class LocalStore(RequestMaker):
         self._slab = slab
         self._now = now
         self._close_timeout_s = close_timeout_s
+        self._told = planner.told()
         self._dispatcher = Dispatcher(planner, lanes, slab.discard, now)
         self._lock = self._dispatcher.lock
         self.admin = Admin(self._dispatcher)
@@ -314,9 +317,28 @@ class LocalStore(RequestMaker):
 
     # ---- the store as a whole ---------------------------------------------------------------------------------
 
-    def flush(self, timeout_s: float) -> bool:
-        """Wait until everything saved so far is written behind."""
-        return self._dispatcher.flush(timeout_s)
+    def flush(self, timeout_s: float, told: Told | None = None) -> FlushResult:
+        """Wait until everything saved and deleted so far is so on its tiers, or cannot be made so now.
+
+        told: of a caller that shares the store with others (`told_of_losses`): each is told of every loss. Without it,
+        all callers are one.
+        """
+        return self._dispatcher.flush(timeout_s, self._told if told is None else told)
+
+    def told_of_losses(self) -> Told:
+        """The notes of a caller whose flushes begin now, for `flush`: it is told of what is lost from here on."""
+        with self._lock:
+            return self._planner.told()
+
+    def start_flush(self) -> Flushing:
+        """The first half of a flush, for a server that cannot block in it: ask `flush_result` after each change."""
+        return self._planner.flushing()
+
+    def flush_result(self, flushing: Flushing, told: Told, *, at_once: bool = False) -> FlushResult | None:
+        """What a flush has come to; None while it goes on, unless it is asked for `at_once`."""
+        with self._lock:
+            is_over = self._dispatcher.is_flushed(flushing)
+            return self._planner.flush_result(told) if is_over or at_once else None
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges as plain numbers; kvstore/metrics.py documents them."""
@@ -341,8 +363,10 @@ class LocalStore(RequestMaker):
         """Write behind what is left, stop all threads, give everything back."""
         timeout_s = self._close_timeout_s if timeout_s is None else timeout_s
         until = time.monotonic() + timeout_s
-        if not self._dispatcher.is_closed and not self.flush(timeout_s):
-            log.warning("close: %s pages were not written behind in %.1f s", self.stats()["owed_pages"], timeout_s)
+        if not self._dispatcher.is_closed:
+            flushed = self.flush(timeout_s)
+            if not flushed:
+                log.warning("close: not everything is on its tiers: %s", flushed)
         if not self._dispatcher.close():
             return
         mover = self._dispatcher.mover

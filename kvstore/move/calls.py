@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from kvstore.errors import TierError
 from kvstore.plan.records import Op, Transfer
-from kvstore.tiers.base import Claimable, Tier
+from kvstore.tiers.base import CLEARED, Claimable, Sweepable, Tier
 
 
 def call_tier(
@@ -28,6 +28,12 @@ def call_tier(
         case Op.DELETE:
             tier.delete(keys, timeout_s=timeout_s)
             answer = [True] * len(keys)
+        case Op.CLEAR:
+            if not isinstance(tier, Sweepable):
+                raise TierError("it does not know what it has")
+            extra, num_keys = tier.counters.extra, tier.sweep(timeout_s=timeout_s)
+            extra[CLEARED] = extra.get(CLEARED, 0) + num_keys
+            answer = []
         case Op.CLAIM:
             claims = _claimable(tier)
             answer = claims.claim(keys, token=transfer.token, lease_s=transfer.lease_s, timeout_s=timeout_s)
@@ -37,6 +43,11 @@ def call_tier(
     if len(answer) != len(keys):
         raise TierError(f"{len(answer)} answers for {len(keys)} keys")
     return tuple(answer)
+
+
+def in_words(transfer: Transfer) -> str:
+    """What it is, in a line of a log."""
+    return f"{transfer.op.value} of {len(transfer.keys)} pages" if transfer.keys else transfer.op.value
 
 
 def moved_bytes(transfer: Transfer, ok: tuple[bool, ...]) -> int:

@@ -25,6 +25,7 @@ DIRECTION_OF = {
     Op.SPILL: Direction.WRITE,
     Op.TOUCH: Direction.TOUCH,
     Op.DELETE: Direction.DELETE,
+    Op.CLEAR: Direction.DELETE,
     Op.CLAIM: Direction.CLAIM,
     Op.UNCLAIM: Direction.CLAIM,
 }

@@ -1,5 +1,7 @@
 """A tier below host memory as the planner sees it: what it holds, what it is owed, and who leaves it.
 
+What it is owed is kept in two books: pages to be written (debts.py) and pages to be deleted (deletes.py).
+
 Pages are written behind: soon after they are whole in host memory they are *owed* to every lower tier that admits
 them, and leave the queue in batches as fast as the lane takes them. So eviction from host memory is a plain drop.
 Only the batches under way hold their slots; a page that is merely owed may still be evicted, and is then lost to
@@ -16,11 +18,14 @@ from eviction.policy import EvictionPolicy
 from kvstore.direction import Direction
 from kvstore.page import PageKey
 from kvstore.plan.catalog import Block, Catalog, Page, PageState
+from kvstore.plan.debts import Debts, SpillCounters
+from kvstore.plan.deletes import Deletes
 from kvstore.plan.flights import Flight, Flights
 from kvstore.plan.journal import Left
 from kvstore.plan.records import Op, Outcome, Priority
 
 TOUCH_BATCH = 512  # keys; one Redis round trip or one LMDB transaction of a few milliseconds
+MAX_OWED_DELETES = 65_536  # keys that a tier which cannot be reached is owed; about 10 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,7 @@ class TierPlan:
     window_pages:   pages that may be on their way to it at once.
     workers:        batches its lane works on at the same time.
     can_claim:      machines that share it can tell each other there what they are computing.
+    can_clear:      it deletes all it has of this namespace when told so, without being told what that is.
     """
 
     name: str
@@ -48,17 +54,7 @@ class TierPlan:
     window_pages: int = 64
     workers: int = 1
     can_claim: bool = False
-
-
-@dataclass(slots=True)
-class SpillCounters:
-    """What became of the pages owed to a tier."""
-
-    spilled_pages: int = 0
-    failed_pages: int = 0
-    lost_pages: int = 0  # evicted from host memory before they were written
-    evicted_pages: int = 0
-    expired_pages: int = 0
+    can_clear: bool = False
 
 
 @dataclass(slots=True)
@@ -81,50 +77,54 @@ class LowerTier:
     is_detached: bool = False  # taken away by an operator: it has nothing, and gets nothing
     used_pages: int = 0
     in_flight: int = 0
-    owed: dict[Page, None] = field(default_factory=dict)
-    leaving: dict[PageKey, int] = field(default_factory=dict)  # deletes under way, by key
     counters: SpillCounters = field(default_factory=SpillCounters)
+    debts: Debts = field(init=False)
+    deletes: Deletes = field(init=False)
 
-    def owe(self, pages: Sequence[Page], *, used: bool) -> None:
-        """Pages are whole in host memory: remember those this tier should have."""
+    def __post_init__(self) -> None:
+        self.debts = Debts(self.max_owed)
+        self.deletes = Deletes(self.plan.name, self.flights, max(MAX_OWED_DELETES, self.plan.capacity_pages or 0))
+
+    def owe(self, pages: Sequence[Page], *, used: bool, is_saved: bool = False) -> None:
+        """Pages are whole in host memory: remember those this tier should have. is_saved: a save brought them."""
         if self.is_detached or (self.plan.admit == "second_use" and not used):
             return
         bit = self.bit
-        for page in pages:
-            if not (page.homes | page.spilling) & bit:
-                self.owed[page] = None
-        if len(self.owed) > self.max_owed:
-            self._drop_lost()
+        self.debts.owe([page for page in pages if not (page.homes | page.spilling) & bit], is_saved=is_saved)
 
     def pump(self, now: float) -> None:
-        """Send what is owed, as far as the window allows."""
-        while self.owed and self.takes(Direction.WRITE) and self.in_flight < self.plan.window_pages:
-            batch: list[Page] = []
-            for page in list(_first(self.owed, self.batch_pages)):
-                del self.owed[page]
-                if page.state != PageState.READY or page.block.is_removed:
-                    self.counters.lost_pages += 1
-                elif not (page.homes | page.spilling) & self.bit:
-                    batch.append(page)
+        """Send what is owed, as far as the window allows: deletes first, since writes may wait for them."""
+        if self.deletes.is_any and self.takes(Direction.DELETE):
+            self.deletes.pump(now, may_clear=not self.in_flight)
+        if not self.takes(Direction.WRITE):
+            return
+        while self.debts.waiting and self.in_flight < self.plan.window_pages and not self.deletes.must_clear:
+            batch = self.debts.take(self.batch_pages, self._holds if self.deletes.is_any else None)
+            for page in [page for page in batch if (page.homes | page.spilling) & self.bit]:
+                del batch[page]  # it is there by now
             if batch and not self._spill(batch):
-                return
+                break
+        if self.debts.held and self.takes(Direction.DELETE):
+            self.deletes.pump(now, may_clear=False)  # those that writes turned out to wait for
 
     def spilled(self, flight: Flight, outcome: Outcome, now: float) -> None:
         """Book the outcome of a SPILL."""
         self.in_flight -= len(flight.pages)
         for page, ok in zip(flight.pages, outcome.ok, strict=True):
             page.spilling &= ~self.bit
-            if ok and not self.is_detached:
+            self.counters.spilled_pages += ok
+            self.counters.failed_pages += not ok
+            if ok and not self.is_detached and not page.block.is_removed:
                 page.homes |= self.bit
-                self.counters.spilled_pages += 1
                 if self.catalog.journal is not None:
                     self.catalog.journal.stored(self.plan.name, (page,))
-            else:
-                self.forget_copies((page,))
-                self.counters.failed_pages += 1
-                self.catalog.prune(page.block)
+                continue
+            self.forget_copies((page,))
             if page.block.is_removed:
-                self.delete([page])
+                self.deletes.wrote(page.key)  # also if it failed: a write that was given up may still have been done
+            elif not self.is_detached:
+                self.debts.fail(page, is_saved=_is_saved(flight, page))
+            self.catalog.prune(page.block)
         self.pump(now)
 
     def has(self, page: Page) -> bool:
@@ -134,6 +134,8 @@ class LowerTier:
         """The tier turned out to hold a page that was not booked; `left_s` of its time are left, if it has a limit."""
         if not page.homes & self.bit and not self.is_detached:
             page.homes |= self.bit
+            if self.debts.failed:
+                self.debts.failed.pop(page, None)
             if self.catalog.journal is not None:
                 self.catalog.journal.stored(self.plan.name, (page,))
             if not page.spilling & self.bit:
@@ -159,25 +161,38 @@ class LowerTier:
         return [page for page in pages if page.homes & self.bit]
 
     def delete(self, pages: Sequence[Page], also: Sequence[PageKey] = (), why: Left = Left.DELETED) -> None:
-        """Have copies deleted, and whatever the medium may have under the keys `also`."""
+        """Have copies deleted, and whatever the medium may have under the keys `also`.
+
+        A copy that is being written goes after it is there.
+        """
         if self.is_detached:
             return
         copies = self.copies(pages)
         self.forget_copies(copies, why)
-        keys = list(dict.fromkeys([*(page.key for page in copies), *also]))
-        for key in keys:
-            self.leaving[key] = self.leaving.get(key, 0) + 1
-        for start in range(0, len(keys), TOUCH_BATCH):
-            batch = keys[start : start + TOUCH_BATCH]
-            self.flights.send(Op.DELETE, self.plan.name, batch, priority=Priority.SAVE, deadline=float("inf"))
+        self.deletes.owe_after_write(page.key for page in pages if page.spilling & self.bit)
+        # A write that failed may have been done nevertheless; and of a tier without an index not all is remembered.
+        doubtful = [page for page in pages if page in self.debts.failed or not self.plan.is_indexed]
+        self.debts.settle(pages)
+        self.deletes.owe(dict.fromkeys([*(page.key for page in [*copies, *doubtful]), *also]))
 
-    def deleted(self, flight: Flight) -> None:
-        """Book the outcome of a DELETE."""
-        for key in flight.transfer.keys:
-            if key in self.leaving:
-                self.leaving[key] -= 1
-                if not self.leaving[key]:
-                    del self.leaving[key]
+    def clear(self, pages: Sequence[Page]) -> None:
+        """Have all the tier holds deleted: `pages`, those of all blocks that were known, and what it finds itself."""
+        if self.is_detached:
+            return
+        if not self.plan.can_clear:
+            self.delete(pages)
+            return
+        self.forget_copies(self.copies(pages), Left.DELETED)
+        self.debts.settle(pages)
+        self.deletes.owe_all()
+
+    def deleted(self, flight: Flight, outcome: Outcome, now: float) -> None:
+        """Book the outcome of a DELETE or a CLEAR."""
+        self.deletes.landed(flight, outcome, now, takes_writes=self.takes(Direction.WRITE))
+        if self.is_detached:
+            self.deletes.drop()
+        self.debts.let_go()
+        self.pump(now)
 
     def hold(self, page: Page) -> None:
         """A fetch reads the copy: it must not be evicted."""
@@ -246,7 +261,8 @@ class LowerTier:
     def detach(self) -> None:
         """The tier is taken away: it has nothing any more. What is on its way there fails, or counts for nothing."""
         self.is_detached = True
-        self.owed.clear()
+        self.debts.clear()
+        self.deletes.drop()
         copies = self.copies(list(self.catalog.pages()))
         self.forget_copies(copies, Left.DETACHED)
         for page in copies:
@@ -273,10 +289,25 @@ class LowerTier:
         if self.plan.capacity_pages is not None and not self.plan.is_shared:  # else others' pages are learned of late
             assert self.used_pages <= self.plan.capacity_pages, f"{self.plan.name}: over capacity"
 
-    @property
-    def is_settled(self) -> bool:
-        """True if nothing is owed or under way, or nothing can be paid."""
-        return not self.in_flight and (not self.owed or not self.takes(Direction.WRITE))
+    def retry(self, now: float) -> None:
+        """Try again, at once, what failed: somebody wants to know, or the tier is back."""
+        self.debts.retry()
+        self.deletes.retry()
+        self.pump(now)
+
+    def is_settled(self, now: float) -> bool:
+        """True if nothing is under way, and nothing is owed or what is owed cannot be paid now."""
+        if self.in_flight or self.is_deleting(now):
+            return False
+        # What is left waits for a delete that cannot be done, or can be written.
+        is_ready = self.debts.waiting and not self.deletes.must_clear
+        return not (is_ready and self.takes(Direction.WRITE))
+
+    def is_deleting(self, now: float) -> bool:
+        """True if a delete is under way, or one that is owed can be sent now."""
+        deletes = self.deletes
+        can_delete = self.takes(Direction.DELETE) and not deletes.is_waiting_in_vain(now)
+        return deletes.num_under_way > 0 or (deletes.is_any and can_delete)
 
     def takes(self, way: Direction) -> bool:
         """True if the tier is there and can be used in this direction."""
@@ -296,24 +327,22 @@ class LowerTier:
         for page in victims:
             self.catalog.prune(page.block)
 
-    def _drop_lost(self) -> None:
-        # Only while the tier is down: pages that left host memory in the meantime will never be paid.
-        lost = [page for page in self.owed if page.state != PageState.READY]
-        for page in lost:
-            del self.owed[page]
-        self.counters.lost_pages += len(lost)
+    def _holds(self, key: PageKey) -> bool:
+        is_held = self.deletes.holds(key)
+        if is_held:
+            self.deletes.hurry(key)
+        return is_held
 
-    def _spill(self, pages: list[Page]) -> bool:
-        """Send a batch; what finds no room stays owed, and False returns."""
-        now = self.wall()
+    def _spill(self, batch: dict[Page, bool]) -> bool:
+        """Send a batch, pages with whether a save brought them; what finds no room stays owed, and False returns."""
+        now, pages = self.wall(), list(batch)
         evict = self._make_room(len(pages))
         room = len(pages) if self.plan.capacity_pages is None else self.plan.capacity_pages - self.used_pages
         if room < len(pages):
-            self.owed.update(dict.fromkeys(pages[max(0, room) :]))
+            self.debts.give_back({page: batch[page] for page in pages[max(0, room) :]})
             pages = pages[: max(0, room)]
             if not pages:
-                if evict:
-                    self.flights.send(Op.DELETE, self.plan.name, evict, priority=Priority.SAVE, deadline=float("inf"))
+                self.deletes.owe(evict)
                 return False
         for page in pages:
             page.spilling |= self.bit
@@ -334,6 +363,7 @@ class LowerTier:
             slots=[page.slot for page in pages],
             metas=[page.block.meta(self.page_bytes[page.group], _deadline(now, self._ttl_s(page))) for page in pages],
             evict=evict,
+            context=None if all(batch.values()) else frozenset(page for page in pages if not batch[page]),
         )
         return True
 
@@ -364,5 +394,6 @@ def _deadline(now: float, ttl_s: float) -> float:
     return now + ttl_s if ttl_s > 0 else 0.0
 
 
-def _first(pages: dict[Page, None], n: int) -> list[Page]:
-    return [page for page, _ in zip(pages, range(n), strict=False)]
+def _is_saved(flight: Flight, page: Page) -> bool:
+    """Whether a save brought a page that was sent; a flight remembers those that none did."""
+    return not isinstance(flight.context, frozenset) or page not in flight.context

@@ -65,7 +65,7 @@ class Endings:
         if len(whole) < len(save.pages):
             self._turns.end(request, now)
         for tier in self._tiers:
-            tier.owe(whole, used=False)
+            tier.owe(whole, used=False, is_saved=True)
             tier.pump(now)
         if request.id in self._finishing:
             self._retention.use(self._scout.known_path(request), request, now)

@@ -59,8 +59,8 @@ class Outcomes:
                 self._loader.resume_prefetches(now)
             case Op.TOUCH:
                 tier.touched(flight, outcome, now)
-            case Op.DELETE:
-                tier.deleted(flight)
+            case Op.DELETE | Op.CLEAR:
+                tier.deleted(flight, outcome, now)
             case Op.CLAIM:
                 self._turns.answered(flight, outcome, now)
             case Op.UNCLAIM:

@@ -26,6 +26,7 @@ from kvstore.plan.catalog import Catalog, Page, PageState
 from kvstore.plan.cost import CostModel, TierCost
 from kvstore.plan.endings import Endings
 from kvstore.plan.flights import Flights
+from kvstore.plan.flushing import Flushing, Told, report, told_of
 from kvstore.plan.hostspace import HostSpace
 from kvstore.plan.keeper import Keeper
 from kvstore.plan.leases import Load, Save, slot_pages
@@ -33,6 +34,7 @@ from kvstore.plan.loader import Loader
 from kvstore.plan.outcomes import Outcomes
 from kvstore.plan.records import (
     Explanation,
+    FlushResult,
     LeaseState,
     LeaseStatus,
     LoadLease,
@@ -239,15 +241,18 @@ class Planner:
         pages = self._retention.leave(removed)
         own = [page_key(key, group) for key in request.keys[first:] for group in range(len(self.windows))]
         for tier in self.tiers:
-            tier.delete(pages, () if tier.plan.is_indexed else own)  # there may be what the catalog does not remember
+            # There may be what the catalog does not remember, or what others wrote.
+            tier.delete(pages, own if tier.plan.is_shared or not tier.plan.is_indexed else ())
+            tier.pump(now)
         return len(removed)
 
     def clear(self, now: float) -> int:
-        """Delete every block that is known; returns how many."""
+        """Delete every block that is known, and all that tiers know themselves of; returns how many were known."""
         removed = self.catalog.clear()
         pages = self._retention.leave(removed)
         for tier in self.tiers:
-            tier.delete(pages)
+            tier.clear(pages)
+            tier.pump(now)
         if self.catalog.journal is not None:
             self.catalog.journal.cleared()
         return len(removed)
@@ -314,10 +319,17 @@ class Planner:
         """Transfers sent as prefetches that a request now waits for."""
         return self.loader.take_promotions()
 
-    @property
-    def is_settled(self) -> bool:
-        """True if everything saved so far is written behind to every tier that is up."""
-        return all(tier.is_settled for tier in self.tiers)
+    def told(self) -> Told:
+        """The notes of a caller whose flushes begin now."""
+        return told_of(self.tiers)
+
+    def flush_result(self, told: Told) -> FlushResult:
+        """What is owed to tiers, or lost to them; `told` notes that its caller knows."""
+        return report(self.tiers, told)
+
+    def flushing(self) -> Flushing:
+        """A flush that begins now."""
+        return Flushing(self.tiers)
 
     def check(self) -> None:
         """Assert what must always hold. For tests; walks everything."""

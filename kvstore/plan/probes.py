@@ -78,9 +78,10 @@ class Probes:
         probe.transfer_id, probe.has_failed = 0, outcome.error is not None
         if outcome.error is None:
             # A probe may overtake a delete: what is leaving is not there any more.
-            leaving = self._tiers[index].leaving
-            keys = flight.transfer.keys
-            answer = [ok and key not in leaving for key, ok in zip(keys, outcome.ok, strict=True)]
+            deletes, answer = self._tiers[index].deletes, list(outcome.ok)
+            if deletes.is_any:
+                keys = flight.transfer.keys
+                answer = [ok and not deletes.holds(key) for key, ok in zip(keys, outcome.ok, strict=True)]
             at = (first - probe.first) * len(self._windows)
             probe.answer[at : at + len(answer)] = answer
             self._unlearn(self._tiers[index], state.request, first, answer)

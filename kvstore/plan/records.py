@@ -23,6 +23,7 @@ class Op(Enum):
     PROBE = "probe"  # which of these keys are there?
     TOUCH = "touch"  # refresh recency and deadline
     DELETE = "delete"
+    CLEAR = "clear"  # delete everything the tier has of this namespace, whoever wrote it; has no keys
     CLAIM = "claim"  # we are going to compute these blocks, unless another machine is; again: we still are
     UNCLAIM = "unclaim"  # we are not any more
 
@@ -233,3 +234,37 @@ class SaveLease:
     id: int
     pages: tuple[SlotPage, ...]
     skipped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FlushResult:
+    """What a flush found; true if all is well.
+
+    ok:        everything that was saved, and everything that was deleted, is so on every tier that should have it. What
+               a caller was told in an earlier flush, once and for all lost, is not told again.
+    written:   pages written to each tier since the caller's last flush.
+    missing:   pages of saves that are not on a tier, and why. "waiting": the time ran out; "out": the tier is taken
+               out, and gets them when it is back; "refused": tried in vain, to be tried again while they are in host
+               memory; "lost": gone from host memory before they were written, for good.
+    undeleted: pages that a tier may still have though they were deleted. "waiting", "out": as above; "dropped": for
+               good. A clear that is owed counts as one.
+    error:     why nothing is known, where that is so: the daemon is away.
+    """
+
+    ok: bool
+    written: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, dict[str, int]] = field(default_factory=dict)
+    undeleted: dict[str, dict[str, int]] = field(default_factory=dict)
+    error: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        parts = [
+            f"{tier}: {num} {what} {why}"
+            for what, found in (("pages", self.missing), ("deletes", self.undeleted))
+            for tier, counts in found.items()
+            for why, num in counts.items()
+        ]
+        return ", ".join([*parts, self.error] if self.error else parts) or "all is there"

@@ -83,8 +83,8 @@ class TierBook:
         """
         tier = self.named(name)
         tier.out = tier.out - set(directions) if is_up else tier.out | set(directions)
-        if tier.takes(Direction.WRITE):
-            tier.pump(now)
+        if is_up:
+            tier.retry(now)
         if not is_up and Direction.READ in directions:
             self._flights.stall(name)
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from kvstore.errors import TierUnavailable
 from kvstore.metrics import CONTENT_TYPE
 from kvstore.plan.records import Match, Request, RequestOptions
 from kvstore.service import metrics, pages, scope, shares
@@ -26,8 +25,11 @@ from kvstore.service.models import (
     Cancel,
     ClearAnswer,
     Delete,
+    DeleteAnswer,
     Explain,
     ExplainAnswer,
+    Flush,
+    FlushAnswer,
     InNamespace,
     Lookup,
     MatchAnswer,
@@ -55,7 +57,8 @@ if TYPE_CHECKING:
 EVENT_KEEPALIVE_S = 5.0  # also the longest time until a listener that left is noticed
 MAX_EVENT_STREAMS = 64
 LARGE_PROMPT = 16_384  # tokens, or hashes; a longer one is hashed beside the event loop
-SWEEP_TIMEOUT_S = 60.0  # a walk over about a hundred million keys
+CLEAR_TIMEOUT_S = 65.0  # a walk over about a hundred million keys, and something before it
+DELETE_TIMEOUT_S = 5.0
 
 
 class Api:
@@ -95,7 +98,9 @@ class Api:
             Route("POST", "/v1/ttl", self.ttl, "Give a prefix a time to live.", body=Ttl, answer=BlocksAnswer,
                   errors=(404, 409)),
             Route("POST", "/v1/delete", self.delete, "Delete a prefix and all that continues it.", body=Delete,
-                  answer=BlocksAnswer, errors=(404, 409)),
+                  answer=DeleteAnswer, errors=(404, 409)),
+            Route("POST", "/v1/flush", self.flush, "Is all that was saved and deleted on its tiers?", body=Flush,
+                  answer=FlushAnswer, errors=(404, 409)),
             *self._tiers.routes(),
             Route("POST", "/v1/pages/read", self.read_pages, "The pages of a stored prefix, as a framed stream.",
                   body=Read, produces=pages.CONTENT_TYPE, errors=(404, 409)),
@@ -149,13 +154,19 @@ class Api:
 
     async def clear(self, call: Call) -> ClearAnswer:
         opened = scope.one(self._daemon.stores, call, call.request.match_info["namespace"])
-        blocks = opened.store.admin.clear()
-        try:
-            keys = await asyncio.to_thread(opened.store.admin.sweep, SWEEP_TIMEOUT_S)
-        except TierUnavailable as error:
-            detail = f"{blocks} blocks that were known here are deleted; for the rest call again: {error}"
-            raise Problem(503, "a shared tier is not cleared", detail, Retry_After="5") from None
-        return ClearAnswer(blocks=blocks, keys=keys)
+        admin = opened.store.admin
+        before = admin.cleared_keys()
+        blocks = admin.clear()
+        owed = await _deleted(opened, CLEAR_TIMEOUT_S)
+        if owed:
+            tiers = ", ".join(f"{name}: {num}" for name, num in owed.items())
+            detail = (
+                f"{blocks} blocks that were known here are deleted; the rest is owed ({tiers}), and done when it can be"
+            )
+            raise Problem(503, "a shared tier is not cleared", detail, Retry_After="5")
+        return ClearAnswer(
+            blocks=blocks, keys={name: num - before.get(name, 0) for name, num in admin.cleared_keys().items()}
+        )
 
     # ---- prefixes -------------------------------------------------------------------------------------------------
 
@@ -209,12 +220,23 @@ class Api:
         async with self._asked(call) as (opened, request):
             return BlocksAnswer(blocks=opened.store.set_ttl(request, call.body.ttl_s))
 
-    async def delete(self, call: Call) -> BlocksAnswer:
+    async def flush(self, call: Call) -> FlushAnswer:
+        body: Flush = call.body
+        opened = scope.one(self._daemon.stores, call, body.namespace)
+        store, flushing = opened.store, opened.store.start_flush()
+        result = await opened.wait_for(lambda: store.flush_result(flushing, opened.told), body.timeout_s)
+        if result is None:
+            result = store.flush_result(flushing, opened.told, at_once=True)
+        assert result is not None
+        return FlushAnswer(ok=result.ok, written=result.written, missing=result.missing, undeleted=result.undeleted)
+
+    async def delete(self, call: Call) -> DeleteAnswer:
         body: Delete = call.body
         async with self._asked(call) as (opened, request):
             if body.first > len(request.keys):
                 raise Problem(409, "there is no such block", f"the prompt has {len(request.keys)} full blocks", "first")
-            return BlocksAnswer(blocks=opened.store.forget(request, body.first))
+            blocks = opened.store.forget(request, body.first)
+            return DeleteAnswer(blocks=blocks, owed=await _deleted(opened, DELETE_TIMEOUT_S))
 
     # ---- bytes and events -------------------------------------------------------------------------------------------
 
@@ -265,6 +287,13 @@ class Api:
             yield opened, request
         finally:
             opened.store.abandon(request)
+
+
+async def _deleted(opened: OpenStore, timeout_s: float) -> dict[str, int]:
+    """Wait for tiers to delete what they are owed; what they still are, by tier."""
+    admin = opened.store.admin
+    owed = await opened.wait_for(admin.undeleted, timeout_s)
+    return admin.undeleted(at_once=True) or {} if owed is None else owed
 
 
 async def _hashed(opened: OpenStore, body: Prompt) -> Request:

@@ -20,11 +20,11 @@ from kvstore.errors import RequestError, StoreClosed
 from kvstore.forks import forbid, harmless
 from kvstore.layout import Layout
 from kvstore.plan.journal import BlockEvent
-from kvstore.plan.records import CutReason, LeaseStatus, LoadLease, Match, Request, SaveLease
+from kvstore.plan.records import CutReason, FlushResult, LeaseStatus, LoadLease, Match, Request, SaveLease
 from kvstore.requests import RequestMaker, check_blocks, check_range
 from kvstore.service import messages
 from kvstore.service.attachment import Attachment, DaemonDown
-from kvstore.service.calls import Calls, as_number
+from kvstore.service.calls import Calls
 from kvstore.service.follower import Follower
 from kvstore.service.leases import CLOSED, Held, Leases
 from kvstore.service.link import Link
@@ -301,16 +301,24 @@ class RemoteStore(RequestMaker):
 
     # ---- the store as a whole ---------------------------------------------------------------------------------
 
-    def flush(self, timeout_s: float) -> bool:
-        """Wait until everything saved so far is written behind."""
+    def flush(self, timeout_s: float) -> FlushResult:
+        """Wait until everything saved and deleted so far is so on the daemon's tiers, or cannot be made so now.
+
+        What was saved to a daemon that has gone since, unflushed, is missing as "unknown": some of it may be there.
+        """
         self._check_open()
         timeout_s = messages.bounded(timeout_s)
         try:
-            message = messages.encode_seconds(timeout_s)
-            _, answer = self._link.call(self._link.attached(), Op.FLUSH, message, timeout_s)
-            return as_number(answer) == 1
-        except (DaemonDown, ProtocolError):
-            return False
+            attachment = self._link.attached()
+            num_pages = self._leases.num_unflushed(attachment)
+            _, answer = self._link.call(attachment, Op.FLUSH, messages.encode_seconds(timeout_s), timeout_s)
+            result = messages.decode_flush(answer)
+        except (DaemonDown, ProtocolError) as error:
+            return FlushResult(False, error=f"the daemon does not answer: {error}")
+        num_unknown = self._leases.flushed(attachment, num_pages if result else 0)
+        if num_unknown:
+            return replace(result, ok=False, missing={**result.missing, "daemon": {"unknown": num_unknown}})
+        return result
 
     def stats(self) -> dict[str, Any]:
         """The daemon's counters and gauges of this namespace; empty while there is no daemon."""

@@ -48,7 +48,10 @@ class Leases:
         self._memory = memory
         self._ids = count(1)
         self._held: dict[int, Held] = {}
-        self._lock = threading.Lock()  # of the two above; never held while calling
+        self._saved_to: Attachment | None = None
+        self._num_saved = 0  # pages, to that daemon, since its last flush that was true
+        self._num_unknown = 0  # pages saved to daemons before it, unflushed
+        self._lock = threading.Lock()  # of all these; never held while calling
         in_child(self, Leases._begin_anew)
 
     def next_id(self) -> int:
@@ -95,6 +98,8 @@ class Leases:
             held = self._held.pop(lease_id, None)
             if held is None:
                 return
+            num_saved = 0 if filled is None else sum(map(bool, filled))
+            self._note_saved(held.attachment, num_saved)
             if held.attachment is not self._link.attachment:
                 self._memory.give_back(held.pages)
                 self._drop_slabs()
@@ -107,9 +112,25 @@ class Leases:
                 wire.call(op, message, self._link.call_timeout_s)
         except DaemonDown:
             self._link.orphan(held.attachment, lease_id)
+            with self._lock:
+                self._num_unknown += num_saved
         finally:
             with self._lock:
                 self._memory.give_back(held.pages)
+
+    def num_unflushed(self, attachment: Attachment) -> int:
+        """How many pages were saved to a daemon since its last flush that was true."""
+        with self._lock:
+            self._note_saved(attachment, 0)
+            return self._num_saved
+
+    def flushed(self, attachment: Attachment, num_pages: int) -> int:
+        """A daemon has flushed so many pages; returns how many may be lost: with one before it, or on the way."""
+        with self._lock:
+            if attachment is self._saved_to:
+                self._num_saved = max(0, self._num_saved - num_pages)
+            num_unknown, self._num_unknown = self._num_unknown, 0
+            return num_unknown
 
     @property
     def slabs(self) -> tuple[SlabHandle | SlabShare, ...]:
@@ -137,6 +158,7 @@ class Leases:
         """In a forked child: the leases are its parent's, as are the slots they name."""
         self._lock = threading.Lock()
         self._held = {}
+        self._num_saved = self._num_unknown = 0
 
     def _bring(self, lease_id: int, held: Held, status: LeaseStatus, until: float) -> None:
         """Receive the pages of a load that is ready over there."""
@@ -149,6 +171,13 @@ class Leases:
         held.has_come = True
         if not is_whole:
             held.status = LeaseStatus(LeaseState.READY, 0, 0)
+
+    def _note_saved(self, attachment: Attachment, num_pages: int) -> None:
+        """Under the lock."""
+        if attachment is not self._saved_to:
+            self._num_unknown += self._num_saved
+            self._saved_to, self._num_saved = attachment, 0
+        self._num_saved += num_pages
 
     def _drop_slabs(self) -> None:
         """Let go of the memory of lost attachments that no lease needs any more. Under the lock."""

@@ -20,6 +20,7 @@ from typing import Any
 from kvstore.errors import RequestError
 from kvstore.plan.records import (
     CutReason,
+    FlushResult,
     LeaseState,
     LeaseStatus,
     LoadLease,
@@ -233,6 +234,22 @@ def read_read(reader: Reader) -> tuple[int, tuple[int, ...]]:
     if not 0 < num_pages <= batches.MAX_PAGES:
         raise ProtocolError(f"{num_pages} pages are asked for; 1 to {batches.MAX_PAGES} travel at once")
     return lease_id, struct.unpack(f"<{num_pages}I", reader.take(4 * num_pages))
+
+
+def encode_flush(result: FlushResult) -> bytes:
+    fields = {"ok": result.ok, "written": result.written, "missing": result.missing, "undeleted": result.undeleted}
+    return encode_json(fields)
+
+
+def decode_flush(raw: bytes) -> FlushResult:
+    fields = decode_json(raw)
+    ok = fields.get("ok")
+    if not isinstance(ok, bool):
+        raise ProtocolError("the answer to a flush does not say whether all is well")
+    counts = [fields.get(name, {}) for name in ("written", "missing", "undeleted")]
+    if not all(isinstance(count, dict) for count in counts):
+        raise ProtocolError("the answer to a flush has counts of another kind")
+    return FlushResult(ok, *counts)
 
 
 def encode_number(number: int) -> bytes:

@@ -106,6 +106,12 @@ class Ttl(Prompt):
     ttl_s: Seconds = Field(gt=0, le=10 * 365 * 86400)
 
 
+class Flush(InNamespace):
+    """Is everything that was saved and deleted so far on its tiers?"""
+
+    timeout_s: Seconds = Field(default=10.0, ge=0, le=60, description="Longest wait for tiers that take it.")
+
+
 class Delete(Prompt):
     """Delete a prefix from a block on, and all that continues it."""
 
@@ -218,11 +224,33 @@ class PinAnswer(Answer):
     until: float | None
 
 
+class DeleteAnswer(Answer):
+    """How many blocks were deleted. owed: pages that tiers are still to delete, and will as soon as they can."""
+
+    blocks: int
+    owed: dict[str, int]
+
+
 class ClearAnswer(Answer):
-    """What was deleted. blocks: that were known here. keys: further ones, by tier without an index."""
+    """What was deleted everywhere. blocks: that were known here. keys: further ones, by tier without an index."""
 
     blocks: int
     keys: dict[str, int]
+
+
+class FlushAnswer(Answer):
+    """Whether everything that was saved and deleted so far is so on its tiers, and what is missing.
+
+    written:   pages written to each tier since the last call.
+    missing:   pages by tier, and by why they are not there: waiting (the time ran out), out (the tier is), refused,
+               lost (for good; told once).
+    undeleted: deletes by tier, and by why they are not done: waiting, out, dropped (for good; told once).
+    """
+
+    ok: bool
+    written: dict[str, int]
+    missing: dict[str, dict[str, int]]
+    undeleted: dict[str, dict[str, int]]
 
 
 class TicketAnswer(Answer):

@@ -88,6 +88,7 @@ class Session:
         self.leases = self._holdings.leases
         self.usage = Usage()
         self._store = opened.store
+        self._told = opened.store.told_of_losses()  # what the flushes of this client have said
         self._feed = feed
         self._now = now
         self.requests = KnownRequests(opened, self.holder)
@@ -342,11 +343,13 @@ class Session:
     def _flush(self, reader: Reader) -> bytes | Pending:
         timeout_s = messages.read_seconds(reader)
         reader.end()
+        flushing = self._store.start_flush()
 
-        def look() -> bytes | None:
-            return messages.encode_number(1) if self._store.flush(0.0) else None
+        def look(*, at_once: bool = False) -> bytes | None:
+            result = self._store.flush_result(flushing, self._told, at_once=at_once)
+            return None if result is None else messages.encode_flush(result)
 
-        return look() or Pending(look, lambda: messages.encode_number(0), timeout_s)
+        return look() or Pending(look, lambda: look(at_once=True) or b"", timeout_s)
 
     def _stats(self, reader: Reader) -> bytes:
         reader.end()

@@ -28,6 +28,7 @@ from kvstore.build import open_store
 from kvstore.config import Config, RedisConfig
 from kvstore.errors import ConfigError, KVStoreError, StoreClosed
 from kvstore.layout import SLOT_ALIGNMENT, Layout
+from kvstore.plan.flushing import Told
 from kvstore.plan.journal import Journal
 from kvstore.plan.records import Match, Request, RequestOptions
 from kvstore.requests import RequestMaker
@@ -104,6 +105,7 @@ class OpenStore:
     watch: Watch
     journal: Journal
     root: BlockHash
+    told: Told  # what flushes over HTTP have said
     request_ids: Iterator[int] = field(default_factory=lambda: count(1))
     ledger: Ledger = field(default_factory=Ledger)
 
@@ -232,7 +234,18 @@ class Stores:
             journal = Journal(time.time)
             store.keep_journal(journal)
             root = RequestMaker(namespace).root("")
-            opened = OpenStore(place[1], tenant, layout, namespace, store, store.slab_handle, watch, journal, root)
+            opened = OpenStore(
+                place[1],
+                tenant,
+                layout,
+                namespace,
+                store,
+                store.slab_handle,
+                watch,
+                journal,
+                root,
+                store.told_of_losses(),
+            )
             self._open[place] = opened
             log.info(
                 "opened %s of tenant %s: model %s, %d slots of %d bytes",

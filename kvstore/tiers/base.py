@@ -106,6 +106,9 @@ class Probing(Protocol):
         """
 
 
+CLEARED = "cleared_keys"  # in `TierCounters.extra` of a Sweepable: what its sweeps have deleted
+
+
 @runtime_checkable
 class Sweepable(Protocol):
     """A tier of pages that nobody has an index of, which can delete them all."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kvstore.errors import StoreClosed
+from kvstore.plan.records import FlushResult
 from tests.helpers.faulty_tier import FaultyTier
 from tests.helpers.stores import PAGE_BYTES, memory_tier, open_small, prompt, save, store_over, use
 
@@ -104,7 +105,7 @@ def test_a_flush_ends_at_its_deadline_and_at_close() -> None:
     faulty.hang()
     store = store_over([(faulty, plan)])
     save(store, store.request(prompt(4)))
-    flushed: list[bool] = []
+    flushed: list[FlushResult] = []
     waiting = threading.Thread(target=lambda: flushed.append(store.flush(60.0)))
     waiting.start()
 
@@ -113,4 +114,5 @@ def test_a_flush_ends_at_its_deadline_and_at_close() -> None:
     waiting.join(10.0)
     faulty.recover()
 
-    assert flushed == [False]
+    assert not flushed[0]
+    assert flushed[0].missing == {"memory": {"waiting": 4}}

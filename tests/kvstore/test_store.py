@@ -249,17 +249,17 @@ class TestLowerTiers:
     def test_a_write_that_failed_is_made_up_for_at_the_next_use(self) -> None:
         inner, plan = memory_tier()
         tier = FaultyTier(inner)
-        tier.fail(1, TierFull("no room just now"), only=("write_from",))
+        tier.fail(2, TierFull("no room just now"), only=("write_from",))
         with store_over([(tier, plan)], touch_interval_s=0.0) as store:
             use(store, prompt(4))
-            assert store.flush(5.0)
+            assert store.flush(5.0).missing == {"memory": {"refused": 4}}
             assert len(inner) == 0
 
             use(store, prompt(4))
             assert store.flush(5.0)
 
             assert len(inner) == 4
-            assert store.stats()["spill_failures"]["memory"] == 4
+            assert store.stats()["spill_failures"]["memory"] == 8
 
     def test_what_only_an_asked_tier_has_is_not_remembered_here(self) -> None:
         tier, plan = redis_like()

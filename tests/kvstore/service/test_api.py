@@ -107,7 +107,7 @@ def test_pin_unpin_ttl_and_delete_concern_the_prefix(http: Http, store: RemoteSt
     assert store.stats()["pinned_pages"] == 5
     assert http.post("/v1/unpin", tokens=ids(5)) == {"blocks": 5}
     assert http.post("/v1/ttl", tokens=ids(5), ttl_s=1000) == {"blocks": 5}
-    assert http.post("/v1/delete", tokens=ids(5), first=2) == {"blocks": 3}
+    assert http.post("/v1/delete", tokens=ids(5), first=2) == {"blocks": 3, "owed": {}}
     assert http.post("/v1/lookup", tokens=ids(5))["num_blocks"] == 2
 
 
