@@ -202,6 +202,10 @@ class Daemon:
             "kvstore_service_leases_expired_total": self.clients.num_expired + self.transfers.num_expired,
             "kvstore_service_http_requests_total": self.app.num_requests,
             "kvstore_service_http_refused_total": self.app.num_refused,
+            "kvstore_service_http_connections": len(self.app.connections),
+            "kvstore_service_connections_dropped_total": self.app.connections.num_dropped + self._silent.num_dropped,
+            "kvstore_service_connections_refused_total": self.app.connections.num_refused + self._silent.num_refused,
+            "kvstore_service_page_transfers": len(list(self.transfers)),
             "kvstore_service_event_streams": self.events.num_streams,
             "kvstore_service_open_files": open_files(),
         }

@@ -94,7 +94,8 @@ class Dashboard:
         await self._looks.close()
 
     def sample(self) -> None:
-        """Read the counters of every store."""
+        """Read the counters of every store, and let go what nobody watches any more."""
+        self._looks.forget_old()
         at = time.time()
         opened = {_place(one): one for one in self._daemon.stores.all()}
         self._stats = {place: one.store.stats() for place, one in opened.items()}

@@ -98,7 +98,7 @@ class Looks:
     async def at(self, opened: OpenStore) -> tuple[Look, float]:
         """A look at a store and its age in seconds: fresh, or the last one if a fresh one would take long."""
         place = (opened.tenant.name, opened.id)
-        self._forget_old()
+        self.forget_old()
         known = self._looks.get(place)
         if known is None or time.monotonic() - known[1] > max(FRESH_S, SHARE * known[2]):
             task = self._tasks.get(place)
@@ -118,6 +118,14 @@ class Looks:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._looks.clear()
 
+    def forget_old(self) -> None:
+        """Let go what nobody has asked for lately."""
+        now = time.monotonic()
+        for place in [
+            place for place, (_, ended, took) in self._looks.items() if now - ended > FORGET_S + SHARE * took
+        ]:
+            del self._looks[place]
+
     async def _tour(self, place: tuple[str, str], opened: OpenStore) -> None:
         try:
             tour, took = Tour(), 0.0
@@ -133,13 +141,6 @@ class Looks:
             self._looks[place] = (look, ended, took + ended - began)
         finally:
             del self._tasks[place]
-
-    def _forget_old(self) -> None:
-        now = time.monotonic()
-        for place in [
-            place for place, (_, ended, took) in self._looks.items() if now - ended > FORGET_S + SHARE * took
-        ]:
-            del self._looks[place]
 
 
 def merged(levels: list[Level]) -> Level:

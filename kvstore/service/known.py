@@ -18,7 +18,7 @@ from kvstore.service.stores import OpenStore
 
 MAX_REQUEST_TOKENS = (1 << 32) - 1  # answers tell tokens in 32 bits
 MAX_REQUESTS = 16_384  # of one client; as many as the planner keeps notes about
-MAX_KEYS = 1 << 20  # of one client's requests: about 95 MiB with the planner's notes
+MAX_KEYS = 1 << 21  # of one client's requests, two of the longest: about 190 MiB with the planner's notes
 
 
 class Resend(Exception):

@@ -47,6 +47,10 @@ OWN = {
     "kvstore_service_leases_expired_total": "Leases of remote clients released because they were overdue.",
     "kvstore_service_http_requests_total": "HTTP requests answered.",
     "kvstore_service_http_refused_total": "HTTP requests answered with a problem.",
+    "kvstore_service_http_connections": "HTTP connections over TCP.",
+    "kvstore_service_connections_dropped_total": "Silent connections that had to make room for others.",
+    "kvstore_service_connections_refused_total": "Connections that found no room.",
+    "kvstore_service_page_transfers": "Transfers of pages over plain HTTP that are under way.",
     "kvstore_service_event_streams": "Event streams that are open.",
     "kvstore_service_open_files": "File descriptors of the daemon.",
 }
