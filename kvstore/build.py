@@ -30,10 +30,13 @@ NAMESPACE_DIGITS = 16  # of the namespace's root hash, before the keys of its pa
 HASH_BYTES = {"sha256": 32, "xxh3_128": 16}
 
 
-def open_store(config: Config, layout: Layout, namespace: Namespace, *, shared_name: str | None = None) -> LocalStore:
+def open_store(
+    config: Config, layout: Layout, namespace: Namespace, *, shared_name: str | None = None, is_guarded: bool = False
+) -> LocalStore:
     """Open a store with the tiers that `config` turns on; what the disk holds is known when this returns.
 
     shared_name: put the slab into memory that other processes can map (`LocalStore.slab_handle`), under this name.
+    is_guarded:  those can only read it.
 
     Raises ConfigError if something cannot be had (memory, disk space, a URL), LayoutMismatch if the directory holds
     pages of another geometry. A Redis server that does not answer is no error: its tier is down until it does.
@@ -45,7 +48,9 @@ def open_store(config: Config, layout: Layout, namespace: Namespace, *, shared_n
             f"host.capacity_bytes is {format_bytes(config.host.capacity_bytes)}, less than one page of this model "
             f"({format_bytes(layout.slot_bytes)}); give at least {format_bytes(16 * layout.slot_bytes)}"
         )
-    slab = HostSlab(num_slots, layout.slot_bytes, shared_name=shared_name, huge_pages=config.host.huge_pages)
+    slab = HostSlab(
+        num_slots, layout.slot_bytes, shared_name=shared_name, huge_pages=config.host.huge_pages, is_guarded=is_guarded
+    )
     opened: list[Tier] = []
     try:
         plans: list[TierPlan] = []

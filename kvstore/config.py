@@ -269,6 +269,13 @@ class ServiceConfig(Section):
     ready_without_redis: bool = Field(
         default=False, description="Be ready although the Redis of redis.url was not reached since the start."
     )
+    isolate: bool = Field(
+        default=False,
+        description="Clients on this machine map the slab for reading only; what they save is copied once more.",
+    )
+    isolate_bytes: Bytes = Field(
+        default=GiB // 4, description="With isolate: memory for the saves of each such client, taken as it is used."
+    )
     drain_s: Seconds = Field(
         default=5.0, ge=0, le=600, description="At the end: longest wait for open leases and for what is owed to disk."
     )

@@ -9,9 +9,10 @@ from typing import Any
 
 from kvstore.errors import ConfigError, KVStoreError, LayoutMismatch, RequestError
 from kvstore.service import messages, protocol
+from kvstore.service.isolation import SplitSlab, map_slab
 from kvstore.service.protocol import Op, ProtocolError, Status
 from kvstore.service.wire import Dial, Wire
-from kvstore.tiers.host import HostSlab, SlabHandle
+from kvstore.tiers.host import HostSlab
 from radix.hashing import BlockHash
 
 EPOCH_BITS = 32  # slot numbers of attachment n are n << 32 higher than in the slab: those of two slabs never meet
@@ -37,7 +38,7 @@ class Attachment:
     orphans: leases that may be held for this client without its knowing.
     """
 
-    def __init__(self, epoch: int, answer: dict[str, Any], anchor: Wire, slab: HostSlab | None) -> None:
+    def __init__(self, epoch: int, answer: dict[str, Any], anchor: Wire, slab: HostSlab | SplitSlab | None) -> None:
         self.session = str(answer["session"])
         self.namespace_id = str(answer["namespace"])
         self.lookup_deadline_s = float(answer["lookup_deadline_s"])
@@ -47,6 +48,7 @@ class Attachment:
         self.slot_base = epoch << EPOCH_BITS
         self.anchor = anchor
         self.slab = slab
+        self.is_isolated = isinstance(slab, SplitSlab)
         self.sent: dict[int, int] = {}
         self.orphans: list[int] = []
         self._idle: list[Wire] = []
@@ -114,14 +116,13 @@ def greet(wire: Wire, greeting: bytes, epoch: int, timeout_s: float) -> Attachme
 
     Raises DaemonDown, or ConfigError or LayoutMismatch if the daemon refuses; the connection is closed then.
     """
-    fd: int | None = None
+    fds: list[int] = []
     try:
-        status, body, fd = wire.hello(greeting, timeout_s)
+        status, body, fds = wire.hello(greeting, timeout_s)
         if status is Status.ERROR:
             raise error_of(body)
         answer = json.loads(body)
-        given, fd = fd, None  # the slab closes it
-        return Attachment(epoch, answer, wire, _slab(given, answer) if wire.is_local else None)
+        return Attachment(epoch, answer, wire, _slab(fds, answer) if wire.is_local else None)
     except BaseException as error:
         wire.close()
         is_refusal = isinstance(error, KVStoreError) and not isinstance(error, ProtocolError)
@@ -129,7 +130,7 @@ def greet(wire: Wire, greeting: bytes, epoch: int, timeout_s: float) -> Attachme
             raise
         raise DaemonDown(f"{type(error).__name__}: {error}") from None
     finally:
-        if fd is not None:
+        for fd in fds:
             os.close(fd)
 
 
@@ -140,8 +141,7 @@ def error_of(answer: bytes) -> KVStoreError:
     return kind(str(value.get("message")))
 
 
-def _slab(fd: int | None, answer: dict[str, Any]) -> HostSlab:
-    if fd is None:
+def _slab(fds: list[int], answer: dict[str, Any]) -> HostSlab | SplitSlab:
+    if not fds:
         raise ProtocolError("the daemon sent no slab")
-    size = SlabHandle("the daemon's slab", int(answer["num_slots"]), int(answer["slot_bytes"]))
-    return HostSlab.attach_descriptor(fd, size)
+    return map_slab(fds, int(answer["num_slots"]), int(answer["slot_bytes"]), int(answer["num_staging"]))

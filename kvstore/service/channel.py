@@ -272,17 +272,17 @@ class Channel(asyncio.BufferedProtocol):
             log.warning("client %s: no hello: %s", self.peer, error)
             self.close()
         finally:
-            if greeting.fd is not None:
-                os.close(greeting.fd)
+            for fd in greeting.fds:
+                os.close(fd)
 
     def _send_greeting(self, frame: Frame, greeting: Greeting) -> None:
         if self._raw is None:
             return
         body = b"" if greeting.answer is None else protocol.encode_json(greeting.answer)
-        if greeting.fd is None:
+        if not greeting.fds:
             self.answer(frame, body)
         else:
-            self._raw.send_descriptor(protocol.encode_frame(frame.op, body, frame.sequence), greeting.fd)
+            self._raw.send_descriptors(protocol.encode_frame(frame.op, body, frame.sequence), greeting.fds)
 
     # ---- pages of remote clients ---------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from kvstore.service.channel import Channel
 from kvstore.service.events import EventHub, Feed
 from kvstore.service.greeting import Greeting
 from kvstore.service.guard import goes_on
+from kvstore.service.isolation import StagedSaves
 from kvstore.service.namespaces import layout_from_json, namespace_from_json
 from kvstore.service.session import Session
 from kvstore.service.stores import Stores
@@ -162,6 +163,8 @@ class Clients:
         layout = layout_from_json(message.get("layout"))
         namespace = namespace_from_json(message.get("namespace"))
         opened = await self._stores.open(channel.tenant, layout, namespace)
+        service = self._config.service
+        staged = StagedSaves(opened.store, service.isolate_bytes) if service.isolate and channel.is_local else None
         self.num_attached += 1
         feed = Feed(self._events, opened)
         if message.get("events") is True:
@@ -174,6 +177,7 @@ class Clients:
             is_remote=not channel.is_local,
             number=next(self.numbers),
             pid=channel.pid,
+            staged=staged,
             now=self._now,
         )
         session.anchor = channel
@@ -186,12 +190,13 @@ class Clients:
             "namespace": opened.id,
             "num_slots": opened.handle.num_slots,
             "slot_bytes": opened.handle.slot_bytes,
+            "num_staging": 0 if staged is None else staged.num_slots,
             "lookup_deadline_s": store.lookup_deadline_s,
             "load_deadline_s": store.load_deadline_s,
             "event_root": opened.store.namespace.root().hex() if channel.tenant.salt else None,
         }
         log.info("client %s attached to %s", session.client, opened.id)
-        return Greeting(session, answer, opened.store.slab_descriptor() if channel.is_local else None)
+        return Greeting(session, answer, session.descriptors() if channel.is_local else ())
 
     def attach(self, channel: Channel, message: dict[str, Any]) -> Greeting | None:
         """Another connection of a session; with "anchor" one of those that keep it alive, with "slab" its slab."""
@@ -204,7 +209,7 @@ class Clients:
         if message.get("anchor") is True:
             session.anchors.add(channel)
         wants_slab = channel.is_local and message.get("slab") is True
-        return Greeting(session, None, session.opened.store.slab_descriptor() if wants_slab else None)
+        return Greeting(session, None, session.descriptors() if wants_slab else ())
 
     def lost(self, channel: Channel) -> None:
         """A connection ended; with its last anchor, a client."""

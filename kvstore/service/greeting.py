@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from kvstore.service.session import Session
 
 
 class Greeting:
-    """The answer to a hello (JSON) or attach (nothing), and the slab's descriptor, which is closed when it is sent."""
+    """The answer to a hello (JSON) or attach (nothing), and descriptors of memory, closed when they are sent."""
 
-    __slots__ = ("answer", "fd", "session")
+    __slots__ = ("answer", "fds", "session")
 
-    def __init__(self, session: Session, answer: dict[str, Any] | None, fd: int | None) -> None:
+    def __init__(self, session: Session, answer: dict[str, Any] | None, fds: Sequence[int] = ()) -> None:
         self.session = session
         self.answer = answer
-        self.fd = fd
+        self.fds = fds

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from kvstore.errors import RequestError
 from kvstore.plan.records import LoadLease, SaveLease
 from kvstore.service.guard import goes_on
+from kvstore.service.isolation import StagedSaves
+from kvstore.service.messages import MAX_TIMEOUT_S
+from kvstore.service.pending import Pending
 from kvstore.store import LocalStore
 
 log = logging.getLogger(__name__)
@@ -27,21 +30,31 @@ MAX_TOMBSTONES = 1024
 
 @dataclass(slots=True)
 class Held:
-    """A lease of the client. owner: its own word for who holds it. received: pages that came over the wire."""
+    """A lease of the client.
+
+    owner:    its own word for who holds it.
+    received: pages that came over the wire.
+    told:     of a save whose pages lie in the client's staging: the lease as the client got it.
+    is_ending: those pages are being copied, and the lease ends with that.
+    """
 
     lease: LoadLease | SaveLease
     owner: str
     granted_at: float
     received: set[int] = field(default_factory=set)
+    told: SaveLease | None = None
+    is_ending: bool = False
 
 
 class Holdings:
     """Open leases of one client."""
 
-    def __init__(self, store: LocalStore, now: Callable[[], float]) -> None:
+    def __init__(self, store: LocalStore, now: Callable[[], float], staged: StagedSaves | None) -> None:
+        """staged: where the pages of saves lie, unless in the slab."""
         self.leases: dict[int, Held] = {}
         self._store = store
         self._now = now
+        self._staged = staged
         self._tombstones: OrderedDict[int, None] = OrderedDict()
 
     def may_grant(self, lease_id: int) -> bool:
@@ -55,6 +68,47 @@ class Holdings:
     def grant(self, lease_id: int, lease: LoadLease | SaveLease, owner: str) -> None:
         """Hold a lease."""
         self.leases[lease_id] = Held(lease, owner, self._now())
+
+    def grant_save(self, lease_id: int, lease: SaveLease, owner: str) -> SaveLease:
+        """Hold a lease; returns it as the client is told."""
+        self.grant(lease_id, lease, owner)
+        if self._staged is None:
+            return lease
+        told = self.leases[lease_id].told = self._staged.place(lease)
+        return told
+
+    def end_save(self, lease_id: int, filled: Sequence[bool] | None, then: Callable[[], None]) -> Pending:
+        """Copy what a client filled in its staging into the slab, and publish it; then call `then`, and answer.
+
+        Whatever becomes of the client meanwhile, the slots of both sides are taken until the copy has ended. Raises
+        RequestError for flags of another length.
+        """
+        held, staged = self.leases[lease_id], self._staged
+        lease, told = held.lease, held.told
+        assert isinstance(lease, SaveLease)
+        assert staged is not None
+        assert told is not None
+        flags = [True] * len(told.pages) if filled is None else list(filled)
+        if len(flags) != len(told.pages):
+            raise RequestError(f"filled has {len(flags)} entries; the lease has {len(told.pages)} pages")
+        held.is_ending = True
+        is_over = False
+
+        def copied(is_well: bool) -> None:
+            with goes_on(log, "lease %d is not completed", lease_id):
+                if is_well:
+                    self._store.complete(lease, filled=[*flags, *[False] * (len(lease.pages) - len(flags))])
+                else:
+                    self._store.release(lease)
+            staged.give_back(told)
+            if self.leases.get(lease_id) is held:
+                del self.leases[lease_id]
+            nonlocal is_over
+            is_over = True
+            then()
+
+        staged.copy(lease, told, flags, copied)
+        return Pending(lambda: b"" if is_over else None, lambda: b"", MAX_TIMEOUT_S)
 
     def find(self, lease_id: int) -> LoadLease | SaveLease | None:
         """The lease of that number."""
@@ -81,7 +135,12 @@ class Holdings:
     def expire(self, lease_ids: Sequence[int]) -> int:
         """Release leases without their holder's word; returns how many. One that cannot be released keeps no other."""
         for lease_id in lease_ids:
-            lease = self.leases.pop(lease_id).lease
+            held = self.leases.pop(lease_id)
+            if held.is_ending:
+                continue  # slots that are being copied to must go to nobody else; it ends by itself
+            lease = held.lease
             with goes_on(log, "lease %d is not released; its %d slots may stay out of use", lease_id, len(lease.pages)):
                 self._store.release(lease)
+            if held.told is not None and self._staged is not None:
+                self._staged.give_back(held.told)
         return len(lease_ids)

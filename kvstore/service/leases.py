@@ -109,7 +109,9 @@ class Leases:
                 if filled is not None:
                     timeout_s = held.attachment.load_deadline_s + self._link.call_timeout_s
                     self._memory.send(wire, lease_id, held.pages, filled, timeout_s)
-                wire.call(op, message, self._link.call_timeout_s)
+                # A daemon that keeps its clients apart copies what was saved before it answers.
+                copying_s = held.attachment.load_deadline_s if held.attachment.is_isolated and filled else 0.0
+                wire.call(op, message, self._link.call_timeout_s + copying_s)
         except DaemonDown:
             self._link.orphan(held.attachment, lease_id)
             with self._lock:

@@ -19,6 +19,7 @@ from kvstore.errors import StoreForked
 from kvstore.forks import in_child
 from kvstore.plan.records import SlotPage
 from kvstore.service.attachment import EPOCH_BITS, Attachment
+from kvstore.service.isolation import SplitSlab
 from kvstore.service.slab import SlabShare
 from kvstore.service.staging import Staging
 from kvstore.service.wire import Wire
@@ -85,7 +86,7 @@ class SharedMemory:
     def __init__(self, socket: str) -> None:
         """socket: path of the daemon's, for other processes of this engine."""
         self._socket = socket
-        self._slabs: dict[int, HostSlab] = {}  # by epoch
+        self._slabs: dict[int, HostSlab | SplitSlab] = {}  # by epoch
         self._shares: dict[int, SlabShare] = {}
         in_child(self, SharedMemory._begin_anew)
 
@@ -95,7 +96,12 @@ class SharedMemory:
             epoch = attachment.slot_base >> EPOCH_BITS
             self._slabs[epoch] = slab
             self._shares[epoch] = SlabShare(
-                self._socket, attachment.session, attachment.slot_base, slab.num_slots, slab.slot_bytes
+                self._socket,
+                attachment.session,
+                attachment.slot_base,
+                slab.num_slots,
+                slab.slot_bytes,
+                slab.num_staging if isinstance(slab, SplitSlab) else 0,
             )
 
     def keep(self, attachments: Iterable[Attachment]) -> None:
@@ -134,7 +140,7 @@ class SharedMemory:
         for slab in self._slabs.values():
             slab.close()
 
-    def _slab_of(self, slot: int) -> HostSlab:
+    def _slab_of(self, slot: int) -> HostSlab | SplitSlab:
         try:
             return self._slabs[slot >> EPOCH_BITS]
         except KeyError:

@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Sequence
 
 _PEER = struct.Struct("3i")  # pid, uid, gid
 # An anchor is silent for as long as its client lives, and a machine that loses power says no goodbye: without these,
@@ -45,12 +46,12 @@ class RawSocket:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
             self._low_water = num_bytes
 
-    def send_descriptor(self, data: bytes, fd: int) -> None:
-        """Send the first bytes of a connection, and a descriptor with them. Raises OSError if it cannot be at once."""
+    def send_descriptors(self, data: bytes, fds: Sequence[int]) -> None:
+        """Send the first bytes of a connection, and descriptors with them. Raises OSError if it cannot be at once."""
         if self._transport.get_write_buffer_size():
             raise BlockingIOError(errno.EAGAIN, "what was sent before is not taken")
         with self._duplicate() as raw:
-            sent = socket.send_fds(raw, [data], [fd])
+            sent = socket.send_fds(raw, [data], list(fds))
         if sent < len(data):
             self._transport.write(data[sent:])
 

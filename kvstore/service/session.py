@@ -10,6 +10,7 @@ In the daemon's event loop: messages take microseconds under the store's lock, a
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from kvstore.service.dashboard_usage import Usage
 from kvstore.service.events import Feed
 from kvstore.service.guard import goes_on
 from kvstore.service.holdings import Holdings
+from kvstore.service.isolation import StagedSaves
 from kvstore.service.known import KnownRequests
 from kvstore.service.pending import Pending
 from kvstore.service.protocol import Op, ProtocolError, Reader
@@ -64,6 +66,7 @@ class Session:
         is_remote: bool = False,
         number: int = 0,
         pid: int | None = None,
+        staged: StagedSaves | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin.
@@ -71,6 +74,7 @@ class Session:
         session_id: whoever knows it may attach to the session; number: names it to operators.
         client:     what the client calls itself; pid: its process, on this machine.
         feed:       the events of the store, should it ask for them.
+        staged:     memory for what it saves, if it must not write to the slab.
         """
         self.id = session_id
         self.opened = opened
@@ -84,7 +88,8 @@ class Session:
         self.anchors: set[Anchor] = set()  # with those of its ranks
         self.is_orphan = False
         self.is_draining = False
-        self._holdings = Holdings(opened.store, now)
+        self.staged = staged
+        self._holdings = Holdings(opened.store, now, staged)
         self.leases = self._holdings.leases
         self.usage = Usage()
         self._store = opened.store
@@ -129,6 +134,11 @@ class Session:
             self.heard_at = self._now()
         return handler(Reader(body))
 
+    def descriptors(self) -> list[int]:
+        """Of the slab, and of the client's staging if it has one: for a connection of its own, which closes them."""
+        own = [] if self.staged is None else [os.dup(self.staged.slab.fileno())]
+        return [self._store.slab_descriptor(), *own]
+
     def orphan(self) -> None:
         """The client is gone, ranks of its engine are not: nothing is granted any more, and nothing released yet."""
         self.is_orphan = self.is_draining = True
@@ -138,7 +148,10 @@ class Session:
         """Release every lease; returns how many. Idempotent."""
         self._abandon()
         self._feed.close()
-        return self.expire(list(self.leases))
+        num_released = self.expire(list(self.leases))
+        if self.staged is not None:
+            self.staged.close()
+        return num_released
 
     def overdue(self, before: float) -> list[int]:
         """The leases that were granted before that time, of the session's clock."""
@@ -241,16 +254,18 @@ class Session:
         check_blocks(request, first, end - first)
         num_blocks = min(end - first, self._max_blocks)
         lease = self._store.prepare_save(request, first, num_blocks, owner=self._owner(owner))
-        self._holdings.grant(lease_id, lease, owner)
+        lease = self._holdings.grant_save(lease_id, lease, owner)
         too_many = (end - first - num_blocks) * len(self.opened.layout.groups)
         return messages.encode_save(replace(lease, skipped=lease.skipped + too_many) if too_many else lease)
 
-    def _complete(self, reader: Reader) -> bytes:
+    def _complete(self, reader: Reader) -> bytes | Pending:
         lease_id, filled = messages.read_complete(reader)
         reader.end()
         held = self.leases.get(lease_id)
-        if held is None:
+        if held is None or held.is_ending:
             return b""
+        if held.told is not None:
+            return self._holdings.end_save(lease_id, filled, lambda: self._copied(held.lease))
         if self.is_remote and isinstance(held.lease, SaveLease):
             # Only what arrived, whatever the client believes.
             asked = [True] * len(held.lease.pages) if filled is None else filled
@@ -259,6 +274,10 @@ class Session:
         self.usage.completed(held.lease, self.opened.layout)
         del self.leases[lease_id]
         return b""
+
+    def _copied(self, lease: LoadLease | SaveLease) -> None:
+        self.usage.completed(lease, self.opened.layout)
+        self.opened.watch.wake()
 
     def _release(self, reader: Reader) -> bytes:
         lease_id = messages.read_lease(reader)

@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from kvstore.errors import ConfigError
 from kvstore.service import protocol
+from kvstore.service.isolation import STAGING, SplitSlab, map_slab
 from kvstore.service.protocol import Op, ProtocolError, Status
 from kvstore.service.wire import Wire, dial_unix
 from kvstore.tiers.host import HostSlab, SlabHandle
@@ -39,6 +40,7 @@ class SlabShare(NamedTuple):
     path:      of the daemon's socket.
     session:   of the client; whoever knows it may attach to it.
     first_slot: number of the slab's first slot in the client's leases.
+    num_staging: slots of memory for saves, where the slab itself can only be read; 0 where saves go to the slab.
     """
 
     path: str
@@ -46,6 +48,7 @@ class SlabShare(NamedTuple):
     first_slot: int
     num_slots: int
     slot_bytes: int
+    num_staging: int = 0
 
 
 class AttachedSlab:
@@ -54,7 +57,9 @@ class AttachedSlab:
     handle: by which it was mapped. buffer: all of it, for a device to page-lock.
     """
 
-    def __init__(self, handle: SlabHandle | SlabShare, slab: HostSlab, slot_base: int, anchor: Wire | None) -> None:
+    def __init__(
+        self, handle: SlabHandle | SlabShare, slab: HostSlab | SplitSlab, slot_base: int, anchor: Wire | None
+    ) -> None:
         self.handle = handle
         self.buffer = slab.buffer
         self._slab = slab
@@ -83,7 +88,8 @@ class AttachedSlab:
 
     def _index(self, slot: int) -> int:
         index = slot - self._slot_base
-        if not 0 <= index < self._slab.num_slots:
+        num_staging = self._slab.num_staging if isinstance(self._slab, SplitSlab) else 0
+        if not (0 <= index < self._slab.num_slots or STAGING <= index < STAGING + num_staging):
             raise IndexError(
                 f"slot {slot} is not in the slab that is mapped, [{self._slot_base}, "
                 f"{self._slot_base + self._slab.num_slots}): it was leased under another daemon"
@@ -111,13 +117,13 @@ def attach_slab(handle: SlabHandle | SlabShare, *, timeout_s: float = 1.0) -> At
     return AttachedSlab(handle, slab, handle.first_slot, anchor)
 
 
-def _receive(anchor: Wire, handle: SlabShare, timeout_s: float) -> HostSlab:
+def _receive(anchor: Wire, handle: SlabShare, timeout_s: float) -> HostSlab | SplitSlab:
     message = protocol.encode_json({"session": handle.session, "anchor": True, "slab": True})
-    status, answer, fd = anchor.hello(message, timeout_s, op=Op.ATTACH)
-    if fd is None:
+    status, answer, fds = anchor.hello(message, timeout_s, op=Op.ATTACH)
+    if not fds:
         if status is Status.ERROR:
             raise ConnectionError(str(protocol.decode_json(answer).get("message")))
         if status is Status.GONE:
             raise ConnectionResetError("the scheduler's session is gone: it ended, or the daemon has started again")
         raise ConfigError(f"the daemon at {handle.path} sent no slab: it is of another release")
-    return HostSlab.attach_descriptor(fd, SlabHandle("the daemon's slab", handle.num_slots, handle.slot_bytes))
+    return map_slab(fds, handle.num_slots, handle.slot_bytes, handle.num_staging)

@@ -314,7 +314,9 @@ def namespace_id(namespace: Namespace) -> str:
 
 
 def _open(config: Config, layout: Layout, namespace: Namespace, own: Namespace) -> LocalStore:
-    store = open_store(config, layout, own, shared_name=f"kvstore-{namespace_id(namespace)}")
+    store = open_store(
+        config, layout, own, shared_name=f"kvstore-{namespace_id(namespace)}", is_guarded=config.service.isolate
+    )
     if config.disk.path is not None:
         _write_namespace(Path(config.disk.path), layout, namespace)
     return store

@@ -23,6 +23,7 @@ from kvstore.service import protocol
 from kvstore.service.protocol import HEADER, Frame, Op, ProtocolError, Status
 
 MAX_HTTP_BYTES = 16_384  # of headers
+MAX_DESCRIPTORS = 2  # the slab's, and that of staging
 RECEIVE_BYTES = 64 << 10  # most answers come whole in one call
 LOW_WATER_BYTES = 512 << 10  # of a batch: to be woken for less costs the receiver a fifth more
 
@@ -52,8 +53,8 @@ class Wire:
         frame = self._header(op, data)
         return frame.status, self._rest(data, frame, until)
 
-    def hello(self, body: bytes, timeout_s: float, *, op: Op = Op.HELLO) -> tuple[Status, bytes, int | None]:
-        """Say hello over a unix socket; the answer, and the slab's descriptor, which is the caller's to close.
+    def hello(self, body: bytes, timeout_s: float, *, op: Op = Op.HELLO) -> tuple[Status, bytes, list[int]]:
+        """Say hello over a unix socket; the answer, and descriptors of memory, which are the caller's to close.
 
         op: ATTACH for a further anchor of a session, which asks for the slab, too.
         """
@@ -62,7 +63,7 @@ class Wire:
         self.socket.settimeout(timeout_s)
         self.socket.sendall(protocol.encode_frame(op, body, self._sequence))
         fds = array.array("i")
-        data, ancillary = self._receive_message(fds.itemsize)
+        data, ancillary = self._receive_message(MAX_DESCRIPTORS * fds.itemsize)
         for level, kind, raw in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
@@ -73,7 +74,7 @@ class Wire:
             if not received:
                 raise ConnectionResetError("the daemon closed the connection")
             frame = self._header(op, received if len(received) >= HEADER.size else self._more(received, until))
-            return frame.status, self._rest(received, frame, until), fds[0] if fds else None
+            return frame.status, self._rest(received, frame, until), list(fds)
         except BaseException:
             for fd in fds:
                 os.close(fd)

@@ -38,12 +38,15 @@ from kvstore.layout import SLOT_ALIGNMENT
 from kvstore.tiers.memory_limit import available_memory
 
 HUGE_PAGE_BYTES = 2 << 20
+_MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the mmap module
 _MADV_WIPEONFORK = 18  # Linux 4.14; not in the mmap module
 _MADV_REMOVE = 9  # not in the mmap module before Python 3.13
 _MAP_FIXED = 0x10  # not in the mmap module
 _MFD_NOEXEC_SEAL = 0x8  # Linux 6.3; not in the os module. Where vm.memfd_noexec is 2, no memfd is given without it
+_F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; not in the fcntl module before Python 3.13
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_GUARDED = _SEALS | _F_SEAL_FUTURE_WRITE
 _MAP_NORESERVE = 0x4000  # not in the mmap module before Python 3.13
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _SPARE_BYTES = 64 << 20  # what a full slab leaves of the available memory for everybody else
@@ -96,11 +99,14 @@ class HostSlab:
         shared_name: str | None = None,
         huge_pages: bool = True,
         prefault: bool = True,
+        is_guarded: bool = False,
     ) -> None:
         """Reserve and, with `prefault`, touch the memory.
 
         slot_bytes:  a multiple of 4096, so that every slot is fit for O_DIRECT.
         shared_name: None for private memory; else the name under which /proc shows the shared one.
+        is_guarded:  other processes can only read the shared one, whatever they do with its descriptor. The kernel then
+                     takes no memory of slots back either (`discard`).
 
         Raises ConfigError naming `host.capacity_bytes` if the slots cannot be had, or saying that the system has no
         shared memory that can be sealed.
@@ -110,9 +116,14 @@ class HostSlab:
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
         size = num_slots * slot_bytes
-        self._fd: int | None = None if shared_name is None else _sealed_memory(shared_name, size)
+        self._fd: int | None = None if shared_name is None else _memory(shared_name, size)
         try:
             self.buffer: npt.NDArray[np.uint8] = _map(size, self._fd)
+            if self._fd is not None:
+                _seal(self._fd, _GUARDED if is_guarded else _SEALS)  # a mapping that is there already can go on writing
+        except ConfigError:
+            self._close_fd()
+            raise
         except OSError as error:
             self._close_fd()
             raise ConfigError(f"host.capacity_bytes is {size}: the system does not give that much: {error}") from error
@@ -136,7 +147,9 @@ class HostSlab:
         return cls.attach_descriptor(os.open(handle.path, os.O_RDWR | os.O_CLOEXEC), handle, prefault=prefault)
 
     @classmethod
-    def attach_descriptor(cls, fd: int, handle: SlabHandle, *, prefault: bool = True) -> HostSlab:
+    def attach_descriptor(
+        cls, fd: int, handle: SlabHandle, *, prefault: bool = True, is_read_only: bool = False
+    ) -> HostSlab:
         """Map the shared slab of a descriptor that another process sent; the slab closes it, or this if it raises.
 
         handle: its size; the path is not opened. Raises OSError, or ConfigError if the size is another.
@@ -148,13 +161,16 @@ class HostSlab:
             size, there = handle.num_slots * handle.slot_bytes, os.fstat(fd).st_size
             if there != size:
                 raise ConfigError(f"host slab: {handle.path} has {there} bytes, the handle says {size}")
-            slab.buffer = _map(size, fd)
+            slab.buffer = _map(size, fd, is_read_only=is_read_only)
+            slab.buffer.flags.writeable = not is_read_only  # an exception where the kernel would end the process
         except BaseException:
             slab._close_fd()
             raise
         _advise(slab.buffer, mmap.MADV_HUGEPAGE)
         if prefault:
-            _advise(slab.buffer, _MADV_POPULATE_WRITE)  # without it the pages are mapped one by one, as they are used
+            _advise(
+                slab.buffer, _MADV_POPULATE_READ if is_read_only else _MADV_POPULATE_WRITE
+            )  # without it the pages are mapped one by one, as they are used
         slab._cut()
         return slab
 
@@ -245,22 +261,30 @@ def _check_fits(num_slots: int, slot_bytes: int) -> None:
         )
 
 
-def _sealed_memory(name: str, size: int) -> int:
-    """A descriptor of shared memory whose size nobody can change any more. Raises ConfigError."""
+def _memory(name: str, size: int) -> int:
+    """A descriptor of shared memory. Raises ConfigError."""
     try:
         fd = _memfd(name)
         try:
             os.ftruncate(fd, size)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         except BaseException:
             os.close(fd)
             raise
     except OSError as error:
         raise ConfigError(
-            f"host slab: the system gives no shared memory of {size} bytes that can be sealed (memfd_create, "
-            f"F_ADD_SEALS): {error.strerror}. A node daemon needs it; a store in its engine's own process does not"
+            f"host slab: the system gives no shared memory of {size} bytes (memfd_create): {error.strerror}. "
+            "A node daemon needs it; a store in its engine's own process does not"
         ) from error
     return fd
+
+
+def _seal(fd: int, seals: int) -> None:
+    """Nobody can change the size, nor the seals, any more. Raises ConfigError."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except OSError as error:
+        need = "service.isolate needs Linux 5.1" if seals == _GUARDED else "it must be sealed"
+        raise ConfigError(f"host slab: the system does not seal shared memory ({need}): {error.strerror}") from error
 
 
 def _memfd(name: str) -> int:
@@ -273,7 +297,7 @@ def _memfd(name: str) -> int:
         return os.memfd_create(name, flags)
 
 
-def _map(size: int, fd: int | None) -> npt.NDArray[np.uint8]:
+def _map(size: int, fd: int | None, *, is_read_only: bool = False) -> npt.NDArray[np.uint8]:
     """Map `size` bytes at a 2 MiB boundary: private and anonymous, or the file from its start.
 
     A boundary can only be had by reserving more and using the middle. For a file the middle of the reserve is mapped
@@ -284,7 +308,8 @@ def _map(size: int, fd: int | None) -> npt.NDArray[np.uint8]:
     whole = np.frombuffer(reserve, np.uint8)
     start = -whole.ctypes.data % HUGE_PAGE_BYTES
     if fd is not None:
-        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED
+        protection = mmap.PROT_READ if is_read_only else mmap.PROT_READ | mmap.PROT_WRITE
+        flags = mmap.MAP_SHARED | _MAP_FIXED
         if _libc.mmap(whole.ctypes.data + start, size, protection, flags, fd, 0) == _MAP_FAILED:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     slab = whole[start : start + size]

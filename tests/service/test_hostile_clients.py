@@ -47,12 +47,12 @@ class Raw:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(30)
         self.socket.connect(str(path))
-        self.fd = -1
+        self.fd, self.others = -1, list[int]()
         if hello:
             names = {"layout": layout_to_json(LAYOUT), "namespace": namespace_to_json(namespace()), "client": "hostile"}
             self.socket.sendall(encode_frame(Op.HELLO, encode_json(names)))
             data, fds, _, _ = socket.recv_fds(self.socket, 1 << 16, 4)
-            self.fd = fds[0]
+            self.fd, self.others = fds[0], fds[1:]
             self.greeting = json.loads(data[HEADER.size :])
 
     def answer(self) -> tuple[Status, bytes]:
@@ -63,8 +63,8 @@ class Raw:
 
     def close(self) -> None:
         self.socket.close()
-        if self.fd >= 0:
-            os.close(self.fd)
+        for fd in [*([self.fd] if self.fd >= 0 else []), *self.others]:
+            os.close(fd)
 
     def __enter__(self) -> Raw:
         return self

@@ -21,9 +21,9 @@ def socket(tmp_path: Path) -> Path:
     return tmp_path / "kv.sock"
 
 
-@pytest.fixture
-def daemon(socket: Path, tmp_path: Path) -> Iterator[LocalDaemon]:
-    with local_daemon(socket, tmp_path / "disk") as daemon:
+@pytest.fixture(params=[False, True], ids=["shared", "isolated"])
+def daemon(request: pytest.FixtureRequest, socket: Path, tmp_path: Path) -> Iterator[LocalDaemon]:
+    with local_daemon(socket, tmp_path / "disk", service={"isolate": request.param}) as daemon:
         yield daemon
         for opened in daemon.daemon.stores.all():
             opened.store.check()

@@ -1,0 +1,142 @@
+"""`service.isolate`: clients on this machine can only read the slab; what they save passes through the daemon.
+
+    client                                  daemon
+    loads:  reads slots of the slab   <---  slab: the seal F_SEAL_FUTURE_WRITE leaves this process's mapping as the
+                                            only one through which anything can be written
+    saves:  writes slots of staging   --->  copied into slots of the slab when the lease is completed
+
+Staging is memory of one client alone, and bounded. A lease's pages get slots of it, numbered from STAGING on, so that
+number says where a page lies; pages that find none are skipped, as where the slab is full. What a client writes there
+after it has completed a lease reaches nothing but its own page, and that only while it is copied.
+
+Pages get no checksum on the way: memory does not lose bytes, and a client that saves wrong ones can do so anyway, under
+keys of prompts of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.errors import ConfigError
+from kvstore.plan.records import SaveLease, SlotPage
+from kvstore.plan.slots import SlotPool
+from kvstore.service.protocol import ProtocolError
+from kvstore.store import LocalStore
+from kvstore.tiers.host import HostSlab, SlabHandle
+
+STAGING = 1 << 31  # first number of a slot of staging; a slab has fewer slots
+
+
+class SplitSlab:
+    """The two memories of an isolated client, as one: slots of the daemon's slab, read-only, and of its own staging."""
+
+    def __init__(self, pages: HostSlab, staging: HostSlab) -> None:
+        self.num_slots = pages.num_slots
+        self.slot_bytes = pages.slot_bytes
+        self.num_staging = staging.num_slots
+        self.buffer = pages.buffer
+        self._pages = pages
+        self._staging = staging
+
+    def view(self, slot: int) -> memoryview:
+        """The bytes of a slot."""
+        return self._pages.view(slot) if slot < STAGING else self._staging.view(slot - STAGING)
+
+    def array(self, slot: int) -> npt.NDArray[np.uint8]:
+        """The same as an array."""
+        return self._pages.array(slot) if slot < STAGING else self._staging.array(slot - STAGING)
+
+    def close(self) -> None:
+        """Let both go. Idempotent."""
+        self.buffer = np.empty(0, np.uint8)
+        self._pages.close()
+        self._staging.close()
+
+
+def map_slab(fds: list[int], num_slots: int, slot_bytes: int, num_staging: int) -> HostSlab | SplitSlab:
+    """Map what a daemon sent: its slab, and with it a client's staging if that is not to write to the slab.
+
+    fds: emptied; what is not mapped is closed. Raises OSError, ConfigError, or ProtocolError if it sent something else.
+    """
+    try:
+        if len(fds) != (2 if num_staging else 1):
+            raise ProtocolError(f"the daemon sent {len(fds)} descriptors")
+        size = SlabHandle("the daemon's slab", num_slots, slot_bytes)
+        if not num_staging:
+            return HostSlab.attach_descriptor(fds.pop(0), size)
+        pages = HostSlab.attach_descriptor(fds.pop(0), size, is_read_only=True)
+        try:
+            own = SlabHandle("the daemon's staging", num_staging, slot_bytes)
+            return SplitSlab(pages, HostSlab.attach_descriptor(fds.pop(0), own, prefault=False))
+        except BaseException:
+            pages.close()
+            raise
+    finally:
+        while fds:
+            os.close(fds.pop())
+
+
+class StagedSaves:
+    """The daemon's side: one client's staging, and the way of its pages into the slab. The daemon's event loop only."""
+
+    def __init__(self, store: LocalStore, num_bytes: int) -> None:
+        """Raises ConfigError if the memory cannot be had."""
+        slot_bytes = store.layout.slot_bytes
+        num_slots = max(1, num_bytes // slot_bytes)
+        try:
+            self.slab = HostSlab(num_slots, slot_bytes, shared_name="kvstore-staging", prefault=False)
+        except ConfigError as error:
+            raise ConfigError(f"service.isolate_bytes is {num_bytes}, for each client: {error}") from None
+        self._store = store
+        self._pool = SlotPool(num_slots)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of staging."""
+        return self._pool.num_slots
+
+    @property
+    def num_free(self) -> int:
+        """Those that no lease has."""
+        return self._pool.num_free
+
+    def place(self, lease: SaveLease) -> SaveLease:
+        """The lease as the client gets it: its first pages in slots of staging, the rest skipped."""
+        slots = self._pool.take(len(lease.pages))
+        pages = tuple(
+            SlotPage(page.block, page.group, STAGING + slot) for page, slot in zip(lease.pages, slots, strict=False)
+        )
+        return replace(lease, pages=pages, skipped=lease.skipped + len(lease.pages) - len(pages))
+
+    def give_back(self, told: SaveLease) -> None:
+        """A lease ended; told: as the client got it."""
+        self._pool.give(page.slot - STAGING for page in told.pages)
+
+    def copy(self, lease: SaveLease, told: SaveLease, filled: Sequence[bool], then: Callable[[bool], None]) -> None:
+        """Copy the filled pages into the slab, in a thread; `then` is called in the loop, with whether that went well.
+
+        The slots of both sides stay taken until then.
+        """
+        pairs = [
+            (self._store.slot_array(page.slot), self.slab.array(own.slot - STAGING))
+            for page, own, flag in zip(lease.pages, told.pages, filled, strict=False)
+            if flag
+        ]
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(None, _copy_all, pairs)
+        work.add_done_callback(lambda done: then(not done.cancelled() and done.exception() is None))
+
+    def close(self) -> None:
+        """The client is gone. A copy that is under way keeps the memory until it ends."""
+        self.slab.close()
+
+
+def _copy_all(pairs: Sequence[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]) -> None:
+    for to, source in pairs:
+        np.copyto(to, source)
