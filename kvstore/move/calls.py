@@ -8,6 +8,8 @@ from kvstore.errors import TierError
 from kvstore.plan.records import Op, Transfer
 from kvstore.tiers.base import CLEARED, Claimable, Sweepable, Tier
 
+CLEAR_TIMEOUT_S = 60.0  # a walk over about a hundred million keys
+
 
 def call_tier(
     tier: Tier, transfer: Transfer, slot_view: Callable[[int], memoryview], timeout_s: float
@@ -43,6 +45,11 @@ def call_tier(
     if len(answer) != len(keys):
         raise TierError(f"{len(answer)} answers for {len(keys)} keys")
     return tuple(answer)
+
+
+def longest_s(transfer: Transfer, timeout_s: float) -> float:
+    """How long the tier may take for it, where any other call may take `timeout_s`."""
+    return CLEAR_TIMEOUT_S if transfer.op is Op.CLEAR else timeout_s
 
 
 def in_words(transfer: Transfer) -> str:

@@ -34,7 +34,7 @@ from kvstore.errors import ConfigError, TierError, TierRefused, TierUnavailable
 from kvstore.forks import forbid
 from kvstore.move.backlog import Backlog
 from kvstore.move.breaker import Breaker
-from kvstore.move.calls import call_tier, in_words, moved_bytes
+from kvstore.move.calls import call_tier, in_words, longest_s, moved_bytes
 from kvstore.move.counters import LaneCounters
 from kvstore.move.directions import DIRECTION_OF, OPS_OF, Directions
 from kvstore.plan.records import Op, Outcome, Priority, Transfer
@@ -47,7 +47,6 @@ P = ParamSpec("P")
 # A timeout shorter than this proves nothing: the last transfers of a burst begin just before their deadline, and three
 # of them must not take out a tier that is busy and well. A guess; a healthy tier answers a small batch within it.
 MIN_EVIDENCE_S = 0.02
-CLEAR_TIMEOUT_S = 60.0  # a walk over about a hundred million keys
 STUCK_GRACE_S = 1.0  # a disk cannot be interrupted: a batch may overrun its time by this much or by once its length
 
 
@@ -195,9 +194,8 @@ class Lane:
                 self._expire(transfer)
             self.counters.queued = len(self._backlog)
             for running in self._running.values():
-                if not running.is_stuck and now > running.began + running.timeout_s + max(
-                    STUCK_GRACE_S, running.timeout_s
-                ):
+                grace_s = max(STUCK_GRACE_S, running.timeout_s)
+                if not running.is_stuck and now > running.began + running.timeout_s + grace_s:
                     running.is_stuck = True
                     self.counters.stuck += 1
                     self._trip(f"a {running.transfer.op.value} has been inside it for {now - running.began:.1f} s")
@@ -268,8 +266,7 @@ class Lane:
                     continue
                 # A late read is of no use, so it gets the time that is left; a write is worth finishing once begun.
                 left_s = self._timeout_s if transfer.op is Op.SPILL else transfer.deadline - now
-                longest_s = CLEAR_TIMEOUT_S if transfer.op is Op.CLEAR else self._timeout_s
-                running = _Running(transfer, now, min(longest_s, left_s))
+                running = _Running(transfer, now, min(longest_s(transfer, self._timeout_s), left_s))
                 self._running[worker] = running
                 self._num_saves += transfer.priority is Priority.SAVE
                 self.counters.transfers += 1

@@ -98,6 +98,16 @@ def test_lookup_by_tokens_and_by_keys_agree(http: Http, store: RemoteStore) -> N
     assert by_tokens["by_tier"] == {"host": 5}
 
 
+def test_a_flush_tells_what_is_on_its_tiers(http: Http, store: RemoteStore) -> None:
+    save(store, store.request(prompt(5)))
+
+    flushed = http.post("/v1/flush", timeout_s=10.0)
+
+    assert flushed["ok"] is True
+    assert flushed["missing"] == flushed["undeleted"] == {}
+    assert http.post("/v1/flush")["ok"] is True
+
+
 def test_pin_unpin_ttl_and_delete_concern_the_prefix(http: Http, store: RemoteStore) -> None:
     save(store, store.request(prompt(5)))
 

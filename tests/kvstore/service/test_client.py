@@ -261,3 +261,53 @@ def test_a_forked_child_gets_a_session_of_its_own(store: RemoteStore, socket: Pa
     assert os.waitstatus_to_exitcode(status) == 0
     assert store.lookup(store.request(prompt(3))).num_blocks == 3
     wait_until(lambda: daemon.look(lambda d: len(d.sessions)) == 1)
+
+
+def test_a_flush_says_whether_all_is_there_and_each_client_is_told_of_losses(
+    store: RemoteStore, socket: Path, daemon: LocalDaemon
+) -> None:
+    use(store, prompt(4))
+    result = store.flush(10.0)
+    assert result
+    assert result.written == {"disk": 4}
+    assert result.missing == result.undeleted == {}
+
+    (opened,) = daemon.daemon.stores.all()
+    with attach(socket) as other:
+        opened.store._planner.tiers[0].debts.num_lost_saves += 3
+
+        assert store.flush(10.0).missing == {"disk": {"lost": 3}}
+        assert store.flush(10.0)
+        assert other.flush(10.0).missing == {"disk": {"lost": 3}}
+        assert other.flush(10.0)
+    with attach(socket) as late:
+        assert late.flush(10.0)
+
+
+def test_what_was_forgotten_is_deleted_when_a_flush_is_true(store: RemoteStore, daemon: LocalDaemon) -> None:
+    use(store, prompt(4))
+    assert store.flush(10.0)
+
+    assert store.forget(store.request(prompt(4)), 1) == 3
+
+    assert store.flush(10.0)
+    (opened,) = daemon.daemon.stores.all()
+    assert opened.store.stats()["pages"]["disk"] == 1
+    assert opened.store.stats()["deleted_pages"]["disk"] == 3
+
+
+def test_pages_saved_to_a_daemon_that_is_gone_are_unknown_until_that_was_told(socket: Path, tmp_path: Path) -> None:
+    with local_daemon(socket, tmp_path / "disk") as first, attach(socket) as store:
+        use(store, prompt(4, seed=1))
+        assert store.flush(10.0)
+        use(store, prompt(4, seed=2))
+        first.stop()
+        assert "the daemon" in store.flush(1.0).error
+        with local_daemon(socket, tmp_path / "disk"):
+            results = [store.flush(1.0)]
+            while results[-1].error:
+                results.append(store.flush(1.0))
+
+            assert results[-1].missing == {"daemon": {"unknown": 4}}
+            use(store, prompt(4, seed=3))
+            assert store.flush(10.0)
