@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.direction": (),
     "kvstore.forks": ("kvstore.errors",),
     "kvstore.ownership": ("kvstore.errors",),
+    "kvstore.limits": (),
     "kvstore.layout": ("kvstore.errors",),
     "kvstore.page": ("kvstore.errors",),
     "kvstore.secret": ("kvstore.errors", "kvstore.tiers.redis_url"),
@@ -69,6 +70,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.codec",
         "kvstore.errors",
         "kvstore.forks",
+        "kvstore.limits",
         "kvstore.ownership",
         "kvstore.tiers",
     ),
@@ -83,6 +85,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.plan.records",
         "kvstore.direction",
         "kvstore.errors",
+        "kvstore.limits",  # what a container lets it have of threads
         "kvstore.forks",
         "kvstore.page",
         "kvstore.move",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 from kvstore.cli.output import add_row, console, print_json, table
 from kvstore.errors import KVStoreError
 from kvstore.extras import how_to_install
+from kvstore.limits import usable_cpus
 
 if TYPE_CHECKING:
     from kvstore.cluster.supervisor_directory import RunDirectory
@@ -89,7 +89,7 @@ def up(
         redis=redis,
         policy=policy,
         dtype=dtype,
-        threads=threads or max(1, (os.cpu_count() or 1) // replicas),
+        threads=threads or max(1, usable_cpus() // replicas),
         disk=None if disk is None else str(disk.expanduser().absolute()),
         settings=tuple(setting or ()),
         replica_arguments=tuple(for_replicas or ()),

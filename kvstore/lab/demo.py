@@ -12,7 +12,6 @@ what it shows is `demo_report` and `demo_plot`. It imports neither torch nor tra
 
 from __future__ import annotations
 
-import os
 import signal
 import tempfile
 import time
@@ -39,6 +38,7 @@ from kvstore.lab.explain import Explanation
 from kvstore.lab.models import DemoModel, resolve_model
 from kvstore.lab.replica import Messages, ReplicaSpec
 from kvstore.lab.replica_process import ReplicaProcess
+from kvstore.limits import usable_cpus
 from kvstore.tiers.redis_local import LocalRedis, RedisNotInstalled
 
 PREFILL_CHUNK = 128  # 256 computes 11 % faster; hits end on its multiples, so 128 wastes less of a short prompt
@@ -324,7 +324,7 @@ def _has_bfloat16() -> bool:
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cpus()
 
 
 def _finish(

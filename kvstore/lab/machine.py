@@ -9,6 +9,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from kvstore.limits import usable_cpus
 from kvstore.units import KiB
 
 DISTRIBUTION = "kvtiers"
@@ -24,7 +25,7 @@ def machine() -> dict[str, object]:
     """Processor, cores this process may use, memory, load and kernel, as plain numbers and text."""
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cpus(),
         "memory_bytes": _memory_bytes(),
         "native": native(),
         "load_average_1min": os.getloadavg()[0],

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import NamedTuple, ParamSpec
 
 from kvstore.direction import ALL_DIRECTIONS, Direction
@@ -37,6 +38,7 @@ from kvstore.move.breaker import Breaker
 from kvstore.move.calls import call_tier, in_words, longest_s, moved_bytes
 from kvstore.move.counters import LaneCounters
 from kvstore.move.directions import DIRECTION_OF, OPS_OF, Directions
+from kvstore.move.threads import start_all, start_thread
 from kvstore.plan.records import Op, Outcome, Priority, Transfer
 from kvstore.tiers.base import Probing, Tier
 
@@ -149,8 +151,7 @@ class Lane:
             threading.Thread(target=self._work, args=(i,), name=f"kvstore-{self.name}-{i}", daemon=True)
             for i in range(self._num_workers)
         ]
-        for thread in self._threads:
-            thread.start()
+        start_all(self._threads, self.stop)
 
     def submit(self, transfers: Sequence[Transfer]) -> None:
         """Queue transfers. What cannot be queued is answered at once, through `emit`."""
@@ -203,16 +204,13 @@ class Lane:
             if self.counters.stuck < self._num_workers and not self._closing:
                 if self.breaker.due(now):
                     self.breaker.probe()
-                    self._start_test(self._ping)
+                    self._start_test(partial(self.breaker.probed, False), self._ping)
                 for way in self.directions.due(now):
                     self.directions.breakers[way].probe()
-                    self._start_test(self._probe, way)
+                    self._start_test(partial(self.directions.probed, way, "no thread to try it"), self._probe, way)
 
     def stop(self) -> int:
-        """Take nothing more and drop what waits; return how many were dropped.
-
-        The workers end after what they carry.
-        """
+        """Take nothing more, drop what waits, end after what is carried; return how many were dropped."""
         with self._wake:
             self._closing = True
             num_dropped = self._drop_waiting("the lane is closed")
@@ -343,12 +341,14 @@ class Lane:
     def _why_not(self, op: Op) -> str:
         return "the breaker is open" if not self.breaker.allow() else f"{DIRECTION_OF[op].value}: the breaker is open"
 
-    def _start_test(self, test: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+    def _start_test(self, fail: Callable[[], None], test: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         # In a thread of its own: one that hangs must hold up neither the other tiers nor the last worker.
         self.counters.pings += 1
         thread = threading.Thread(target=test, args=args, kwargs=kwargs, name=f"kvstore-{self.name}-ping", daemon=True)
-        self._pingers = [*(one for one in self._pingers if one.is_alive()), thread]
-        thread.start()
+        if start_thread(thread):
+            self._pingers = [*(one for one in self._pingers if one.is_alive()), thread]
+        else:
+            fail()
 
     def _ping(self) -> None:
         try:

@@ -22,6 +22,7 @@ from typing import ParamSpec
 from kvstore.errors import ConfigError, StoreClosed
 from kvstore.forks import forbid, harmless
 from kvstore.move.lane import Event, Lane, TierState
+from kvstore.move.threads import start_all
 from kvstore.plan.records import Outcome, Transfer
 
 log = logging.getLogger(__name__)
@@ -63,10 +64,18 @@ class Mover:
         self._closing = False
         self._closed = False
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None stops the housekeeper
-        for lane in lanes:
-            lane.start(self._deliver, self._inbox.put, now)
         self._housekeeper = threading.Thread(target=self._keep_house, name="kvstore-housekeeper", daemon=True)
-        self._housekeeper.start()
+        started: list[Lane] = []
+        try:
+            for lane in lanes:
+                lane.start(self._deliver, self._inbox.put, now)
+                started.append(lane)
+            start_all([self._housekeeper])
+        except BaseException:
+            for lane in started:
+                lane.stop()
+                lane.join(tick_s)  # they have nothing to do
+            raise
         forbid(self)
 
     def submit(self, transfers: Sequence[Transfer]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection
 
 from kvstore.errors import ConfigError
 from kvstore.forks import forbid, harmless
+from kvstore.move.threads import start_all
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Worker:
         self._closing = False
         self._changed = threading.Condition(threading.Lock())
         self._thread = threading.Thread(target=self._work, name=f"kvstore-{name}", daemon=True)
-        self._thread.start()
+        start_all([self._thread])
         forbid(self)
 
     def submit(self, job: Job) -> bool:
