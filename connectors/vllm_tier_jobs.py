@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from connectors.vllm_tier_chunks import Chunks, TierSettings, Touches
 from connectors.vllm_tier_lookup import Lookups
 from kvstore.move.rows import RowMover
-from kvstore.plan.records import Outcome
+from kvstore.plan.records import Op, Outcome
 
 SAVE_DEADLINE_S = 30.0  # a save that has not begun by then holds its rows in vain
 GRACE_S = 0.5  # for an answer that is under way at the deadline; lanes look every 50 ms
@@ -133,8 +133,8 @@ class TierJobs:
         indexes = list(range(min(room, len(job.keys))))
         self.counters.skipped_chunks += len(job.keys) - len(indexes)
         names = [self._chunks.name(job.keys[i]) for i in indexes]
-        for tier in self._up():
-            if tiers is not None and tier not in tiers:
+        for tier in self._mover.tiers if tiers is None else tiers:
+            if not self._mover.takes(tier, Op.SPILL):
                 continue
             metas = self._chunks.metas(tier, len(indexes))
             for part in _batches(indexes, self._settings.batch_pages):
@@ -247,7 +247,7 @@ class TierJobs:
         # A leaf must look older than its parent, so that the medium evicts leaves first: tail first.
         self._touches.later(tier, [job.keys[index] for index in reversed(indexes) if job.ok[index]])
         first = self._mover.tiers[0]
-        if tier != first and self._mover.is_up(first):
+        if tier != first and self._mover.takes(first, Op.SPILL):
             arrived = [job.keys[index] for index in indexes if job.ok[index]]
             self.fill_later([key for key in arrived if self._lookups.lacks(key, first)])
         self._load_from_next(job, again)

@@ -152,6 +152,8 @@ class Daemon:
     def reasons(self) -> tuple[list[str], list[str]]:
         """What keeps the daemon from serving, and what it serves without."""
         without = [f"{tier}: out of use, its breaker is open" for tier in self.dashboard.tiers_down]
+        # No more than that: who asks may be anybody, and the medium's words have names of hosts and accounts in them.
+        without += [f"{tier}: no {', '.join(ways)}" for tier, ways in self.dashboard.directions_down.items()]
         # As long as nobody has opened a store: would it be possible?
         unable = [] if self.stores.all() else self.preflight.recent_problems()
         if self.config.redis.url is not None and self.preflight.redis is None:

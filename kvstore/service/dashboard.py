@@ -112,6 +112,13 @@ class Dashboard:
             {tier for stats in self._stats.values() for tier, is_open in stats["breaker_open"].items() if is_open}
         )
 
+    @property
+    def directions_down(self) -> dict[str, list[str]]:
+        """What tiers that are in use do not do in some store, as of the last sample."""
+        every = list(self._stats.values())
+        tiers = sorted({tier for stats in every for tier in stats["direction_open"]} - set(self.tiers_down))
+        return {tier: ways for tier in tiers if (ways := sorted(left_out(every, tier)))}
+
     # ---- operations -----------------------------------------------------------------------------------------------
 
     async def now(self, call: Call) -> NowAnswer:

@@ -185,7 +185,7 @@ class _Reader:
             return None, None, hosts
         username, colon, password = userinfo.partition(":")
         if not colon:
-            self.fail("has a user name but no password; write user:password@ or :password@")
+            self.fail("has a user name but no password; write user:password@, :password@, or user:@ for none")
         return unquote(username) or None, unquote(password) or None, hosts
 
     def nodes(self, hosts: str, default_port: int) -> tuple[Address, ...]:

@@ -159,6 +159,7 @@ def test_a_direction_that_is_refused_is_told_with_the_mediums_words(daemon: Loca
     sample(daemon)
     now = http.get("/v1/dashboard/now")
 
+    assert daemon.look(lambda d: d.reasons)[1] == ["disk: no write"]
     disk = next(tier for tier in now["tiers"] if tier["tier"] == "disk")
     assert disk["is_up"]
     assert disk["left_out"] == {"write": "EROFS: Read-only file system"}

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
 from kvstore.direction import Direction
 from kvstore.errors import TierRefused, TierUnavailable
+from kvstore.tiers import redis_refusal
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_bound import BoundedRedis
 from kvstore.tiers.redis_local import LocalRedis
+from kvstore.tiers.redis_refusal import COMMANDS, OF_A_BOUND
 from tests.helpers.pages import TIMEOUT_S, fetch, keys_of, payload, store
 from tests.helpers.redis_server import NEEDS_REDIS, command
 
@@ -221,6 +224,17 @@ def renaming(name: str) -> Iterator[RedisTier]:
         closing(RedisTier(server.url, slot_bytes=SLOT_BYTES, ttl_s=60)) as tier,
     ):
         yield tier
+
+
+def test_the_rule_has_every_command_that_the_sources_send() -> None:
+    sources = [path.read_text() for path in Path(redis_refusal.__file__).parent.glob("redis*.py")]
+    found = {verb.lower() for text in sources for verb in re.findall(r'b"([A-Z]{3,})"', text)}
+    scripts = {verb.lower() for text in sources for verb in re.findall(r"redis\.call\('([A-Z]+)'", text)}
+
+    handshake = {"sentinel", "get-master-addr-by-name", "cluster", "slots", "shards"}
+    options = {"match", "count", "limit"}
+    told_at_the_start = {"info"}  # what the server is; it is said to be unknown otherwise
+    assert found | scripts <= {*COMMANDS, *OF_A_BOUND} | handshake | options | told_at_the_start
 
 
 class TestCommandsThatWereRenamed:
