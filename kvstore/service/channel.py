@@ -258,7 +258,7 @@ class Channel(asyncio.BufferedProtocol):
             log.warning("client %s: no hello: %s", self.peer, error)
             self.close()
         except Exception as error:
-            log.exception("client %s: %s failed", self.peer, frame.op.name)
+            log.error("client %s: %s failed: %s", self.peer, frame.op.name, logs.where(error))
             self._refuse(frame, ProtocolError(f"{frame.op.name} failed in the daemon: {type(error).__name__}"))
         finally:
             self._greeting = None

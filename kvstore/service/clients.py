@@ -25,7 +25,7 @@ from typing import Any
 
 from kvstore.config import Config
 from kvstore.errors import ConfigError, RequestError, StoreClosed
-from kvstore.service import shares
+from kvstore.service import logs, shares
 from kvstore.service.channel import Channel
 from kvstore.service.events import EventHub, Feed
 from kvstore.service.greeting import Greeting
@@ -277,6 +277,8 @@ class Clients:
 def _name(channel: Channel, message: dict[str, Any]) -> str:
     """Who a client says it is, and where it is if that is not here."""
     said = message.get("client")
-    # It goes into logs and JSON: no line of its own, and nothing that no text can be (half of a surrogate pair).
-    name = "".join(char if char.isprintable() else "?" for char in said[:MAX_NAME]) if isinstance(said, str) else ""
+    # It goes into logs and JSON: no secret, no line of its own, and nothing that no text can be (half of a surrogate
+    # pair). Masked before it is cut: half of a token is one that nobody knows.
+    shown = logs.mask(said[: 16 * MAX_NAME])[:MAX_NAME] if isinstance(said, str) else ""
+    name = "".join(char if char.isprintable() else "?" for char in shown)
     return channel.peer if not name else name if channel.is_local else f"{name} ({channel.peer})"

@@ -6,11 +6,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from kvstore.service.logs import where
+
 
 @contextmanager
 def goes_on(log: logging.Logger, told: str, *args: object) -> Iterator[None]:
     """Log an exception of the block, which is a fault of ours, instead of letting it end what comes after the block."""
     try:
         yield
-    except Exception:
-        log.exception(told, *args)
+    except Exception as error:
+        log.error(f"{told}: %s", *args, where(error))  # not its text: that may hold what a client sent

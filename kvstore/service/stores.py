@@ -32,6 +32,7 @@ from kvstore.plan.flushing import Told
 from kvstore.plan.journal import Journal
 from kvstore.plan.records import Match, Request, RequestOptions
 from kvstore.requests import RequestMaker
+from kvstore.service import logs
 from kvstore.service.ledger import Ledger
 from kvstore.service.namespaces import (
     check_pair,
@@ -251,7 +252,7 @@ class Stores:
                 "opened %s of tenant %s: model %s, %d slots of %d bytes",
                 place[1],
                 tenant.name,
-                namespace.model,
+                logs.mask(namespace.model),
                 opened.handle.num_slots,
                 opened.handle.slot_bytes,
             )

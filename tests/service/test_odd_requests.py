@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.service import protocol
+from kvstore.service.namespaces import layout_to_json, namespace_to_json
+from kvstore.service.protocol import Op
 from tests.helpers.daemons import LocalDaemon, attach, local_daemon
 from tests.helpers.odd_requests import SECRET, body_of, everything_logged, odd_requests, status_of, talk
-from tests.helpers.stores import load, prompt, save
+from tests.helpers.stores import LAYOUT, load, namespace, prompt, save
 
 ROUTES = {
     "/v1/lookup": b'{"tokens": [1, 2, 3]}',
@@ -20,7 +23,7 @@ ROUTES = {
 
 @pytest.fixture(params=["with tokens", "without"])
 def daemon(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalDaemon]:
-    service = {"http_port": 0}
+    service = {"http_port": 0, "max_namespaces": 32}
     if request.param == "with tokens":
         tokens = tmp_path / "tokens.toml"
         tokens.write_text(f'[[tenant]]\nname = "blue"\ntoken = "{SECRET}"\noperator = true\n')
@@ -60,3 +63,41 @@ def names_a_field(answer: bytes) -> bool:
         return False
     problem = json.loads(body_of(answer))
     return problem["status"] == status_of(answer) and (bool(problem.get("field")) or problem["status"] in (401, 403))
+
+
+def hello(**fields: object) -> bytes:
+    """The first frame of a client."""
+    right = {"layout": layout_to_json(LAYOUT), "namespace": namespace_to_json(namespace()), "client": "engine"}
+    return protocol.encode_frame(Op.HELLO, protocol.encode_json(right | fields), 1)
+
+
+@pytest.mark.parametrize("daemon", ["with tokens"], indirect=True)
+def test_no_field_of_a_frame_reaches_the_log(daemon: LocalDaemon) -> None:
+    layout, own = layout_to_json(LAYOUT), namespace_to_json(namespace())
+    frames = [
+        hello(client=SECRET),
+        hello(client=f"engine {SECRET}"),
+        hello(client="x" * 50 + f" {SECRET}"),
+        hello(namespace=SECRET),
+        hello(layout=SECRET),
+        *(hello(namespace=own | {name: SECRET}) for name in own),
+        *(hello(namespace=own | {name: [SECRET]}) for name in own),
+        *(hello(namespace=own | {name: SECRET * 100}) for name in own),
+        *(hello(layout=layout | {name: SECRET}) for name in layout),
+        protocol.encode_frame(Op.HELLO, SECRET.encode(), 1),
+        protocol.encode_frame(Op.ATTACH, protocol.encode_json({"session": SECRET}), 1),
+        protocol.encode_frame(Op.LOOKUP, SECRET.encode(), 1),
+        hello() + protocol.encode_frame(Op.LOOKUP, SECRET.encode(), 2),
+        hello() + protocol.encode_frame(Op.RELEASE_OWNER, SECRET.encode(), 2),
+        b"VK" + SECRET.encode() * 4,
+    ]
+    socket = daemon.config.service.socket
+    assert socket is not None
+    with everything_logged() as said:
+        for frame in frames:
+            talk(socket, frame, patience_s=0.3)
+
+    assert "is refused" in said.getvalue()
+    assert SECRET not in said.getvalue()
+    assert SECRET[:12] not in said.getvalue()  # nor a part of it
+    assert "Traceback" not in said.getvalue()
