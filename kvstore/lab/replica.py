@@ -118,7 +118,7 @@ class Replica:
     def flush(self) -> dict[str, Any]:
         """Wait until what was saved is on every tier."""
         saved = self.with_store.flush(FLUSH_TIMEOUT_S) and self.store.flush(FLUSH_TIMEOUT_S)
-        return {"flushed": saved}
+        return {"flushed": bool(saved)}
 
     def prompts(self, prompt_tokens: int) -> dict[str, Any]:
         """The demo's two system prompts, of about `prompt_tokens` tokens."""
