@@ -110,10 +110,11 @@ class LowerTier:
     def spilled(self, flight: Flight, outcome: Outcome, now: float) -> None:
         """Book the outcome of a SPILL."""
         self.in_flight -= len(flight.pages)
+        num_ok = sum(outcome.ok)
+        self.counters.spilled_pages += num_ok
+        self.counters.failed_pages += len(flight.pages) - num_ok
         for page, ok in zip(flight.pages, outcome.ok, strict=True):
             page.spilling &= ~self.bit
-            self.counters.spilled_pages += ok
-            self.counters.failed_pages += not ok
             if ok and not self.is_detached and not page.block.is_removed:
                 page.homes |= self.bit
                 if self.catalog.journal is not None:
