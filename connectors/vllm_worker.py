@@ -266,7 +266,7 @@ class WorkerHalf:
     def _mapped(self, slot: int) -> AttachedSlab:
         """The slab that a slot lies in, and with it all of its lease."""
         for handle in self._handles:
-            if handle.first_slot <= slot < handle.first_slot + handle.num_slots:
+            if handle.holds(slot):
                 slab = self._slabs.get(handle)
                 if slab is None:
                     # Two threads may get here at once: the one that comes second maps it again, the first is let go.

@@ -88,6 +88,8 @@ class ClientsApi:
             is_alone=session.is_orphan,
             kept_slots=0 if own is None else own.slots,
             kept_until=None if own is None else own.until,
+            staging_slots=0 if session.staged is None else session.staged.num_slots,
+            staging_free=0 if session.staged is None else session.staged.num_free,
         )
 
     def _transfer(self, transfer: Transfer) -> ClientAnswer:

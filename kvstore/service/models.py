@@ -267,6 +267,7 @@ class ClientAnswer(Answer):
     slots:    that its leases hold; overdue ones are out of use until it ends (see docs/service.md).
     is_alone: the client is gone, and only ranks of its engine still hold its leases.
     kept_slots, kept_until: what its pins and promises keep, and the Unix time at which the last of them ends.
+    staging_slots, staging_free: memory of its own for saves (service.isolate), and what of it no lease has.
     """
 
     id: int
@@ -286,6 +287,8 @@ class ClientAnswer(Answer):
     is_alone: bool
     kept_slots: int
     kept_until: float | None
+    staging_slots: int = 0
+    staging_free: int = 0
 
 
 class KeptAnswer(Answer):

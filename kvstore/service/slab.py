@@ -50,6 +50,11 @@ class SlabShare(NamedTuple):
     slot_bytes: int
     num_staging: int = 0
 
+    def holds(self, slot: int) -> bool:
+        """Whether a slot, by its number in a lease, lies in this slab, or in the staging that goes with it."""
+        index = slot - self.first_slot
+        return 0 <= index < self.num_slots or STAGING <= index < STAGING + self.num_staging
+
 
 class AttachedSlab:
     """A slab that another process of this engine leases slots of. Made by `attach_slab`; any thread.
@@ -88,8 +93,7 @@ class AttachedSlab:
 
     def _index(self, slot: int) -> int:
         index = slot - self._slot_base
-        num_staging = self._slab.num_staging if isinstance(self._slab, SplitSlab) else 0
-        if not (0 <= index < self._slab.num_slots or STAGING <= index < STAGING + num_staging):
+        if not self.handle.holds(slot):
             raise IndexError(
                 f"slot {slot} is not in the slab that is mapped, [{self._slot_base}, "
                 f"{self._slot_base + self._slab.num_slots}): it was leased under another daemon"

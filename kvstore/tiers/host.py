@@ -74,6 +74,10 @@ class SlabHandle(NamedTuple):
     slot_bytes: int
     first_slot: int = 0
 
+    def holds(self, slot: int) -> bool:
+        """Whether a slot, by its number in a lease, lies in this slab."""
+        return 0 <= slot - self.first_slot < self.num_slots
+
 
 # Private slabs that somebody asked the handle of, by its path.
 _private: weakref.WeakValueDictionary[str, HostSlab] = weakref.WeakValueDictionary()

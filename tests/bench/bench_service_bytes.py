@@ -195,8 +195,8 @@ def remote(store: RemoteStore, daemon: int, page_bytes: int, rounds: int) -> lis
 
 
 @contextmanager
-def daemon_process(capacity_bytes: int) -> Iterator[tuple[str, str, int]]:
-    """A daemon: its URL here, its URL from elsewhere, its process."""
+def daemon_process(capacity_bytes: int, *settings: str) -> Iterator[tuple[str, str, int]]:
+    """A daemon: its URL here, its URL from elsewhere, its process. settings: as for `kvstore serve --set`."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "kv.sock"
         with socket.socket() as probe:
@@ -204,6 +204,7 @@ def daemon_process(capacity_bytes: int) -> Iterator[tuple[str, str, int]]:
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "kvstore", "serve", "--socket", str(path)]
         command += ["--set", f"host.capacity_bytes={capacity_bytes}", "--set", f"service.http_port={port}"]
+        command += [part for setting in settings for part in ("--set", setting)]
         with subprocess.Popen(command) as daemon:
             try:
                 while not path.exists() and daemon.poll() is None:
@@ -229,10 +230,11 @@ def run(*, page_kib: int, rounds: int, only: str | None = None) -> dict[str, Any
             staging = 2 * BATCH_BYTES
             with connect(remote_url, layout, namespace, call_timeout_s=TIMEOUT_S, staging_bytes=staging) as store:
                 tables += remote(store, daemon, page_bytes, rounds)
-    return {"machine": machine(), "versions": versions(), "tables": [_as_dict(table) for table in tables]}
+    return {"machine": machine(), "versions": versions(), "tables": [as_dict(table) for table in tables]}
 
 
-def _as_dict(table: Table) -> dict[str, Any]:
+def as_dict(table: Table) -> dict[str, Any]:
+    """A table for JSON."""
     return {
         "name": table.name,
         "cases": [

@@ -19,7 +19,7 @@ from kvstore.plan.records import LeaseState
 from kvstore.service.client import RemoteStore
 from kvstore.service.isolation import STAGING
 from kvstore.service.slab import SlabShare, attach_slab
-from tests.helpers.daemons import DaemonProcess, LocalDaemon, attach, local_daemon, wait_until
+from tests.helpers.daemons import DaemonProcess, Http, LocalDaemon, attach, local_daemon, wait_until
 from tests.helpers.stores import PAGE_BYTES, load, page_of, prompt, save, use
 from tests.service.test_hostile_clients import Raw
 
@@ -151,6 +151,9 @@ def test_staging_is_bounded_and_what_finds_no_room_is_told(store: RemoteStore, d
     second = store.prepare_save(store.request(prompt(5, seed=1)), 0, 5)
     assert (len(first.pages), first.skipped) == (16, 4)
     assert (len(second.pages), second.skipped) == (0, 5)
+    http = Http(daemon.daemon.app.port)
+    (client,) = http.get("/v1/clients")["clients"]
+    assert (client["staging_slots"], client["staging_free"]) == (16, 0)
     with attach(path) as other:  # which has its own
         assert save(other, other.request(prompt(6, seed=2))) == 6
     store.release(second)
@@ -161,9 +164,8 @@ def test_staging_is_bounded_and_what_finds_no_room_is_told(store: RemoteStore, d
 
     assert load(store, request)[0] == 16
     assert save(store, request, 16) == 4  # staging is free again
-    (session,) = daemon.look(lambda inside: list(inside.sessions.values()))
-    assert session.staged is not None
-    assert (session.staged.num_slots, session.staged.num_free) == (16, 16)
+    (client,) = http.get("/v1/clients")["clients"]
+    assert (client["staging_slots"], client["staging_free"]) == (16, 16)
 
 
 def test_flags_of_another_length_are_refused_and_the_lease_stays(store: RemoteStore) -> None:
@@ -192,7 +194,9 @@ def test_a_rank_maps_both_and_saves_and_loads_by_the_leases_numbers(store: Remot
     for page in reading.pages:
         assert np.array_equal(rank.array(page.slot), page_of(request.keys[page.block], 0, PAGE_BYTES))
     store.complete(reading)
+    assert all(share.holds(page.slot) for page in [*lease.pages, *reading.pages])
     for slot in (64, STAGING - 1, STAGING + 16):
+        assert not share.holds(slot)
         with pytest.raises(IndexError):
             rank.array(slot)
     rank.close()
