@@ -38,7 +38,8 @@ COMMANDS = (
 )
 OF_A_BOUND = ("zadd", "zrem", "zcard", "zcount", "zpopmin", "zrangebyscore", "zremrangebyscore")
 
-_IN_A_SCRIPT = "user executing the script can't"  # Redis 7.0 has no code for it
+# Redis 7.0, and Valkey: they have no code for it.
+_IN_A_SCRIPT = ("user executing the script can't", "ACL failure in script")
 
 _ADVICE = {
     "READONLY": "it is a replica: point redis.url at the master, or use redis+sentinel:// or redis+cluster://",
@@ -84,7 +85,7 @@ def code_of(error: ResponseError) -> str:
     code = getattr(error, "status_code", None) or str(error).split(" ")[0]
     if re.match(r"(ERR )?unknown (sub)?command", str(error), re.IGNORECASE):
         return UNKNOWN
-    if _IN_A_SCRIPT in str(error):
+    if any(told in str(error) for told in _IN_A_SCRIPT):
         return NOPERM
     return code if re.fullmatch(r"[A-Z]{2,20}", code) else "ERR"
 
@@ -123,7 +124,7 @@ def is_denied(reply: Reply) -> bool:
 
 
 def _what_is_missing(text: str, account: Account) -> str:
-    if _IN_A_SCRIPT in text:
+    if any(told in text for told in _IN_A_SCRIPT):
         return f"the account {account.user!r} may not do what our script does (GET, SET and DEL of {account.pattern})"
     command = re.search(r"'([\w|-]+)'(?: command| subcommand)?", text)
     if command is not None:
