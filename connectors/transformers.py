@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from connectors.transformers_check import PROVEN, check_engine
+from connectors.transformers_check import check_engine, is_proven
 from connectors.transformers_connector import TransformersConnector
 from connectors.transformers_forward import Forward
 from connectors.transformers_identity import Reuse, check_chunk, model_namespace
@@ -88,7 +88,7 @@ class KVCacheModel:
         self._owned_store: KVStore | None = None
         self.connector: TransformersConnector | None = None
         if store is not None:
-            if self_check or (self_check is None and model.config.model_type not in PROVEN):
+            if self_check or (self_check is None and not is_proven(model)):
                 check_engine(model).require()
             self.connector = TransformersConnector(
                 model,

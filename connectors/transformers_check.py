@@ -20,6 +20,7 @@ from connectors.transformers_forward import Forward
 from connectors.transformers_layout import cache_shapes, default_device, layout_of
 from kvstore.devices.base import Device
 from kvstore.errors import UnsupportedModel
+from kvstore.layout import Layout
 from kvstore.plan.records import SlotPage
 
 # Model types that this package's own tests run through the store or this check; others are checked once when they are
@@ -45,8 +46,9 @@ PROVEN = frozenset(
 )
 
 BLOCK_SIZE = 16
-PREFIX_TOKENS = 64
+PREFIX_TOKENS = 64  # and more where a window or chunk is longer: what lies behind one is to be checked too
 SUFFIX_TOKENS = 32
+MAX_PREFIX_TOKENS = 16384  # a check of more would take minutes on a CPU
 # Mean difference over the spread of the logits. Measured on random models of all types above: at most 1e-7 in fp32
 # and 3e-4 in bf16, where a mixture of experts may take another one now and then; positions that start again: above 0.3.
 TOLERANCE = {"float32": 1e-3, "float64": 1e-3}
@@ -83,10 +85,23 @@ class EngineCheck:
             )
 
 
-def check_engine(model: Any, device: Device | None = None, *, seed: int = 0) -> EngineCheck:
-    """Run the check on `model` as it is; three short forwards, 96 tokens each in all.
+def is_proven(model: Any) -> bool:
+    """True if models of this type were tested with this package, and nothing makes this one see tokens to come.
 
-    Raises UnsupportedModel if the model's cache cannot be cut into pages at all.
+    Some types have a switch for attention to both sides (Gemma 3 as an encoder). Then pages depend on what follows, and
+    the check finds it.
+    """
+    config = model.config.get_text_config(decoder=True)
+    fields = {**vars(model.config), **vars(config)}
+    both_sides = any("bidirectional" in name and value for name, value in fields.items())
+    causal = all(vars(module).get("is_causal", True) is not False for module in model.modules())
+    return model.config.model_type in PROVEN and not both_sides and causal and fields.get("is_causal") is not False
+
+
+def check_engine(model: Any, device: Device | None = None, *, seed: int = 0) -> EngineCheck:
+    """Run the check on `model` as it is; three forwards over 96 tokens, or over the longest window and 48 more.
+
+    Raises UnsupportedModel if the model's cache cannot be cut into pages at all, or its windows are too long to check.
     """
     import torch
 
@@ -98,18 +113,19 @@ def check_engine(model: Any, device: Device | None = None, *, seed: int = 0) -> 
     device = default_device(model) if device is None else device
     try:
         bridge = CacheBridge(model, shapes, layout, device)
-        ids = np.random.default_rng(seed).integers(0, forward.vocab_size, PREFIX_TOKENS + SUFFIX_TOKENS)
+        length = _prefix_tokens(model, layout, forward)
+        ids = np.random.default_rng(seed).integers(0, forward.vocab_size, length + SUFFIX_TOKENS)
         tokens = ids.astype(np.uint32)
-        prefix, suffix = tokens[:PREFIX_TOKENS], tokens[PREFIX_TOKENS:]
-        whole = forward(tokens, bridge.new_cache(), 0, last_only=False)[:, PREFIX_TOKENS:]
+        prefix, suffix = tokens[:length], tokens[length:]
+        whole = forward(tokens, bridge.new_cache(), 0, last_only=False)[:, length:]
         live = bridge.new_cache()
         recorder = bridge.recorder(live, 0)
         recorder.before()
         forward(prefix, live, 0)
-        recorder.finish(PREFIX_TOKENS)
-        resumed = _through_pages(bridge, recorder.take(PREFIX_TOKENS), layout.slot_bytes, len(layout.groups))
-        from_live = forward(suffix, live, PREFIX_TOKENS, last_only=False)
-        from_pages = forward(suffix, resumed, PREFIX_TOKENS, last_only=False)
+        recorder.finish(length)
+        resumed = _through_pages(bridge, recorder.take(length), length, layout.slot_bytes, len(layout.groups))
+        from_live = forward(suffix, live, length, last_only=False)
+        from_pages = forward(suffix, resumed, length, last_only=False)
     finally:
         if owned:
             device.close()
@@ -124,9 +140,26 @@ def check_engine(model: Any, device: Device | None = None, *, seed: int = 0) -> 
     )
 
 
-def _through_pages(bridge: CacheBridge, spans: Sequence[Span], slot_bytes: int, num_groups: int) -> Any:
+def _prefix_tokens(model: Any, layout: Layout, forward: Forward) -> int:
+    """Tokens before the resume: more than the longest window holds, as far as the model has positions for them."""
+    window = max((group.window or 0 for group in layout.groups), default=0)
+    length = max(PREFIX_TOKENS, -(-(window + BLOCK_SIZE) // BLOCK_SIZE) * BLOCK_SIZE)
+    limits = [forward.max_tokens, None if forward.ropes is None else forward.ropes.border - 1]
+    known = [(limit - SUFFIX_TOKENS) // BLOCK_SIZE * BLOCK_SIZE for limit in limits if limit is not None]
+    length = max(BLOCK_SIZE, min([length, *known]))
+    if length > MAX_PREFIX_TOKENS:
+        raise UnsupportedModel(
+            f"model type {model.config.model_type!r} has a window of {window} tokens and was not tested with this "
+            f"package; the check at the opening reaches {MAX_PREFIX_TOKENS}. self_check=False takes it on trust"
+        )
+    return length
+
+
+def _through_pages(
+    bridge: CacheBridge, spans: Sequence[Span], num_tokens: int, slot_bytes: int, num_groups: int
+) -> Any:
     """Copy every block into a slot of its own and build a fresh cache from the slots."""
-    num_blocks = PREFIX_TOKENS // BLOCK_SIZE
+    num_blocks = num_tokens // BLOCK_SIZE
     pages = [
         SlotPage(block, group, block * num_groups + group) for block in range(num_blocks) for group in range(num_groups)
     ]

@@ -64,8 +64,11 @@ def cache_shapes(model: Any) -> tuple[LayerShape | None, ...]:
     ids = torch.zeros((1, 2), dtype=torch.long, device=model_device(model))
     # Not under a caller's autocast, which is no part of the model: it would give the pages another element type.
     with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
-        output = model(input_ids=ids, past_key_values=probe, position_ids=torch.arange(2, device=ids.device)[None])
-    if output.past_key_values is not probe:
+        try:
+            output = model(input_ids=ids, past_key_values=probe, position_ids=torch.arange(2, device=ids.device)[None])
+        except (AssertionError, AttributeError, TypeError, ValueError) as error:
+            raise UnsupportedModel(f"{_name(model)} does not run with a DynamicCache ({error}); {_WORKS}") from error
+    if getattr(output, "past_key_values", None) is not probe:
         raise UnsupportedModel(f"{_name(model)} replaces the DynamicCache it is given by its own cache; {_WORKS}")
     return tuple(_shape(model, index, layer) for index, layer in enumerate(probe.layers))
 

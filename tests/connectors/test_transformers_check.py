@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from connectors.transformers_check import PROVEN, EngineCheck, check_engine
+from connectors.transformers_check import PROVEN, EngineCheck, check_engine, is_proven
 from kvstore.errors import UnsupportedModel
 from tests.helpers.tiny_models import REFUSED, SUPPORTED, tiny_config, tiny_model
 
@@ -70,3 +70,57 @@ def test_pages_that_differ_from_the_live_cache_fail_however_little() -> None:
 
     with pytest.raises(UnsupportedModel, match="are NOT bit-equal"):
         check.require()
+
+
+def _blind_behind(model: Any, num_tokens: int) -> Any:
+    """Make `model` ignore its past once it has seen `num_tokens`: a fault that shows behind a long window only."""
+    import torch
+
+    plain = model.forward
+
+    def forward(*args: Any, input_ids: Any, past_key_values: Any, **kwargs: Any) -> Any:
+        if past_key_values.get_seq_length() > num_tokens:
+            for layer in past_key_values.layers:
+                layer.values = torch.zeros_like(layer.values)
+        return plain(*args, input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+
+    model.forward = forward
+    return model
+
+
+@pytest.mark.parametrize(("window", "found"), [(40, False), (200, True), (500, True)])
+def test_the_check_goes_on_behind_windows_longer_than_itself(window: int, found: bool) -> None:
+    plain = tiny_model("mistral", sliding_window=window)
+    faulty = _blind_behind(tiny_model("mistral", sliding_window=window), 190)
+
+    assert check_engine(plain).ok
+    assert check_engine(faulty).ok is not found
+
+
+def test_a_window_that_no_prompt_reaches_is_checked_as_far_as_there_are_positions() -> None:
+    assert check_engine(tiny_model("mistral", sliding_window=100_000, max_position_embeddings=128)).ok
+
+
+def test_a_window_too_long_to_check_is_refused_with_the_way_out() -> None:
+    model = tiny_model("mistral", sliding_window=40_000, max_position_embeddings=100_000)
+
+    with pytest.raises(UnsupportedModel, match=r"window of 40000 tokens.*reaches 16384\. self_check=False"):
+        check_engine(model)
+
+
+def test_a_short_border_of_a_rope_does_not_fail_the_check() -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+
+    assert check_engine(tiny_model("llama_gqa", rope_parameters=rope, max_position_embeddings=64)).ok
+
+
+def test_a_proven_type_whose_config_makes_it_look_both_ways_is_checked_and_refused() -> None:
+    plain = tiny_model("gemma3")
+    both = tiny_model("gemma3", use_bidirectional_attention=True)
+    turned = tiny_model("llama_gqa")
+    turned.model.layers[1].self_attn.is_causal = False
+
+    assert is_proven(plain)
+    assert not is_proven(both)
+    assert not is_proven(turned)
+    assert not check_engine(both).ok
