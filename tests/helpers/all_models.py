@@ -84,6 +84,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4},
     "gemma3n_text": {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": None, "intermediate_size": 96},
     "gemma4_text": {"num_kv_shared_layers": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "reformer": {"is_decoder": True},
     "xlnet": {"d_head": 16},
 }
