@@ -68,7 +68,7 @@ def cache_shapes(model: Any) -> tuple[LayerShape | None, ...]:
             output = model(input_ids=ids, past_key_values=probe, position_ids=torch.arange(2, device=ids.device)[None])
         except (AssertionError, AttributeError, TypeError, ValueError) as error:
             raise UnsupportedModel(f"{_name(model)} does not run with a DynamicCache ({error}); {_WORKS}") from error
-    if getattr(output, "past_key_values", None) is not probe:
+    if not hasattr(output, "past_key_values") or output.past_key_values is not probe:
         raise UnsupportedModel(f"{_name(model)} replaces the DynamicCache it is given by its own cache; {_WORKS}")
     return tuple(_shape(model, index, layer) for index, layer in enumerate(probe.layers))
 
