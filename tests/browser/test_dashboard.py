@@ -11,6 +11,7 @@ from kvstore.tiers.redis_local import free_port
 from tests.helpers.browser import Browser, open_browser
 from tests.helpers.daemons import DaemonProcess, LocalDaemon, attach, local_daemon
 from tests.helpers.stores import BLOCK, LAYOUT, prompt, save, use
+from tests.helpers.waiting import WAIT_S
 
 pytestmark = pytest.mark.browser
 
@@ -120,7 +121,7 @@ def test_the_tree_shows_what_is_shared_and_opens_by_mouse_and_keyboard(browser: 
 def test_misses_say_why_and_can_be_filtered(browser: Browser, daemon: LocalDaemon) -> None:
     with attach(socket(daemon)) as store:
         use(store, fork(0), RequestOptions(session="chat 0"))
-        assert store.flush(5.0)
+        assert store.flush(WAIT_S)
         store.forget(store.request(fork(0)))
         use(store, fork(0))
         browser.look(url(daemon))
@@ -161,7 +162,7 @@ def test_a_daemon_that_is_killed_is_told_and_its_return_noticed(browser: Browser
     try:
         with attach(tmp_path / "kv.sock") as store:
             save(store, store.request(fork(0)))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
         browser.look(f"http://127.0.0.1:{port}/")
         browser.wait(lambda: len(browser.texts("#prefixes tbody tr")) == 1)
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.replicas import REPLICA_OPTIONS, Answer, Server, Stream, end_all, wait_until
+from tests.helpers.replicas import REPLICA_OPTIONS, Answer, Server, Stream, end_all
+from tests.helpers.waiting import WAIT_S, wait_until
 
 TOKENS = 700  # an answer that takes long enough to be killed in
 ASKED: dict[str, Any] = {"prompt": "once upon a time", "temperature": 0, "ignore_eos": True, "max_tokens": TOKENS}
@@ -131,7 +132,7 @@ def test_a_request_whose_replica_is_killed_before_its_first_byte_is_answered_by_
 
     victim.kill()
     bed.alive[0].signal(signal.SIGCONT)
-    asking.join(60)
+    asking.join(WAIT_S)
 
     assert [(answer.status, len(answer.text)) for answer in answers] == [(200, len(answers[0].text))]
     assert bed.replicas[answers[0].replica] is bed.alive[0]
@@ -152,10 +153,10 @@ def test_told_to_end_it_finishes_what_it_has_and_takes_nothing_new(bed: Bed) -> 
     assert (through_the_router.status, through_the_router.error["code"]) == (503, "no_replica")
     assert stream.is_done
     assert len(answer.events) == TOKENS
-    assert server.process.wait(60) == 0, server.text
+    assert server.process.wait(WAIT_S) == 0, server.text
 
 
 def test_a_router_ends_when_it_is_told_to(bed: Bed) -> None:
     os.kill(bed.router.process.pid, signal.SIGTERM)
 
-    assert bed.router.process.wait(60) == 0
+    assert bed.router.process.wait(WAIT_S) == 0

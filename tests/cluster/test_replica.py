@@ -10,7 +10,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests.helpers.replicas import POSITIONS, Server, Stream, call, wait_until
+from tests.helpers.replicas import POSITIONS, Server, Stream, call
+from tests.helpers.waiting import wait_until
 
 LONG = POSITIONS - 300  # answer tokens; seconds of computing
 CHAT = [{"role": "system", "content": "You are brief. " * 20}, {"role": "user", "content": "why?"}]

@@ -20,6 +20,7 @@ from kvstore.cluster.supervisor import Supervisor, brought_up, interruptible, ta
 from kvstore.cluster.supervisor_directory import ClusterError, RunDirectory
 from kvstore.cluster.topology import Process
 from tests.helpers.clusters import a_spec, stand_ins
+from tests.helpers.waiting import WAIT_S
 
 Plan = Callable[..., tuple[Process, ...]]
 
@@ -302,7 +303,7 @@ def test_down_asks_an_up_that_stands_by_to_end(run: RunDirectory, up: subprocess
 
     assert (count, len(pids)) == (3, 3)
     assert all(map(is_gone, pids))
-    assert up.wait(10) == 0
+    assert up.wait(WAIT_S) == 0
 
 
 def test_down_does_the_work_of_an_up_that_was_killed(

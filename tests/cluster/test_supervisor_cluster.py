@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
@@ -21,10 +20,10 @@ import pytest
 
 from kvstore.lab.random_model import Shape, make_random_model
 from tests.helpers.redis_server import NEEDS_REDIS
+from tests.helpers.waiting import WAIT_S, wait_until
 
 pytestmark = NEEDS_REDIS
 
-START_S = 90.0
 PROMPT = "You are a helpful assistant of a shipping company. " * 14  # one token per byte: five chunks of 128 and a tail
 
 
@@ -40,7 +39,7 @@ class Cluster:
 
     def run(self, name: str, *options: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(name, *options), capture_output=True, text=True, timeout=START_S, env=plain(), check=False
+            self.command(name, *options), capture_output=True, text=True, timeout=WAIT_S, env=plain(), check=False
         )
 
     def bring_up(self, *options: str) -> None:
@@ -80,7 +79,7 @@ class Cluster:
 
 def call(url: str, method: str, path: str, body: Any = None) -> str:
     """The body of an answer that must be one."""
-    connection = HTTPConnection(urlsplit(url).netloc, timeout=30)
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=WAIT_S)
     try:
         sent = None if body is None else json.dumps(body)
         connection.request(method, path, sent, {"Content-Type": "application/json"})
@@ -123,15 +122,16 @@ def cluster(model: Path) -> Iterator[Cluster]:
 def wait_until_redis_has_it(cluster: Cluster) -> None:
     """What node-0 owes to Redis is written."""
     url = cluster.status()["node-0"]["url"]
-    until = time.monotonic() + 20
-    while True:
+    told: list[str] = []
+
+    def has_it() -> bool:
         lines = call(url, "GET", "/metrics").splitlines()
         spilled = [line for line in lines if line.startswith("kvstore_spilled_pages_total{")]
         owed = [line for line in lines if line.startswith("kvstore_owed_pages{")]
-        if any(not line.endswith(" 0.0") for line in spilled) and all(line.endswith(" 0.0") for line in owed):
-            return
-        assert time.monotonic() < until, spilled + owed
-        time.sleep(0.1)
+        told[:] = spilled + owed
+        return any(not line.endswith(" 0.0") for line in spilled) and all(line.endswith(" 0.0") for line in owed)
+
+    wait_until(has_it, lambda: "\n".join(told), poll_s=0.1)
 
 
 def test_what_one_machine_computed_the_other_finds_in_redis(cluster: Cluster) -> None:

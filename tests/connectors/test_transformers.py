@@ -18,6 +18,7 @@ from connectors.transformers_loads import Loaded
 from kvstore.errors import ConfigError, RequestError, StoreForked
 from tests.helpers.dict_store import DictStore
 from tests.helpers.tiny_models import MAX_TOKENS, random_ids, tiny_model
+from tests.helpers.waiting import WAIT_S
 
 BLOCK = 16
 CHUNK = 32
@@ -149,7 +150,7 @@ def test_a_stream_that_is_left_early_still_saves_and_ends_the_request(model: Any
         with opened.start(random_ids(100), 12) as stream:
             next(stream)
             next(stream)
-        assert opened.flush(10.0)
+        assert opened.flush(WAIT_S)
 
         assert stream.result.finish_reason == "cancelled"
         assert len(stream.result.tokens) == 2
@@ -164,7 +165,7 @@ def test_a_stream_that_is_dropped_ends_the_request_too(model: Any) -> None:
         next(stream)
         del stream
         gc.collect()
-        assert opened.flush(10.0)
+        assert opened.flush(WAIT_S)
 
     assert store.finishes == [("cancelled", False)]
 
@@ -181,7 +182,7 @@ def test_the_report_says_where_every_token_came_from(model: Any) -> None:
     with KVCacheModel(model, dict_store(model), prefill_chunk=CHUNK) as opened:
         ids = random_ids(100)
         first = opened.generate(ids, 8).report
-        assert opened.flush(10.0)
+        assert opened.flush(WAIT_S)
         second = opened.generate(ids, 8).report
 
     assert first.sources == {"host": 0, "disk": 0, "redis": 0, "computed": 100}
@@ -202,7 +203,7 @@ def test_a_prompt_shorter_than_a_block_is_computed_and_nothing_is_saved(model: A
         for length in (1, 2, 15):
             ids = random_ids(length)
             assert opened.generate(ids, 4).tokens == cold.generate(ids, 4).tokens
-        assert opened.flush(10.0)
+        assert opened.flush(WAIT_S)
 
     assert store.pages == {}
     assert store.calls["prepare_load"] == store.calls["prepare_save"] == 0
@@ -214,7 +215,7 @@ def test_sampling_with_a_seed_is_the_same_with_the_store_as_without(model: Any, 
     expected = cold.generate(ids, 16, sampling=sampling).tokens
     with KVCacheModel(model, dict_store(model), prefill_chunk=CHUNK) as opened:
         first = opened.generate(ids, 16, sampling=sampling)
-        assert opened.flush(10.0)
+        assert opened.flush(WAIT_S)
         second = opened.generate(ids, 16, sampling=sampling)
 
     assert first.tokens == second.tokens == expected
@@ -233,7 +234,7 @@ def test_a_cache_from_prefill_can_be_continued_while_its_blocks_are_saved(model:
             logits = model(
                 torch.tensor([[token]]), past_key_values=first.cache, position_ids=torch.tensor([[100]])
             ).logits
-        assert opened.flush(10.0)
+        assert opened.flush(WAIT_S)
         again = opened.generate(ids, 2)
 
     assert again.tokens == [token, int(logits[0, -1].argmax())]
@@ -262,7 +263,7 @@ def test_prompts_whose_positions_depend_on_their_length_are_kept_out_of_the_stor
     with KVCacheModel(own, store, prefill_chunk=CHUNK) as opened:
         short, long = random_ids(100), random_ids(200)
         opened.generate(short, 4)
-        assert opened.flush(10.0)
+        assert opened.flush(WAIT_S)
         pages = len(store.pages)
 
         answer = opened.prefill(long, all_logits=True)

@@ -11,6 +11,7 @@ from kvstore.config import Config
 from kvstore.plan.records import RequestOptions
 from tests.helpers.dict_store import DictStore
 from tests.helpers.tiny_models import random_ids, tiny_model
+from tests.helpers.waiting import WAIT_S
 
 BLOCK = 16
 CHUNK = 32
@@ -64,7 +65,7 @@ def test_a_step_asks_a_store_that_cannot_answer_yet_and_comes_back(model: Any, s
 
     with KVCacheModel(model, store, prefill_chunk=CHUNK) as opened:
         opened.generate(random_ids(100), 1)
-        assert opened.flush(10.0)
+        assert opened.flush(WAIT_S)
         plain, asked = store.lookup, []
 
         def lookup(request: Any) -> Any:
@@ -86,7 +87,7 @@ def test_a_step_asks_a_store_that_cannot_answer_yet_and_comes_back(model: Any, s
 def test_a_step_does_not_wait_for_pages_on_their_way(model: Any, store: Any) -> None:
     with KVCacheModel(model, store, prefill_chunk=CHUNK, load_deadline_s=60.0) as opened:
         opened.generate(random_ids(100), 1)
-        assert opened.flush(10.0)
+        assert opened.flush(WAIT_S)
         store.late = True
         run = opened.start(random_ids(100), 1)
         assert run.step() == []
@@ -109,7 +110,7 @@ def test_a_run_closed_while_it_waits_gives_everything_back(model: Any, store: An
         run.step()
 
         run.close()
-        assert opened.flush(10.0)
+        assert opened.flush(WAIT_S)
 
     assert run.is_done
     assert not store.open_leases
@@ -135,7 +136,7 @@ def test_a_run_that_failed_is_over(model: Any, monkeypatch: pytest.MonkeyPatch) 
 def test_a_lookup_for_routers_says_what_a_run_would_load_and_loads_nothing(model: Any, store: Any) -> None:
     with KVCacheModel(model, store, prefill_chunk=CHUNK) as opened:
         opened.generate(random_ids(100), 1)
-        assert opened.flush(10.0)
+        assert opened.flush(WAIT_S)
         loads = store.calls["prepare_load"]
 
         found = opened.lookup(random_ids(100))
@@ -196,7 +197,7 @@ def test_a_prompt_that_others_may_wait_for_is_saved_chunk_by_chunk(model: Any, s
         saved = []
         while not run.is_done:
             run.step()
-            assert opened.flush(10.0)
+            assert opened.flush(WAIT_S)
             saved.append(len(store.pages))
 
     assert saved == [2, 4, 6, 6]

@@ -5,6 +5,7 @@ import pytest
 
 from tests.helpers.dict_models import BLOCK, NEW_TOKENS, ask, reused
 from tests.helpers.tiny_models import random_ids
+from tests.helpers.waiting import WAIT_S
 
 
 def test_exact_mode_saves_only_what_full_chunks_computed(opened: Any) -> None:
@@ -58,16 +59,16 @@ def test_saves_that_find_no_queue_are_skipped_and_counted(opened: Any) -> None:
 
     def block() -> None:
         blocked.set()
-        gate.wait(10)
+        gate.wait(WAIT_S)
 
     connector.saves._worker.submit(block)
-    assert blocked.wait(10)
+    assert blocked.wait(WAIT_S)
     while connector.saves._worker.submit(lambda: None):
         pass
 
     answer = model.generate(random_ids(100), NEW_TOKENS)
     gate.set()
-    assert model.flush(10.0)
+    assert model.flush(WAIT_S)
 
     assert len(answer.tokens) == NEW_TOKENS
     assert connector.counters.skipped_saves == 1

@@ -9,6 +9,7 @@ from connectors.transformers_identity import model_namespace
 from connectors.transformers_layout import model_layout
 from tests.helpers.dict_store import DictStore
 from tests.helpers.tiny_models import random_ids, tiny_model
+from tests.helpers.waiting import WAIT_S
 
 
 class Failing:
@@ -47,7 +48,7 @@ def test_blocks_of_a_broken_cache_are_not_saved(name: str, fails_at: int, saved_
         with pytest.raises(RuntimeError, match="out of memory"):
             opened.generate(ids, 30)
 
-        assert opened.flush(10.0)
+        assert opened.flush(WAIT_S)
         assert len(store.pages) == saved_blocks
         assert not store.open_leases
         assert store.finishes[-1] == ("cancelled", False)
@@ -70,7 +71,7 @@ def test_a_recorder_that_fails_ends_saving_and_not_the_answer(monkeypatch: pytes
     monkeypatch.setattr(Recorder, "after", broken)
     with KVCacheModel(model, store, prefill_chunk=32) as opened:
         assert opened.generate(random_ids(100), 5).tokens == expected
-        assert opened.flush(10.0)
+        assert opened.flush(WAIT_S)
         assert opened.connector is not None
         assert opened.connector.counters.save_failures == 1
 

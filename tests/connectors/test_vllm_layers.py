@@ -15,6 +15,7 @@ from connectors.vllm_messages import LoadJob, PageCopies
 from kvstore.devices.base import CopyEvent, PageTable
 from kvstore.devices.cpu import CpuDevice
 from kvstore.devices.tables import paged_table
+from tests.helpers.waiting import WAIT_S
 
 NAMES = ("a", "b", "c")
 LAYER_BYTES = 4096
@@ -31,7 +32,7 @@ class SlowDevice(CpuDevice):
         self.error: Exception | None = None
 
     def copy_in(self, table: PageTable, page_ids: Sequence[int], slots: Any) -> CopyEvent:
-        assert self.allowed.acquire(timeout=10)
+        assert self.allowed.acquire(timeout=WAIT_S)
         if self.error is not None:
             raise self.error
         return super().copy_in(table, page_ids, slots)
@@ -110,7 +111,7 @@ def test_the_end_of_the_forward_waits_for_the_copies(slow: tuple[SlowDevice, For
     assert waiter.is_alive()
 
     device.allowed.release()
-    waiter.join(10)
+    waiter.join(WAIT_S)
 
     assert len(ended) == 1
 

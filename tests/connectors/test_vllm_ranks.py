@@ -23,6 +23,7 @@ from kvstore.devices.cpu import CpuDevice
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from radix.namespace import Namespace
 from tests.helpers.daemons import local_daemon
+from tests.helpers.waiting import WAIT_S
 
 BLOCK = 4
 NUM_BLOCKS = 16
@@ -73,7 +74,7 @@ class Pair:
             rank.start_loads()
             rank.start_saves()
             report = StepReport()
-            until = time.monotonic() + 10
+            until = time.monotonic() + WAIT_S
             while sum(report.done.values()) < num_jobs:
                 assert time.monotonic() < until
                 rank.take_results()

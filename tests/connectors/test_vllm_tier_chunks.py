@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import pytest
 
 from connectors.vllm_tier_lookup import Answer
 from tests.helpers.tier_world import KEYS, TierWorld, key, tier_worlds
+from tests.helpers.waiting import wait_until
 
 
 @pytest.fixture
@@ -47,9 +47,7 @@ def test_a_loaded_chunk_is_touched_tail_first_and_once_in_an_interval(world: Tie
         world.load(KEYS[:2], [10, 11])
         world.core.end_step()
     world.look([key("x")])  # lanes are first come, first served: the touch went before
-    while world.core.mover.num_open:
-        world.core.take_done()
-        time.sleep(0.001)
+    wait_until(lambda: (world.core.take_done(), not world.core.mover.num_open)[1])
 
     assert world.disk.calls["touch"] == 1
     order = [page.key for page in world.disk.inner.scan()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -12,6 +11,7 @@ from connectors.vllm_tier_lookup import Answer
 from kvstore.page import PageKey
 from tests.helpers.rows import ROW_BYTES
 from tests.helpers.tier_world import KEYS, TierWorld, key, tier_worlds
+from tests.helpers.waiting import wait_until
 
 
 @pytest.fixture
@@ -49,9 +49,7 @@ def test_what_redis_alone_had_is_offered_to_the_disk_once(world: TierWorld) -> N
     world.disk.inner.delete([world.core._chunks.name(KEYS[0])], timeout_s=1.0)
     core = world.open()
     assert world.look(KEYS[:2], core) == [Answer.HIT] * 2
-    while core.mover.num_open:  # the disk, too, has answered
-        core.take_done()
-        time.sleep(0.001)
+    wait_until(lambda: (core.take_done(), not core.mover.num_open)[1], "the disk, too, has answered")
 
     assert world.load(KEYS[:2], [10, 11], core).success
     assert core.jobs.take_fills() == [KEYS[0]]

@@ -18,6 +18,7 @@ from kvstore.devices.cpu import CpuDevice
 from kvstore.errors import ConfigError
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.tiers.host import HostSlab
+from tests.helpers.waiting import WAIT_S
 
 NUM_BLOCKS = 6
 LAYER_BYTES = 2 * 4 * 8 * 2  # heads, tokens, content, bytes
@@ -65,7 +66,7 @@ class Rank:
 
     def settle(self, num_leases: int) -> tuple[set[str], set[str], StepReport]:
         """Results and report of `num_leases` copies."""
-        until = time.monotonic() + 10
+        until = time.monotonic() + WAIT_S
         finished: set[str] = set()
         failed: set[str] = set()
         report = StepReport()
@@ -180,7 +181,7 @@ def test_sleep_is_refused_while_a_copy_does_not_end(slab: HostSlab, monkeypatch:
     copy_out = CpuDevice.copy_out
 
     def stuck(*arguments: Any) -> Any:
-        go_on.wait(10)
+        go_on.wait(WAIT_S)
         return copy_out(*arguments)
 
     monkeypatch.setattr(CpuDevice, "copy_out", stuck)
@@ -297,7 +298,7 @@ def test_an_early_load_begins_with_the_step_and_not_after_its_forward(slab: Host
     plan = StepPlan(1, rank.engine.layout.fingerprint, "", (slab.handle,), [LoadJob(1, "r", copies((0,), (3,)))])
 
     rank.half.begin(plan)
-    rank.half._loads.flush(10)
+    rank.half._loads.flush(WAIT_S)
 
     assert bool(rank.tensors["a"][3].view(torch.uint8).eq(7).all()) is is_early
     rank.half.start_loads()
@@ -379,7 +380,7 @@ def test_a_step_that_computes_waits_for_no_copy(slab: HostSlab, monkeypatch: pyt
     monkeypatch.setattr("connectors.vllm_worker.IDLE_WAIT_S", 30.0)
     rank, may_copy = Rank(slab), threading.Event()
     copy_in = rank.half._device.copy_in
-    rank.half._device.copy_in = lambda *given: may_copy.wait(20) and copy_in(*given)  # type: ignore[assignment, method-assign]
+    rank.half._device.copy_in = lambda *given: may_copy.wait(WAIT_S) and copy_in(*given)  # type: ignore[assignment, method-assign]
 
     rank.step(LoadJob(1, "r", copies((0,), (3,))))
     first = rank.half.take_results()

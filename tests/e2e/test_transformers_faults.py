@@ -1,6 +1,5 @@
 """While tiers fail under a running model, every answer has the tokens of a model without a store."""
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from kvstore.tiers.memory import MemoryTier
 from tests.helpers.faulty_tier import Chances, FaultyTier
 from tests.helpers.stores import store_over
 from tests.helpers.tiny_models import random_ids, tiny_model
+from tests.helpers.waiting import WAIT_S, wait_until
 
 BLOCK = 16
 CHUNK = 32
@@ -55,9 +55,9 @@ def over_faulty_tier(
     store.namespace = model_namespace(model, layout, prefill_chunk=CHUNK)  # the helper's own is that of its test pages
     with store, KVCacheModel(model, store, prefill_chunk=CHUNK) as kv:
         yield kv, tier
-        assert kv.flush(30.0)
+        assert kv.flush(WAIT_S)
         tier.recover()
-        store.flush(30.0)
+        store.flush(WAIT_S)
         store.check()
         stats = store.stats()
         assert stats["leases"] == stats["pinned_pages"] == 0
@@ -73,7 +73,7 @@ def ask_all(kv: KVCacheModel, expected: list[list[int]], rounds: int = 1) -> int
             answer = kv.generate(ids, NEW_TOKENS)
             assert answer.tokens == tokens
             reused += answer.report.reused_tokens
-            assert kv.flush(30.0)
+            assert kv.flush(WAIT_S)
     return reused
 
 
@@ -125,13 +125,10 @@ def test_after_the_tier_came_back_its_pages_are_used_again(model: Any, expected:
         ask_all(kv, expected, rounds=2)
         tier.recover()
 
-        until = time.monotonic() + 20.0
-        while time.monotonic() < until:
-            stats = kv.connector._store.stats()  # type: ignore[union-attr]
-            if not stats["breaker_open"]["memory"]:
-                break
-            threading.Event().wait(0.02)
-        before = stats["hit_blocks"]["memory"]
+        assert kv.connector is not None
+        stats = kv.connector._store.stats  # type: ignore[attr-defined]
+        wait_until(lambda: not stats()["breaker_open"]["memory"])
+        before = stats()["hit_blocks"]["memory"]
         ask_all(kv, expected, rounds=2)
 
         assert kv.connector._store.stats()["hit_blocks"]["memory"] > before  # type: ignore[union-attr]
@@ -141,12 +138,12 @@ def test_a_page_lost_in_the_middle_is_computed_and_saved_again(model: Any, expec
     with over_faulty_tier(model) as (kv, tier):
         ask_all(kv, expected, rounds=2)
         assert kv.connector is not None
-        kv.connector._store.flush(30.0)
+        kv.connector._store.flush(WAIT_S)
         tier.lose_next(1)
 
         first = ask_all(kv, expected)
         ask_all(kv, expected)
-        kv.connector._store.flush(30.0)
+        kv.connector._store.flush(WAIT_S)
         healed = ask_all(kv, expected)
 
         assert healed >= first

@@ -25,6 +25,7 @@ from kvstore.plan.records import RequestOptions
 from kvstore.tiers.redis_local import LocalRedis
 from tests.helpers.redis_server import NEEDS_REDIS
 from tests.helpers.tiny_models import random_ids, tiny_model
+from tests.helpers.waiting import WAIT_S
 
 BLOCK = 16
 CHUNK = 32
@@ -81,9 +82,9 @@ def opened(
 
 def settle(kv: KVCacheModel) -> None:
     """Wait until all saves are in host memory and written behind."""
-    assert kv.flush(30.0)
+    assert kv.flush(WAIT_S)
     assert kv.connector is not None
-    assert kv.connector._store.flush(30.0)
+    assert kv.connector._store.flush(WAIT_S)
 
 
 def reused(kv: KVCacheModel, ids: list[int], **options: Any) -> dict[str, int]:
@@ -322,7 +323,7 @@ def test_threads_that_ask_at_once_each_get_their_own_answer(tmp_path: Path) -> N
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60.0)
+            thread.join(WAIT_S)
 
     assert [answers[n] for n in range(len(prompts))] == expected
 

@@ -27,8 +27,8 @@ from tests.fault.faults import FAULTS, LOAD_DEADLINE_S, LOOKUP_DEADLINE_S, PROMP
 
 MIN_REQUESTS = 40  # during the fault and again after it, in tests
 TABLE_REQUESTS = 500  # ... and in the table
-FELT_WITHIN_S = 15.0
-HEALED_WITHIN_S = 30.0
+FELT_WITHIN_S = 60.0  # of a busy machine
+HEALED_WITHIN_S = 60.0
 WAITS = ("wait_lookup", "wait")  # the calls that may wait; all others answer at once
 COUNTERS = (
     "corrupt_pages",
@@ -128,7 +128,7 @@ def _counts(stats: Stats, tier: str) -> dict[str, int]:
 
 def _held(store: Any) -> list[str]:
     """Slots that are neither free nor resident once all leases have ended and all transfers have come back."""
-    until = time.monotonic() + 10.0
+    until = time.monotonic() + 60.0
     while True:
         store.check()
         stats = store.stats()

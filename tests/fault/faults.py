@@ -33,6 +33,7 @@ from tests.helpers.faulty_tier import FaultyTier
 from tests.helpers.proxy import Fault as Wire
 from tests.helpers.proxy import Proxy
 from tests.helpers.stores import LAYOUT, PAGE_BYTES, open_small, prompt, save, store_over, use
+from tests.helpers.waiting import WAIT_S
 
 NUM_SLOTS = 48
 DISK_PAGES = 256
@@ -514,7 +515,7 @@ def warm(path: Path) -> None:
         store = disk_store(stack, path)
         for blocks, seed in PROMPTS:
             use(store, prompt(blocks, seed))
-        assert store.flush(10.0)
+        assert store.flush(WAIT_S)
 
 
 def fill(filler: Path, leave: int = 0) -> None:
@@ -605,7 +606,7 @@ def _mount_and_forget(stack: ExitStack, path: Path) -> None:
 
 
 def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=30)
+    subprocess.run(command, check=True, capture_output=True, timeout=WAIT_S)
 
 
 TRIALS: dict[str, Callable[[ExitStack, Path], None]] = {

@@ -22,6 +22,7 @@ from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.disk_report import verify
 from tests.helpers.disk import SLOT_BYTES, check_slots, index_of, open_disk
 from tests.helpers.pages import fetch, key_of, payload, store
+from tests.helpers.waiting import WAIT_S
 
 ROOT = Path(__file__).parents[2]
 CAPACITY = 400
@@ -176,7 +177,7 @@ def test_processes_that_fight_over_few_slots_serve_no_wrong_page(tmp_path: Path)
         )
         for seed in range(4)
     ]
-    outputs = [fighter.communicate(timeout=60)[0] for fighter in fighters]
+    outputs = [fighter.communicate(timeout=WAIT_S)[0] for fighter in fighters]
 
     assert [fighter.returncode for fighter in fighters] == [0] * 4
     numbers = [list(map(int, output.split())) for output in outputs]

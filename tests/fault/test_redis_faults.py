@@ -15,7 +15,8 @@ from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_local import LocalRedis, free_port
 from tests.helpers.pages import TIMEOUT_S, fetch, filled, keys_of, payload, slots, store
 from tests.helpers.proxy import Fault, Proxy
-from tests.helpers.redis_server import NEEDS_REDIS, canned_server, command, wait_until
+from tests.helpers.redis_server import NEEDS_REDIS, canned_server, command
+from tests.helpers.waiting import wait_until
 
 pytestmark = NEEDS_REDIS
 SLOT_BYTES = 256 << 10

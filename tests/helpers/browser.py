@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-WAIT_S = 20.0
+from tests.helpers.waiting import wait_until
+
 SIZES = {"wide": (1440, 900), "phone": (390, 844)}
+
+# Find, look and click in one turn of the page. In three (the driver's own click) the page may have drawn anew between
+# them: then the click lands where the element was, on nothing or on another one.
+CLICK = """
+const one = document.querySelector(arguments[0]);
+if (!one) return false;
+one.scrollIntoView({ block: "center", behavior: "instant" });
+const { left, top, width, height } = one.getBoundingClientRect();
+const [x, y] = [left + width / 2, top + height / 2];
+const hit = document.elementFromPoint(x, y);
+if (!hit || !one.contains(hit)) return false;
+for (const type of ["mousedown", "mouseup", "click"])
+  hit.dispatchEvent(new MouseEvent(type, { bubbles: true, cancelable: true, view: window, clientX: x, clientY: y }));
+return true;
+"""
 
 
 def browser_problem() -> str:
@@ -81,16 +96,12 @@ class Browser:
         ActionChains(self.driver).send_keys(*keys).perform()
 
     def click(self, selector: str) -> None:
-        """Click in the middle of an element."""
-        self.driver.find_element("css selector", selector).click()
+        """Click in the middle of an element, once it is there and nothing lies over it."""
+        self.wait(lambda: self.run(CLICK, selector), f"{selector} cannot be clicked")
 
     def wait(self, condition: Callable[[], Any], told: str = "the page does not show it") -> Any:
         """Wait until a condition holds; what it returned."""
-        until = time.monotonic() + WAIT_S
-        while not (found := condition()):
-            assert time.monotonic() < until, f"{told}: {self.text('body')[:2000]}"
-            time.sleep(0.05)
-        return found
+        return wait_until(condition, lambda: f"{told}: {self.text('body')[:2000]}", poll_s=0.05)
 
     def complaints(self) -> list[str]:
         """What the console has said since the last call."""

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,10 +23,11 @@ from kvstore.service.connect import connect
 from kvstore.service.daemon import Daemon
 from kvstore.service.protocol import Op
 from kvstore.service.wire import Wire
-from tests.helpers.stores import LAYOUT, PAGE_BYTES, namespace
+from tests.helpers.stores import LAYOUT, PAGE_BYTES, PATIENCE, namespace
+from tests.helpers.waiting import WAIT_S, wait_until
 
 T = TypeVar("T")
-START_S = 30.0
+CALL_TIMEOUT_S = 10.0  # a busy machine; a test in which a daemon does not answer says less
 SEEKER = "kvstore-seeker"  # the thread of a client that looks for its daemon
 
 
@@ -36,6 +36,7 @@ def daemon_config(socket: Path, disk: Path | None = None, **sections: Any) -> Co
     values: dict[str, Any] = {
         "host": {"capacity_bytes": 64 * PAGE_BYTES, "huge_pages": False},
         "service": {"socket": socket, "http_port": None},
+        "store": PATIENCE,
     }
     if disk is not None:
         values["disk"] = {"path": disk, "capacity_bytes": 128 * PAGE_BYTES, "workers": 2}
@@ -61,7 +62,7 @@ class LocalDaemon:
 
     def call(self, work: Any) -> Any:
         """Run a coroutine in the daemon's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(START_S)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(WAIT_S)
 
     def look(self, read: Callable[[Daemon], T]) -> T:
         """Read something of the daemon, in its loop."""
@@ -77,7 +78,7 @@ class LocalDaemon:
         if self._thread.is_alive():
             self.call(self.daemon.close())
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(START_S)
+            self._thread.join(WAIT_S)
             self._loop.close()
 
     def _run(self) -> None:
@@ -96,7 +97,7 @@ class Http:
         self, method: str, path: str, body: Any = None, *, headers: dict[str, str] | None = None
     ) -> tuple[int, Any]:
         """Status, and the body: parsed if it is JSON. body: bytes as they are, anything else as JSON."""
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
         try:
             sent = dict(headers or {})
             if self.token is not None:
@@ -144,6 +145,7 @@ class DaemonProcess:
             f"host.capacity_bytes={host_pages * PAGE_BYTES}",
             "host.huge_pages=false",
             "service.http_port=none",
+            *(f"store.{name}={value}" for name, value in PATIENCE.items()),
             *([] if disk is None else [f"disk.path={disk}", f"disk.capacity_bytes={128 * PAGE_BYTES}"]),
             *settings,
         ]
@@ -167,12 +169,12 @@ class DaemonProcess:
         if self.process.poll() is None:
             self.signal(signal.SIGCONT)
             self.process.kill()
-        self.process.wait(START_S)
+        self.process.wait(WAIT_S)
 
     def terminate(self) -> int:
         """Ask it to end; its exit code."""
         self.process.terminate()
-        return self.process.wait(START_S)
+        return self.process.wait(WAIT_S)
 
     def _listens(self) -> bool:
         if self.process.poll() is not None:
@@ -203,12 +205,4 @@ def counted_calls() -> Iterator[Counter[str]]:
 
 def attach(socket: Path, **options: Any) -> RemoteStore:
     """A client with the tests' layout and namespace."""
-    return connect(f"unix://{socket}", LAYOUT, namespace(), **options)
-
-
-def wait_until(condition: Callable[[], bool], told: str = "it did not come true", timeout_s: float = START_S) -> None:
-    """Wait for something another thread or process does."""
-    until = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until, told
-        time.sleep(0.01)
+    return connect(f"unix://{socket}", LAYOUT, namespace(), **{"call_timeout_s": CALL_TIMEOUT_S, **options})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from connectors.transformers import KVCacheModel
+from tests.helpers.waiting import WAIT_S
 
 BLOCK = 16
 CHUNK = 32
@@ -14,7 +15,7 @@ NEW_TOKENS = 6
 def ask(model: KVCacheModel, ids: list[int], **options: Any) -> Any:
     """Generate, and wait until the saves are done."""
     answer = model.generate(ids, NEW_TOKENS, **options)
-    assert model.flush(10.0)
+    assert model.flush(WAIT_S)
     return answer
 
 

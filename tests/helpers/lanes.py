@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from kvstore.direction import Direction
 from kvstore.move.lane import Event, TierState
 from kvstore.page import PageKey, PageMeta
 from kvstore.plan.records import Op, Outcome, Priority, Transfer
 from tests.helpers.pages import keys_of
+from tests.helpers.waiting import WAIT_S
 
 SLOT_BYTES = 4096
 PAGE_BYTES = 1000
 NUM_SLOTS = 64
-WAIT_S = 10.0  # for what happens at once unless something is broken
 FOREVER = float("inf")
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Yield the processor until another thread has made `condition` true; AssertionError if none does."""
-    tick = threading.Event()
-    for _ in range(int(WAIT_S / 0.001)):
-        if condition():
-            return
-        tick.wait(0.001)
-    raise AssertionError("it never became true")
 
 
 class Recorder:

@@ -17,6 +17,8 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.helpers.waiting import WAIT_S
+
 BLOCK = 16
 
 
@@ -189,11 +191,11 @@ def fake_server() -> Iterator[FakeServer]:
     thread = threading.Thread(target=lambda: asyncio.run(serve()), name="fake-server")
     thread.start()
     try:
-        assert started.wait(10)
+        assert started.wait(WAIT_S)
         yield server
     finally:
         ends[0]()
-        thread.join(10)
+        thread.join(WAIT_S)
 
 
 def _tokens(body: dict[str, Any]) -> list[Any]:

@@ -6,8 +6,7 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import pytest
 import redis
 
 from kvstore.tiers.redis_local import LocalRedis, RedisNotInstalled, find_redis_server, free_port
+from tests.helpers.waiting import WAIT_S, wait_until
 
-READY_S = 20.0
 ALL_SLOTS = (0, 16383)
 
 
@@ -35,15 +34,6 @@ NEEDS_REDIS = [
     pytest.mark.skipif(not _has_redis(), reason="needs redis-server: apt-get install redis-server"),
 ]
 NEEDS_OPENSSL = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
-
-
-def wait_until(is_so: Callable[[], object], what: str) -> None:
-    """Wait for another process to come to a state; there is nothing to be notified by."""
-    until = time.monotonic() + READY_S
-    while not is_so():
-        if time.monotonic() > until:
-            raise AssertionError(f"not within {READY_S} s: {what}")
-        time.sleep(0.02)
 
 
 def make_certificate(directory: Path) -> tuple[Path, Path]:
@@ -102,7 +92,7 @@ def sentinel_of(master: LocalRedis, service: str, directory: Path) -> Iterator[i
         [find_redis_server(), str(config), "--sentinel"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        client = redis.Redis("127.0.0.1", port, protocol=2, socket_timeout=READY_S)
+        client = redis.Redis("127.0.0.1", port, protocol=2, socket_timeout=WAIT_S)
         with client:
             wait_until(lambda: _pings(client), "the sentinel answers")
         yield port

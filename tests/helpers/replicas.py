@@ -15,7 +15,8 @@ from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
 
-START_S = 90.0  # importing torch takes seconds, and on a busy machine many
+from tests.helpers.waiting import WAIT_S, wait_until
+
 CHUNK = 64
 BLOCK = 16
 POSITIONS = 4096
@@ -107,7 +108,7 @@ class Server:
         """End it at once. Idempotent."""
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(START_S)
+        self.process.wait(WAIT_S)
 
     def _wait(self, condition: Callable[[], bool]) -> None:
         def holds() -> bool:
@@ -221,14 +222,6 @@ def text_of(body: dict[str, Any]) -> str:
     return ""
 
 
-def wait_until(condition: Callable[[], bool], told: Callable[[], str] = str) -> None:
-    """Wait for something another process does."""
-    until = time.monotonic() + START_S
-    while not condition():
-        assert time.monotonic() < until, told()
-        time.sleep(0.01)
-
-
 def end_all(servers: Sequence[Server]) -> None:
     """Leave nothing running."""
     for server in servers:
@@ -238,4 +231,4 @@ def end_all(servers: Sequence[Server]) -> None:
 
 
 def _connection(url: str) -> HTTPConnection:
-    return HTTPConnection(url.removeprefix("http://"), timeout=60)
+    return HTTPConnection(url.removeprefix("http://"), timeout=WAIT_S)

@@ -27,6 +27,8 @@ from radix.namespace import Namespace
 
 BLOCK = 16
 PAGE_BYTES = 8192
+# A busy machine: tests of deadlines set their own.
+PATIENCE = {"lookup_deadline_s": 10.0, "load_deadline_s": 30.0}
 LAYOUT = Layout(BLOCK, (LayerGroup(GroupKind.FULL, (0, 1), PAGE_BYTES),), "test:bytes", "uint8")
 
 
@@ -45,6 +47,7 @@ def open_small(directory: Path | None = None, redis_url: str | None = None, **se
         values["redis"] = {"url": redis_url}
     for section, fields in sections.items():
         values[section] = {**values.get(section, {}), **fields}
+    values["store"] = {**PATIENCE, **values.get("store", {})}
     config = Config(**values)
     return open_store(config, LAYOUT, namespace(hash=config.store.hash))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ from connectors.vllm_tier_lookup import Answer
 from tests.helpers.faulty_tier import FaultyTier
 from tests.helpers.pages import FakeClock
 from tests.helpers.rows import Rows, faulty, open_mover
+from tests.helpers.waiting import wait_until
 
 
 def key(name: str, group: int = 0) -> bytes:
@@ -52,15 +52,8 @@ class TierWorld:
 
     def job(self, core: TierCore | None = None) -> JobDone:
         """The next job that ends."""
-        core = core or self.core
-        until = time.monotonic() + 20
-        while time.monotonic() < until:
-            done = core.take_done()
-            if done:
-                (one,) = done
-                return one
-            time.sleep(0.001)
-        raise AssertionError("no job ended")
+        (one,) = wait_until((core or self.core).take_done, "no job ended", poll_s=0.001)
+        return one
 
     def save(self, keys: list[bytes], rows: list[int]) -> JobDone:
         self.jobs += 1
@@ -74,15 +67,17 @@ class TierWorld:
 
     def look(self, keys: list[bytes], core: TierCore | None = None) -> list[Answer]:
         """Lookups as in vLLM: again in every step until all are answered."""
-        core = core or self.core
-        until = time.monotonic() + 20
-        while time.monotonic() < until:
-            answers = [core.lookup(one) for one in keys]
-            core.end_step()
-            if Answer.ASK_AGAIN not in answers:
-                return answers
-            time.sleep(0.001)
-        raise AssertionError("no answer")
+        asked = core or self.core
+
+        found: list[Answer] = []
+
+        def is_answered() -> bool:
+            found[:] = [asked.lookup(one) for one in keys]
+            asked.end_step()
+            return Answer.ASK_AGAIN not in found
+
+        wait_until(is_answered, "no answer", poll_s=0.001)
+        return found
 
 
 def tier_worlds() -> Iterator[TierWorld]:

@@ -13,6 +13,7 @@ from kvstore.plan.journal import Journal
 from kvstore.store import LocalStore
 from kvstore.tiers.memory import MemoryTier
 from tests.helpers.stores import BLOCK, PAGE_BYTES, load, open_small, prompt, save
+from tests.helpers.waiting import WAIT_S
 
 
 def attach(store: LocalStore, tier: MemoryTier) -> None:
@@ -56,7 +57,7 @@ def test_a_tier_comes_and_goes_while_requests_run() -> None:
     with open_small() as store:
         attach(store, tier)
         save(store, store.request(prompt(4)))
-        assert store.flush(5.0)
+        assert store.flush(WAIT_S)
         assert len(list(tier.scan())) == 4
         store.admin.resize_host(1)  # what is left is in the tier alone
 

@@ -10,6 +10,7 @@ from kvstore.plan.cascade import TierPlan
 from kvstore.tiers.memory import MemoryTier
 from tests.helpers.faulty_tier import FaultyTier
 from tests.helpers.stores import LAYOUT, open_small, prompt, save, store_over, use
+from tests.helpers.waiting import WAIT_S
 
 
 async def test_lookup_load_flush_and_close_are_awaited() -> None:
@@ -23,7 +24,7 @@ async def test_lookup_load_flush_and_close_are_awaited() -> None:
     store.complete(lease)
 
     assert (match.num_blocks, status.num_blocks) == (4, 4)
-    assert await face.flush(1.0)
+    assert await face.flush(WAIT_S)
     await face.close()
 
 
@@ -32,9 +33,9 @@ async def test_a_cancelled_load_holds_nothing() -> None:
     plan = TierPlan("memory", 64, make_policy("lru"), is_indexed=True, is_shared=False)
     with store_over([(tier, plan)], num_slots=4) as store:
         use(store, prompt(4, seed=1))
-        store.flush(5.0)
+        store.flush(WAIT_S)
         use(store, prompt(4, seed=2))
-        store.flush(5.0)
+        store.flush(WAIT_S)
         tier.hang()
         request = store.request(prompt(4, seed=1))
 
@@ -47,5 +48,5 @@ async def test_a_cancelled_load_holds_nothing() -> None:
 
         tier.recover()
         save(store, store.request(prompt(1, seed=3)))  # wakes the thread that still waits for the released lease
-        store.flush(5.0)
+        store.flush(WAIT_S)
         store.check()

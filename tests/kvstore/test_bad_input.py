@@ -26,6 +26,7 @@ from kvstore.plan.records import CutReason, RequestOptions
 from kvstore.store import LocalStore
 from radix.namespace import Namespace
 from tests.helpers.stores import BLOCK, LAYOUT, PAGE_BYTES, load, namespace, open_small, prompt, save, use
+from tests.helpers.waiting import WAIT_S
 
 ROOT = Path(__file__).parents[2]
 STORED = 6  # blocks of the prompt that a refused request or opening must not lose
@@ -49,7 +50,7 @@ def stored(tmp_path: Path) -> Iterator[Path]:
     directory = tmp_path / "pages"
     with open_small(directory) as store:
         use(store, prompt(STORED))
-        assert store.flush(10.0)
+        assert store.flush(WAIT_S)
     yield directory
     with open_small(directory) as store:
         assert load(store, store.request(prompt(STORED)))[0] == STORED
@@ -217,7 +218,7 @@ def test_wrong_hashes_of_an_engine_are_refused(store: LocalStore, hashes: Any, n
 def test_a_prefill_that_cannot_be_is_not_taken_in(tmp_path: Path, num_tokens: Any, seconds: float) -> None:
     with open_small(tmp_path) as store:
         use(store, prompt(4))
-        assert store.flush(10.0)
+        assert store.flush(WAIT_S)
     with open_small(tmp_path) as store:
         store.observe_prefill(num_tokens, seconds)
 
@@ -396,7 +397,7 @@ def test_a_second_process_of_another_geometry_is_refused_and_the_first_goes_on(s
         assert re.match(mismatch(stored, TWICE), done.stdout), done.stderr
         assert use(store, prompt(STORED)) == STORED
         assert use(store, prompt(STORED, seed=1)) == 0
-        assert store.flush(10.0)
+        assert store.flush(WAIT_S)
 
 
 def test_a_namespace_that_does_not_fit_the_layout_names_the_field() -> None:

@@ -10,15 +10,16 @@ from kvstore.errors import StoreClosed
 from kvstore.plan.records import FlushResult
 from tests.helpers.faulty_tier import FaultyTier
 from tests.helpers.stores import PAGE_BYTES, memory_tier, open_small, prompt, save, store_over, use
+from tests.helpers.waiting import WAIT_S
 
 
 def test_concurrent_loads_of_one_prefix_share_their_fetches() -> None:
     tier = memory_tier()
     with store_over([tier], num_slots=16) as store:
         use(store, prompt(8, seed=1))
-        assert store.flush(5.0)
+        assert store.flush(WAIT_S)
         use(store, prompt(16, seed=2))
-        assert store.flush(5.0)
+        assert store.flush(WAIT_S)
         request = store.request(prompt(8, seed=1))
         leases = [store.prepare_load(request, 8) for _ in range(5)]
         statuses = [store.wait(lease, 5.0) for lease in leases]
@@ -48,8 +49,8 @@ def test_many_threads_always_get_the_right_bytes() -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
-        store.flush(5.0)
+            thread.join(WAIT_S)
+        store.flush(WAIT_S)
         store.check()
 
         assert not failures
@@ -93,7 +94,7 @@ def test_who_listens_is_told_of_what_others_may_wait_for() -> None:
         assert told == []
         save(store, request)
         at_the_end_of_the_lease = len(told)
-        assert store.flush(5.0)
+        assert store.flush(WAIT_S)
 
         assert at_the_end_of_the_lease >= 1
         assert len(told) > at_the_end_of_the_lease  # the outcome of the write behind
@@ -111,7 +112,7 @@ def test_a_flush_ends_at_its_deadline_and_at_close() -> None:
 
     assert not store.flush(0.01)
     store.close(0.1)
-    waiting.join(10.0)
+    waiting.join(WAIT_S)
     faulty.recover()
 
     assert not flushed[0]

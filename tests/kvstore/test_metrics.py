@@ -21,6 +21,7 @@ from kvstore.store import LocalStore
 from kvstore.tiers.host import HostSlab
 from kvstore.tiers.memory import MemoryTier
 from radix.namespace import Namespace
+from tests.helpers.waiting import WAIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,7 +145,7 @@ def save_and_load(store: LocalStore) -> None:
     store.complete(lease)
     store.lookup(request)
     store.complete(store.prepare_load(request, 2))
-    store.flush(5.0)
+    store.flush(WAIT_S)
 
 
 def test_every_number_of_a_real_store_is_exported(store: LocalStore) -> None:

@@ -15,9 +15,10 @@ from kvstore.errors import RequestError, StoreClosed
 from kvstore.plan.records import CutReason, Match, RequestOptions
 from kvstore.store import LocalStore
 from kvstore.tiers.redis_local import LocalRedis
-from tests.helpers.daemons import attach, local_daemon, wait_until
+from tests.helpers.daemons import attach, local_daemon
 from tests.helpers.redis_server import NEEDS_REDIS
 from tests.helpers.stores import open_small, prompt, save, use
+from tests.helpers.waiting import WAIT_S, wait_until
 
 TURNS = RequestOptions(single_flight=True)
 LEASE = {"compute_wait_s": 60.0}
@@ -44,7 +45,7 @@ class Asking:
         self._thread.start()
 
     def answer(self) -> Match:
-        self._thread.join(30.0)
+        self._thread.join(WAIT_S)
         assert not self._thread.is_alive()
         if self.error is not None:
             raise self.error

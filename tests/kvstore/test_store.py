@@ -23,6 +23,7 @@ from tests.helpers.stores import (
     store_over,
     use,
 )
+from tests.helpers.waiting import WAIT_S, wait_until
 
 
 class TestSavingAndLoading:
@@ -151,7 +152,7 @@ class TestLowerTiers:
             tier = writer._dispatcher.lanes["disk"].tier
             reader_plan = TierPlan("disk", 128, make_policy("lru"), is_indexed=True, is_shared=True)
             use(writer, prompt(10))
-            assert writer.flush(5.0)
+            assert writer.flush(WAIT_S)
             reader = store_over([(tier, reader_plan)])
             try:
                 blocks, match = load(reader, reader.request(prompt(10)))
@@ -165,9 +166,9 @@ class TestLowerTiers:
         tier = memory_tier()
         with store_over([tier], num_slots=8) as store:
             use(store, prompt(8, seed=1))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
             use(store, prompt(8, seed=2))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
 
             blocks, match = load(store, store.request(prompt(8, seed=1)))
             store.check()
@@ -179,7 +180,7 @@ class TestLowerTiers:
         shared = redis_like()
         with store_over([shared]) as store:
             use(store, prompt(4))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
             with_other = store_over([shared])
             try:
                 request = with_other.request(prompt(4))
@@ -193,9 +194,9 @@ class TestLowerTiers:
         tier, plan = memory_tier()
         with store_over([(tier, plan)], num_slots=8) as store:
             use(store, prompt(8, seed=1))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
             use(store, prompt(8, seed=2))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
             request = store.request(prompt(8, seed=1))
             lost: PageKey = next(page.key for page in tier.scan() if page.key.startswith(request.keys[3]))
             tier.delete([lost], timeout_s=1.0)
@@ -210,9 +211,9 @@ class TestLowerTiers:
         first, second = memory_tier(name="first"), memory_tier(name="second")
         with store_over([first, second], num_slots=8) as store:
             use(store, prompt(8, seed=1))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
             use(store, prompt(8, seed=2))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
             first[0].delete([page.key for page in first[0].scan()], timeout_s=1.0)
 
             blocks, _ = load(store, store.request(prompt(8, seed=1)))
@@ -223,9 +224,9 @@ class TestLowerTiers:
         tier = memory_tier(capacity_pages=10)
         with store_over([tier], num_slots=64) as store:
             use(store, prompt(8, seed=1))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
             use(store, prompt(6, seed=2))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
             keys = {page.key for page in tier[0].scan()}
             old, new = store.request(prompt(8, seed=1)).keys, store.request(prompt(6, seed=2)).keys
             store.check()
@@ -241,7 +242,7 @@ class TestLowerTiers:
         with store_over([(tier, plan)]) as writer, store_over([(tier, reader_plan)]) as reader:
             for seed in range(3):  # each prompt pushes the one before out of the tier
                 use(writer, prompt(4, seed=seed))
-                assert writer.flush(5.0)
+                assert writer.flush(WAIT_S)
                 assert load(reader, reader.request(prompt(4, seed=seed)))[0] == 4
                 assert reader.stats()["pages"]["memory"] == 4
             reader.check()
@@ -256,7 +257,7 @@ class TestLowerTiers:
             assert len(inner) == 0
 
             use(store, prompt(4))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
 
             assert len(inner) == 4
             assert store.stats()["spill_failures"]["memory"] == 8
@@ -266,7 +267,7 @@ class TestLowerTiers:
         with store_over([(tier, plan)], num_slots=8) as store:
             for seed in range(8):
                 use(store, prompt(8, seed=seed))
-                assert store.flush(5.0)
+                assert store.flush(WAIT_S)
             store.check()
 
             assert store.stats()["blocks"] == store.stats()["pages"]["shared"] == 8
@@ -276,14 +277,12 @@ class TestLowerTiers:
         tier, plan = redis_like()
         with store_over([(tier, plan)], num_slots=8) as store:
             use(store, prompt(8, seed=0))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
             use(store, prompt(8, seed=1))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
 
             store.forget(store.request(prompt(8, seed=0)), 2)
-            until = time.monotonic() + 5.0
-            while len(list(tier.scan())) > 10 and time.monotonic() < until:
-                time.sleep(0.01)
+            wait_until(lambda: len(list(tier.scan())) <= 10)
 
             assert store.wait_lookup(store.request(prompt(8, seed=0)), 5.0).num_blocks == 2
 
@@ -291,11 +290,11 @@ class TestLowerTiers:
         tier = memory_tier(admit="second_use")
         with store_over([tier]) as store:
             use(store, prompt(4))
-            store.flush(5.0)
+            store.flush(WAIT_S)
             assert not list(tier[0].scan())
 
             use(store, prompt(4))
-            store.flush(5.0)
+            store.flush(WAIT_S)
 
             assert len(list(tier[0].scan())) == 4
 
@@ -303,13 +302,11 @@ class TestLowerTiers:
         tier, plan = redis_like()
         with store_over([(tier, plan)], touch_interval_s=0.0) as store:
             use(store, prompt(4))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
             tier.delete([page.key for page in tier.scan()], timeout_s=1.0)
 
             use(store, prompt(4))
-            until = time.monotonic() + 5.0
-            while len(list(tier.scan())) < 4 and time.monotonic() < until:
-                time.sleep(0.01)
+            wait_until(lambda: len(list(tier.scan())) >= 4)
 
             assert len(list(tier.scan())) == 4
 
@@ -319,31 +316,25 @@ class TestPrefetch:
         tier = memory_tier()
         with store_over([tier], num_slots=8) as store:
             use(store, prompt(6, seed=1))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
             use(store, prompt(8, seed=2))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
             request = store.request(prompt(6, seed=1))
 
             store.prefetch(request)
-            until = time.monotonic() + 5.0
-            while store.lookup(request).by_tier != {"host": 6} and time.monotonic() < until:
-                time.sleep(0.01)
-
-            assert store.lookup(request).by_tier == {"host": 6}
+            wait_until(lambda: store.lookup(request).by_tier == {"host": 6})
             store.check()
 
     def test_a_prefetch_asks_the_shared_tier_first(self) -> None:
         shared = redis_like()
         with store_over([shared]) as store:
             use(store, prompt(4))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
             other = store_over([shared])
             try:
                 request = other.request(prompt(4))
                 other.prefetch(request)
-                until = time.monotonic() + 5.0
-                while other.stats()["slots"]["resident"] < 4 and time.monotonic() < until:
-                    time.sleep(0.01)
+                wait_until(lambda: other.stats()["slots"]["resident"] >= 4)
                 assert other.stats()["slots"]["resident"] == 4
             finally:
                 other._dispatcher.mover.close(5.0)
@@ -359,9 +350,9 @@ class TestLoadOrRecompute:
         tier = memory_tier()
         with store_over([tier], num_slots=8) as store:
             use(store, prompt(8, seed=1))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
             use(store, prompt(8, seed=2))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
             store.observe_prefill(1_000_000, 0.001)  # an engine that computes a billion tokens a second
             store._planner.costs.tiers["memory"].observe(1.0, PAGE_BYTES, time.monotonic())
 
@@ -373,17 +364,15 @@ class TestLoadOrRecompute:
         tier = memory_tier()
         with store_over([tier], num_slots=16) as store:
             use(store, prompt(8, seed=1))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
             use(store, prompt(16, seed=2))
-            assert store.flush(5.0)
+            assert store.flush(WAIT_S)
             store.observe_prefill(1_000, 1.0)
             store._planner.costs.tiers["memory"].observe(100.0, PAGE_BYTES, now=0.0)  # long ago
             request = store.request(prompt(8, seed=1))
 
             assert store.lookup(request).cut is CutReason.NOT_WORTH  # and a sample is fetched in the background
-            until = time.monotonic() + 5.0
-            while store.stats()["slots"]["filling"] and time.monotonic() < until:
-                time.sleep(0.01)
+            wait_until(lambda: not store.stats()["slots"]["filling"])
 
             assert store.lookup(request).num_blocks > 0
             store.check()

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from kvstore.cli.app import app
 from tests.helpers.openai_server import Behaviour, FakeServer
+from tests.helpers.waiting import WAIT_S, wait_until
 
 runner = CliRunner()
 SMALL = ["--requests", "6", "--system-tokens", "64", "--question-tokens", "8", "--answer-tokens", "5"]
@@ -182,12 +182,10 @@ def test_ctrl_c_prints_what_there_is_so_far(server: FakeServer, tmp_path: Path) 
         env={**os.environ, "COLUMNS": "160"},
     )
     try:
-        until = time.monotonic() + 60
-        while len(server.measured) < 4 and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_until(lambda: len(server.measured) >= 4)
 
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=30)
+        stdout, stderr = process.communicate(timeout=WAIT_S)
     finally:
         process.kill()
         process.wait()

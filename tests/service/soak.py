@@ -27,8 +27,9 @@ from typing import Any
 from kvstore.service.client import RemoteStore
 from kvstore.service.connect import connect
 from kvstore.tiers.redis_local import LocalRedis, free_port
-from tests.helpers.daemons import DaemonProcess, Http, attach, wait_until
+from tests.helpers.daemons import DaemonProcess, Http, attach
 from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, prompt, save
+from tests.helpers.waiting import wait_until
 
 HOST_PAGES = 256
 REDIS_BYTES = 16 << 20  # with what the server needs itself, for fewer pages than the engines save

@@ -12,6 +12,7 @@ from connectors.transformers import KVCacheModel
 from kvstore.config import Config
 from tests.helpers.daemons import DaemonProcess
 from tests.helpers.tiny_models import random_ids, tiny_model
+from tests.helpers.waiting import WAIT_S
 
 BLOCK = 16
 CHUNK = 32
@@ -26,7 +27,7 @@ from tests.helpers.tiny_models import random_ids, tiny_model
 name, = sys.argv[1:]
 with KVCacheModel.open(tiny_model(name), Config.load(), prefill_chunk=32) as kv:
     answer = kv.generate(random_ids(150, seed=1), 8)
-    assert kv.flush(30.0)
+    assert kv.flush(WAIT_S)
     print(json.dumps({"tokens": answer.tokens, "sources": answer.report.sources}))
 """
 
@@ -72,14 +73,14 @@ def test_an_engine_goes_on_when_the_daemon_is_killed_and_uses_it_again_when_it_i
         with KVCacheModel.open(model, config, prefill_chunk=CHUNK) as kv:
             store: Any = kv.connector._store  # type: ignore[union-attr]
             assert kv.generate(ids, 8).tokens == expected
-            assert kv.flush(30.0)
-            assert store.flush(30.0)
+            assert kv.flush(WAIT_S)
+            assert store.flush(WAIT_S)
             daemon.kill()
 
             answers = [kv.generate(ids, 8) for _ in range(2)]
             assert [answer.tokens for answer in answers] == [expected, expected]
             assert [answer.report.reused_tokens for answer in answers] == [0, 0]
-            assert kv.flush(30.0)
+            assert kv.flush(WAIT_S)
 
             daemon.start()
             for _ in range(100):

@@ -15,8 +15,9 @@ import pytest
 
 from kvstore.plan.records import LeaseState
 from kvstore.service.client import MISS
-from tests.helpers.daemons import DaemonProcess, attach, wait_until
+from tests.helpers.daemons import DaemonProcess, attach
 from tests.helpers.stores import load, page_of, prompt, save, use
+from tests.helpers.waiting import WAIT_S, wait_until
 
 DYING_CLIENT = """
 import os, signal, sys
@@ -76,7 +77,7 @@ def test_restart_keeps_what_is_on_disk(daemon: DaemonProcess) -> None:
 def test_pages_written_to_disk_survive_a_killed_daemon(daemon: DaemonProcess) -> None:
     with attach(daemon.socket) as store:
         use(store, prompt(10))
-        assert store.flush(10.0)
+        assert store.flush(WAIT_S)
 
         daemon.kill()
         assert store.lookup(store.request(prompt(10))) == MISS
@@ -122,7 +123,7 @@ def test_a_frozen_daemon_costs_each_client_one_deadline_and_is_used_again_afterw
         daemon.signal(signal.SIGSTOP)
         began = time.monotonic()
         assert store.lookup(request) == MISS
-        assert time.monotonic() - began < 5.0
+        assert time.monotonic() - began < 20.0  # a call without a deadline would wait for ever
         answered = [store.lookup(request) for _ in range(1000)]
         assert answered == [MISS] * 1000
         daemon.signal(signal.SIGCONT)
@@ -161,7 +162,7 @@ def test_sigterm_lets_open_leases_end_and_grants_no_new_ones(tmp_path: Path) -> 
                 np.copyto(store.slot_array(page.slot), page_of(request.keys[page.block], 0, 8192))
             assert store.prepare_save(store.request(prompt(4, seed=6)), 0, 4).pages == ()
             store.complete(lease)
-            assert daemon.process.wait(15) == 0
+            assert daemon.process.wait(WAIT_S) == 0
 
             daemon.start()
             wait_until(lambda: store.wait_lookup(store.request(prompt(4))).num_blocks == 4)
@@ -172,7 +173,7 @@ def test_sigterm_lets_open_leases_end_and_grants_no_new_ones(tmp_path: Path) -> 
 
 def test_a_second_daemon_on_the_socket_is_refused_and_a_stale_socket_is_taken_over(daemon: DaemonProcess) -> None:
     command = [sys.executable, "-m", "kvstore", "serve", "--socket", str(daemon.socket), *_small()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
 
     assert done.returncode == 2
     assert "another daemon listens" in done.stderr
@@ -221,7 +222,7 @@ def test_many_threads_share_a_client_while_the_daemon_is_killed_again_and_again(
         wait_until(lambda: sum(loaded) > before + 20 or bool(failures))
         over.set()
         for thread in threads:
-            thread.join(30)
+            thread.join(WAIT_S)
 
         assert failures == []
         wait_until(lambda: store.stats().get("leases") == 0)

@@ -11,9 +11,10 @@ import pytest
 
 from kvstore.service.client import RemoteStore
 from kvstore.tiers.redis_local import LocalRedis
-from tests.helpers.daemons import DaemonProcess, attach, wait_until
+from tests.helpers.daemons import DaemonProcess, attach
 from tests.helpers.redis_server import NEEDS_REDIS
 from tests.helpers.stores import load, prompt, use
+from tests.helpers.waiting import wait_until
 
 pytestmark = NEEDS_REDIS
 

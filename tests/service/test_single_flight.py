@@ -15,9 +15,10 @@ import pytest
 
 from connectors.transformers import KVCacheModel
 from kvstore.tiers.redis_local import LocalRedis
-from tests.helpers.daemons import START_S, DaemonProcess
+from tests.helpers.daemons import DaemonProcess
 from tests.helpers.redis_server import NEEDS_REDIS
 from tests.helpers.tiny_models import random_ids, tiny_model
+from tests.helpers.waiting import WAIT_S
 
 BLOCK = 16
 CHUNK = 32
@@ -54,7 +55,7 @@ with KVCacheModel.open(tiny_model("llama_gqa"), Config.load(), prefill_chunk=32)
     report = answer.report
     told = {"tokens": answer.tokens, "sources": report.sources, "waited_s": report.compute_wait_s}
     print(json.dumps(told), flush=True)
-    kv.flush(30.0)
+    kv.flush(WAIT_S)
 """
 
 
@@ -100,7 +101,7 @@ def first_to_speak(engines: list[Engine]) -> Engine:
         for engine in engines:
             assert engine.process.stdout is not None
             selector.register(engine.process.stdout, selectors.EVENT_READ, engine)
-        ((key, _), *_) = selector.select(START_S)
+        ((key, _), *_) = selector.select(WAIT_S)
     speaker = key.data
     assert isinstance(speaker, Engine)
     return speaker

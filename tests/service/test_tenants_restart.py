@@ -8,8 +8,9 @@ from typing import Any
 from kvstore.service.client import RemoteStore
 from kvstore.service.connect import connect
 from kvstore.tiers.redis_local import free_port
-from tests.helpers.daemons import DaemonProcess, Http, attach, wait_until
+from tests.helpers.daemons import DaemonProcess, Http, attach
 from tests.helpers.stores import LAYOUT, load, namespace, prompt, use
+from tests.helpers.waiting import wait_until
 
 BLUE, RED = "blue-token-0123456789", "red-token-0123456789"
 TENANTS = f"""

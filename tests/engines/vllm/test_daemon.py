@@ -13,7 +13,8 @@ import pytest
 from kvstore.tiers.redis_local import free_port
 from tests.engines.vllm.conftest import MiB, Reference
 from tests.engines.vllm.engine import BLOCK, Engine, EngineProcess, make_prompt
-from tests.helpers.daemons import SEEKER, DaemonProcess, Http, counted_calls, wait_until
+from tests.helpers.daemons import SEEKER, DaemonProcess, Http, counted_calls
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(600)
 LENGTH = 700

@@ -11,7 +11,8 @@ import pytest
 
 from tests.engines.vllm.conftest import MiB
 from tests.engines.vllm.engine import Engine, make_prompt
-from tests.helpers.daemons import DaemonProcess, wait_until
+from tests.helpers.daemons import DaemonProcess
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(600)
 

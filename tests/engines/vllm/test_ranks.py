@@ -11,7 +11,7 @@ import pytest
 from tests.engines.vllm.conftest import MiB
 from tests.engines.vllm.engine import BLOCK, EngineProcess, make_prompt
 from tests.engines.vllm.test_daemon import Served
-from tests.helpers.daemons import wait_until
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(900)
 LENGTH = 700

@@ -14,6 +14,7 @@ from kvstore.cli.app import app
 from kvstore.errors import TierUnavailable
 from kvstore.lab.machine import package_version
 from tests.helpers.page_directory import flip_bit, make_directory
+from tests.helpers.waiting import WAIT_S
 
 ROOT = Path(__file__).resolve().parents[3]
 runner = CliRunner()
@@ -24,7 +25,7 @@ def kvstore(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if not name.upper().startswith("KVSTORE_")}
     env["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-m", "kvstore", *args]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=WAIT_S)
 
 
 def test_help_names_every_command_and_says_where_to_begin() -> None:
@@ -144,6 +145,6 @@ def test_help_loads_nothing_heavy() -> None:
         f"print(sorted({heavy!r} & set(sys.modules)))\n"
     )
 
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S)
 
     assert done.stdout.strip() == "[]", done.stderr

@@ -18,8 +18,9 @@ from kvstore.cli.app import app
 from kvstore.cli.top_view import View
 from kvstore.plan.records import RequestOptions
 from kvstore.service.dashboard_client import DashboardClient
-from tests.helpers.daemons import LocalDaemon, attach, local_daemon, wait_until
+from tests.helpers.daemons import LocalDaemon, attach, local_daemon
 from tests.helpers.stores import prompt, use
+from tests.helpers.waiting import WAIT_S, wait_until
 
 
 @pytest.fixture
@@ -154,7 +155,7 @@ def test_in_a_terminal_it_follows_until_it_is_interrupted(daemon: LocalDaemon, t
             wait_until(lambda: sees(b"chat 9"))
         process.send_signal(2)
         wait_until(lambda: sees(b"\x1b[?1049l"))  # the screen that was there before is back
-        assert process.wait(10) == 0
+        assert process.wait(WAIT_S) == 0
     finally:
         process.kill()
         process.wait()

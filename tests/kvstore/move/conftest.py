@@ -9,8 +9,9 @@ import pytest
 
 from kvstore.tiers.memory import MemoryTier
 from tests.helpers.faulty_tier import FaultyTier
-from tests.helpers.lanes import NUM_SLOTS, SLOT_BYTES, WAIT_S, Recorder, Transfers
+from tests.helpers.lanes import NUM_SLOTS, SLOT_BYTES, Recorder, Transfers
 from tests.helpers.pages import FakeClock, slots
+from tests.helpers.waiting import WAIT_S
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from kvstore.plan.records import Op, Outcome, Priority
 from kvstore.tiers.base import Tier
 from kvstore.tiers.memory import MemoryTier
 from tests.helpers.faulty_tier import FaultyTier
-from tests.helpers.lanes import PAGE_BYTES, SLOT_BYTES, WAIT_S, Recorder, Transfers, wait_until
+from tests.helpers.lanes import PAGE_BYTES, SLOT_BYTES, Recorder, Transfers
 from tests.helpers.pages import FakeClock, fetch, key_of, payload, store
+from tests.helpers.waiting import WAIT_S, wait_until
 
 TIMEOUT_S = 2.0
 META = PageMeta(PAGE_BYTES)

@@ -11,8 +11,7 @@ import pytest
 
 from kvstore.errors import ConfigError
 from kvstore.move.worker import Worker
-
-WAIT_S = 10.0  # for what happens at once unless something is broken
+from tests.helpers.waiting import WAIT_S
 
 
 @pytest.fixture

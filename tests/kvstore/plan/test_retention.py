@@ -9,6 +9,7 @@ from kvstore.plan.records import RequestOptions
 from kvstore.store import LocalStore
 from tests.helpers.faulty_tier import FaultyTier
 from tests.helpers.stores import load, memory_tier, prompt, redis_like, save, store_over, use
+from tests.helpers.waiting import WAIT_S, wait_until
 
 
 def test_a_time_to_live_of_a_request_ends_its_pages(store: LocalStore) -> None:
@@ -68,13 +69,11 @@ def test_forgotten_blocks_are_gone_from_every_tier() -> None:
     with store_over([tier]) as store:
         request = store.request(prompt(6))
         save(store, request)
-        assert store.flush(5.0)
+        assert store.flush(WAIT_S)
 
         assert store.forget(request, 2) == 4
         assert store.lookup(request).num_blocks == 2
-        until = time.monotonic() + 5.0
-        while len(list(tier[0].scan())) > 2 and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_until(lambda: len(list(tier[0].scan())) <= 2)
         store.check()
 
         assert len(list(tier[0].scan())) == 2
@@ -86,7 +85,7 @@ def test_a_lookup_right_after_forgetting_finds_nothing() -> None:
     with store_over([(faulty, replace(plan, workers=2))]) as store:
         request = store.request(prompt(6))
         save(store, request)
-        assert store.flush(5.0)
+        assert store.flush(WAIT_S)
         store.finished(request)
         faulty.hang(only=("delete",))
 

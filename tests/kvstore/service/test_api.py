@@ -16,8 +16,9 @@ from kvstore.service.client import RemoteStore
 from kvstore.service.connect import connect
 from kvstore.service.namespaces import layout_to_json, namespace_to_json
 from kvstore.service.routes import Route
-from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon, wait_until
+from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon
 from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, page_of, prompt, save, use
+from tests.helpers.waiting import WAIT_S, wait_until
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def test_a_time_to_live_ends(http: Http, store: RemoteStore) -> None:
 def test_prefetch_brings_a_prefix_into_host_memory(http: Http, store: RemoteStore) -> None:
     for seed in range(5):
         use(store, prompt(10, seed))
-        assert store.flush(10.0)
+        assert store.flush(WAIT_S)
     assert http.post("/v1/lookup", tokens=ids(10))["by_tier"] == {"disk": 10}
 
     ticket = http.post("/v1/prefetch", tokens=ids(10))["ticket"]
@@ -174,7 +175,7 @@ def test_clear_deletes_a_namespace_and_no_other(http: Http, store: RemoteStore, 
     with connect(f"unix://{daemon.config.service.socket}", LAYOUT, other_namespace) as other:
         use(store, prompt(5))
         use(other, prompt(5))
-        assert store.flush(10.0)
+        assert store.flush(WAIT_S)
         own = next(n["id"] for n in http.get("/v1/namespaces")["namespaces"] if n["model"] == "tiny")
 
         assert http.call("POST", f"/v1/namespaces/{own}/clear") == (200, {"blocks": 5, "keys": {}})
@@ -227,7 +228,7 @@ def test_explain_tells_when_and_whence_a_page_was_evicted(http: Http, store: Rem
 def test_a_tier_is_detached_and_attached_while_it_is_used(http: Http, store: RemoteStore) -> None:
     for seed in range(5):
         use(store, prompt(10, seed))
-        assert store.flush(10.0)
+        assert store.flush(WAIT_S)
     assert load(store, store.request(prompt(10)))[1].by_tier == {"disk": 10}
     for seed in range(1, 5):
         load(store, store.request(prompt(10, seed)))
@@ -260,7 +261,7 @@ def test_host_memory_is_resized_while_it_is_used(http: Http, store: RemoteStore)
 
 def test_disk_is_resized_while_it_is_used(http: Http, store: RemoteStore) -> None:
     use(store, prompt(10))
-    assert store.flush(10.0)
+    assert store.flush(WAIT_S)
 
     tiers = http.post("/v1/tiers/disk/resize", capacity_bytes=256 * PAGE_BYTES)["tiers"]
 

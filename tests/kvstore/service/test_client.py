@@ -12,8 +12,9 @@ from kvstore.plan.records import LeaseState, RequestOptions
 from kvstore.service.client import MISS, RemoteStore
 from kvstore.service.connect import connect
 from kvstore.service.daemon import Daemon
-from tests.helpers.daemons import LocalDaemon, attach, local_daemon, wait_until
+from tests.helpers.daemons import LocalDaemon, attach, local_daemon
 from tests.helpers.stores import BLOCK, LAYOUT, load, namespace, open_small, prompt, save, use
+from tests.helpers.waiting import WAIT_S, wait_until
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_names_blocks_as_a_store_in_process_does(store: RemoteStore) -> None:
 def test_pages_come_from_disk_after_they_left_host_memory(store: RemoteStore) -> None:
     for seed in range(12):
         assert use(store, prompt(10, seed)) == 0
-        assert store.flush(10.0)
+        assert store.flush(WAIT_S)
 
     loaded, match = load(store, store.request(prompt(10, 1)))
 

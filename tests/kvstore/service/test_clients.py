@@ -18,8 +18,9 @@ from kvstore.service.client import RemoteStore
 from kvstore.service.connect import connect
 from kvstore.service.slab import SlabShare, attach_slab
 from kvstore.tiers.host import SlabHandle
-from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon, wait_until
+from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon
 from tests.helpers.stores import LAYOUT, load, namespace, prompt, save
+from tests.helpers.waiting import WAIT_S, wait_until
 
 HOLDER = """
 import sys
@@ -88,7 +89,7 @@ class Holder:
 
     def end(self) -> None:
         self.process.kill()
-        self.process.communicate(timeout=30)
+        self.process.communicate(timeout=WAIT_S)
 
 
 def of(http: Http, name: str) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from kvstore.plan.records import Op, RequestOptions
 from kvstore.service import dashboard_prefixes
 from kvstore.service.connect import connect
 from kvstore.service.dashboard_page import DIRECTORY
-from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon, wait_until
+from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon
 from tests.helpers.stores import BLOCK, LAYOUT, PAGE_BYTES, namespace, prompt, use
+from tests.helpers.waiting import WAIT_S, wait_until
 
 TOKENS = """
 [[tenant]]
@@ -62,7 +63,7 @@ def test_this_moment_is_told_of_tiers_flows_and_clients(daemon: LocalDaemon, htt
     with attach(daemon.config.service.socket, client="replica-0") as store:
         use(store, fork(4, 2, 0))
         use(store, fork(4, 2, 0))
-        assert store.flush(5.0)
+        assert store.flush(WAIT_S)
         store.observe_prefill(1000, 1.0)
         sample(daemon)
 
@@ -110,7 +111,7 @@ def test_misses_carry_the_reason_that_held_then(daemon: LocalDaemon, http: Http)
     assert daemon.config.service.socket is not None
     with attach(daemon.config.service.socket) as store:
         use(store, prompt(4), RequestOptions(session="chat 1"))
-        assert store.flush(5.0)
+        assert store.flush(WAIT_S)
         store.forget(store.request(prompt(4)), 2)
         use(store, prompt(4), RequestOptions(session="chat 2"))
     sample(daemon)
@@ -293,7 +294,7 @@ def test_the_page_and_all_it_refers_to_are_answered_under_a_strict_policy(http: 
         "/",
         *(f"/page/{name}" for name in sorted(names) if name not in ("index.html", "uplot-1.6.32.LICENSE.txt")),
     ]:
-        connection = HTTPConnection("127.0.0.1", http.port, timeout=10)
+        connection = HTTPConnection("127.0.0.1", http.port, timeout=WAIT_S)
         connection.request("GET", path)
         answer = connection.getresponse()
         body, tag = answer.read(), answer.headers["ETag"]

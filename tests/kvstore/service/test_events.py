@@ -10,8 +10,9 @@ import pytest
 
 from kvstore.service.daemon import Daemon
 from kvstore.service.events import MAX_QUEUED_BYTES, SENT, EventStream
-from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon, wait_until
+from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon
 from tests.helpers.stores import prompt, save
+from tests.helpers.waiting import wait_until
 
 
 @pytest.fixture

@@ -18,8 +18,9 @@ from kvstore.service.client import MISS, RemoteStore
 from kvstore.service.connect import connect
 from kvstore.service.events import Feed
 from kvstore.service.protocol import ProtocolError, Reader
-from tests.helpers.daemons import DaemonProcess, Http, LocalDaemon, attach, local_daemon, wait_until
+from tests.helpers.daemons import DaemonProcess, Http, LocalDaemon, attach, local_daemon
 from tests.helpers.stores import LAYOUT, namespace, prompt, save, use
+from tests.helpers.waiting import WAIT_S, wait_until
 
 Belief = tuple[str, bytes]  # tier, block
 
@@ -76,12 +77,12 @@ def test_a_client_hears_what_another_one_stored_and_what_left(daemon: LocalDaemo
         believer = follow(daemon, store)
         first = other.request(prompt(10))
         use(other, prompt(10))
-        assert other.flush(10.0)
+        assert other.flush(WAIT_S)
         wait_until(lambda: believer.blocks("host") == believer.blocks("disk") == names(store, first))
 
         for seed in range(1, 30):  # more than host memory and disk hold
             use(other, prompt(10, seed))
-            assert other.flush(10.0)
+            assert other.flush(WAIT_S)
 
         pages = other.stats()["pages"]
         wait_until(

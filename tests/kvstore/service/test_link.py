@@ -13,8 +13,9 @@ import pytest
 
 from kvstore.plan.records import LeaseState
 from kvstore.service.client import MISS, RemoteStore
-from tests.helpers.daemons import SEEKER, DaemonProcess, attach, counted_calls, wait_until
+from tests.helpers.daemons import SEEKER, DaemonProcess, attach, counted_calls
 from tests.helpers.stores import prompt, save
+from tests.helpers.waiting import wait_until
 
 
 @pytest.fixture

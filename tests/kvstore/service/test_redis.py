@@ -11,9 +11,10 @@ import pytest
 from kvstore.service.client import RemoteStore
 from kvstore.service.connect import connect
 from kvstore.tiers.redis_local import LocalRedis
-from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon, wait_until
+from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon
 from tests.helpers.redis_server import NEEDS_REDIS
 from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, open_small, prompt, save, use
+from tests.helpers.waiting import WAIT_S, wait_until
 
 pytestmark = NEEDS_REDIS
 
@@ -56,7 +57,7 @@ def elsewhere(server: LocalRedis, num_blocks: int, seed: int) -> None:
     """Another machine saves a prompt, which only Redis has then."""
     with open_small(redis_url=server.url) as other:
         use(other, prompt(num_blocks, seed))
-        assert other.flush(5.0)
+        assert other.flush(WAIT_S)
 
 
 def test_explain_tells_what_redis_has_and_has_not(http: Http, store: RemoteStore, server: LocalRedis) -> None:
@@ -95,9 +96,9 @@ def test_clear_deletes_what_only_redis_has_and_no_other_namespace(
     elsewhere(server, 4, seed=1)
     with open_small(redis_url=server.url) as machine, connect(_url(daemon), LAYOUT, namespace(model="other")) as other:
         use(other, prompt(3, 2))
-        assert other.flush(5.0)
+        assert other.flush(WAIT_S)
         use(store, prompt(5, 3))
-        assert store.flush(5.0)
+        assert store.flush(WAIT_S)
         (own,) = (n["id"] for n in http.get("/v1/namespaces")["namespaces"] if n["model"] == "tiny")
 
         cleared = http.post(f"/v1/namespaces/{own}/clear")
@@ -110,7 +111,7 @@ def test_clear_deletes_what_only_redis_has_and_no_other_namespace(
         assert list(_pages_by_prefix(server).values()) == [3]
         assert load(other, other.request(prompt(3, 2)))[0] == 3
         use(store, prompt(4, 1))
-        assert store.flush(5.0)
+        assert store.flush(WAIT_S)
         assert load(machine, machine.request(prompt(4, 1)))[0] == 4
 
 
@@ -162,14 +163,14 @@ def test_a_tenants_bytes_in_redis_are_bounded_for_all_its_machines_together(tmp_
             for blue in blues:
                 use(blue, prompt(6, seed))
                 use(red, prompt(6, seed))
-        assert all(blue.flush(5.0) for blue in (*blues, red))
+        assert all(blue.flush(WAIT_S) for blue in (*blues, red))
 
         pages = _pages_by_prefix(server)
 
         assert sorted(pages.values()) == [20, 36]
         # What it has is the latest: the other machine finds it there.
         use(blues[0], prompt(6, 9))
-        assert blues[0].flush(5.0)
+        assert blues[0].flush(WAIT_S)
         loaded, match = load(blues[1], blues[1].request(prompt(6, 9)))
         assert (loaded, match.by_tier) == (6, {"redis": 6})
 

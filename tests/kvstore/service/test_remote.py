@@ -17,8 +17,9 @@ from kvstore.service.connect import connect
 from kvstore.service.memory import StagedMemory
 from kvstore.service.protocol import HEADER, MAGIC, VERSION, Op, Status
 from kvstore.service.wire import dial_http
-from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon, wait_until
+from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon
 from tests.helpers.stores import BLOCK, LAYOUT, PAGE_BYTES, load, namespace, page_of, prompt, save, use
+from tests.helpers.waiting import WAIT_S, wait_until
 
 BLUE, RED = "blue-token-0123456789", "red-token-0123456789"
 TENANTS = f"""
@@ -128,7 +129,7 @@ def test_a_large_page_that_ends_in_the_middle_holds_nothing_up(large: RemoteStor
 def test_pages_come_from_disk_over_the_wire(store: RemoteStore) -> None:
     for seed in range(8):
         use(store, prompt(10, seed))
-        assert store.flush(10.0)
+        assert store.flush(WAIT_S)
 
     loaded, match = load(store, store.request(prompt(10)))
 
@@ -319,7 +320,7 @@ def test_pages_travel_over_tls(tmp_path: Path) -> None:
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-keyout", str(key), "-out", str(cert)]
     try:
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        subprocess.run(command, check=True, capture_output=True, timeout=WAIT_S)
     except FileNotFoundError:
         pytest.skip("there is no openssl to make a certificate with")
     service = {"http_port": 0, "tls_cert": cert, "tls_key": key}

@@ -20,8 +20,9 @@ from kvstore.service.client import RemoteStore
 from kvstore.service.connect import connect
 from kvstore.service.slab import AttachedSlab, attach_slab
 from kvstore.tiers.host import SlabHandle
-from tests.helpers.daemons import DaemonProcess, attach, local_daemon, wait_until
+from tests.helpers.daemons import DaemonProcess, attach, local_daemon
 from tests.helpers.stores import BLOCK, load, namespace, page_of, prompt, save
+from tests.helpers.waiting import WAIT_S, wait_until
 
 SHARD_BYTES = 4096
 PAIR = Layout(BLOCK, (LayerGroup(GroupKind.FULL, (0, 1), SHARD_BYTES),), "test:bytes", "uint8", shards=2)
@@ -91,7 +92,7 @@ class Rank:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.communicate(timeout=30)
+        self.process.communicate(timeout=WAIT_S)
 
 
 @pytest.fixture
@@ -287,5 +288,5 @@ def _die_with_a_rank_attached(daemon: DaemonProcess, rank: Rank) -> tuple[Any, l
     assert scheduler.stdout is not None
     handle, slots = pickle.load(scheduler.stdout)
     rank.ask("map", handle)
-    scheduler.communicate(b".", timeout=30)
+    scheduler.communicate(b".", timeout=WAIT_S)
     return handle, slots

@@ -16,7 +16,8 @@ from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_local import LocalRedis
 from tests.contracts.tier import TierContract
 from tests.helpers.pages import TIMEOUT_S, FakeClock, fetch, filled, key_of, keys_of, payload, slots, store
-from tests.helpers.redis_server import NEEDS_OPENSSL, NEEDS_REDIS, cluster_nodes, make_certificate, wait_until
+from tests.helpers.redis_server import NEEDS_OPENSSL, NEEDS_REDIS, cluster_nodes, make_certificate
+from tests.helpers.waiting import wait_until
 
 SLOT_BYTES = 8192
 MiB = 1 << 20
