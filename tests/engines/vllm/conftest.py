@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.engines.vllm.engine import ENVIRONMENT, Engine, EngineProcess, clean_up
+from tests.engines.vllm.answers import assert_same
+from tests.engines.vllm.engine import BLOCK, DTYPE, ENVIRONMENT, PATIENCE, Engine, EngineProcess, clean_up, make_prompt
 from tests.engines.vllm.models import make_model
 
 if importlib.util.find_spec("vllm") is None:
@@ -34,31 +35,57 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 
 class Reference:
-    """vLLM without us: the tokens every other engine must give."""
+    """vLLM without us: what every other engine must answer."""
 
     def __init__(self, model_of: Callable[[str], str]) -> None:
         self._model_of = model_of
-        self._engines: dict[str, EngineProcess] = {}
-        self._known: dict[tuple[Any, ...], list[int]] = {}
+        self._engines: dict[tuple[str, str], EngineProcess] = {}
+        self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
 
-    def tokens(self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, kind: str = "gqa") -> list[list[int]]:
-        """Greedy tokens of each prompt, asked one at a time."""
-        answers: list[list[int]] = []
-        for prompt in prompts:
-            key = (kind, max_tokens, *prompt)
-            if key not in self._known:
-                self._known[key] = self._engine(kind).ask(prompt, max_tokens)["tokens"]
-            answers.append(self._known[key])
-        return answers
+    def check(
+        self,
+        answers: Sequence[dict[str, Any]],
+        prompts: Sequence[Sequence[int]],
+        *,
+        cached: int | None = None,
+        kind: str = "gqa",
+        dtype: str = DTYPE,
+    ) -> None:
+        """Raise AssertionError unless each answer is vLLM's own at the same cut of its prompt.
+
+        cached: tokens that did not have to be computed, where that is not what the answer says.
+        """
+        expected = [
+            self.answer(prompt, answer["cached"] if cached is None else cached, len(answer["tokens"]), kind, dtype)
+            for answer, prompt in zip(answers, prompts, strict=True)
+        ]
+        assert_same(answers, expected, dtype)
+
+    def answer(
+        self, prompt: Sequence[int], cached: int = 0, max_tokens: int = 8, kind: str = "gqa", dtype: str = DTYPE
+    ) -> dict[str, Any]:
+        """What vLLM answers alone if it takes `cached` tokens, whole blocks of them, from its own cache."""
+        cached = min(cached, len(prompt) - 1) // BLOCK * BLOCK  # vLLM's own cache leaves the last block of a prompt
+        key = (kind, dtype, cached, max_tokens, *prompt)
+        if key not in self._known:
+            engine = self._engine(kind, dtype)
+            engine.forget_own_cache()
+            if cached:
+                # Another prompt of the same length and head: its blocks are computed as those of the whole prompt.
+                engine.ask([*prompt[:cached], *make_prompt(len(prompt) - cached, 10_000 + cached)], 1)
+            answer = engine.ask(prompt, max_tokens)
+            assert answer["cached"] == cached
+            self._known[key] = answer
+        return self._known[key]
 
     def close(self) -> None:
         for engine in self._engines.values():
             engine.close()
 
-    def _engine(self, kind: str) -> EngineProcess:
-        if kind not in self._engines:
-            self._engines[kind] = EngineProcess(self._model_of(kind), None)
-        return self._engines[kind]
+    def _engine(self, kind: str, dtype: str) -> EngineProcess:
+        if (kind, dtype) not in self._engines:
+            self._engines[kind, dtype] = EngineProcess(self._model_of(kind), None, options={"dtype": dtype})
+        return self._engines[kind, dtype]
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +104,7 @@ def open_engine(model_of: Callable[[str], str]) -> Iterator[Callable[..., Engine
         while current:
             current.pop().close()
         if extra is not None and "service" not in extra:  # else the daemon has the host memory
-            extra = {"host": {"capacity_bytes": 64 * MiB, "huge_pages": False}, **extra}
+            extra = {"host": {"capacity_bytes": 64 * MiB, "huge_pages": False}, "store": PATIENCE, **extra}
         try:
             engine = Engine(model or model_of(kind), extra, **values)
         except BaseException:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.waiting import WAIT_S
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -26,6 +28,12 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 BLOCK = 32
+# Engines compute in float32 unless a test says otherwise: there, answers to one prompt that was cut at other places, in
+# chunks or among others differ by 1e-5, and nothing hides in rounding (answers.py). bfloat16 has tests of its own.
+DTYPE = "float32"
+PAGE_BYTES = 4 * 2 * 2 * 64 * 4 * BLOCK  # of the "gqa" model: 4 layers of K and V of 2 heads of 64, in float32
+LIKELY = 5  # of how many tokens at each place the log probability is told
+PATIENCE = {"lookup_deadline_s": 10.0, "load_deadline_s": 30.0}  # the machine may be busy
 ANSWER = "ANSWER "  # what a line of the pipe begins with; vLLM prints there too
 
 
@@ -63,7 +71,7 @@ class Engine:
         from vllm import LLM
 
         values: dict[str, Any] = {
-            "dtype": "bfloat16",
+            "dtype": DTYPE,
             "max_model_len": 4096,
             "enforce_eager": True,
             "max_num_seqs": 8,
@@ -74,10 +82,12 @@ class Engine:
         self.llm = LLM(model=model, **{**values, **options})
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, **fields: Any) -> list[dict[str, Any]]:
-        """Greedy tokens of each prompt, how many prompt tokens were cached, and the time of the whole call."""
+        """Greedy tokens of each prompt, their log probabilities and those of the likeliest tokens at each place (by
+        name, as JSON has them), how many prompt tokens were cached, and the time of the whole call.
+        """
         from vllm import SamplingParams
 
-        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=LIKELY)
         inputs = [{"prompt_token_ids": list(prompt), **fields} for prompt in prompts]
         wall, cpu = time.perf_counter(), time.process_time()
         outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
@@ -85,6 +95,7 @@ class Engine:
         return [
             {
                 "tokens": list(output.outputs[0].token_ids),
+                **_logprobs(output.outputs[0]),
                 "cached": output.num_cached_tokens or 0,
                 "finish": output.outputs[0].finish_reason,
                 "wall_s": wall,
@@ -114,7 +125,7 @@ class Engine:
 
         return get_kv_transfer_group()._worker
 
-    def settle(self, timeout_s: float = 30.0) -> None:
+    def settle(self, timeout_s: float = WAIT_S) -> None:
         """Wait until what was saved is published and written behind; only with everything in one process."""
         until = time.monotonic() + timeout_s
         core = self.llm.llm_engine.engine_core.engine_core
@@ -130,7 +141,7 @@ class Engine:
         """Empty vLLM's prefix cache, so that only the store can help."""
         if self.llm.llm_engine.vllm_config.kv_transfer_config is not None and self.is_in_process:
             self.settle()
-        until = time.monotonic() + 30
+        until = time.monotonic() + WAIT_S
         while not self.llm.reset_prefix_cache(reset_connector=reset_connector):
             assert time.monotonic() < until, "vLLM's blocks are still in use"
             time.sleep(0.01)
@@ -162,6 +173,14 @@ class Engine:
         del self.llm
         if in_process:
             clean_up()
+
+
+def _logprobs(output: Any) -> dict[str, Any]:
+    places = output.logprobs or []
+    return {
+        "logprobs": [place[token].logprob for token, place in zip(output.token_ids, places, strict=True)],
+        "likely": [{str(token): one.logprob for token, one in place.items()} for place in places],
+    }
 
 
 def clean_up() -> None:
@@ -211,7 +230,7 @@ class EngineProcess:
         if self._process.poll() is None:
             assert self._process.stdin is not None
             self._process.stdin.close()
-        assert self._process.wait(120) == 0
+        assert self._process.wait(2 * WAIT_S) == 0
         assert self._process.stdout is not None
         self._process.stdout.close()
 

@@ -11,6 +11,7 @@ import pytest
 from connectors.vllm_layers import LayeredLoads
 from tests.engines.vllm.conftest import Reference
 from tests.engines.vllm.engine import BLOCK, Engine, make_prompt
+from tests.helpers.waiting import WAIT_S
 
 pytestmark = pytest.mark.timeout(600)
 LENGTH = 700
@@ -26,7 +27,7 @@ def engine(open_engine: Callable[..., Engine]) -> Engine:
 def beside(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Requests whose load went beside the forward, from now on; the engine has loaded before."""
     prompt = make_prompt(LENGTH, 1)
-    until = time.monotonic() + 30  # after a failure nothing is loaded for a while
+    until = time.monotonic() + WAIT_S  # after a failure nothing is loaded for a while
     while engine.ask(prompt, 2)["cached"] == 0 and time.monotonic() < until:
         engine.forget_own_cache()
     engine.forget_own_cache()
@@ -53,7 +54,7 @@ def test_a_single_request_is_loaded_beside_its_forward(engine: Engine, reference
     for prompt in prompts:
         engine.forget_own_cache()
         answer = engine.ask(prompt)
-        assert answer["tokens"] == reference.tokens([prompt])[0]
+        reference.check([answer], [prompt])
         assert answer["cached"] == HIT
 
     assert len(beside) == len(prompts)
@@ -66,7 +67,7 @@ def test_of_a_burst_the_first_goes_beside_and_the_others_aside(
 
     answers = engine.generate(prompts)
 
-    assert [answer["tokens"] for answer in answers] == reference.tokens(prompts)
+    reference.check(answers, prompts)
     assert [answer["cached"] for answer in answers] == [HIT] * len(prompts)
     assert len(beside) == 1
 
@@ -79,7 +80,7 @@ def test_requests_that_share_what_is_loaded_beside_them_get_the_same_tokens(
 
     answers = engine.generate(prompts)
 
-    assert [answer["tokens"] for answer in answers] == reference.tokens(prompts)
+    reference.check(answers, prompts)
     assert beside
 
 
@@ -101,10 +102,10 @@ def test_a_load_that_goes_wrong_beside_its_forward_is_computed_and_nothing_wrong
 
     assert beside
     assert engine.half.counters["load_failures"] > failures
-    assert [answer["tokens"] for answer in answers] == reference.tokens(prompts)
+    reference.check(answers, prompts)
     for prompt in (*prompts, shared):
         engine.forget_own_cache()
-        assert engine.ask(prompt)["tokens"] == reference.tokens([prompt])[0]
+        reference.check([engine.ask(prompt)], [prompt])
     assert engine.scheduler.connector._hook_errors == 0
 
 

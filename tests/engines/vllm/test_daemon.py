@@ -14,12 +14,12 @@ from kvstore.tiers.redis_local import free_port
 from tests.engines.vllm.conftest import MiB, Reference
 from tests.engines.vllm.engine import BLOCK, Engine, EngineProcess, make_prompt
 from tests.helpers.daemons import SEEKER, DaemonProcess, Http, counted_calls
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import WAIT_S, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 LENGTH = 700
 HIT = (LENGTH - 1) // BLOCK * BLOCK
-CALL_TIMEOUT_S = 0.3
+CALL_TIMEOUT_S = 3.0  # one test waits for it
 
 
 class Served(DaemonProcess):
@@ -32,8 +32,8 @@ class Served(DaemonProcess):
             None,
             f"host.capacity_bytes={64 * MiB}",
             f"service.http_port={self.http.port}",
-            "store.lookup_deadline_s=0.2",
-            "store.load_deadline_s=1",
+            "store.lookup_deadline_s=5",
+            "store.load_deadline_s=10",
             *settings,
         )
         service = {"url": f"unix://{self.socket}", "call_timeout_s": CALL_TIMEOUT_S, "retry_max_s": 0.2}
@@ -68,7 +68,7 @@ def test_a_second_engine_takes_a_prefix_from_the_first_ones_host_copy(
         c = second.ask(fork)
         metrics = second.metrics()
 
-    assert [a["tokens"], b["tokens"], c["tokens"]] == reference.tokens([prompt, prompt, fork])
+    reference.check([a, b, c], [prompt, prompt, fork])
     assert (a["cached"], b["cached"]) == (0, HIT)
     assert metrics["vllm:kvstore_hit_tokens.host"] == HIT
     assert metrics.get("vllm:kvstore_hook_errors", 0) == 0
@@ -104,14 +104,14 @@ class TestFaults:
 
     def ask(self, engine: Engine, reference: Reference, prompt: list[int]) -> int:
         """Ask without vLLM's own cache; the tokens that came from the store, whatever happens."""
-        until = time.monotonic() + 10
+        until = time.monotonic() + WAIT_S
         while not engine.llm.reset_prefix_cache():  # blocks are held until saves are reported
             assert time.monotonic() < until
             engine.ask(make_prompt(40, 99))
         started = time.monotonic()
         answer = engine.ask(prompt)
-        assert time.monotonic() - started < 20  # no wait without a bound
-        assert answer["tokens"] == reference.tokens([prompt])[0]
+        assert time.monotonic() - started < WAIT_S  # no wait without a bound
+        reference.check([answer], [prompt])
         assert engine.scheduler.connector._hook_errors == 0
         return int(answer["cached"])
 
@@ -162,7 +162,6 @@ class TestFaults:
     ) -> None:
         prompt = self.stored(engine, reference, daemon, 13)
         others = [make_prompt(300, 130 + seed) for seed in range(4)]
-        reference.tokens([prompt, *others])
         daemon.signal(signal.SIGSTOP)
         try:
             with counted_calls() as calls:
@@ -177,12 +176,11 @@ class TestFaults:
         self, engine: Engine, daemon: Served, reference: Reference
     ) -> None:
         prompts = [make_prompt(300, 100 + seed) for seed in range(12)]
-        expected = reference.tokens(prompts)
         for _ in range(3):
             daemon.kill()
-            assert [answer["tokens"] for answer in engine.generate(prompts)] == expected
+            reference.check(engine.generate(prompts), prompts)
             daemon.start()
-            assert [answer["tokens"] for answer in engine.generate(prompts)] == expected
+            reference.check(engine.generate(prompts), prompts)
 
         assert self.stored(engine, reference, daemon, 14)
         assert daemon.stats()["leases"] == 0
@@ -202,7 +200,7 @@ def test_an_engine_that_is_killed_leaves_no_lease(
 
         answer = survivor.ask(prompt)
 
-    assert answer["tokens"] == reference.tokens([prompt])[0]
+    reference.check([answer], [prompt])
     assert answer["cached"] == HIT
 
 

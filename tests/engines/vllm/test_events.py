@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +55,23 @@ class Router:
                     assert told <= self.beliefs or event.medium == "GPU"  # nothing is taken back that was not told
                     self.beliefs -= told
 
+    def meet(self, engine: Engine) -> None:
+        """Wait until the engine's publisher knows of this subscriber: what it tells before is lost."""
+
+        def is_met() -> bool:
+            engine.llm.reset_prefix_cache()  # which is told with the next step
+            self.told(engine)
+            return self.cleared > 0
+
+        wait_until(is_met, "no event comes")
+        self.cleared = 0
+
+    def told(self, engine: Engine) -> dict[str, int]:
+        """How many blocks it believes to be where, after one more step: events go out with steps."""
+        engine.ask(make_prompt(20, 99))
+        self.hear(0.2)
+        return {medium: sum(where == medium for _, where, _ in self.beliefs) for medium in ("CPU", "STORAGE")}
+
     def names(self, medium: str) -> set[Any]:
         return {name for name, where, _ in self.beliefs if where == medium}
 
@@ -71,33 +87,34 @@ def router(tmp_path: Path) -> Iterator[Router]:
     router.close()
 
 
+def stored(engine: Engine) -> dict[str, int]:
+    pages = engine.half.store.stats()["pages"]
+    return {"CPU": pages["host"], "STORAGE": pages["disk"]}
+
+
 @pytest.mark.parametrize("kind", ["gqa", "sliding"])
 def test_a_router_believes_what_is_stored(
     open_engine: Callable[..., Engine], router: Router, tmp_path: Path, kind: str
 ) -> None:
     extra = {
-        "host": {"capacity_bytes": 3 * MiB, "huge_pages": False},  # far less than the prompts need
-        "disk": {"path": str(tmp_path / "disk"), "capacity_bytes": 4 * MiB},
+        "host": {"capacity_bytes": 6 * MiB, "huge_pages": False},  # far less than the prompts need
+        "disk": {"path": str(tmp_path / "disk"), "capacity_bytes": 8 * MiB},
     }
     engine = open_engine(extra, kind=kind, kv_events_config=router.config)
-    time.sleep(0.5)  # a subscriber needs a moment before the first event
+    router.meet(engine)
     for seed in range(5):
         engine.ask(make_prompt(700, seed))
         engine.settle()
-    engine.ask(make_prompt(20, 99))  # a step, in which the last of it is told
-    router.hear()
 
-    pages = engine.half.store.stats()["pages"]
-    told = {medium: sum(where == medium for _, where, _ in router.beliefs) for medium in ("CPU", "STORAGE")}
-    assert told == {"CPU": pages["host"], "STORAGE": pages["disk"]}
+    wait_until(lambda: router.told(engine) == stored(engine))
     assert {"CPU", "STORAGE"} <= router.removed
     assert router.names("CPU") <= router.names("GPU")  # by the names that vLLM itself uses; its own cache is larger
 
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
-    disk = (f"disk.path={tmp_path / 'disk'}", f"disk.capacity_bytes={4 * MiB}")
-    daemon = DaemonProcess(tmp_path / "kv.sock", None, f"host.capacity_bytes={3 * MiB}", *disk)
+    disk = (f"disk.path={tmp_path / 'disk'}", f"disk.capacity_bytes={8 * MiB}")
+    daemon = DaemonProcess(tmp_path / "kv.sock", None, f"host.capacity_bytes={6 * MiB}", *disk)
     yield daemon
     daemon.kill()
 
@@ -107,49 +124,39 @@ def test_through_a_daemon_a_router_believes_what_is_stored_there_and_nothing_onc
 ) -> None:
     service = {"url": f"unix://{daemon.socket}", "retry_max_s": 0.2}
     engine = open_engine({"service": service}, kv_events_config=router.config)
-    time.sleep(0.5)
-
-    def told() -> dict[str, int]:
-        engine.ask(make_prompt(20, 99))  # events go out with steps
-        router.hear(0.2)
-        return {medium: sum(where == medium for _, where, _ in router.beliefs) for medium in ("CPU", "STORAGE")}
-
-    def stored() -> dict[str, int]:
-        pages = engine.half.store.stats()["pages"]
-        return {"CPU": pages["host"], "STORAGE": pages["disk"]}
+    router.meet(engine)
 
     for seed in range(5):  # far more than the daemon has room for
         engine.ask(make_prompt(700, seed))
         engine.settle()
-    wait_until(lambda: told() == stored())
-    assert min(stored().values()) > 0
+    wait_until(lambda: router.told(engine) == stored(engine))
+    assert min(stored(engine).values()) > 0
     assert {"CPU", "STORAGE"} <= router.removed
     assert router.names("CPU") <= router.names("GPU")
 
     daemon.kill()
-    wait_until(lambda: told() == {"CPU": 0, "STORAGE": 0})
+    wait_until(lambda: router.told(engine) == {"CPU": 0, "STORAGE": 0})
     assert router.names("GPU")
 
     daemon.start()
     wait_until(lambda: engine.half.store.num_attached == 2)
     engine.ask(make_prompt(300, 50))
     engine.settle()
-    wait_until(lambda: told()["CPU"] == stored()["CPU"] > 0 and told()["STORAGE"] > 0)
-    assert told()["STORAGE"] < stored()["STORAGE"]  # what lay there before the daemon started is not told
+    wait_until(lambda: router.told(engine)["CPU"] == stored(engine)["CPU"] > 0)
+    wait_until(lambda: router.told(engine)["STORAGE"] > 0)
+    assert (
+        router.told(engine)["STORAGE"] < stored(engine)["STORAGE"]
+    )  # what lay there before the daemon started is not told
 
 
 def test_after_a_reset_a_router_believes_nothing(open_engine: Callable[..., Engine], router: Router) -> None:
     engine = open_engine({}, kv_events_config=router.config)
-    time.sleep(0.5)
+    router.meet(engine)
     engine.ask(make_prompt(300, 1))
     engine.settle()
-    engine.ask(make_prompt(20, 2))
-    router.hear()
-    assert router.names("CPU")
+    wait_until(lambda: router.told(engine)["CPU"] > 0)
 
     engine.llm.reset_prefix_cache(reset_connector=True)
-    engine.ask(make_prompt(20, 3))
-    router.hear()
 
+    wait_until(lambda: router.told(engine) == {"CPU": 0, "STORAGE": 0})
     assert router.cleared
-    assert not router.names("CPU")

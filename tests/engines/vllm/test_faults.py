@@ -13,12 +13,13 @@ import pytest
 
 from kvstore.tiers.redis_local import LocalRedis
 from tests.engines.vllm.conftest import MiB, Reference, fill
-from tests.engines.vllm.engine import BLOCK, Engine, make_prompt
+from tests.engines.vllm.engine import BLOCK, PAGE_BYTES, Engine, make_prompt
+from tests.helpers.waiting import WAIT_S, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 LENGTH = 700
 HIT = (LENGTH - 1) // BLOCK * BLOCK
-PATIENCE = {"lookup_deadline_s": 0.2, "load_deadline_s": 0.5}
+HASTE = {"lookup_deadline_s": 5.0, "load_deadline_s": 10.0}  # some tests wait for all of it
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,8 @@ def redis() -> Iterator[LocalRedis]:
 def answer_is_right(engine: Engine, reference: Reference, prompt: list[int]) -> dict[str, Any]:
     started = time.monotonic()
     answer = engine.ask(prompt)
-    assert time.monotonic() - started < 20  # no wait without a bound
-    assert answer["tokens"] == reference.tokens([prompt])[0]
+    assert time.monotonic() - started < WAIT_S  # no wait without a bound
+    reference.check([answer], [prompt])
     assert engine.scheduler.connector._hook_errors == 0
     return answer
 
@@ -52,8 +53,8 @@ class TestRedis:
     @pytest.fixture(scope="class")
     def engine(self, open_engine: Callable[..., Engine], redis: LocalRedis) -> Engine:
         extra = {
-            "redis": {"url": redis.url, "timeout_s": 0.3, "connect_timeout_s": 0.2},
-            "store": PATIENCE,
+            "redis": {"url": redis.url, "timeout_s": 2.0, "connect_timeout_s": 1.0},
+            "store": HASTE,
             "breaker": {"probe_after_s": 0.2, "probe_max_s": 0.4},
         }
         return open_engine(extra)
@@ -134,8 +135,8 @@ class TestDisk:
 
     @pytest.fixture(scope="class")
     def engine(self, open_engine: Callable[..., Engine], folder: Path) -> Engine:
-        disk = {"path": str(folder), "capacity_bytes": 4 * MiB, "shared": False}
-        return open_engine({"disk": disk, "store": PATIENCE})
+        disk = {"path": str(folder), "capacity_bytes": 64 * PAGE_BYTES, "shared": False}
+        return open_engine({"disk": disk, "store": HASTE})
 
     def test_a_flipped_byte_in_every_page_is_a_miss(self, engine: Engine, folder: Path, reference: Reference) -> None:
         prompt = make_prompt(LENGTH, 11)
@@ -168,7 +169,7 @@ def test_a_disk_without_room_stores_nothing_and_stores_again_when_it_has_some(
     open_engine: Callable[..., Engine], reference: Reference, small_mount: Path
 ) -> None:
     disk = {"path": str(small_mount / "pages"), "capacity_bytes": 8 * MiB}
-    engine = open_engine({"disk": disk, "store": PATIENCE, "breaker": {"probe_after_s": 0.1}})
+    engine = open_engine({"disk": disk, "store": HASTE, "breaker": {"probe_after_s": 0.1}})
     slab = max((small_mount / "pages").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
     os.truncate(slab, 0)  # the reserve is gone ...
     ballast = small_mount / "ballast"
@@ -179,9 +180,7 @@ def test_a_disk_without_room_stores_nothing_and_stores_again_when_it_has_some(
     drop_host(engine)
     assert answer_is_right(engine, reference, prompt)["cached"] == 0
     ballast.unlink()
-    until = time.monotonic() + 20
-    while engine.half.store.stats()["breaker_open"]["disk"] and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: not engine.half.store.stats()["breaker_open"]["disk"])
     drop_host(engine)
     answer_is_right(engine, reference, prompt)
     drop_host(engine)
@@ -208,7 +207,7 @@ def test_a_copy_that_fails_is_computed_and_not_offered_again(
     finally:
         del device.copy_in
 
-    assert answer["tokens"] == reference.tokens([prompt], kind=kind)[0]
+    reference.check([answer], [prompt], kind=kind)
     assert engine.half.counters["load_failures"] == 1
     engine.forget_own_cache()
     assert engine.ask(prompt)["tokens"] == answer["tokens"]
@@ -231,9 +230,9 @@ def test_an_exception_of_ours_does_not_reach_the_engine(
         original = getattr(engine.half, name)
         setattr(engine.half, name, fail)
         try:
-            assert engine.ask(prompt)["tokens"] == reference.tokens([prompt])[0]
+            reference.check([engine.ask(prompt)], [prompt])
         finally:
             setattr(engine.half, name, original)
 
     assert engine.scheduler.connector._hook_errors > 0
-    assert engine.ask(prompt)["tokens"] == reference.tokens([prompt])[0]
+    reference.check([engine.ask(prompt)], [prompt])

@@ -13,7 +13,7 @@ import pytest
 from connectors.vllm_identity import engine_namespace
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from tests.engines.vllm.conftest import Reference
-from tests.engines.vllm.engine import BLOCK, Engine, make_prompt
+from tests.engines.vllm.engine import BLOCK, DTYPE, Engine, make_prompt
 from tests.engines.vllm.models import IMAGE_SIDE, make_adapter
 
 pytestmark = pytest.mark.timeout(600)
@@ -52,7 +52,7 @@ class TestAdapters:
         computed = ask_all(engine, questions)
         loaded = ask_all(engine, questions)
 
-        assert computed[0] == (tuple(reference.tokens([PROMPT])[0]), 0)
+        assert computed[0] == (tuple(reference.answer(PROMPT)["tokens"]), 0)
         assert [cached for _, cached in computed] == [0, 0, 0]
         assert len({tokens for tokens, _ in computed}) == 3
         assert loaded == [(tokens, HIT) for tokens, _ in computed]
@@ -76,7 +76,7 @@ class TestAdapters:
         import torch
 
         embeddings = [
-            torch.randn(LENGTH, 256, generator=torch.Generator().manual_seed(n)).to(torch.bfloat16) for n in (1, 2)
+            torch.randn(LENGTH, 256, generator=torch.Generator().manual_seed(n)).to(torch.float32) for n in (1, 2)
         ]
         questions: list[tuple[dict[str, Any], Any]] = [({"prompt_embeds": one}, None) for one in embeddings]
 
@@ -113,7 +113,7 @@ class TestNamespace:
     def vllm_config(self, model_of: Callable[[str], str]) -> Any:
         from vllm.engine.arg_utils import EngineArgs
 
-        config = EngineArgs(model=model_of("gqa"), dtype="bfloat16", block_size=BLOCK).create_engine_config()
+        config = EngineArgs(model=model_of("gqa"), dtype=DTYPE, block_size=BLOCK).create_engine_config()
         config.cache_config.kv_cache_layout = "LBHNC"  # as the engine core resolves it
         return config
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from kvstore.lab.models import find_smollm2
+from tests.engines.vllm.answers import assert_same, engine_dtype
 from tests.engines.vllm.conftest import MiB, Reference
-from tests.engines.vllm.engine import BLOCK, Engine, EngineProcess, make_prompt
+from tests.engines.vllm.engine import BLOCK, PATIENCE, Engine, EngineProcess, make_prompt
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -38,7 +39,7 @@ class TestSlidingWindow:
 
         answer = engine.ask(prompt)
 
-        assert answer["tokens"] == reference.tokens([prompt], kind="sliding")[0]
+        reference.check([answer], [prompt], kind="sliding")
         assert answer["cached"] == shared // BLOCK * BLOCK
 
     def test_only_the_window_of_a_sliding_group_is_loaded(self, engine: Engine) -> None:
@@ -59,7 +60,7 @@ class TestSlidingWindow:
         for turn in range(3):
             engine.forget_own_cache()
             answer = engine.ask(prompt, 24)
-            assert answer["tokens"] == reference.tokens([prompt], 24, kind="sliding")[0]
+            reference.check([answer], [prompt], kind="sliding")
             assert (answer["cached"] > 0) == (turn > 0)
             prompt = prompt + answer["tokens"] + make_prompt(70, 80 + turn)
 
@@ -73,8 +74,7 @@ def test_mla_goes_on_from_its_blocks_as_if_it_had_computed_them(
     open_engine: Callable[..., Engine], tmp_path: Path
 ) -> None:
     extra = {"disk": {"path": str(tmp_path), "capacity_bytes": 64 * MiB}, "without_prefix_caching": True}
-    # In float32, as vLLM sums attention over a cached context in another order than over a prompt in one piece.
-    options: dict[str, Any] = {"kind": "mla", "attention_backend": "CPU_MLA", "dtype": "float32", "block_size": 16}
+    options: dict[str, Any] = {"kind": "mla", "attention_backend": "CPU_MLA", "block_size": 16}
     engine = open_engine(extra, **options)
     prompts = [make_prompt(300, seed) for seed in range(6)]
     computed = [engine.ask(prompt) for prompt in prompts]
@@ -87,7 +87,7 @@ def test_mla_goes_on_from_its_blocks_as_if_it_had_computed_them(
     assert blocks_of(again, make_prompt(500, 9)) == blocks
     assert {answer["cached"] for answer in computed} == {0}
     assert {answer["cached"] for answer in loaded} == {288}
-    assert [answer["tokens"] for answer in loaded] == [answer["tokens"] for answer in computed]
+    assert_same(loaded, computed)
 
 
 def blocks_of(engine: Engine, prompt: list[int]) -> bytes:
@@ -115,16 +115,20 @@ def blocks_of(engine: Engine, prompt: list[int]) -> bytes:
 def test_the_real_model_goes_on_in_a_new_process(open_engine: Callable[..., Engine], tmp_path: Path) -> None:
     model = str(find_smollm2())
     prompt = make_prompt(1500, 3)
-    extra = {"host": {"capacity_bytes": 256 * MiB}, "disk": {"path": str(tmp_path), "capacity_bytes": 256 * MiB}}
+    disk = {"path": str(tmp_path), "capacity_bytes": 256 * MiB}
+    extra = {"host": {"capacity_bytes": 256 * MiB}, "disk": disk, "store": PATIENCE}
 
-    expected = open_engine(None, model=model).ask(prompt, 16)
-    first = open_engine(extra, model=model)
+    dtype = engine_dtype()
+    alone = open_engine(None, model=model, dtype=dtype)
+    computed, from_own_cache = alone.ask(prompt, 16), alone.ask(prompt, 16)
+    first = open_engine(extra, model=model, dtype=dtype)
     saving = first.ask(prompt, 16)
     first.close()
-    with EngineProcess(model, extra, processes=True) as second:
+    with EngineProcess(model, extra, processes=True, options={"dtype": dtype}) as second:
         loading = second.ask(prompt, 16)
+        metrics = second.metrics()
 
-    assert saving["tokens"] == expected["tokens"]
-    assert loading["tokens"] == expected["tokens"]
-    assert (saving["cached"], loading["cached"]) == (0, 1499 // BLOCK * BLOCK)
-    assert loading["wall_s"] < expected["wall_s"] / 2
+    assert_same([saving, loading], [computed, from_own_cache], dtype)
+    hit = 1499 // BLOCK * BLOCK
+    assert [answer["cached"] for answer in (computed, from_own_cache, saving, loading)] == [0, hit, 0, hit]
+    assert metrics["vllm:prompt_tokens_by_source.local_compute"] == 1500 - hit  # the computing really falls away

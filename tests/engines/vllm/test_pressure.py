@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.engines.vllm.conftest import Reference
-from tests.engines.vllm.engine import BLOCK, Engine, make_prompt
+from tests.engines.vllm.engine import BLOCK, PAGE_BYTES, Engine, make_prompt
+from tests.helpers.waiting import WAIT_S
 
 pytestmark = pytest.mark.timeout(600)
 # 40 blocks of 32 tokens, 1280 tokens for everybody, and prompts are computed in chunks of 256.
@@ -29,7 +30,7 @@ def test_what_the_engine_evicted_comes_back(small: Engine, reference: Reference)
 
     answers = [small.ask(prompt) for prompt in prompts]
 
-    assert [answer["tokens"] for answer in answers] == reference.tokens(prompts)
+    reference.check(answers, prompts)
     assert [answer["cached"] for answer in answers] == [899 // BLOCK * BLOCK] * 3
     assert small.half.counters["loaded_tokens"] > 0
 
@@ -46,7 +47,7 @@ def test_after_a_load_the_rest_of_a_prompt_is_computed_and_saved_in_chunks(small
     small.forget_own_cache()
     second = small.ask(fork)
 
-    assert [first["tokens"], second["tokens"]] == reference.tokens([fork, fork])
+    reference.check([first, second], [fork, fork])
     assert (first["cached"], second["cached"]) == (340 // BLOCK * BLOCK, 939 // BLOCK * BLOCK)
 
 
@@ -58,23 +59,20 @@ def test_preempted_requests_answer_as_without_us_and_load_what_they_had(small: E
     answers = small.generate(prompts, max_tokens=150)
 
     assert small.metrics()["vllm:num_preemptions"] > before
-    assert [answer["tokens"] for answer in answers] == reference.tokens(prompts, 150)
+    reference.check(answers, prompts)
     assert small.half.counters["loaded_tokens"] > loaded
     assert not small.scheduler.requires_kv_delivery  # a preempted request does not wait for its saves
 
 
 def test_a_slab_smaller_than_a_prompt_keeps_what_fits(open_engine: Callable[..., Engine], reference: Reference) -> None:
-    engine = open_engine({"host": {"capacity_bytes": 16 * 64 * 1024, "huge_pages": False}})  # 16 pages
+    engine = open_engine({"host": {"capacity_bytes": 16 * PAGE_BYTES, "huge_pages": False}})
     prompts = [make_prompt(1500, 200 + seed) for seed in range(3)]
 
     answers = [engine.ask(prompt) for prompt in prompts for _ in range(2)]
     engine.forget_own_cache()
     answers += [engine.ask(prompt) for prompt in prompts]
 
-    assert [answer["tokens"] for answer in answers] == [
-        *[tokens for tokens in reference.tokens(prompts) for _ in range(2)],
-        *reference.tokens(prompts),
-    ]
+    reference.check(answers, [*[prompt for prompt in prompts for _ in range(2)], *prompts])
     assert engine.half.counters["skipped_pages"] > 0
     engine.settle()
     engine.half.store.check()
@@ -120,7 +118,7 @@ class TestAbort:
         llm_engine = engine.llm.llm_engine
         core = llm_engine.engine_core.engine_core
         llm_engine.add_request("gone", {"prompt_token_ids": prompt}, SamplingParams(temperature=0, max_tokens=4))
-        until = time.monotonic() + 10
+        until = time.monotonic() + WAIT_S
         while not engine.half._loads._under_way and time.monotonic() < until:
             llm_engine.step()
         assert engine.half._loads._under_way
@@ -132,7 +130,7 @@ class TestAbort:
         assert not core.scheduler.requests
         assert engine.half.store.stats()["leases"] == 0
         assert engine.scheduler.kv_cache_manager.usage == 0
-        assert engine.ask(prompt)["tokens"] == reference.tokens([prompt])[0]
+        reference.check([engine.ask(prompt)], [prompt])
 
     def test_others_run_while_one_is_loaded(self, engine: Engine, slow: None, reference: Reference) -> None:
         stored, fresh = make_prompt(900, 302), make_prompt(100, 303)
@@ -141,5 +139,5 @@ class TestAbort:
 
         answers = engine.generate([stored, fresh])
 
-        assert [answer["tokens"] for answer in answers] == reference.tokens([stored, fresh])
+        reference.check(answers, [stored, fresh])
         assert [answer["cached"] for answer in answers] == [899 // BLOCK * BLOCK, 0]

@@ -9,7 +9,7 @@ import pytest
 
 from kvstore.tiers.redis_local import LocalRedis
 from tests.engines.vllm.conftest import MiB, Reference
-from tests.engines.vllm.engine import BLOCK, Engine, EngineProcess, make_prompt
+from tests.engines.vllm.engine import BLOCK, PATIENCE, Engine, EngineProcess, make_prompt
 
 PROMPTS = [make_prompt(1000, 1), make_prompt(2500, 2)]
 
@@ -32,8 +32,8 @@ def folder(
     """A directory of pages, and the Redis server full of the same: all from an engine that is closed by now."""
     folder = tmp_path_factory.mktemp("disk")
     engine = open_engine({"disk": {"path": str(folder), "capacity_bytes": 64 * MiB}, "redis": {"url": redis.url}})
-    answers = engine.generate(PROMPTS)
-    assert [answer["tokens"] for answer in answers] == reference.tokens(PROMPTS)
+    answers = [engine.ask(prompt) for prompt in PROMPTS]
+    reference.check(answers, PROMPTS)
     engine.settle()
     open_engine({})  # closes the one before
     return folder
@@ -42,6 +42,7 @@ def folder(
 def disk(folder: Path) -> dict[str, object]:
     return {
         "host": {"capacity_bytes": 64 * MiB, "huge_pages": False},
+        "store": PATIENCE,
         "disk": {"path": str(folder), "capacity_bytes": 64 * MiB},
     }
 
@@ -61,18 +62,18 @@ def test_a_new_process_takes_a_prompt_from_one_tier(
     model_of: Callable[[str], str],
     reference: Reference,
 ) -> None:
-    host = {"host": {"capacity_bytes": 64 * MiB, "huge_pages": False}}
+    host = {"host": {"capacity_bytes": 64 * MiB, "huge_pages": False}, "store": PATIENCE}
     extra = disk(folder) if tier == "disk" else {**host, "redis": {"url": redis.url}}
     fork_prompt = PROMPTS[0][:600] + make_prompt(60, 30 + processes)
     unknown_prompt = make_prompt(2500, 98 + processes)
     with EngineProcess(model_of("gqa"), extra, processes=processes) as engine:
-        unknown = engine.ask(unknown_prompt)
+        engine.ask(unknown_prompt)
         answers = [engine.ask(prompt) for prompt in PROMPTS]
         fork = engine.ask(fork_prompt)
         metrics = engine.metrics()
 
-    assert [answer["tokens"] for answer in answers] == reference.tokens(PROMPTS)
-    assert fork["tokens"] == reference.tokens([fork_prompt])[0]
+    reference.check(answers, PROMPTS)
+    reference.check([fork], [fork_prompt])
     assert [answer["cached"] for answer in answers] == [999 // BLOCK * BLOCK, 2499 // BLOCK * BLOCK]
     assert fork["cached"] == 600 // BLOCK * BLOCK  # vLLM's own cache by now
     hit = sum(answer["cached"] for answer in answers)
@@ -81,7 +82,6 @@ def test_a_new_process_takes_a_prompt_from_one_tier(
     asked = [*PROMPTS, fork_prompt, unknown_prompt]
     computed = sum(map(len, asked)) - hit - fork["cached"]
     assert metrics["vllm:prompt_tokens_by_source.local_compute"] == computed
-    assert answers[1]["wall_s"] < unknown["wall_s"] / 2  # the computing really falls away
 
 
 @pytest.mark.timeout(600)

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,8 @@ import pytest
 
 from kvstore.tiers.redis_local import LocalRedis, free_port
 from tests.engines.vllm.conftest import MiB, Reference
-from tests.engines.vllm.engine import BLOCK, ENVIRONMENT, make_prompt, transfer_config
+from tests.engines.vllm.engine import BLOCK, DTYPE, ENVIRONMENT, PATIENCE, make_prompt, transfer_config
+from tests.helpers.waiting import WAIT_S, wait_until
 
 pytestmark = pytest.mark.timeout(900)
 START_S = 300.0
@@ -33,7 +33,7 @@ class Replica:
         port = self.url.rsplit(":", 1)[1]
         # What `vllm serve` runs. The command itself asks for a distribution named "vllm", which the CPU build is not.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", port]
-        command += ["--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", "4096", "--enforce-eager"]
+        command += ["--host", "127.0.0.1", "--dtype", DTYPE, "--max-model-len", "4096", "--enforce-eager"]
         command += ["--block-size", str(BLOCK), "--served-model-name", "tiny"]
         command += ["--kv-transfer-config", json.dumps(transfer_config(extra))]
         environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1"}
@@ -43,35 +43,36 @@ class Replica:
         )
 
     def wait(self) -> None:
-        until = time.monotonic() + START_S
-        while time.monotonic() < until:
-            assert self._process.poll() is None, "vllm serve ended"
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=2):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        raise AssertionError(f"vllm serve is not up after {START_S} s")
+        wait_until(self._is_up, "vllm serve is not up", timeout_s=START_S, poll_s=0.5)
 
-    def ask(self, prompt: Sequence[int]) -> list[int]:
+    def _is_up(self) -> bool:
+        assert self._process.poll() is None, "vllm serve ended"
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=WAIT_S):
+                return True
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def ask(self, prompt: Sequence[int]) -> dict[str, Any]:
+        """The tokens of the answer, and their log probabilities."""
         body = {"model": "tiny", "prompt": list(prompt), "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-        body |= {"return_token_ids": True}
+        body |= {"return_token_ids": True, "logprobs": 1}
         request = urllib.request.Request(
             f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            tokens: list[int] = json.load(reply)["choices"][0]["token_ids"]
-        return tokens
+        with urllib.request.urlopen(request, timeout=WAIT_S) as reply:
+            choice = json.load(reply)["choices"][0]
+        return {"tokens": choice["token_ids"], "logprobs": choice["logprobs"]["token_logprobs"]}
 
     def post(self, path: str) -> dict[str, Any]:
         """A call without a body."""
-        with urllib.request.urlopen(urllib.request.Request(self.url + path, method="POST"), timeout=60) as reply:
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, method="POST"), timeout=WAIT_S) as reply:
             answer: dict[str, Any] = json.load(reply)
         return answer
 
     def metric(self, name: str, label: str = "") -> float:
         """The sum of a metric over its labels. Raises AssertionError if there is no such metric at all."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as reply:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=WAIT_S) as reply:
             lines = reply.read().decode().splitlines()
         assert any(line.startswith(f"# TYPE {name} ") for line in lines), f"{name} is not at /metrics"
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{") and label in line)
@@ -79,7 +80,7 @@ class Replica:
     def close(self) -> None:
         self._process.terminate()
         try:
-            self._process.wait(60)
+            self._process.wait(WAIT_S)
         finally:
             self._process.kill()
             self._process.wait()
@@ -87,35 +88,41 @@ class Replica:
 
 
 @pytest.fixture(scope="module")
-def replicas(model_of: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Replica]]:
+def redis() -> Iterator[LocalRedis]:
+    with LocalRedis() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def replicas(
+    model_of: Callable[[str], str], redis: LocalRedis, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[Replica]]:
     folder = tmp_path_factory.mktemp("serve")
-    with LocalRedis() as redis:
-        extra = {"host": {"capacity_bytes": 32 * MiB, "huge_pages": False}, "redis": {"url": redis.url}}
-        started = [Replica(model_of("gqa"), extra, folder / f"{n}.log") for n in range(2)]
-        try:
-            for replica in started:
-                replica.wait()
-            yield started
-        finally:
-            for replica in started:
-                replica.close()
+    host = {"capacity_bytes": 32 * MiB, "huge_pages": False}
+    extra = {"host": host, "redis": {"url": redis.url}, "store": PATIENCE}
+    started = [Replica(model_of("gqa"), extra, folder / f"{n}.log") for n in range(2)]
+    try:
+        for replica in started:
+            replica.wait()
+        yield started
+    finally:
+        for replica in started:
+            replica.close()
 
 
-def test_the_second_replica_takes_what_the_first_computed(replicas: list[Replica], reference: Reference) -> None:
+def test_the_second_replica_takes_what_the_first_computed(
+    replicas: list[Replica], redis: LocalRedis, reference: Reference
+) -> None:
     first, second = replicas
     prompt = make_prompt(1500, 5)
     hit = 1499 // BLOCK * BLOCK
 
-    assert first.ask(prompt) == reference.tokens([prompt])[0]
-    until = time.monotonic() + 20
-    tokens: list[int] = []
-    while time.monotonic() < until and second.metric("vllm:kvstore_hit_tokens_total", 'tier="redis"') == 0:
-        # Another last token each time, so that the replica's own cache does not hide the other's pages.
-        tokens = second.ask([*prompt[:-1], 3 + int(time.monotonic()) % 1000])
-        time.sleep(0.5)
+    reference.check([first.ask(prompt)], [prompt], cached=0)
+    with redis.client() as client:
+        wait_until(lambda: client.dbsize() >= 1500 // BLOCK, "the first replica's pages are not in Redis")
 
-    assert tokens
-    assert second.ask(prompt) == reference.tokens([prompt])[0]
+    reference.check([second.ask(prompt)], [prompt], cached=hit)
+    wait_until(lambda: settled(second, "vllm:kvstore_hit_tokens_total") > 0, "no number of a load came", poll_s=0.5)
     assert second.metric("vllm:kvstore_hit_tokens_total", 'tier="redis"') == hit
     assert second.metric("vllm:external_prefix_cache_hits_total") >= hit
     assert second.metric("vllm:kvstore_hook_errors_total") == 0
@@ -146,7 +153,13 @@ def test_a_reset_over_http_forgets_what_is_stored(replicas: list[Replica]) -> No
 
 
 def settled(replica: Replica, name: str) -> float:
-    """A metric of ours: numbers come with steps, and not more often than every half second."""
-    time.sleep(0.6)
-    replica.ask(SHORT)
-    return replica.metric(name)
+    """A metric of ours: numbers come with steps, and not more often than every half second. It has come to rest."""
+    seen: list[float] = []
+
+    def is_still() -> bool:
+        replica.ask(SHORT)
+        seen.append(replica.metric(name))
+        return len(seen) > 2 and seen[-1] == seen[-3]
+
+    wait_until(is_still, lambda: f"{name} goes on changing: {seen}", poll_s=0.6)
+    return seen[-1]

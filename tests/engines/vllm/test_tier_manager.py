@@ -16,12 +16,13 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from connectors.vllm_tier import KVStoreTier
 from kvstore.errors import ConfigError, LayoutMismatch
+from tests.engines.vllm.engine import PATIENCE
+from tests.helpers.waiting import WAIT_S
 
 ROW = 8192
 CONTEXT = ReqContext("request")
 STEP = ScheduleEndContext((), ())
 KEYS = [make_offload_key(bytes([number]) * 32, 0) for number in range(4)]
-PATIENT = {"lookup_deadline_s": 10, "load_deadline_s": 30}
 
 
 class VllmConfig(SimpleNamespace):
@@ -76,7 +77,7 @@ def open_tier(tmp_path: Path, memory: np.ndarray[Any, Any]) -> Iterator[Callable
         entry = {
             "disk": {"path": str(tmp_path / "pages"), "capacity_bytes": "1MiB"},
             "weights": "test",
-            "store": PATIENT,
+            "store": PATIENCE,
         }
         tier = KVStoreTier(spec or spec_of(), view or memoryview(memory), "KVStoreTier", **{**entry, **given})
         assert vllm_config is not None
@@ -93,7 +94,7 @@ def job(number: int, rows: list[int], *, is_load: bool = False, keys: list[Any] 
 
 
 def finish(tier: KVStoreTier) -> JobResult:
-    until = time.monotonic() + 20
+    until = time.monotonic() + WAIT_S
     while time.monotonic() < until:
         for result in tier.get_finished_jobs():
             return result
@@ -103,7 +104,7 @@ def finish(tier: KVStoreTier) -> JobResult:
 
 
 def look(tier: KVStoreTier, keys: list[Any]) -> list[LookupResult]:
-    until = time.monotonic() + 20
+    until = time.monotonic() + WAIT_S
     while time.monotonic() < until:
         answers = [tier.lookup(key, CONTEXT) for key in keys]
         tier.on_schedule_end(STEP)

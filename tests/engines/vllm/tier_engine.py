@@ -11,14 +11,13 @@ import sys
 import time
 from typing import Any
 
-from tests.engines.vllm.engine import Engine
-
-PATIENT = {"lookup_deadline_s": 10, "load_deadline_s": 30}  # the machine may be busy; what is tested is not speed
+from tests.engines.vllm.engine import PATIENCE, Engine
+from tests.helpers.waiting import WAIT_S
 
 
 def tier_config(entry: dict[str, Any], **offloading: Any) -> dict[str, Any]:
     """The kv_connector_extra_config of a CPU engine with one tier: a KVStoreTier, unless `entry` names another type."""
-    ours = {"type": "KVStoreTier", "module_path": "connectors.vllm_tier", "store": PATIENT}
+    ours = {"type": "KVStoreTier", "module_path": "connectors.vllm_tier", "store": PATIENCE}
     tier = entry if "type" in entry else {**ours, **entry}
     return {
         "spec_name": "CpuTieringSpec",
@@ -47,7 +46,7 @@ class TierEngine(Engine):
         """Our tier."""
         return self.manager.secondary_tiers[0]
 
-    def settle(self, timeout_s: float = 30.0) -> None:
+    def settle(self, timeout_s: float = WAIT_S) -> None:
         """Let the engine step until everything computed is stored below."""
         core = self.llm.llm_engine.engine_core.engine_core
         until = time.monotonic() + timeout_s
