@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-WAIT_S = 90.0  # below pytest's own limit, so that what did not happen is named
+WAIT_S = 240.0  # below pytest's own limit, so that what did not happen is named
 POLL_S = 0.01
 
 T = TypeVar("T")
