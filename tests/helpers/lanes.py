@@ -11,7 +11,8 @@ from kvstore.move.lane import Event, TierState
 from kvstore.page import PageKey, PageMeta
 from kvstore.plan.records import Op, Outcome, Priority, Transfer
 from tests.helpers.pages import keys_of
-from tests.helpers.waiting import WAIT_S
+from tests.helpers.waiting import WAIT_S as WAIT_S
+from tests.helpers.waiting import wait_until as wait_until
 
 SLOT_BYTES = 4096
 PAGE_BYTES = 1000

@@ -14,9 +14,9 @@ import pytest
 
 from kvstore.store import LocalStore
 from kvstore.tiers.redis_local import LocalRedis
-from tests.helpers.lanes import wait_until
 from tests.helpers.redis_server import NEEDS_REDIS, command
 from tests.helpers.stores import PAGE_BYTES, open_small, prompt, use
+from tests.helpers.waiting import wait_until
 
 BLOCKS = 4
 PROMPTS = 6

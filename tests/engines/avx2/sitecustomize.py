@@ -1,6 +1,6 @@
-"""Any x86-64 processor as one with AVX2 only, for every Python process that has this directory in its PYTHONPATH.
+"""Any x86-64 processor as one with AVX2 only, for each Python process with this directory in its PYTHONPATH.
 
-`.ci/test-vllm` puts it there for ATEN_CPU_CAPABILITY=avx2. That variable is PyTorch's own, and vLLM does not know it: it
+`.ci/test-vllm` puts it there for ATEN_CPU_CAPABILITY=avx2. That variable is PyTorch's own. vLLM does not know it: it
 asks PyTorch what the processor has, and takes its build for AVX2 if there is nothing newer.
 """
 
