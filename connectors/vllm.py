@@ -136,7 +136,15 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                     'kv_connector_extra_config: load is "sync", which needs a model of one layer group on CPU: '
                     'elsewhere vLLM does not recover from a copy that fails inside a step; leave it out ("auto")'
                 )
-            self._scheduler = open_half(vllm_config, self._config, self._engine, vllm.__version__, is_beside=is_beside)
+            self._scheduler = open_half(
+                vllm_config,
+                self._config,
+                self._engine,
+                vllm.__version__,
+                is_beside=is_beside,
+                is_whole=self._config.fields.load != "sync"
+                and versions.can_load_whole(vllm_config, self._engine.layout),
+            )
             _NEIGHBOURS[self._scheduler.name] = self._scheduler
             self._snapshots = Snapshots()
             self._stats_at = 0.0

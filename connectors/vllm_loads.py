@@ -30,6 +30,7 @@ NO_LEASE = 0  # the planner counts from 1
 MAX_LEASED_FRACTION = 0.5  # of the host slots, for pages on their way to waiting requests
 FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0  # after a copy failed; doubled as long as they go on failing
 COMPUTING_POLL_S = 0.005  # vLLM asks a thousand times a second, and computing takes longer
+LONG_BLOCK = 64  # tokens; computing so many on a CPU takes longer than the two steps of a load aside
 COUNTERS = (
     "compute_waits",
     "compute_wait_seconds",
@@ -109,15 +110,16 @@ class Loads:
         if status.state is LeaseState.WAITING and not self._is_late(tracked):
             self._ask_again(tracked)
             return None, False
-        num_blocks = min(status.num_blocks, tracked.most)
+        num_ready = min(status.num_blocks, tracked.most)
+        tracked.is_aside = self._goes_aside(tracked, num_ready)
+        num_blocks = num_ready if tracked.is_aside else min(num_ready, self._before_last(tracked))
         tokens = num_blocks * self._block_size - num_computed
         if tokens <= 0 or tokens < self._config.fields.min_load_tokens:
             self.let_go(tracked)
             return 0, False
-        if num_blocks < tracked.lease.num_blocks:
+        if num_ready < tracked.lease.num_blocks:
             self._counters["short_loads"] += 1
         tracked.promised = num_blocks
-        tracked.is_aside = self._goes_aside()
         return tokens, tracked.is_aside
 
     def allocated(self, tracked: Tracked, blocks: Sequence[Sequence[Any]], num_external: int) -> None:
@@ -257,28 +259,38 @@ class Loads:
         """
         if self._config.fields.without_prefix_caching:
             return False
-        num_blocks = (tracked.engine.num_tokens - 1) // self._block_size
+        num_blocks = self._before_last(tracked)
         half = first + (num_blocks - first + 1) // 2
         keys = tracked.store.keys
         return first < half <= len(keys) and keys[half - 1] in self._coming
 
-    def _goes_aside(self) -> bool:
-        """Whether a load is asynchronous.
+    def _before_last(self, tracked: Tracked) -> int:
+        """Whole blocks before the last token, which is always computed.
+
+        vLLM computes that token alone also where the block that it ends was loaded aside: it takes one token back when
+        the load has ended. After a load in the step itself it cannot, so there the block is computed.
+        """
+        return int(tracked.engine.num_tokens - 1) // self._block_size
+
+    def _goes_aside(self, tracked: Tracked, num_blocks: int) -> bool:
+        """Whether a load of the first `num_blocks` is asynchronous.
 
         Beside the forward is faster by two steps and by the copy. But others in that forward wait with it, and vLLM
         recovers from its failure only if nobody shares its blocks: so it is for one request of an idle engine, and
-        after copies have worked.
+        after copies have worked. Not for a long last block, whose computing would cost more than two steps.
         """
         if self._config.fields.load != "auto":
             return self._config.fields.load == "async"
+        if num_blocks > self._before_last(tracked) and self._block_size >= LONG_BLOCK:
+            return True
         if not (self._is_beside and self._is_trusted) or any(not job.is_async for job in self._jobs):
             return True
         return any(self._requests.get(name) is not None for name in self.scheduled)
 
     def _lease(self, tracked: Tracked, first: int) -> LoadLease | int | None:
         """A lease on what is worth loading; 0 if nothing is, None to ask again."""
-        if first >= (tracked.engine.num_tokens - 1) // self._block_size:
-            return 0  # vLLM has all there can be
+        if first >= self._before_last(tracked):
+            return 0  # vLLM has all there can be, but for a last block: computing that is one step, loading it is more
         if self._now() < tracked.look_at:
             return None
         tracked.store.held = first
@@ -293,6 +305,8 @@ class Loads:
             self._ask_again(tracked)
             return None
         end = min(match.num_blocks, tracked.most)
+        if not self._goes_aside(tracked, end):
+            end = min(end, self._before_last(tracked))
         if end <= first or (end - first) * self._block_size < self._config.fields.min_load_tokens:
             return 0
         groups = len(self._engine.layout.groups)

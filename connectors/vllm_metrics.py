@@ -79,6 +79,9 @@ class KVStorePromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             for key, (name, text, label) in specs.items():
                 names = [*labelnames, label] if label else labelnames
                 self._metrics[key] = make(name=f"vllm:kvstore_{name}", documentation=text, labelnames=names)
+                if specs is COUNTERS and not label:  # 0 until something is counted: alerts need both
+                    for values in per_engine_labelvalues.values():
+                        self._metrics[key].labels(*values)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Take over one snapshot."""
@@ -98,12 +101,14 @@ class Snapshots:
         self._last: dict[str, float] = {}
 
     def take(self, connector: Mapping[str, float], store: Mapping[str, Any]) -> dict[str, Any]:
-        """The data of a `KVStoreStats`."""
-        totals = {name: float(value) for name, value in connector.items()}
+        """The data of a `KVStoreStats`. A counter that is new is told even if it is 0: so it is there from then on."""
+        totals = {f"hit_tokens.{tier}": 0.0 for tier in store.get("pages") or {}}
+        totals |= {name: float(value) for name, value in connector.items()}
         for name in ("corrupt_pages", "breaker_opens"):
             totals |= {f"{name}.{label}": float(value) for label, value in (store.get(name) or {}).items()}
         # A daemon that was started again counts from 0, and one that is away not at all.
         added = {name: max(0.0, value - self._last.get(name, 0.0)) for name, value in totals.items()}
+        new = totals.keys() - self._last.keys()
         self._last |= totals
         now = {f"{name}.{label}": float(value) for name in GAUGES for label, value in (store.get(name) or {}).items()}
-        return {"added": {name: value for name, value in added.items() if value}, "now": now}
+        return {"added": {name: value for name, value in added.items() if value or name in new}, "now": now}

@@ -60,17 +60,23 @@ class Requests:
     identify: names what makes a request's KV different and vLLM's hashes do not cover (its adapter's files).
     salt:     part of all names from now on; "" for none.
     on_named: told of new blocks of a request, by our names and by vLLM's.
+    whole:    loads may take the last block of a prompt that ends on its border.
     """
 
     def __init__(
-        self, store: KVStore, engine: EngineLayout, identify: Callable[[Any], str], single_flight: bool = False
+        self,
+        store: KVStore,
+        engine: EngineLayout,
+        identify: Callable[[Any], str],
+        single_flight: bool = False,
+        whole: bool = False,
     ) -> None:
         self.salt = ""
         self.on_named: Callable[[Sequence[bytes], Sequence[bytes]], None] | None = None
         self._store = store
         self._per_block = engine.hashes_per_block
         self._identify = identify
-        self._single_flight = single_flight
+        self._usual = RequestOptions(single_flight=single_flight, whole=whole)
         self._tracked: dict[str, Tracked] = {}
 
     def begin(self, request: Any) -> None:
@@ -79,7 +85,7 @@ class Requests:
         if self.salt:
             tenant = f"{tenant}|{self.salt}"
         made = self._store.request_from_hashes(
-            [], max(1, request.num_tokens), _options(request, tenant, self._single_flight)
+            [], max(1, request.num_tokens), _options(request, replace(self._usual, tenant=tenant))
         )
         self._tracked[request.request_id] = Tracked(request, made)
 
@@ -117,13 +123,12 @@ class Requests:
         return iter(list(self._tracked.values()))
 
 
-def _options(request: Any, tenant: str, single_flight: bool) -> RequestOptions:
+def _options(request: Any, plain: RequestOptions) -> RequestOptions:
     """What vLLM's request says about itself: hints under "kvstore" in kv_transfer_params.
 
     They come from whoever sent the request, so those that make no sense are ignored, all of them.
     """
     hints = (getattr(request, "kv_transfer_params", None) or {}).get("kvstore", {})
-    plain = RequestOptions(tenant=tenant, single_flight=single_flight)
     try:
         ttl_s = hints.get("ttl_s")
         options = replace(

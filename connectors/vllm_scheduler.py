@@ -62,6 +62,7 @@ class SchedulerHalf:
 
     world:      ranks that report each copy.
     is_beside:  workers can copy beside the forward (vllm_layers.py).
+    is_whole:   vLLM can compute the last token alone of a prompt that was loaded to its end.
     identify:   names what makes a request's KV different and vLLM's hashes do not cover (its adapter's files).
     name:       of this half, so that a worker in this process knows whose plan it has.
     """
@@ -74,6 +75,7 @@ class SchedulerHalf:
         *,
         world: int = 1,
         is_beside: bool = False,
+        is_whole: bool = False,
         identify: Callable[[Any], str] = lambda request: "",
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -84,7 +86,7 @@ class SchedulerHalf:
         self._config = config
         self._world = world
         is_single = config.store.store.single_flight and config.loads and config.saves
-        self._requests = Requests(store, engine, identify, single_flight=is_single)
+        self._requests = Requests(store, engine, identify, single_flight=is_single, whole=is_whole)
         self._loads = Loads(store, engine, config, self._requests, self.counters, now, is_beside)
         self._saves = Saves(store, engine, config, self._requests, self.counters, world)
         self._announcer = Announcer(engine.group_ids)
@@ -105,6 +107,8 @@ class SchedulerHalf:
 
     def matched(self, request: Any, num_computed: int) -> tuple[int | None, bool]:
         """How many tokens after the first `num_computed` can be loaded, and whether aside; None means ask again."""
+        if getattr(request, "skip_reading_prefix_cache", False):
+            return 0, False  # every token has to be computed (prompt_logprobs, some kinds of pooling)
         tracked = self._requests.get(request.request_id)
         return self._loads.matched(tracked, num_computed) if tracked and self._config.loads else (0, False)
 

@@ -24,11 +24,18 @@ log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its hand
 
 
 def open_half(
-    vllm_config: Any, config: ConnectorConfig, engine: EngineLayout, vllm_version: str, *, is_beside: bool = False
+    vllm_config: Any,
+    config: ConnectorConfig,
+    engine: EngineLayout,
+    vllm_version: str,
+    *,
+    is_beside: bool = False,
+    is_whole: bool = False,
 ) -> SchedulerHalf:
     """Open the store, in this process or by its daemon, and make the half over it. Raises ConfigError.
 
     is_beside: workers can copy beside the forward (vllm_layers.py).
+    is_whole:  vLLM can compute the last token alone of a prompt that was loaded to its end.
     """
     namespace = engine_namespace(vllm_config, engine.layout, weights=config.fields.weights, vllm_version=vllm_version)
     # Private memory gets huge pages, shared memory seldom: disks read twice as fast into them. So it is shared only
@@ -45,7 +52,9 @@ def open_half(
         store.close(0)
         raise
     world = int(vllm_config.parallel_config.tensor_parallel_size)
-    half = SchedulerHalf(store, engine, config, world=world, is_beside=is_beside, identify=_adapters())
+    half = SchedulerHalf(
+        store, engine, config, world=world, is_beside=is_beside, is_whole=is_whole, identify=_adapters()
+    )
     log.info(
         "kvstore: %s, blocks of %d tokens, %d layer groups, namespace %s, disk %s, redis %s, daemon %s",
         ", ".join(f"{slab.num_slots} host slots of {slab.slot_bytes >> 10} KiB" for slab in store.slabs) or "no daemon",

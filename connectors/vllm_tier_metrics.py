@@ -72,12 +72,13 @@ class TierSamples:
         self._last: dict[tuple[str, tuple[str, ...]], float] = {}
 
     def take(self) -> list[Sample]:
-        """What has changed since the last time."""
+        """What has changed since the last time; at first everything, so that each counter is there from the start."""
         samples = []
         for name, labels, total in self._totals():
+            is_new = (name, labels) not in self._last
             added = total - self._last.get((name, labels), 0.0)
             self._last[name, labels] = total
-            if added:
+            if added or is_new:
                 samples.append(Sample(_PREFIX + name, added, labels, True))
         for medium in self._core.mover.tiers:
             is_open = 0.0 if self._core.mover.is_up(medium) else 1.0

@@ -12,6 +12,7 @@ from typing import Any
 
 from connectors.vllm_events import News
 from kvstore.errors import ConfigError
+from kvstore.layout import Layout
 
 SUPPORTED = ("0.32", "0.33")  # minor releases the engine tests have run with
 
@@ -30,6 +31,19 @@ def null_safe_block_ids(scheduler_output: Any, request_id: str) -> Any:
     """vLLM's block ids of a scheduled request, one list per group; None if it was not scheduled."""
     state = scheduler_output.kv_connector_block_state
     return None if state is None else state.get_block_ids(request_id)
+
+
+def can_load_whole(vllm_config: Any, layout: Layout) -> bool:
+    """Whether a load may go to the very end of a prompt, of which vLLM then computes the last token alone.
+
+    Its scheduler takes that token back when an asynchronous load has ended (`_update_waiting_for_remote_kv`). Not with
+    sliding windows, whose blocks it chooses before it does so, nor where drafts are made from the model's hidden
+    states (EAGLE, MTP): those have to be computed.
+    """
+    speculative = getattr(vllm_config, "speculative_config", None)
+    if speculative is not None and speculative.use_eagle():
+        return False
+    return len(layout.groups) == 1 and layout.groups[0].window is None
 
 
 def kv_event(news: News, block_size: int) -> Any:

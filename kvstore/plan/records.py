@@ -90,6 +90,8 @@ class RequestOptions:
     single_flight: if another request is computing blocks that this one misses, wait for them; if none is, let later
                   requests wait for this one.
     step_blocks:  blocks the engine computes and saves at once, counted from the root; single flight goes by them.
+    whole:        a prompt that ends on the border of a block may be matched whole: the engine can take its last block
+                  too, and computes the last token once more itself.
     """
 
     tenant: str = ""
@@ -100,6 +102,7 @@ class RequestOptions:
     pin: bool = False
     single_flight: bool = False
     step_blocks: int = 1
+    whole: bool = False
 
 
 @dataclass(slots=True)

@@ -90,9 +90,11 @@ class Survey:
 def loadable_blocks(request: Request, block_size: int) -> int:
     """How many blocks of a prompt a lookup may match.
 
-    The engine needs the hidden state of the last token, so that token is always computed.
+    The engine needs the hidden state of the last token, so that token is always computed, and its block with it unless
+    the engine can compute a single token of a block that was loaded (`RequestOptions.whole`).
     """
-    return min(max(request.num_tokens - 1, 0) // block_size, len(request.keys))
+    num_tokens = request.num_tokens if request.options.whole else max(request.num_tokens - 1, 0)
+    return min(num_tokens // block_size, len(request.keys))
 
 
 def locate(

@@ -112,6 +112,7 @@ def _encode_options(options: RequestOptions) -> bytes:
         "pin": options.pin,
         "single_flight": options.single_flight,
         "step_blocks": options.step_blocks,
+        "whole": options.whole,
     }
     usual = RequestOptions()
     said = {name: value for name, value in fields.items() if value != getattr(usual, name)}
@@ -129,6 +130,7 @@ _OPTION_TYPES: dict[str, tuple[type, ...]] = {
     "pin": (bool,),
     "single_flight": (bool,),
     "step_blocks": (int,),
+    "whole": (bool,),
 }
 
 

@@ -77,12 +77,15 @@ class World:
         world: int = 1,
         extra: dict[str, Any] | None = None,
         is_beside: bool = False,
+        is_whole: bool = False,
     ) -> None:
         self.clock = Clock()
         self.pool = Pool()
         self.store = store
         config = parse_extra_config(extra or {}, "kv_both")
-        self.half = SchedulerHalf(store, engine, config, world=world, is_beside=is_beside, now=self.clock)
+        self.half = SchedulerHalf(
+            store, engine, config, world=world, is_beside=is_beside, is_whole=is_whole, now=self.clock
+        )
         self.half.bind_pool(self.pool)
 
     def save(self, asked: Any, first_block: int = 1) -> StepPlan:
@@ -546,6 +549,78 @@ def test_loads_go_aside_where_that_is_wanted_or_nothing_else_works(
     for name in ("b", "c"):
         assert world.loaded(name, asked)
         world.half.request_finished(request(name, 1))
+
+
+class TestAPromptThatEndsOnABorder:
+    """Of four blocks, all stored."""
+
+    def asked(self, world: World, name: str) -> tuple[int | None, bool]:
+        again = request(name, 4 * BLOCK, request("a", 4 * BLOCK).block_hashes[0][0])
+        world.half.new_request(again)
+        return world.half.matched(again, 0)
+
+    def test_it_is_loaded_whole_by_a_load_aside(self, store: LocalStore) -> None:
+        world = World(store, is_whole=True)
+        world.stored(request("a", 4 * BLOCK))
+
+        assert self.asked(world, "b") == (4 * BLOCK, True)
+
+    def test_where_vllm_cannot_take_a_token_back_its_last_block_is_computed(self, store: LocalStore) -> None:
+        world = World(store)
+        world.stored(request("a", 4 * BLOCK))
+
+        assert self.asked(world, "b") == (3 * BLOCK, True)
+
+    def test_beside_the_forward_its_last_block_is_computed(self, store: LocalStore) -> None:
+        world = World(store, is_beside=True, is_whole=True)
+        asked = request("a", 4 * BLOCK)
+        world.stored(asked)
+        assert world.loaded("b", asked)
+        world.half.request_finished(request("b", 1))
+
+        assert self.asked(world, "c") == (3 * BLOCK, False)
+        assert world.half.counters["short_loads"] == 0
+
+    def test_a_long_last_block_is_loaded_aside_rather_than_computed(
+        self, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("connectors.vllm_loads.LONG_BLOCK", BLOCK)
+        world = World(store, is_beside=True, is_whole=True)
+        asked = request("a", 4 * BLOCK)
+        world.stored(asked)
+        world.loaded("b", asked)
+        world.half.request_finished(request("b", 1))
+
+        assert self.asked(world, "c") == (4 * BLOCK, True)
+
+    def test_a_last_block_alone_is_computed(self, store: LocalStore) -> None:
+        world = World(store, is_whole=True)
+        world.stored(request("a", 4 * BLOCK))
+        again = request("b", 4 * BLOCK)
+        world.half.new_request(again)
+
+        assert world.half.matched(again, 3 * BLOCK) == (0, False)  # vLLM's own cache has the others
+
+
+def test_a_request_that_must_not_read_caches_asks_the_store_nothing_and_is_saved(store: LocalStore) -> None:
+    world = World(store, extra={"store": {"single_flight": True}})
+    asked = request("a", 4 * BLOCK + 1)
+    world.stored(asked)
+    before = store.stats()
+    again = request("b", 4 * BLOCK + 1)
+    again.skip_reading_prefix_cache = True
+    new = request("c", 3 * BLOCK, seed=9)
+    new.skip_reading_prefix_cache = True
+    for one in (again, new):
+        world.half.new_request(one)
+
+    assert [world.half.matched(one, 0) for one in (again, new)] == [(0, False)] * 2
+
+    after = store.stats()
+    same = ("lookups", "matched_tokens", "missed_tokens", "leases", "compute_claims")
+    assert {name: after.get(name) for name in same} == {name: before.get(name) for name in same}
+    plan = world.half.plan_step({"c": 3 * BLOCK}, lambda name: ([7, 8, 9],))
+    assert [len(job.copies[0].slots) for job in plan.saves] == [3]
 
 
 def test_after_a_load_failed_inside_a_step_nothing_of_who_was_there_is_saved(store: LocalStore) -> None:

@@ -16,6 +16,13 @@ def world() -> Iterator[TierWorld]:
     yield from tier_worlds()
 
 
+def test_every_counter_is_told_at_first_though_it_is_0(world: TierWorld) -> None:
+    first = TierSamples(world.core).take()
+
+    assert {sample.name for sample in first} == {metric.name for metric in definitions()}
+    assert {sample.value for sample in first} == {0.0}
+
+
 def test_samples_are_what_was_added_since_the_last_ones(world: TierWorld) -> None:
     samples = TierSamples(world.core)
     world.save(KEYS, [0, 1, 2, 3])

@@ -47,7 +47,9 @@ def test_a_prompt_at_a_block_boundary_computes_its_last_token(engine: Engine, re
     engine.ask(LONG)
     prompt = LONG[: 20 * BLOCK + extra]
 
-    check(engine, reference, prompt, (len(prompt) - 1) // BLOCK * BLOCK)
+    # Loaded aside, it has that token computed alone; beside its forward, the block that the token is in.
+    is_aside = engine.half._config.fields.load == "async"
+    check(engine, reference, prompt, len(prompt) // BLOCK * BLOCK if is_aside else (len(prompt) - 1) // BLOCK * BLOCK)
 
 
 @pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK])
