@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sysconfig
 import threading
 import time
@@ -39,6 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Where tests run in the background of a shell, Ctrl-C is ignored, and so it would be by the processes they start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--require-redis") and _redis_problem():
         raise pytest.UsageError(f"--require-redis: {_redis_problem()}")
     if config.getoption("--require-model") and find_smollm2() is None:

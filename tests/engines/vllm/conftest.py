@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.engines.vllm.answers import assert_same
-from tests.engines.vllm.engine import BLOCK, DTYPE, ENVIRONMENT, PATIENCE, Engine, EngineProcess, clean_up, make_prompt
+from tests.engines.vllm.engine import BLOCK, DTYPE, ENVIRONMENT, STORE, Engine, EngineProcess, clean_up, make_prompt
 from tests.engines.vllm.models import make_model
 
 if importlib.util.find_spec("vllm") is None:
@@ -71,8 +71,9 @@ class Reference:
             engine = self._engine(kind, dtype)
             engine.forget_own_cache()
             if cached:
-                # Another prompt of the same length and head: its blocks are computed as those of the whole prompt.
-                engine.ask([*prompt[:cached], *make_prompt(len(prompt) - cached, 10_000 + cached)], 1)
+                # Another prompt of the same head. Its tail is short, or sliding layers forget what is before the cut.
+                tail = make_prompt(min(len(prompt) - cached, BLOCK), 10_000 + cached)
+                engine.ask([*prompt[:cached], *tail], 1)
             answer = engine.ask(prompt, max_tokens)
             assert answer["cached"] == cached
             self._known[key] = answer
@@ -104,7 +105,7 @@ def open_engine(model_of: Callable[[str], str]) -> Iterator[Callable[..., Engine
         while current:
             current.pop().close()
         if extra is not None and "service" not in extra:  # else the daemon has the host memory
-            extra = {"host": {"capacity_bytes": 64 * MiB, "huge_pages": False}, "store": PATIENCE, **extra}
+            extra = {"host": {"capacity_bytes": 64 * MiB, "huge_pages": False}, "store": STORE, **extra}
         try:
             engine = Engine(model or model_of(kind), extra, **values)
         except BaseException:

@@ -33,7 +33,9 @@ BLOCK = 32
 DTYPE = "float32"
 PAGE_BYTES = 4 * 2 * 2 * 64 * 4 * BLOCK  # of the "gqa" model: 4 layers of K and V of 2 heads of 64, in float32
 LIKELY = 5  # of how many tokens at each place the log probability is told
-PATIENCE = {"lookup_deadline_s": 10.0, "load_deadline_s": 30.0}  # the machine may be busy
+# The machine may be busy, and its disk slower than computing: what is tested is not speed.
+PATIENCE = {"lookup_deadline_s": 10.0, "load_deadline_s": 30.0}
+STORE = {**PATIENCE, "load_or_recompute": False}
 ANSWER = "ANSWER "  # what a line of the pipe begins with; vLLM prints there too
 
 

@@ -24,7 +24,7 @@ def test_an_answer_is_the_one_from_vllms_own_cache_at_the_same_cut(
     engine = open_engine({"disk": disk, "load": "async"}, **options)
     heads = [make_prompt(cut * BLOCK, cut) for cut in CUTS]
     for head in heads:
-        engine.ask([*head, *make_prompt(600 - len(head), 50)], 1)
+        engine.ask([*head, *make_prompt(BLOCK, 50)], 1)  # of the length with which the reference fills vLLM's own cache
     if tier == "disk":
         engine = open_engine({"disk": disk}, **options)  # its host memory is empty
     engine.forget_own_cache()

@@ -19,7 +19,7 @@ from tests.helpers.waiting import WAIT_S, wait_until
 pytestmark = pytest.mark.timeout(600)
 LENGTH = 700
 HIT = (LENGTH - 1) // BLOCK * BLOCK
-HASTE = {"lookup_deadline_s": 5.0, "load_deadline_s": 10.0}  # some tests wait for all of it
+HASTE = {"lookup_deadline_s": 5.0, "load_deadline_s": 10.0, "load_or_recompute": False}  # some tests wait for all of it
 
 
 @pytest.fixture(scope="module")

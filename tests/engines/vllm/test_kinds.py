@@ -11,7 +11,7 @@ import pytest
 from kvstore.lab.models import find_smollm2
 from tests.engines.vllm.answers import assert_same, engine_dtype
 from tests.engines.vllm.conftest import MiB, Reference
-from tests.engines.vllm.engine import BLOCK, PATIENCE, Engine, EngineProcess, make_prompt
+from tests.engines.vllm.engine import BLOCK, STORE, Engine, EngineProcess, make_prompt
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -116,7 +116,7 @@ def test_the_real_model_goes_on_in_a_new_process(open_engine: Callable[..., Engi
     model = str(find_smollm2())
     prompt = make_prompt(1500, 3)
     disk = {"path": str(tmp_path), "capacity_bytes": 256 * MiB}
-    extra = {"host": {"capacity_bytes": 256 * MiB}, "disk": disk, "store": PATIENCE}
+    extra = {"host": {"capacity_bytes": 256 * MiB}, "disk": disk, "store": STORE}
 
     dtype = engine_dtype()
     alone = open_engine(None, model=model, dtype=dtype)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.engines.vllm.answers import assert_same
 from tests.engines.vllm.conftest import MiB
-from tests.engines.vllm.engine import BLOCK, PATIENCE, EngineProcess, make_prompt
+from tests.engines.vllm.engine import BLOCK, STORE, EngineProcess, make_prompt
 from tests.engines.vllm.test_daemon import Served
 from tests.helpers.waiting import wait_until
 
@@ -45,7 +45,7 @@ def test_two_ranks_load_what_both_have_saved(
 ) -> None:
     extra: dict[str, Any] = {
         "host": {"capacity_bytes": 64 * MiB, "huge_pages": False},
-        "store": PATIENCE,
+        "store": STORE,
         "disk": {"path": str(tmp_path), "capacity_bytes": 64 * MiB},
     }
     with two_ranks(model_of("gqa"), extra) as engine:

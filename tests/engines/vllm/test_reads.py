@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.engines.vllm.conftest import MiB, Reference
-from tests.engines.vllm.engine import BLOCK, PAGE_BYTES, Engine, make_prompt
+from tests.engines.vllm.engine import BLOCK, PAGE_BYTES, STORE, Engine, make_prompt
 
 pytestmark = pytest.mark.timeout(600)
 LENGTH = 20 * BLOCK
@@ -23,7 +23,7 @@ class TestRequestsThatMustNotReadCaches:
     def engine(self, open_engine: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory) -> Engine:
         disk = {"path": str(tmp_path_factory.mktemp("disk")), "capacity_bytes": 64 * MiB}
         host = {"capacity_bytes": 24 * PAGE_BYTES, "huge_pages": False}  # room for one prompt
-        return open_engine({"disk": disk, "host": host, "store": {"single_flight": True, "load_or_recompute": False}})
+        return open_engine({"disk": disk, "host": host, "store": {**STORE, "single_flight": True}})
 
     def ask(self, engine: Engine, prompt: list[int], **sampling: Any) -> Any:
         from vllm import SamplingParams

@@ -9,7 +9,7 @@ import pytest
 
 from kvstore.tiers.redis_local import LocalRedis
 from tests.engines.vllm.conftest import MiB, Reference
-from tests.engines.vllm.engine import BLOCK, PATIENCE, Engine, EngineProcess, make_prompt
+from tests.engines.vllm.engine import BLOCK, STORE, Engine, EngineProcess, make_prompt
 
 PROMPTS = [make_prompt(1000, 1), make_prompt(2500, 2)]
 
@@ -42,7 +42,7 @@ def folder(
 def disk(folder: Path) -> dict[str, object]:
     return {
         "host": {"capacity_bytes": 64 * MiB, "huge_pages": False},
-        "store": PATIENCE,
+        "store": STORE,
         "disk": {"path": str(folder), "capacity_bytes": 64 * MiB},
     }
 
@@ -62,7 +62,7 @@ def test_a_new_process_takes_a_prompt_from_one_tier(
     model_of: Callable[[str], str],
     reference: Reference,
 ) -> None:
-    host = {"host": {"capacity_bytes": 64 * MiB, "huge_pages": False}, "store": PATIENCE}
+    host = {"host": {"capacity_bytes": 64 * MiB, "huge_pages": False}, "store": STORE}
     extra = disk(folder) if tier == "disk" else {**host, "redis": {"url": redis.url}}
     fork_prompt = PROMPTS[0][:600] + make_prompt(60, 30 + processes)
     unknown_prompt = make_prompt(2500, 98 + processes)

@@ -17,7 +17,7 @@ import pytest
 
 from kvstore.tiers.redis_local import LocalRedis, free_port
 from tests.engines.vllm.conftest import MiB, Reference
-from tests.engines.vllm.engine import BLOCK, DTYPE, ENVIRONMENT, PATIENCE, make_prompt, transfer_config
+from tests.engines.vllm.engine import BLOCK, DTYPE, ENVIRONMENT, STORE, make_prompt, transfer_config
 from tests.helpers.waiting import WAIT_S, wait_until
 
 pytestmark = pytest.mark.timeout(900)
@@ -99,7 +99,7 @@ def replicas(
 ) -> Iterator[list[Replica]]:
     folder = tmp_path_factory.mktemp("serve")
     host = {"capacity_bytes": 32 * MiB, "huge_pages": False}
-    extra = {"host": host, "redis": {"url": redis.url}, "store": PATIENCE}
+    extra = {"host": host, "redis": {"url": redis.url}, "store": STORE}
     started = [Replica(model_of("gqa"), extra, folder / f"{n}.log") for n in range(2)]
     try:
         for replica in started:

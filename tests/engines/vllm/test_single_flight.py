@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from tests.engines.vllm.conftest import Reference
-from tests.engines.vllm.engine import BLOCK, Engine, EngineProcess, make_prompt
+from tests.engines.vllm.engine import BLOCK, STORE, Engine, EngineProcess, make_prompt
 from tests.engines.vllm.test_daemon import Served
 from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(600)
 LENGTH = 3000
 HIT = (LENGTH - 1) // BLOCK * BLOCK
-WAITS: dict[str, Any] = {"store": {"single_flight": True}}
+WAITS: dict[str, Any] = {"store": {**STORE, "single_flight": True}}
 
 
 @pytest.fixture(scope="module")
