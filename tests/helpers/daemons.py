@@ -28,6 +28,7 @@ from tests.helpers.waiting import WAIT_S, wait_until
 
 T = TypeVar("T")
 CALL_TIMEOUT_S = 10.0  # a busy machine; a test in which a daemon does not answer says less
+START_S = WAIT_S  # for a daemon to start
 SEEKER = "kvstore-seeker"  # the thread of a client that looks for its daemon
 
 
