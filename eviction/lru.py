@@ -41,6 +41,10 @@ class Recency(Generic[K]):
         """Return the `n` keys used longest ago."""
         return list(islice(self._keys, n))
 
+    def members(self) -> list[K]:
+        """Return every key."""
+        return list(self._keys)
+
     def __len__(self) -> int:
         return len(self._keys)
 

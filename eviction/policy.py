@@ -7,7 +7,7 @@ they hang on. Not thread-safe; called under the store's lock. Time is passed in.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -58,6 +58,15 @@ class EvictionPolicy(Protocol[K]):
         """Return keys past their deadline; empty for a policy without deadlines. O(answer).
 
         `now` may have gone back since the last call: a wall clock can be set.
+        """
+
+    def members(self) -> list[K]:
+        """Return every key, roughly the next to leave first; also after an exception in the middle of a call."""
+
+    def rebuild(self, keys: Sequence[tuple[K, Hint]], now: float) -> None:
+        """Hold exactly these keys, in this order, as if added `now`; deadlines that are known stay.
+
+        Puts right what an exception in the middle of another call has left. O(n log n).
         """
 
     def __len__(self) -> int: ...

@@ -13,8 +13,8 @@ each call here is one call there.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby, islice
 from typing import Generic, Protocol, TypeVar
 
 from eviction.policy import NO_HINT, Hint, K
@@ -36,6 +36,9 @@ class Order(Protocol[KeyT]):
 
     def victims(self, n: int) -> list[KeyT]:
         """Return up to `n` keys in the order in which they should leave; asking again gives the same."""
+
+    def members(self) -> list[KeyT]:
+        """Return every key, roughly the next to leave first."""
 
     def __len__(self) -> int: ...
 
@@ -101,6 +104,19 @@ class Ranked(Generic[K]):
                 break
             found += order.victims(n - len(found))
         return found
+
+    def members(self) -> list[K]:
+        """Return every key, roughly the next to leave first."""
+        return [*self._demoted, *(key for order in self._orders.values() for key in order.members())]
+
+    def rebuild(self, keys: Sequence[tuple[K, Hint]], now: float) -> None:
+        """Hold exactly these keys, in this order; what was told to leave first still does."""
+        kept = dict(keys)
+        demoted = [key for key in self._demoted if key in kept]
+        self._orders, self._demoted = {0: self._new_order()}, OrderedDict()
+        for hint, group in groupby(keys, key=lambda item: item[1]):
+            self.add([key for key, _ in group], now, hint)
+        self.demote(demoted)
 
     def expired(self, now: float) -> list[K]:
         """Return nothing: no deadlines here, see `Ttl`."""

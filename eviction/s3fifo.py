@@ -89,6 +89,10 @@ class S3FifoOrder(Generic[K]):
                     condemned[key] = False
         return list(islice(condemned, n))
 
+    def members(self) -> list[K]:
+        """Return every key."""
+        return [*self._condemned, *self._small, *self._main]
+
     def __len__(self) -> int:
         return len(self._small) + len(self._main) + len(self._condemned)
 

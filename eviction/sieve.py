@@ -65,6 +65,10 @@ class SieveOrder(Generic[K]):
             self._wrap()
         return list(islice(self._condemned, n))
 
+    def members(self) -> list[K]:
+        """Return every key."""
+        return [*self._condemned, *self._ahead, *self._passed]
+
     def __len__(self) -> int:
         return len(self._ahead) + len(self._passed) + len(self._condemned)
 

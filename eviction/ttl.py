@@ -15,7 +15,7 @@ left than its ttl: when time goes back, deadlines further away than that come ne
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count, islice, repeat, takewhile
 from math import inf, isnan
@@ -66,10 +66,7 @@ class Ttl(Generic[K]):
     def add(self, keys: Iterable[K], now: float, hint: Hint = NO_HINT) -> None:
         """Take keys in and set their deadlines by this hint. A known key is touched."""
         keys = list(keys)
-        ttl_s = self._ttl_s if hint.ttl_s is None else hint.ttl_s
-        if isnan(ttl_s):
-            raise ValueError("hint: ttl_s is nan; it must be a number of seconds, None or 0")
-        ttl_s = NEVER if ttl_s == inf else ttl_s
+        ttl_s = self._ttl_of(hint)
         if hint.left_s is not None and isnan(hint.left_s):
             raise ValueError("hint: left_s is nan; it must be a number of seconds or None")
         self._inner.add(keys, now, hint)
@@ -116,11 +113,39 @@ class Ttl(Generic[K]):
         self._seen(now)
         return self._expired(None)
 
+    def members(self) -> list[K]:
+        """Return every key, roughly the next to leave first."""
+        return list(dict.fromkeys([*self._inner.members(), *(key for keys in self._classes.values() for key in keys)]))
+
+    def rebuild(self, keys: Sequence[tuple[K, Hint]], now: float) -> None:
+        """Hold exactly these keys, in this order; deadlines that are known stay."""
+        known = {key: deadline for keys in self._classes.values() for key, deadline in keys.items()}
+        lent, self._lent, self._lent_due = self._lent, {}, []
+        self._classes, self._unusual, self._due, self._in_due = {}, {}, [], set()
+        self._usual = self._classes.setdefault(self._ttl_s, OrderedDict())
+        self._inner.rebuild(keys, now)
+        now = self._seen(now)
+        deadlines: list[tuple[float, K, float]] = []
+        for key, hint in keys:
+            ttl_s = self._ttl_of(hint)
+            if key in lent:
+                self._lend([key], now, lent[key].deadline - now, lent[key].ttl_s)
+            elif ttl_s != NEVER:
+                deadlines.append((min(known.get(key, inf), now + ttl_s), key, ttl_s))
+        for deadline, key, ttl_s in sorted(deadlines, key=lambda item: item[0]):  # a class is in this order
+            self._set_deadlines([key], deadline - ttl_s, ttl_s)
+
     def __len__(self) -> int:
         return len(self._inner)
 
     def __contains__(self, key: object) -> bool:
         return key in self._inner
+
+    def _ttl_of(self, hint: Hint) -> float:
+        ttl_s = self._ttl_s if hint.ttl_s is None else hint.ttl_s
+        if isnan(ttl_s):
+            raise ValueError("hint: ttl_s is nan; it must be a number of seconds, None or 0")
+        return NEVER if ttl_s == inf else ttl_s
 
     def _seen(self, now: float) -> float:
         if now > self._now:

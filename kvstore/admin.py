@@ -45,6 +45,7 @@ class Admin:
     def kept(self) -> list[Kept]:
         """Who has how many pages kept in host memory by pins and `retain_until`, and until when (Unix time)."""
         with self._lock:
+            self._dispatcher.settle()
             clock = self._planner.clock
             ahead_s = clock.wall() - clock.boot()
             return [replace(one, until=one.until + ahead_s) for one in self._planner.keeper.holders]
@@ -64,9 +65,9 @@ class Admin:
         the whole server. As with `forget`, a delete is acknowledged by the next true `flush`, and owed until then.
         """
         with self._lock:
-            self._dispatcher.check_open()
+            self._dispatcher.begin()
             cleared = self._planner.clear(self._dispatcher.now())
-            self._dispatcher.send()
+            self._dispatcher.end()
             return cleared
 
     def undeleted(self, *, at_once: bool = False) -> dict[str, int] | None:
@@ -91,8 +92,9 @@ class Admin:
         if not 1 <= num_slots <= most:
             raise ConfigError(f"host: {num_slots} slots are asked for; the slab has 1 to {most}")
         with self._lock:
-            self._dispatcher.check_open()
+            self._dispatcher.begin()
             self._planner.resize_host(num_slots)
+            self._dispatcher.end()
             self._dispatcher.free_retired()
 
     def attach_tier(self, lane: Lane, plan: TierPlan) -> None:
@@ -101,10 +103,16 @@ class Admin:
         with self._lock:
             self._dispatcher.check_open()
             self._dispatcher.mover.add(lane)
+            self._dispatcher.begin()
             self._planner.attach_tier(plan)
-            self._planner.restore(lane.name, stored)
-            self._dispatcher.send()
-            self._dispatcher.tell()
+            self._dispatcher.end()
+        steps = self._planner.restoring(lane.name, stored)
+        is_over = False
+        while not is_over:
+            with self._lock:
+                self._dispatcher.begin()
+                is_over = next(steps, None) is None
+                self._dispatcher.end(tell=is_over)
 
     def detach_tier(self, name: str, timeout_s: float = 5.0) -> bool:
         """Take a tier away; its pages stay in the medium, and are a miss until it is back.
@@ -118,9 +126,9 @@ class Admin:
             if lane is None:
                 there = ", ".join(sorted(self._dispatcher.lanes)) or "none"
                 raise ConfigError(f"there is no tier {name!r}; there are {there}")
+            self._dispatcher.begin()
             self._planner.detach_tier(name)
-            self._dispatcher.send()
-            self._dispatcher.tell()
+            self._dispatcher.end(tell=True)
         if not self._dispatcher.mover.remove(name, timeout_s):
             return False
         lane.tier.close()

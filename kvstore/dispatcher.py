@@ -5,10 +5,13 @@ threads, the housekeeper reports ticks and tiers that went down or came back; ea
 it, hands on what the planner wants carried next, and wakes whoever waits.
 
     with dispatcher.lock:
-        dispatcher.check_open()
+        dispatcher.begin()          # raises StoreClosed
         ...plan...
-        dispatcher.send()       # after everything that may leave transfers in the planner's outbox
-        dispatcher.tell()       # after everything that others may wait for
+        dispatcher.end(tell=True)   # hands on what was planned; wakes whoever waits, after what others may wait for
+
+A step is all or nothing for those who come after it: where an exception from outside (Ctrl-C, a signal, no memory) has
+come between `begin` and `end`, the next step finds that out and mends the books first (plan/mend.py). So a step needs
+no code for being interrupted, and costs two assignments.
 
 The hard thing: a slot must not be reused while anything may still write to it. Slots are freed only by outcomes and
 by the ends of leases, and a lane answers for a transfer only when its worker has returned from the tier; so waiting
@@ -17,8 +20,10 @@ has deadlines, slots do not.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from kvstore.errors import StoreClosed
@@ -28,6 +33,8 @@ from kvstore.move.mover import Mover
 from kvstore.plan.flushing import Flushing, Told
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import FlushResult, Outcome
+
+log = logging.getLogger(__name__)
 
 
 class Dispatcher:
@@ -51,6 +58,10 @@ class Dispatcher:
         self.is_closed = False
         self._changed = threading.Condition(self.lock)
         self._listeners: list[Callable[[], None]] = []
+        self._is_torn = False  # a step has begun and not ended
+        self._last_lease = 0  # when it began
+        self.num_mended = 0
+        self._arrived: deque[Outcome] = deque()  # not booked yet
         self._discard = discard
         self.mover = Mover(lanes, self._on_outcome, self._on_tier_state, self._on_tick, now=now)
         forbid(self)
@@ -58,18 +69,51 @@ class Dispatcher:
     # ---- under the lock ---------------------------------------------------------------------------------------
 
     def check_open(self) -> None:
-        """Raise StoreClosed after close."""
+        """Raise StoreClosed after close; see to it that the books are whole."""
         if self.is_closed:
             raise StoreClosed("the store is closed")
+        self.settle()
 
-    def send(self) -> None:
-        """Hand the planner's transfers to the lanes. Under the lock, so that they go out in the planner's order."""
-        transfers = self.planner.take_transfers()
-        if transfers and not self.is_closed:
-            self.mover.submit(transfers)
+    def begin(self) -> None:
+        """A step that changes the books begins. Raises StoreClosed after close."""
+        if self.is_closed:
+            raise StoreClosed("the store is closed")
+        self.begin_anyway()
+
+    def begin_anyway(self) -> None:
+        """The same, also after close."""
+        if self._is_torn:
+            self.settle()
+        self._last_lease = self.planner.last_lease
+        self._is_torn = True
+
+    def end(self, *, tell: bool = False) -> None:
+        """The step is over: hand the planner's transfers to the lanes, and wake whoever waits.
+
+        Under the lock, so that they go out in the planner's order.
+        """
+        flights = self.planner.flights
+        if flights.outgoing:
+            if not self.is_closed:
+                self.mover.submit(flights.outgoing)
+            flights.sent()
         promotions = self.planner.take_promotions()
         if promotions and not self.is_closed:
             self.mover.promote(promotions)
+        if tell:
+            self.tell()
+        self._is_torn = False
+
+    def settle(self) -> None:
+        """If a step was cut short by an exception, put the books right. May be cut short itself, and begins anew then.
+
+        Whatever only reads the books calls this before.
+        """
+        if self._is_torn:
+            log.warning("a step was interrupted by an exception: the books are mended")
+            self.planner.mend(self._last_lease, self.now())
+            self.num_mended += 1
+            self.end(tell=True)
 
     def tell(self) -> None:
         """Wake whoever waits."""
@@ -92,8 +136,9 @@ class Dispatcher:
 
     def is_flushed(self, flushing: Flushing) -> bool:
         """True if a flush has come to its end, or the store to its own."""
+        self.begin_anyway()
         is_over = self.is_closed or flushing.is_over(self.now())
-        self.send()
+        self.end()
         return is_over
 
     # ---- not under the lock -----------------------------------------------------------------------------------
@@ -112,6 +157,7 @@ class Dispatcher:
         """Wait until everything saved and deleted so far is so on its tiers, or cannot be made so now."""
         until = time.monotonic() + timeout_s
         with self.lock:
+            self.settle()
             flushing = self.planner.flushing()
             while not self.is_flushed(flushing) and self.wait_until(until):
                 pass
@@ -129,23 +175,30 @@ class Dispatcher:
     # ---- callbacks of the mover -------------------------------------------------------------------------------
 
     def _on_outcome(self, outcome: Outcome) -> None:
+        self._arrived.append(outcome)
         with self.lock:
-            self.planner.outcome(outcome, self.now())
-            self.send()
-            self.tell()
+            self._book_arrived()
+
+    def _book_arrived(self) -> None:
+        """Book outcomes. One that was interrupted is booked again: what is booked already is ignored then."""
+        while self._arrived:
+            self.begin_anyway()
+            self.planner.outcome(self._arrived[0], self.now())
+            self.end(tell=True)
+            self._arrived.popleft()
 
     def _on_tier_state(self, state: TierState) -> None:
         with self.lock:
+            self.begin_anyway()
             self.planner.set_tier_up(state.tier, state.is_up, self.now(), state.directions)
-            self.send()
-            self.tell()
+            self.end(tell=True)
 
     def _on_tick(self) -> None:
         self.planner.clock.look()
         with self.lock:
+            self._book_arrived()
             if not self.is_closed:
+                self.begin_anyway()
                 is_over = self.planner.tick(self.now())
-                self.send()
-                if is_over:
-                    self.tell()
+                self.end(tell=is_over)
                 self.free_retired()

@@ -85,9 +85,9 @@ class LocalStore(RequestMaker):
     def lookup(self, request: Request) -> Match:
         """The longest prefix worth loading, at once."""
         with self._lock:
-            self._dispatcher.check_open()
+            self._dispatcher.begin()
             match = self._planner.lookup(request, self._now())
-            self._dispatcher.send()
+            self._dispatcher.end()
             return match
 
     def wait_lookup(self, request: Request, timeout_s: float | None = None) -> Match:
@@ -96,9 +96,9 @@ class LocalStore(RequestMaker):
         until = time.monotonic() + wait_s
         with self._lock:
             while True:
-                self._dispatcher.check_open()
+                self._dispatcher.begin()
                 match = self._planner.lookup(request, self._now())
-                self._dispatcher.send()
+                self._dispatcher.end()
                 if timeout_s is None and match.cut is CutReason.COMPUTING:
                     until = time.monotonic() + wait_s  # the deadline is that of tiers, which are asked again after it
                     self._dispatcher.wait(self._planner.settings.compute_wait_s)  # a tick comes long before
@@ -111,13 +111,15 @@ class LocalStore(RequestMaker):
         until = time.monotonic() + wait_s
         with self._lock:
             while True:
-                self._dispatcher.check_open()
+                self._dispatcher.begin()
                 is_pending = self._planner.ask(request, self._now())
-                self._dispatcher.send()
+                self._dispatcher.end()
                 if not is_pending or not self._dispatcher.wait_until(until):
                     break
+            self._dispatcher.begin()
             match = self._planner.explain(request).match
             self._planner.abandon(request, self._now())
+            self._dispatcher.end()
             return match
 
     def ask(self, request: Request) -> bool:
@@ -126,20 +128,25 @@ class LocalStore(RequestMaker):
         Before `admin.explain`, and before a `peek` that must not block.
         """
         with self._lock:
-            self._dispatcher.check_open()
+            self._dispatcher.begin()
             is_pending = self._planner.ask(request, self._now())
-            self._dispatcher.send()
+            self._dispatcher.end()
             return is_pending
 
     def prepare_load(self, request: Request, num_blocks: int, *, first: int = 0, owner: str = "") -> LoadLease:
         """Pin blocks [first, num_blocks) in host slots and start fetching what is not there."""
         check_range("num_blocks", num_blocks, len(request.keys))
         check_range("first", first, num_blocks)
-        with self._lock:
-            self._dispatcher.check_open()
-            lease = self._planner.prepare_load(request, num_blocks, self._now(), owner, first)
-            self._dispatcher.send()
+        lease: LoadLease | None = None
+        try:
+            with self._lock:
+                self._dispatcher.begin()
+                lease = self._planner.prepare_load(request, num_blocks, self._now(), owner, first)
+                self._dispatcher.end()
             return lease
+        except BaseException:
+            self._give_up(lease)
+            raise
 
     def wait(self, lease: LoadLease, timeout_s: float | None = None) -> LeaseStatus:
         """Wait until the lease is ready, at most until the load deadline."""
@@ -156,32 +163,40 @@ class LocalStore(RequestMaker):
         with self._lock:
             if self._dispatcher.is_closed:
                 return LeaseStatus(LeaseState.CLOSED, 0, 0)
+            self._dispatcher.settle()
             return self._planner.poll(lease.id)
 
     def prefetch(self, request: Request) -> int:
         """Start bringing the known prefix into host memory; returns a ticket."""
         with self._lock:
-            self._dispatcher.check_open()
+            self._dispatcher.begin()
             ticket = self._planner.prefetch(request, self._now())
-            self._dispatcher.send()
+            self._dispatcher.end()
             return ticket
 
     def cancel(self, ticket: int) -> None:
         """Stop a prefetch."""
         with self._lock:
             if not self._dispatcher.is_closed:
+                self._dispatcher.begin()
                 self._dispatcher.mover.cancel(self._planner.cancel(ticket))
+                self._dispatcher.end()
 
     # ---- saves ------------------------------------------------------------------------------------------------
 
     def prepare_save(self, request: Request, first: int, num_blocks: int, *, owner: str = "") -> SaveLease:
         """Give slots for those pages of blocks [first, first + num_blocks) that host memory does not have."""
         check_blocks(request, first, num_blocks)
-        with self._lock:
-            self._dispatcher.check_open()
-            lease = self._planner.prepare_save(request, first, num_blocks, self._now(), owner)
-            self._dispatcher.send()
+        lease: SaveLease | None = None
+        try:
+            with self._lock:
+                self._dispatcher.begin()
+                lease = self._planner.prepare_save(request, first, num_blocks, self._now(), owner)
+                self._dispatcher.end()
             return lease
+        except BaseException:
+            self._give_up(lease)
+            raise
 
     def complete(self, lease: LoadLease | SaveLease, *, filled: Sequence[bool] | None = None) -> None:
         """End a lease well. A lease that ended already is ignored."""
@@ -189,25 +204,24 @@ class LocalStore(RequestMaker):
             raise RequestError(f"filled has {len(filled)} entries; the lease has {len(lease.pages)} pages")
         with self._lock:
             if not self._dispatcher.is_closed:
+                self._dispatcher.begin()
                 self._planner.complete(lease.id, self._now(), filled)
-                self._dispatcher.send()
-                self._dispatcher.tell()
+                self._dispatcher.end(tell=True)
 
     def release(self, lease: LoadLease | SaveLease) -> None:
         """End a lease badly. A lease that ended already is ignored."""
         with self._lock:
             if not self._dispatcher.is_closed:
+                self._dispatcher.begin()
                 self._planner.release(lease.id, self._now())
-                self._dispatcher.send()
-                self._dispatcher.tell()
+                self._dispatcher.end(tell=True)
 
     def release_owner(self, owner: str) -> int:
         """Release every lease of an owner that died."""
         with self._lock:
-            self._dispatcher.check_open()
+            self._dispatcher.begin()
             released = self._planner.release_owner(owner, self._now())
-            self._dispatcher.send()
-            self._dispatcher.tell()
+            self._dispatcher.end(tell=True)
             return released
 
     # ---- retention --------------------------------------------------------------------------------------------
@@ -216,37 +230,41 @@ class LocalStore(RequestMaker):
         """The request is over."""
         with self._lock:
             if not self._dispatcher.is_closed:
+                self._dispatcher.begin()
                 self._planner.finished(request, self._now(), finish_reason=finish_reason, last_turn=last_turn)
-                self._dispatcher.send()
-                self._dispatcher.tell()
+                self._dispatcher.end(tell=True)
 
     def abandon(self, request: Request) -> None:
         """Whoever made the request is gone: what it was going to compute is for others to compute."""
         with self._lock:
-            if not self._dispatcher.is_closed and self._planner.abandon(request, self._now()):
-                self._dispatcher.send()
-                self._dispatcher.tell()
+            if not self._dispatcher.is_closed:
+                self._dispatcher.begin()
+                has_others = self._planner.abandon(request, self._now())
+                self._dispatcher.end(tell=has_others)
 
     def pin(self, request: Request) -> int:
         """Keep the request's resident pages in host memory until unpin; returns the blocks pinned."""
         with self._lock:
-            self._dispatcher.check_open()
-            return self._planner.pin(request, self._now())
+            self._dispatcher.begin()
+            pinned = self._planner.pin(request, self._now())
+            self._dispatcher.end()
+            return pinned
 
     def unpin(self, request: Request) -> int:
         """Undo pin; returns the blocks that had one."""
         with self._lock:
-            self._dispatcher.check_open()
-            return self._planner.unpin(request, self._now())
+            self._dispatcher.begin()
+            unpinned = self._planner.unpin(request, self._now())
+            self._dispatcher.end()
+            return unpinned
 
     def forget(self, request: Request, first: int = 0) -> int:
         """Delete blocks from `first` on and all that continues them; returns the blocks deleted."""
         check_range("first", first, len(request.keys))
         with self._lock:
-            self._dispatcher.check_open()
+            self._dispatcher.begin()
             forgotten = self._planner.forget(request, first, self._now())
-            self._dispatcher.send()
-            self._dispatcher.tell()
+            self._dispatcher.end(tell=True)
             return forgotten
 
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
@@ -258,9 +276,9 @@ class LocalStore(RequestMaker):
         """Give the request's known blocks a time to live from now on; returns how many."""
         check_ttl("ttl_s", ttl_s)
         with self._lock:
-            self._dispatcher.check_open()
+            self._dispatcher.begin()
             known = self._planner.set_ttl(request, ttl_s, self._now())
-            self._dispatcher.send()
+            self._dispatcher.end()
             return known
 
     # ---- what comes and goes ----------------------------------------------------------------------------------
@@ -343,6 +361,7 @@ class LocalStore(RequestMaker):
     def stats(self) -> dict[str, Any]:
         """Counters and gauges as plain numbers; kvstore/metrics.py documents them."""
         with self._lock:
+            self._dispatcher.settle()
             return snapshot(self._planner, self._dispatcher.lanes)
 
     def listen(self, listener: Callable[[], None]) -> None:
@@ -356,6 +375,7 @@ class LocalStore(RequestMaker):
     def check(self) -> None:
         """Assert the planner's invariants. For tests."""
         with self._lock:
+            self._dispatcher.settle()
             self._planner.check()
 
     @harmless
@@ -383,3 +403,8 @@ class LocalStore(RequestMaker):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _give_up(self, lease: LoadLease | SaveLease | None) -> None:
+        """An exception has come before the caller heard of a lease; one that was not even booked ends by itself."""
+        if lease is not None:
+            self.release(lease)

@@ -23,9 +23,10 @@ class Backlog:
         self._lines: dict[Priority, OrderedDict[int, Transfer]] = {p: OrderedDict() for p in sorted(Priority)}
 
     def push(self, transfer: Transfer) -> bool:
-        """Add at the end of its line; False if the line is full. Ids are unique."""
+        """Add at the end of its line; False if the line is full. One that waits there already is left where it is."""
         line = self._lines[transfer.priority]
-        assert transfer.id not in line, f"transfer {transfer.id} was submitted twice"
+        if transfer.id in line:
+            return True
         if len(line) >= self._max:
             return False
         line[transfer.id] = transfer

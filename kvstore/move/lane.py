@@ -24,6 +24,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -124,6 +125,8 @@ class Lane:
         self._timeout_s = timeout_s
         self._wake = threading.Condition(threading.Lock())
         self._backlog = Backlog(max_queue)
+        self._incoming: deque[Transfer] = deque()
+        self._last_id = -1  # of the transfers taken in; numbers grow
         self._running: dict[int, _Running] = {}  # by worker
         self._num_saves = 0  # SAVE transfers inside the tier
         self._closing = False
@@ -154,9 +157,21 @@ class Lane:
         start_all(self._threads, self.stop)
 
     def submit(self, transfers: Sequence[Transfer]) -> None:
-        """Queue transfers. What cannot be queued is answered at once, through `emit`."""
+        """Queue transfers, in the order of their numbers. What cannot be queued is answered at once, through `emit`.
+
+        One that was submitted before is left out: whoever was interrupted in here submits again what may not have come.
+        """
         with self._wake:
-            for transfer in transfers:
+            self._incoming.extend(transfers)
+            self._take_in()
+            self._wake.notify(min(len(transfers), self._num_workers))
+
+    def _take_in(self) -> None:
+        """Put what has come where it waits. Under the lock; interrupted anywhere, the next call goes on with it."""
+        incoming = self._incoming
+        while incoming:
+            transfer = incoming[0]
+            if transfer.id > self._last_id:
                 if self._closing:
                     self.counters.dropped += 1
                     self._refuse(transfer, "the lane is closed")
@@ -166,12 +181,14 @@ class Lane:
                 elif not self._backlog.push(transfer):
                     self.counters.refused += 1
                     self._refuse(transfer, "too many transfers wait already")
-            self.counters.queued = len(self._backlog)
-            self._wake.notify(min(len(transfers), self._num_workers))
+                self._last_id = transfer.id
+            incoming.popleft()
+        self.counters.queued = len(self._backlog)
 
     def cancel(self, transfer_ids: Iterable[int]) -> None:
         """Drop those that still wait; those inside the tier run on, and unknown ids are ignored."""
         with self._wake:
+            self._take_in()
             for transfer_id in transfer_ids:
                 transfer = self._backlog.remove(transfer_id)
                 if transfer is not None:
@@ -182,6 +199,7 @@ class Lane:
     def promote(self, transfer_ids: Iterable[int]) -> None:
         """Let prefetches that still wait go with the loads: a request waits for them now."""
         with self._wake:
+            self._take_in()
             for transfer_id in transfer_ids:
                 self._backlog.promote(transfer_id)
 
@@ -191,6 +209,7 @@ class Lane:
         It works when every worker hangs.
         """
         with self._wake:
+            self._take_in()
             for transfer in self._backlog.remove_expired(now):
                 self._expire(transfer)
             self.counters.queued = len(self._backlog)
@@ -253,6 +272,7 @@ class Lane:
         """Wait for the next transfer and note that `worker` carries it; None when the lane closes."""
         with self._wake:
             while not self._closing:
+                self._take_in()
                 transfer = self._backlog.pop(without=(Priority.SAVE,) if self._num_saves >= self._max_saves else ())
                 if transfer is None:
                     self._wake.wait()

@@ -77,6 +77,7 @@ class LowerTier:
     is_detached: bool = False  # taken away by an operator: it has nothing, and gets nothing
     used_pages: int = 0
     in_flight: int = 0
+    dropping: Sequence[PageKey] = ()  # of copies that are forgotten in this step, until their deletes are owed
     counters: SpillCounters = field(default_factory=SpillCounters)
     debts: Debts = field(init=False)
     deletes: Deletes = field(init=False)
@@ -169,12 +170,15 @@ class LowerTier:
         if self.is_detached:
             return
         copies = self.copies(pages)
-        self.forget_copies(copies, why)
-        self.deletes.owe_after_write(page.key for page in pages if page.spilling & self.bit)
         # A write that failed may have been done nevertheless; and of a tier without an index not all is remembered.
         doubtful = [page for page in pages if page in self.debts.failed or not self.plan.is_indexed]
+        keys = list(dict.fromkeys([*(page.key for page in [*copies, *doubtful]), *also]))
+        self.dropping = keys
+        self.forget_copies(copies, why)
+        self.deletes.owe_after_write(page.key for page in pages if page.spilling & self.bit)
         self.debts.settle(pages)
-        self.deletes.owe(dict.fromkeys([*(page.key for page in [*copies, *doubtful]), *also]))
+        self.deletes.owe(keys)
+        self.dropping = ()
 
     def clear(self, pages: Sequence[Page]) -> None:
         """Have all the tier holds deleted: `pages`, those of all blocks that were known, and what it finds itself."""
@@ -344,6 +348,7 @@ class LowerTier:
             pages = pages[: max(0, room)]
             if not pages:
                 self.deletes.owe(evict)
+                self.dropping = ()
                 return False
         for page in pages:
             page.spilling |= self.bit
@@ -366,14 +371,16 @@ class LowerTier:
             evict=evict,
             context=None if all(batch.values()) else frozenset(page for page in pages if not batch[page]),
         )
+        self.dropping = ()
         return True
 
     def _make_room(self, n: int) -> list[PageKey]:
         if self.plan.capacity_pages is None:
             return []
         victims = self._victims(self.used_pages + n - self.plan.capacity_pages)
-        self.forget_copies(victims, Left.EVICTED)
         keys = [page.key for page in victims]
+        self.dropping = keys
+        self.forget_copies(victims, Left.EVICTED)
         for page in victims:
             self.catalog.prune(page.block)
         self.counters.evicted_pages += len(victims)

@@ -206,6 +206,21 @@ class Catalog:
             stray.is_removed = True
         return removed + strays
 
+    def blocks(self) -> list[Block]:
+        """Every block that is known, in no order; also after an exception in the middle of a change."""
+        return [*self.tree.values(), *self.strays.values()]
+
+    def rebuild(self, blocks: Sequence[Block]) -> None:
+        """Know exactly these blocks, given by depth. For the tree nothing is done if it has them, and is whole."""
+        placed = {block.key for block in blocks if block.parent is not None or block.depth == 0}
+        self.strays = {block.key: block for block in blocks if block.key not in placed}
+        if self.tree.is_sound() and len(self.tree) == len(placed) and all(key in self.tree for key in placed):
+            return
+        self.tree.clear()
+        for block in blocks:
+            if block.key in placed:
+                self.tree.attach(None if block.parent is None else block.parent.key, [block.key], [block])
+
     def pages(self) -> Iterator[Page]:
         """Every page that is known, in no order."""
         stack = list(self.tree.children(None))

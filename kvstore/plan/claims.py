@@ -95,6 +95,12 @@ class Claims:
         """The claims whose time is over."""
         return [claim for claim in self._by_request.values() if self.expires_at(claim) <= now]
 
+    def rebuild(self) -> None:
+        """Make the index by step anew, from the claims there are: an exception may have come between the two."""
+        self._by_step = {step: claim for claim in self._by_request.values() for step in claim.steps}
+        for claim in self._by_request.values():
+            claim.steps = {step: None for step in claim.steps if self._by_step[step] is claim}
+
     def check(self) -> None:
         """Assert that the two indexes agree. For tests."""
         listed = {step: claim for claim in self._by_request.values() for step in claim.steps}

@@ -148,6 +148,24 @@ class Deletes:
         """Something has changed, or somebody wants to know: the next `pump` tries at once."""
         self._retry_at = 0.0
 
+    def rebuild(self, written: dict[PageKey, int]) -> None:
+        """Make the books agree with what is under way: an exception may have come between the two.
+
+        written: the writes under way of pages that are forgotten, by key.
+        """
+        flights = [flight for flight in self._flights.under_way() if flight.transfer.tier == self._tier]
+        leaving = [flight.transfer for flight in flights if flight.transfer.op is Op.DELETE]
+        clearing = sum(flight.transfer.op is Op.CLEAR for flight in flights)
+        ended = [key for key in self._written if key not in written]
+        unsent = self._leaving
+        self._num_under_way = len(leaving) + clearing
+        self._is_clearing = clearing > 0
+        self.must_clear = self.must_clear or self._is_clearing
+        self._leaving = {key for transfer in leaving for key in transfer.keys}
+        self._written = written
+        self.owe([key for key in [*ended, *unsent] if key not in self._leaving and key not in written])
+        self._note()
+
     def drop(self) -> None:
         """The tier is taken away: it is owed nothing any more."""
         self.num_dropped += len(self._waiting) + len(self._written) + self.must_clear

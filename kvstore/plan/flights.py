@@ -35,6 +35,7 @@ class Flights:
         self._flights: dict[int, Flight] = {}
         self._outbox: list[Transfer] = []
         self._next_id = 1
+        self._last_sent = 0  # number of the last transfer that the lanes have; those of an older number they have, too
 
     def send(
         self,
@@ -75,8 +76,26 @@ class Flights:
 
     def take(self) -> list[Transfer]:
         """Everything to be handed to the lanes now."""
-        out, self._outbox = self._outbox, []
+        out = self._outbox
+        self.sent()
         return out
+
+    @property
+    def outgoing(self) -> list[Transfer]:
+        """What `take` would give; it stays until `sent`."""
+        return self._outbox
+
+    def sent(self) -> None:
+        """What was outgoing is with the lanes."""
+        if self._outbox:
+            self._last_sent = self._outbox[-1].id
+            self._outbox = []
+
+    def rebuild(self) -> None:
+        """Have outgoing what is booked and not with the lanes: an exception may have come between the two."""
+        self._next_id = max(self._next_id, max(self._flights, default=0) + 1)
+        self._outbox = [flight.transfer for number, flight in sorted(self._flights.items()) if number > self._last_sent]
+        self.stalled &= self._flights.keys()
 
     def land(self, transfer_id: int) -> Flight | None:
         """The flight of an outcome, which is then over; None for an unknown or a second outcome."""

@@ -19,7 +19,7 @@ from heapq import heapify, heappop, heappush
 from itertools import count
 
 from kvstore.clock import LARGE_STEP_S, Clock
-from kvstore.plan.catalog import Block, PageState
+from kvstore.plan.catalog import Block, Page, PageState
 from kvstore.plan.hostspace import HostSpace
 
 MAX_STALE = 1024  # ends in the queue that do not count any more, beside as many as do
@@ -113,6 +113,30 @@ class Keeper:
 
     def __len__(self) -> int:
         return len(self._promises)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Those that a promise is about."""
+        return list(self._promises)
+
+    def rebuild(self, pages: Sequence[Page]) -> None:
+        """Count anew what the promises there are about: an exception may have come between them and the sums.
+
+        pages: all there are.
+        """
+        self._holders, self.num_pages = {}, 0
+        for page in pages:
+            page.kept = page.kept and page.state == PageState.READY and page.block in self._promises
+        for block, promise in list(self._promises.items()):
+            promise.num_pages = sum(page.kept for page in block.pages)
+            if block.is_removed or not promise.num_pages or promise.until == float("-inf"):
+                for page in block.pages:
+                    page.kept = False
+                del self._promises[block]
+                continue
+            self._book(promise, promise.num_pages)
+            self.num_pages += promise.num_pages
+        self._order_ends()
 
     def check(self) -> None:
         """Assert that the sums are right. For tests."""

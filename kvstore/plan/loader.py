@@ -201,6 +201,11 @@ class Loader:
             end += 1
         self._bring(request, survey, end, self._settings.batch_pages, now)
 
+    def note_progress(self, load: Load, now: float) -> None:
+        """See whether a load waits for nothing any more."""
+        if not load.waiting and load.state is LeaseState.WAITING:
+            self._set_ready(load, now)
+
     def add_tier(self, name: str) -> None:
         """One more lower tier; the list of tiers is the planner's."""
         self.hit_blocks[name] = 0

@@ -14,7 +14,7 @@ Called under the store's lock.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from eviction.policy import EvictionPolicy
 from kvstore.clock import SYSTEM_CLOCK, Clock
@@ -31,6 +31,7 @@ from kvstore.plan.hostspace import HostSpace
 from kvstore.plan.keeper import Keeper
 from kvstore.plan.leases import Load, Save, slot_pages
 from kvstore.plan.loader import Loader
+from kvstore.plan.mend import mend
 from kvstore.plan.outcomes import Outcomes
 from kvstore.plan.records import (
     Explanation,
@@ -309,7 +310,11 @@ class Planner:
 
     def restore(self, name: str, stored: Sequence[tuple[PageKey, PageMeta]]) -> int:
         """Book what a tier held when it was opened, least recently used first; returns the pages taken in."""
-        return self._book.restore(name, stored)
+        return sum(self.restoring(name, stored))
+
+    def restoring(self, name: str, stored: Sequence[tuple[PageKey, PageMeta]]) -> Iterator[int]:
+        """The same in steps of milliseconds, each of which leaves the books in order; pages taken in by each."""
+        return self._book.restoring(name, stored)
 
     def take_transfers(self) -> list[Transfer]:
         """What the lanes have to carry now."""
@@ -351,6 +356,15 @@ class Planner:
         self.catalog.tree.check()
         self.turns.claims.check()
         self.keeper.check()
+
+    @property
+    def last_lease(self) -> int:
+        """The highest number that a lease has."""
+        return self._next_lease
+
+    def mend(self, last_lease: int, now: float) -> None:
+        """Put the books right after an exception in the middle of a call of one of these methods (see mend.py)."""
+        mend(self, last_lease, now)
 
     # ---- private ----------------------------------------------------------------------------------------------
 

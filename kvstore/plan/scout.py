@@ -182,6 +182,11 @@ class Scout:
                     block.tokens = self._block_tokens(request, index)
         return path
 
+    def forget_answers(self) -> None:
+        """Have shared tiers asked again, at each request's next lookup."""
+        for state in self.requests.values():
+            state.probes.clear()
+
     def add_tier(self, name: str) -> None:
         """One more lower tier, behind those that are known; the list of tiers is the planner's."""
         self.names.append(name)

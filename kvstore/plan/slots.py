@@ -22,6 +22,7 @@ class SlotPool:
         self.num_slots = num_slots
         self._free = list(range(num_slots - 1, -1, -1))
         self._is_free = bytearray(b"\1") * num_slots
+        self._num_in_use = num_slots  # as was asked for last
         self._retired: list[int] = []
         self.num_retiring = 0  # slots in use that will not come back
         self._news: list[int] = []  # retired since `take_retired`
@@ -53,12 +54,26 @@ class SlotPool:
         """Keep `num_in_use` slots. Free ones retire at once, others when they are given back."""
         if not 1 <= num_in_use <= self.num_slots:
             raise ValueError(f"slot pool: {num_in_use} slots are asked for; there are 1 to {self.num_slots}")
+        self._num_in_use = num_in_use
         wanted = self.num_slots - num_in_use
         while self.num_retired > wanted:
             self._free.append(self._retired.pop())
         while self.num_retired < wanted and self._free:
             self._retire(self._free.pop())
         self.num_retiring = wanted - self.num_retired
+
+    def rebuild(self, used: Iterable[int]) -> None:
+        """Hold free what is neither in use nor retired, whatever an exception in the middle of a call has left."""
+        taken = set(used)
+        num_in_use = self._num_in_use
+        free = [slot for slot in range(self.num_slots - 1, -1, -1) if slot not in taken]
+        self._is_free = bytearray(b"\1") * self.num_slots
+        for slot in taken:
+            self._is_free[slot] = 0
+        retired = {*self._retired, *self._news}
+        self._free = [slot for slot in free if slot not in retired] + [slot for slot in free if slot in retired]
+        self._retired, self._news, self.num_retiring = [], [], 0
+        self.resize(num_in_use)
 
     def take_retired(self) -> list[int]:
         """Slots that were retired since the last call and still are: their memory is of no use."""

@@ -58,6 +58,8 @@ def store_over(
     num_slots: int = 64,
     layout: Layout = LAYOUT,
     timeout_s: float = 1.0,
+    policy: str = "lru",
+    ttl_s: float | None = None,
     **settings: Any,
 ) -> LocalStore:
     """A store over tiers of the test's own making (faulty ones, say), with a breaker that comes back quickly."""
@@ -68,7 +70,7 @@ def store_over(
     ]
     numbers: dict[str, Any] = {"lookup_deadline_s": 0.5}
     planner = Planner(
-        layout, PlanSettings(num_slots, **(numbers | settings)), make_policy("lru"), [plan for _, plan in tiers]
+        layout, PlanSettings(num_slots, **(numbers | settings)), make_policy(policy, ttl_s), [plan for _, plan in tiers]
     )
     return LocalStore(layout, namespace(layout), planner, slab, lanes)
 
