@@ -34,6 +34,7 @@ from kvstore.plan.records import (
     Request,
     SaveLease,
 )
+from kvstore.plan.saver import Preparing
 from kvstore.requests import RequestMaker, check_blocks, check_range, check_ttl
 from kvstore.stats import snapshot
 from kvstore.tiers.host import HostSlab, SlabHandle
@@ -188,14 +189,19 @@ class LocalStore(RequestMaker):
         """Give slots for those pages of blocks [first, first + num_blocks) that host memory does not have."""
         check_blocks(request, first, num_blocks)
         lease: SaveLease | None = None
+        steps: Preparing | None = None
         try:
-            with self._lock:
-                self._dispatcher.begin()
-                lease = self._planner.prepare_save(request, first, num_blocks, self._now(), owner)
-                self._dispatcher.end()
+            while lease is None:  # a long prompt lets others in between
+                with self._lock:
+                    self._dispatcher.begin()
+                    if steps is None:
+                        steps = self._planner.preparing_save(request, first, num_blocks, owner)
+                    lease = self._planner.go_on(steps, request, self._now())
+                    self._dispatcher.end()
             return lease
         except BaseException:
-            self._give_up(lease)
+            if steps is not None:
+                self._give_up(SaveLease(steps.lease_id, ()))
             raise
 
     def complete(self, lease: LoadLease | SaveLease, *, filled: Sequence[bool] | None = None) -> None:

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress, count
+from operator import ne
 from typing import Generic, NamedTuple, TypeVar
 
 from radix.namespace import BlockHash
@@ -67,6 +69,33 @@ class RadixTree(Generic[V]):
         values: list[V] = []
         for run, shared in self._walk(path):
             values += run.values if shared == len(run.values) else run.values[:shared]
+        return values
+
+    def match_from(self, path: Sequence[BlockHash], depth: int, end: int) -> list[V]:
+        """Return the values of what is known of `path[depth:end]`, from its first block on, in O(answer).
+
+        Blocks before `depth` are known, which the caller has seen to. Raises KeyError if the last of them is not.
+        """
+        if not depth:
+            run, at = self._root, 0
+        else:
+            run, at = self._find(path[depth - 1])
+            at += 1
+        values: list[V] = []
+        while depth < end:
+            ahead = run.keys[at : at + end - depth]
+            wanted = path[depth : depth + len(ahead)]
+            if ahead != wanted:
+                num = next(compress(count(), map(ne, ahead, wanted)))
+                return values + run.values[at : at + num]
+            values += run.values[at : at + len(ahead)]
+            depth += len(ahead)
+            if depth == end:
+                break
+            below = run.children.get(path[depth])
+            if below is None:
+                break
+            run, at = below, 0
         return values
 
     def depth(self, path: Sequence[BlockHash]) -> int:

@@ -157,6 +157,25 @@ class Catalog:
         self.tree.extend(path, depth, blocks[depth:])
         return blocks
 
+    def insert_from(self, path: Sequence[BlockHash], above: Block | None, end: int) -> list[Block]:
+        """Make the blocks of `path` from behind `above` up to `end` known; return those. O(answer).
+
+        above: the block of the path before them, which is known; None to begin with the first.
+        """
+        depth = 0 if above is None else above.depth + 1
+        blocks = self.tree.match_from(path, depth, end)
+        at = depth + len(blocks)
+        if at < end:
+            parent = blocks[-1] if blocks else above
+            first = parent
+            new: list[Block] = []
+            for key in path[at:end]:
+                parent = self._adopt(key, parent) if self.strays else Block(key, parent, self.num_groups)
+                new.append(parent)
+            self.tree.attach(None if first is None else first.key, path[at:end], new)
+            blocks += new
+        return blocks
+
     def get(self, key: BlockHash) -> Block | None:
         """The block of `key`, stray or not."""
         return self.tree.get(key) or self.strays.get(key)

@@ -22,6 +22,7 @@ from kvstore.plan.catalog import Block, Catalog, Page, PageState
 from kvstore.plan.journal import Left
 from kvstore.plan.records import HOST
 from kvstore.plan.slots import SlotPool
+from radix.hashing import BlockHash
 
 REUSED = Hint(hits=1)
 
@@ -44,11 +45,11 @@ class HostSpace:
         self._catalog = catalog
         self._boot = boot
 
-    def take(self, n: int, path: Sequence[Block] = ()) -> list[int]:
+    def take(self, n: int, path: Sequence[BlockHash] = ()) -> list[int]:
         """Slots for up to `n` pages, evicting pages that nobody holds; fewer when all else is held.
 
-        Blocks of `path` do not leave: a prompt larger than the cache would else push out its own head, without which
-        its tail is worth nothing.
+        Blocks of `path`, given root first, do not leave: a prompt larger than the cache would else push out its own
+        head, without which its tail is worth nothing.
         """
         slots = self.pool.take(n)
         missing = n - len(slots)
@@ -56,7 +57,7 @@ class HostSpace:
             slots += self.pool.take(missing)
         return slots
 
-    def take_for(self, pages: Sequence[Page], path: Sequence[Block]) -> list[int]:
+    def take_for(self, pages: Sequence[Page], path: Sequence[BlockHash]) -> list[int]:
         """Give slots to the first of `pages` (absent ones, in the order of their worth): those are FILLING then."""
         for page in pages:
             page.state = PageState.FILLING  # before making room, which prunes blocks that are nowhere
@@ -199,19 +200,19 @@ class HostSpace:
         total = self.pool.num_free + self.pool.num_retired + self.num_filling + self.num_resident
         assert total == self.pool.num_slots, f"{total} slots accounted for, {self.pool.num_slots} exist"
 
-    def _evict(self, n: int, path: Sequence[Block]) -> bool:
-        victims = self._victims(n, set(path))
+    def _evict(self, n: int, path: Sequence[BlockHash]) -> bool:
+        victims = self._victims(n, path)
         self.drop(victims, Left.EVICTED)
         for page in victims:
             self._catalog.prune(page.block)
         self.evicted_pages += len(victims)
         return bool(victims)
 
-    def _victims(self, n: int, path: set[Block]) -> list[Page]:
+    def _victims(self, n: int, path: Sequence[BlockHash]) -> list[Page]:
         ask = n
         while True:
             ranked = self.policy.victims(ask)
-            free = [page for page in ranked if not page.spilling and page.block not in path]
+            free = [page for page in ranked if not page.spilling and not _is_on(path, page.block)]
             if len(free) >= n or len(ranked) < ask:
                 return free[:n]
             ask *= 2  # some of the oldest are being written behind: look further
@@ -220,6 +221,10 @@ class HostSpace:
         self.pool.give((page.slot,))
         page.slot = -1
         page.state = PageState.ABSENT
+
+
+def _is_on(path: Sequence[BlockHash], block: Block) -> bool:
+    return block.depth < len(path) and path[block.depth] == block.key
 
 
 def _with_use(hint: Hint, used: bool) -> Hint:

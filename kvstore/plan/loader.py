@@ -74,7 +74,7 @@ class Loader:
             for page in pages:
                 if page.state == PageState.READY:
                     self._host.pin(page)
-            slots = self._host.take_for([pages[index] for index in absent], path)
+            slots = self._host.take_for([pages[index] for index in absent], request.keys[:granted])
             if len(slots) == len(absent):
                 break
             # No room for all: give back, and try for what ends before the first page without a slot.
@@ -291,7 +291,7 @@ class Loader:
         room = max(0, min(bound, self._settings.max_prefetch_slots - self.prefetching))
         wanted = [(p, c) for p, c in zip(pages, codes, strict=True) if p.state == PageState.ABSENT and c > IN_HOST]
         wanted = wanted[:room]
-        slots = self._host.take_for([page for page, _ in wanted], path)
+        slots = self._host.take_for([page for page, _ in wanted], request.keys[:end])
         wanted = wanted[: len(slots)]
         self.prefetching += len(wanted)
         self.counters["prefetches"] += bool(wanted)

@@ -106,6 +106,8 @@ def _settle_pages(planner: Planner, pages: list[Page]) -> None:
             page.state = PageState.FILLING
         elif page.state == PageState.FILLING or page.slot < 0:
             page.state = PageState.ABSENT  # nobody fills it, or it had no slot yet
+        elif page.state == PageState.EXPIRED and not page.spilling:
+            page.state = PageState.ABSENT  # nobody reads it
         if page.state == PageState.ABSENT:
             page.slot = -1
 
@@ -146,7 +148,7 @@ def _settle_host(planner: Planner, pages: list[Page]) -> None:
         page.state, page.slot = PageState.ABSENT, -1
     host.pool.rebuild(page.slot for page in pages if page.state != PageState.ABSENT)
     host.num_filling = sum(page.state == PageState.FILLING for page in pages)
-    host.num_resident = sum(page.state == PageState.READY for page in pages)
+    host.num_resident = sum(page.state in (PageState.READY, PageState.EXPIRED) for page in pages)
     evictable = dict.fromkeys(page for page in idle if not page.block.is_removed)
     _rebuild(host.policy, evictable, planner.clock.boot())
 

@@ -46,7 +46,7 @@ from kvstore.plan.records import (
     Transfer,
 )
 from kvstore.plan.retention import Retention
-from kvstore.plan.saver import Saver
+from kvstore.plan.saver import Preparing, Saver
 from kvstore.plan.scout import Scout
 from kvstore.plan.settings import PlanSettings
 from kvstore.plan.tierbook import TierBook
@@ -181,8 +181,19 @@ class Planner:
         Never waits: where no slot is free and nothing can be evicted, the rest is skipped and counted.
         """
         self._expire()  # else what is over would count as stored, and not be saved again
-        lease = self.saver.prepare(self._lease_id(), request, first, num_blocks, owner)
-        if lease.skipped:
+        steps = self.preparing_save(request, first, num_blocks, owner)
+        while (lease := self.go_on(steps, request, now)) is None:
+            pass
+        return lease
+
+    def preparing_save(self, request: Request, first: int, num_blocks: int, owner: str = "") -> Preparing:
+        """The same in steps of milliseconds, by `go_on`."""
+        return self.saver.preparing(self._lease_id(), request, first, num_blocks, owner)
+
+    def go_on(self, steps: Preparing, request: Request, now: float) -> SaveLease | None:
+        """One step of a save that is being prepared; the lease when it is over."""
+        lease = steps.step()
+        if lease is not None and lease.skipped:
             self.turns.end(request, now)  # nobody should wait for what will not be there
         return lease
 

@@ -170,6 +170,19 @@ class Scout:
             tree = self._catalog.tree
             keys = keys[: next((i for i in range(len(known), len(keys)) if keys[i] in tree), len(keys))]
         path = self._catalog.insert(keys)
+        self._describe(request, path)
+        return path
+
+    def insert_from(self, request: Request, above: Block | None, end: int) -> list[Block]:
+        """The same for the blocks behind `above`, in steps of a long prompt; O(answer). Returns those."""
+        if self._settings.compare_tokens:  # TODO: O(end) each time, once somebody has long prompts with xxh3_128
+            return self.insert(request, end)[0 if above is None else above.depth + 1 :]
+        blocks = self._catalog.insert_from(request.keys, above, end)
+        self._describe(request, blocks)
+        return blocks
+
+    def _describe(self, request: Request, path: Sequence[Block]) -> None:
+        """Note with blocks what the request says about them."""
         options = request.options
         if options.priority or options.ttl_s is not None:
             hint = Hint(options.priority, options.ttl_s)
@@ -177,10 +190,9 @@ class Scout:
                 if hint.priority >= block.hint.priority:
                     block.hint = hint
         if self._settings.compare_tokens:
-            for index, block in enumerate(path):
+            for block in path:
                 if not block.tokens:
-                    block.tokens = self._block_tokens(request, index)
-        return path
+                    block.tokens = self._block_tokens(request, block.depth)
 
     def forget_answers(self) -> None:
         """Have shared tiers asked again, at each request's next lookup."""
