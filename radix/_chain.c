@@ -4,6 +4,7 @@
  *         key[i] = SHA-256(key[i - 1] || block i),  key[-1] = root
  *     bind_sha256(root, hashes, *, portable=False) -> [SHA-256(root || hash) for hash in hashes]
  *     accelerated() -> True where the processor's own SHA instructions are used
+ *     untrack(objects, name), track(objects, name) -> None; for radix/untracked.py, which says what it is for
  *
  * Optional: radix/hashing.py has a Python twin of each, and tests hold them equal. Why it exists: through hashlib a block of 16 tokens
  * costs 0.53 us, most of it making and freeing the hash object; here 0.14 us, a third of it for the bytes object returned.
@@ -327,7 +328,56 @@ static PyObject *accelerated(PyObject *self, PyObject *unused)
     return PyBool_FromLong(fastest != compress_portable);
 }
 
+static void set_tracked(PyObject *object, int tracked)
+{
+    if (!PyObject_IS_GC(object) || PyObject_GC_IsTracked(object) == tracked)
+        return;
+    if (tracked)
+        PyObject_GC_Track(object);
+    else
+        PyObject_GC_UnTrack(object);
+}
+
+/* Track or untrack the objects of a list; with a name also the tuple that each has by that name, and what is in it. */
+static PyObject *track_all(PyObject *args, int tracked)
+{
+    PyObject *objects, *name = NULL;
+    if (!PyArg_ParseTuple(args, "O!|U", &PyList_Type, &objects, &name))
+        return NULL;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(objects); i++) {
+        PyObject *object = PyList_GET_ITEM(objects, i);
+        set_tracked(object, tracked);
+        if (name == NULL)
+            continue;
+        PyObject *parts = PyObject_GetAttr(object, name);
+        if (parts == NULL)
+            return NULL;
+        if (PyTuple_CheckExact(parts) && PyTuple_GET_SIZE(parts)) {  /* the empty one is everybody's */
+            for (Py_ssize_t j = 0; j < PyTuple_GET_SIZE(parts); j++)
+                set_tracked(PyTuple_GET_ITEM(parts, j), tracked);
+            set_tracked(parts, tracked);
+        }
+        Py_DECREF(parts);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *untrack(PyObject *self, PyObject *args)
+{
+    (void)self;
+    return track_all(args, 0);
+}
+
+static PyObject *track(PyObject *self, PyObject *args)
+{
+    (void)self;
+    return track_all(args, 1);
+}
+
 static PyMethodDef METHODS[] = {
+    {"untrack", untrack, METH_VARARGS,
+     "Take the objects of a list, and of a tuple that each has by a name, from the garbage collector."},
+    {"track", track, METH_VARARGS, "Undo untrack."},
     {"chain_sha256", (PyCFunction)(void (*)(void))chain_sha256, METH_VARARGS | METH_KEYWORDS,
      "Hash blocks end to end, each together with the hash before it; the first with root. Returns a list of 32-byte hashes."},
     {"bind_sha256", (PyCFunction)(void (*)(void))bind_sha256, METH_VARARGS | METH_KEYWORDS,

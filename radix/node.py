@@ -11,6 +11,7 @@ from operator import ne
 from typing import Generic, TypeVar
 
 from radix.namespace import BlockHash
+from radix.untracked import untrack
 
 V = TypeVar("V")
 
@@ -36,6 +37,7 @@ class Run(Generic[V]):
         self.values = values
         self.parent = parent
         self.children: dict[BlockHash, Run[V]] = {}
+        untrack([self, keys, values])  # the tree takes itself apart, see there
 
     @property
     def end(self) -> int:

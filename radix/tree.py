@@ -291,6 +291,9 @@ class RadixTree(Generic[V]):
 
     def clear(self) -> None:
         """Forget everything."""
+        for run in self._runs.values():
+            run.parent = None  # else a run and its child would keep each other: the collector does not see them
+            run.children = {}
         self._root = Run(0, 0, [], [], None)
         self._runs, self._places = {0: self._root}, {}
 
@@ -300,6 +303,9 @@ class RadixTree(Generic[V]):
 
     def __contains__(self, key: object) -> bool:
         return key in self._places
+
+    def __del__(self) -> None:
+        self.clear()
 
     # ---- runs ----
 

@@ -10,6 +10,10 @@ somebody computes it again.
 A tier that every lookup asks (Redis) is no reason to remember a block: only as long as another tier has a page of it,
 it is noted that Redis has one too. Otherwise the catalog would grow with everything that was ever saved.
 
+Blocks and pages are not tracked by the garbage collector (radix/untracked.py), and a block and its pages name each
+other. So a block that leaves is taken apart where nothing of it is left; else, as its pages are still in use, it is
+tracked.
+
 Pages found on disk before their parents (another process was still writing them) have no place in the tree yet. They
 wait in `strays` and are adopted when their path is inserted.
 """
@@ -25,6 +29,7 @@ from kvstore.page import PageKey, PageMeta, page_key
 from kvstore.plan.journal import Journal
 from radix.hashing import BlockHash
 from radix.tree import RadixTree
+from radix.untracked import track_with, untrack_with
 
 if TYPE_CHECKING:
     from kvstore.plan.leases import Load
@@ -154,7 +159,9 @@ class Catalog:
             block = self._adopt(key, parent) if self.strays else Block(key, parent, self.num_groups)
             blocks.append(block)
             parent = block
-        self.tree.extend(path, depth, blocks[depth:])
+        new = blocks[depth:]
+        self.tree.extend(path, depth, new)
+        untrack_with(new, "pages")
         return blocks
 
     def insert_from(self, path: Sequence[BlockHash], above: Block | None, end: int) -> list[Block]:
@@ -174,6 +181,7 @@ class Catalog:
                 new.append(parent)
             self.tree.attach(None if first is None else first.key, path[at:end], new)
             blocks += new
+            untrack_with(new, "pages")
         return blocks
 
     def get(self, key: BlockHash) -> Block | None:
@@ -187,6 +195,7 @@ class Catalog:
             return known
         parent = None if parent_key is None else self.tree.get(parent_key)
         block = Block(key, parent, self.num_groups)
+        untrack_with([block], "pages")
         if parent_key is not None and parent is None:
             block.depth = depth
             self.strays[key] = block
@@ -201,6 +210,7 @@ class Catalog:
                 return
             block.is_removed = True
             self.on_prune(block)
+            block.pages = ()  # takes the cycle apart
             above = block.parent
             if block.num_loads and above is not None:
                 above.num_loads += block.num_loads
@@ -214,6 +224,7 @@ class Catalog:
         removed = self.tree.remove(key)
         for block in removed:
             block.is_removed = True
+        track_with(removed, "pages")
         return removed
 
     def clear(self) -> list[Block]:
@@ -223,6 +234,7 @@ class Catalog:
         self.strays.clear()
         for stray in strays:
             stray.is_removed = True
+        track_with(strays, "pages")
         return removed + strays
 
     def blocks(self) -> list[Block]:
@@ -251,6 +263,10 @@ class Catalog:
             stack.extend(self.tree.children(key))
         for stray in self.strays.values():
             yield from stray.pages
+
+    def __del__(self) -> None:
+        for block in self.blocks():
+            block.pages = ()
 
     def _adopt(self, key: BlockHash, parent: Block | None) -> Block:
         block = self.strays.pop(key, None)
