@@ -87,7 +87,7 @@ class Dispatcher:
         self._last_lease = self.planner.last_lease
         self._is_torn = True
 
-    def end(self, *, tell: bool = False) -> None:
+    def end(self, *, tell: bool = False, again: bool = False) -> None:
         """The step is over: hand the planner's transfers to the lanes, and wake whoever waits.
 
         Under the lock, so that they go out in the planner's order.
@@ -95,7 +95,7 @@ class Dispatcher:
         flights = self.planner.flights
         if flights.outgoing:
             if not self.is_closed:
-                self.mover.submit(flights.outgoing)
+                self.mover.submit(flights.outgoing, again=again)
             flights.sent()
         promotions = self.planner.take_promotions()
         if promotions and not self.is_closed:
@@ -113,7 +113,7 @@ class Dispatcher:
             log.warning("a step was interrupted by an exception: the books are mended")
             self.planner.mend(self._last_lease, self.now())
             self.num_mended += 1
-            self.end(tell=True)
+            self.end(tell=True, again=True)
 
     def tell(self) -> None:
         """Wake whoever waits."""

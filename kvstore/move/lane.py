@@ -126,7 +126,7 @@ class Lane:
         self._wake = threading.Condition(threading.Lock())
         self._backlog = Backlog(max_queue)
         self._incoming: deque[Transfer] = deque()
-        self._last_id = -1  # of the transfers taken in; numbers grow
+        self._last_id = -1  # the highest number of those taken in
         self._running: dict[int, _Running] = {}  # by worker
         self._num_saves = 0  # SAVE transfers inside the tier
         self._closing = False
@@ -156,12 +156,15 @@ class Lane:
         ]
         start_all(self._threads, self.stop)
 
-    def submit(self, transfers: Sequence[Transfer]) -> None:
+    def submit(self, transfers: Sequence[Transfer], *, again: bool = False) -> None:
         """Queue transfers, in the order of their numbers. What cannot be queued is answered at once, through `emit`.
 
-        One that was submitted before is left out: whoever was interrupted in here submits again what may not have come.
+        again: whoever was interrupted in here submits what may not have come; what has is left out. Numbers grow then.
         """
         with self._wake:
+            if again:
+                self._take_in()
+                transfers = [transfer for transfer in transfers if transfer.id > self._last_id]
             self._incoming.extend(transfers)
             self._take_in()
             self._wake.notify(min(len(transfers), self._num_workers))
@@ -171,17 +174,16 @@ class Lane:
         incoming = self._incoming
         while incoming:
             transfer = incoming[0]
-            if transfer.id > self._last_id:
-                if self._closing:
-                    self.counters.dropped += 1
-                    self._refuse(transfer, "the lane is closed")
-                elif not self.directions.allows(transfer.op):
-                    self.counters.refused += 1
-                    self._refuse(transfer, self._why_not(transfer.op))
-                elif not self._backlog.push(transfer):
-                    self.counters.refused += 1
-                    self._refuse(transfer, "too many transfers wait already")
-                self._last_id = transfer.id
+            if self._closing:
+                self.counters.dropped += 1
+                self._refuse(transfer, "the lane is closed")
+            elif not self.directions.allows(transfer.op):
+                self.counters.refused += 1
+                self._refuse(transfer, self._why_not(transfer.op))
+            elif not self._backlog.push(transfer):
+                self.counters.refused += 1
+                self._refuse(transfer, "too many transfers wait already")
+            self._last_id = max(self._last_id, transfer.id)
             incoming.popleft()
         self.counters.queued = len(self._backlog)
 

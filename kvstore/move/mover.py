@@ -78,8 +78,11 @@ class Mover:
             raise
         forbid(self)
 
-    def submit(self, transfers: Sequence[Transfer]) -> None:
-        """Queue transfers in their lanes. Never blocks, never calls back. Raises StoreClosed once `close` is over."""
+    def submit(self, transfers: Sequence[Transfer], *, again: bool = False) -> None:
+        """Queue transfers in their lanes (again: as Lane.submit). Never blocks, never calls back.
+
+        Raises StoreClosed once `close` is over.
+        """
         by_tier: dict[str, list[Transfer]] = {}
         for transfer in transfers:
             by_tier.setdefault(transfer.tier, []).append(transfer)
@@ -88,7 +91,7 @@ class Mover:
                 raise StoreClosed("the mover is closed")
             for tier, batch in by_tier.items():
                 if tier in self.lanes:
-                    self.lanes[tier].submit(batch)
+                    self.lanes[tier].submit(batch, again=again)
                 else:
                     for transfer in batch:
                         line = f"tier {tier}: there is no such lane; known are {sorted(self.lanes)}"

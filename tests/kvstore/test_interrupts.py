@@ -83,6 +83,7 @@ def test_the_end_of_a_lease_that_is_interrupted_can_be_said_again(store: LocalSt
             break
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it may come in a finalizer, too
 def test_an_exception_that_another_thread_sets_again_and_again_leaves_the_store_whole(store: LocalStore) -> None:
     class Stop(Exception):
         pass

@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from eviction.registry import make_policy
 from kvstore.errors import TierFull
@@ -395,3 +396,42 @@ class TestHashesThatMayCollide:
             use(store, prompt(4))
         with open_small(tmp_path, store={"hash": "xxh3_128"}) as store:
             assert load(store, store.request(prompt(4)))[0] == 4
+
+
+class TestLongPrompts:
+    def test_others_use_the_store_while_a_long_prompt_is_saved(self, store: LocalStore) -> None:
+        steps = store._planner.preparing_save
+        others: list[int] = []
+
+        def seen(*args: Any) -> Any:
+            made = steps(*args)
+            step = made.step
+
+            def stepped() -> Any:
+                others.append(store._planner.num_leases)
+                return step()
+
+            made.step = stepped
+            return made
+
+        store._planner.preparing_save = seen  # type: ignore[method-assign]
+        request = store.request(prompt(3000))
+
+        lease = store.prepare_save(request, 0, 3000)
+
+        assert len(others) == 6  # of 512 blocks each
+        assert len(lease.pages) == 64
+        assert lease.skipped == 3000 - 64
+        store.complete(lease)
+        assert store.lookup(request).num_blocks == 64
+        store.check()
+
+    def test_a_long_prompt_of_which_the_head_is_there_keeps_it(self, store: LocalStore) -> None:
+        use(store, prompt(40))
+        request = store.request(prompt(3000)[: 40 * BLOCK].tolist() + prompt(2000, seed=3).tolist())
+
+        lease = store.prepare_save(request, 0, 2040)
+
+        assert [page.block for page in lease.pages] == list(range(40, 64))
+        store.complete(lease)
+        assert store.lookup(request).num_blocks == 64

@@ -57,6 +57,8 @@ class World:
                     medium |= set(transfer.keys)
                 elif transfer.op is Op.DELETE:
                     medium -= set(transfer.keys)
+                elif transfer.op is Op.CLEAR:
+                    medium.clear()
                 elif transfer.op in (Op.FETCH, Op.PROBE, Op.TOUCH):
                     ok = [key in medium for key in transfer.keys]
                 self.planner.outcome(Outcome(transfer.id, tuple(ok), 0.001, 1), self.now)
