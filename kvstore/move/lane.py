@@ -167,7 +167,7 @@ class Lane:
                 transfers = [transfer for transfer in transfers if transfer.id > self._last_id]
             self._incoming.extend(transfers)
             self._take_in()
-            self._wake.notify(min(len(transfers), self._num_workers))
+            self._wake.notify(self._num_workers if again else min(len(transfers), self._num_workers))
 
     def _take_in(self) -> None:
         """Put what has come where it waits. Under the lock; interrupted anywhere, the next call goes on with it."""

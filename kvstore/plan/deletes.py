@@ -115,9 +115,9 @@ class Deletes:
             return
         while self._waiting and self._num_under_way < MAX_UNDER_WAY:
             keys = [key for key, _ in zip(self._waiting, range(DELETE_BATCH), strict=False)]
+            self._leaving.update(keys)  # before they leave the other: an interrupt loses none
             for key in keys:
                 del self._waiting[key]
-            self._leaving.update(keys)
             self._send(Op.DELETE, keys)
 
     def landed(self, flight: Flight, outcome: Outcome, now: float, *, takes_writes: bool) -> None:

@@ -85,7 +85,7 @@ class World:
         assert planner.num_leases == 0
         assert planner.host.num_filling == 0
         assert len(planner.flights) == 0
-        assert planner.is_settled
+        assert all(tier.is_settled(self.now) for tier in planner.tiers)
         disk = planner.tiers[0]
         booked = {page.key for page in planner.catalog.pages() if disk.has(page)}
         assert self.media["disk"] == booked, f"{len(self.media['disk'])} on disk, {len(booked)} booked"
