@@ -13,7 +13,6 @@ from tests.engines.vllm.engine import BLOCK, PAGE_BYTES, STORE, Engine, make_pro
 
 pytestmark = pytest.mark.timeout(600)
 LENGTH = 20 * BLOCK
-COMPUTED = "vllm:prompt_tokens_by_source.local_compute"
 
 
 class TestRequestsThatMustNotReadCaches:
@@ -64,12 +63,22 @@ class TestRequestsThatMustNotReadCaches:
 
 
 class TestAPromptThatEndsOnABorder:
-    def ask(self, engine: Engine, prompt: list[int]) -> tuple[dict[str, Any], float]:
-        """The answer without vLLM's own cache, and how many tokens of the prompt were computed."""
+    def ask(self, engine: Engine, prompt: list[int]) -> tuple[dict[str, Any], int]:
+        """The answer without vLLM's own cache, and how many tokens of the prompt were computed for it."""
         engine.forget_own_cache()
-        before = engine.metrics().get(COMPUTED, 0)
-        answer = engine.ask(prompt)
-        return answer, engine.metrics()[COMPUTED] - before
+        half, scheduled = engine.half, []
+        plan_step = half.plan_step
+
+        def plan(tokens: Any, block_ids: Any) -> Any:
+            scheduled.extend(tokens.values())
+            return plan_step(tokens, block_ids)
+
+        half.plan_step = plan
+        try:
+            answer = engine.ask(prompt)
+        finally:
+            half.plan_step = plan_step
+        return answer, sum(scheduled) - (len(answer["tokens"]) - 1)  # the others are those of the answer
 
     def test_one_token_of_it_is_computed_after_a_load_aside(
         self, open_engine: Callable[..., Engine], reference: Reference
