@@ -110,6 +110,22 @@ def intrusions(path: str, module: Any) -> Iterator[Finding]:
         yield Finding("compiled", path)
 
 
+def draws(module: Any) -> bool:
+    """True for a module in training mode that may draw random numbers by it: dropout, and what has a rate of it.
+
+    A module that was put in later (an adapter) is in training mode although its model is not; most never look.
+    """
+    kind = type(module)
+    if not module.training:
+        return False
+    if kind.__module__.startswith(("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm")):
+        return True
+    rates = {name: value for name, value in vars(module).items() if "drop" in name}
+    if kind.__module__ == "torch.nn.modules.dropout":
+        rates["p"] = getattr(module, "p", 0.0)
+    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates.values())
+
+
 def configs_of(modules: Sequence[Any]) -> list[Any]:
     """The configs that modules look at, each once; a config inside another is reached through it too."""
     found: dict[int, Any] = {}
@@ -176,6 +192,8 @@ def structure_digest(model: Any) -> str:
             for name, value in sorted(attributes_of(module))
             if not name.startswith("_") and name not in ("training", "name_or_path") and _told(value) is not None
         ]
+        if module.training:
+            told.append("training")
         digest.update("|".join([path, label_of(type(module)), *told, ""]).encode())
     for label, source in source_digests({type(module) for module in model.modules()}):
         digest.update(f"{label}|{source}|".encode())

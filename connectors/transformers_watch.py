@@ -28,6 +28,7 @@ from connectors.transformers_parts import (
     config_changes,
     config_copy,
     configs_of,
+    draws,
     intrusions,
     is_moving,
     tuners_of,
@@ -113,7 +114,7 @@ class ModelWatch:
             yield from intrusions(path, module)
             if any(is_moving(module, name) for name in _names(module)) and not _is_at_rest(module):
                 yield Finding("buffers", path)
-            if module.training:
+            if draws(module):
                 yield Finding("training", path)
         parameters = dict(self._model.named_parameters())
         for name in self._tensors.changed(_tensors_of(self._model)):

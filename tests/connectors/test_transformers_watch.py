@@ -473,3 +473,12 @@ def add_tuner(model: Any, name: str) -> Any:
     attention = model.model.layers[0].self_attn
     attention.q_proj = Tuner(attention.q_proj).eval()
     return attention.q_proj
+
+
+def test_a_module_that_was_put_in_before_the_opening_may_be_in_training_mode_unless_it_draws() -> None:
+    own = tiny_model("llama_gqa")
+    own.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 96, bias=False)
+    assert ModelWatch(own, bits=True).findings() == []
+
+    own.model.layers[0].mlp.act_fn = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(0.1))
+    assert {finding.kind for finding in ModelWatch(own, bits=True).findings()} == {"training"}
