@@ -12,6 +12,7 @@ from typing import Generic
 
 from eviction.policy import K
 from eviction.ranked import Ranked
+from radix.untracked import untrack
 
 
 class Recency(Generic[K]):
@@ -28,6 +29,7 @@ class Recency(Generic[K]):
         """Put keys at the recent end, the last of them last."""
         self._keys.update(dict.fromkeys(keys))
         deque(map(self._keys.move_to_end, keys), maxlen=0)
+        untrack([self._keys])  # a dict is tracked again by what is put in
 
     def touch(self, keys: list[K]) -> None:
         """Move known keys to the recent end."""

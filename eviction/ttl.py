@@ -22,6 +22,7 @@ from math import inf, isnan
 from typing import Generic, NamedTuple
 
 from eviction.policy import NO_HINT, EvictionPolicy, Hint, K
+from radix.untracked import untrack
 
 NEVER = 0.0  # a ttl that sets no deadline
 SET_BACK_S = 1.0  # time that goes back by less stands still: clocks of several cores, a correction in small steps
@@ -192,6 +193,7 @@ class Ttl(Generic[K]):
         deque(map(deadlines.move_to_end, keys), maxlen=0)
         if ttl_s != self._ttl_s:
             self._unusual.update(dict.fromkeys(keys, ttl_s))
+        untrack([deadlines])  # a dict is tracked again by what is put in
         if ttl_s not in self._in_due:
             self._in_due.add(ttl_s)
             heappush(self._due, (now + ttl_s, ttl_s))

@@ -19,7 +19,7 @@ PACKAGES = ("radix", "eviction", "kvstore", "connectors")
 # The longest matching prefix decides; a module with no rule may import anything of ours but connectors.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "radix": ("radix",),
-    "eviction": ("eviction",),
+    "eviction": ("eviction", "radix.untracked"),
     "kvstore.errors": (),
     "kvstore.clock": (),
     "kvstore.units": (),
@@ -64,6 +64,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.plan",
     ),
     "kvstore.tiers": (
+        "radix.untracked",
         "kvstore.direction",
         "kvstore.layout",
         "kvstore.page",

@@ -36,6 +36,7 @@ from kvstore.errors import ConfigError
 from kvstore.forks import forbid, harmless, in_child
 from kvstore.layout import SLOT_ALIGNMENT
 from kvstore.tiers.memory_limit import available_memory
+from radix.untracked import untrack
 
 HUGE_PAGE_BYTES = 2 << 20
 _MADV_POPULATE_READ = 22
@@ -204,7 +205,11 @@ class HostSlab:
 
     def view(self, slot: int) -> memoryview:
         """The bytes of a slot, writable: to be read into or received into; slice assignment would hold the GIL."""
-        return self._views[slot]
+        if not 0 <= slot < len(self._arrays):
+            raise IndexError(f"slot {slot} is not in the slab; it has {len(self._arrays)}")
+        start = slot * self.slot_bytes
+        # Made when asked for: views that are kept are walked by every garbage collection, one for each slot.
+        return self._whole[start : start + self.slot_bytes]
 
     def array(self, slot: int) -> npt.NDArray[np.uint8]:
         """The same bytes as an array, for np.copyto, which releases the GIL."""
@@ -227,17 +232,17 @@ class HostSlab:
         """Let go of the memory; it returns to the system with the last view that callers still hold. Idempotent."""
         with _private_lock:
             _private.pop(f"{_PRIVATE}{os.getpid()}:{id(self)}", None)
-        self._views: list[memoryview] = []
+        self._whole = memoryview(b"")
         self._arrays: list[npt.NDArray[np.uint8]] = []
         self.buffer = np.empty(0, np.uint8)
         self._close_fd()
 
     def _cut(self) -> None:
         forbid(self, HostSlab._close_fd)  # the descriptor would keep the memory alive for as long as a child lives
-        slab = self.buffer.data
+        self._whole = self.buffer.data
         bounds = range(0, self.num_slots * self.slot_bytes, self.slot_bytes)
-        self._views = [slab[start : start + self.slot_bytes] for start in bounds]
         self._arrays = [self.buffer[start : start + self.slot_bytes] for start in bounds]
+        untrack([self._arrays])
 
     def _close_fd(self) -> None:
         if self._fd is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import mmap
 import os
 import subprocess
@@ -192,12 +193,26 @@ class TestSlots:
         assert slab.buffer[: SLOT_BYTES + 1].tolist() == [0] * SLOT_BYTES + [7]
         slab.close()
 
-    def test_views_are_made_once(self, shared_name: str | None) -> None:
+    def test_arrays_are_made_once_and_nothing_is_kept_for_each_slot_that_the_collector_walks(
+        self, shared_name: str | None
+    ) -> None:
+        before = len(gc.get_objects())
+        slab = HostSlab(3000, SLOT_BYTES, shared_name=shared_name, prefault=False)
+
+        assert slab.array(1) is slab.array(1)
+        assert np.frombuffer(slab.view(1), np.uint8).ctypes.data == slab.array(1).ctypes.data
+        assert len(gc.get_objects()) - before < 300
+        slab.close()
+
+    def test_a_slot_that_is_not_there_is_refused(self, shared_name: str | None) -> None:
         slab = HostSlab(3, SLOT_BYTES, shared_name=shared_name)
 
-        assert slab.view(1) is slab.view(1)
-        assert slab.array(1) is slab.array(1)
+        for slot in (-1, 3):
+            with pytest.raises(IndexError, match="3"):
+                slab.view(slot)
         slab.close()
+        with pytest.raises(IndexError):
+            slab.view(0)
 
     def test_a_view_outlives_the_slab_and_then_the_memory_goes(self, shared_name: str | None) -> None:
         def num_mappings() -> int:
