@@ -27,7 +27,7 @@ from tests.helpers.tiny_models import random_ids, tiny_model
 name, = sys.argv[1:]
 with KVCacheModel.open(tiny_model(name), Config.load(), prefill_chunk=32) as kv:
     answer = kv.generate(random_ids(150, seed=1), 8)
-    assert kv.flush(WAIT_S)
+    assert kv.flush(60.0)
     print(json.dumps({"tokens": answer.tokens, "sources": answer.report.sources}))
 """
 
