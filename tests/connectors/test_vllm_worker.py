@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,11 @@ from connectors.vllm_worker import WorkerHalf, page_tables
 from kvstore.devices.cpu import CpuDevice
 from kvstore.errors import ConfigError
 from kvstore.layout import GroupKind, LayerGroup, Layout
+from kvstore.service.client import RemoteStore
+from kvstore.service.connect import connect
 from kvstore.tiers.host import HostSlab
+from radix.namespace import Namespace
+from tests.helpers.daemons import local_daemon
 from tests.helpers.waiting import WAIT_S
 
 NUM_BLOCKS = 6
@@ -43,7 +48,7 @@ def slab() -> Iterator[HostSlab]:
 class Rank:
     """One worker half and its tensors."""
 
-    def __init__(self, slab: HostSlab, rank: int = 0, shards: int = 1, is_early: bool = False) -> None:
+    def __init__(self, slab: HostSlab | RemoteStore, rank: int = 0, shards: int = 1, is_early: bool = False) -> None:
         self.waits_for: tuple[str, ...] = ("a", "b")
         self.engine = engine_of(shards)
         self.tensors = caches()
@@ -56,7 +61,8 @@ class Rank:
     ) -> None:
         loads = [job for job in jobs if isinstance(job, LoadJob)]
         saves = [job for job in jobs if isinstance(job, SaveJob)]
-        plan = StepPlan(num_tokens, layout or self.engine.layout.fingerprint, "", (self.slab.handle,), loads, saves)
+        handles = self.slab.slabs if isinstance(self.slab, RemoteStore) else (self.slab.handle,)
+        plan = StepPlan(num_tokens, layout or self.engine.layout.fingerprint, "", handles, loads, saves)
         plan.heard = heard
         self.half.begin(plan)
         self.half.start_loads()
@@ -100,6 +106,38 @@ def test_a_block_comes_back_as_it_was_saved(slab: HostSlab) -> None:
         assert torch.equal(tensor[2], before[name][4])
         assert not tensor[[1, 3, 4, 5]].any()
     rank.half.close()
+
+
+def test_through_a_daemon_that_keeps_clients_apart_a_block_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    layout = engine_of().layout
+    namespace = Namespace("test", "1", layout.dtype, layout.fingerprint, layout.block_size)
+    socket = tmp_path / "kv.sock"
+    with (
+        local_daemon(socket, service={"isolate": True}),
+        connect(f"unix://{socket}", layout, namespace) as store,
+    ):
+        rank = Rank(store)
+        before = {name: tensor.clone() for name, tensor in rank.tensors.items()}
+        request = store.request(range(2 * layout.block_size + 1))
+        saving = store.prepare_save(request, 0, 2)
+        rank.step(SaveJob(1, "r", copies(tuple(page.slot for page in saving.pages), (1, 4))))
+        saved = rank.settle(1)
+        store.complete(saving)
+        for tensor in rank.tensors.values():
+            tensor.zero_()
+
+        loading = store.prepare_load(request, 2)
+        assert store.wait(loading).num_blocks == 2
+        rank.step(LoadJob(2, "r", copies(tuple(page.slot for page in loading.pages), (0, 2))))
+        loaded = rank.settle(1)
+        store.complete(loading)
+        rank.half.close()
+
+    assert (saved[1], saved[2].done) == (set(), {1: 1})
+    assert (loaded[1], loaded[2].done) == (set(), {2: 1})
+    for name, tensor in rank.tensors.items():
+        assert torch.equal(tensor[0], before[name][1])
+        assert torch.equal(tensor[2], before[name][4])
 
 
 def test_a_synchronous_load_has_ended_when_the_step_goes_on(slab: HostSlab) -> None:

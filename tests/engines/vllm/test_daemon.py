@@ -25,7 +25,7 @@ CALL_TIMEOUT_S = 3.0  # one test waits for it
 class Served(DaemonProcess):
     """A daemon, how engines are told of it, and what its operator sees."""
 
-    def __init__(self, folder: Path, *settings: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.http = Http(free_port())
         super().__init__(
             folder / "kv.sock",
@@ -74,28 +74,6 @@ def test_a_second_engine_takes_a_prefix_from_the_first_ones_host_copy(
     assert metrics["vllm:kvstore_hit_tokens.host"] == HIT
     assert metrics.get("vllm:kvstore_hook_errors", 0) == 0
     assert daemon.stats()["pages"]["host"] == LENGTH // BLOCK + 2  # one copy, and what the fork added
-
-
-def test_engines_share_a_prefix_through_a_daemon_that_keeps_them_apart(
-    tmp_path: Path, model_of: Callable[[str], str], reference: Reference
-) -> None:
-    prompt = make_prompt(LENGTH, 31)
-    apart = Served(tmp_path, "service.isolate=true", f"service.isolate_bytes={16 * MiB}")
-    try:
-        with (
-            EngineProcess(model_of("gqa"), apart.extra) as first,
-            EngineProcess(model_of("gqa"), apart.extra, processes=True) as second,
-        ):
-            a = first.ask(prompt)
-            wait_until(lambda: apart.stats()["saved_pages"] == LENGTH // BLOCK, "the first engine's pages did not come")
-            b = second.ask(prompt)
-            clients = apart.http.get("/v1/clients")["clients"]
-    finally:
-        apart.kill()
-
-    assert [a["tokens"], b["tokens"]] == reference.tokens([prompt, prompt])
-    assert (a["cached"], b["cached"]) == (0, HIT)
-    assert all(client["staging_slots"] == client["staging_free"] > 0 for client in clients)
 
 
 class TestFaults:
