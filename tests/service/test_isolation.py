@@ -216,7 +216,7 @@ def test_a_session_that_ends_while_its_pages_are_copied_gives_their_slots_to_nob
         copy_all(pairs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(isolation, "_copy_all", slow)
-    leaving = attach(path, client="leaving", call_timeout_s=0.1)
+    leaving = attach(path, client="leaving", call_timeout_s=30.0)
     request = leaving.request(prompt(8, seed=3))
     lease = leaving.prepare_save(request, 0, 8)
     for page in lease.pages:

@@ -35,7 +35,6 @@ class Served(DaemonProcess):
             "store.lookup_deadline_s=5",
             "store.load_deadline_s=10",
             "store.load_or_recompute=false",
-            *settings,
         )
         service = {"url": f"unix://{self.socket}", "call_timeout_s": CALL_TIMEOUT_S, "retry_max_s": 0.2}
         self.extra: dict[str, Any] = {"service": service}
