@@ -10,6 +10,9 @@ process that opens a directory has it to itself while it checks the index, takes
 the files; then others come in. An index that cannot be read is set aside and begun anew: it is a cache, and the pages
 it named are misses.
 
+Builds that leave LMDB's own locks on know nothing of our readers, nor we of theirs. So a directory that such a build
+set up is taken over, with its pages, only while nobody else has it open, and from then on those builds refuse it.
+
 After a fork the child may not use it (LMDB's rule): its calls raise TierUnavailable. Start children by spawn.
 """
 
@@ -37,7 +40,7 @@ from kvstore.errors import (
 )
 from kvstore.tiers.directory_lock import DirectoryLock
 from kvstore.tiers.disk_index import DiskIndex, is_read_only
-from kvstore.tiers.disk_meta import Geometry
+from kvstore.tiers.disk_meta import LMDB_LOCKS_VERSION, Geometry
 from kvstore.tiers.gate import Gate
 from kvstore.tiers.index_files import (
     DAMAGE,
@@ -235,14 +238,14 @@ class DiskDirectory:
             alone = self._lock is not None and self._lock.enter(deadline, may_set_up=not self.read_only)
             self._check_index(alone)
             try:
-                self._open_files()
+                self._open_files(alone)
             except DAMAGE as error:
                 if not alone:
                     raise TierUnavailable(
                         f"disk tier: the index in {self.path} cannot be read and other processes have it open: {error}"
                     ) from error
                 self._set_aside(str(error))
-                self._open_files()
+                self._open_files(alone)
             if alone and self._lock is not None:
                 self._lock.share()
         except BaseException as error:
@@ -283,10 +286,14 @@ class DiskDirectory:
         self._close_files()
         set_aside(self.path, reason)
 
-    def _open_files(self) -> None:
+    def _open_files(self, alone: bool) -> None:
         try:
             index = self._index = self._open_index()
             stored = index.geometry()
+            if stored is not None and stored.version == LMDB_LOCKS_VERSION:
+                if self._lock is not None:
+                    self._lock.refuse_older_users(alone)
+                stored = Geometry(stored.layout, stored.slot_bytes)  # what `_fit` will make of it
             geometry = self._asked or stored
             if geometry is None:
                 raise ConfigError(f"disk.path is {self.path}: the directory was never set up")
@@ -342,7 +349,7 @@ class DiskDirectory:
         slab.reserve(num_slots)
         reserve_blocks(self.path, _RESERVED_FIXED_BYTES + num_slots * _RESERVED_BYTES_PER_SLOT)
         index.grow_map(_map_bytes(num_slots))
-        if num_slots > stored or index.geometry() is None:
+        if num_slots > stored or index.geometry() != geometry:
             index.set_up(geometry, num_slots)
         self.num_slots = num_slots
 

@@ -71,6 +71,17 @@ class DirectoryLock:
                 raise TierUnavailable("disk tier: another process has been setting up the directory for too long")
             time.sleep(POLL_S)
 
+    def refuse_older_users(self, alone: bool) -> None:
+        """Raise ConfigError if processes of a build with LMDB's own locks may have the directory open.
+
+        alone: `enter` said so. A reader that is not, and finds nobody, takes the files as they lie.
+        """
+        if not alone and not (self.read_only and self._holder(_USERS) is None):
+            raise ConfigError(
+                f"disk.path is {self.path.parent}: an older release of kvstore has set it up, and another process has "
+                f"it open; stop every process that uses it, then start this release: the pages stay"
+            )
+
     def share(self) -> None:
         """End being exclusive: let other processes in."""
         fcntl.lockf(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, _USERS)

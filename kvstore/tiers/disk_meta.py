@@ -1,6 +1,6 @@
 """The disk tier's meta table: what a directory is made for, and the counters of its slots.
 
-    "geometry"  layout, bytes per slot and format version, as JSON; never changes
+    "geometry"  layout, bytes per slot and format version, as JSON; only the version ever changes
     "state"     the allocator's counters (disk_slots.py); read, and written back, by every write transaction
 
 Both have a checksum of their own. Inside the caller's transaction; called by DiskIndex only.
@@ -16,7 +16,10 @@ from kvstore.errors import LayoutMismatch
 from kvstore.tiers.disk_record import decode_checked, encode_checked
 from kvstore.tiers.disk_slots import AllocatorState, Txn
 
-DISK_FORMAT_VERSION = 1
+DISK_FORMAT_VERSION = 2
+# The same records. But builds that write this number keep LMDB's table of readers and know of no other: beside them
+# pages of the index are written over while somebody reads them.
+LMDB_LOCKS_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class MetaTable:
         if raw is None:
             return None
         fields = json.loads(decode_checked(raw))
-        if fields["version"] != DISK_FORMAT_VERSION:
+        if fields["version"] not in (DISK_FORMAT_VERSION, LMDB_LOCKS_VERSION):
             raise LayoutMismatch(
                 f"disk directory has format version {fields['version']}; this release reads {DISK_FORMAT_VERSION}"
             )

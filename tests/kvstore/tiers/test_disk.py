@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ from kvstore.tiers.base import Tier
 from kvstore.tiers.directory import IndexMapFull
 from kvstore.tiers.directory_lock import DirectoryLock
 from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.disk_meta import DISK_FORMAT_VERSION, LMDB_LOCKS_VERSION
 from kvstore.tiers.disk_report import describe, verify
 from tests.contracts.tier import TierContract
 from tests.helpers.disk import (
@@ -132,9 +134,40 @@ class TestReopening:
 
         with monkeypatch.context() as patch:
             patch.setattr("kvstore.tiers.disk_meta.DISK_FORMAT_VERSION", 0)
-            with pytest.raises(LayoutMismatch, match="format version 1; this release reads 0"):
+            with pytest.raises(LayoutMismatch, match="format version 2; this release reads 0"):
                 open_disk(tmp_path)
 
+        with closing(open_disk(tmp_path)) as tier:
+            assert stored_keys(tier) == keys_of("page", 1)
+
+    def test_a_directory_of_an_older_build_keeps_its_pages_and_is_closed_to_that_build(self, tmp_path: Path) -> None:
+        keys = keys_of("page", 4)
+        with closing(open_disk(tmp_path)) as tier:
+            store(tier, keys, SLOT_BYTES)
+            write_version(tier, LMDB_LOCKS_VERSION)
+
+        with closing(open_disk(tmp_path, read_only=True)) as tier:
+            assert stored_keys(tier) == keys
+            assert version_of(tier) == LMDB_LOCKS_VERSION
+        with closing(open_disk(tmp_path)) as tier:
+            assert fetch(tier, keys, SLOT_BYTES) == [payload(key, SLOT_BYTES) for key in keys]
+            assert version_of(tier) == DISK_FORMAT_VERSION  # which such a build refuses
+
+    def test_a_directory_that_an_older_build_has_open_is_refused(self, tmp_path: Path) -> None:
+        with closing(open_disk(tmp_path)) as tier:
+            store(tier, keys_of("page", 1), SLOT_BYTES)
+            write_version(tier, LMDB_LOCKS_VERSION)
+        child = run_child(HOLD_AS_A_USER, tmp_path)
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"held\n"
+
+        for read_only in (False, True):
+            with pytest.raises(ConfigError, match="older release"):
+                open_disk(tmp_path, read_only=read_only)
+
+        child.kill()
+        child.wait()
+        child.stdout.close()
         with closing(open_disk(tmp_path)) as tier:
             assert stored_keys(tier) == keys_of("page", 1)
 
@@ -571,6 +604,13 @@ assert DirectoryLock(path / "lock").enter(time.monotonic() + 10)
 print("held", flush=True)
 time.sleep(60)
 """
+HOLD_AS_A_USER = """
+lock = DirectoryLock(path / "lock")
+assert lock.enter(time.monotonic() + 10)
+lock.share()
+print("held", flush=True)
+time.sleep(60)
+"""
 PREAMBLE = """
 import sys, time
 from contextlib import closing
@@ -581,6 +621,17 @@ from tests.helpers.disk import SLOT_BYTES, index_of, open_disk
 from tests.helpers.pages import keys_of, store
 path = Path(sys.argv[1])
 """
+
+
+def version_of(tier: DiskTier) -> int:
+    geometry = index_of(tier).geometry()
+    assert geometry is not None
+    return geometry.version
+
+
+def write_version(tier: DiskTier, version: int) -> None:
+    directory = tier._directory
+    index_of(tier).set_up(dataclasses.replace(directory.geometry, version=version), directory.num_slots)
 
 
 def run_child(program: str, path: Path) -> Popen[bytes]:
