@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -129,12 +130,32 @@ class StagedSaves:
             if flag
         ]
         loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(None, _copy_all, pairs)
+        copying = _Copying(pairs)
+        try:
+            work = loop.run_in_executor(None, copying.run)
+        except RuntimeError:  # no thread can be started; but one that is there has been given it, and comes to it later
+            copying.run()
+            loop.call_soon(then, True)
+            return
         work.add_done_callback(lambda done: then(not done.cancelled() and done.exception() is None))
 
     def close(self) -> None:
         """The client is gone. A copy that is under way keeps the memory until it ends."""
         self.slab.close()
+
+
+class _Copying:
+    """Pages on their way, each copied once: whoever comes later must not write to slots that may be others' by then."""
+
+    def __init__(self, pairs: Sequence[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]) -> None:
+        self._pairs = pairs
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        """Copy what is not copied yet; return when all of it is. Any thread."""
+        with self._lock:
+            _copy_all(self._pairs)
+            self._pairs = ()
 
 
 def _copy_all(pairs: Sequence[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]) -> None:

@@ -8,7 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,31 @@ def test_a_session_that_ends_while_its_pages_are_copied_gives_their_slots_to_nob
     ending.join(30)
     wait_until(lambda: store.lookup(store.request(prompt(8, seed=3))).num_blocks == 8)
     assert load(store, store.request(prompt(8, seed=3)))[0] == 8
+
+
+def test_a_save_is_stored_where_no_thread_can_be_started_and_is_not_copied_again_later(
+    daemon: LocalDaemon, store: RemoteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late: list[Callable[[], None]] = []
+
+    def submit(pool: ThreadPoolExecutor, work: Callable[[], None]) -> None:
+        late.append(work)  # as the pool does: another of its threads takes it when it is free
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ThreadPoolExecutor, "submit", submit)
+        save(store, store.request(prompt(8, seed=3)))
+    assert store.forget(store.request(prompt(8, seed=3))) == 8
+    others = [prompt(16, seed=seed) for seed in (4, 5, 6, 7)]  # all slots there are
+    for tokens in others:
+        save(store, store.request(tokens))
+
+    for work in late:
+        work()
+
+    assert late
+    assert store.stats()["leases"] == 0
+    assert [load(store, store.request(tokens))[0] for tokens in others] == [16] * 4
 
 
 def test_a_client_killed_in_the_middle_of_a_save_leaves_nothing_behind(tmp_path: Path) -> None:
