@@ -135,7 +135,7 @@ class Engine:
             core.step()
             time.sleep(0.002)
         store = self.half.store
-        while not store.flush(max(0.1, until - time.monotonic())) and store.slabs:  # none: its daemon is gone
+        while _is_writing(store.flush(1.0)) and store.slabs:  # none: its daemon is gone
             assert time.monotonic() < until
             time.sleep(0.01)  # a daemon that was killed may only seem silent for a moment
 
@@ -175,6 +175,12 @@ class Engine:
         del self.llm
         if in_process:
             clean_up()
+
+
+def _is_writing(flushed: Any) -> bool:
+    """Whether pages or deletes are on their way; what a tier refuses, or what waits for it to come back, is not."""
+    owed = (*flushed.missing.values(), *flushed.undeleted.values())
+    return bool(flushed.error) or any("waiting" in reasons for reasons in owed)
 
 
 def _logprobs(output: Any) -> dict[str, Any]:
