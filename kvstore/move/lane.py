@@ -351,11 +351,11 @@ class Lane:
         """Tell of directions that opened or closed, and let nothing wait for one that is out."""
         ways = self.directions.open_ways
         lost, won = self._told - ways, ways - self._told
-        if not lost and not won:
-            return
         is_whole = not ways or not self._told
         self._told = ways
-        self._emit(TierState(self.name, bool(won), reason, lost or won, is_whole))
+        for changed, is_up in ((lost, False), (won, True)):
+            if changed:
+                self._emit(TierState(self.name, is_up, reason, changed, is_whole))
         if lost:
             ops = [op for way in lost for op in OPS_OF[way]]
             self.counters.refused += self._drop_waiting(self._why_not(ops[0]), ops)

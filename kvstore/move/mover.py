@@ -162,6 +162,8 @@ class Mover:
         with self._lock:
             self._closed = True
         self._empty_inbox()
+        # What was emptied may have been the housekeeper's sign to stop, if it was too busy to take it in time.
+        self._inbox.put(None)
         if left:
             log.warning("close: after %.1f s these threads still run: %s", timeout_s, ", ".join(left))
         if num_dropped or num_hung:

@@ -515,7 +515,9 @@ def warm(path: Path) -> None:
         store = disk_store(stack, path)
         for blocks, seed in PROMPTS:
             use(store, prompt(blocks, seed))
-        assert store.flush(WAIT_S)
+            assert store.flush(
+                WAIT_S
+            )  # each at once: on a busy machine host memory would evict what is not written yet
 
 
 def fill(filler: Path, leave: int = 0) -> None:

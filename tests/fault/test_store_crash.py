@@ -170,13 +170,15 @@ def play_many(directory: Path, count: int) -> Iterator[Figures]:
 class TestTwoProcesses:
     @pytest.mark.parametrize("pages", [24, 1024], ids=["they evict each other's pages", "all pages fit"])
     def test_both_always_get_right_bytes(self, tmp_path: Path, pages: int) -> None:
-        tallies = [json.loads(output) for output in run_engines(tmp_path, pages, seconds=2.0)]
-
-        for tally in tallies:
-            assert tally["errors"] == []
-            assert tally["wrong"] == 0
-            assert tally["right"] == tally["requests"] > 0
-            assert tally["hits"] > 0
+        for seconds in (2.0, 8.0, 32.0):  # a busy machine may evict all that is saved before any of it is written
+            tallies = [json.loads(output) for output in run_engines(tmp_path, pages, seconds=seconds)]
+            for tally in tallies:
+                assert tally["errors"] == []
+                assert tally["wrong"] == 0
+                assert tally["right"] == tally["requests"] > 0
+            if all(tally["hits"] > 0 for tally in tallies):
+                return
+        raise AssertionError(f"no hits: {tallies}")
 
     def test_one_finds_what_the_other_has_saved(self, tmp_path: Path) -> None:
         run_engines(tmp_path, 256, seconds=1.0)

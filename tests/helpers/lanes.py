@@ -29,6 +29,7 @@ class Recorder:
         self.states: list[tuple[str, bool]] = []
         self.reasons: list[str] = []
         self.directions: list[frozenset[Direction]] = []
+        self.changes: list[TierState] = []
         self._changed = threading.Condition()
 
     def outcome(self, outcome: Outcome) -> None:
@@ -42,6 +43,7 @@ class Recorder:
             self.reasons.append(state.reason)
             self.states.append((state.tier, state.is_up))
             self.directions.append(state.directions)
+            self.changes.append(state)
             self._changed.notify_all()
 
     def event(self, event: Event) -> None:

@@ -21,7 +21,7 @@ def test_json_has_the_documented_structure(tmp_path: Path) -> None:
     write_json(report(), tmp_path / "new" / "out.json")
 
     record = json.loads((tmp_path / "new" / "out.json").read_text())
-    assert list(record) == ["model", "stages", "identical"]
+    assert list(record) == ["model", "dtype", "threads", "stages", "identical"]
     assert record["model"] == "tiny"
     assert record["identical"] is True
     assert [stage["name"] for stage in record["stages"]] == ["cold", "host", "disk", "redis", "conversation", "fork"]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from kvstore.direction import Direction
 from kvstore.errors import ConfigError, StoreClosed
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
@@ -261,10 +262,12 @@ def test_whatever_a_tier_does_each_transfer_has_exactly_one_outcome(
     assert sum(c.transfers for c in counters) + never_begun == len(transfers)
     assert num_dropped == sum(c.dropped for c in counters)
     assert all((c.queued, c.running, c.stuck) == (0, 0, 0) for c in counters)
-    up: dict[str, bool] = {}
-    for name, is_up in recorder.states:
-        assert up.get(name, True) is not is_up, "each report is a change"
-        up[name] = is_up
+    up: dict[tuple[str, Direction], bool] = {}
+    for state in recorder.changes:
+        assert state.directions
+        for way in state.directions:
+            assert up.get((state.tier, way), True) is not state.is_up, "each report is a change"
+            up[state.tier, way] = state.is_up
 
 
 # The end.
@@ -359,3 +362,22 @@ def test_close_while_a_ping_hangs_returns_in_time(
     tier.wait_for_hanging()
 
     assert mover.close(0.02) == 0
+
+
+def test_a_housekeeper_that_is_busy_when_the_mover_closes_ends_afterwards(
+    make_mover: MakeMover, make: Transfers
+) -> None:
+    is_busy, may_go_on = threading.Event(), threading.Event()
+
+    def on_outcome(_: Outcome) -> None:
+        is_busy.set()
+        may_go_on.wait(WAIT_S)
+
+    mover = make_mover(on_outcome=on_outcome)
+    mover.submit([make(Op.PROBE, tier="tape")])  # a tier that there is not: the housekeeper answers
+    assert is_busy.wait(WAIT_S)
+
+    mover.close(0.0)
+    may_go_on.set()
+
+    wait_until(lambda: "kvstore-housekeeper" not in [t.name for t in threading.enumerate()])
