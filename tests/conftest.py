@@ -20,10 +20,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from kvstore.lab.models import find_smollm2
 from kvstore.tiers.redis_local import RedisNotInstalled, find_redis_server
 from tests.helpers.browser import browser_problem
+
+# A busy machine may take a second for an example of a millisecond; a hang is ended by pytest's own limit.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 GRACE_S = 5.0  # what ends by itself may take this long; a test that leaves nothing waits not at all
 FILES = Path("/proc/self/fd")

@@ -30,6 +30,7 @@ from kvstore.service.models import (
     ExplainAnswer,
     Flush,
     FlushAnswer,
+    HealthAnswer,
     InNamespace,
     Lookup,
     MatchAnswer,
@@ -73,7 +74,7 @@ class Api:
     def routes(self) -> list[Route]:
         """The table."""
         return [
-            Route("GET", "/healthz", self.health, "Is the process alive?", answer=StatusAnswer, is_open=True),
+            Route("GET", "/healthz", self.health, "Is the process alive?", answer=HealthAnswer, is_open=True),
             Route("GET", "/readyz", self.ready, "Does it serve?", answer=StatusAnswer, is_open=True, errors=(503,)),
             Route("GET", "/metrics", self.metrics, "Prometheus metrics.", produces="text/plain"),
             Route("GET", "/v1/stats", self.stats, "Counters and gauges.", query=InNamespace, answer=StatsAnswer,
@@ -112,8 +113,8 @@ class Api:
 
     # ---- the daemon ---------------------------------------------------------------------------------------------
 
-    async def health(self, call: Call) -> StatusAnswer:
-        return StatusAnswer(status="ok")
+    async def health(self, call: Call) -> HealthAnswer:
+        return HealthAnswer()
 
     async def ready(self, call: Call) -> StatusAnswer:
         if not self._daemon.is_ready:

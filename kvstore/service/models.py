@@ -383,10 +383,16 @@ class StatsAnswer(Answer):
     service: dict[str, float]
 
 
-class StatusAnswer(Answer):
-    """Whether the daemon lives, or serves. reasons: what it serves without, such as a tier that is down."""
+class HealthAnswer(Answer):
+    """The process is alive."""
 
-    status: Literal["ok", "ready", "starting", "draining"]
+    status: Literal["ok"] = "ok"
+
+
+class StatusAnswer(Answer):
+    """Whether the daemon serves. reasons: what it serves without, such as a tier that is down."""
+
+    status: Literal["ready", "starting", "draining"]
     reasons: list[str] = []
 
 

@@ -121,7 +121,7 @@ VERBS: dict[str, Callable[[World], object]] = {
     "forget": lambda w: w.planner.forget(KNOWN, 1, w.now),
     "clear": lambda w: w.planner.clear(w.now),
     "set_ttl": lambda w: w.planner.set_ttl(KNOWN, 30.0, w.now),
-    "resize_host": lambda w: w.planner.resize_host(5),
+    "resize_host": lambda w: w.planner.resize_host(6),  # three blocks of two groups fit
     "tick when all expires": lambda w: w.planner.tick(w.now + 10_000.0),
 }
 ENDS: dict[str, Callable[[World, int], object]] = {

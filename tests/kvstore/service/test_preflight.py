@@ -96,7 +96,7 @@ def test_a_redis_that_comes_later_makes_the_daemon_ready(tmp_path: Path, monkeyp
 
             info = daemon.daemon.preflight.redis
             assert info is not None
-            assert (info.policy, info.evicts) == ("allkeys-lru", True)
+            assert (info.policy, info.evicts) == ("allkeys-lfu", True)
             assert info.version
         assert seen.problems() == []
 
