@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from kvstore.service.namespaces import layout_to_json, namespace_to_json
 from kvstore.service.protocol import Op
 from tests.helpers.daemons import LocalDaemon, attach, local_daemon
 from tests.helpers.odd_requests import SECRET, body_of, everything_logged, odd_requests, status_of, talk
-from tests.helpers.stores import LAYOUT, load, namespace, prompt, save
+from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, prompt, save
 
 ROUTES = {
     "/v1/lookup": b'{"tokens": [1, 2, 3]}',
@@ -29,7 +30,12 @@ def daemon(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalDaem
         tokens.write_text(f'[[tenant]]\nname = "blue"\ntoken = "{SECRET}"\noperator = true\n')
         tokens.chmod(0o600)
         service["tokens_file"] = tokens  # type: ignore[assignment]
-    with local_daemon(tmp_path / "kv.sock", **{"service": service, "store": {"load_or_recompute": False}}) as daemon:
+    sections: dict[str, Any] = {
+        "service": service,
+        "store": {"load_or_recompute": False},
+        "host": {"capacity_bytes": 32 * 64 * PAGE_BYTES},  # every namespace has its share
+    }
+    with local_daemon(tmp_path / "kv.sock", **sections) as daemon:
         yield daemon
 
 
