@@ -55,7 +55,7 @@ def know(secrets: Iterable[str | bytes]) -> None:
 
 def digest(secret: str) -> bytes:
     """What `know` keeps of a secret."""
-    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
 def mask(text: str) -> str:

@@ -3,6 +3,8 @@
 import logging
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvstore.service import logs
 
@@ -50,6 +52,19 @@ def test_what_looks_like_a_secret_is_masked(line: str, masked: str) -> None:
 )
 def test_a_secret_that_is_known_is_masked_wherever_it_stands(known: None, line: str) -> None:
     assert "0123456789" not in logs.mask(line)
+
+
+@given(line=st.text(st.characters(exclude_categories=()), max_size=60))
+def test_any_line_can_be_masked_surrogates_that_stand_alone_too(line: str) -> None:
+    logs.know([SECRET])
+    for text in (line, f"client {line}evil\ud800 is here", f"{line} {SECRET}"):
+        assert SECRET not in logs.mask(text)
+
+
+def test_a_secret_that_is_no_text_is_masked_too() -> None:
+    logs.know(["not-utf8-\udcff\ud800-0123456789"])  # as the environment gives bytes that are no text
+
+    assert logs.mask("token not-utf8-\udcff\ud800-0123456789 refused") == "token *** refused"
 
 
 def test_a_traceback_is_masked_too(known: None) -> None:
