@@ -181,6 +181,7 @@ def _lower_tiers(
             layout.slot_bytes,
             disk.capacity_bytes,
             direct=disk.direct_io,
+            shared=disk.shared,
         )
         plan = TierPlan(
             name=tier.name,

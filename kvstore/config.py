@@ -145,7 +145,7 @@ class DiskConfig(Section):
     ttl_s: Seconds = Field(default=0.0, ge=0, description="A page unused for this long is dropped; 0 means never.")
     workers: Count = Field(default=4, ge=1, le=64, description="Threads that read and write pages.")
     direct_io: bool = Field(default=True, description="Bypass the page cache (O_DIRECT) where the file system can.")
-    shared: bool = Field(default=True, description="Other processes may use the same directory at the same time.")
+    shared: bool = Field(default=True, description="Other processes may store there too; false keeps them out.")
     admit: Admit = Field(
         default="always", description="Which saved pages are written: all, or only from their second use on."
     )

@@ -76,9 +76,19 @@ class IndexMapFull(TierUnavailable):
 class DiskDirectory:
     """Shared by all tiers of this process over one directory. Any thread."""
 
-    def __init__(self, path: Path, geometry: Geometry | None, num_slots: int, *, direct: bool, read_only: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        geometry: Geometry | None,
+        num_slots: int,
+        *,
+        direct: bool,
+        read_only: bool,
+        shared: bool = True,
+    ) -> None:
         """Open or create; `geometry` None takes what is there. Use `open_directories.acquire` instead."""
         self.path = path
+        self._shared = shared
         self.read_only = read_only
         self._judges_owner = not (read_only and os.geteuid() == 0)  # root may look at what is another user's
         self.lost_pages = 0
@@ -114,8 +124,9 @@ class DiskDirectory:
         unavailable until `revive`.
         """
         self._check_process()
-        self._gate.enter()
+        call = object()
         try:
+            self._gate.enter(call)
             assert self._index is not None
             yield self._index
         except (lmdb.MapFullError, lmdb.MapResizedError) as error:
@@ -136,7 +147,10 @@ class DiskDirectory:
             self._gate.shut(f"disk tier: the index in {self.path} failed: {error}")
             raise TierUnavailable(f"disk tier: the index in {self.path} failed: {error}") from error
         finally:
-            self._gate.leave()
+            try:
+                self._gate.leave(call)
+            finally:
+                self._gate.leave(call)  # if that was interrupted
 
     def revive(self) -> None:
         """Open again what broke; nothing if nothing did. Raises TierUnavailable if it still cannot be used."""
@@ -184,8 +198,13 @@ class DiskDirectory:
                     self._gate.open()
             _log.warning("%s; it has %d bytes now", full, map_bytes)
 
-    def join(self, geometry: Geometry | None, num_slots: int, *, read_only: bool) -> None:
+    def join(self, geometry: Geometry | None, num_slots: int, *, read_only: bool, shared: bool = True) -> None:
         """Let one more tier of this process use it. Raises what opening it would raise."""
+        if not read_only and not (shared and self._shared):
+            raise ConfigError(
+                f"disk.shared is false, and another store of this process has disk.path {self.path} open; close that, "
+                f"or choose another disk.path, or set disk.shared = true for both"
+            )
         if self.read_only and not read_only:
             raise ConfigError(f"disk.path is {self.path}: this process has it open for reading only; close that first")
         if geometry is not None:
@@ -235,6 +254,8 @@ class DiskDirectory:
         try:
             check_files(self.path, judge_owner=self._judges_owner)
             self._lock = self._open_lock()
+            if self._lock is not None and not self.read_only:
+                self._lock.own(alone=not self._shared)
             alone = self._lock is not None and self._lock.enter(deadline, may_set_up=not self.read_only)
             self._check_index(alone)
             try:

@@ -3,6 +3,7 @@
     byte 0          shared by every process that has the directory open; exclusive while the first of them sets it up
     byte 1          held during a write transaction
     bytes 2 to 5    shared by readers: which snapshots of the index are being read (index_snapshots.py)
+    byte 6          held by every process that stores: exclusively where `disk.shared` is false, shared otherwise
     byte 16 + id    held by writer `id` as long as it lives, so that slots a dead writer was filling can be taken back
 
 Unlike process ids, locks are not fooled by a reused number or by containers that cannot see each other's processes, and
@@ -33,8 +34,9 @@ from pathlib import Path
 from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.tiers.private_files import open_private
 
-_USERS, _WRITE, _READERS, _WRITERS = 0, 1, 2, 16  # byte offsets of locks
+_USERS, _WRITE, _READERS, _OWNERS, _WRITERS = 0, 1, 2, 6, 16  # byte offsets of locks
 POLL_S = 0.001  # fcntl has no wait with a deadline; a transaction takes about this long
+OWNER_WAIT_S = 5.0  # a process that was killed keeps its locks until its memory is given back
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 _NEWEST = struct.Struct("<Q")  # the content: the newest snapshot, then the kernel
@@ -52,7 +54,20 @@ class DirectoryLock:
         self.read_only = read_only
         flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
         self._fd = open_private(path, flags, judge_owner=judge_owner)
-        self._threads = threading.Lock()  # POSIX locks do not tell threads of one process apart
+        self._threads = (
+            threading.RLock()
+        )  # POSIX locks do not tell threads apart. An RLock, since that knows whose it is
+
+    def own(self, *, alone: bool) -> None:
+        """Become one of those that store in the directory, or, `alone`, the only one.
+
+        Raises ConfigError if another process is, or does not let others in.
+        """
+        deadline = time.monotonic() + OWNER_WAIT_S
+        while not self._take(fcntl.LOCK_EX if alone else fcntl.LOCK_SH, _OWNERS):
+            if time.monotonic() >= deadline:
+                raise ConfigError(self._refusal(alone))
+            time.sleep(POLL_S)
 
     def enter(self, deadline: float, *, may_set_up: bool = True) -> bool:
         """Become a user of the directory; True if this is the only process, which then holds it exclusively.
@@ -89,35 +104,25 @@ class DirectoryLock:
     @contextlib.contextmanager
     def writing(self, deadline: float) -> Iterator[None]:
         """Be the only writer of all processes and threads. Raises TierUnavailable if not so by `deadline`."""
-        if not self._threads.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise TierUnavailable("disk tier: another thread has held the index's write lock for too long")
-        try:
-            while not self._take(fcntl.LOCK_EX, _WRITE):
-                if time.monotonic() >= deadline:
-                    raise TierUnavailable("disk tier: another process has held the index's write lock for too long")
-                time.sleep(POLL_S)
-            try:
+        with self._turn(deadline - time.monotonic()) as is_ours:
+            if not is_ours:
+                raise TierUnavailable("disk tier: another thread has held the index's write lock for too long")
+            with self._unlocking(_WRITE):
+                while not self._take(fcntl.LOCK_EX, _WRITE):
+                    if time.monotonic() >= deadline:
+                        raise TierUnavailable("disk tier: another process has held the index's write lock for too long")
+                    time.sleep(POLL_S)
                 yield
-            finally:
-                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, _WRITE)
-        finally:
-            self._threads.release()
 
     @contextlib.contextmanager
     def holding_writers_off(self) -> Iterator[bool]:
         """True while nobody may write, in any process; False, at once, if somebody is writing now."""
-        if not self._threads.acquire(blocking=False):
-            yield False
-            return
-        try:
-            held = self._take(fcntl.LOCK_SH, _WRITE)
-            try:
-                yield held
-            finally:
-                if held:
-                    fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, _WRITE)
-        finally:
-            self._threads.release()
+        with self._turn(0.0) as is_ours:
+            if not is_ours:
+                yield False
+                return
+            with self._unlocking(_WRITE):
+                yield self._take(fcntl.LOCK_SH, _WRITE)
 
     def live(self, writer: int) -> None:
         """Mark writer `writer` as living in this process."""
@@ -160,6 +165,34 @@ class DirectoryLock:
             os.close(self._fd)
             self._fd = -1
 
+    # An exception from outside (Ctrl-C, a watchdog) may come between any two steps, so none relies on the one before:
+    # what is let go is what may have been taken. Nobody else lets go of a lock for a process that lives on.
+
+    @contextlib.contextmanager
+    def _turn(self, timeout_s: float) -> Iterator[bool]:
+        """This thread's turn; False if it has not come in time. A thread never asks for it twice."""
+        try:
+            yield self._threads.acquire(timeout=max(0.0, timeout_s))
+        finally:
+            try:
+                self._threads.release()
+            except RuntimeError:  # not ours
+                pass
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    self._threads.release()
+                raise
+
+    @contextlib.contextmanager
+    def _unlocking(self, byte: int) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            try:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, byte)
+            finally:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, byte)
+
     def _take(self, kind: int, byte: int) -> bool:
         try:
             fcntl.lockf(self._fd, kind | fcntl.LOCK_NB, 1, byte)
@@ -178,6 +211,15 @@ class DirectoryLock:
         raw = fcntl.fcntl(self._fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
         kind, _, _, _, pid = _FLOCK.unpack(raw)
         return None if kind == fcntl.F_UNLCK else max(0, pid)
+
+    def _refusal(self, alone: bool) -> str:
+        pid = self._holder(_OWNERS)
+        who = f"process {pid}" if pid else "a process of another container" if pid == 0 else "another process"
+        if alone:
+            text = f"disk.shared is false, and {who} has disk.path {self.path.parent} open"
+        else:
+            text = f"disk.path is {self.path.parent}: {who} has it open with disk.shared = false"
+        return f"{text}; stop it, or choose another disk.path, or set disk.shared = true for both"
 
     def _check_kernel(self) -> None:
         theirs = os.pread(self._fd, _KERNEL_BYTES, _NEWEST.size)

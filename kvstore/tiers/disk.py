@@ -74,6 +74,7 @@ class DiskTier:
         *,
         direct: bool = True,
         read_only: bool = False,
+        shared: bool = True,
         now: Callable[[], float] = time.time,
         name: str = "disk",
     ) -> DiskTier:
@@ -81,11 +82,12 @@ class DiskTier:
 
         direct:    O_DIRECT where the filesystem has it; False always goes through the page cache.
         read_only: nothing is written, not even a touch; the capacity is what is there.
+        shared:    False for the only tier that stores there, in any process; readers are let in.
         now:       Unix seconds, for deadlines of pages.
 
-        Every page published before is found again. Raises ConfigError naming `disk.path` or `disk.capacity_bytes` (no
-        such place, no room, smaller than what is there), LayoutMismatch if the pages in it are of another layout (they
-        stay), TierUnavailable if other processes keep it from being opened.
+        Every page published before is found again. Raises ConfigError naming `disk.path`, `disk.capacity_bytes` or
+        `disk.shared` (no such place, no room, smaller than what is there, somebody else's), LayoutMismatch if the pages
+        in it are of another layout (they stay), TierUnavailable if other processes keep it from being opened.
         """
         if slot_bytes <= 0 or slot_bytes % SLOT_ALIGNMENT:
             raise ConfigError(
@@ -101,6 +103,7 @@ class DiskTier:
             capacity_bytes // slot_bytes,
             direct=direct,
             read_only=read_only,
+            shared=shared,
         )
         return cls(directory, read_only=read_only, now=now, name=name)
 

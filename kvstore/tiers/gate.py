@@ -16,46 +16,52 @@ class Gate:
 
     def __init__(self) -> None:
         """A shut gate."""
-        self._changed = threading.Condition()
-        self._inside = 0
+        self._lock = (
+            threading.RLock()
+        )  # entered itself: a Condition's own `__enter__` can be interrupted when it has it
+        self._changed = threading.Condition(self._lock)
+        self._inside: set[object] = set()
         self._reason: str | None = "not opened yet"
         self._pause_s: float | None = None
 
-    def enter(self) -> None:
-        """Begin a call. Raises TierUnavailable with the reason while the gate is shut, or paused for too long."""
-        with self._changed:
+    def enter(self, call: object) -> None:
+        """Begin a call, which `leave` ends, after an exception in here too.
+
+        Raises TierUnavailable with the reason while the gate is shut, or paused for too long.
+        """
+        with self._lock:
             if self._pause_s is not None and not self._changed.wait_for(lambda: self._pause_s is None, self._pause_s):
                 raise TierUnavailable("disk tier: the gate was paused for too long")
             if self._reason is not None:
                 raise TierUnavailable(self._reason)
-            self._inside += 1
+            self._inside.add(call)
 
-    def leave(self) -> None:
-        """End a call."""
-        with self._changed:
-            self._inside -= 1
-            if self._inside == 0:
+    def leave(self, call: object) -> None:
+        """End a call. Idempotent."""
+        with self._lock:
+            self._inside.discard(call)
+            if not self._inside:
                 self._changed.notify_all()
 
     def open(self) -> None:
         """Let calls pass."""
-        with self._changed:
+        with self._lock:
             self._reason = self._pause_s = None
             self._changed.notify_all()
 
     def shut(self, reason: str) -> None:
         """Let no further call pass, and tell each why."""
-        with self._changed:
+        with self._lock:
             self._reason, self._pause_s = reason, None
             self._changed.notify_all()
 
     def pause(self, longest_s: float) -> None:
         """Let calls wait, each at most `longest_s`, until `open` or `shut`."""
-        with self._changed:
+        with self._lock:
             self._pause_s = longest_s
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until no call is inside; False if some still are after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
-        with self._changed:
-            return self._changed.wait_for(lambda: self._inside == 0, max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            return self._changed.wait_for(lambda: not self._inside, max(0.0, deadline - time.monotonic()))

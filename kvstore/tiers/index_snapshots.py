@@ -48,8 +48,8 @@ class IndexSnapshots:
         """Take an environment that is open without LMDB's own locks."""
         self._env = env
         self._lock = lock
-        self._mutex = threading.Lock()  # of the next line; POSIX locks do not count threads
-        self._num_reading = [0] * RING
+        self._mutex = threading.RLock()  # of the next line; a reader may be collected while its thread holds it
+        self._readers: list[set[_Reading]] = [set() for _ in range(RING)]  # POSIX locks do not count threads
 
     def reading(self) -> _Reading:
         """A read transaction, as a context. Raises TierUnavailable if a stopped writer keeps it from beginning."""
@@ -62,7 +62,7 @@ class IndexSnapshots:
         """
         ring = snapshot % RING
         while True:
-            if self._num_reading[ring] == 0:
+            if not self._readers[ring]:
                 pid = self._lock.reader(ring)
                 if pid is None:
                     return
@@ -83,85 +83,91 @@ class IndexSnapshots:
         if self._env.info()["last_txnid"] == snapshot:
             self._lock.set_newest(snapshot)
 
-    def begin(self) -> tuple[Txn, int]:
-        """Begin a read transaction; what `end` needs. For `reading`."""
+    def begin(self, reader: _Reading) -> Txn:
+        """Begin the transaction of `reader`; after an exception `end` it as well."""
         deadline = 0.0
         while True:
-            begun = self._begin_newest() or self._begin_without_writers()
-            if begun is not None:
-                return begun
+            if self._begin_newest(reader) or self._begin_without_writers(reader):
+                return reader.txn
             if not deadline:
                 deadline = time.monotonic() + READ_WAIT_S
             elif time.monotonic() >= deadline:
                 raise TierUnavailable("disk tier: another process has held the index's write lock for too long")
             time.sleep(_SPIN_S)
 
-    def end(self, txn: Txn, ring: int) -> None:
-        """End what `begin` began."""
+    def end(self, reader: _Reading) -> None:
+        """End whatever `begin` has begun. Idempotent: what was interrupted is done again."""
         try:
-            txn.abort()
+            if reader.txn is not None:
+                reader.txn.abort()
+                reader.txn = None
         finally:
-            self._leave(ring)
+            if reader.ring is not None:
+                with self._mutex:
+                    self._readers[reader.ring].discard(reader)
+                    if not self._readers[reader.ring]:
+                        self._lock.end_reading(reader.ring)
+                reader.ring = None
 
-    def _begin_newest(self) -> tuple[Txn, int] | None:
+    def _begin_newest(self, reader: _Reading) -> bool:
         newest = self._lock.newest()
         if newest < 0:
-            return None
-        ring = newest % RING
-        self._enter(ring)
-        txn = None
-        try:
-            # A root that is half written may seem to lie beyond the map; without writers the error would be a true one.
-            with contextlib.suppress(MapResizedError):
-                txn = self._env.begin()
-            if txn is not None and txn.id() == newest:
-                return txn, ring
-        except BaseException:
-            self._leave(ring)
-            raise
-        if txn is not None:
-            txn.abort()
-        self._leave(ring)
-        return None
+            return False
+        self._enter(reader, newest % RING)
+        # A root that is half written may seem to lie beyond the map; without writers the error would be a true one.
+        with contextlib.suppress(MapResizedError):
+            reader.txn = self._env.begin()
+        if reader.txn is not None and reader.txn.id() == newest:
+            return True
+        self.end(reader)
+        return False
 
-    def _begin_without_writers(self) -> tuple[Txn, int] | None:
+    def _begin_without_writers(self, reader: _Reading) -> bool:
         with self._lock.holding_writers_off() as held:
             if not held:
-                return None
-            txn = self._env.begin()
-            ring = txn.id() % RING
-            try:
-                self._enter(ring)
-            except BaseException:
-                txn.abort()
-                raise
-            self._lock.set_newest(txn.id())
-            return txn, ring
+                return False
+            reader.txn = self._env.begin()
+            snapshot = reader.txn.id()
+            self._enter(reader, snapshot % RING)
+            self._lock.set_newest(snapshot)
+            return True
 
-    def _enter(self, ring: int) -> None:
+    def _enter(self, reader: _Reading, ring: int) -> None:
         with self._mutex:
-            if self._num_reading[ring] == 0:
+            # In this order, so that an exception at any place leaves nothing that `end` does not find.
+            reader.ring = ring
+            self._readers[ring].add(reader)
+            if len(self._readers[ring]) == 1:
                 self._lock.begin_reading(ring)
-            self._num_reading[ring] += 1
-
-    def _leave(self, ring: int) -> None:
-        with self._mutex:
-            self._num_reading[ring] -= 1
-            if self._num_reading[ring] == 0:
-                self._lock.end_reading(ring)
 
 
 class _Reading:
-    """A context, by hand: this is done for each batch, and a generator takes longer than all the rest."""
+    """A context, by hand: this is done for each batch, and a generator takes longer than all the rest.
 
-    __slots__ = ("_ring", "_snapshots", "_txn")
+    An exception from outside (Ctrl-C, a watchdog) may come anywhere. So a reader itself says what it holds, from before
+    it holds it, and what is not ended when it is collected is ended then.
+    """
+
+    txn: Txn | None = None
+    ring: int | None = None
 
     def __init__(self, snapshots: IndexSnapshots) -> None:
         self._snapshots = snapshots
 
     def __enter__(self) -> Txn:
-        self._txn, self._ring = self._snapshots.begin()
-        return self._txn
+        try:
+            return self._snapshots.begin(self)
+        except BaseException:
+            self._snapshots.end(self)
+            raise
 
     def __exit__(self, *_: object) -> None:
-        self._snapshots.end(self._txn, self._ring)
+        try:
+            self._snapshots.end(self)
+        finally:
+            if self.ring is not None:  # interrupted
+                self._snapshots.end(self)
+
+    def __del__(self) -> None:
+        if self.txn is not None or self.ring is not None:
+            self._snapshots.end(self)

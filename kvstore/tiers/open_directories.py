@@ -18,18 +18,24 @@ _opened_lock = threading.Lock()  # opening and closing only; never held while by
 
 
 def acquire(
-    path: Path, geometry: Geometry | None = None, num_slots: int = 0, *, direct: bool = True, read_only: bool = False
+    path: Path,
+    geometry: Geometry | None = None,
+    num_slots: int = 0,
+    *,
+    direct: bool = True,
+    read_only: bool = False,
+    shared: bool = True,
 ) -> DiskDirectory:
     """The directory at `path`, opened now or shared with this process's other tiers. End with `release`.
 
     Raises ConfigError, LayoutMismatch, or TierUnavailable if other processes keep it from being used.
     """
     with _opened_lock:
-        shared = _opened.get(_identity(path)) if path.exists() else None
-        if shared is not None:
-            shared.join(geometry, num_slots, read_only=read_only)
-            return shared
-        directory = DiskDirectory(path, geometry, num_slots, direct=direct, read_only=read_only)
+        opened = _opened.get(_identity(path)) if path.exists() else None
+        if opened is not None:
+            opened.join(geometry, num_slots, read_only=read_only, shared=shared)
+            return opened
+        directory = DiskDirectory(path, geometry, num_slots, direct=direct, read_only=read_only, shared=shared)
         _opened[_identity(path)] = directory
         return directory
 

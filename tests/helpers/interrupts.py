@@ -27,9 +27,10 @@ def interrupted_at(n: int) -> Iterator[list[str]]:
         name = frame.f_code.co_filename
         if not any(package in name for package in PACKAGES) or any(other in name for other in NOT_STEPS):
             return None
-        # A trace function can raise between the last line of a `with` and its end, where the interpreter looks at no
-        # signal and no exception of another thread: the lock would stay locked.
-        if event == "line" and not linecache.getline(name, frame.f_lineno).lstrip().startswith("with "):
+        # A trace function can raise between the last line of a `with` and its end, or just before a `try` is entered,
+        # where the interpreter looks at no signal and no exception of another thread: the lock would stay locked.
+        line = linecache.getline(name, frame.f_lineno).strip()
+        if event == "line" and not line.startswith("with ") and line not in ("try:", "finally:"):
             left[0] -= 1
             if left[0] == 0:
                 where.append(f"{name}:{frame.f_lineno}")

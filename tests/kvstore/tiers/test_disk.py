@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -35,6 +36,7 @@ from tests.helpers.disk import (
     record_of,
 )
 from tests.helpers.pages import TIMEOUT_S, FakeClock, fetch, filled, key_of, keys_of, payload, slots, store
+from tests.helpers.stores import open_small
 
 ROOT = Path(__file__).parents[3]
 
@@ -638,15 +640,105 @@ def run_child(program: str, path: Path) -> Popen[bytes]:
     return Popen([sys.executable, "-c", PREAMBLE + program, str(path)], stdout=PIPE, cwd=ROOT)
 
 
+OPEN_AND_WAIT = """
+import sys
+from pathlib import Path
+from tests.helpers.disk import open_disk
+tier = open_disk(Path(sys.argv[1]), shared=sys.argv[2] == "shared")
+print("open", flush=True)
+sys.stdin.readline()
+tier.close()
+"""
+
+
+class TestADirectoryOfItsOwn:
+    """`disk.shared = false`: one process stores there, or several that all let others in."""
+
+    @pytest.fixture
+    def holder(self, tmp_path: Path) -> Iterator[Callable[[str], Popen[bytes]]]:
+        children: list[Popen[bytes]] = []
+
+        def hold(kind: str) -> Popen[bytes]:
+            child = Popen([sys.executable, "-c", OPEN_AND_WAIT, tmp_path, kind], stdin=PIPE, stdout=PIPE, cwd=ROOT)
+            children.append(child)
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"open\n"
+            return child
+
+        yield hold
+        for child in children:
+            child.kill()
+            child.communicate()
+
+    def test_nobody_is_let_in_beside_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: Callable[[str], Popen[bytes]]
+    ) -> None:
+        monkeypatch.setattr("kvstore.tiers.directory_lock.OWNER_WAIT_S", 0.1)
+        child = holder("alone")
+        words = rf"disk\.path is {tmp_path}: process {child.pid} has it open with disk\.shared = false; stop it, or"
+
+        with pytest.raises(ConfigError, match=words):
+            open_disk(tmp_path)
+        with pytest.raises(
+            ConfigError, match=rf"disk\.shared is false, and process {child.pid} has .* {tmp_path} open"
+        ):
+            open_disk(tmp_path, shared=False)
+
+        child.communicate(b"\n")
+        open_disk(tmp_path).close()
+
+    def test_it_is_not_opened_beside_others(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: Callable[[str], Popen[bytes]]
+    ) -> None:
+        monkeypatch.setattr("kvstore.tiers.directory_lock.OWNER_WAIT_S", 0.1)
+        child = holder("shared")
+
+        with pytest.raises(
+            ConfigError, match=rf"disk\.shared is false, and process {child.pid} has .* {tmp_path} open"
+        ):
+            open_disk(tmp_path, shared=False)
+        open_disk(tmp_path).close()
+
+        child.communicate(b"\n")
+        open_disk(tmp_path, shared=False).close()
+
+    def test_a_restart_after_a_kill_is_let_in(self, tmp_path: Path, holder: Callable[[str], Popen[bytes]]) -> None:
+        for _ in range(3):
+            holder("alone").kill()  # and is not waited for, as by a supervisor that starts the next one at once
+
+        with closing(open_disk(tmp_path, shared=False)) as tier:
+            assert store(tier, keys_of("page", 2), SLOT_BYTES) == [True, True]
+
+    def test_whoever_only_looks_is_let_in(self, tmp_path: Path, holder: Callable[[str], Popen[bytes]]) -> None:
+        holder("alone")
+
+        with closing(DiskTier.open(tmp_path, "layout", SLOT_BYTES, 0, read_only=True)) as tier:
+            assert stored_keys(tier) == []
+
+    def test_a_second_store_of_one_process_is_refused_as_well(self, tmp_path: Path) -> None:
+        with closing(open_disk(tmp_path, shared=False)), pytest.raises(ConfigError, match="another store of this proc"):
+            open_disk(tmp_path)
+        with closing(open_disk(tmp_path)), pytest.raises(ConfigError, match=r"disk\.shared is false"):
+            open_disk(tmp_path, shared=False)
+        open_disk(tmp_path, shared=False).close()
+
+    def test_the_configuration_says_which(self, tmp_path: Path) -> None:
+        with closing(open_small(tmp_path, disk={"shared": False})), pytest.raises(ConfigError, match="another store"):
+            open_small(tmp_path)
+
+
 class TestLocks:
     def test_threads_of_one_process_exclude_each_other_too(self, tmp_path: Path) -> None:
         lock = DirectoryLock(tmp_path / "lock")
 
-        with lock.writing(time.monotonic() + 1):  # noqa: SIM117
-            with pytest.raises(TierUnavailable, match="another thread"), lock.writing(time.monotonic() + 0.01):
+        def write() -> None:
+            with lock.writing(time.monotonic() + 0.01):
                 pass
-        with lock.writing(time.monotonic() + 1):
-            pass
+
+        with ThreadPoolExecutor(1) as other:
+            with lock.writing(time.monotonic() + 1), pytest.raises(TierUnavailable, match="another thread"):
+                other.submit(write).result()
+            other.submit(write).result()
         lock.close()
 
     def test_a_closed_tier_leaves_no_living_writer(self, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -22,8 +23,9 @@ from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.tiers import directory_lock
 from kvstore.tiers.directory_lock import DirectoryLock
 from kvstore.tiers.disk_report import describe, verify
-from kvstore.tiers.index_snapshots import IndexSnapshots
+from kvstore.tiers.index_snapshots import RING, IndexSnapshots
 from tests.helpers.disk import SLOT_BYTES, check_slots, index_of, open_disk
+from tests.helpers.interrupts import interrupted_at
 from tests.helpers.pages import TIMEOUT_S, fetch, key_of, keys_of, payload, store
 
 ROOT = Path(__file__).parents[3]
@@ -178,6 +180,80 @@ class TestOneProcess:
             reader.join()
 
         assert (wrong, ended) == ([], [True] * 3)
+
+
+LOOK_AT_LOCKS = """
+for _ in sys.stdin:
+    print([byte for byte in range(6) if byte and table.lock._holder(byte) is not None], flush=True)
+"""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt inside a finalizer
+class TestInterrupts:
+    """An exception at any line: no lock of the process is left, which would stop the writers of all others."""
+
+    @pytest.fixture
+    def held(self, table: Table, tmp_path: Path) -> Iterator[Callable[[], str]]:
+        """Which bytes of the lock file another process finds held."""
+        child = run_child(LOOK_AT_LOCKS, tmp_path)
+
+        def ask() -> str:
+            assert child.stdin is not None
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+            return say(child).decode().strip()
+
+        assert ask() == "[]"
+        with table.snapshots.reading():
+            assert ask() != "[]"
+        yield ask
+        end(child)
+
+    @pytest.mark.parametrize("is_noted", [True, False])
+    def test_a_reader_that_is_interrupted_anywhere_holds_no_writer_up(
+        self, table: Table, held: Callable[[], str], is_noted: bool
+    ) -> None:
+        n, where = 0, [""]
+        while where:
+            n += 1
+            table.write(note=is_noted)
+            with interrupted_at(n) as where, table.snapshots.reading():
+                pass
+
+            assert (held(), table.snapshots._readers) == ("[]", [set()] * RING), where
+            on_a_thread(table.write)
+        assert n > 20
+
+    def test_a_writer_that_is_interrupted_anywhere_holds_no_writer_up(
+        self, table: Table, held: Callable[[], str]
+    ) -> None:
+        n, where = 0, [""]
+        while where:
+            n += 1
+            with interrupted_at(n) as where:
+                table.write()
+
+            assert held() == "[]", where
+            on_a_thread(table.write)
+        assert n > 20
+
+    def test_a_call_of_the_tier_that_is_interrupted_anywhere_lets_the_directory_be_closed(self, tmp_path: Path) -> None:
+        with closing(open_disk(tmp_path / "disk")) as tier:
+            n, where = 0, [""]
+            while where:
+                n += 1
+                with interrupted_at(n) as where:
+                    tier.contains(keys_of("a", 2), timeout_s=TIMEOUT_S)
+                assert tier._directory._gate.drain(0.0), where
+            assert n > 20
+            store(tier, keys_of("a", 1), SLOT_BYTES)
+            assert tier.contains(keys_of("a", 1), timeout_s=TIMEOUT_S) == [True]
+
+
+def on_a_thread(write: Callable[[], object]) -> None:
+    """A lock that is left to its thread is free for that thread only."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(write).result()
 
 
 class TestOtherProcesses:
