@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvstore.base import KVStore
     from kvstore.build import open_store
-    from kvstore.config import Config
+    from kvstore.config.sections import Config
     from kvstore.errors import KVStoreError
     from kvstore.layout import Layout
     from kvstore.plan.records import RequestOptions
-    from kvstore.service.client import RemoteStore
+    from kvstore.service.client.store import RemoteStore
     from radix.namespace import Namespace
 
 __all__ = ["Config", "KVStore", "KVStoreError", "Layout", "Namespace", "RequestOptions", "connect", "open_store"]
 
 _HOMES = {
-    "Config": "kvstore.config",
+    "Config": "kvstore.config.sections",
     "KVStore": "kvstore.base",
     "KVStoreError": "kvstore.errors",
     "Layout": "kvstore.layout",
@@ -35,8 +35,8 @@ _HOMES = {
 
 
 def connect(url: str, layout: Layout, namespace: Namespace, **options: Any) -> RemoteStore:
-    """The store of a namespace, kept by the node daemon at `url`; see `kvstore.service.connect`."""
-    from kvstore.service.connect import connect as connect_to
+    """The store of a namespace, kept by the node daemon at `url`; see `kvstore.service.client.connect`."""
+    from kvstore.service.client.connect import connect as connect_to
 
     return connect_to(url, layout, namespace, **options)
 

@@ -11,11 +11,11 @@ from kvstore.dispatcher import Dispatcher
 from kvstore.errors import ConfigError
 from kvstore.forks import forbid
 from kvstore.move.lane import Lane
-from kvstore.plan.cascade import TierPlan
 from kvstore.plan.journal import Shortfall
 from kvstore.plan.keeper import Kept
+from kvstore.plan.lower_tier import TierPlan
+from kvstore.plan.prefixes import Tour
 from kvstore.plan.records import Explanation, Request
-from kvstore.plan.tour import Tour
 from kvstore.tiers.base import CLEARED, Sweepable
 
 
@@ -51,7 +51,7 @@ class Admin:
             return [replace(one, until=one.until + ahead_s) for one in self._planner.keeper.holders]
 
     def guide(self, tour: Tour, max_blocks: int = 2048) -> bool:
-        """One step of a walk over everything that is stored; True when it is over. See kvstore/plan/tour.py."""
+        """One step of a walk over everything that is stored; True when it is over. See kvstore/plan/prefixes.py."""
         with self._lock:
             self._dispatcher.check_open()
             return tour.step(self._planner, max_blocks, self._dispatcher.now())

@@ -6,22 +6,21 @@ from collections.abc import Callable, Iterator
 from uuid import uuid4
 
 from eviction.registry import make_policy
-from kvstore.base import KVStore
-from kvstore.config import BreakerConfig, Config, RedisConfig
+from kvstore.config.sections import BreakerConfig, Config, RedisConfig
 from kvstore.errors import ConfigError
 from kvstore.layout import Layout
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
 from kvstore.move.rows import RowMover
-from kvstore.plan.cascade import TierPlan
+from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.settings import PlanSettings
 from kvstore.store import LocalStore
 from kvstore.tiers.base import Tier
-from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.disk.tier import DiskTier
 from kvstore.tiers.host import HostSlab
-from kvstore.tiers.redis import RedisTier
-from kvstore.tiers.redis_bound import BoundedRedis
+from kvstore.tiers.redis.bound import BoundedRedis
+from kvstore.tiers.redis.tier import RedisTier
 from kvstore.units import format_bytes
 from radix.namespace import Namespace
 
@@ -144,29 +143,6 @@ def attach_tier(store: LocalStore, config: Config, name: str) -> None:
             raise
         return
     raise ConfigError(f"{name}.{'path' if name == 'disk' else 'url'} is none; without it there is no tier to attach")
-
-
-def open_configured(config: Config, layout: Layout, namespace: Namespace, *, shared_name: str | None = None) -> KVStore:
-    """The store that the configuration asks for: that of a daemon where `service.url` names one, else one in here.
-
-    shared_name: for one in here, see `open_store`; the slab of a daemon on this machine is shared anyway.
-    """
-    service = config.service
-    if service.url is None:
-        return open_store(config, layout, namespace, shared_name=shared_name)
-    from kvstore.service.connect import connect
-
-    return connect(
-        service.url,
-        layout,
-        namespace,
-        token=None if service.token is None else service.token.get_secret_value(),
-        tls_ca=service.tls_ca,
-        staging_bytes=service.staging_bytes,
-        call_timeout_s=service.call_timeout_s,
-        retry_max_s=service.retry_max_s,
-        client=service.client_name or "",
-    )
 
 
 def _lower_tiers(

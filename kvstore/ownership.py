@@ -5,7 +5,7 @@ group count as nobody else's if the process is in that group: so Kubernetes hand
 0440) and volumes (root, group of the pod, 2775), and a user's own files are often his group's. Bits for everybody else
 never do.
 
-Used for tokens and keys (`secret_problem`) and for the disk tier's directory (kvstore/tiers/private_files.py).
+Used for tokens and keys (`secret_problem`) and for the disk tier's directory (kvstore/tiers/disk/private_files.py).
 """
 
 from __future__ import annotations

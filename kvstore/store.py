@@ -34,7 +34,7 @@ from kvstore.plan.records import (
     Request,
     SaveLease,
 )
-from kvstore.plan.saver import Preparing
+from kvstore.plan.saves import Preparing
 from kvstore.requests import RequestMaker, check_blocks, check_range, check_ttl
 from kvstore.stats import snapshot
 from kvstore.tiers.host import HostSlab, SlabHandle

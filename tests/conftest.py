@@ -22,8 +22,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from kvstore.lab.models import find_smollm2
-from kvstore.tiers.redis_local import RedisNotInstalled, find_redis_server
+from kvstore.demo.models import find_smollm2
+from kvstore.testing.redis_server import RedisNotInstalled, find_redis_server
 from tests.helpers.browser import browser_problem
 
 # A busy machine may take a second for an example of a millisecond; a hang is ended by pytest's own limit.

@@ -29,16 +29,21 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.limits": (),
     "kvstore.layout": ("kvstore.errors",),
     "kvstore.page": ("kvstore.errors",),
-    "kvstore.secret": ("kvstore.errors", "kvstore.tiers.redis_url"),
-    "kvstore.config_paths": (),
-    "kvstore.config_values": ("kvstore.config_paths", "kvstore.units", "eviction.registry"),
-    "kvstore.config_sources": ("kvstore.config_paths", "kvstore.errors", "kvstore.ownership", "kvstore.secret"),
-    "kvstore.config": ("kvstore.config_values", "kvstore.config_sources", "kvstore.secret", "kvstore.units"),
-    "kvstore.config_reference": (
-        "kvstore.config",
-        "kvstore.config_paths",
-        "kvstore.config_values",
-        "kvstore.config_sources",
+    "kvstore.config.secret": ("kvstore.errors", "kvstore.tiers.redis.url"),
+    "kvstore.config.paths": (),
+    "kvstore.config.values": ("kvstore.config.paths", "kvstore.units", "eviction.registry"),
+    "kvstore.config.sources": ("kvstore.config.paths", "kvstore.errors", "kvstore.ownership", "kvstore.config.secret"),
+    "kvstore.config.sections": (
+        "kvstore.config.values",
+        "kvstore.config.sources",
+        "kvstore.config.secret",
+        "kvstore.units",
+    ),
+    "kvstore.config.reference": (
+        "kvstore.config.sections",
+        "kvstore.config.paths",
+        "kvstore.config.values",
+        "kvstore.config.sources",
         "kvstore.units",
         "eviction.registry",
     ),
@@ -68,16 +73,153 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.direction",
         "kvstore.layout",
         "kvstore.page",
-        "kvstore.codec",
         "kvstore.errors",
         "kvstore.forks",
         "kvstore.limits",
+        "kvstore.tiers.base",
+        "kvstore.tiers.memory_limit",
+    ),
+    # No tier knows another.
+    "kvstore.tiers.disk": (
+        "kvstore.direction",
+        "kvstore.layout",
+        "kvstore.page",
+        "kvstore.errors",
         "kvstore.ownership",
+        "kvstore.tiers.base",
+        "kvstore.tiers.disk",
+    ),
+    "kvstore.tiers.redis": (
+        "kvstore.direction",
+        "kvstore.page",
+        "kvstore.codec",
+        "kvstore.errors",
+        "kvstore.forks",
+        "kvstore.tiers.base",
+        "kvstore.tiers.redis",
+    ),
+    "kvstore.testing": ("kvstore.errors", "kvstore.testing"),
+    "kvstore.logs": (),
+    "kvstore.console": (),
+    "kvstore.requests": ("kvstore.base", "kvstore.errors", "kvstore.plan.records", "radix"),
+    # The daemon's floors: protocol, then client and daemon, which do not know each other, HTTP, dashboard.
+    "kvstore.service.protocol": (
+        "kvstore.errors",
+        "kvstore.layout",
+        "kvstore.plan.journal",
+        "kvstore.plan.records",
+        "kvstore.requests",
+        "kvstore.service.protocol",
+        "radix",
+    ),
+    "kvstore.service.client": (
+        "kvstore.base",
+        "kvstore.config.sections",
+        "kvstore.errors",
+        "kvstore.forks",
+        "kvstore.layout",
+        "kvstore.plan.journal",
+        "kvstore.plan.records",
+        "kvstore.plan.slots",  # of the client's own staging
+        "kvstore.requests",
+        "kvstore.service.client",
+        "kvstore.service.protocol",
+        "kvstore.tiers.host",
+        "radix",
+    ),
+    "kvstore.service.client.connect": (
+        "kvstore.base",
+        "kvstore.build",  # the store in this process, where no daemon is named
+        "kvstore.config.sections",
+        "kvstore.errors",
+        "kvstore.layout",
+        "kvstore.service.client",
+        "radix.namespace",
+    ),
+    "kvstore.service.daemon": (
+        "kvstore.build",
+        "kvstore.clock",
+        "kvstore.config.sections",
+        "kvstore.errors",
+        "kvstore.layout",
+        "kvstore.logs",
+        "kvstore.ownership",
+        "kvstore.plan",
+        "kvstore.requests",
+        "kvstore.service.daemon",
+        "kvstore.service.protocol",
+        "kvstore.store",
         "kvstore.tiers",
+        "kvstore.units",
+        "kvstore.web",
+        "radix",
+    ),
+    # What puts the process together knows its parts.
+    "kvstore.service.daemon.daemon": (
+        "kvstore.config.sections",
+        "kvstore.errors",
+        "kvstore.logs",
+        "kvstore.service.daemon",
+        "kvstore.service.dashboard",
+        "kvstore.service.http",
+        "kvstore.tiers.redis.url",
+        "kvstore.web",
+    ),
+    "kvstore.service.http": (
+        "kvstore.build",
+        "kvstore.config.sections",
+        "kvstore.errors",
+        "kvstore.logs",
+        "kvstore.metrics",
+        "kvstore.ownership",
+        "kvstore.plan.records",
+        "kvstore.service.daemon",
+        "kvstore.service.http",
+        "kvstore.service.protocol",
+        "kvstore.web",
+        "radix",
+    ),
+    "kvstore.service.dashboard": (
+        "kvstore.errors",
+        "kvstore.plan.catalog",
+        "kvstore.plan.prefixes",
+        "kvstore.plan.records",
+        "kvstore.service.client.connection",
+        "kvstore.service.daemon",
+        "kvstore.service.dashboard",
+        "kvstore.service.http",
+    ),
+    # No program of ours knows another, but the command line, which starts them all.
+    "kvstore.demo": (
+        "connectors",
+        "kvstore.base",
+        "kvstore.config.sections",
+        "kvstore.console",
+        "kvstore.demo",
+        "kvstore.errors",
+        "kvstore.extras",
+        "kvstore.limits",
+        "kvstore.palette",
+        "kvstore.testing",
+        "kvstore.units",
+    ),
+    "kvstore.cluster": (
+        "connectors",
+        "kvstore.base",
+        "kvstore.cluster",
+        "kvstore.config",
+        "kvstore.errors",
+        "kvstore.logs",
+        "kvstore.metrics",
+        "kvstore.plan.records",
+        "kvstore.service.protocol.frames",
+        "kvstore.testing",
+        "kvstore.web",
     ),
     "kvstore.devices": ("kvstore.layout", "kvstore.page", "kvstore.codec", "kvstore.errors", "kvstore.devices"),
     "kvstore.extras": ("kvstore.errors",),
     "kvstore.palette": (),
+    "kvstore.web": ("kvstore.errors", "kvstore.logs", "kvstore.web"),  # any server of ours; knows none of them
     # Knows HTTP, nothing of what serves.
     "kvstore.load": ("kvstore.errors", "kvstore.extras", "kvstore.palette", "kvstore.units", "kvstore.load"),
     "kvstore.move": (
@@ -101,25 +243,24 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.forks",
         "kvstore.devices",
         "kvstore.tiers.host",  # a worker process maps the slab,
-        "kvstore.service.slab",  # and a daemon's
+        "kvstore.service.client",  # and a daemon's, or opens the store that the configuration asks for
         "kvstore.move.worker",
         "kvstore.move.rows",  # an engine that owns its host memory,
         "kvstore.page",  # and so names pages itself
-        "kvstore.store",
         "kvstore.build",
-        "kvstore.config",
+        "kvstore.config.sections",
         "radix.namespace",  # the values of the store's face: a connector knows what makes its pages different,
         "radix.tokens",  # and takes tokens as the store does
         "connectors",
     ),
 }
 # Only the face's own users: the laboratory plays whole models, everything else is below the connectors.
-CONNECTORS_USERS = ("connectors", "kvstore.lab", "kvstore.cluster")
+CONNECTORS_USERS = ("connectors", "kvstore.demo", "kvstore.cluster")
 
 # module from outside -> where it may be imported at all
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "asyncio": ("kvstore.aio", "kvstore.service", "kvstore.cluster", "kvstore.load"),
-    "aiohttp": ("kvstore.service", "kvstore.cluster", "kvstore.load"),
+    "asyncio": ("kvstore.aio", "kvstore.web", "kvstore.service", "kvstore.cluster", "kvstore.load"),
+    "aiohttp": ("kvstore.web", "kvstore.service", "kvstore.cluster", "kvstore.load"),
     # codec: storage per thread; service: a client's locks and errands, for the daemon itself has one thread;
     # vllm_layers: events, for a layer that waits for its copy; transformers_ropes: forwards that take turns
     "threading": (
@@ -129,21 +270,25 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "kvstore.tiers",
         "kvstore.codec",
         "kvstore.service",
-        "connectors.vllm_layers",
-        "connectors.transformers_ropes",
+        "connectors.vllm.layers",
+        "connectors.transformers.ropes",
     ),
     # workloads stand in for a lane; a replica computes on one thread beside its event loop
     "concurrent": ("kvstore.move", "kvstore.tiers", "kvstore.lab.workloads", "kvstore.cluster"),
-    "transformers": ("connectors", "kvstore.lab"),
+    "transformers": ("connectors", "kvstore.demo"),
     "vllm": ("connectors",),
     "sglang": ("connectors",),
-    "torch": ("connectors", "kvstore.lab", "kvstore.devices"),
+    "torch": ("connectors", "kvstore.demo", "kvstore.lab", "kvstore.devices"),
 }
 # module from outside -> imported inside functions only, so that importing our packages stays cheap and engines optional
 LAZY = ("torch", "transformers", "vllm", "sglang", "triton", "matplotlib", "gguf")
-LAZY_EXCEPT = ("connectors.transformers", "connectors.vllm", "connectors.sglang", "kvstore.lab")
-# What only vLLM itself imports, beside connectors.vllm: their base classes are its own.
-LAZY_EXCEPT += ("connectors.vllm_metrics", "connectors.vllm_tier", "connectors.vllm_cpu_spec")
+LAZY_EXCEPT = (
+    "connectors.transformers",
+    "connectors.vllm",
+    "connectors.vllm_tier",
+    "connectors.sglang",
+    "kvstore.demo",
+)
 
 
 @dataclass(frozen=True)
@@ -314,12 +459,16 @@ def check(root: Path, files: dict[str, str]) -> tuple[dict[str, Path], list[Impo
         ("radix/tree.py", "def f():\n    from kvstore import page", "radix.tree:2 imports kvstore.page"),
         ("kvstore/plan/a.py", "from ..tiers import base", "kvstore.plan.a:1 imports kvstore.tiers.base"),
         (
-            "kvstore/tiers/disk.py",
+            "kvstore/tiers/disk/tier.py",
             "from kvstore.plan.records import X",
-            "kvstore.tiers.disk:1 imports kvstore.plan.records",
+            "kvstore.tiers.disk.tier:1 imports kvstore.plan.records",
         ),
         ("kvstore/store.py", "import connectors", "kvstore.store:1 imports connectors"),
-        ("connectors/vllm.py", "from kvstore.plan import planner", "connectors.vllm:1 imports kvstore.plan.planner"),
+        (
+            "connectors/vllm/worker.py",
+            "from kvstore.plan import planner",
+            "connectors.vllm.worker:1 imports kvstore.plan.planner",
+        ),
     ],
 )
 def test_checker_sees_an_import_that_points_upwards(tmp_path: Path, file: str, source: str, told: str) -> None:
@@ -345,7 +494,7 @@ def test_checker_allows_what_the_rules_allow(tmp_path: Path) -> None:
             "radix/tree.py": "",
             "kvstore/errors.py": "",
             "kvstore/plan/planner.py": "import radix.tree\nfrom kvstore.errors import KVStoreError",
-            "kvstore/lab/demo.py": "import connectors.base",
+            "kvstore/demo/script.py": "import connectors.base",
             "connectors/base.py": "import kvstore.errors",
         },
     )
@@ -360,7 +509,7 @@ def test_checker_allows_what_the_rules_allow(tmp_path: Path) -> None:
     [
         ("kvstore/store.py", "import asyncio"),
         ("kvstore/plan/planner.py", "from threading import Lock"),
-        ("kvstore/tiers/disk.py", "import asyncio.locks"),
+        ("kvstore/tiers/disk/tier.py", "import asyncio.locks"),
         ("kvstore/build.py", "def f():\n    import vllm"),
         ("kvstore/devices/cuda.py", "import torch"),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.lab.models import find_smollm2
+from kvstore.demo.models import find_smollm2
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -17,12 +17,12 @@ from kvstore.cli.config import config
 from kvstore.cli.demo import demo
 from kvstore.cli.inspect import inspect
 from kvstore.cli.load import LoadCommand, load
-from kvstore.cli.output import print_error
 from kvstore.cli.replica import replica
 from kvstore.cli.router import router
 from kvstore.cli.serve import serve
 from kvstore.cli.top import top
 from kvstore.cli.verify import verify
+from kvstore.console import print_error
 from kvstore.errors import KVStoreError
 
 EXIT_ERROR = 2

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvstore.cli.output import add_row, console, print_json, table
+from kvstore.console import add_row, console, print_json, table
 from kvstore.errors import ConfigError
 from kvstore.units import format_bytes, format_seconds
 

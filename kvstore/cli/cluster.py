@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvstore.cli.output import add_row, console, print_json, table
+from kvstore.console import add_row, console, print_json, table
 from kvstore.errors import KVStoreError
 from kvstore.extras import how_to_install
 from kvstore.limits import usable_cpus
@@ -75,7 +75,7 @@ def up(
     from kvstore.cluster.supervisor import brought_up, interruptible
     from kvstore.cluster.supervisor_ports import free_ports
     from kvstore.cluster.topology import AUTO, NONE, ClusterSpec, assign_ports, check_counts, ports_from
-    from kvstore.lab.models import resolve_model
+    from kvstore.demo.models import resolve_model
 
     check_counts(replicas, nodes)
     _check_settings([*(setting or []), *([] if redis in (AUTO, NONE) else [f"redis.url={redis}"])])
@@ -196,7 +196,7 @@ def _spec(run: RunDirectory) -> ClusterSpec:
 def _check_settings(assignments: list[str]) -> None:
     """Raise ConfigError now for what every node would refuse later."""
     from kvstore.cli.config import overrides
-    from kvstore.config import Config
+    from kvstore.config.sections import Config
 
     sections: dict[str, Any] = {}
     for field, value in overrides(assignments).items():

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvstore.cli.output import add_row, console, print_json, table
+from kvstore.console import add_row, console, print_json, table
 from kvstore.errors import ConfigError
 
 
@@ -28,13 +28,13 @@ def config(
     Lowest to highest: defaults, the TOML file, environment variables KVSTORE_<SECTION>__<FIELD>, --set.
     A wrong value or an unknown name is told with what would be right, and exit code 2.
     """
-    from kvstore import config_reference
-    from kvstore.config import Config
+    from kvstore.config import reference
+    from kvstore.config.sections import Config
 
     if markdown:
-        typer.echo(config_reference.markdown(), nl=False)
+        typer.echo(reference.markdown(), nl=False)
         return
-    rows = config_reference.effective(Config.load(file, **overrides(setting or [])))
+    rows = reference.effective(Config.load(file, **overrides(setting or [])))
     if as_json:
         print_json({row.field: {"value": row.json_value, "source": row.source} for row in rows})
         return
@@ -55,7 +55,7 @@ def overrides(assignments: list[str]) -> dict[str, Any]:
     for text in assignments:
         field, equals, value = text.partition("=")
         if not equals:
-            from kvstore.secret import mask_url
+            from kvstore.config.secret import mask_url
 
             raise ConfigError(
                 f"--set {mask_url(text)}: there is no value; write it as FIELD=VALUE, e.g. host.ttl_s=10min"

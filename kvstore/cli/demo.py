@@ -14,7 +14,7 @@ def demo(ctx: typer.Context) -> None:
     All arguments go to the demo itself; `kvstore demo --help` lists them.
     """
     try:
-        from kvstore.lab.demo import demo as play
+        from kvstore.demo.script import demo as play
     except ImportError as error:
         raise KVStoreError(f"the demo cannot start: {error}; {how_to_install('demo')}") from error
     player = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

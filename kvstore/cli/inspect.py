@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvstore.cli.directory import Directory, check_directory
-from kvstore.cli.output import add_row, console, print_json, table
+from kvstore.console import add_row, console, print_json, table
 from kvstore.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def inspect(
 
     Nothing is changed, and other processes may use the directory meanwhile.
     """
-    from kvstore.tiers.disk_report import describe
+    from kvstore.tiers.disk.report import describe
 
     check_directory(directory)
     facts = describe(directory)
@@ -56,7 +56,7 @@ def depth_buckets(pages_by_depth: dict[int, int]) -> list[tuple[int, int, int]]:
 
 def _trunks(directory: Path, facts: dict[str, Any]) -> list[Trunk]:
     from kvstore.cli.prefixes import find_trunks
-    from kvstore.tiers.disk import DiskTier
+    from kvstore.tiers.disk.tier import DiskTier
 
     tier = DiskTier.open(directory, facts["layout"], facts["slot_bytes"], 0, read_only=True)
     try:

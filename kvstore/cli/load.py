@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from kvstore.cli.output import console
+from kvstore.console import console
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.extras import how_to_install, missing
 

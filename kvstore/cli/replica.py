@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvstore.cli.config import overrides
-from kvstore.cli.output import console
+from kvstore.console import console
 from kvstore.errors import KVStoreError
 from kvstore.extras import how_to_install, require
 
@@ -87,12 +87,12 @@ def replica(
       kvstore replica --model random --port 8001
       curl http://127.0.0.1:8001/v1/completions -d '{"prompt": "Once upon a time", "max_tokens": 8}'
     """
+    from kvstore import logs
     from kvstore.cluster.replica import ReplicaSettings, serve
     from kvstore.cluster.runner import ModelSpec
-    from kvstore.config import Config
-    from kvstore.lab.models import RANDOM, resolve_model
-    from kvstore.service import logs
-    from kvstore.service.descriptors import raise_limit
+    from kvstore.config.sections import Config
+    from kvstore.demo.models import RANDOM, resolve_model
+    from kvstore.web.descriptors import raise_limit
 
     logs.setup(verbose=verbose)
     raise_limit()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kvstore.cli.output import console
+from kvstore.console import console
 
 
 def router(
@@ -38,9 +38,9 @@ def router(
     \b
       kvstore router --replica http://127.0.0.1:8001 --replica http://127.0.0.1:8002 --policy prefix
     """
+    from kvstore import logs
     from kvstore.cluster.router import RouterSettings, serve
-    from kvstore.service import logs
-    from kvstore.service.descriptors import raise_limit
+    from kvstore.web.descriptors import raise_limit
 
     logs.setup(verbose=verbose)
     raise_limit()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvstore.cli.config import overrides
-from kvstore.cli.output import console
+from kvstore.console import console
 
 
 def serve(
@@ -33,10 +33,10 @@ def serve(
       kvstore serve --set host.capacity_bytes=8GiB --set disk.path=/var/lib/kvstore
       kvstore top
     """
-    from kvstore.config import Config
-    from kvstore.service import logs
-    from kvstore.service.daemon import serve as run
-    from kvstore.service.descriptors import raise_limit
+    from kvstore import logs
+    from kvstore.config.sections import Config
+    from kvstore.service.daemon.daemon import serve as run
+    from kvstore.web.descriptors import raise_limit
 
     logs.setup(verbose=verbose)
     raise_limit()

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvstore.cli.output import console
+from kvstore.console import console
 from kvstore.errors import TierUnavailable
 
 if TYPE_CHECKING:
-    from kvstore.service.dashboard_client import DashboardClient
+    from kvstore.service.dashboard.client import DashboardClient
 
 PERIOD_S = 1.0
 
@@ -31,9 +31,9 @@ def top(
 
     Ctrl-C ends it. The same and more is on the page at the daemon's HTTP address.
     """
-    from kvstore.config import Config
-    from kvstore.service.daemon import socket_path
-    from kvstore.service.dashboard_client import DashboardClient
+    from kvstore.config.sections import Config
+    from kvstore.service.daemon.daemon import socket_path
+    from kvstore.service.dashboard.client import DashboardClient
 
     given = {"service.url": url} if url else {}
     service = Config.load(None, **given, **({"service.token": token} if token else {})).service

@@ -11,12 +11,12 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from kvstore.cli.output import add_row, table
+from kvstore.console import add_row, table
 from kvstore.palette import TERMINAL as COLOURS
 from kvstore.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from kvstore.service.dashboard_client import DashboardClient
+    from kvstore.service.dashboard.client import DashboardClient
 
 BARS = "▁▂▃▄▅▆▇█"
 BAR_WIDTH = 24

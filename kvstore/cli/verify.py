@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvstore.cli.directory import Directory, check_directory
-from kvstore.cli.output import add_row, console, print_json, table
+from kvstore.console import add_row, console, print_json, table
 from kvstore.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from kvstore.tiers.disk_report import PageCheck
+    from kvstore.tiers.disk.report import PageCheck
 
 EXIT_BAD = 1
 MOST_BAD_SHOWN = 20
@@ -29,8 +29,8 @@ def verify(
     Bad pages are never served: the store checks the same on every read, and drops them. Nothing is changed here, and
     other processes may use the directory meanwhile.
     """
-    from kvstore.tiers.disk_report import describe
-    from kvstore.tiers.disk_report import verify as check_pages
+    from kvstore.tiers.disk.report import describe
+    from kvstore.tiers.disk.report import verify as check_pages
 
     check_directory(directory)
     total = describe(directory)["pages"]

@@ -15,21 +15,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvstore.cluster.admission import Admission, Ticket
+from kvstore import logs
+from kvstore.cluster.admission import Admission
+from kvstore.cluster.answer import Answer
 from kvstore.cluster.metrics import ReplicaMetrics
 from kvstore.cluster.runner import Job, ModelSpec, Runner
-from kvstore.config import Config
+from kvstore.config.sections import Config
 from kvstore.errors import StoreClosed
-from kvstore.service import logs
 
 if TYPE_CHECKING:
-    from connectors.transformers_report import Found, Report
-    from connectors.transformers_run import GenerationRun
+    from connectors.transformers.report import Found
 
 log = logs.limited(__name__)
 
@@ -37,54 +36,6 @@ T = TypeVar("T")
 
 POLL_S = 0.002  # where all that run wait for a tier or for another's computing: asked again after this
 DRAIN_STEP_S = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class TextPiece:
-    """The text that became certain with one token; finish_reason: "stop" or "length" with the last one."""
-
-    text: str
-    finish_reason: str | None = None
-
-
-class Answer(AsyncIterator[TextPiece]):
-    """One request inside: its pieces as they come. Raises, while iterated, what made it fail. The loop's thread only.
-
-    queue_s: from its arrival until its first step; ttft_s: until its first token was known.
-    """
-
-    def __init__(self, run: GenerationRun, ticket: Ticket, arrived: float) -> None:
-        self.run = run
-        self.ticket = ticket
-        self.arrived = arrived
-        self.queue_s = 0.0
-        self.ttft_s = 0.0
-        self.is_cancelled = False
-        self.is_over = False
-        self._pieces: asyncio.Queue[TextPiece | Exception | None] = asyncio.Queue()
-
-    @property
-    def report(self) -> Report:
-        """Where the prompt came from and what took how long; complete after the last piece."""
-        return self.run.report
-
-    def put(self, text: str, finish_reason: str | None) -> None:
-        """Hand a piece to whoever iterates."""
-        self._pieces.put_nowait(TextPiece(text, finish_reason))
-
-    def end(self, error: Exception | None = None) -> None:
-        """There will be no further piece. Idempotent."""
-        if not self.is_over:
-            self.is_over = True
-            self._pieces.put_nowait(error)
-
-    async def __anext__(self) -> TextPiece:
-        item = await self._pieces.get()
-        if item is None:
-            raise StopAsyncIteration
-        if isinstance(item, Exception):
-            raise item
-        return item
 
 
 class Engine:
@@ -140,7 +91,12 @@ class Engine:
         report = await self._compute(self._runner.warm_up)
         self.admission.prefill.observe(report.computed_tokens, report.prefill_s)
         self.admission.decode.observe(report.new_tokens - 1, report.decode_s)
-        self.metrics.attach(self)
+        self.metrics.attach(
+            self.admission,
+            num_running=lambda: self.num_running,
+            num_queued=lambda: self.num_queued,
+            store=self.runner.store if self.has_own_store else None,
+        )
         self._task = asyncio.create_task(self._serve())
 
     async def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:

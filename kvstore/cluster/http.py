@@ -8,11 +8,11 @@ from aiohttp import web
 
 from kvstore.cluster.openai import ApiError
 from kvstore.errors import ConfigError
-from kvstore.service import descriptors
-from kvstore.service.bodies import Bodies, BodyError, bad_body
-from kvstore.service.connections import Connections
-from kvstore.service.protocol import encode_json
-from kvstore.service.webserver import BAD_BODY, WebServer, bind
+from kvstore.service.protocol.frames import encode_json
+from kvstore.web import descriptors
+from kvstore.web.bodies import Bodies, BodyError, bad_body
+from kvstore.web.connections import Connections
+from kvstore.web.server import BAD_BODY, WebServer, bind
 
 
 class Site:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -13,7 +13,8 @@ from kvstore.cluster.admission import QUEUE_FULL, TOKEN_BUDGET, Admission
 from kvstore.metrics import StoreCollector
 
 if TYPE_CHECKING:
-    from kvstore.cluster.engine import Answer, Engine
+    from kvstore.base import KVStore
+    from kvstore.cluster.answer import Answer
     from kvstore.cluster.replicas import Link
 
 # A factor of about two from one to the next: a median read off them is right within 40 %.
@@ -41,27 +42,34 @@ class ReplicaMetrics:
         self.requests = self._counter("requests", "Requests answered, by HTTP status.", "status")
         self.cancelled = self._counter("cancelled", "Requests whose client left before the end.")
 
-    def attach(self, engine: Engine) -> None:
-        """Show an open engine's state, and its store's metrics where the store is in this process."""
+    def attach(
+        self,
+        admission: Admission,
+        *,
+        num_running: Callable[[], int],
+        num_queued: Callable[[], int],
+        store: KVStore | None,
+    ) -> None:
+        """Show an open engine's state, and its store's metrics. store: None if it is not in this process."""
         for name, text, read in (
-            ("running_requests", "Requests that are computed.", lambda: engine.num_running),
-            ("queued_requests", "Requests that wait for their turn.", lambda: engine.num_queued),
-            ("held_tokens", "Prompt and answer tokens of all that wait or run.", lambda: engine.admission.tokens),
+            ("running_requests", "Requests that are computed.", num_running),
+            ("queued_requests", "Requests that wait for their turn.", num_queued),
+            ("held_tokens", "Prompt and answer tokens of all that wait or run.", lambda: admission.tokens),
             (
                 "prefill_tokens_per_second",
                 "Measured rate of computing prompts.",
-                lambda: engine.admission.prefill.tokens_per_s,
+                lambda: admission.prefill.tokens_per_s,
             ),
             (
                 "decode_tokens_per_second",
                 "Measured rate of computing tokens, all requests together.",
-                lambda: engine.admission.decode.tokens_per_s,
+                lambda: admission.decode.tokens_per_s,
             ),
         ):
             Gauge(f"kvstore_replica_{name}", text, registry=self.registry).set_function(read)
-        self.registry.register(_Refusals(engine.admission))
-        if engine.has_own_store:
-            self.registry.register(StoreCollector(engine.runner.store))
+        self.registry.register(_Refusals(admission))
+        if store is not None:
+            self.registry.register(StoreCollector(store))
 
     def first_token(self, answer: Answer) -> None:
         """A request has its first token."""

@@ -21,7 +21,7 @@ from kvstore.cluster.http import error_response
 from kvstore.cluster.openai import ApiError, event
 from kvstore.cluster.replicas import NOT_THERE, Link
 from kvstore.cluster.sse import BrokenStream, Progress, events
-from kvstore.service.logs import mask
+from kvstore.logs import mask
 
 NAME_HEADER = "X-KVStore-Replica"
 SENT_ON = ("Content-Type", "Authorization", "X-Request-Id")  # of the request

@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from kvstore.config.secret import mask_url
 from kvstore.errors import ConfigError
-from kvstore.secret import mask_url
-from kvstore.service.logs import mask
+from kvstore.logs import mask
 
 log = logging.getLogger(__name__)
 

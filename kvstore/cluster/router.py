@@ -17,6 +17,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from kvstore import logs
 from kvstore.cluster.http import Site, error_response, json_response, of_library, read_body
 from kvstore.cluster.metrics import RouterMetrics
 from kvstore.cluster.openai import ApiError
@@ -24,8 +25,7 @@ from kvstore.cluster.relay import ClientGone, Relay, TryNext
 from kvstore.cluster.replicas import NOT_THERE, Link, Replicas, check_urls
 from kvstore.cluster.routing import Policy, View, make_policy
 from kvstore.metrics import CONTENT_TYPE
-from kvstore.service import logs
-from kvstore.service.bodies import Bodies
+from kvstore.web.bodies import Bodies
 
 log = logs.limited(__name__)
 

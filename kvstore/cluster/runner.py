@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvstore.config import Config
-from kvstore.lab.loaded_model import chat_ids, load_model
+from connectors.transformers.loading import chat_ids, load_model
+from kvstore.config.sections import Config
 from kvstore.plan.records import RequestOptions
 
 if TYPE_CHECKING:
-    from connectors.transformers_report import Found, Report
-    from connectors.transformers_run import GenerationRun
+    from connectors.transformers.report import Found, Report
+    from connectors.transformers.run import GenerationRun
     from kvstore.base import KVStore
 
 WARM_UP_TAIL = 48  # tokens of a chunk that is not full
@@ -73,7 +73,7 @@ class Runner:
     def __init__(self, spec: ModelSpec, config: Config) -> None:
         """Load the model and open the store, or attach to the daemon. Takes seconds; raises what both raise."""
         from connectors.transformers import KVCacheModel, open_store_for
-        from connectors.transformers_positions import max_tokens
+        from connectors.transformers.positions import max_tokens
 
         self.spec = spec
         self.model, self.tokenizer = load_model(spec.source, spec.dtype, spec.threads)

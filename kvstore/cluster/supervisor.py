@@ -22,11 +22,10 @@ from types import FrameType
 
 import psutil
 
-import kvstore
 from kvstore.cluster.supervisor_directory import ClusterError, RunDirectory
 from kvstore.cluster.supervisor_ports import holder, is_ready, redis_is_ready
 from kvstore.cluster.topology import AUTO, ClusterSpec, Kind, Process, plan
-from kvstore.tiers.redis_local import RedisNotInstalled, find_redis_server
+from kvstore.testing.redis_server import RedisNotInstalled, find_redis_server
 
 EXIT_TIMEOUT_S = 1.0  # from a process that is seen no more to its exit code
 START_TIMEOUT_S = 300.0  # imports and loading: 10 s here, minutes for a large model on a cold disk
@@ -315,7 +314,7 @@ def _environment() -> dict[str, str]:
     """Ours, without settings of a store: what the cluster is made of is on its command line."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("KVSTORE_")}
     # This very package, also in a checkout that is not installed.
-    path = os.pathsep.join(filter(None, [str(Path(kvstore.__file__).parents[1]), kept.get("PYTHONPATH", "")]))
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), kept.get("PYTHONPATH", "")]))
     return {**kept, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
 
 

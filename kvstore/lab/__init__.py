@@ -1,1 +1,1 @@
-"""The laboratory: programs that show and measure the store. Only the command line imports it."""
+"""The laboratory: `kvstore bench`, named workloads that are each measured against a ceiling in the same run."""

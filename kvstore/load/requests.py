@@ -108,7 +108,9 @@ class Workload:
         if isinstance(request.prompt, Blocks):
             from kvstore.load.tokens import make_ids  # numpy, which the command line does without until it plays
 
-            return {"prompt": make_ids(request.prompt, self.block_tokens, self.vocab_size, self.seed)}
+            asked = request.prompt
+            ids = make_ids(asked.ids, asked.num_tokens, asked.tail, self.block_tokens, self.vocab_size, self.seed)
+            return {"prompt": ids}
         messages = self.messages(request, answers)
         if messages is None:
             return None

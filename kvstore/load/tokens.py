@@ -5,12 +5,10 @@ So what the trace says is shared is shared, token by token, in every run and pro
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from kvstore.load.requests import Blocks
 
 RESERVED_IDS = 1000  # the first ids of most vocabularies are control tokens and bytes
 
@@ -18,18 +16,20 @@ _FIRST_TAIL = 1 << 40  # tails have numbers of their own, far above any block's
 _Numbers = np.ndarray[Any, np.dtype[np.uint64]]
 
 
-def make_ids(prompt: Blocks, block_tokens: int, vocab_size: int, seed: int) -> list[int]:
-    """The ids of a prompt, each below `vocab_size`; its tail beyond the blocks is like no other's."""
-    num_rest = max(0, prompt.num_tokens - len(prompt.ids) * block_tokens)
+def make_ids(
+    blocks: Sequence[int], num_tokens: int, tail: int, block_tokens: int, vocab_size: int, seed: int
+) -> list[int]:
+    """The ids of a prompt of these blocks, each below `vocab_size`; the tail beyond the blocks is like no other's."""
+    num_rest = max(0, num_tokens - len(blocks) * block_tokens)
     sources = np.concatenate(
         [
-            np.repeat(np.array(prompt.ids, np.uint64), block_tokens),
-            np.full(num_rest, _FIRST_TAIL + prompt.tail, np.uint64),
+            np.repeat(np.array(blocks, np.uint64), block_tokens),
+            np.full(num_rest, _FIRST_TAIL + tail, np.uint64),
         ]
-    )[: prompt.num_tokens]
+    )[:num_tokens]
     places = np.concatenate(
-        [np.tile(np.arange(block_tokens, dtype=np.uint64), len(prompt.ids)), np.arange(num_rest, dtype=np.uint64)]
-    )[: prompt.num_tokens]
+        [np.tile(np.arange(block_tokens, dtype=np.uint64), len(blocks)), np.arange(num_rest, dtype=np.uint64)]
+    )[:num_tokens]
     mixed = _mix(_mix(sources + np.uint64(seed)) + places)
     low = min(RESERVED_IDS, vocab_size // 4)
     ids: list[int] = (mixed % np.uint64(vocab_size - low) + np.uint64(low)).tolist()

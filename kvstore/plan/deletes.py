@@ -21,8 +21,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from kvstore.page import PageKey
-from kvstore.plan.flights import Flight, Flights
 from kvstore.plan.records import Op, Outcome, Priority
+from kvstore.plan.transfers import Flight, Flights
 
 log = logging.getLogger(__name__)
 

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvstore.plan.cascade import LowerTier
 from kvstore.plan.catalog import Page, PageState
 from kvstore.plan.cost import CostModel
 from kvstore.plan.leases import Load, Save
+from kvstore.plan.lookup import Scout
+from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.records import Request
 from kvstore.plan.retention import Retention
-from kvstore.plan.saver import Saver
-from kvstore.plan.scout import Scout
-from kvstore.plan.turns import Turns
+from kvstore.plan.saves import Saver
+from kvstore.plan.single_flight import Turns
 
 MAX_REASONS = 16
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvstore.direction import Direction
-from kvstore.plan.cascade import LowerTier
+from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.records import FlushResult, Op
 
 

@@ -20,7 +20,7 @@ from itertools import count
 
 from kvstore.clock import LARGE_STEP_S, Clock
 from kvstore.plan.catalog import Block, Page, PageState
-from kvstore.plan.hostspace import HostSpace
+from kvstore.plan.host import HostSpace
 
 MAX_STALE = 1024  # ends in the queue that do not count any more, beside as many as do
 

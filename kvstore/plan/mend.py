@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING
 
 from eviction.policy import EvictionPolicy
 from kvstore.page import PageKey
-from kvstore.plan.cascade import LowerTier
 from kvstore.plan.catalog import Block, Page, PageState
 from kvstore.plan.journal import Left
 from kvstore.plan.leases import Load
-from kvstore.plan.loader import PREFETCH
+from kvstore.plan.loads import PREFETCH
+from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.records import HOST, Op
 
 if TYPE_CHECKING:

@@ -5,16 +5,16 @@ A transfer that landed already, or was never sent, is ignored.
 
 from __future__ import annotations
 
-from kvstore.plan.cascade import LowerTier
 from kvstore.plan.catalog import Catalog, PageState
 from kvstore.plan.cost import CostModel
-from kvstore.plan.flights import Flight, Flights
-from kvstore.plan.loader import Loader
+from kvstore.plan.loads import Loader
+from kvstore.plan.lookup import Scout
+from kvstore.plan.lower_tier import LowerTier
+from kvstore.plan.lower_tiers import TierBook
 from kvstore.plan.records import Op, Outcome
 from kvstore.plan.retention import Retention
-from kvstore.plan.scout import Scout
-from kvstore.plan.tierbook import TierBook
-from kvstore.plan.turns import Turns
+from kvstore.plan.single_flight import Turns
+from kvstore.plan.transfers import Flight, Flights
 
 
 class Outcomes:

@@ -21,16 +21,17 @@ from kvstore.clock import SYSTEM_CLOCK, Clock
 from kvstore.direction import ALL_DIRECTIONS, Direction
 from kvstore.layout import Layout
 from kvstore.page import PageKey, PageMeta, page_key
-from kvstore.plan.cascade import TierPlan
 from kvstore.plan.catalog import Catalog, Page, PageState
 from kvstore.plan.cost import CostModel, TierCost
 from kvstore.plan.endings import Endings
-from kvstore.plan.flights import Flights
 from kvstore.plan.flushing import Flushing, Told, report, told_of
-from kvstore.plan.hostspace import HostSpace
+from kvstore.plan.host import HostSpace
 from kvstore.plan.keeper import Keeper
 from kvstore.plan.leases import Load, Save, slot_pages
-from kvstore.plan.loader import Loader
+from kvstore.plan.loads import Loader
+from kvstore.plan.lookup import Scout
+from kvstore.plan.lower_tier import TierPlan
+from kvstore.plan.lower_tiers import TierBook
 from kvstore.plan.mend import mend
 from kvstore.plan.outcomes import Outcomes
 from kvstore.plan.records import (
@@ -46,11 +47,10 @@ from kvstore.plan.records import (
     Transfer,
 )
 from kvstore.plan.retention import Retention
-from kvstore.plan.saver import Preparing, Saver
-from kvstore.plan.scout import Scout
+from kvstore.plan.saves import Preparing, Saver
 from kvstore.plan.settings import PlanSettings
-from kvstore.plan.tierbook import TierBook
-from kvstore.plan.turns import Turns
+from kvstore.plan.single_flight import Turns
+from kvstore.plan.transfers import Flights
 
 
 class Planner:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvstore.plan.cascade import LowerTier
 from kvstore.plan.catalog import SHARED_SESSION, Block, Page, PageState
-from kvstore.plan.hostspace import HostSpace
+from kvstore.plan.host import HostSpace
 from kvstore.plan.keeper import Keeper
+from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.records import Request
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from kvstore.lab.bench import Case, Table, measure
 from kvstore.lab.machine import machine, versions
 from kvstore.page import PageKey, PageMeta
-from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.disk.tier import DiskTier
 from kvstore.tiers.host import HostSlab
 from tests.helpers.pages import key_of
 
@@ -126,7 +126,7 @@ def _reads(bench: Bench) -> Table:
     num_bytes = bench.num_pages * bench.page_bytes
 
     def unchecked() -> None:
-        with mock.patch("kvstore.tiers.disk.verify_page", return_value=True):
+        with mock.patch("kvstore.tiers.disk.tier.verify_page", return_value=True):
             bench.on_all(bench.read)
 
     return measure(

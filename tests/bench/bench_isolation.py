@@ -18,7 +18,7 @@ from typing import Any
 from kvstore.lab.bench import Case, Table, measure
 from kvstore.lab.machine import machine, versions
 from kvstore.layout import GroupKind, LayerGroup, Layout
-from kvstore.service.connect import connect
+from kvstore.service.client.connect import connect
 from kvstore.units import KiB
 from radix.namespace import Namespace
 from tests.bench import bench_service_bytes as service

@@ -28,9 +28,9 @@ def run(
     from transformers import AutoModelForCausalLM
 
     from connectors.transformers import KVCacheModel
-    from kvstore.config import Config
-    from kvstore.lab.models import resolve_model
-    from kvstore.tiers.redis_local import LocalRedis
+    from kvstore.config.sections import Config
+    from kvstore.demo.models import resolve_model
+    from kvstore.testing.redis_server import LocalRedis
 
     demo = resolve_model(model_spec)
     model = AutoModelForCausalLM.from_pretrained(demo.source, dtype=torch.bfloat16).eval()

@@ -30,10 +30,10 @@ import xxhash
 from kvstore.lab.machine import machine, versions
 from kvstore.lab.workloads.redis import BareSocket
 from kvstore.page import PageMeta, page_key
+from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.host import HostSlab
-from kvstore.tiers.redis import RedisTier
-from kvstore.tiers.redis_local import LocalRedis
-from kvstore.tiers.redis_url import parse_redis_url
+from kvstore.tiers.redis.tier import RedisTier
+from kvstore.tiers.redis.url import parse_redis_url
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 PAGE_SIZES = (256 * KiB, MiB, 2 * MiB, 4 * MiB)

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from kvstore.layout import GroupKind, LayerGroup, Layout
-from kvstore.service.client import RemoteStore
-from kvstore.service.connect import connect
+from kvstore.service.client.connect import connect
+from kvstore.service.client.store import RemoteStore
 from kvstore.units import KiB, MiB
 from radix.namespace import Namespace
 from tests.bench import bench_service_bytes

@@ -36,8 +36,8 @@ from kvstore.lab.bench import Case, Table, measure
 from kvstore.lab.machine import machine, versions
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.records import Request
-from kvstore.service.client import RemoteStore
-from kvstore.service.connect import connect
+from kvstore.service.client.connect import connect
+from kvstore.service.client.store import RemoteStore
 from kvstore.tiers.host import HostSlab
 from kvstore.units import KiB, MiB
 from radix.namespace import Namespace

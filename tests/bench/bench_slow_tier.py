@@ -24,9 +24,9 @@ def run(model_spec: str | None = None, num_tokens: int = 1024, delay_s: float = 
 
     from connectors.transformers import KVCacheModel, model_layout, model_namespace
     from eviction.registry import make_policy
-    from kvstore.lab.models import resolve_model
+    from kvstore.demo.models import resolve_model
     from kvstore.move.lane import Lane
-    from kvstore.plan.cascade import TierPlan
+    from kvstore.plan.lower_tier import TierPlan
     from kvstore.plan.planner import Planner
     from kvstore.plan.settings import PlanSettings
     from kvstore.store import LocalStore

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.plan.records import RequestOptions
-from kvstore.tiers.redis_local import free_port
+from kvstore.testing.redis_server import free_port
 from tests.helpers.browser import Browser, open_browser
 from tests.helpers.daemons import DaemonProcess, LocalDaemon, attach, local_daemon
 from tests.helpers.stores import BLOCK, LAYOUT, prompt, save, use
@@ -233,7 +233,7 @@ def test_a_tenant_gives_a_token_and_sees_its_own(browser: Browser, tmp_path: Pat
     tokens.chmod(0o600)
     sections = {"service": {"http_port": 0, "tokens_file": tokens}}
     with local_daemon(tmp_path / "kv.sock", **sections) as daemon:
-        from kvstore.service.connect import connect
+        from kvstore.service.client.connect import connect
         from tests.helpers.stores import namespace
 
         for name in ("blue", "green"):

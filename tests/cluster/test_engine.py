@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from connectors.transformers_report import Piece, Report
+from connectors.transformers.report import Piece, Report
 from kvstore.cluster.admission import Admission, Refused
-from kvstore.cluster.engine import Answer, Engine
+from kvstore.cluster.answer import Answer
+from kvstore.cluster.engine import Engine
 from kvstore.cluster.runner import Job, ModelSpec
-from kvstore.config import Config
+from kvstore.config.sections import Config
 from kvstore.errors import RequestError, StoreClosed
 
 CHUNK = 10

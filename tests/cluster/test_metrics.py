@@ -9,7 +9,7 @@ from kvstore.cluster.admission import Admission
 from kvstore.cluster.engine import Engine
 from kvstore.cluster.metrics import ReplicaMetrics, RouterMetrics
 from kvstore.cluster.runner import ModelSpec
-from kvstore.config import Config
+from kvstore.config.sections import Config
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 

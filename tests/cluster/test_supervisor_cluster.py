@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from kvstore.lab.random_model import Shape, make_random_model
+from kvstore.demo.random_model import Shape, make_random_model
 from tests.helpers.redis_server import NEEDS_REDIS
 from tests.helpers.waiting import WAIT_S, wait_until
 

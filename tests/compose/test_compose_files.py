@@ -19,7 +19,7 @@ from kvstore.cli.app import app
 from kvstore.cluster.admission import Admission
 from kvstore.cluster.metrics import ReplicaMetrics, RouterMetrics
 from kvstore.cluster.topology import assign_ports
-from kvstore.config import Config
+from kvstore.config.sections import Config
 from kvstore.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,8 +6,8 @@ import torch
 import transformers
 
 from connectors.transformers import KVCacheModel
-from connectors.transformers_identity import model_namespace
-from connectors.transformers_layout import model_layout
+from connectors.transformers.identity import model_namespace
+from connectors.transformers.layout import model_layout
 from tests.helpers.dict_models import BLOCK, CHUNK
 from tests.helpers.dict_store import DictStore
 from tests.helpers.tiny_models import tiny_model

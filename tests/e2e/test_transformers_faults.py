@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from connectors.transformers import KVCacheModel
-from connectors.transformers_identity import model_namespace
-from connectors.transformers_layout import model_layout
+from connectors.transformers.identity import model_namespace
+from connectors.transformers.layout import model_layout
 from eviction.registry import make_policy
-from kvstore.plan.cascade import TierPlan
+from kvstore.plan.lower_tier import TierPlan
 from kvstore.tiers.memory import MemoryTier
 from tests.helpers.faulty_tier import Chances, FaultyTier
 from tests.helpers.stores import store_over

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from connectors.transformers import KVCacheModel, check_engine
-from kvstore.config import Config
-from kvstore.lab.models import find_smollm2
+from kvstore.config.sections import Config
+from kvstore.demo.models import find_smollm2
 
 TEXT = (
     "The cache keeps what the model has already read. When the next question begins with the same words, their keys "

@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from connectors.transformers import KVCacheModel
-from kvstore.config import Config
+from kvstore.config.sections import Config
 from kvstore.errors import LayoutMismatch
 from kvstore.plan.records import RequestOptions
-from kvstore.tiers.redis_local import LocalRedis
+from kvstore.testing.redis_server import LocalRedis
 from tests.helpers.redis_server import NEEDS_REDIS
 from tests.helpers.tiny_models import random_ids, tiny_model
 from tests.helpers.waiting import WAIT_S

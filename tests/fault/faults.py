@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from eviction.registry import make_policy
-from kvstore.plan.cascade import TierPlan
+from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.records import RequestOptions
 from kvstore.store import LocalStore
-from kvstore.tiers import private_files
-from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.redis_local import LocalRedis, RedisNotInstalled, find_redis_server, free_port
+from kvstore.testing.redis_server import LocalRedis, RedisNotInstalled, find_redis_server, free_port
+from kvstore.tiers.disk import private_files
+from kvstore.tiers.disk.tier import DiskTier
 from tests.helpers.faulty_tier import FaultyTier
 from tests.helpers.proxy import Fault as Wire
 from tests.helpers.proxy import Proxy

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from kvstore.page import KEY_BYTES, PageKey
-from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.disk_report import verify
+from kvstore.tiers.disk.report import verify
+from kvstore.tiers.disk.tier import DiskTier
 from tests.helpers.disk import SLOT_BYTES, check_slots, index_of, open_disk
 from tests.helpers.pages import fetch, key_of, payload, store
 from tests.helpers.waiting import WAIT_S

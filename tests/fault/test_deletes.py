@@ -13,7 +13,7 @@ import pytest
 
 from kvstore.plan.records import FlushResult
 from kvstore.store import LocalStore
-from kvstore.tiers.redis_local import LocalRedis
+from kvstore.testing.redis_server import LocalRedis
 from tests.helpers.faulty_tier import FaultyTier
 from tests.helpers.redis_server import NEEDS_REDIS, command, wait_until
 from tests.helpers.stores import load, memory_tier, open_small, prompt, save, store_over, use

@@ -27,9 +27,9 @@ import pytest
 from kvstore.direction import Direction
 from kvstore.errors import ConfigError, TierRefused, TierUnavailable
 from kvstore.page import PageMeta
-from kvstore.tiers import private_files
-from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.disk_report import describe, verify
+from kvstore.tiers.disk import private_files
+from kvstore.tiers.disk.report import describe, verify
+from kvstore.tiers.disk.tier import DiskTier
 from tests.helpers.disk import SLOT_BYTES, check_slots, index_of, open_disk, record_of
 from tests.helpers.pages import TIMEOUT_S, fetch, filled, key_of, keys_of, payload, store
 
@@ -334,7 +334,7 @@ class TestFailingDisk:
     ) -> None:
         with closing(open_disk(pages)) as tier:
             clock = iter(range(1000))
-            monkeypatch.setattr("kvstore.tiers.disk.time.monotonic", lambda: float(next(clock)))
+            monkeypatch.setattr("kvstore.tiers.disk.tier.time.monotonic", lambda: float(next(clock)))
             views = filled(KEYS, SLOT_BYTES)
 
             with pytest.raises(TierUnavailable, match="2 of 6 pages read within 2"):

@@ -11,8 +11,8 @@ import pytest
 
 from kvstore.errors import TierRefused, TierUnavailable
 from kvstore.page import PageMeta
-from kvstore.tiers.redis import RedisTier
-from kvstore.tiers.redis_local import LocalRedis, free_port
+from kvstore.testing.redis_server import LocalRedis, free_port
+from kvstore.tiers.redis.tier import RedisTier
 from tests.helpers.pages import TIMEOUT_S, fetch, filled, keys_of, payload, slots, store
 from tests.helpers.proxy import Fault, Proxy
 from tests.helpers.redis_server import NEEDS_REDIS, canned_server, command

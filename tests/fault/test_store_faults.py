@@ -17,8 +17,8 @@ import pytest
 from kvstore.page import PageKey, page_key
 from kvstore.plan.records import LeaseState
 from kvstore.store import LocalStore
-from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.redis_local import LocalRedis
+from kvstore.testing.redis_server import LocalRedis
+from kvstore.tiers.disk.tier import DiskTier
 from tests.fault.engine import Engine
 from tests.fault.fault_table import WAITS, is_good, markdown, play
 from tests.fault.faults import FAULTS, LOAD_DEADLINE_S, LOOKUP_DEADLINE_S, PROMPTS, Fault, faulty_disk_store

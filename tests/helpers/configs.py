@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.config import Config
+from kvstore.config.sections import Config
 from kvstore.errors import ConfigError
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-from kvstore.config import Config
-from kvstore.service.client import RemoteStore
-from kvstore.service.connect import connect
-from kvstore.service.daemon import Daemon
-from kvstore.service.protocol import Op
-from kvstore.service.wire import Wire
+from kvstore.config.sections import Config
+from kvstore.service.client.connect import connect
+from kvstore.service.client.connection import Wire
+from kvstore.service.client.store import RemoteStore
+from kvstore.service.daemon.daemon import Daemon
+from kvstore.service.protocol.frames import Op
 from tests.helpers.stores import LAYOUT, PAGE_BYTES, PATIENCE, namespace
 from tests.helpers.waiting import WAIT_S, wait_until
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvstore.lab.demo_report import Answer, Report, Stage, Turn
+from kvstore.demo.report import Answer, Report, Stage, Turn
 
 
 def answer(ttft_s: float, *, tokens: tuple[int, ...] = (1, 2, 3), **reused: int) -> Answer:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.page import PageKey
-from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.disk_index import DiskIndex
-from kvstore.tiers.disk_record import PageRecord, decode_record
+from kvstore.tiers.disk.index import DiskIndex
+from kvstore.tiers.disk.record import PageRecord, decode_record
+from kvstore.tiers.disk.tier import DiskTier
 
 SLOT_BYTES = 8192
 

@@ -7,7 +7,7 @@ import mmap
 from pathlib import Path
 
 from kvstore.page import PageKey, PageMeta, page_key
-from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.disk.tier import DiskTier
 
 SLOT_BYTES = 8192
 PAGE_BYTES = 8000

@@ -7,8 +7,8 @@ import numpy as np
 from eviction.registry import make_policy
 from kvstore.clock import SYSTEM_CLOCK, Clock
 from kvstore.layout import GroupKind, LayerGroup, Layout
-from kvstore.plan.cascade import TierPlan
 from kvstore.plan.journal import Journal
+from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Outcome, Request, RequestOptions
 from kvstore.plan.settings import PlanSettings

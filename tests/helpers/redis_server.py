@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import redis
 
-from kvstore.tiers.redis_local import LocalRedis, RedisNotInstalled, find_redis_server, free_port
+from kvstore.testing.redis_server import LocalRedis, RedisNotInstalled, find_redis_server, free_port
 from tests.helpers.waiting import WAIT_S, wait_until
 
 ALL_SLOTS = (0, 16383)

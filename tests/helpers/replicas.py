@@ -37,7 +37,7 @@ def make_model(directory: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from kvstore.lab.random_model import byte_tokenizer
+    from kvstore.demo.random_model import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     torch.manual_seed(1)

@@ -11,11 +11,11 @@ import numpy as np
 from eviction.registry import make_policy
 from kvstore.base import KVStore
 from kvstore.build import open_store
-from kvstore.config import Config
+from kvstore.config.sections import Config
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
-from kvstore.plan.cascade import TierPlan
+from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Match, Request, RequestOptions
 from kvstore.plan.settings import PlanSettings

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from connectors.vllm_tier_chunks import TierSettings
-from connectors.vllm_tier_core import TierCore
-from connectors.vllm_tier_jobs import JobDone
-from connectors.vllm_tier_lookup import Answer
+from connectors.vllm_tier.chunks import TierSettings
+from connectors.vllm_tier.core import TierCore
+from connectors.vllm_tier.jobs import JobDone
+from connectors.vllm_tier.lookup import Answer
 from tests.helpers.faulty_tier import FaultyTier
 from tests.helpers.pages import FakeClock
 from tests.helpers.rows import Rows, faulty, open_mover

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from kvstore.build import open_store
 from kvstore.cli.app import app
-from kvstore.config import Config
+from kvstore.config.sections import Config
 from kvstore.errors import ConfigError, LayoutMismatch, RequestError, StoreClosed
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.records import CutReason, RequestOptions

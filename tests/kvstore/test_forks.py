@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from kvstore.build import open_rows, open_store
-from kvstore.config import Config
+from kvstore.config.sections import Config
 from kvstore.errors import StoreForked
 from kvstore.forks import forbid, in_child
 from kvstore.move.worker import Worker
@@ -282,8 +282,8 @@ class TestTheOthers:
 
     @_needs_redis
     def test_a_redis_tier_dials_anew_though_its_locks_are_held_and_a_helper_server_lives_on(self) -> None:
-        from kvstore.tiers.redis import RedisTier
-        from kvstore.tiers.redis_local import LocalRedis
+        from kvstore.testing.redis_server import LocalRedis
+        from kvstore.tiers.redis.tier import RedisTier
 
         with LocalRedis() as server:
             tier = RedisTier(server.url, slot_bytes=4096, ttl_s=0)

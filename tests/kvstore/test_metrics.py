@@ -14,7 +14,7 @@ from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.metrics import METRICS, Kind, markdown, registry, render, unknown_keys
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
-from kvstore.plan.cascade import TierPlan
+from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.settings import PlanSettings
 from kvstore.store import LocalStore

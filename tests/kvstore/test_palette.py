@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from kvstore import palette
-from kvstore.lab import demo_plot
+from kvstore.demo import plot as demo_plot
 from kvstore.load import plot
 
 ROOT = Path(__file__).resolve().parents[2]

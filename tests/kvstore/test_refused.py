@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvstore.store import LocalStore
-from kvstore.tiers.redis_local import LocalRedis
+from kvstore.testing.redis_server import LocalRedis
 from tests.helpers.redis_server import NEEDS_REDIS, command
 from tests.helpers.stores import PAGE_BYTES, open_small, prompt, use
 from tests.helpers.waiting import wait_until

@@ -14,7 +14,7 @@ from kvstore.base import KVStore
 from kvstore.errors import RequestError, StoreClosed
 from kvstore.plan.records import CutReason, Match, RequestOptions
 from kvstore.store import LocalStore
-from kvstore.tiers.redis_local import LocalRedis
+from kvstore.testing.redis_server import LocalRedis
 from tests.helpers.daemons import attach, local_daemon
 from tests.helpers.redis_server import NEEDS_REDIS
 from tests.helpers.stores import open_small, prompt, save, use

@@ -8,7 +8,7 @@ from typing import Any
 from eviction.registry import make_policy
 from kvstore.errors import TierFull
 from kvstore.page import PageKey
-from kvstore.plan.cascade import TierPlan
+from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.records import CutReason, LeaseState
 from kvstore.store import LocalStore
 from tests.helpers.faulty_tier import FaultyTier

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from connectors.transformers import KVCacheModel
-from kvstore.config import Config
+from kvstore.config.sections import Config
 from tests.helpers.daemons import DaemonProcess
 from tests.helpers.tiny_models import random_ids, tiny_model
 from tests.helpers.waiting import WAIT_S
@@ -21,7 +21,7 @@ SETTINGS = ("store.load_or_recompute=false", "store.lookup_deadline_s=10", "stor
 ENGINE = """
 import json, sys
 from connectors.transformers import KVCacheModel
-from kvstore.config import Config
+from kvstore.config.sections import Config
 from tests.helpers.tiny_models import random_ids, tiny_model
 
 name, = sys.argv[1:]

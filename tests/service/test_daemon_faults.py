@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kvstore.plan.records import LeaseState
-from kvstore.service.client import MISS
+from kvstore.service.client.store import MISS
 from tests.helpers.daemons import DaemonProcess, attach
 from tests.helpers.stores import load, page_of, prompt, save, use
 from tests.helpers.waiting import WAIT_S, wait_until

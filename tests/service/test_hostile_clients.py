@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 
 from kvstore.errors import RequestError
-from kvstore.service import calls, clients, messages, patience, protocol
-from kvstore.service.namespaces import layout_to_json, namespace_to_json
-from kvstore.service.protocol import HEADER, Op, Status, encode_frame, encode_json
+from kvstore.service.client import calls
+from kvstore.service.daemon import clients, patience
+from kvstore.service.protocol import frames, messages
+from kvstore.service.protocol.frames import HEADER, Op, Status, encode_frame, encode_json
+from kvstore.service.protocol.namespaces import layout_to_json, namespace_to_json
 from tests.helpers.daemons import LocalDaemon, attach, local_daemon, wait_until
 from tests.helpers.stores import BLOCK, LAYOUT, load, namespace, prompt, save
 
@@ -58,7 +60,7 @@ class Raw:
     def answer(self) -> tuple[Status, bytes]:
         """The next frame; ConnectionError at the end."""
         head = self._exactly(HEADER.size)
-        frame = protocol.decode_header(head)
+        frame = frames.decode_header(head)
         return frame.status, self._exactly(frame.num_bytes)
 
     def close(self) -> None:
@@ -146,7 +148,7 @@ def test_a_frame_that_is_too_large_is_told_and_ends_its_connection_alone(daemon:
     with attach(path, client="neighbour") as store:
         lease = store.prepare_save(store.request(prompt(3)), 0, 3)
         with Raw(path) as raw:
-            raw.socket.sendall(HEADER.pack(protocol.MAGIC, protocol.VERSION, Op.LOOKUP, 0, (8 << 20) + 1, 1))
+            raw.socket.sendall(HEADER.pack(frames.MAGIC, frames.VERSION, Op.LOOKUP, 0, (8 << 20) + 1, 1))
             status, told = raw.answer()
             assert (status, b"more than is allowed" in told) == (Status.ERROR, True)
             with pytest.raises(ConnectionError):
@@ -158,7 +160,7 @@ def test_a_frame_that_is_too_large_is_told_and_ends_its_connection_alone(daemon:
 
 def test_a_header_costs_no_memory_for_what_it_announces(daemon: LocalDaemon, path: Path) -> None:
     with Raw(path) as raw:
-        raw.socket.sendall(HEADER.pack(protocol.MAGIC, protocol.VERSION, Op.LOOKUP, 0, 8 << 20, 1) + bytes(1000))
+        raw.socket.sendall(HEADER.pack(frames.MAGIC, frames.VERSION, Op.LOOKUP, 0, 8 << 20, 1) + bytes(1000))
         wait_until(lambda: daemon.look(lambda inside: max(c._end for c in inside.clients._channels)) == 1016)
 
         assert daemon.look(lambda inside: max(len(c._buffer) for c in inside.clients._channels)) == 64 << 10
@@ -168,13 +170,13 @@ def test_what_messages_that_are_not_whole_may_hold_is_bounded_per_tenant(
     daemon: LocalDaemon, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clients, "MAX_HELD_BYTES", 3 << 20)
-    half = HEADER.pack(protocol.MAGIC, protocol.VERSION, Op.LOOKUP, 0, 8 << 20, 1) + bytes(1 << 20)
+    half = HEADER.pack(frames.MAGIC, frames.VERSION, Op.LOOKUP, 0, 8 << 20, 1) + bytes(1 << 20)
     held = [Raw(path) for _ in range(4)]
 
     for raw in held:
         with suppress(OSError):
             raw.socket.sendall(half)
-    wait_until(lambda: daemon.look(lambda inside: len(inside.sessions)) < 4)
+    wait_until(lambda: daemon.look(lambda inside: len(inside.clients.sessions)) < 4)
 
     all_is_well(path)
     for raw in held:
@@ -304,7 +306,7 @@ class TestLongPrompts:
             assert store.lookup(request).num_blocks == 13
             assert store.lookup(request).num_blocks == 13
 
-            daemon.look(lambda inside: [session.requests.clear() for session in inside.sessions.values()])
+            daemon.look(lambda inside: [session.requests.clear() for session in inside.clients.sessions.values()])
 
             assert store.lookup(request).num_blocks == 13
             assert store.peek(store.request(prompt(13))).num_blocks == 13

@@ -17,9 +17,9 @@ import pytest
 
 from kvstore.errors import RequestError
 from kvstore.plan.records import LeaseState
-from kvstore.service.client import RemoteStore
-from kvstore.service.isolation import STAGING
-from kvstore.service.slab import SlabShare, attach_slab
+from kvstore.service.client.slab import SlabShare, attach_slab
+from kvstore.service.client.store import RemoteStore
+from kvstore.service.protocol.messages import STAGING
 from tests.helpers.daemons import DaemonProcess, Http, LocalDaemon, attach, local_daemon, wait_until
 from tests.helpers.stores import PAGE_BYTES, load, page_of, prompt, save, use
 from tests.service.test_hostile_clients import Raw
@@ -208,7 +208,7 @@ def test_a_session_that_ends_while_its_pages_are_copied_gives_their_slots_to_nob
 ) -> None:
     import threading
 
-    from kvstore.service import isolation
+    from kvstore.service.daemon import isolation
 
     may_copy, copy_all = threading.Event(), isolation._copy_all
 
@@ -224,10 +224,12 @@ def test_a_session_that_ends_while_its_pages_are_copied_gives_their_slots_to_nob
         np.copyto(leaving.slot_array(page.slot), page_of(request.keys[page.block], 0, PAGE_BYTES))
     ending = threading.Thread(target=lambda: leaving.complete(lease))
     ending.start()
-    wait_until(lambda: daemon.look(lambda d: any(h.is_ending for s in d.sessions.values() for h in s.leases.values())))
+    wait_until(
+        lambda: daemon.look(lambda d: any(h.is_ending for s in d.clients.sessions.values() for h in s.leases.values()))
+    )
 
     leaving.close()
-    wait_until(lambda: daemon.look(lambda d: len(d.sessions)) == 1)
+    wait_until(lambda: daemon.look(lambda d: len(d.clients.sessions)) == 1)
 
     assert store.stats()["slots"]["filling"] == 8  # still taken
     may_copy.set()

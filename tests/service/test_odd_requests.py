@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from kvstore.service import protocol
-from kvstore.service.namespaces import layout_to_json, namespace_to_json
-from kvstore.service.protocol import Op
+from kvstore.service.protocol import frames as protocol
+from kvstore.service.protocol.frames import Op
+from kvstore.service.protocol.namespaces import layout_to_json, namespace_to_json
 from tests.helpers.daemons import LocalDaemon, attach, local_daemon
 from tests.helpers.odd_requests import SECRET, body_of, everything_logged, odd_requests, status_of, talk
 from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, prompt, save

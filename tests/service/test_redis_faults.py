@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.service.client import RemoteStore
-from kvstore.tiers.redis_local import LocalRedis
+from kvstore.service.client.store import RemoteStore
+from kvstore.testing.redis_server import LocalRedis
 from tests.helpers.daemons import DaemonProcess, attach
 from tests.helpers.redis_server import NEEDS_REDIS
 from tests.helpers.stores import load, prompt, use

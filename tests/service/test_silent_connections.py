@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.service import webserver
+from kvstore.web import server
 from tests.helpers.daemons import START_S, Http, LocalDaemon, attach, local_daemon, wait_until
 from tests.helpers.odd_requests import talk
 from tests.helpers.stores import PAGE_BYTES, load, prompt, save
@@ -106,10 +106,10 @@ def test_silent_connections_on_the_unix_socket_make_room_as_well(tmp_path: Path)
 
 @pytest.fixture
 def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalDaemon]:
-    monkeypatch.setattr(webserver, "HEAD_S", 0.3)
-    monkeypatch.setattr(webserver, "IDLE_S", 0.6)
-    monkeypatch.setattr(webserver, "STALL_S", 0.5)
-    monkeypatch.setattr("kvstore.service.bodies.TIMEOUT_S", 0.5)
+    monkeypatch.setattr(server, "HEAD_S", 0.3)
+    monkeypatch.setattr(server, "IDLE_S", 0.6)
+    monkeypatch.setattr(server, "STALL_S", 0.5)
+    monkeypatch.setattr("kvstore.web.bodies.TIMEOUT_S", 0.5)
     with local_daemon(tmp_path / "kv.sock", service={"http_port": 0}) as daemon:
         yield daemon
 
@@ -182,7 +182,7 @@ def test_what_is_answered_slowly_is_not_taken_for_silence(daemon: LocalDaemon) -
         listener = knock(stack, daemon.daemon.app.port, events)
         listener.recv(4096)
 
-        time.sleep(2 * webserver.IDLE_S)
+        time.sleep(2 * server.IDLE_S)
 
         assert daemon.look(lambda d: d.events.num_streams) == 1
         assert Http(daemon.daemon.app.port).get("/healthz") == {"status": "ok"}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from connectors.transformers import KVCacheModel
-from kvstore.tiers.redis_local import LocalRedis
+from kvstore.testing.redis_server import LocalRedis
 from tests.helpers.daemons import DaemonProcess
 from tests.helpers.redis_server import NEEDS_REDIS
 from tests.helpers.tiny_models import random_ids, tiny_model
@@ -30,7 +30,7 @@ SETTINGS = {"store.load_or_recompute": "false", "store.lookup_deadline_s": "10",
 ENGINE = """
 import json, sys
 from connectors.transformers import KVCacheModel
-from kvstore.config import Config
+from kvstore.config.sections import Config
 from tests.helpers.tiny_models import random_ids, tiny_model
 
 class Gate:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvstore.service.client import RemoteStore
-from kvstore.service.connect import connect
-from kvstore.tiers.redis_local import free_port
+from kvstore.service.client.connect import connect
+from kvstore.service.client.store import RemoteStore
+from kvstore.testing.redis_server import free_port
 from tests.helpers.daemons import DaemonProcess, Http, attach
 from tests.helpers.stores import LAYOUT, load, namespace, prompt, use
 from tests.helpers.waiting import wait_until

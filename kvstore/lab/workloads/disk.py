@@ -19,9 +19,9 @@ import numpy as np
 from kvstore.errors import ConfigError
 from kvstore.lab.bench import Case, Table, measure
 from kvstore.page import PageKey, PageMeta, page_key
-from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.disk.slab_file import SlabFile
+from kvstore.tiers.disk.tier import DiskTier
 from kvstore.tiers.host import HostSlab
-from kvstore.tiers.slab_file import SlabFile
 from kvstore.units import KiB, MiB
 
 PAGE_SIZES = (256 * KiB, 2 * MiB)

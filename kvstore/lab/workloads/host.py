@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.build import open_store
-from kvstore.config import Config
+from kvstore.config.sections import Config
 from kvstore.lab.bench import Case, Table, measure
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.records import Request

@@ -13,7 +13,7 @@ import numpy as np
 from eviction.registry import make_policy
 from kvstore.lab.bench import Case, Table, measure
 from kvstore.layout import GroupKind, LayerGroup, Layout
-from kvstore.plan.cascade import TierPlan
+from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Outcome, Request
 from kvstore.plan.settings import PlanSettings

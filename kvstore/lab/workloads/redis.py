@@ -17,10 +17,10 @@ import numpy as np
 from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.lab.bench import Case, Table, measure
 from kvstore.page import PageMeta, page_key
+from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.host import HostSlab
-from kvstore.tiers.redis import RedisTier
-from kvstore.tiers.redis_local import LocalRedis
-from kvstore.tiers.redis_url import Kind, RedisTarget, parse_redis_url
+from kvstore.tiers.redis.tier import RedisTier
+from kvstore.tiers.redis.url import Kind, RedisTarget, parse_redis_url
 from kvstore.units import KiB, MiB
 
 PAGE_SIZES = (256 * KiB, 2 * MiB)

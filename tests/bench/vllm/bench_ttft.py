@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.lab.machine import machine, versions
-from kvstore.tiers.redis_local import LocalRedis
+from kvstore.testing.redis_server import LocalRedis
 from tests.bench.vllm.ttft_report import TtftReport
 from tests.engines.vllm.engine import ENVIRONMENT
 from tests.engines.vllm.models import make_model

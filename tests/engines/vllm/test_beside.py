@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from connectors.vllm_layers import LayeredLoads
+from connectors.vllm.layers import LayeredLoads
 from tests.engines.vllm.conftest import Reference
 from tests.engines.vllm.engine import BLOCK, Engine, make_prompt
 from tests.helpers.waiting import WAIT_S

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.tiers.redis_local import LocalRedis
+from kvstore.testing.redis_server import LocalRedis
 from tests.engines.vllm.conftest import MiB, Reference, fill
 from tests.engines.vllm.engine import BLOCK, PAGE_BYTES, Engine, make_prompt
 from tests.helpers.waiting import WAIT_S, wait_until

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from connectors.vllm_identity import engine_namespace
+from connectors.vllm.identity import engine_namespace
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from tests.engines.vllm.conftest import Reference
 from tests.engines.vllm.engine import BLOCK, DTYPE, Engine, make_prompt

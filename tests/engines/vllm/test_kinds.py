@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.lab.models import find_smollm2
+from kvstore.demo.models import find_smollm2
 from tests.engines.vllm.answers import assert_same, engine_dtype
 from tests.engines.vllm.conftest import MiB, Reference
 from tests.engines.vllm.engine import BLOCK, STORE, Engine, EngineProcess, make_prompt

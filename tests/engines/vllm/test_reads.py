@@ -172,7 +172,7 @@ class TestAPromptThatEndsOnABorder:
 
 
 def test_every_counter_is_there_before_anything_happens(open_engine: Callable[..., Engine], tmp_path: Path) -> None:
-    from connectors.vllm_metrics import COUNTERS
+    from connectors.vllm.metrics import COUNTERS
 
     engine = open_engine({"disk": {"path": str(tmp_path), "capacity_bytes": 8 * MiB}})
 

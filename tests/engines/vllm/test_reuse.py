@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.tiers.redis_local import LocalRedis
+from kvstore.testing.redis_server import LocalRedis
 from tests.engines.vllm.conftest import MiB, Reference
 from tests.engines.vllm.engine import BLOCK, STORE, Engine, EngineProcess, make_prompt
 

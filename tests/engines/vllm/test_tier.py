@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import vllm
 
-from connectors.vllm_cpu_spec import HostCopyWorker
-from kvstore.tiers.redis_local import LocalRedis
+from connectors.vllm_tier.cpu_spec import HostCopyWorker
+from kvstore.testing.redis_server import LocalRedis
 from tests.engines.vllm.engine import BLOCK, ENVIRONMENT, make_prompt
 from tests.engines.vllm.tier_engine import TierEngine
 from tests.helpers.redis_server import NEEDS_REDIS

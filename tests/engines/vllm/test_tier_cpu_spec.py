@@ -10,7 +10,7 @@ import torch
 from vllm.v1.kv_offload.base import CanonicalKVCacheRef, CanonicalKVCaches, CanonicalKVCacheTensor, GPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 
-from connectors.vllm_cpu_spec import CpuTieringSpec, HostCopyWorker
+from connectors.vllm_tier.cpu_spec import CpuTieringSpec, HostCopyWorker
 from kvstore.errors import ConfigError
 
 PAGE = 64

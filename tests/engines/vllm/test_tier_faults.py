@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.tiers.redis_local import LocalRedis
+from kvstore.testing.redis_server import LocalRedis
 from tests.engines.vllm.conftest import fill
 from tests.engines.vllm.engine import BLOCK, EngineProcess, make_prompt
 from tests.engines.vllm.tier_engine import TierEngine, tier_config

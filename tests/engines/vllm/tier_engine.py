@@ -21,7 +21,7 @@ def tier_config(entry: dict[str, Any], **offloading: Any) -> dict[str, Any]:
     tier = entry if "type" in entry else {**ours, **entry}
     return {
         "spec_name": "CpuTieringSpec",
-        "spec_module_path": "connectors.vllm_cpu_spec",
+        "spec_module_path": "connectors.vllm_tier",
         "cpu_bytes_to_use": 64 << 20,
         "secondary_tiers": [tier],
         **offloading,

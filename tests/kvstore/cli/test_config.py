@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from kvstore.cli.app import app
-from kvstore.config import Config
-from kvstore.config_reference import effective, markdown
+from kvstore.config.reference import effective, markdown
+from kvstore.config.sections import Config
 
 runner = CliRunner()
 pytestmark = pytest.mark.usefixtures("nothing_configured")

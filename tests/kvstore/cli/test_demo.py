@@ -27,9 +27,9 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
         if model == "different":
             raise typer.Exit(1)
 
-    module = ModuleType("kvstore.lab.demo")
+    module = ModuleType("kvstore.demo.script")
     module.demo = demo  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "kvstore.lab.demo", module)
+    monkeypatch.setitem(sys.modules, "kvstore.demo.script", module)
     return calls
 
 
@@ -69,7 +69,7 @@ def test_unknown_option_is_refused_by_the_demo(played: list[tuple[str, bool]]) -
 
 
 def test_missing_package_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "kvstore.lab.demo", None)
+    monkeypatch.setitem(sys.modules, "kvstore.demo.script", None)
 
     result = runner.invoke(app, ["demo"])
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from kvstore.cli.app import app
 from kvstore.cli.top_view import View
 from kvstore.plan.records import RequestOptions
-from kvstore.service.dashboard_client import DashboardClient
+from kvstore.service.dashboard.client import DashboardClient
 from tests.helpers.daemons import LocalDaemon, attach, local_daemon
 from tests.helpers.stores import prompt, use
 from tests.helpers.waiting import WAIT_S, wait_until

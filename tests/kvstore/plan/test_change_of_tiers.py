@@ -4,7 +4,7 @@ import pytest
 
 from eviction.registry import make_policy
 from kvstore.page import PageMeta, page_key
-from kvstore.plan.cascade import TierPlan
+from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Op, Outcome, Transfer
 from kvstore.plan.settings import PlanSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from eviction.registry import make_policy
-from kvstore.plan.cascade import TierPlan
+from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import FlushResult, Op, Outcome, Transfer
 from kvstore.plan.settings import PlanSettings

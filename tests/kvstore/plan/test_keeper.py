@@ -6,7 +6,7 @@ import pytest
 
 from eviction.registry import make_policy
 from kvstore.plan.catalog import Block, Catalog, Page
-from kvstore.plan.hostspace import HostSpace
+from kvstore.plan.host import HostSpace
 from kvstore.plan.keeper import MAX_STALE, Keeper, Kept
 from radix.hashing import BlockHash
 from tests.helpers.clocks import Clocks

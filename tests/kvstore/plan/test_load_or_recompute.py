@@ -11,7 +11,7 @@ import pytest
 
 from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
-from kvstore.plan.cascade import TierPlan
+from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Op, Outcome, Request
 from kvstore.plan.settings import PlanSettings

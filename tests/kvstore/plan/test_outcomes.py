@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from eviction.registry import make_policy
-from kvstore.plan.cascade import TierPlan
+from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Op, Outcome
 from kvstore.plan.settings import PlanSettings

@@ -9,8 +9,8 @@ import pytest
 from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.lab.bench import WORKLOADS, Table
 from kvstore.lab.workloads import disk, hash, host, planner, redis
-from kvstore.tiers.redis_local import LocalRedis
-from kvstore.tiers.redis_url import parse_redis_url
+from kvstore.testing.redis_server import LocalRedis
+from kvstore.tiers.redis.url import parse_redis_url
 from kvstore.units import KiB
 from tests.helpers.redis_server import NEEDS_REDIS
 

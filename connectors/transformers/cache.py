@@ -1,0 +1,269 @@
+"""Pages in and out of a transformers `DynamicCache`.
+
+In: `CacheBridge.load` builds a fresh cache that believes it has seen N tokens. Each layer's tensors are allocated
+once and filled straight from the slots, one device call per layer group.
+
+Out: a `Recorder` rides along with one request's forwards and yields `Span`s, references to tensors that hold the new
+tokens of one group; `CacheBridge.copy_out` gathers their blocks into slots, later and on another thread. Holding a
+reference is enough, because a `DynamicLayer` grows by making a new tensor and never writes into the old one.
+
+The hard thing: a sliding layer keeps only its window, so interior blocks must be taken while they pass. The layers
+are told to record their past before a forward, the new blocks are cloned after it, and `crop(0)` puts the layer back
+to exactly what it would have held without us: the same values, and the same inputs to the next forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from connectors.base import pages_by_group
+from connectors.transformers.layout import LayerShape, is_sliding, model_device, new_cache
+from kvstore.devices.base import Device
+from kvstore.devices.tables import token_table
+from kvstore.layout import Layout
+from kvstore.plan.records import SlotPage
+
+if TYPE_CHECKING:
+    import torch
+
+SlotArray = Callable[[int], npt.NDArray[np.uint8]]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tensors that hold whole blocks [first_block, last_block) of one layer group.
+
+    tensors: keys and values of each layer in turn, [1, heads, tokens, dim]; token 0 of each is token
+             first_block * block_size of the prompt.
+    """
+
+    group: int
+    first_block: int
+    last_block: int
+    tensors: tuple[torch.Tensor, ...]
+
+
+class CacheBridge:
+    """Knows how the layers of one model lie in its pages. Any thread; holds no cache."""
+
+    def __init__(self, model: Any, shapes: Sequence[LayerShape | None], layout: Layout, device: Device) -> None:
+        self._model = model
+        self._shapes = shapes
+        self._layout = layout
+        self._device = device
+        self._torch_device = model_device(model)
+
+    @property
+    def has_sliding(self) -> bool:
+        """True if some layers forget what leaves their window."""
+        return any(group.window is not None for group in self._layout.groups)
+
+    def new_cache(self) -> Any:
+        """A fresh, empty cache of the model."""
+        return new_cache(self._model)
+
+    def load(self, pages: Sequence[SlotPage], num_blocks: int, slot_array: SlotArray) -> Any:
+        """Make a cache that holds blocks [0, num_blocks), copied from the slots of a ready lease.
+
+        Returns once the slots may be released. Raises LookupError, before anything is copied, if a block that some
+        group needs is not among `pages`: tensors are not cleared, so a missing page would be garbage.
+        """
+        import torch
+
+        cache = self.new_cache()
+        by_group = pages_by_group(page for page in pages if page.block < num_blocks)
+        plans = []
+        for group in range(len(self._layout.groups)):
+            first = self._first_needed(group, num_blocks)
+            wanted = [page for page in by_group.get(group, ()) if page.block >= first]
+            if [page.block for page in wanted] != list(range(first, num_blocks)):
+                have = [page.block for page in wanted]
+                raise LookupError(f"load: group {group} needs blocks [{first}, {num_blocks}), the lease has {have}")
+            plans.append((group, first, wanted))
+        events = []
+        with torch.inference_mode():
+            for group, first, wanted in plans:
+                tensors = self._allocate(group, (num_blocks - first) * self._layout.block_size)
+                table = token_table([tensor[0] for tensor in tensors], self._layout.block_size)
+                ids = [page.block - first for page in wanted]
+                events.append(self._device.copy_in(table, ids, [slot_array(page.slot) for page in wanted]))
+                self._install(cache, group, tensors, num_blocks * self._layout.block_size)
+        for event in events:
+            event.wait()
+        return cache
+
+    def copy_out(self, spans: Sequence[Span], pages: Sequence[SlotPage], slot_array: SlotArray) -> list[bool]:
+        """Gather the pages of a save lease from `spans`; say which of them were found there and are whole now."""
+        place = {page: index for index, page in enumerate(pages)}
+        filled = [False] * len(pages)
+        events = []
+        by_group = pages_by_group(pages)
+        for span in spans:
+            wanted = [p for p in by_group.get(span.group, ()) if span.first_block <= p.block < span.last_block]
+            if not wanted:
+                continue
+            table = token_table([_rows(tensor) for tensor in span.tensors], self._layout.block_size)
+            ids = [page.block - span.first_block for page in wanted]
+            events.append(self._device.copy_out(table, ids, [slot_array(page.slot) for page in wanted]))
+            for page in wanted:
+                filled[place[page]] = True
+        for event in events:
+            event.wait()
+        return filled
+
+    def full_spans(self, cache: Any, first_block: int, last_block: int) -> list[Span]:
+        """References to what the layers without a window hold now, for blocks [first_block, last_block)."""
+        spans = []
+        for index, group in enumerate(self._layout.groups):
+            if group.window is None and first_block < last_block:
+                tokens = slice(first_block * self._layout.block_size, last_block * self._layout.block_size)
+                tensors = [
+                    tensor[:, :, tokens]
+                    for layer in group.layers
+                    for tensor in (cache.layers[layer].keys, cache.layers[layer].values)
+                ]
+                if any(tensor.shape[2] != tokens.stop - tokens.start for tensor in tensors):
+                    raise LookupError(f"save: the cache does not hold tokens [{tokens.start}, {tokens.stop})")
+                spans.append(Span(index, first_block, last_block, tuple(tensors)))
+        return spans
+
+    def computed(self) -> Callable[[], None]:
+        """A call that returns, on any thread, when all that this thread has given the model's device so far is done.
+
+        A forward on a GPU returns before it is computed, and the worker that saves is on no stream of the engine's.
+        """
+        if self._torch_device.type != "cuda":
+            return _nothing
+        import torch
+
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._torch_device))
+        wait: Callable[[], None] = event.synchronize
+        return wait
+
+    def recorder(self, cache: Any, num_tokens: int) -> Recorder:
+        """A recorder for a cache that holds `num_tokens` tokens, a whole number of blocks."""
+        return Recorder(self, self._layout, cache, num_tokens)
+
+    def _first_needed(self, group: int, num_blocks: int) -> int:
+        window = self._layout.window_blocks(group)
+        return 0 if window is None else max(0, num_blocks - window)
+
+    def _allocate(self, group: int, num_tokens: int) -> list[torch.Tensor]:
+        import torch
+
+        tensors = []
+        for layer in self._layout.groups[group].layers:
+            shape = self._shapes[layer]
+            assert shape is not None  # groups are made of layers that have a shape
+            for heads, dim, dtype in zip(shape.heads, shape.dims, shape.dtypes, strict=True):
+                tensors.append(torch.empty((1, heads, num_tokens, dim), dtype=dtype, device=self._torch_device))
+        return tensors
+
+    def _install(self, cache: Any, group: int, tensors: Sequence[torch.Tensor], num_tokens: int) -> None:
+        """Make the group's layers believe they have seen `num_tokens` tokens."""
+        window = self._layout.groups[group].window
+        for place, index in enumerate(self._layout.groups[group].layers):
+            keys, values = tensors[2 * place : 2 * place + 2]
+            layer = cache.layers[index]
+            layer.lazy_initialization(keys, values)
+            if window is None:
+                layer.keys, layer.values = keys, values
+            else:
+                layer.keys, layer.values = keys[:, :, 1 - window :], values[:, :, 1 - window :]
+                layer.cumulative_length = num_tokens
+
+
+class Recorder:
+    """Keeps the blocks that pass through one cache, until they are taken as spans. The request's thread only.
+
+    For each forward: `before()`, the forward, `after(num_tokens)`; in the end `finish(num_tokens)`. Where the model
+                      has no sliding
+    layers all of these do nothing, since the cache itself holds every token. Raises LookupError, instead of handing
+    out wrong tokens, if the cache was changed by someone else in between.
+    """
+
+    def __init__(self, bridge: CacheBridge, layout: Layout, cache: Any, num_tokens: int) -> None:
+        self._bridge = bridge
+        self._layout = layout
+        self._cache = cache
+        self._sliding = [index for index, group in enumerate(layout.groups) if group.window is not None]
+        self._passed: list[Span] = []
+        self._seen = num_tokens // layout.block_size  # blocks taken, or there before us
+        self._taken = self._seen
+
+    def before(self) -> None:
+        """Make sliding layers keep what the next forward pushes out of their windows."""
+        for layer in self._layers():
+            layer.activate_past_recording()
+
+    def after(self, num_tokens: int) -> None:
+        """Keep the blocks that became whole; the cache holds `num_tokens` now.
+
+        In the middle of a block the layers are not cropped: what they hold of it is needed when it is whole.
+        """
+        if self._sliding:
+            self._keep(num_tokens)
+            if num_tokens % self._layout.block_size == 0:
+                self._crop()
+
+    def finish(self, num_tokens: int) -> None:
+        """Keep what is whole and give the layers back as they would be without us."""
+        if self._sliding:
+            self._keep(num_tokens)
+            self._crop()
+            for layer in self._layers():
+                layer.record_past = False
+
+    def take(self, num_tokens: int) -> list[Span]:
+        """The whole blocks among `num_tokens` tokens that were not taken before, as spans of all groups."""
+        last = num_tokens // self._layout.block_size
+        spans = [*self._passed, *self._bridge.full_spans(self._cache, self._taken, last)]
+        self._passed, self._taken = [], max(last, self._taken)
+        return spans
+
+    def _layers(self) -> list[Any]:
+        if not self._sliding:
+            return []
+        return [layer for layer in self._cache.layers if is_sliding(layer)]
+
+    def _keep(self, num_tokens: int) -> None:
+        first, last = self._seen, num_tokens // self._layout.block_size
+        if first >= last:
+            return
+        block_size = self._layout.block_size
+        for group in self._sliding:
+            tensors = []
+            for index in self._layout.groups[group].layers:
+                layer = self._cache.layers[index]
+                start = num_tokens - layer.keys.shape[-2]  # the first token the layer still holds
+                if layer.cumulative_length != num_tokens or start > first * block_size:
+                    raise LookupError(
+                        f"save: layer {index} holds tokens [{start}, {layer.cumulative_length}), not those of "
+                        f"blocks [{first}, {last}) out of {num_tokens} tokens"
+                    )
+                # Cloned: a slice would keep alive the whole recorded past, several times what it shows.
+                part = slice(first * block_size - start, last * block_size - start)
+                tensors += [layer.keys[:, :, part].clone(), layer.values[:, :, part].clone()]
+            self._passed.append(Span(group, first, last, tuple(tensors)))
+        self._seen = last
+
+    def _crop(self) -> None:
+        for layer in self._layers():
+            layer.crop(0)
+
+
+def _nothing() -> None:
+    """What a CPU has to wait for."""
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[heads, tokens, dim] with the tokens of a head in one piece; a copy only where a model left them otherwise."""
+    rows = tensor[0]
+    dense = rows.stride(2) == 1 and rows.stride(1) == rows.shape[2]
+    return rows if dense else rows.contiguous()

@@ -1,0 +1,145 @@
+"""What is remembered of vLLM's requests: our request beside vLLM's, and how far each has come.
+
+vLLM hashes its blocks itself; our request takes those hashes over as they are made. Used by the scheduler's half, on
+the scheduler's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from connectors.vllm.layout import EngineLayout
+from kvstore.base import KVStore
+from kvstore.errors import RequestError
+from kvstore.plan.records import LoadLease, Request, RequestOptions
+from kvstore.requests import check_options
+
+log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
+
+NEVER = 1 << 40  # more blocks than any prompt has
+
+
+@dataclass(slots=True)
+class Tracked:
+    """What is remembered of one of vLLM's requests.
+
+    engine:     vLLM's request.
+    store:      ours; it grows with the block hashes vLLM makes.
+    first:      blocks that vLLM's own cache had at the last question.
+    promised:   blocks the request can start from, of the answer that was given.
+    asked_at:   when it was first answered "ask again", but for what another request computes.
+    look_at:    not to be looked up before, since it waits for that.
+    most:       blocks that may be promised; less after a load of this request failed.
+    is_aside:   the load that was promised is asynchronous.
+    num_saved:  blocks that have been given to a save, or need none.
+    num_hashed: vLLM's hashes that are in `store`.
+    by_tier:    blocks of the load by the tier they come from.
+    """
+
+    engine: Any
+    store: Request
+    most: int = NEVER
+    lease: LoadLease | None = None
+    first: int = 0
+    promised: int = 0
+    asked_at: float | None = None
+    look_at: float = 0.0
+    is_loading: bool = False
+    is_aside: bool = True
+    num_saved: int = 0
+    num_hashed: int = 0
+    by_tier: dict[str, int] = field(default_factory=dict)
+
+
+class Requests:
+    """The requests of one engine, by vLLM's name of them.
+
+    identify: names what makes a request's KV different and vLLM's hashes do not cover (its adapter's files).
+    salt:     part of all names from now on; "" for none.
+    on_named: told of new blocks of a request, by our names and by vLLM's.
+    whole:    loads may take the last block of a prompt that ends on its border.
+    """
+
+    def __init__(
+        self,
+        store: KVStore,
+        engine: EngineLayout,
+        identify: Callable[[Any], str],
+        single_flight: bool = False,
+        whole: bool = False,
+    ) -> None:
+        self.salt = ""
+        self.on_named: Callable[[Sequence[bytes], Sequence[bytes]], None] | None = None
+        self._store = store
+        self._per_block = engine.hashes_per_block
+        self._identify = identify
+        self._usual = RequestOptions(single_flight=single_flight, whole=whole)
+        self._tracked: dict[str, Tracked] = {}
+
+    def begin(self, request: Any) -> None:
+        """A request came. One that this was not called for, or failed for, does not use the store."""
+        tenant = self._identify(request)
+        if self.salt:
+            tenant = f"{tenant}|{self.salt}"
+        made = self._store.request_from_hashes(
+            [], max(1, request.num_tokens), _options(request, replace(self._usual, tenant=tenant))
+        )
+        self._tracked[request.request_id] = Tracked(request, made)
+
+    def get(self, name: str) -> Tracked | None:
+        """What is known of a request."""
+        return self._tracked.get(name)
+
+    def end(self, name: str) -> Tracked | None:
+        """Forget a request; what was known of it."""
+        return self._tracked.pop(name, None)
+
+    def extend(self, tracked: Tracked) -> bool:
+        """Take over the hashes that vLLM has made since; False if it took some back, and the request began anew."""
+        hashes = tracked.engine.block_hashes
+        per_block = self._per_block
+        end = len(hashes) // per_block * per_block
+        is_same = end >= tracked.num_hashed
+        if not is_same:  # a streaming session took back its last tokens
+            self._store.finished(tracked.store)
+            tracked.store = self._store.request_from_hashes([], tracked.engine.num_tokens, tracked.store.options)
+            tracked.num_saved = min(tracked.num_saved, end // per_block)
+            tracked.num_hashed = 0
+        if end > tracked.num_hashed or tracked.engine.num_tokens > tracked.store.num_tokens:
+            new = [bytes(one) for one in hashes[tracked.num_hashed + per_block - 1 : end : per_block]]
+            self._store.extend_hashes(tracked.store, new, tracked.engine.num_tokens)
+            tracked.num_hashed = end
+            if self.on_named is not None and new:
+                self.on_named(tracked.store.keys[-len(new) :], new)
+        return is_same
+
+    def __len__(self) -> int:
+        return len(self._tracked)
+
+    def __iter__(self) -> Iterator[Tracked]:
+        return iter(list(self._tracked.values()))
+
+
+def _options(request: Any, plain: RequestOptions) -> RequestOptions:
+    """What vLLM's request says about itself: hints under "kvstore" in kv_transfer_params.
+
+    They come from whoever sent the request, so those that make no sense are ignored, all of them.
+    """
+    hints = (getattr(request, "kv_transfer_params", None) or {}).get("kvstore", {})
+    try:
+        ttl_s = hints.get("ttl_s")
+        options = replace(
+            plain,
+            session=str(hints.get("session", "")),
+            priority=int(hints.get("priority", 0)),
+            ttl_s=float(ttl_s) if ttl_s is not None and float(ttl_s) > 0 else None,
+            retain_until=max(0.0, float(hints.get("retain_until", 0.0))),
+        )
+        check_options(options)  # not every text that JSON can spell is one, nor is every number
+    except (AttributeError, TypeError, ValueError, OverflowError, RequestError) as error:
+        log.warning("kvstore: hints %.200r of request %s are ignored: %s", hints, request.request_id, error)
+        return plain
+    return options

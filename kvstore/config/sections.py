@@ -1,0 +1,319 @@
+"""What can be configured: one frozen section per part, read once, at the edge.
+
+`Config.load()` lays the sources over each other, lowest first: the defaults below, a TOML file (the path given, else
+$KVSTORE_CONFIG, else ./kvstore.toml), environment variables KVSTORE_<SECTION>__<FIELD>, keyword arguments.
+`Config(host={"policy": "sieve"})` takes defaults and keywords only. Both raise ConfigError, which names every wrong
+field, its value, where the value came from and what would be right.
+
+A size may be given as "512MiB" and a time as "24h"; inside they are bytes and seconds (values.py). Reading the
+sources is sources.py, printing a configuration reference.py. Defaults marked as guesses have not been
+measured.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from kvstore.config.secret import SecretUrl
+from kvstore.config.sources import KEYWORD, Setting, explain, nest, read_all, read_environment, read_file, read_keywords
+from kvstore.config.values import (
+    Admit,
+    Bytes,
+    Count,
+    DaemonUrl,
+    HostNames,
+    Number,
+    OrNone,
+    PathOrNone,
+    PlainWord,
+    Policy,
+    Seconds,
+    SocketOrNone,
+)
+from kvstore.units import GiB, format_seconds
+
+
+class Section(BaseModel):
+    """A part's own settings. Frozen; unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StoreConfig(Section):
+    """Identity, lookup and planning."""
+
+    block_size: Count = Field(default=64, ge=1, le=65536, description="Tokens per block, the unit of reuse.")
+    hash: Literal["sha256", "xxh3_128"] = Field(
+        default="sha256",
+        description="Block hash; xxh3_128 is cheaper, for one tenant only, and hits compare the tokens themselves.",
+    )
+    min_hit_blocks: Count = Field(default=1, ge=1, description="A match of fewer blocks than this counts as a miss.")
+    load_or_recompute: bool = Field(
+        default=True, description="Cut a match where loading it would be slower than computing it, by measured rates."
+    )
+    lookup_deadline_s: Seconds = Field(
+        default=0.05,
+        ge=0,
+        le=60,
+        description="Longest wait of a lookup for a shared tier's answer; 0 never waits.",
+    )
+    load_deadline_s: Seconds = Field(
+        default=2.0, gt=0, le=600, description="Longest wait for the pages of a hit; what is missing then is computed."
+    )
+    single_flight: bool = Field(
+        default=False,
+        description="Connectors (transformers, vLLM) wait for a prompt that another request is computing already.",
+    )
+    compute_wait_s: Seconds = Field(
+        default=10.0,
+        ge=0,
+        le=600,
+        description="Longest wait without progress for another request that computes the same blocks; 0 never waits.",
+    )
+    max_prefetch_slots_fraction: Number = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="Share of the host slots that prefetches may hold at once; 0 means none.",
+    )
+    max_dirty_fraction: Number = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Share of the host slots that may wait to be written behind.",
+    )
+    max_pinned_fraction: Number = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of the host slots (of a tenant's own) that pins and retain_until may keep; 0 keeps none.",
+    )
+    pin_max_s: Seconds = Field(
+        default=86400.0,
+        gt=0,
+        description="Longest time a pin or a retain_until keeps pages in host memory, whoever asked for it.",
+    )
+    lane_batch_pages: Count = Field(default=8, ge=1, le=1024, description="Pages a lane moves in one batch (a guess).")
+    touch_interval_s: Seconds = Field(
+        default=60.0,
+        ge=0,
+        description="Lower tiers are told of a page's use at most this often; 0 tells every use.",
+    )
+
+
+class HostConfig(Section):
+    """Host memory, the tier in the middle."""
+
+    capacity_bytes: Bytes = Field(default=GiB, description="Size of the slab of slots in memory, allocated at start.")
+    policy: Policy = Field(default="lru", description="Eviction policy: which page leaves first.")
+    ttl_s: Seconds = Field(default=0.0, ge=0, description="A page unused for this long is dropped; 0 means never.")
+    huge_pages: bool = Field(default=True, description="Ask for huge pages; first touch is 3.5 times cheaper.")
+
+
+class DiskConfig(Section):
+    """A directory on local NVMe: an LMDB index and a slab file of pages."""
+
+    path: PathOrNone = Field(
+        default=None, description="Directory of the disk tier, made if absent; none turns the tier off."
+    )
+    capacity_bytes: Bytes = Field(default=4 * GiB, description="Size of the slab file, preallocated at the start.")
+    policy: Policy = Field(default="lru", description="Eviction policy: which page leaves first.")
+    ttl_s: Seconds = Field(default=0.0, ge=0, description="A page unused for this long is dropped; 0 means never.")
+    workers: Count = Field(default=4, ge=1, le=64, description="Threads that read and write pages.")
+    direct_io: bool = Field(default=True, description="Bypass the page cache (O_DIRECT) where the file system can.")
+    shared: bool = Field(default=True, description="Other processes may store there too; false keeps them out.")
+    admit: Admit = Field(
+        default="always", description="Which saved pages are written: all, or only from their second use on."
+    )
+    timeout_s: Seconds = Field(default=2.0, gt=0, le=600, description="Longest time for one batch of reads or writes.")
+
+
+class RedisConfig(Section):
+    """A Redis server that machines share."""
+
+    url: Annotated[SecretUrl | None, OrNone] = Field(
+        default=None,
+        description="redis, rediss (TLS), unix, redis+sentinel or redis+cluster URL; its password is never printed.",
+    )
+    ttl_s: Seconds = Field(default=86400.0, gt=0, description="A page unused for this long expires on the server.")
+    connections: Count = Field(
+        default=3, ge=1, le=64, description="Connections, each with one page under way; 2 to 4 are enough."
+    )
+    timeout_s: Seconds = Field(default=1.0, gt=0, le=600, description="Longest time for one batch of reads or writes.")
+    connect_timeout_s: Seconds = Field(default=0.5, gt=0, le=600, description="Longest time for making a connection.")
+    idle_max_s: Seconds = Field(
+        default=180.0,
+        ge=0,
+        description="A connection idle for longer is made anew (NAT forgets after 4 to 6 minutes); 0: never.",
+    )
+    prefix: PlainWord = Field(default="kv:", description="What every key on the server starts with.")
+    capacity_bytes: Annotated[Bytes | None, OrNone] = Field(
+        default=None,
+        ge=4096,
+        description="Most a namespace keeps on the server, all its writers together; none leaves it to maxmemory.",
+    )
+    admit: Admit = Field(
+        default="always", description="Which saved pages are written: all, or only from their second use on."
+    )
+    codec: Literal["raw", "planes"] = Field(
+        default="raw", description="How pages are encoded on the server; planes compresses bfloat16 (needs zstandard)."
+    )
+
+
+class BreakerConfig(Section):
+    """When a failing tier is taken out, and how it comes back."""
+
+    failures_to_open: Count = Field(default=3, ge=1, description="Failures in a row after which the tier is taken out.")
+    probe_after_s: Seconds = Field(
+        default=1.0, gt=0, description="Time until the first probe; each one that fails doubles it."
+    )
+    probe_max_s: Seconds = Field(
+        default=30.0, gt=0, validate_default=True, description="Longest time between two probes."
+    )
+
+    @field_validator("probe_max_s")
+    @classmethod
+    def _not_before_the_first_probe(cls, probe_max_s: float, info: ValidationInfo) -> float:
+        first = info.data.get("probe_after_s", 0.0)
+        if probe_max_s < first:
+            raise ValueError(f"it must be at least probe_after_s, which is {format_seconds(first)}")
+        return probe_max_s
+
+
+class ServiceConfig(Section):
+    """The node daemon (`kvstore serve`), and how its clients reach it."""
+
+    url: DaemonUrl = Field(
+        default=None,
+        description="For clients: the daemon to use, unix:///path or http(s)://host:port; none keeps the store here.",
+    )
+    token: Annotated[SecretStr | None, OrNone] = Field(
+        default=None, description="For clients: what proves the tenant to a daemon over http; never printed."
+    )
+    client_name: Annotated[str | None, OrNone] = Field(
+        default=None,
+        max_length=64,
+        description="For clients: how the daemon calls this one; none means its program and process id.",
+    )
+    tls_ca: PathOrNone = Field(
+        default=None, description="For clients: certificates to trust for https (PEM); none trusts the system's."
+    )
+    staging_bytes: Bytes = Field(
+        default=GiB // 4, description="For clients over http: host memory for pages on their way (a guess)."
+    )
+    call_timeout_s: Seconds = Field(
+        default=1.0, gt=0, le=60, description="For clients: longest wait for an answer beyond what the call may take."
+    )
+    retry_max_s: Seconds = Field(
+        default=2.0, gt=0, le=600, description="For clients: longest time between two tries to reach a daemon again."
+    )
+    socket: SocketOrNone = Field(
+        default=None,
+        description="Unix socket of the daemon; none means kvstore.sock in $XDG_RUNTIME_DIR, or /tmp/kvstore-UID.sock.",
+    )
+    http_host: str = Field(
+        default="127.0.0.1",
+        description="Address of the HTTP API; anything but loopback needs tokens_file, or http_names.",
+    )
+    http_names: HostNames = Field(
+        default=None,
+        description="Names and addresses, by commas, under which other machines use the HTTP API without tokens; for "
+        "private networks only, as between containers: whoever reaches it is the local tenant and an operator.",
+    )
+    http_port: Annotated[Count | None, OrNone] = Field(
+        default=8470, ge=0, le=65535, description="Port of the HTTP API; 0 takes any free one, none turns it off."
+    )
+    tokens_file: PathOrNone = Field(
+        default=None, description="TOML file of tenants with their tokens and shares; none: whoever connects is local."
+    )
+    tls_cert: PathOrNone = Field(
+        default=None, description="Certificate chain (PEM) of the HTTP API; with tls_key it speaks TLS only."
+    )
+    tls_key: PathOrNone = Field(default=None, description="Private key (PEM) of tls_cert.")
+    max_namespaces: Count = Field(
+        default=1,
+        ge=1,
+        le=256,
+        description="Namespaces (models) that may be open; host and disk capacity are shared equally among them.",
+    )
+    max_clients: Count = Field(default=256, ge=1, le=65536, description="Clients that may be attached at once.")
+    lease_max_s: Seconds = Field(
+        default=600.0,
+        gt=0,
+        description="Longest time a client holds a lease: then a remote one's is released, a local one's is reported.",
+    )
+    ready_without_redis: bool = Field(
+        default=False, description="Be ready although the Redis of redis.url was not reached since the start."
+    )
+    isolate: bool = Field(
+        default=False,
+        description="Clients on this machine map the slab for reading only; what they save is copied once more.",
+    )
+    isolate_bytes: Bytes = Field(
+        default=GiB // 4, description="With isolate: memory for the saves of each such client, taken as it is used."
+    )
+    drain_s: Seconds = Field(
+        default=5.0, ge=0, le=600, description="At the end: longest wait for open leases and for what is owed to disk."
+    )
+
+
+class Config(BaseSettings):
+    """All sections. Frozen; `Config.load` reads file and environment, the constructor only its keywords."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+
+    store: StoreConfig = Field(default_factory=StoreConfig)
+    host: HostConfig = Field(default_factory=HostConfig)
+    disk: DiskConfig = Field(default_factory=DiskConfig)
+    redis: RedisConfig = Field(default_factory=RedisConfig)
+    breaker: BreakerConfig = Field(default_factory=BreakerConfig)
+    service: ServiceConfig = Field(default_factory=ServiceConfig)
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def __init__(self, *, _given: Mapping[str, Setting] | None = None, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            # `from None`: the library's own error would print a password that is part of a wrong URL.
+            raise explain(type(self), error, _given) from None
+        self._origins = {name: setting.origin for name, setting in (_given or {}).items()}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str] | None = None, **overrides: Any) -> Config:
+        """Read file, environment and `overrides` (`host={"ttl_s": 60}` or `**{"host.ttl_s": 60}`), highest last.
+
+        path: the TOML file; None looks at $KVSTORE_CONFIG and then for ./kvstore.toml.
+        Raises ConfigError.
+        """
+        given = read_all(
+            partial(read_file, cls, path), partial(read_environment, cls), partial(read_keywords, cls, overrides)
+        )
+        return cls(_given=given, **nest(given))
+
+    def source(self, field: str) -> str:
+        """Where the value of a field such as "host.ttl_s" came from, in words."""
+        section, _, name = field.partition(".")
+        is_given = section in self.model_fields_set and name in getattr(self, section).model_fields_set
+        return self._origins.get(field, KEYWORD if is_given else "default")
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The constructor reads nothing but its keywords; `load` lays the sources over each other."""
+        return (init_settings,)

@@ -1,0 +1,96 @@
+"""The kinds of values that settings have: how each may be written, and what is right about it.
+
+A validator raises ValueError with the end of a sentence that begins with the field and its value ("host.ttl_s is -1
+(from ...); it must be ..."): see sources.py.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from annotated_types import Ge
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from kvstore.config import paths
+from kvstore.units import parse_bytes, parse_seconds
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("it must be a number")
+    return value
+
+
+def _off_when_empty(value: object) -> object:
+    # TOML has no null and an environment variable only text, yet a lower source's value must be possible to switch off.
+    return None if isinstance(value, str) and value.strip().lower() in ("", "none", "off") else value
+
+
+def known_policy(name: str) -> str:
+    """Refuse an eviction policy that nobody has registered."""
+    from eviction.registry import POLICIES
+
+    if name not in POLICIES:
+        raise ValueError(f"it must be one of {', '.join(sorted(POLICIES))}")
+    return name
+
+
+def _plain_word(text: str) -> str:
+    if not re.fullmatch(r"[!-z|~]{1,64}", text):
+        raise ValueError("it must be 1 to 64 printable ASCII characters, without spaces and braces")
+    return text
+
+
+def _host_names(names: str | None) -> str | None:
+    for name in (names or "x").split(","):
+        if not re.fullmatch(r"[A-Za-z0-9.:_-]+", name):
+            raise ValueError("it must be names or addresses without ports, by commas, such as node,10.0.0.5")
+    return names
+
+
+def _daemon_url(url: str | None) -> str | None:
+    if url is None:
+        return None
+    url = url.strip()
+    if url.startswith(("/", "~", "./")):
+        raise ValueError(
+            f"it is a URL, and not a path: write unix://{url if url.startswith('/') else '/path/of/socket'}"
+        )
+    if url.startswith("unix:"):
+        rest = paths.expanded(url[len("unix:") :].removeprefix("//"))
+        if not rest.startswith("/") or set("?#%") & set(rest):
+            raise ValueError("it must be unix:///path/of/socket, with an absolute path, and without ?, # and %")
+        return f"unix://{paths.socket(Path(rest))}"
+    parts = urlsplit(url)
+    try:
+        has_port = parts.port is not None
+    except ValueError:
+        has_port = False
+    if parts.scheme in ("http", "https") and parts.hostname and has_port and parts.username is None:
+        return url
+    raise ValueError("it must be unix:///path/of/socket, http://host:port or https://host:port")
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else paths.absolute(path)
+
+
+def _socket(path: Path | None) -> Path | None:
+    return None if path is None else paths.socket(path)
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Ge(4096)]  # at least one aligned slot
+Count = Annotated[int, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(allow_inf_nan=False)]
+Policy = Annotated[str, AfterValidator(known_policy)]
+Admit = Literal["always", "second_use"]
+OrNone = BeforeValidator(_off_when_empty)  # "none", "off" and "" stand for None
+PathOrNone = Annotated[Path | None, AfterValidator(_absolute), OrNone]
+SocketOrNone = Annotated[Path | None, AfterValidator(_absolute), AfterValidator(_socket), OrNone]
+PlainWord = Annotated[str, AfterValidator(_plain_word)]
+HostNames = Annotated[str | None, OrNone, AfterValidator(_host_names)]
+DaemonUrl = Annotated[str | None, OrNone, AfterValidator(_daemon_url)]

@@ -1,0 +1,295 @@
+"""Lookups: what is stored of a prompt, where, and how much of it is worth loading.
+
+The scout walks the catalog, asks shared tiers by probes, and weighs. It changes nothing but its own notes about
+requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+from eviction.policy import Hint
+from kvstore.layout import Layout
+from kvstore.plan.catalog import Block, Catalog, PageState
+from kvstore.plan.cost import CostModel
+from kvstore.plan.lower_tier import LowerTier
+from kvstore.plan.match import FIRST_LOWER, IN_HOST, RequestState, Survey, loadable_blocks, locate, tier_names
+from kvstore.plan.probes import Probes
+from kvstore.plan.records import HOST, CutReason, Explanation, Match, Outcome, Request
+from kvstore.plan.resume import longest_resume, needed_from
+from kvstore.plan.settings import PlanSettings
+from kvstore.plan.transfers import Flight, Flights
+
+MAX_REQUESTS = 16_384  # notes kept about requests whose callers never say that they are over
+
+
+class Scout:
+    """Answers lookups. Under the store's lock."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        settings: PlanSettings,
+        catalog: Catalog,
+        tiers: Sequence[LowerTier],
+        flights: Flights,
+        costs: CostModel,
+    ) -> None:
+        self.requests: dict[int, RequestState] = {}
+        self.names = tier_names([tier.plan.name for tier in tiers])
+        self.counters = {"lookups": 0, "pending": 0, "collisions": 0, "matched_tokens": 0, "missed_tokens": 0}
+        self.cuts = {reason.value: 0 for reason in CutReason}
+        self._block_size = layout.block_size
+        self._windows = [layout.window_blocks(group) for group in range(len(layout.groups))]
+        self.probes = Probes(settings.lookup_deadline_s, catalog, tiers, flights, self._windows, self._block_size)
+        self._page_bytes = [layout.stored_bytes(group) for group in range(len(layout.groups))]
+        self._settings = settings
+        self._catalog = catalog
+        self._tiers = tiers
+        self._flights = flights
+        self._costs = costs
+
+    def lookup(
+        self, request: Request, now: float, judge: Callable[[Request, Match, float], Match] | None = None
+    ) -> tuple[Match, str | None]:
+        """The match, and the name of a tier that is avoided by an estimate so old that it should be measured again.
+
+        judge: may make the match pending; a lookup is counted when it is not.
+        """
+        state = self._state(request)
+        survey = self.survey(request)
+        pending = self.probes.ask(state, survey, now)
+        match = self._match(survey, pending)
+        if judge is not None:
+            match = judge(request, match, now)
+        if match.pending:
+            self.counters["pending"] += 1
+            state.unsettled = survey, match
+        else:
+            self._settle(state, survey, match)
+        return match, self._stale_tier(survey, now)
+
+    def end(self, request: Request) -> None:
+        """Forget the request. A lookup that was given up while it was pending counts as what it had found by then."""
+        state = self.requests.pop(request.id, None)
+        if state is not None and state.unsettled is not None:
+            self._settle(state, *state.unsettled)
+
+    def survey(self, request: Request) -> Survey:
+        """Where every page of the request is, as far as is known now."""
+        limit = loadable_blocks(request, self._block_size)
+        blocks = self.verified(request, self._catalog.match(request.keys[:limit]))
+        order = self._readable()
+        stalled = self._flights.stalled
+        survey = Survey(blocks, [locate(blocks, group, order, stalled) for group in range(len(self._windows))])
+        state = self.requests.get(request.id)
+        if state is not None and state.probes:
+            self.probes.overlay(survey, state, limit)
+        survey.known = survey.worth = longest_resume(survey.sources, self._windows, limit)
+        if limit == 0:
+            survey.cut = CutReason.TOO_SHORT
+            return survey
+        if survey.known < limit:
+            survey.cut = self._reason(survey)
+        self._weigh(survey, request.held)
+        if 0 < survey.worth < self._settings.min_hit_blocks:
+            survey.worth, survey.cut = 0, CutReason.BELOW_MINIMUM
+        return survey
+
+    def ask(self, request: Request, now: float) -> bool:
+        """Ask shared tiers about what is not known to be here; True until they have answered. Counts nothing."""
+        return self.probes.ask(self._state(request), self.survey(request), now)
+
+    def ask_again(self, request: Request, first: int, end: int, now: float) -> bool:
+        """Ask shared tiers once more about blocks [first, end); False if there is none to ask."""
+        state = self.requests.get(request.id)
+        return state is not None and self.probes.ask_again(state, first, end, now)
+
+    def explain(self, request: Request) -> Explanation:
+        """Why the match ends where it does. Counts nothing, asks nobody (see `ask`)."""
+        survey = self.survey(request)
+        return self._explanation(request, survey, self._match(survey, False))
+
+    def _match(self, survey: Survey, pending: bool) -> Match:
+        worth, by_tier = survey.worth, survey.by_tier(self.names, self._windows)
+        return Match(worth, worth * self._block_size, pending, by_tier, survey.known, survey.cut)
+
+    def _explanation(self, request: Request, survey: Survey, match: Match) -> Explanation:
+        if survey.cut in (CutReason.NONE, CutReason.TOO_SHORT):
+            return Explanation(match)
+        at = survey.known if survey.cut in (CutReason.NEVER_STORED, CutReason.TIER_DOWN) else survey.worth
+        block = survey.blocks[at] if at < len(survey.blocks) else None
+        tiers: dict[str, bool] = {}
+        if block is not None:
+            if any(page.state == PageState.READY for page in block.pages):
+                tiers[HOST] = True
+            tiers |= {t.plan.name: t.is_up for t in self._tiers if any(t.has(page) for page in block.pages)}
+        journal = self._catalog.journal
+        left = None if journal is None else journal.departure(request.keys[at])
+        return Explanation(
+            match,
+            at,
+            request.keys[at],
+            tiers,
+            None if left is None else (left.at, left.tier, left.why.value),
+            self._asked(request, at),
+        )
+
+    def _asked(self, request: Request, block: int) -> dict[str, bool | None]:
+        state, num_groups = self.requests.get(request.id), len(self._windows)
+        asked: dict[str, bool | None] = {}
+        for index, tier in enumerate(self._tiers):
+            if not tier.plan.is_shared or tier.is_detached:
+                continue
+            probe = None if state is None else state.probes.get(index)
+            if probe is None or probe.transfer_id or probe.has_failed or not probe.first <= block < probe.end:
+                asked[tier.plan.name] = None
+            else:
+                start = (block - probe.first) * num_groups
+                asked[tier.plan.name] = all(probe.answer[start : start + num_groups])
+        return asked
+
+    def insert(self, request: Request, end: int) -> list[Block]:
+        """Make blocks [0, end) of the request known; fewer where a hash collides. Returns them, root first."""
+        keys = request.keys[:end]
+        if self._settings.compare_tokens:
+            known = self._catalog.match(keys)
+            good = self.verified(request, known)
+            if len(good) < len(known):
+                return good
+            # A key known below another parent is a collision too: nothing from there on is saved.
+            tree = self._catalog.tree
+            keys = keys[: next((i for i in range(len(known), len(keys)) if keys[i] in tree), len(keys))]
+        path = self._catalog.insert(keys)
+        self._describe(request, path)
+        return path
+
+    def insert_from(self, request: Request, above: Block | None, end: int) -> list[Block]:
+        """The same for the blocks behind `above`, in steps of a long prompt; O(answer). Returns those."""
+        if self._settings.compare_tokens:  # TODO: O(end) each time, once somebody has long prompts with xxh3_128
+            return self.insert(request, end)[0 if above is None else above.depth + 1 :]
+        blocks = self._catalog.insert_from(request.keys, above, end)
+        self._describe(request, blocks)
+        return blocks
+
+    def _describe(self, request: Request, path: Sequence[Block]) -> None:
+        """Note with blocks what the request says about them."""
+        options = request.options
+        if options.priority or options.ttl_s is not None:
+            hint = Hint(options.priority, options.ttl_s)
+            for block in path:
+                if hint.priority >= block.hint.priority:
+                    block.hint = hint
+        if self._settings.compare_tokens:
+            for block in path:
+                if not block.tokens:
+                    block.tokens = self._block_tokens(request, block.depth)
+
+    def forget_answers(self) -> None:
+        """Have shared tiers asked again, at each request's next lookup."""
+        for state in self.requests.values():
+            state.probes.clear()
+
+    def add_tier(self, name: str) -> None:
+        """One more lower tier, behind those that are known; the list of tiers is the planner's."""
+        self.names.append(name)
+        self.probes.counters[name] = 0
+
+    def known_path(self, request: Request) -> list[Block]:
+        """The blocks of the request that are known, root first."""
+        return self.verified(request, self._catalog.match(request.keys))
+
+    def verified(self, request: Request, blocks: list[Block]) -> list[Block]:
+        """Cut known blocks at the first whose tokens are not the request's (only where hashes may collide)."""
+        if not self._settings.compare_tokens:
+            return blocks
+        for index, block in enumerate(blocks):
+            if block.tokens and block.tokens != self._block_tokens(request, index):
+                self.counters["collisions"] += 1
+                return blocks[:index]
+        return blocks
+
+    def answered(self, flight: Flight, outcome: Outcome) -> None:
+        """Book the outcome of a PROBE."""
+        assert isinstance(flight.context, tuple)
+        self.probes.answered(self.requests.get(flight.context[0].id), flight, outcome)
+
+    def _state(self, request: Request) -> RequestState:
+        state = self.requests.get(request.id)
+        if state is None:
+            while len(self.requests) >= MAX_REQUESTS:
+                del self.requests[next(iter(self.requests))]
+            state = self.requests[request.id] = RequestState(request)
+        return state
+
+    def _readable(self) -> list[tuple[int, int]]:
+        """(bit, source code) of the tiers whose catalog entries count, the fastest first."""
+        tiers = [
+            (self._costs.tiers[tier.plan.name].seconds_per_byte or 0.0, tier.bit, FIRST_LOWER + index)
+            for index, tier in enumerate(self._tiers)
+            if tier.is_up and tier.plan.is_indexed
+        ]
+        return [(bit, code) for _, bit, code in sorted(tiers)]
+
+    def _reason(self, survey: Survey) -> CutReason:
+        if survey.known < len(survey.blocks):
+            down = sum(tier.bit for tier in self._tiers if not tier.is_up)
+            if any(page.homes & down for page in survey.blocks[survey.known].pages):
+                return CutReason.TIER_DOWN
+        return CutReason.NEVER_STORED
+
+    def _weigh(self, survey: Survey, held: int) -> None:
+        """Cut the match where loading would be slower than computing; the first `held` blocks need neither."""
+        if not self._settings.load_or_recompute or self._costs.prefill_tokens_per_s is None:
+            return
+        runs: list[tuple[str | None, int, int]] = []
+        needed = [needed_from(survey.known, window) for window in self._windows]
+        for code, blocks in groupby(range(held, survey.known), key=lambda block: self._slowest(survey, block)):
+            members = list(blocks)
+            num_bytes = sum(
+                self._page_bytes[group]
+                for group, start in enumerate(needed)
+                for block in members
+                if block >= start and survey.source(block, group) > IN_HOST
+            )
+            runs.append((None if code <= IN_HOST else self.names[code], len(members), num_bytes))
+        if all(tier is None for tier, _, _ in runs):
+            return
+        cut = self._costs.best_cut(runs, self._block_size)
+        if cut < len(runs):
+            limit = held + sum(blocks for _, blocks, _ in runs[:cut])
+            survey.worth = longest_resume(survey.sources, self._windows, limit)
+            survey.cut = CutReason.NOT_WORTH
+
+    def _slowest(self, survey: Survey, block: int) -> int:
+        if len(survey.sources) == 1:
+            return survey.sources[0][block]
+        return max(survey.source(block, group) for group in range(len(survey.sources)))
+
+    def _stale_tier(self, survey: Survey, now: float) -> str | None:
+        if survey.cut is not CutReason.NOT_WORTH:
+            return None
+        name = self.names[self._slowest(survey, survey.worth)]
+        return name if name in self._costs.tiers and self._costs.wants_sample(name, now) else None
+
+    def _settle(self, state: RequestState, survey: Survey, match: Match) -> None:
+        state.unsettled = None
+        if state.num_counted != state.request.num_tokens:
+            state.num_counted = state.request.num_tokens
+            self._count(state.request, survey, match)
+
+    def _count(self, request: Request, survey: Survey, match: Match) -> None:
+        self.counters["lookups"] += 1
+        self.counters["matched_tokens"] += survey.worth * self._block_size
+        self.counters["missed_tokens"] += request.num_tokens - survey.worth * self._block_size
+        self.cuts[survey.cut.value] += 1
+        journal = self._catalog.journal
+        if journal is not None and survey.cut not in (CutReason.NONE, CutReason.TOO_SHORT):
+            journal.fell_short(request, self._explanation(request, survey, match))
+
+    def _block_tokens(self, request: Request, index: int) -> bytes:
+        if request.tokens is None:
+            return b""
+        width = 4 * self._block_size
+        return bytes(request.tokens[index * width : (index + 1) * width])

@@ -1,0 +1,407 @@
+"""A tier below host memory as the planner sees it: what it holds, what it is owed, and who leaves it.
+
+What it is owed is kept in two books: pages to be written (debts.py) and pages to be deleted (deletes.py).
+
+Pages are written behind: soon after they are whole in host memory they are *owed* to every lower tier that admits
+them, and leave the queue in batches as fast as the lane takes them. So eviction from host memory is a plain drop.
+Only the batches under way hold their slots; a page that is merely owed may still be evicted, and is then lost to
+that tier and counted. A tier that is down, or refuses writes, keeps its queue and is paid when that is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from eviction.policy import EvictionPolicy
+from kvstore.direction import Direction
+from kvstore.page import PageKey
+from kvstore.plan.catalog import Block, Catalog, Page, PageState
+from kvstore.plan.debts import Debts, SpillCounters
+from kvstore.plan.deletes import Deletes
+from kvstore.plan.journal import Left
+from kvstore.plan.records import Op, Outcome, Priority
+from kvstore.plan.transfers import Flight, Flights
+
+TOUCH_BATCH = 512  # keys; one Redis round trip or one LMDB transaction of a few milliseconds
+MAX_OWED_DELETES = 65_536  # keys that a tier which cannot be reached is owed; about 10 MB
+
+
+@dataclass(frozen=True, slots=True)
+class TierPlan:
+    """What the planner must know of a lower tier.
+
+    capacity_pages: None where the medium evicts by itself.
+    policy:         order of eviction; None where the medium evicts by itself.
+    is_indexed:     what the catalog says of this tier is good enough for a lookup (disk); else only an answered
+                    probe is (Redis).
+    is_shared:      others write to it too, so a lookup probes it for what the catalog does not know.
+    admit:          "always", or "second_use": only pages that were used again.
+    window_pages:   pages that may be on their way to it at once.
+    workers:        batches its lane works on at the same time.
+    can_claim:      machines that share it can tell each other there what they are computing.
+    can_clear:      it deletes all it has of this namespace when told so, without being told what that is.
+    """
+
+    name: str
+    capacity_pages: int | None
+    policy: EvictionPolicy[Page] | None
+    is_indexed: bool
+    is_shared: bool
+    admit: str = "always"
+    ttl_s: float = 0.0
+    window_pages: int = 64
+    workers: int = 1
+    can_claim: bool = False
+    can_clear: bool = False
+
+
+@dataclass(slots=True)
+class LowerTier:
+    """The planner's book of one lower tier. Under the store's lock.
+
+    wall: clock of the deadlines on the medium, Unix time. Asked whenever one is made or judged, so that the policy says
+          what the medium says, also after somebody has set the clock.
+    """
+
+    plan: TierPlan
+    bit: int
+    batch_pages: int
+    flights: Flights
+    catalog: Catalog
+    wall: Callable[[], float]
+    page_bytes: Sequence[int]
+    max_owed: int
+    out: frozenset[Direction] = frozenset()  # what its breakers keep out
+    is_detached: bool = False  # taken away by an operator: it has nothing, and gets nothing
+    used_pages: int = 0
+    in_flight: int = 0
+    dropping: Sequence[PageKey] = ()  # of copies that are forgotten in this step, until their deletes are owed
+    counters: SpillCounters = field(default_factory=SpillCounters)
+    debts: Debts = field(init=False)
+    deletes: Deletes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.debts = Debts(self.max_owed)
+        self.deletes = Deletes(self.plan.name, self.flights, max(MAX_OWED_DELETES, self.plan.capacity_pages or 0))
+
+    def owe(self, pages: Sequence[Page], *, used: bool, is_saved: bool = False) -> None:
+        """Pages are whole in host memory: remember those this tier should have. is_saved: a save brought them."""
+        if self.is_detached or (self.plan.admit == "second_use" and not used):
+            return
+        bit = self.bit
+        self.debts.owe([page for page in pages if not (page.homes | page.spilling) & bit], is_saved=is_saved)
+
+    def pump(self, now: float) -> None:
+        """Send what is owed, as far as the window allows: deletes first, since writes may wait for them."""
+        if self.deletes.is_any and self.takes(Direction.DELETE):
+            self.deletes.pump(now, may_clear=not self.in_flight)
+        if not self.takes(Direction.WRITE):
+            return
+        while self.debts.waiting and self.in_flight < self.plan.window_pages and not self.deletes.must_clear:
+            batch = self.debts.take(self.batch_pages, self._holds if self.deletes.is_any else None)
+            for page in [page for page in batch if (page.homes | page.spilling) & self.bit]:
+                del batch[page]  # it is there by now
+            if batch and not self._spill(batch):
+                break
+        if self.debts.held and self.takes(Direction.DELETE):
+            self.deletes.pump(now, may_clear=False)  # those that writes turned out to wait for
+
+    def spilled(self, flight: Flight, outcome: Outcome, now: float) -> None:
+        """Book the outcome of a SPILL."""
+        self.in_flight -= len(flight.pages)
+        num_ok = sum(outcome.ok)
+        self.counters.spilled_pages += num_ok
+        self.counters.failed_pages += len(flight.pages) - num_ok
+        for page, ok in zip(flight.pages, outcome.ok, strict=True):
+            page.spilling &= ~self.bit
+            if ok and not self.is_detached and not page.block.is_removed:
+                page.homes |= self.bit
+                if self.catalog.journal is not None:
+                    self.catalog.journal.stored(self.plan.name, (page,))
+                continue
+            self.forget_copies((page,))
+            if page.block.is_removed:
+                self.deletes.wrote(page.key)  # also if it failed: a write that was given up may still have been done
+            elif not self.is_detached:
+                self.debts.fail(page, is_saved=_is_saved(flight, page))
+            self.catalog.prune(page.block)
+        self.pump(now)
+
+    def has(self, page: Page) -> bool:
+        return bool(page.homes & self.bit)
+
+    def learn(self, page: Page, left_s: float | None = None) -> None:
+        """The tier turned out to hold a page that was not booked; `left_s` of its time are left, if it has a limit."""
+        if not page.homes & self.bit and not self.is_detached:
+            page.homes |= self.bit
+            if self.debts.failed:
+                self.debts.failed.pop(page, None)
+            if self.catalog.journal is not None:
+                self.catalog.journal.stored(self.plan.name, (page,))
+            if not page.spilling & self.bit:
+                self.used_pages += 1
+            if self.plan.policy is not None:
+                hint = page.block.hint if left_s is None else page.block.hint._replace(left_s=left_s)
+                self.plan.policy.add((page,), self.wall(), hint)
+            self._forget_excess()
+
+    def forget_copies(self, pages: Sequence[Page], why: Left | None = Left.LOST) -> None:
+        """The tier no longer holds pages, or the spill of them failed. why: None if it may well still hold them."""
+        if self.catalog.journal is not None and why is not None:
+            self.catalog.journal.removed(self.plan.name, self.copies(pages), why)
+        keep = ~self.bit
+        for page in pages:
+            page.homes &= keep
+        self.used_pages -= len(pages)
+        if self.plan.policy is not None:
+            self.plan.policy.discard(pages)
+
+    def copies(self, pages: Sequence[Page]) -> list[Page]:
+        """Those of `pages` that the tier holds."""
+        return [page for page in pages if page.homes & self.bit]
+
+    def delete(self, pages: Sequence[Page], also: Sequence[PageKey] = (), why: Left = Left.DELETED) -> None:
+        """Have copies deleted, and whatever the medium may have under the keys `also`.
+
+        A copy that is being written goes after it is there.
+        """
+        if self.is_detached:
+            return
+        copies = self.copies(pages)
+        # A write that failed may have been done nevertheless; and of a tier without an index not all is remembered.
+        doubtful = [page for page in pages if page in self.debts.failed or not self.plan.is_indexed]
+        keys = list(dict.fromkeys([*(page.key for page in [*copies, *doubtful]), *also]))
+        self.dropping = keys
+        self.forget_copies(copies, why)
+        self.deletes.owe_after_write(page.key for page in pages if page.spilling & self.bit)
+        self.debts.settle(pages)
+        self.deletes.owe(keys)
+        self.dropping = ()
+
+    def clear(self, pages: Sequence[Page]) -> None:
+        """Have all the tier holds deleted: `pages`, those of all blocks that were known, and what it finds itself."""
+        if self.is_detached:
+            return
+        if not self.plan.can_clear:
+            self.delete(pages)
+            return
+        self.forget_copies(self.copies(pages), Left.DELETED)
+        self.debts.settle(pages)
+        self.deletes.owe_all()
+
+    def deleted(self, flight: Flight, outcome: Outcome, now: float) -> None:
+        """Book the outcome of a DELETE or a CLEAR."""
+        self.deletes.landed(flight, outcome, now, takes_writes=self.takes(Direction.WRITE))
+        if self.is_detached:
+            self.deletes.drop()
+        self.debts.let_go()
+        self.pump(now)
+
+    def hold(self, page: Page) -> None:
+        """A fetch reads the copy: it must not be evicted."""
+        if self.plan.policy is not None:
+            self.plan.policy.discard((page,))
+
+    def let_go(self, page: Page) -> None:
+        """The fetch is over."""
+        if self.plan.policy is not None and page.homes & self.bit:
+            self.plan.policy.add((page,), self.wall(), page.block.hint)
+
+    def touch(self, blocks: Sequence[Block], fresh: Sequence[Block], now: float) -> None:
+        """Note a use of a path (root first); tell the medium about the blocks it was not told of lately (`fresh`)."""
+        if self.plan.policy is not None:
+            self.plan.policy.touch((page for block in reversed(blocks) for page in block.pages), self.wall())
+        copies = [page for block in reversed(fresh) for page in block.pages if page.homes & self.bit]
+        for ttl_s, group in groupby(copies, key=self._ttl_s):
+            pages = list(group)
+            for start in range(0, len(pages), TOUCH_BATCH):
+                batch = pages[start : start + TOUCH_BATCH]
+                self.flights.send(
+                    Op.TOUCH,
+                    self.plan.name,
+                    [page.key for page in batch],
+                    batch,
+                    priority=Priority.SAVE,
+                    deadline=now + 60.0,
+                    expires_at=_deadline(self.wall(), ttl_s),
+                )
+
+    def set_ttl(self, pages: Sequence[Page]) -> None:
+        """The hints of pages, given in path order, have another time to live, which begins now."""
+        if self.plan.policy is not None:
+            now = self.wall()
+            for page in reversed(pages):
+                if page in self.plan.policy:
+                    self.plan.policy.add((page,), now, page.block.hint)
+
+    def make_up(self, blocks: Sequence[Block], now: float) -> None:
+        """Owe what the tier should have had for some time: a write may have failed, or the copy turned out bad."""
+        self.owe([page for block in blocks for page in block.pages if page.state == PageState.READY], used=False)
+        self.pump(now)
+
+    def touched(self, flight: Flight, outcome: Outcome, now: float) -> None:
+        """Book the outcome of a TOUCH: pages that are gone (a flushed Redis) are owed again."""
+        if outcome.error is not None:
+            return
+        gone = [page for page, ok in zip(flight.pages, outcome.ok, strict=True) if not ok and page.homes & self.bit]
+        self.forget_copies(gone)
+        self.owe([page for page in reversed(gone) if page.state == PageState.READY], used=True)
+        for page in gone:
+            self.catalog.prune(page.block)
+        self.pump(now)
+
+    def expire(self) -> None:
+        """Delete copies past their deadline; one that is still being written goes when it is there."""
+        if self.plan.policy is None:
+            return
+        expired = [page for page in self.plan.policy.expired(self.wall()) if not page.spilling & self.bit]
+        if expired:
+            self.delete(expired, why=Left.EXPIRED)
+            for page in expired:
+                self.catalog.prune(page.block)
+            self.counters.expired_pages += len(expired)
+
+    def detach(self) -> None:
+        """The tier is taken away: it has nothing any more. What is on its way there fails, or counts for nothing."""
+        self.is_detached = True
+        self.debts.clear()
+        self.deletes.drop()
+        copies = self.copies(list(self.catalog.pages()))
+        self.forget_copies(copies, Left.DETACHED)
+        for page in copies:
+            self.catalog.prune(page.block)
+
+    def attach(self, plan: TierPlan) -> None:
+        """The tier is back, perhaps another one; nothing is known of what it holds."""
+        self.plan = plan
+        self.out, self.is_detached = frozenset(), False
+
+    def check(self, pages: set[Page]) -> None:
+        """Assert that the books agree with the pages. For tests."""
+        copies = {page for page in pages if (page.homes | page.spilling) & self.bit}
+        flying = {
+            page
+            for flight in self.flights.under_way()
+            if flight.transfer.op is Op.SPILL and flight.transfer.tier == self.plan.name
+            for page in flight.pages
+        }
+        assert len(copies | flying) == self.used_pages, (
+            f"{self.plan.name}: {len(copies | flying)} copies, {self.used_pages} booked"
+        )
+        assert len(flying) == self.in_flight, f"{self.plan.name}: {len(flying)} flying, {self.in_flight} booked"
+        if self.plan.capacity_pages is not None and not self.plan.is_shared:  # else others' pages are learned of late
+            assert self.used_pages <= self.plan.capacity_pages, f"{self.plan.name}: over capacity"
+
+    def retry(self, now: float) -> None:
+        """Try again, at once, what failed: somebody wants to know, or the tier is back."""
+        self.debts.retry()
+        self.deletes.retry()
+        self.pump(now)
+
+    def is_settled(self, now: float) -> bool:
+        """True if nothing is under way, and nothing is owed or what is owed cannot be paid now."""
+        if self.in_flight or self.is_deleting(now):
+            return False
+        # What is left waits for a delete that cannot be done, or can be written.
+        is_ready = self.debts.waiting and not self.deletes.must_clear
+        return not (is_ready and self.takes(Direction.WRITE))
+
+    def is_deleting(self, now: float) -> bool:
+        """True if a delete is under way, or one that is owed can be sent now."""
+        deletes = self.deletes
+        can_delete = self.takes(Direction.DELETE) and not deletes.is_waiting_in_vain(now)
+        return deletes.num_under_way > 0 or (deletes.is_any and can_delete)
+
+    def takes(self, way: Direction) -> bool:
+        """True if the tier is there and can be used in this direction."""
+        return way not in self.out and not self.is_detached
+
+    @property
+    def is_up(self) -> bool:
+        """True if lookups may count on its pages."""
+        return self.takes(Direction.READ)
+
+    def _forget_excess(self) -> None:
+        """More is booked than the tier can hold: others have written there, and what is oldest has made room."""
+        if self.plan.capacity_pages is None or self.used_pages <= self.plan.capacity_pages:
+            return
+        victims = self._victims(self.used_pages - self.plan.capacity_pages)
+        self.forget_copies(victims, Left.EVICTED)
+        for page in victims:
+            self.catalog.prune(page.block)
+
+    def _holds(self, key: PageKey) -> bool:
+        is_held = self.deletes.holds(key)
+        if is_held:
+            self.deletes.hurry(key)
+        return is_held
+
+    def _spill(self, batch: dict[Page, bool]) -> bool:
+        """Send a batch, pages with whether a save brought them; what finds no room stays owed, and False returns."""
+        now, pages = self.wall(), list(batch)
+        evict = self._make_room(len(pages))
+        room = len(pages) if self.plan.capacity_pages is None else self.plan.capacity_pages - self.used_pages
+        if room < len(pages):
+            self.debts.give_back({page: batch[page] for page in pages[max(0, room) :]})
+            pages = pages[: max(0, room)]
+            if not pages:
+                self.deletes.owe(evict)
+                self.dropping = ()
+                return False
+        for page in pages:
+            page.spilling |= self.bit
+        self.used_pages += len(pages)
+        self.in_flight += len(pages)
+        if self.plan.policy is not None:
+            # Entered now, not when the outcome arrives: outcomes come in any order, and the end of the request
+            # touches the path.
+            for hint, group in groupby(reversed(pages), key=lambda page: page.block.hint):
+                self.plan.policy.add(list(group), now, hint)
+        self.flights.send(
+            Op.SPILL,
+            self.plan.name,
+            [page.key for page in pages],
+            pages,
+            priority=Priority.SAVE,
+            deadline=float("inf"),
+            slots=[page.slot for page in pages],
+            metas=[page.block.meta(self.page_bytes[page.group], _deadline(now, self._ttl_s(page))) for page in pages],
+            evict=evict,
+            context=None if all(batch.values()) else frozenset(page for page in pages if not batch[page]),
+        )
+        self.dropping = ()
+        return True
+
+    def _make_room(self, n: int) -> list[PageKey]:
+        if self.plan.capacity_pages is None:
+            return []
+        victims = self._victims(self.used_pages + n - self.plan.capacity_pages)
+        keys = [page.key for page in victims]
+        self.dropping = keys
+        self.forget_copies(victims, Left.EVICTED)
+        for page in victims:
+            self.catalog.prune(page.block)
+        self.counters.evicted_pages += len(victims)
+        return keys
+
+    def _victims(self, n: int) -> list[Page]:
+        """Up to `n` copies that may leave, the first to go first."""
+        if n <= 0 or self.plan.policy is None:
+            return []
+        ranked = self.plan.policy.victims(n + self.in_flight)
+        return [page for page in ranked if not page.spilling & self.bit][:n]
+
+    def _ttl_s(self, page: Page) -> float:
+        own = page.block.hint.ttl_s
+        return self.plan.ttl_s if own is None else own
+
+
+def _deadline(now: float, ttl_s: float) -> float:
+    return now + ttl_s if ttl_s > 0 else 0.0
+
+
+def _is_saved(flight: Flight, page: Page) -> bool:
+    """Whether a save brought a page that was sent; a flight remembers those that none did."""
+    return not isinstance(flight.context, frozenset) or page not in flight.context

@@ -1,0 +1,147 @@
+"""What a client has of one daemon while it is attached to it: a session, its connections, the slab."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from typing import Any
+
+from kvstore.errors import ConfigError, KVStoreError, LayoutMismatch, RequestError
+from kvstore.service.client.connection import Dial, Wire
+from kvstore.service.client.split_slab import SplitSlab, map_slab
+from kvstore.service.protocol import frames, messages
+from kvstore.service.protocol.frames import Op, ProtocolError, Status
+from kvstore.tiers.host import HostSlab
+from radix.hashing import BlockHash
+
+EPOCH_BITS = 32  # slot numbers of attachment n are n << 32 higher than in the slab: those of two slabs never meet
+MAX_IDLE_WIRES = 64
+MAX_SENT = 16_384
+
+_RAISED: dict[str, type[KVStoreError]] = {
+    "RequestError": RequestError,
+    "ConfigError": ConfigError,
+    "LayoutMismatch": LayoutMismatch,
+}
+
+
+class DaemonDown(KVStoreError):
+    """The daemon did not answer, or not in time. Never leaves the client: it becomes a miss."""
+
+
+class Attachment:
+    """One session with one daemon, and its slab, which a daemon on another machine cannot share. Any thread.
+
+    event_root: what the keys of events are bound to, beyond what the client's own are; None where they are the same.
+    sent:    request id -> keys the daemon knows of it.
+    orphans: leases that may be held for this client without its knowing.
+    """
+
+    def __init__(self, epoch: int, answer: dict[str, Any], anchor: Wire, slab: HostSlab | SplitSlab | None) -> None:
+        self.session = str(answer["session"])
+        self.namespace_id = str(answer["namespace"])
+        self.lookup_deadline_s = float(answer["lookup_deadline_s"])
+        self.load_deadline_s = float(answer["load_deadline_s"])
+        root = answer.get("event_root")
+        self.event_root = None if root is None else BlockHash(bytes.fromhex(root))
+        self.slot_base = epoch << EPOCH_BITS
+        self.anchor = anchor
+        self.slab = slab
+        self.is_isolated = isinstance(slab, SplitSlab)
+        self.sent: dict[int, int] = {}
+        self.orphans: list[int] = []
+        self._idle: list[Wire] = []
+        self._is_hung_up = False
+
+    @property
+    def is_lost(self) -> bool:
+        """True if the session has ended, here or there. Does not wait."""
+        return self._is_hung_up or self.anchor.is_lost
+
+    def note_sent(self, request_id: int, num_keys: int) -> None:
+        """The daemon knows this much of a request now."""
+        while len(self.sent) >= MAX_SENT and request_id not in self.sent:
+            with contextlib.suppress(KeyError, StopIteration, RuntimeError):  # another thread makes room, too
+                del self.sent[next(iter(self.sent))]
+        self.sent[request_id] = num_keys
+
+    def take(self, dial: Dial, timeout_s: float) -> Wire:
+        """An idle connection, else a new one. Raises OSError or ProtocolError."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self.open(dial, timeout_s)
+
+    def open(self, dial: Dial, timeout_s: float) -> Wire:
+        """One more connection. Raises OSError or ProtocolError."""
+        wire = dial(timeout_s)
+        try:
+            message = frames.encode_json({"session": self.session})
+            status, _ = wire.call(Op.ATTACH, message, timeout_s)
+            if status is not Status.OK:
+                if status is Status.GONE:
+                    self.hang_up()
+                raise ConnectionResetError(f"a connection of the session was answered {status.name}")
+        except BaseException:
+            wire.close()
+            raise
+        return wire
+
+    def give(self, wire: Wire) -> None:
+        """The connection is idle."""
+        if self._is_hung_up or len(self._idle) >= MAX_IDLE_WIRES:
+            wire.close()
+        else:
+            self._idle.append(wire)
+
+    def release_orphans(self, wire: Wire, timeout_s: float) -> None:
+        """Have the daemon release what it may hold for nobody. Raises OSError or ProtocolError."""
+        while self.orphans:
+            lease_id = self.orphans[-1]
+            wire.call(Op.RELEASE, messages.encode_lease(lease_id), timeout_s)
+            self.orphans.remove(lease_id)  # another thread may have appended one meanwhile
+
+    def hang_up(self) -> None:
+        """Close all connections. Idempotent."""
+        self._is_hung_up = True
+        self.anchor.close()
+        while self._idle:
+            with contextlib.suppress(IndexError):
+                self._idle.pop().close()
+
+
+def greet(wire: Wire, greeting: bytes, epoch: int, timeout_s: float) -> Attachment:
+    """Say hello over a new connection, which becomes the anchor of attachment number `epoch`.
+
+    Raises DaemonDown, or ConfigError or LayoutMismatch if the daemon refuses; the connection is closed then.
+    """
+    fds: list[int] = []
+    try:
+        status, body, fds = wire.hello(greeting, timeout_s)
+        if status is Status.ERROR:
+            raise error_of(body)
+        answer = json.loads(body)
+        return Attachment(epoch, answer, wire, _slab(fds, answer) if wire.is_local else None)
+    except BaseException as error:
+        wire.close()
+        is_refusal = isinstance(error, KVStoreError) and not isinstance(error, ProtocolError)
+        if is_refusal or not isinstance(error, Exception):
+            raise
+        raise DaemonDown(f"{type(error).__name__}: {error}") from None
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def error_of(answer: bytes) -> KVStoreError:
+    """What an answer of status ERROR has to be raised as."""
+    value = frames.decode_json(answer)
+    kind = _RAISED.get(str(value.get("type")), DaemonDown)
+    return kind(str(value.get("message")))
+
+
+def _slab(fds: list[int], answer: dict[str, Any]) -> HostSlab | SplitSlab:
+    if not fds:
+        raise ProtocolError("the daemon sent no slab")
+    return map_slab(fds, int(answer["num_slots"]), int(answer["slot_bytes"]), int(answer["num_staging"]))

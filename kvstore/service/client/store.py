@@ -1,0 +1,374 @@
+"""RemoteStore: the store's face (kvstore/base.py) over a link to a node daemon.
+
+Prompts are hashed here, planning happens in the daemon, and bytes are copied by the caller between its own pages and
+the slab, which is mapped into this process. While the daemon is away everything is a miss: lookups match nothing,
+leases have no page. The first call that is not answered in time finds that out; after it none waits, until a thread
+of the link (link.py) has found the daemon again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.errors import RequestError, StoreClosed
+from kvstore.forks import forbid, harmless
+from kvstore.layout import Layout
+from kvstore.plan.journal import BlockEvent
+from kvstore.plan.records import CutReason, FlushResult, LeaseStatus, LoadLease, Match, Request, SaveLease
+from kvstore.requests import RequestMaker, check_blocks, check_range
+from kvstore.service.client.attachment import Attachment, DaemonDown
+from kvstore.service.client.calls import Calls
+from kvstore.service.client.connection import Dial
+from kvstore.service.client.events import Follower
+from kvstore.service.client.leases import CLOSED, Held, Leases
+from kvstore.service.client.link import Link
+from kvstore.service.client.memory import Memory
+from kvstore.service.client.slab import SlabShare
+from kvstore.service.protocol import messages
+from kvstore.service.protocol.frames import Op, ProtocolError, decode_json, encode_json
+from kvstore.service.protocol.namespaces import check_pair, layout_to_json, namespace_to_json
+from kvstore.tiers.host import SlabHandle
+from radix.hashing import bind_hashes
+from radix.namespace import Namespace
+
+log = logging.getLogger(__name__)
+
+MISS = Match(0, 0, cut=CutReason.NEVER_STORED)
+LOOKUP_DEADLINE_S = 0.05  # while no daemon has told its own
+COMPUTING_CALL_S = 5.0  # how long one call waits for another request's computing
+
+
+class RemoteStore(RequestMaker):
+    """A KVStore (see base.py) kept by a daemon on this machine. Any thread.
+
+    Made by `kvstore.connect`. A daemon that cannot be reached is no error: the store is empty until it can.
+    Raises ConfigError or LayoutMismatch if the daemon refuses this layout or namespace.
+    """
+
+    def __init__(
+        self,
+        dial: Dial,
+        layout: Layout,
+        namespace: Namespace,
+        memory: Memory,
+        *,
+        call_timeout_s: float = 1.0,
+        retry_max_s: float = 2.0,
+        client: str = "",
+    ) -> None:
+        """Attach. memory: where the pages of leases lie in this process; closed with the store."""
+        check_pair(layout, namespace)
+        super().__init__(namespace)
+        self._layout = layout
+        self.namespace = namespace
+        self._memory = memory
+        self._is_closed = False
+        self._greeting = {"layout": layout_to_json(layout), "namespace": namespace_to_json(namespace), "client": client}
+        self._link = Link(
+            dial,
+            encode_json(self._greeting),
+            call_timeout_s=call_timeout_s,
+            retry_max_s=retry_max_s,
+            on_change=lambda attachment: self._leases.changed(attachment),
+        )
+        self._leases = Leases(self._link, memory)
+        self._calls = Calls(self._link)
+        self._follower: Follower | None = None
+        if not memory.is_shared:
+            forbid(self)  # the staging memory is the parent's; where the daemon shares its own, a child attaches anew
+        try:
+            self._link.attach()
+        except DaemonDown:
+            pass  # the store starts empty
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def layout(self) -> Layout:
+        """The geometry of this store's pages."""
+        return self._layout
+
+    @property
+    def is_attached(self) -> bool:
+        """True if there is a daemon, though it may not answer at the moment. Does not wait."""
+        attachment = self._link.attachment
+        return attachment is not None and not attachment.is_lost
+
+    @property
+    def num_attached(self) -> int:
+        """How often a daemon was attached to; more than one after a restart."""
+        return self._link.num_attached
+
+    # ---- lookups and loads ------------------------------------------------------------------------------------
+
+    def lookup(self, request: Request) -> Match:
+        """The longest prefix worth loading."""
+        return self.wait_lookup(request, 0.0)
+
+    def wait_lookup(self, request: Request, timeout_s: float | None = None) -> Match:
+        """Lookup, waiting for pending tiers, and as long as the daemon says for another request's computing."""
+        self._check_open()
+        if timeout_s is not None:
+            return self._lookup(request, timeout_s)
+        match = self._lookup(request, self._lookup_deadline_s)
+        while match.cut is CutReason.COMPUTING:  # the daemon ends that in good time
+            match = self._lookup(request, COMPUTING_CALL_S)
+        return match
+
+    def peek(self, request: Request, timeout_s: float | None = None) -> Match:
+        """What a lookup would find, without its consequences."""
+        self._check_open()
+        try:
+            return self._lookup(request, self._lookup_deadline_s if timeout_s is None else timeout_s, Op.PEEK)
+        finally:
+            self._calls.unsend(request)
+
+    def prepare_load(self, request: Request, num_blocks: int, *, first: int = 0, owner: str = "") -> LoadLease:
+        """Pin blocks [first, num_blocks) in host slots and start fetching what is not there."""
+        check_range("num_blocks", num_blocks, len(request.keys))
+        check_range("first", first, num_blocks)
+        self._check_open()
+        lease_id = self._leases.next_id()
+        try:
+            attachment, answer = self._calls.prepare(Op.PREPARE_LOAD, request, lease_id, first, num_blocks, owner)
+            lease, status = messages.decode_load(answer, lease_id, attachment.slot_base)
+        except (DaemonDown, ProtocolError):
+            return LoadLease(lease_id, 0, 0, ())
+        pages = self._memory.place(lease.pages)
+        if pages is None:
+            return self._less(request, lease_id, attachment, first, num_blocks, owner)
+        has_come = self._memory.is_shared or not pages
+        if not self._leases.hold(lease_id, Held(attachment, owner, pages, status, has_come)):
+            return LoadLease(lease_id, 0, 0, ())
+        return replace(lease, pages=pages)
+
+    def wait(self, lease: LoadLease, timeout_s: float | None = None) -> LeaseStatus:
+        """Wait until the lease is ready, at most until the load deadline."""
+        self._check_open()
+        try:
+            return self._leases.wait(lease.id, timeout_s)
+        except (DaemonDown, ProtocolError):
+            return CLOSED
+
+    def poll(self, lease: LoadLease) -> LeaseStatus:
+        """The progress of a load lease."""
+        return self.wait(lease, 0.0) if not self._is_closed else CLOSED
+
+    def prefetch(self, request: Request) -> int:
+        """Start bringing the known prefix into host memory; returns a ticket, 0 if there is no daemon."""
+        self._check_open()
+        return self._calls.number(Op.PREFETCH, request)
+
+    def cancel(self, ticket: int) -> None:
+        """Stop a prefetch."""
+        if ticket and not self._is_closed:
+            self._calls.tell(Op.CANCEL, messages.encode_number(ticket))
+
+    # ---- saves ------------------------------------------------------------------------------------------------
+
+    def prepare_save(self, request: Request, first: int, num_blocks: int, *, owner: str = "") -> SaveLease:
+        """Give slots for those pages of blocks [first, first + num_blocks) that host memory does not have."""
+        check_blocks(request, first, num_blocks)
+        self._check_open()
+        lease_id = self._leases.next_id()
+        try:
+            attachment, answer = self._calls.prepare(
+                Op.PREPARE_SAVE, request, lease_id, first, first + num_blocks, owner
+            )
+            lease = messages.decode_save(answer, lease_id, attachment.slot_base)
+        except (DaemonDown, ProtocolError):
+            return SaveLease(lease_id, (), num_blocks * len(self._layout.groups))
+        pages = self._memory.place(lease.pages)
+        if pages is None:
+            self._calls.release(attachment, lease_id)
+            return SaveLease(lease_id, (), lease.skipped + len(lease.pages))
+        if not self._leases.hold(lease_id, Held(attachment, owner, pages)):
+            return SaveLease(lease_id, (), lease.skipped + len(lease.pages))
+        return replace(lease, pages=pages)
+
+    def complete(self, lease: LoadLease | SaveLease, *, filled: Sequence[bool] | None = None) -> None:
+        """End a lease well. A lease that ended already is ignored."""
+        if filled is not None and len(filled) != len(lease.pages):
+            raise RequestError(f"filled has {len(filled)} entries; the lease has {len(lease.pages)} pages")
+        message = messages.encode_complete(lease.id, filled)
+        if isinstance(lease, LoadLease):
+            self._leases.end(lease.id, Op.COMPLETE, message)
+        else:
+            self._leases.end(lease.id, Op.COMPLETE, message, [True] * len(lease.pages) if filled is None else filled)
+
+    def release(self, lease: LoadLease | SaveLease) -> None:
+        """End a lease badly. A lease that ended already is ignored."""
+        self._leases.end(lease.id, Op.RELEASE, messages.encode_lease(lease.id))
+
+    def release_owner(self, owner: str) -> int:
+        """Release every lease of an owner that died."""
+        self._check_open()
+        mine = self._leases.owned_by(owner)
+        for lease_id in mine:
+            self._leases.end(lease_id, Op.RELEASE, messages.encode_lease(lease_id))
+        return len(mine)
+
+    # ---- retention --------------------------------------------------------------------------------------------
+
+    def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
+        """The request is over."""
+        if self._is_closed:
+            return
+        self._calls.number(Op.FINISHED, request, lambda part: messages.encode_finished(part, finish_reason, last_turn))
+        self._calls.unsend(request)
+
+    def pin(self, request: Request) -> int:
+        """Keep the request's resident pages in host memory until unpin; returns the blocks pinned."""
+        self._check_open()
+        return self._calls.number(Op.PIN, request)
+
+    def unpin(self, request: Request) -> int:
+        """Undo pin; returns the blocks that had one."""
+        self._check_open()
+        return self._calls.number(Op.UNPIN, request)
+
+    def forget(self, request: Request, first: int = 0) -> int:
+        """Delete blocks from `first` on and all that continues them; returns the blocks deleted."""
+        check_range("first", first, len(request.keys))
+        self._check_open()
+        return self._calls.number(Op.FORGET, request, lambda part: messages.encode_number(first) + part)
+
+    def observe_prefill(self, num_tokens: int, seconds: float) -> None:
+        """Tell how fast the engine computes."""
+        if num_tokens > 0 and 0 < seconds < float("inf") and not self._is_closed:
+            self._calls.tell(Op.OBSERVE_PREFILL, messages.encode_prefill(num_tokens, seconds))
+
+    # ---- bytes ------------------------------------------------------------------------------------------------
+
+    def slot_view(self, slot: int) -> memoryview:
+        """The bytes of a slot."""
+        return self._memory.view(slot)
+
+    def slot_array(self, slot: int) -> npt.NDArray[np.uint8]:
+        """The bytes of a slot as an array."""
+        return self._memory.array(slot)
+
+    @property
+    def slab_array(self) -> npt.NDArray[np.uint8] | None:
+        """The whole slab, for a device to page-lock; None while there is no daemon."""
+        return self._memory.buffer(self._link.attachment)
+
+    @property
+    def slab_handle(self) -> SlabHandle | SlabShare | None:
+        """By what another process of this engine maps the slab (`attach_slab`); None while there is no daemon.
+
+        Ask for each step: it is another one after the daemon has started again.
+        """
+        handles = self.slabs
+        return handles[-1] if handles and (self.is_attached or not self._memory.is_shared) else None
+
+    @property
+    def slabs(self) -> tuple[SlabHandle | SlabShare, ...]:
+        """The slabs that slots may lie in, oldest first: the daemon's, and those of daemons before it with leases.
+
+        Whoever maps them in another process maps no others: memory of a daemon that died stays taken until all let go.
+        """
+        return self._leases.slabs
+
+    # ---- events -----------------------------------------------------------------------------------------------
+
+    def want_events(self) -> None:
+        """Have the daemon tell what comes and goes from now on, for `take_events`. Idempotent."""
+        self._check_open()
+        if self._follower is None:
+            # A daemon that is attached to later notes events before it can be asked for them: none is missed.
+            self._link.greeting = encode_json({**self._greeting, "events": True})
+            self._follower = Follower(self._link)
+
+    def take_events(self) -> list[BlockEvent]:
+        """What came to the daemon's tiers and left them since the last call. Does not wait.
+
+        `DROPPED` stands for events that were lost, and for all that a daemon had that is gone.
+        """
+        return [] if self._follower is None else self._follower.take()
+
+    def event_keys(self, keys: Sequence[bytes]) -> Sequence[bytes]:
+        """The names that `take_events` has for blocks of a request: a tenant's are bound to a root of its daemon's."""
+        attachment = self._link.attachment
+        return keys if attachment is None or attachment.event_root is None else bind_hashes(attachment.event_root, keys)
+
+    # ---- the store as a whole ---------------------------------------------------------------------------------
+
+    def flush(self, timeout_s: float) -> FlushResult:
+        """Wait until everything saved and deleted so far is so on the daemon's tiers, or cannot be made so now.
+
+        What was saved to a daemon that has gone since, unflushed, is missing as "unknown": some of it may be there.
+        """
+        self._check_open()
+        timeout_s = messages.bounded(timeout_s)
+        try:
+            attachment = self._link.attached()
+            num_pages = self._leases.num_unflushed(attachment)
+            _, answer = self._link.call(attachment, Op.FLUSH, messages.encode_seconds(timeout_s), timeout_s)
+            result = messages.decode_flush(answer)
+        except (DaemonDown, ProtocolError) as error:
+            return FlushResult(False, error=f"the daemon does not answer: {error}")
+        num_unknown = self._leases.flushed(attachment, num_pages if result else 0)
+        if num_unknown:
+            return replace(result, ok=False, missing={**result.missing, "daemon": {"unknown": num_unknown}})
+        return result
+
+    def stats(self) -> dict[str, Any]:
+        """The daemon's counters and gauges of this namespace; empty while there is no daemon."""
+        try:
+            return decode_json(self._link.call(self._link.attached(), Op.STATS, b"")[1])
+        except (DaemonDown, ProtocolError):
+            return {}
+
+    @harmless
+    def close(self, timeout_s: float | None = None) -> None:
+        """Detach: the daemon releases what was leased and keeps the pages. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._link.close()
+        if self._follower is not None:
+            self._follower.close()
+        self._leases.close()
+
+    def __enter__(self) -> RemoteStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- private ----------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StoreClosed("the store is closed")
+
+    @property
+    def _lookup_deadline_s(self) -> float:
+        attachment = self._link.attachment
+        return LOOKUP_DEADLINE_S if attachment is None else attachment.lookup_deadline_s
+
+    def _lookup(self, request: Request, timeout_s: float, op: Op = Op.LOOKUP) -> Match:
+        timeout_s = messages.bounded(timeout_s)
+        try:
+            _, answer = self._calls.ask(op, request, lambda part: messages.encode_lookup(part, timeout_s), timeout_s)
+            return messages.decode_match(answer)
+        except (DaemonDown, ProtocolError):
+            return MISS
+
+    def _less(
+        self, request: Request, lease_id: int, attachment: Attachment, first: int, num_blocks: int, owner: str
+    ) -> LoadLease:
+        """A lease that found no room here is given back, and tried once more for what fits."""
+        self._calls.release(attachment, lease_id)
+        fits = first + self._memory.num_free // len(self._layout.groups)
+        if not first < fits < num_blocks:
+            return LoadLease(lease_id, 0, 0, ())
+        return self.prepare_load(request, fits, first=first, owner=owner)

@@ -1,0 +1,285 @@
+"""Who is attached to a daemon: its clients' sessions, and what they hold for how long.
+
+A client lives as long as its anchor is open; what it held is released when that closes, or, where ranks of its engine
+may still copy, when theirs do.
+
+The hard thing: a client that is stopped (SIGSTOP, a hung host) is not dead. One on this machine has the slab mapped; it
+may wake at any time and go on reading and writing where it was, and nobody can forbid it. So its leases are kept,
+however old: the slots are out of use, counted as overdue, shown with the process that holds them, and free again when
+that process ends. A client on another machine reaches slots only through the daemon: what it leases for longer than
+`service.lease_max_s` is released, and what it still sends goes nowhere.
+
+The daemon's event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+from kvstore import logs
+from kvstore.config.sections import Config
+from kvstore.errors import ConfigError, RequestError, StoreClosed
+from kvstore.service.daemon import shares
+from kvstore.service.daemon.connection import Channel
+from kvstore.service.daemon.events import EventHub, Feed
+from kvstore.service.daemon.greeting import Greeting
+from kvstore.service.daemon.guard import goes_on
+from kvstore.service.daemon.isolation import StagedSaves
+from kvstore.service.daemon.session import Session
+from kvstore.service.daemon.stores import Stores
+from kvstore.service.daemon.tenants import LOCAL, Tenant
+from kvstore.service.protocol.namespaces import layout_from_json, namespace_from_json
+
+log = logging.getLogger(__name__)
+
+MAX_NAME = 64  # of a client
+MAX_CONNECTIONS = 1024  # of a client: one for each of its threads, and one for each rank
+MAX_HELD_BYTES = 256 << 20  # of messages of a tenant that are not whole, beyond 64 KiB for each connection
+LONGEST_LOOK_S = 5.0  # between two looks for overdue leases
+MAX_STRANGERS = 256  # connections that have not said yet whose they are; the oldest goes when one more comes
+
+
+class Clients:
+    """The sessions of a daemon, and the connections they came by."""
+
+    def __init__(
+        self, config: Config, stores: Stores, events: EventHub, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.sessions: dict[str, Session] = {}
+        self.is_draining = False
+        self.num_tenants = 1  # that may have clients here
+        self.numbers = count(1)  # name clients, and transfers of pages, to operators
+        self.num_attached = 0
+        self.num_reclaimed = 0
+        self.num_expired = 0
+        self._config = config
+        self._stores = stores
+        self._events = events
+        self._now = now
+        self._channels: set[Channel] = set()
+        self._strangers: dict[Channel, None] = {}
+        self._held_bytes: dict[str, int] = {}  # by tenant
+        self._watching: asyncio.Task[None] | None = None
+
+    def local_channel(self) -> Channel:
+        """A connection of a client on this machine."""
+        return self._channel(Channel(self, "local", tenant=LOCAL, is_local=True))
+
+    def remote_channel(self, tenant: Tenant, peer: str) -> Channel:
+        """A connection of a client on another machine."""
+        return self._channel(Channel(self, peer, tenant=tenant, is_local=False))
+
+    def start(self) -> None:
+        """Look for overdue leases from now on."""
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
+
+    def drain(self) -> None:
+        """Let nobody in, grant nothing any more."""
+        self.is_draining = True
+        for session in self.sessions.values():
+            session.is_draining = True
+
+    async def close(self) -> None:
+        """Hang up, and release what is left. Idempotent."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+            self._watching = None
+        for channel in list(self._channels):
+            channel.close()
+        await asyncio.sleep(0)
+        for session in list(self.sessions.values()):
+            with goes_on(log, "client %s: its session does not end", session.client):
+                self.end(session)
+
+    def end(self, session: Session) -> None:
+        """The client is gone, or shall be: release its leases and hang up. Idempotent."""
+        if self.sessions.pop(session.id, None) is None:
+            return
+        num_released = session.close()
+        for channel in self.connections(session):
+            channel.close()
+        self.num_reclaimed += num_released
+        if num_released:
+            log.warning("client %s is gone: released its %d leases", session.client, num_released)
+        else:
+            log.info("client %s detached", session.client)
+
+    def find(self, number: str) -> Session | None:
+        """The session of that number."""
+        return next((session for session in self.sessions.values() if str(session.number) == number), None)
+
+    def connections(self, session: Session) -> list[Channel]:
+        """The session's connections, anchors among them."""
+        return [channel for channel in self._channels if channel.session is session]
+
+    @property
+    def num_connections(self) -> int:
+        """Connections, also of those who have not said hello."""
+        return len(self._channels)
+
+    def num_remote(self, tenant: Tenant) -> tuple[int, int]:
+        """Connections of remote clients: those of a tenant, and all."""
+        remote = [channel.tenant for channel in self._channels if not channel.is_local]
+        return remote.count(tenant), len(remote)
+
+    @property
+    def num_leases(self) -> int:
+        """Leases that clients hold."""
+        return sum(len(session.leases) for session in self.sessions.values())
+
+    @property
+    def overdue(self) -> tuple[int, int]:
+        """Leases held for longer than `service.lease_max_s`, and the slots in them."""
+        before = self._now() - self._config.service.lease_max_s
+        pages = [
+            len(session.leases[lease_id].lease.pages)
+            for session in self.sessions.values()
+            for lease_id in session.overdue(before)
+        ]
+        return len(pages), sum(pages)
+
+    # ---- what channels ask --------------------------------------------------------------------------------------
+
+    async def hello(self, channel: Channel, message: dict[str, Any]) -> Greeting:
+        """Open a session, and its store if need be."""
+        if self.is_draining:
+            raise StoreClosed("the daemon is closing")
+        most = self._config.service.max_clients
+        if len(self.sessions) >= most:
+            raise ConfigError(f"service.max_clients is {most}, and as many are attached")
+        of_tenant = Counter(session.opened.tenant.name for session in self.sessions.values())
+        if channel.tenant is not LOCAL and not shares.has_room(channel.tenant.name, of_tenant, most, self.num_tenants):
+            raise ConfigError(
+                f"service.max_clients is {most}; tenant {channel.tenant.name} has {of_tenant[channel.tenant.name]} of "
+                "them, and the rest are kept for others"
+            )
+        layout = layout_from_json(message.get("layout"))
+        namespace = namespace_from_json(message.get("namespace"))
+        opened = await self._stores.open(channel.tenant, layout, namespace)
+        service = self._config.service
+        staged = StagedSaves(opened.store, service.isolate_bytes) if service.isolate and channel.is_local else None
+        self.num_attached += 1
+        feed = Feed(self._events, opened)
+        if message.get("events") is True:
+            feed.listen()
+        session = Session(
+            secrets.token_hex(16),
+            opened,
+            _name(channel, message),
+            feed,
+            is_remote=not channel.is_local,
+            number=next(self.numbers),
+            pid=channel.pid,
+            staged=staged,
+            now=self._now,
+        )
+        session.anchor = channel
+        session.anchors.add(channel)
+        self.sessions[session.id] = session
+        self._strangers.pop(channel, None)
+        store = self._config.store
+        answer = {
+            "session": session.id,
+            "namespace": opened.id,
+            "num_slots": opened.handle.num_slots,
+            "slot_bytes": opened.handle.slot_bytes,
+            "num_staging": 0 if staged is None else staged.num_slots,
+            "lookup_deadline_s": store.lookup_deadline_s,
+            "load_deadline_s": store.load_deadline_s,
+            "event_root": opened.store.namespace.root().hex() if channel.tenant.salt else None,
+        }
+        log.info("client %s attached to %s", session.client, opened.id)
+        return Greeting(session, answer, session.descriptors() if channel.is_local else ())
+
+    def attach(self, channel: Channel, message: dict[str, Any]) -> Greeting | None:
+        """Another connection of a session; with "anchor" one of those that keep it alive, with "slab" its slab."""
+        session = self.sessions.get(str(message.get("session")))
+        if session is None or session.is_orphan or session.opened.tenant != channel.tenant:
+            return None
+        if len(self.connections(session)) >= MAX_CONNECTIONS:
+            raise RequestError(f"this client has {MAX_CONNECTIONS} connections; it may have no more")
+        self._strangers.pop(channel, None)
+        if message.get("anchor") is True:
+            session.anchors.add(channel)
+        wants_slab = channel.is_local and message.get("slab") is True
+        return Greeting(session, None, session.descriptors() if wants_slab else ())
+
+    def lost(self, channel: Channel) -> None:
+        """A connection ended; with its last anchor, a client."""
+        self._channels.discard(channel)
+        self._strangers.pop(channel, None)
+        session = channel.session
+        if session is None or channel not in session.anchors:
+            return
+        session.anchors.discard(channel)
+        is_client = channel is session.anchor
+        if not session.anchors or (is_client and not session.leases):
+            self.end(session)
+        elif is_client:
+            # Ranks of its engine may still copy: what it leased is released when they have hung up, too.
+            log.warning("client %s is gone, %d of its ranks are not", session.client, len(session.anchors))
+            session.orphan()
+            for rank in session.anchors:
+                rank.tell_lost()
+
+    def may_hold(self, channel: Channel, num_bytes: int) -> bool:
+        """Whether a tenant's connections may hold so many more bytes of messages that are not whole."""
+        held = self._held_bytes.get(channel.tenant.name, 0) + num_bytes
+        if num_bytes > 0 and held > MAX_HELD_BYTES:
+            return False
+        self._held_bytes[channel.tenant.name] = held
+        return True
+
+    # ---- private ------------------------------------------------------------------------------------------------
+
+    def _channel(self, channel: Channel) -> Channel:
+        if len(self._strangers) >= MAX_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.close()
+        self._channels.add(channel)
+        self._strangers[channel] = None
+        return channel
+
+    async def _watch(self) -> None:
+        lease_max_s = self._config.service.lease_max_s
+        while True:
+            await asyncio.sleep(min(LONGEST_LOOK_S, lease_max_s / 4))
+            before = self._now() - lease_max_s
+            for session in list(self.sessions.values()):
+                with goes_on(log, "client %s: its leases are not looked at", session.client):
+                    self._look_at(session, before)
+
+    def _look_at(self, session: Session, before: float) -> None:
+        leases = session.overdue(before)
+        if leases and session.is_remote:
+            self.num_expired += session.expire(leases)
+            log.warning("client %s: released %d leases it held too long", session.client, len(leases))
+        elif leases and not session.is_overdue:
+            log.warning(
+                "client %s, process %s, has held %d leases for longer than service.lease_max_s (%.0f s): their "
+                "slots are out of use until they end, or the process does",
+                session.client,
+                session.pid,
+                len(leases),
+                self._config.service.lease_max_s,
+            )
+        session.is_overdue = bool(leases)
+
+
+def _name(channel: Channel, message: dict[str, Any]) -> str:
+    """Who a client says it is, and where it is if that is not here."""
+    said = message.get("client")
+    # It goes into logs and JSON: no secret, no line of its own, and nothing that no text can be (half of a surrogate
+    # pair). Masked before it is cut: half of a token is one that nobody knows.
+    shown = logs.mask(said[: 16 * MAX_NAME])[:MAX_NAME] if isinstance(said, str) else ""
+    name = "".join(char if char.isprintable() else "?" for char in shown)
+    return channel.peer if not name else name if channel.is_local else f"{name} ({channel.peer})"

@@ -1,0 +1,113 @@
+"""The HTTP API's operations on clients: who is attached or moves pages, what each holds for how long, and its end."""
+
+from __future__ import annotations
+
+import time
+
+from kvstore.service.daemon.session import Session
+from kvstore.service.daemon.state import DaemonState
+from kvstore.service.daemon.transfers import Transfer
+from kvstore.service.http.models import ClientAnswer, ClientsAnswer, KeptAnswer
+from kvstore.service.http.problems import Problem
+from kvstore.service.http.routes import Call, Route
+
+
+class ClientsApi:
+    """Operations on clients. The daemon's event loop only."""
+
+    def __init__(self, state: DaemonState) -> None:
+        self._state = state
+
+    def routes(self) -> list[Route]:
+        """Their part of the table."""
+        return [
+            Route("GET", "/v1/clients", self.clients, "Who is attached, and what they hold.", answer=ClientsAnswer),
+            Route("POST", "/v1/clients/{client}/disconnect", self.disconnect, "Release what a remote client holds.",
+                  answer=ClientsAnswer, needs_operator=True, errors=(404, 409)),
+        ]  # fmt: skip
+
+    async def clients(self, call: Call) -> ClientsAnswer:
+        sessions = self._state.sessions.values()
+        mine = [one for one in sessions if call.tenant.is_operator or one.opened.tenant == call.tenant]
+        stores = self._state.stores
+        kept = [
+            KeptAnswer(
+                holder=one.holder,
+                tenant=opened.tenant.name,
+                namespace=opened.id,
+                slots=one.num_pages,
+                until=one.until,
+            )
+            for opened in (stores.all() if call.tenant.is_operator else stores.of(call.tenant))
+            for one in opened.store.admin.kept()
+        ]
+        transfers = [
+            one for one in self._state.transfers if call.tenant.is_operator or one.opened.tenant == call.tenant
+        ]
+        clients = [*(self._client(session, kept) for session in mine), *map(self._transfer, transfers)]
+        return ClientsAnswer(clients=clients, kept=kept)
+
+    async def disconnect(self, call: Call) -> ClientsAnswer:
+        number = call.request.match_info["client"]
+        session, transfer = self._state.clients.find(number), self._state.transfers.find(number)
+        if transfer is not None:
+            transfer.end()
+            return await self.clients(call)
+        if session is None:
+            raise Problem(404, "there is no such client", field="client")
+        if not session.is_remote:
+            # Whatever we do, it has the slab mapped, and its slots must go to nobody else while it may write there.
+            detail = f"it shares this machine's memory: end its process, {session.pid}, and its leases are released"
+            raise Problem(409, "a client on this machine cannot be disconnected", detail, "client")
+        self._state.clients.end(session)
+        return await self.clients(call)
+
+    # ---- private ----------------------------------------------------------------------------------------------------
+
+    def _client(self, session: Session, kept: list[KeptAnswer]) -> ClientAnswer:
+        now, leases = time.monotonic(), session.leases.values()
+        own = next((one for one in kept if one.holder == session.holder and one.namespace == session.opened.id), None)
+        return ClientAnswer(
+            id=session.number,
+            client=session.client,
+            tenant=session.opened.tenant.name,
+            namespace=session.opened.id,
+            is_remote=session.is_remote,
+            pid=session.pid,
+            connections=len(self._state.clients.connections(session)),
+            ranks=len(session.anchors) - (not session.is_orphan),
+            attached_s=now - session.began_at,
+            idle_s=now - session.heard_at,
+            leases=len(leases),
+            slots=sum(len(held.lease.pages) for held in leases),
+            oldest_lease_s=max((now - held.granted_at for held in leases), default=None),
+            overdue_leases=len(session.overdue(now - self._state.config.service.lease_max_s)),
+            is_alone=session.is_orphan,
+            kept_slots=0 if own is None else own.slots,
+            kept_until=None if own is None else own.until,
+            staging_slots=0 if session.staged is None else session.staged.num_slots,
+            staging_free=0 if session.staged is None else session.staged.num_free,
+        )
+
+    def _transfer(self, transfer: Transfer) -> ClientAnswer:
+        now, oldest = time.monotonic(), transfer.oldest_at
+        leases = [lease for lease, _ in transfer.leases.values()]
+        return ClientAnswer(
+            id=transfer.number,
+            client=transfer.name,
+            tenant=transfer.opened.tenant.name,
+            namespace=transfer.opened.id,
+            is_remote=True,
+            pid=None,
+            connections=1,
+            ranks=0,
+            attached_s=now - transfer.began_at,
+            idle_s=now - transfer.moved_at,
+            leases=len(leases),
+            slots=sum(len(lease.pages) for lease in leases),
+            oldest_lease_s=None if oldest is None else now - oldest,
+            overdue_leases=0,
+            is_alone=False,
+            kept_slots=0,
+            kept_until=None,
+        )

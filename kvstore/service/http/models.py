@@ -1,0 +1,407 @@
+"""The bodies of the HTTP API, checked by pydantic; the OpenAPI document is made from these very models."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from kvstore.service.protocol.namespaces import (
+    MAX_BLOCK_SIZE,
+    MAX_EXTRA,
+    MAX_GROUPS,
+    MAX_LAYERS,
+    MAX_PAGE_BYTES,
+    MAX_SHARDS,
+    MAX_TEXT,
+)
+
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+
+MAX_TOKENS = 1 << 20
+MAX_KEYS = 1 << 16
+
+Token = Annotated[int, Field(ge=0, lt=1 << 32)]
+Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+NamespaceId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", description="Id of a namespace, from /v1/namespaces.")]
+Seconds = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def parse_json(raw: bytes) -> Any:
+    """JSON as the models take it. Raises ValueError for anything else, NaN and Infinity included.
+
+    JSON knows one kind of number: 5.0 is as good a 5.
+    """
+    try:
+        return json.loads(raw, parse_float=_number, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _number(text: str) -> float | int:
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 1 << 53 else value
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+class Body(BaseModel):
+    """Unknown fields are refused; numbers are numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class InNamespace(Body):
+    """Something about one namespace."""
+
+    namespace: NamespaceId | None = Field(default=None, description="Not needed where there is only one.")
+
+
+def _either(schema: dict[str, Any]) -> None:
+    """Say in the schema what `_one_of_both` checks."""
+    schema["oneOf"] = [{"required": ["tokens"]}, {"required": ["keys"]}]
+    for name in ("tokens", "keys"):
+        field = schema["properties"][name]
+        schema["properties"][name] = next(kind for kind in field["anyOf"] if kind.get("type") == "array") | {
+            "description": field.get("description", "Token ids.")
+        }
+
+
+class Prompt(InNamespace):
+    """A prompt: its token ids, or the hashes of its full blocks."""
+
+    model_config = ConfigDict(json_schema_extra=_either)
+
+    tokens: Annotated[list[Token], Field(min_length=1, max_length=MAX_TOKENS)] | None = None
+    keys: Annotated[list[Key], Field(min_length=1, max_length=MAX_KEYS)] | None = Field(
+        default=None, description="Block hashes as the client library chains them, hexadecimal, root first."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Prompt:
+        given = self.model_fields_set & {"tokens", "keys"}
+        if len(given) != 1 or getattr(self, next(iter(given))) is None:
+            raise ValueError("give either tokens or keys")
+        return self
+
+
+class Lookup(Prompt):
+    """What is stored of a prompt?"""
+
+    timeout_s: Seconds = Field(default=0.05, ge=0, le=10, description="Longest wait for a shared tier's answer.")
+
+
+class Explain(Prompt):
+    """Why did this prompt miss?"""
+
+    timeout_s: Seconds = Field(default=0.5, ge=0, le=10, description="Longest wait for shared tiers; 0 asks none.")
+
+
+class Ttl(Prompt):
+    """A new time to live for a prefix."""
+
+    ttl_s: Seconds = Field(gt=0, le=10 * 365 * 86400)
+
+
+class Flush(InNamespace):
+    """Is everything that was saved and deleted so far on its tiers?"""
+
+    timeout_s: Seconds = Field(default=10.0, ge=0, le=60, description="Longest wait for tiers that take it.")
+
+
+class Delete(Prompt):
+    """Delete a prefix from a block on, and all that continues it."""
+
+    first: int = Field(default=0, ge=0, le=MAX_TOKENS)
+
+
+class Read(Prompt):
+    """Pages to read."""
+
+    num_blocks: int | None = Field(default=None, ge=0, le=MAX_TOKENS, description="At most this many; else all.")
+    timeout_s: Seconds = Field(default=2.0, ge=0, le=60, description="Longest wait for the pages.")
+
+
+class Cancel(InNamespace):
+    """A prefetch to be stopped."""
+
+    ticket: int = Field(ge=0, lt=1 << 63)
+
+
+class GroupBody(Body):
+    """Layers that share a rule and travel in one page."""
+
+    kind: Literal["full", "mla", "sliding", "recurrent"]
+    layers: Annotated[list[Annotated[int, Field(ge=0, le=MAX_LAYERS)]], Field(max_length=MAX_LAYERS)]
+    page_bytes: int = Field(ge=1, le=MAX_PAGE_BYTES)
+    window: int | None = Field(ge=1, le=1 << 31, description="Tokens a sliding layer looks back on.")
+
+
+class LayoutBody(Body):
+    """The geometry of pages (kvstore/layout.py)."""
+
+    block_size: int = Field(ge=1, le=MAX_BLOCK_SIZE)
+    groups: Annotated[list[GroupBody], Field(min_length=1, max_length=MAX_GROUPS)]
+    format: Text
+    dtype: Text
+    shards: int = Field(ge=1, le=MAX_SHARDS)
+
+
+class NamespaceBody(Body):
+    """What must be equal for two engines to share pages (radix/namespace.py)."""
+
+    model: Text
+    revision: Text
+    dtype: Text
+    layout: Text = Field(description="Fingerprint of the layout.")
+    block_size: int = Field(ge=1, le=MAX_BLOCK_SIZE)
+    adapter: Text
+    salt: Text
+    hash: Literal["sha256"]
+    extra: Annotated[
+        list[Annotated[list[Text], Field(min_length=2, max_length=2)]],
+        Field(max_length=MAX_EXTRA, description="Further [name, value] pairs."),
+    ]
+
+
+class NewNamespace(Body):
+    """A layout and a namespace that belongs to it."""
+
+    layout: LayoutBody
+    namespace: NamespaceBody
+
+
+class Attach(InNamespace):
+    """A tier to attach, as configured unless said otherwise."""
+
+    path: str | None = Field(default=None, max_length=4096, description="Directory, for disk.")
+    url: str | None = Field(default=None, max_length=4096, description="URL, for redis.")
+    capacity_bytes: int | None = Field(default=None, ge=4096, lt=1 << 60, description="Size, for disk.")
+
+
+class Resize(InNamespace):
+    """A tier's new capacity."""
+
+    capacity_bytes: int = Field(ge=4096, lt=1 << 60)
+
+
+# ---- answers
+
+
+class Answer(BaseModel):
+    """What comes back."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class MatchAnswer(Answer):
+    """Blocks [0, num_blocks) can be loaded."""
+
+    num_blocks: int
+    num_tokens: int
+    pending: bool
+    by_tier: dict[str, int]
+    known: int
+    cut: str
+
+
+class BlocksAnswer(Answer):
+    """How many blocks it concerned."""
+
+    blocks: int
+
+
+class PinAnswer(Answer):
+    """How many blocks are kept, and the Unix time at which that ends; none where nothing is.
+
+    Fewer than were given where they are not in host memory, or the budget ends (store.max_pinned_fraction).
+    """
+
+    blocks: int
+    until: float | None
+
+
+class DeleteAnswer(Answer):
+    """How many blocks were deleted. owed: pages that tiers are still to delete, and will as soon as they can."""
+
+    blocks: int
+    owed: dict[str, int]
+
+
+class ClearAnswer(Answer):
+    """What was deleted everywhere. blocks: that were known here. keys: further ones, by tier without an index."""
+
+    blocks: int
+    keys: dict[str, int]
+
+
+class FlushAnswer(Answer):
+    """Whether everything that was saved and deleted so far is so on its tiers, and what is missing.
+
+    written:   pages written to each tier since the last call.
+    missing:   pages by tier, and by why they are not there: waiting (the time ran out), out (the tier is), refused,
+               lost (for good; told once).
+    undeleted: deletes by tier, and by why they are not done: waiting, out, dropped (for good; told once).
+    """
+
+    ok: bool
+    written: dict[str, int]
+    missing: dict[str, dict[str, int]]
+    undeleted: dict[str, dict[str, int]]
+
+
+class TicketAnswer(Answer):
+    """Names a prefetch."""
+
+    ticket: int
+
+
+class ClientAnswer(Answer):
+    """A client that is attached.
+
+    id:       names it here. pid: its process, on this machine.
+    ranks:    further processes of its engine that have the slab mapped.
+    slots:    that its leases hold; overdue ones are out of use until it ends (see docs/service.md).
+    is_alone: the client is gone, and only ranks of its engine still hold its leases.
+    kept_slots, kept_until: what its pins and promises keep, and the Unix time at which the last of them ends.
+    staging_slots, staging_free: memory of its own for saves (service.isolate), and what of it no lease has.
+    """
+
+    id: int
+    client: str
+    tenant: str
+    namespace: str
+    is_remote: bool
+    pid: int | None
+    connections: int
+    ranks: int
+    attached_s: float
+    idle_s: float
+    leases: int
+    slots: int
+    oldest_lease_s: float | None
+    overdue_leases: int
+    is_alone: bool
+    kept_slots: int
+    kept_until: float | None
+    staging_slots: int = 0
+    staging_free: int = 0
+
+
+class KeptAnswer(Answer):
+    """What pins and `retain_until` keep in host memory on one holder's word, be it attached or not.
+
+    holder: a client and its id, or "http". until: Unix time at which the last of it ends.
+    """
+
+    holder: str
+    tenant: str
+    namespace: str
+    slots: int
+    until: float
+
+
+class ClientsAnswer(Answer):
+    """All clients of the tenant; of all tenants for an operator.
+
+    kept: what is kept in host memory, by holder, also on the word of clients that are gone.
+    """
+
+    clients: list[ClientAnswer]
+    kept: list[KeptAnswer]
+
+
+class NamespaceAnswer(Answer):
+    """A namespace that is open."""
+
+    id: str
+    model: str
+    revision: str
+    dtype: str
+    adapter: str
+    block_size: int
+    slot_bytes: int
+    num_slots: int
+
+
+class NamespacesAnswer(Answer):
+    """All namespaces of the tenant."""
+
+    namespaces: list[NamespaceAnswer]
+
+
+class TierAnswer(Answer):
+    """One tier of one namespace. capacity_bytes: none where the medium evicts by itself."""
+
+    namespace: str
+    tier: str
+    is_up: bool
+    pages: int
+    capacity_bytes: int | None
+
+
+class TiersAnswer(Answer):
+    """All tiers of the tenant's namespaces."""
+
+    tiers: list[TierAnswer]
+
+
+class ExplainAnswer(Answer):
+    """Why a prompt matches what it matches.
+
+    reason: hit, too_short, never_stored, evicted, expired, deleted, lost, detached, tier_down, not_worth,
+            below_minimum or other_namespace.
+    text:   the same as a sentence.
+    asked:  what each shared tier answered about the block; none where it did not, or was not asked.
+    elsewhere: namespaces that have more of the prompt, and the fields in which they differ.
+    """
+
+    reason: str
+    text: str
+    num_blocks: int
+    num_tokens: int
+    known: int
+    by_tier: dict[str, int]
+    block: int | None
+    tiers: dict[str, bool]
+    asked: dict[str, bool | None]
+    left_at: float | None
+    left_tier: str | None
+    elsewhere: list[dict[str, Any]]
+
+
+class StatsAnswer(Answer):
+    """Counters and gauges by namespace, as kvstore/metrics.py documents them.
+
+    service: the daemon's own, by the names of its metrics; for operators only.
+    """
+
+    namespaces: dict[str, dict[str, Any]]
+    service: dict[str, float]
+
+
+class HealthAnswer(Answer):
+    """The process is alive."""
+
+    status: Literal["ok"] = "ok"
+
+
+class StatusAnswer(Answer):
+    """Whether the daemon serves. reasons: what it serves without, such as a tier that is down."""
+
+    status: Literal["ready", "starting", "draining"]
+    reasons: list[str] = []
+
+
+class ProblemAnswer(Answer):
+    """RFC 9457, with the field that is wrong. reasons: of a daemon that is not ready, one by one."""
+
+    type: str
+    title: str
+    status: int
+    detail: str = ""
+    field: str = ""
+    reasons: list[str] = []

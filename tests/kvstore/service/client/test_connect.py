@@ -1,0 +1,46 @@
+"""By configuration alone: a daemon's store where one is named, else one in this process."""
+
+from pathlib import Path
+
+from kvstore.config.sections import Config
+from kvstore.service.client.connect import open_configured
+from kvstore.service.client.slab import attach_slab
+from kvstore.service.client.store import RemoteStore
+from kvstore.store import LocalStore
+from tests.helpers.daemons import local_daemon
+from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, page_of, prompt, save
+
+
+def test_the_url_decides_where_the_store_is(tmp_path: Path) -> None:
+    host = {"capacity_bytes": 64 * PAGE_BYTES, "huge_pages": False}
+    with local_daemon(tmp_path / "kv.sock"):
+        url = f"unix://{tmp_path / 'kv.sock'}"
+
+        here = open_configured(Config(host=host), LAYOUT, namespace(), shared_name="test")
+        there = open_configured(Config(host=host, service={"url": url}), LAYOUT, namespace())
+
+        assert isinstance(here, LocalStore)
+        assert isinstance(there, RemoteStore)
+        for store in (here, there):
+            save(store, store.request(prompt(3)))
+            assert load(store, store.request(prompt(3)))[0] == 3
+            store.close()
+
+
+def test_a_further_process_maps_the_daemons_slab_by_the_clients_handle(tmp_path: Path) -> None:
+    with local_daemon(tmp_path / "kv.sock"):
+        config = Config(service={"url": f"unix://{tmp_path / 'kv.sock'}"})
+        store = open_configured(config, LAYOUT, namespace())
+        assert isinstance(store, RemoteStore)
+        request = store.request(prompt(2))
+        save(store, request)
+        lease = store.prepare_load(request, 2)
+
+        assert store.slab_handle is not None
+        rank = attach_slab(store.slab_handle)  # what a worker of the same engine does
+
+        expected = page_of(request.keys[0], 0, PAGE_BYTES)
+        assert rank.array(lease.pages[0].slot).tolist() == expected.tolist()
+        rank.close()
+        store.complete(lease)
+        store.close()

@@ -1,0 +1,192 @@
+"""What a daemon does about Redis: asks it to explain a prompt, clears a namespace in it, bounds tenants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from kvstore.service.client.connect import connect
+from kvstore.service.client.store import RemoteStore
+from kvstore.testing.redis_server import LocalRedis
+from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon
+from tests.helpers.redis_server import NEEDS_REDIS
+from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, open_small, prompt, save, use
+from tests.helpers.waiting import WAIT_S, wait_until
+
+pytestmark = NEEDS_REDIS
+
+
+@pytest.fixture
+def server() -> Iterator[LocalRedis]:
+    with LocalRedis() as server:
+        yield server
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, server: LocalRedis) -> Iterator[LocalDaemon]:
+    with local_daemon(
+        tmp_path / "kv.sock",
+        service={"http_port": 0, "max_namespaces": 2},
+        redis={"url": server.url, "timeout_s": 0.5},
+        store={"load_or_recompute": False, "lookup_deadline_s": 0.5},
+    ) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def http(daemon: LocalDaemon) -> Http:
+    return Http(daemon.daemon.app.port)
+
+
+@pytest.fixture
+def store(daemon: LocalDaemon) -> Iterator[RemoteStore]:
+    assert daemon.config.service.socket is not None
+    with attach(daemon.config.service.socket) as store:
+        yield store
+
+
+def ids(num_blocks: int, seed: int = 0) -> list[int]:
+    tokens: list[int] = prompt(num_blocks, seed).tolist()
+    return tokens
+
+
+def elsewhere(server: LocalRedis, num_blocks: int, seed: int) -> None:
+    """Another machine saves a prompt, which only Redis has then."""
+    with open_small(redis_url=server.url) as other:
+        use(other, prompt(num_blocks, seed))
+        assert other.flush(WAIT_S)
+
+
+def test_explain_tells_what_redis_has_and_has_not(http: Http, store: RemoteStore, server: LocalRedis) -> None:
+    elsewhere(server, 4, seed=1)
+
+    there = http.post("/v1/explain", tokens=ids(4, 1))
+    longer = http.post("/v1/explain", tokens=ids(4, 1) + ids(2, 2))
+    unasked = http.post("/v1/explain", tokens=ids(4, 1), timeout_s=0)
+
+    assert (there["reason"], there["by_tier"]) == ("hit", {"redis": 4})
+    assert (longer["reason"], longer["known"], longer["asked"]) == ("never_stored", 4, {"redis": False})
+    assert longer["text"].endswith("; redis does not have it")
+    assert (unasked["reason"], unasked["asked"]) == ("never_stored", {"redis": None})
+    assert store.stats()["lookups"] == 0  # asking is no lookup
+
+
+def test_explain_tells_that_redis_has_not_answered(http: Http, store: RemoteStore, server: LocalRedis) -> None:
+    save(store, store.request(prompt(2)))
+    server.freeze()
+    try:
+        explained = http.post("/v1/explain", tokens=ids(4), timeout_s=0.2)
+    finally:
+        server.thaw()
+
+    assert explained["asked"] == {"redis": None}
+    assert explained["text"].endswith("; redis has not answered")
+    assert load(store, store.request(prompt(2)))[0] == 2
+
+
+# ---- clear
+
+
+def test_clear_deletes_what_only_redis_has_and_no_other_namespace(
+    http: Http, store: RemoteStore, server: LocalRedis, daemon: LocalDaemon
+) -> None:
+    elsewhere(server, 4, seed=1)
+    with open_small(redis_url=server.url) as machine, connect(_url(daemon), LAYOUT, namespace(model="other")) as other:
+        use(other, prompt(3, 2))
+        assert other.flush(WAIT_S)
+        use(store, prompt(5, 3))
+        assert store.flush(WAIT_S)
+        (own,) = (n["id"] for n in http.get("/v1/namespaces")["namespaces"] if n["model"] == "tiny")
+
+        cleared = http.post(f"/v1/namespaces/{own}/clear")
+
+        assert cleared["blocks"] == 5
+        assert cleared["keys"]["redis"] >= 4  # those of block 5 may have gone with the index
+        for seed in (1, 3):
+            assert machine.wait_lookup(machine.request(prompt(5, seed)), 5.0).num_blocks == 0
+            assert store.wait_lookup(store.request(prompt(5, seed)), 5.0).num_blocks == 0
+        assert list(_pages_by_prefix(server).values()) == [3]
+        assert load(other, other.request(prompt(3, 2)))[0] == 3
+        use(store, prompt(4, 1))
+        assert store.flush(WAIT_S)
+        assert load(machine, machine.request(prompt(4, 1)))[0] == 4
+
+
+def test_clear_says_that_redis_could_not_be_reached(http: Http, store: RemoteStore, server: LocalRedis) -> None:
+    use(store, prompt(3))
+    (own,) = (n["id"] for n in http.get("/v1/namespaces")["namespaces"])
+    server.kill()
+
+    status, problem = http.call("POST", f"/v1/namespaces/{own}/clear")
+
+    assert (status, problem["title"]) == (503, "a shared tier is not cleared")
+    assert problem["detail"].startswith("3 blocks that were known here are deleted")
+    server.start()
+    wait_until(lambda: http.call("POST", f"/v1/namespaces/{own}/clear")[0] == 200)
+
+
+# ---- tenants
+
+
+TENANTS = f"""
+[[tenant]]
+name = "blue"
+token = "blue-token-0123456789"
+redis_bytes = {20 * PAGE_BYTES}
+
+[[tenant]]
+name = "red"
+token = "red-token-0123456789"
+"""
+
+
+def test_a_tenants_bytes_in_redis_are_bounded_for_all_its_machines_together(tmp_path: Path, server: LocalRedis) -> None:
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(TENANTS)
+    tokens.chmod(0o600)
+
+    def machine(name: str) -> LocalDaemon:
+        daemon = local_daemon(
+            tmp_path / name, service={"http_port": 0, "tokens_file": tokens}, redis={"url": server.url},
+            store={"load_or_recompute": False, "lookup_deadline_s": 1.0},
+        )  # fmt: skip
+        return stack.enter_context(daemon)
+
+    with ExitStack() as stack:
+        ports = [one.daemon.app.port for one in (machine("one.sock"), machine("two.sock"))]
+        blues = [stack.enter_context(_tenant(port, "blue")) for port in ports]
+        red = stack.enter_context(_tenant(ports[0], "red"))
+        for seed in range(6):
+            for blue in blues:
+                use(blue, prompt(6, seed))
+                use(red, prompt(6, seed))
+        assert all(blue.flush(WAIT_S) for blue in (*blues, red))
+
+        pages = _pages_by_prefix(server)
+
+        assert sorted(pages.values()) == [20, 36]
+        # What it has is the latest: the other machine finds it there.
+        use(blues[0], prompt(6, 9))
+        assert blues[0].flush(WAIT_S)
+        loaded, match = load(blues[1], blues[1].request(prompt(6, 9)))
+        assert (loaded, match.by_tier) == (6, {"redis": 6})
+
+
+def _pages_by_prefix(server: LocalRedis) -> dict[bytes, int]:
+    with server.client() as client:
+        names = [name for name in client.keys("*") if not name.endswith(b"ledger")]
+    heads = {name[: len(b"kv:") + 17 + 36] for name in names}
+    prefixes = [head[: len(b"kv:") + 17] for head in heads]
+    return {prefix: prefixes.count(prefix) for prefix in prefixes}
+
+
+def _url(daemon: LocalDaemon) -> str:
+    return f"unix://{daemon.config.service.socket}"
+
+
+def _tenant(port: int, name: str) -> RemoteStore:
+    token = f"{name}-token-0123456789"
+    return connect(f"http://127.0.0.1:{port}", LAYOUT, namespace(), token=token, staging_bytes=1 << 20)

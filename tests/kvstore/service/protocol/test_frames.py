@@ -1,0 +1,46 @@
+"""Frames: what goes in comes out, and nothing else is taken."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstore.service.protocol import frames
+from kvstore.service.protocol.frames import HEADER, Op, ProtocolError, Status
+
+
+@given(st.sampled_from(Op), st.binary(max_size=100), st.integers(0, 2**32 - 1), st.sampled_from(Status))
+def test_a_frame_comes_back(op: Op, body: bytes, sequence: int, status: Status) -> None:
+    raw = frames.encode_frame(op, body, sequence, status)
+
+    frame = frames.decode_header(raw[: HEADER.size])
+
+    assert frame == (op, status, len(body), sequence)
+    assert raw[HEADER.size :] == body
+
+
+@given(st.binary(min_size=16, max_size=16))
+def test_a_header_of_anything_is_a_frame_or_refused(raw: bytes) -> None:
+    try:
+        frame = frames.decode_header(raw)
+    except ProtocolError:
+        return
+    assert frame.num_bytes <= frames.MAX_BODY_BYTES
+
+
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        (HEADER.pack(0x1234, 1, 1, 0, 0, 0), "starts with 0x1234"),
+        (HEADER.pack(frames.MAGIC, 9, 1, 0, 0, 0), "protocol version 9"),
+        (HEADER.pack(frames.MAGIC, 1, 200, 0, 0, 0), "op 200"),
+        (HEADER.pack(frames.MAGIC, 1, 1, 0, 1 << 30, 0), "announces 1073741824 bytes"),
+    ],
+)
+def test_a_wrong_header_is_told(raw: bytes, told: str) -> None:
+    with pytest.raises(ProtocolError, match=told):
+        frames.decode_header(raw)
+
+
+def test_deep_json_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="not JSON"):
+        frames.decode_json(b"[" * 100_000)
