@@ -64,11 +64,8 @@ class Admin:
         Tiers without an index (Redis) delete what they find of this namespace, whoever wrote it; that takes a walk over
         the whole server. As with `forget`, a delete is acknowledged by the next true `flush`, and owed until then.
         """
-        with self._lock:
-            self._dispatcher.begin()
-            cleared = self._planner.clear(self._dispatcher.now())
-            self._dispatcher.end()
-            return cleared
+        with self._lock, self._dispatcher.step() as now:
+            return self._planner.clear(now)
 
     def undeleted(self, *, at_once: bool = False) -> dict[str, int] | None:
         """How many deletes tiers are owed, by tier, a clear counting as one; none where all is deleted.
@@ -92,9 +89,8 @@ class Admin:
         if not 1 <= num_slots <= most:
             raise ConfigError(f"host: {num_slots} slots are asked for; the slab has 1 to {most}")
         with self._lock:
-            self._dispatcher.begin()
-            self._planner.resize_host(num_slots)
-            self._dispatcher.end()
+            with self._dispatcher.step():
+                self._planner.resize_host(num_slots)
             self._dispatcher.free_retired()
 
     def attach_tier(self, lane: Lane, plan: TierPlan) -> None:
@@ -103,16 +99,13 @@ class Admin:
         with self._lock:
             self._dispatcher.check_open()
             self._dispatcher.mover.add(lane)
-            self._dispatcher.begin()
-            self._planner.attach_tier(plan)
-            self._dispatcher.end()
+            with self._dispatcher.step():
+                self._planner.attach_tier(plan)
         steps = self._planner.restoring(lane.name, stored)
         is_over = False
         while not is_over:
-            with self._lock:
-                self._dispatcher.begin()
+            with self._lock, self._dispatcher.step(tell=True):
                 is_over = next(steps, None) is None
-                self._dispatcher.end(tell=is_over)
 
     def detach_tier(self, name: str, timeout_s: float = 5.0) -> bool:
         """Take a tier away; its pages stay in the medium, and are a miss until it is back.
@@ -126,9 +119,8 @@ class Admin:
             if lane is None:
                 there = ", ".join(sorted(self._dispatcher.lanes)) or "none"
                 raise ConfigError(f"there is no tier {name!r}; there are {there}")
-            self._dispatcher.begin()
-            self._planner.detach_tier(name)
-            self._dispatcher.end(tell=True)
+            with self._dispatcher.step(tell=True):
+                self._planner.detach_tier(name)
         if not self._dispatcher.mover.remove(name, timeout_s):
             return False
         lane.tier.close()

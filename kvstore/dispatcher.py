@@ -4,14 +4,14 @@ Planning happens under the lock and takes microseconds; bytes never move under i
 threads, the housekeeper reports ticks and tiers that went down or came back; each takes the lock, lets the planner book
 it, hands on what the planner wants carried next, and wakes whoever waits.
 
-    with dispatcher.lock:
-        dispatcher.begin()          # raises StoreClosed
+    with dispatcher.lock, dispatcher.step(tell=True) as now:    # raises StoreClosed
         ...plan...
-        dispatcher.end(tell=True)   # hands on what was planned; wakes whoever waits, after what others may wait for
 
-A step is all or nothing for those who come after it: where an exception from outside (Ctrl-C, a signal, no memory) has
-come between `begin` and `end`, the next step finds that out and mends the books first (plan/mend.py). So a step needs
-no code for being interrupted, and costs two assignments.
+A step hands on what was planned when it ends; `tell` wakes whoever waits, after what others may wait for. It is all or
+nothing for those who come after it: where an exception from outside (Ctrl-C, a signal, no memory) has cut a step short,
+the next one finds that out and mends the books first (plan/mend.py). So a step needs no code for being interrupted, and
+costs two assignments. The lock is taken by its own `with`: a context manager in Python may be interrupted between
+taking it and being entered, the lock's own cannot.
 
 The hard thing: a slot must not be reused while anything may still write to it. Slots are freed only by outcomes and
 by the ends of leases, and a lane answers for a transfer only when its worker has returned from the tier; so waiting
@@ -25,6 +25,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import wraps
+from typing import ParamSpec
 
 from kvstore.errors import StoreClosed
 from kvstore.forks import forbid
@@ -35,6 +38,38 @@ from kvstore.plan.planner import Planner
 from kvstore.plan.records import FlushResult, Outcome
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+
+
+def silent_after_close(verb: Callable[P, None]) -> Callable[P, None]:
+    """Have a verb that ends something do nothing when the store is closed: it has ended then."""
+
+    @wraps(verb)
+    def silent(*args: P.args, **kwargs: P.kwargs) -> None:
+        with suppress(StoreClosed):
+            verb(*args, **kwargs)
+
+    return silent
+
+
+class _Step:
+    """One step of the planner, as a context that gives the planner's time. Under the lock; stateless, so used again."""
+
+    __slots__ = ("_even_closed", "_host", "_tell")
+
+    def __init__(self, host: Dispatcher, *, tell: bool, even_closed: bool = False) -> None:
+        self._host = host
+        self._tell = tell
+        self._even_closed = even_closed
+
+    def __enter__(self) -> float:
+        self._host._begin(even_closed=self._even_closed)
+        return self._host.now()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._host._end(tell=self._tell)
 
 
 class Dispatcher:
@@ -62,6 +97,10 @@ class Dispatcher:
         self._last_lease = 0  # when it began
         self.num_mended = 0
         self._arrived: deque[Outcome] = deque()  # not booked yet
+        self._quiet_step = _Step(self, tell=False)
+        self._telling_step = _Step(self, tell=True)
+        self._late_step = _Step(self, tell=False, even_closed=True)
+        self._late_telling_step = _Step(self, tell=True, even_closed=True)
         self._discard = discard
         self.mover = Mover(lanes, self._on_outcome, self._on_tier_state, self._on_tick, now=now)
         forbid(self)
@@ -74,35 +113,9 @@ class Dispatcher:
             raise StoreClosed("the store is closed")
         self.settle()
 
-    def begin(self) -> None:
-        """A step that changes the books begins. Raises StoreClosed after close."""
-        if self.is_closed:
-            raise StoreClosed("the store is closed")
-        self.begin_anyway()
-
-    def begin_anyway(self) -> None:
-        """The same, also after close."""
-        if self._is_torn:
-            self.settle()
-        self._last_lease = self.planner.last_lease
-        self._is_torn = True
-
-    def end(self, *, tell: bool = False, again: bool = False) -> None:
-        """The step is over: hand the planner's transfers to the lanes, and wake whoever waits.
-
-        Under the lock, so that they go out in the planner's order.
-        """
-        flights = self.planner.flights
-        if flights.outgoing:
-            if not self.is_closed:
-                self.mover.submit(flights.outgoing, again=again)
-            flights.sent()
-        promotions = self.planner.take_promotions()
-        if promotions and not self.is_closed:
-            self.mover.promote(promotions)
-        if tell:
-            self.tell()
-        self._is_torn = False
+    def step(self, *, tell: bool = False) -> _Step:
+        """A step that changes the books, see the module. tell: others may wait for what it does."""
+        return self._telling_step if tell else self._quiet_step
 
     def settle(self) -> None:
         """If a step was cut short by an exception, put the books right. May be cut short itself, and begins anew then.
@@ -113,7 +126,7 @@ class Dispatcher:
             log.warning("a step was interrupted by an exception: the books are mended")
             self.planner.mend(self._last_lease, self.now())
             self.num_mended += 1
-            self.end(tell=True, again=True)
+            self._end(tell=True, again=True)
 
     def tell(self) -> None:
         """Wake whoever waits."""
@@ -136,10 +149,8 @@ class Dispatcher:
 
     def is_flushed(self, flushing: Flushing) -> bool:
         """True if a flush has come to its end, or the store to its own."""
-        self.begin_anyway()
-        is_over = self.is_closed or flushing.is_over(self.now())
-        self.end()
-        return is_over
+        with self._late_step as now:
+            return self.is_closed or flushing.is_over(now)
 
     # ---- not under the lock -----------------------------------------------------------------------------------
 
@@ -182,23 +193,44 @@ class Dispatcher:
     def _book_arrived(self) -> None:
         """Book outcomes. One that was interrupted is booked again: what is booked already is ignored then."""
         while self._arrived:
-            self.begin_anyway()
-            self.planner.outcome(self._arrived[0], self.now())
-            self.end(tell=True)
+            with self._late_telling_step as now:
+                self.planner.outcome(self._arrived[0], now)
             self._arrived.popleft()
 
     def _on_tier_state(self, state: TierState) -> None:
-        with self.lock:
-            self.begin_anyway()
-            self.planner.set_tier_up(state.tier, state.is_up, self.now(), state.directions)
-            self.end(tell=True)
+        with self.lock, self._late_telling_step as now:
+            self.planner.set_tier_up(state.tier, state.is_up, now, state.directions)
 
     def _on_tick(self) -> None:
         self.planner.clock.look()
         with self.lock:
             self._book_arrived()
             if not self.is_closed:
-                self.begin_anyway()
-                is_over = self.planner.tick(self.now())
-                self.end(tell=is_over)
+                with self.step() as now:
+                    if self.planner.tick(now):
+                        self.tell()
                 self.free_retired()
+
+    # ---- what a step is -------------------------------------------------------------------------------------------
+
+    def _begin(self, *, even_closed: bool) -> None:
+        if self.is_closed and not even_closed:
+            raise StoreClosed("the store is closed")
+        if self._is_torn:
+            self.settle()
+        self._last_lease = self.planner.last_lease
+        self._is_torn = True
+
+    def _end(self, *, tell: bool = False, again: bool = False) -> None:
+        """Hand the planner's transfers to the lanes, under the lock, so that they go out in the planner's order."""
+        flights = self.planner.flights
+        if flights.outgoing:
+            if not self.is_closed:
+                self.mover.submit(flights.outgoing, again=again)
+            flights.sent()
+        promotions = self.planner.take_promotions()
+        if promotions and not self.is_closed:
+            self.mover.promote(promotions)
+        if tell:
+            self.tell()
+        self._is_torn = False

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.admin import Admin
-from kvstore.dispatcher import Dispatcher
+from kvstore.dispatcher import Dispatcher, silent_after_close
 from kvstore.errors import RequestError
 from kvstore.forks import forbid, harmless
 from kvstore.layout import Layout
@@ -68,7 +68,6 @@ class LocalStore(RequestMaker):
         self.namespace = namespace
         self._planner = planner
         self._slab = slab
-        self._now = now
         self._close_timeout_s = close_timeout_s
         self._told = planner.told()
         self._dispatcher = Dispatcher(planner, lanes, slab.discard, now)
@@ -85,11 +84,8 @@ class LocalStore(RequestMaker):
 
     def lookup(self, request: Request) -> Match:
         """The longest prefix worth loading, at once."""
-        with self._lock:
-            self._dispatcher.begin()
-            match = self._planner.lookup(request, self._now())
-            self._dispatcher.end()
-            return match
+        with self._lock, self._dispatcher.step() as now:
+            return self._planner.lookup(request, now)
 
     def wait_lookup(self, request: Request, timeout_s: float | None = None) -> Match:
         """Lookup, waiting for pending tiers, and as long as the planner says for another request's computing."""
@@ -97,9 +93,8 @@ class LocalStore(RequestMaker):
         until = time.monotonic() + wait_s
         with self._lock:
             while True:
-                self._dispatcher.begin()
-                match = self._planner.lookup(request, self._now())
-                self._dispatcher.end()
+                with self._dispatcher.step() as now:
+                    match = self._planner.lookup(request, now)
                 if timeout_s is None and match.cut is CutReason.COMPUTING:
                     until = time.monotonic() + wait_s  # the deadline is that of tiers, which are asked again after it
                     self._dispatcher.wait(self._planner.settings.compute_wait_s)  # a tick comes long before
@@ -112,27 +107,22 @@ class LocalStore(RequestMaker):
         until = time.monotonic() + wait_s
         with self._lock:
             while True:
-                self._dispatcher.begin()
-                is_pending = self._planner.ask(request, self._now())
-                self._dispatcher.end()
+                with self._dispatcher.step() as now:
+                    is_pending = self._planner.ask(request, now)
                 if not is_pending or not self._dispatcher.wait_until(until):
                     break
-            self._dispatcher.begin()
-            match = self._planner.explain(request).match
-            self._planner.abandon(request, self._now())
-            self._dispatcher.end()
-            return match
+            with self._dispatcher.step() as now:
+                match = self._planner.explain(request).match
+                self._planner.abandon(request, now)
+                return match
 
     def ask(self, request: Request) -> bool:
         """Ask shared tiers about a request, without looking it up; True until they have answered.
 
         Before `admin.explain`, and before a `peek` that must not block.
         """
-        with self._lock:
-            self._dispatcher.begin()
-            is_pending = self._planner.ask(request, self._now())
-            self._dispatcher.end()
-            return is_pending
+        with self._lock, self._dispatcher.step() as now:
+            return self._planner.ask(request, now)
 
     def prepare_load(self, request: Request, num_blocks: int, *, first: int = 0, owner: str = "") -> LoadLease:
         """Pin blocks [first, num_blocks) in host slots and start fetching what is not there."""
@@ -140,10 +130,8 @@ class LocalStore(RequestMaker):
         check_range("first", first, num_blocks)
         lease: LoadLease | None = None
         try:
-            with self._lock:
-                self._dispatcher.begin()
-                lease = self._planner.prepare_load(request, num_blocks, self._now(), owner, first)
-                self._dispatcher.end()
+            with self._lock, self._dispatcher.step() as now:
+                lease = self._planner.prepare_load(request, num_blocks, now, owner, first)
             return lease
         except BaseException:
             self._give_up(lease)
@@ -169,19 +157,14 @@ class LocalStore(RequestMaker):
 
     def prefetch(self, request: Request) -> int:
         """Start bringing the known prefix into host memory; returns a ticket."""
-        with self._lock:
-            self._dispatcher.begin()
-            ticket = self._planner.prefetch(request, self._now())
-            self._dispatcher.end()
-            return ticket
+        with self._lock, self._dispatcher.step() as now:
+            return self._planner.prefetch(request, now)
 
+    @silent_after_close
     def cancel(self, ticket: int) -> None:
         """Stop a prefetch."""
-        with self._lock:
-            if not self._dispatcher.is_closed:
-                self._dispatcher.begin()
-                self._dispatcher.mover.cancel(self._planner.cancel(ticket))
-                self._dispatcher.end()
+        with self._lock, self._dispatcher.step():
+            self._dispatcher.mover.cancel(self._planner.cancel(ticket))
 
     # ---- saves ------------------------------------------------------------------------------------------------
 
@@ -192,86 +175,65 @@ class LocalStore(RequestMaker):
         steps: Preparing | None = None
         try:
             while lease is None:  # a long prompt lets others in between
-                with self._lock:
-                    self._dispatcher.begin()
+                with self._lock, self._dispatcher.step() as now:
                     if steps is None:
                         steps = self._planner.preparing_save(request, first, num_blocks, owner)
-                    lease = self._planner.go_on(steps, request, self._now())
-                    self._dispatcher.end()
+                    lease = self._planner.go_on(steps, request, now)
             return lease
         except BaseException:
             if steps is not None:
                 self._give_up(SaveLease(steps.lease_id, ()))
             raise
 
+    @silent_after_close
     def complete(self, lease: LoadLease | SaveLease, *, filled: Sequence[bool] | None = None) -> None:
         """End a lease well. A lease that ended already is ignored."""
         if filled is not None and len(filled) != len(lease.pages):
             raise RequestError(f"filled has {len(filled)} entries; the lease has {len(lease.pages)} pages")
-        with self._lock:
-            if not self._dispatcher.is_closed:
-                self._dispatcher.begin()
-                self._planner.complete(lease.id, self._now(), filled)
-                self._dispatcher.end(tell=True)
+        with self._lock, self._dispatcher.step(tell=True) as now:
+            self._planner.complete(lease.id, now, filled)
 
+    @silent_after_close
     def release(self, lease: LoadLease | SaveLease) -> None:
         """End a lease badly. A lease that ended already is ignored."""
-        with self._lock:
-            if not self._dispatcher.is_closed:
-                self._dispatcher.begin()
-                self._planner.release(lease.id, self._now())
-                self._dispatcher.end(tell=True)
+        with self._lock, self._dispatcher.step(tell=True) as now:
+            self._planner.release(lease.id, now)
 
     def release_owner(self, owner: str) -> int:
         """Release every lease of an owner that died."""
-        with self._lock:
-            self._dispatcher.begin()
-            released = self._planner.release_owner(owner, self._now())
-            self._dispatcher.end(tell=True)
-            return released
+        with self._lock, self._dispatcher.step(tell=True) as now:
+            return self._planner.release_owner(owner, now)
 
     # ---- retention --------------------------------------------------------------------------------------------
 
+    @silent_after_close
     def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
         """The request is over."""
-        with self._lock:
-            if not self._dispatcher.is_closed:
-                self._dispatcher.begin()
-                self._planner.finished(request, self._now(), finish_reason=finish_reason, last_turn=last_turn)
-                self._dispatcher.end(tell=True)
+        with self._lock, self._dispatcher.step(tell=True) as now:
+            self._planner.finished(request, now, finish_reason=finish_reason, last_turn=last_turn)
 
+    @silent_after_close
     def abandon(self, request: Request) -> None:
         """Whoever made the request is gone: what it was going to compute is for others to compute."""
-        with self._lock:
-            if not self._dispatcher.is_closed:
-                self._dispatcher.begin()
-                has_others = self._planner.abandon(request, self._now())
-                self._dispatcher.end(tell=has_others)
+        with self._lock, self._dispatcher.step() as now:
+            if self._planner.abandon(request, now):
+                self._dispatcher.tell()
 
     def pin(self, request: Request) -> int:
         """Keep the request's resident pages in host memory until unpin; returns the blocks pinned."""
-        with self._lock:
-            self._dispatcher.begin()
-            pinned = self._planner.pin(request, self._now())
-            self._dispatcher.end()
-            return pinned
+        with self._lock, self._dispatcher.step() as now:
+            return self._planner.pin(request, now)
 
     def unpin(self, request: Request) -> int:
         """Undo pin; returns the blocks that had one."""
-        with self._lock:
-            self._dispatcher.begin()
-            unpinned = self._planner.unpin(request, self._now())
-            self._dispatcher.end()
-            return unpinned
+        with self._lock, self._dispatcher.step() as now:
+            return self._planner.unpin(request, now)
 
     def forget(self, request: Request, first: int = 0) -> int:
         """Delete blocks from `first` on and all that continues them; returns the blocks deleted."""
         check_range("first", first, len(request.keys))
-        with self._lock:
-            self._dispatcher.begin()
-            forgotten = self._planner.forget(request, first, self._now())
-            self._dispatcher.end(tell=True)
-            return forgotten
+        with self._lock, self._dispatcher.step(tell=True) as now:
+            return self._planner.forget(request, first, now)
 
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """Tell how fast the engine computes."""
@@ -281,11 +243,8 @@ class LocalStore(RequestMaker):
     def set_ttl(self, request: Request, ttl_s: float) -> int:
         """Give the request's known blocks a time to live from now on; returns how many."""
         check_ttl("ttl_s", ttl_s)
-        with self._lock:
-            self._dispatcher.begin()
-            known = self._planner.set_ttl(request, ttl_s, self._now())
-            self._dispatcher.end()
-            return known
+        with self._lock, self._dispatcher.step() as now:
+            return self._planner.set_ttl(request, ttl_s, now)
 
     # ---- what comes and goes ----------------------------------------------------------------------------------
 

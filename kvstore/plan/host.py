@@ -69,18 +69,19 @@ class HostSpace:
             page.state = PageState.ABSENT
         return slots
 
-    def ready(self, page: Page) -> None:
-        """The slot of a filling page is whole. The caller pins it or enters it in the policy."""
-        page.state = PageState.READY
-        self.num_filling -= 1
-        self.num_resident += 1
+    def ready(self, pages: Sequence[Page]) -> None:
+        """The slots of filling pages are whole. The caller pins them or enters them in the policy."""
+        for page in pages:
+            page.state = PageState.READY
+        self.num_filling -= len(pages)
+        self.num_resident += len(pages)
         if self._catalog.journal is not None:
-            self._catalog.journal.stored(HOST, (page,))
+            self._catalog.journal.stored(HOST, pages)
 
-    def abandon(self, page: Page) -> None:
-        """A filling page will not become whole: its slot is free again."""
-        self.num_filling -= 1
-        self._free(page)
+    def abandon(self, pages: Sequence[Page]) -> None:
+        """Filling pages will not become whole: their slots are free again."""
+        self.num_filling -= len(pages)
+        self._free(pages)
 
     def drop(self, pages: Sequence[Page], why: Left = Left.DELETED) -> None:
         """Resident pages that nobody holds leave."""
@@ -88,30 +89,28 @@ class HostSpace:
         self.num_resident -= len(pages)
         if self._catalog.journal is not None:
             self._catalog.journal.removed(HOST, pages, why)
-        for page in pages:
-            self._free(page)
+        self._free(pages)
 
     def doom(self, pages: Sequence[Page]) -> None:
         """Pages of forgotten blocks, which are dropped as soon as nobody uses them, are as good as gone."""
         if self._catalog.journal is not None:
             self._catalog.journal.leaving(HOST, pages, Left.DELETED)
 
-    def pin(self, page: Page) -> None:
-        """Hold a resident page."""
-        if page.pins == 0:
-            self.policy.discard((page,))
-        page.pins += 1
+    def pin(self, pages: Sequence[Page]) -> None:
+        """Hold resident pages."""
+        self.policy.discard([page for page in pages if not page.pins])
+        for page in pages:
+            page.pins += 1
 
     def unpin(self, pages: Sequence[Page], *, used: bool) -> None:
         """Let go of resident pages, given in path order; those that nobody else holds become evictable again."""
-        loose: list[Page] = []
         for page in pages:
             page.pins -= 1
-            if page.pins == 0:
-                if not page.block.is_removed:
-                    loose.append(page)
-                elif not page.spilling:
-                    self.drop((page,))
+        loose = [page for page in pages if not page.pins]
+        gone = [page for page in loose if page.block.is_removed]
+        if gone:
+            loose = [page for page in loose if not page.block.is_removed]
+            self.drop([page for page in gone if not page.spilling])
         self.enter(loose, used=used)
 
     def enter(self, pages: Sequence[Page], *, used: bool) -> None:
@@ -217,10 +216,11 @@ class HostSpace:
                 return free[:n]
             ask *= 2  # some of the oldest are being written behind: look further
 
-    def _free(self, page: Page) -> None:
-        self.pool.give((page.slot,))
-        page.slot = -1
-        page.state = PageState.ABSENT
+    def _free(self, pages: Sequence[Page]) -> None:
+        self.pool.give([page.slot for page in pages])
+        for page in pages:
+            page.slot = -1
+            page.state = PageState.ABSENT
 
 
 def _is_on(path: Sequence[BlockHash], block: Block) -> bool:

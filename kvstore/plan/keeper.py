@@ -79,7 +79,11 @@ class Keeper:
         end = min(until - self._ahead, latest)
         if end <= boot:
             return 0
-        return sum([self._keep(block, _Promise(end, holder, unix=until, latest=latest)) for block in blocks])
+        asked = _Promise(end, holder, unix=until, latest=latest)
+        pages: list[Page] = []
+        num_kept = sum([self._keep(block, asked, pages) for block in blocks])
+        self._host.pin(pages)
+        return num_kept
 
     def let_go(self, blocks: Sequence[Block]) -> int:
         """End the promises for blocks given in path order; returns how many had one."""
@@ -157,7 +161,8 @@ class Keeper:
             self._order_ends()
         return boot
 
-    def _keep(self, block: Block, asked: _Promise) -> bool:
+    def _keep(self, block: Block, asked: _Promise, pages: list[Page]) -> bool:
+        """Promise to keep a block; adds to `pages` what is to be pinned."""
         promise = self._promises.get(block)
         wanted = [page for page in block.pages if page.state == PageState.READY and not page.kept]
         fits = max(0, self.max_pages - self.num_pages)
@@ -170,7 +175,7 @@ class Keeper:
             promise = self._promises[block] = _Promise(float("-inf"), asked.holder)
         for page in wanted:
             page.kept = True
-            self._host.pin(page)
+        pages += wanted
         self.num_pages += len(wanted)
         if asked.until > promise.until:
             self._book(promise, -promise.num_pages)

@@ -63,4 +63,4 @@ class Save:
 
 def slot_pages(blocks: Sequence[int], pages: Sequence[Page]) -> tuple[SlotPage, ...]:
     """The public face of planner pages."""
-    return tuple(SlotPage(block, page.group, page.slot) for block, page in zip(blocks, pages, strict=True))
+    return tuple([SlotPage(block, page.group, page.slot) for block, page in zip(blocks, pages, strict=True)])

@@ -71,16 +71,14 @@ class Loader:
                 continue
             blocks, pages, codes = self._needed(survey, path, granted, first)
             absent = [index for index, page in enumerate(pages) if page.state == PageState.ABSENT]
-            for page in pages:
-                if page.state == PageState.READY:
-                    self._host.pin(page)
+            ready = [page for page in pages if page.state == PageState.READY]
+            self._host.pin(ready)
             slots = self._host.take_for([pages[index] for index in absent], request.keys[:granted])
             if len(slots) == len(absent):
                 break
             # No room for all: give back, and try for what ends before the first page without a slot.
-            for index in absent[: len(slots)]:
-                self._host.abandon(pages[index])
-            self._host.unpin([page for page in pages if page.state == PageState.READY], used=False)
+            self._host.abandon([pages[index] for index in absent[: len(slots)]])
+            self._host.unpin(ready, used=False)
             self._catalog.prune(path[-1])
             limit = blocks[absent[len(slots)]]
         load = Load(
@@ -125,18 +123,15 @@ class Loader:
         """Book the outcome of a FETCH: pages become ready, are tried elsewhere, or are lost to those who wait."""
         if flight.context is PREFETCH:
             self.prefetching -= len(flight.pages)
-        loose: list[Page] = []
+        arrived: list[Page] = []
+        missing: list[Page] = []
         retry: list[Page] = []
         retry_codes: list[int] = []
         for page, ok in zip(flight.pages, outcome.ok, strict=True):
             page.flight = 0
             if ok and not page.block.is_removed:
                 tier.learn(page)
-                self._host.ready(page)
-                page.pins += len(page.waiters or ())
-                if not page.pins:
-                    loose.append(page)
-                self._tell(page, now)
+                arrived.append(page)
             else:
                 self.failures[tier.plan.name] += 1
                 if outcome.error is None and tier.has(page):
@@ -146,12 +141,18 @@ class Loader:
                     retry.append(page)
                     retry_codes.append(elsewhere)
                 else:
-                    self._host.abandon(page)
-                    for load in page.waiters or ():
-                        load.lost.add(page)
-                    self._tell(page, now)
+                    missing.append(page)
             tier.let_go(page)
-        self._host.enter(loose, used=False)
+        self._host.ready(arrived)
+        for page in arrived:
+            page.pins += len(page.waiters or ())
+        self._host.enter([page for page in arrived if not page.pins], used=False)
+        self._host.abandon(missing)
+        for page in missing:
+            for load in page.waiters or ():
+                load.lost.add(page)
+        for page in flight.pages if not retry else [*arrived, *missing]:
+            self._tell(page, now)
         self._fetch(retry, retry_codes, now)
 
     def give_up(self, pages: Sequence[Page], now: float) -> bool:

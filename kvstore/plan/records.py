@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
+from typing import NamedTuple
 
 from kvstore.page import PageKey, PageMeta
 from radix.hashing import BlockHash, BlockHasher
@@ -160,9 +161,8 @@ class Match:
     compute_wait_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class SlotPage:
-    """One page of a lease: block index in the request, layer group, host slot."""
+class SlotPage(NamedTuple):
+    """One page of a lease: block index in the request, layer group, host slot. A tuple, as there are many."""
 
     block: int
     group: int

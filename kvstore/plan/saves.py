@@ -7,6 +7,7 @@ and nothing can be evicted, the rest of the prompt is skipped and counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 
 from kvstore.plan.catalog import Block, Catalog, Page, PageState
 from kvstore.plan.host import HostSpace
@@ -96,16 +97,14 @@ class Saver:
         if filled is not None and len(filled) != len(save.pages):
             raise ValueError(f"filled has {len(filled)} entries, the lease has {len(save.pages)} pages")
         del self.saves[lease_id]
-        whole: list[Page] = []
-        for index, page in enumerate(save.pages):
-            if (filled is None or filled[index]) and not page.block.is_removed:
-                self._host.ready(page)
-                whole.append(page)
-            else:
-                self._host.abandon(page)
-                self.counters["aborted_saves"] += 1
+        pages = save.pages if filled is None else list(compress(save.pages, filled))
+        whole = [page for page in pages if not page.block.is_removed]
+        self._host.ready(whole)
         self._host.enter(whole, used=False)
         if len(whole) < len(save.pages):
+            lost = [page for page in save.pages if page.state == PageState.FILLING]
+            self._host.abandon(lost)
+            self.counters["aborted_saves"] += len(lost)
             for page in reversed(save.pages):
                 self._catalog.prune(page.block)
         self.counters["saved_pages"] += len(whole)

@@ -93,7 +93,7 @@ def test_events_tell_what_came_and_went_where() -> None:
 
     events = journal.take_events()
 
-    assert BlockEvent(Event.STORED, 1000.0, "host", 0, (first.keys[0],), (None,)) in events
+    assert BlockEvent(Event.STORED, 1000.0, "host", 0, tuple(first.keys), (None, first.keys[0])) in events
     assert BlockEvent(Event.STORED, 1000.0, "disk", 0, (first.keys[1],), (first.keys[0],)) in events
     assert BlockEvent(Event.REMOVED, 1000.0, "host", 0, (first.keys[1],), (first.keys[0],)) in events
     assert journal.take_events() == []

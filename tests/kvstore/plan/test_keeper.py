@@ -33,8 +33,7 @@ class Shelf:
         blocks = self.catalog.insert(keys)
         pages: list[Page] = [page for block in blocks for page in block.pages]
         self.host.take_for(pages, ())
-        for page in pages:
-            self.host.ready(page)
+        self.host.ready(pages)
         self.host.enter(pages, used=False)
         return blocks
 
