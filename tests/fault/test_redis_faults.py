@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,27 @@ class TestServer:
             assert_unavailable_in_time(tier, SHORT_S)
 
             server.thaw()
+
+    def test_a_page_whose_time_was_up_before_the_server_had_it_never_comes(
+        self, server: LocalRedis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        size, keys = SLOT_BYTES, keys_of("page", 1)
+        with closing(tier_at(server.port, size)) as tier:
+            for n in range(5):  # then our kernel takes a page at once, and the server's not all of it
+                store(tier, keys_of(f"before {n}", 1), size)
+            encode = tier._encode
+
+            def freeze_first(*arguments: Any) -> Any:
+                server.freeze()
+                return encode(*arguments)
+
+            monkeypatch.setattr(tier, "_encode", freeze_first)
+            with pytest.raises(TierUnavailable, match="no answer in time"):
+                tier.write_from(keys, filled(keys, size), [PageMeta(size)], timeout_s=SHORT_S)
+            server.thaw()
+            wait_until(lambda: command(server, "CLIENT", "LIST").count(b"\n") == 1, "the server reads what it was sent")
+
+            assert tier.contains(keys, timeout_s=TIMEOUT_S) == [False]
 
     def test_killed_then_started_again(self, server: LocalRedis) -> None:
         keys = keys_of("page", 2)

@@ -4,7 +4,8 @@ redis-py makes the connection: name, socket, TLS, AUTH, SELECT. The bytes after 
 
 The hard thing: a connection must never be used again while an answer is still on its way, or the next caller reads it
 as its own. So a Wire counts the replies it is owed, any trouble in the middle of one closes it, and whoever leases it
-gives it back only when nothing is owed.
+gives it back only when nothing is owed. What it has sent by then and the server has not taken must not be done later,
+when somebody else has gone on: such a connection is reset, which takes back what still lies in this machine.
 
 Every socket call gets the time that is left until the deadline of the call that leased the wire. (Resolving a host
 name is the one thing that cannot be cut short; addresses need no resolving.)
@@ -13,9 +14,10 @@ name is the one thing that cannot be cut short; addresses need no resolving.)
 from __future__ import annotations
 
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import redis.exceptions
@@ -26,6 +28,7 @@ from kvstore.tiers.redis.hedge import Hedge
 from kvstore.tiers.redis.parser import LINE_BYTES, Connection, PageParser, Reply, Sink
 from kvstore.tiers.redis.refusal import Account, words
 
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER, on, for no time: close sends a reset and nothing else
 AnyHedge = Hedge[Any]  # it deals in wires
 T = TypeVar("T")
 
@@ -131,7 +134,11 @@ class Wire:
         return self._owed == 0 and bool(self._connection.is_connected)
 
     def close(self) -> None:
-        """Disconnect. Idempotent."""
+        """Disconnect. Idempotent. What was asked and not answered is taken back, as far as it has not left."""
+        link = self.link
+        if self._owed and link is not None:
+            with suppress(OSError):  # a socket that is not connected any more
+                link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self._connection.disconnect()
 
     def unavailable(self, error: Exception) -> TierUnavailable:
@@ -143,6 +150,7 @@ class Wire:
         self._hedge = None
         self._connection, other._connection = other._connection, self._connection
         self._parser, other._parser = other._parser, self._parser
+        other._owed = self._owed  # the one that is given up was asked as well
         other.close()
 
     def _first_answer(self, hedge: AnyHedge, read: Callable[[], T]) -> T:

@@ -215,6 +215,11 @@ class EngineProcess:
             cwd=Path(__file__).parents[3],
         )
 
+    @property
+    def pid(self) -> int:
+        """Of the process; without `processes` everything is in it."""
+        return self._process.pid
+
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int = 8) -> list[dict[str, Any]]:
         """As Engine.generate."""
         answers: list[dict[str, Any]] = self._call("generate", [list(p) for p in prompts], max_tokens)

@@ -25,7 +25,7 @@ CALL_TIMEOUT_S = 3.0  # one test waits for it
 class Served(DaemonProcess):
     """A daemon, how engines are told of it, and what its operator sees."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *settings: str) -> None:
         self.http = Http(free_port())
         super().__init__(
             folder / "kv.sock",
@@ -35,6 +35,7 @@ class Served(DaemonProcess):
             "store.lookup_deadline_s=5",
             "store.load_deadline_s=10",
             "store.load_or_recompute=false",
+            *settings,
         )
         service = {"url": f"unix://{self.socket}", "call_timeout_s": CALL_TIMEOUT_S, "retry_max_s": 0.2}
         self.extra: dict[str, Any] = {"service": service}
@@ -73,6 +74,47 @@ def test_a_second_engine_takes_a_prefix_from_the_first_ones_host_copy(
     assert metrics["vllm:kvstore_hit_tokens.host"] == HIT
     assert metrics.get("vllm:kvstore_hook_errors", 0) == 0
     assert daemon.stats()["pages"]["host"] == LENGTH // BLOCK + 2  # one copy, and what the fork added
+
+
+def test_engines_that_can_only_read_the_slab_go_on_in_a_new_process(
+    tmp_path: Path, model_of: Callable[[str], str], reference: Reference
+) -> None:
+    daemon = Served(tmp_path, "service.isolate=true", f"service.isolate_bytes={8 * MiB}")
+    prompt = make_prompt(LENGTH, 5)
+    longer = [*prompt, *make_prompt(300, 6)]
+    try:
+        with EngineProcess(model_of("gqa"), daemon.extra) as first:
+            a = first.ask(prompt)
+            wait_until(
+                lambda: daemon.stats()["saved_pages"] == LENGTH // BLOCK, "the first engine's pages did not come"
+            )
+            maps = kinds_of_maps(first.pid)
+            (client,) = daemon.http.get("/v1/clients")["clients"]
+        with EngineProcess(model_of("gqa"), daemon.extra) as second:
+            b = second.ask(prompt)
+            c = second.ask(longer)
+            metrics = second.metrics()
+        wait_until(lambda: daemon.stats()["leases"] == 0, "leases of engines that have ended are kept")
+    finally:
+        daemon.kill()
+
+    assert maps == {"slab": {"r--s"}, "staging": {"rw-s"}}
+    assert client["staging_slots"] > LENGTH // BLOCK
+    reference.check([a, b, c], [prompt, prompt, longer])
+    assert (a["cached"], b["cached"]) == (0, HIT)
+    assert c["cached"] >= HIT  # vLLM's own cache has more of it by now
+    assert metrics["vllm:kvstore_hit_tokens.host"] == HIT
+    assert metrics.get("vllm:kvstore_hook_errors", 0) == 0
+
+
+def kinds_of_maps(pid: int) -> dict[str, set[str]]:
+    """How a process has mapped what the daemon gave it: permissions, as /proc says them."""
+    found: dict[str, set[str]] = {}
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        if "/memfd:kvstore-" in line:
+            name = "staging" if "/memfd:kvstore-staging" in line else "slab"
+            found.setdefault(name, set()).add(line.split()[1])
+    return found
 
 
 class TestFaults:
