@@ -1,13 +1,15 @@
-"""Wiring: from a configuration to a running store. The only module that names concrete tiers and policies."""
+"""Wiring: from a configuration to a running store. It names no tier: which there are is the registry's to say."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 from uuid import uuid4
 
 from eviction.registry import make_policy
-from kvstore.config.sections import BreakerConfig, Config, RedisConfig
-from kvstore.errors import ConfigError
+from kvstore.config.sections import BreakerConfig, Config
+from kvstore.errors import ConfigError, KVStoreError
 from kvstore.layout import Layout
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
@@ -16,11 +18,11 @@ from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.settings import PlanSettings
 from kvstore.store import LocalStore
-from kvstore.tiers.base import Tier
-from kvstore.tiers.disk.tier import DiskTier
+from kvstore.tiers import registry
+from kvstore.tiers.base import Sweepable, Tier
+from kvstore.tiers.checked import CheckedTier
 from kvstore.tiers.host import HostSlab
-from kvstore.tiers.redis.bound import BoundedRedis
-from kvstore.tiers.redis.tier import RedisTier
+from kvstore.tiers.kind import TierContext, TierKind
 from kvstore.units import format_bytes
 from radix.namespace import Namespace
 
@@ -54,19 +56,10 @@ def open_store(
     try:
         plans: list[TierPlan] = []
         lanes: list[Lane] = []
-        for tier, plan, timeout_s in _lower_tiers(config, layout, num_slots, namespace):
-            opened.append(tier)
-            plans.append(plan)
-            lanes.append(
-                Lane(
-                    tier,
-                    slab.view,
-                    workers=plan.workers,
-                    breaker=_breaker(config.breaker),
-                    timeout_s=timeout_s,
-                    max_queue=MAX_QUEUE,
-                )
-            )
+        for lower in _lower_tiers(config, layout, num_slots, namespace):
+            opened.append(lower.tier)
+            plans.append(lower.plan)
+            lanes.append(lower.lane(config, slab.view))
         planner = Planner(
             layout,
             _settings(config, num_slots),
@@ -88,30 +81,17 @@ def open_rows(config: Config, layout: Layout, memory: memoryview, row_bytes: int
 
     memory: flat and writable; rows of `row_bytes`, at most `layout.slot_bytes`. Raises what `open_store` raises.
     """
-    opened: list[Tier] = []
+    opened: list[LowerTier] = []
     try:
-        parts = []
-        for part in _lower_tiers(config, layout, memory.nbytes // row_bytes):
-            opened.append(part[0])
-            parts.append(part)
+        opened.extend(_lower_tiers(config, layout, memory.nbytes // row_bytes))
 
         def make_lanes(slot_view: Callable[[int], memoryview]) -> list[Lane]:
-            return [
-                Lane(
-                    tier,
-                    slot_view,
-                    workers=plan.workers,
-                    breaker=_breaker(config.breaker),
-                    timeout_s=timeout_s,
-                    max_queue=MAX_QUEUE,
-                )
-                for tier, plan, timeout_s in parts
-            ]
+            return [lower.lane(config, slot_view) for lower in opened]
 
         return RowMover(make_lanes, memory, row_bytes)
     except BaseException:
-        for tier in opened:
-            tier.close()
+        for lower in opened:
+            lower.tier.close()
         raise
 
 
@@ -120,92 +100,78 @@ def attach_tier(store: LocalStore, config: Config, name: str) -> None:
 
     Raises ConfigError if the configuration has no such tier, or as `open_store` does.
     """
+    kind, section = registry.kind_of(name), config.tier(name)
+    if not kind.is_on(section):
+        raise ConfigError(f"{name}.{kind.switch} is none; without it there is no tier to attach")
     num_slots = store.slab_array.nbytes // store.layout.slot_bytes
-    sections = {"disk": ("disk", "redis"), "redis": ("redis", "disk")}
-    if name not in sections:
-        raise ConfigError(f"there is no kind of tier {name!r}; there are {', '.join(sections)}")
-    _, other = sections[name]
-    off = {"path": None} if other == "disk" else {"url": None}
-    only = config.model_copy(update={other: getattr(config, other).model_copy(update=off)})
-    for tier, plan, timeout_s in _lower_tiers(only, store.layout, num_slots, store.namespace):
-        lane = Lane(
-            tier,
-            store.slot_view,
-            workers=plan.workers,
+    lower = _open_tier(kind, section, config, store.layout, num_slots, store.namespace)
+    try:
+        store.admin.attach_tier(lower.lane(config, store.slot_view), lower.plan)
+    except BaseException:
+        lower.tier.close()
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class LowerTier:
+    """A tier that was opened, and what the planner is told of it."""
+
+    tier: Tier
+    plan: TierPlan
+    timeout_s: float
+
+    def lane(self, config: Config, slot_view: Callable[[int], memoryview]) -> Lane:
+        """Return the lane that carries its pages."""
+        return Lane(
+            self.tier,
+            slot_view,
+            workers=self.plan.workers,
             breaker=_breaker(config.breaker),
-            timeout_s=timeout_s,
+            timeout_s=self.timeout_s,
             max_queue=MAX_QUEUE,
         )
-        try:
-            store.admin.attach_tier(lane, plan)
-        except BaseException:
-            tier.close()
-            raise
-        return
-    raise ConfigError(f"{name}.{'path' if name == 'disk' else 'url'} is none; without it there is no tier to attach")
 
 
 def _lower_tiers(
     config: Config, layout: Layout, num_slots: int, namespace: Namespace | None = None
-) -> Iterator[tuple[Tier, TierPlan, float]]:
-    window = max(config.store.lane_batch_pages, int(config.store.max_dirty_fraction * num_slots))
-    disk, redis = config.disk, config.redis
-    if disk.path is not None:
-        tier: Tier = DiskTier.open(
-            disk.path,
-            layout.fingerprint,
-            layout.slot_bytes,
-            disk.capacity_bytes,
-            direct=disk.direct_io,
-            shared=disk.shared,
-        )
-        plan = TierPlan(
-            name=tier.name,
-            capacity_pages=tier.capacity_pages,
-            policy=make_policy(disk.policy, disk.ttl_s or None),
-            is_indexed=True,
-            is_shared=disk.shared,
-            admit=disk.admit,
-            ttl_s=disk.ttl_s,
-            window_pages=min(window, 4 * disk.workers * config.store.lane_batch_pages),
-            workers=disk.workers,
-        )
-        yield tier, plan, disk.timeout_s
-    if redis.url is not None:
-        tier = _redis_tier(redis, layout, "" if namespace is None else f"{namespace.root().hex()[:NAMESPACE_DIGITS]}:")
-        plan = TierPlan(
-            name=tier.name,
-            capacity_pages=None,
-            policy=None,
-            is_indexed=False,
-            is_shared=True,
-            admit=redis.admit,
-            ttl_s=redis.ttl_s,
-            window_pages=min(window, 4 * redis.connections * config.store.lane_batch_pages),
-            workers=redis.connections,
-            can_claim=redis.admit == "always",  # else what is computed may never be there
-            can_clear=namespace is not None,  # the prefix of its keys is the namespace's own
-        )
-        yield tier, plan, redis.timeout_s
+) -> Iterator[LowerTier]:
+    for kind, section in config.tiers():
+        yield _open_tier(kind, section, config, layout, num_slots, namespace)
 
 
-def _redis_tier(redis: RedisConfig, layout: Layout, place: str) -> Tier:
-    """place: goes before the page keys, so that what a namespace has on a server can be found and bounded."""
-    assert redis.url is not None
-    tier = RedisTier(
-        redis.url.reveal(),
-        prefix=redis.prefix + place,
-        slot_bytes=layout.slot_bytes,
-        ttl_s=redis.ttl_s,
-        connections=redis.connections,
-        connect_timeout_s=redis.connect_timeout_s,
-        idle_max_s=redis.idle_max_s,
-        acl_pattern=f"{redis.prefix}*",
-        codec=redis.codec,
+def _open_tier(
+    kind: TierKind[Any], section: Any, config: Config, layout: Layout, num_slots: int, namespace: Namespace | None
+) -> LowerTier:
+    place = "" if namespace is None else f"{namespace.root().hex()[:NAMESPACE_DIGITS]}:"
+    try:
+        traits = kind.traits(section)
+        tier = registry.check_tier(kind, kind.open(section, TierContext(layout, place)))
+    except (KVStoreError, OSError, MemoryError):
+        raise
+    except Exception as error:  # a tier of somebody else's may raise anything
+        raise ConfigError(
+            f"tier {kind.name} ({registry.origin(kind.name)}) cannot be opened: {type(error).__name__}: {error}"
+        ) from error
+    workers = kind.value(section, "workers", 1)
+    if not traits.is_verified:
+        tier = CheckedTier(tier)
+    batch_pages = config.store.lane_batch_pages
+    window = max(batch_pages, int(config.store.max_dirty_fraction * num_slots))
+    ttl_s = kind.value(section, "ttl_s", 0.0)
+    plan = TierPlan(
+        name=tier.name,
+        capacity_pages=tier.capacity_pages if traits.has_capacity else None,
+        policy=make_policy(kind.value(section, "policy", "lru"), ttl_s or None) if traits.has_capacity else None,
+        is_indexed=traits.is_indexed,
+        is_shared=traits.is_shared,
+        admit=kind.value(section, "admit", "always"),
+        ttl_s=ttl_s,
+        window_pages=min(window, 4 * workers * batch_pages),
+        workers=workers,
+        can_claim=traits.can_claim,
+        can_clear=namespace is not None and isinstance(tier, Sweepable),  # what has its place is the namespace's own
     )
-    if redis.capacity_bytes is None:
-        return tier
-    return BoundedRedis(tier, redis.capacity_bytes // layout.slot_bytes, ttl_s=redis.ttl_s)
+    return LowerTier(tier, plan, kind.value(section, "timeout_s", 2.0))
 
 
 def _settings(config: Config, num_slots: int) -> PlanSettings:

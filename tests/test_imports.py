@@ -31,12 +31,23 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.page": ("kvstore.errors",),
     "kvstore.config.secret": ("kvstore.errors", "kvstore.tiers.redis.url"),
     "kvstore.config.paths": (),
+    "kvstore.plugins": ("kvstore.errors",),
+    "kvstore.config.section": (),
     "kvstore.config.values": ("kvstore.config.paths", "kvstore.units", "eviction.registry"),
-    "kvstore.config.sources": ("kvstore.config.paths", "kvstore.errors", "kvstore.ownership", "kvstore.config.secret"),
-    "kvstore.config.sections": (
-        "kvstore.config.values",
-        "kvstore.config.sources",
+    "kvstore.config.sources": (
+        "kvstore.config.paths",
         "kvstore.config.secret",
+        "kvstore.errors",
+        "kvstore.ownership",
+        "kvstore.tiers.registry",
+    ),
+    "kvstore.config.sections": (
+        "kvstore.config.section",
+        "kvstore.config.sources",
+        "kvstore.config.values",
+        "kvstore.errors",
+        "kvstore.tiers.kind",
+        "kvstore.tiers.registry",
         "kvstore.units",
     ),
     "kvstore.config.reference": (
@@ -44,6 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.config.paths",
         "kvstore.config.values",
         "kvstore.config.sources",
+        "kvstore.tiers.registry",
         "kvstore.units",
         "eviction.registry",
     ),
@@ -79,7 +91,33 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.tiers.base",
         "kvstore.tiers.memory_limit",
     ),
+    # What can be said of a tier by name, beside its settings; the registry knows no tier, only where they are.
+    "kvstore.tiers.kind": ("kvstore.config.section", "kvstore.layout", "kvstore.tiers.base"),
+    "kvstore.tiers.registry": (
+        "kvstore.config.section",
+        "kvstore.errors",
+        "kvstore.plugins",
+        "kvstore.tiers.base",
+        "kvstore.tiers.kind",
+    ),
     # No tier knows another.
+    "kvstore.tiers.disk.kind": (
+        "kvstore.config.section",
+        "kvstore.config.values",
+        "kvstore.tiers.base",
+        "kvstore.tiers.disk",
+        "kvstore.tiers.kind",
+        "kvstore.units",
+    ),
+    "kvstore.tiers.redis.kind": (
+        "kvstore.config.secret",
+        "kvstore.config.section",
+        "kvstore.config.values",
+        "kvstore.tiers.base",
+        "kvstore.tiers.kind",
+        "kvstore.tiers.redis",
+        "kvstore.units",
+    ),
     "kvstore.tiers.disk": (
         "kvstore.direction",
         "kvstore.layout",
@@ -162,7 +200,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.service.daemon",
         "kvstore.service.dashboard",
         "kvstore.service.http",
-        "kvstore.tiers.redis.url",
         "kvstore.web",
     ),
     "kvstore.service.http": (
@@ -176,6 +213,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.service.daemon",
         "kvstore.service.http",
         "kvstore.service.protocol",
+        "kvstore.tiers.registry",
         "kvstore.web",
         "radix",
     ),
@@ -188,6 +226,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.service.daemon",
         "kvstore.service.dashboard",
         "kvstore.service.http",
+        "kvstore.tiers.registry",
     ),
     # No program of ours knows another, but the command line, which starts them all.
     "kvstore.demo": (
@@ -242,6 +281,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.errors",
         "kvstore.forks",
         "kvstore.devices",
+        "kvstore.tiers.kind",  # which tiers there are, in an engine's words
+        "kvstore.tiers.registry",
         "kvstore.tiers.host",  # a worker process maps the slab,
         "kvstore.service.client",  # and a daemon's, or opens the store that the configuration asks for
         "kvstore.move.worker",

@@ -1,6 +1,6 @@
 """The connector's part of vLLM's configuration: `kv_connector_extra_config`, checked before the engine starts.
 
-It has the sections of `kvstore.Config` (store, host, disk, redis, breaker, service) and, beside them, the few
+It has the sections of `kvstore.Config` (store, host, those of tiers, breaker, service) and, beside them, the few
 fields of `ConnectorFields`. Environment variables and a TOML file count too, as everywhere; what is written here wins.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError
+from kvstore.tiers import registry
 
-SECTIONS = ("store", "host", "disk", "redis", "breaker", "service")
-OF_THE_DAEMON = ("host", "disk", "redis", "breaker")
+OF_THE_CLIENT = ("store", "service")  # the other sections are a daemon's, where there is one
 ROLES = ("kv_both", "kv_producer", "kv_consumer")
 # Set by vLLM itself or meant for it; they say nothing about us.
 IGNORED = ("spec_name",)
@@ -67,7 +67,7 @@ def parse_extra_config(
     Raises ConfigError naming the key, the value and what would be right.
     """
     names = [field.name for field in fields(ConnectorFields)]
-    known = [*SECTIONS, *names]
+    known = [*Config.section_names(), *names]
     for key in extra:
         head = str(key).split(".")[0]
         if head not in known and key not in IGNORED:
@@ -75,7 +75,7 @@ def parse_extra_config(
             hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
             raise ConfigError(f"kv_connector_extra_config: unknown key {key!r}{hint}")
     own = _fields({name: extra[name] for name in names if name in extra})
-    sections = {key: value for key, value in extra.items() if str(key).split(".")[0] in SECTIONS}
+    sections = {key: value for key, value in extra.items() if str(key).split(".")[0] not in (*names, *IGNORED)}
     for key, value in sections.items():
         if "." not in key and not isinstance(value, Mapping):
             raise ConfigError(f"kv_connector_extra_config: {key} is {value!r}; it must be an object of fields")
@@ -88,12 +88,12 @@ def parse_extra_config(
         raise ConfigError(f"kv_role is {kv_role!r}; it must be one of {', '.join(ROLES)} (kv_both for a cache)")
     _check_service(store, sections)
     loads, saves = kv_role != "kv_producer", kv_role != "kv_consumer" and own.save != "none"
-    shared = any(value is not None for value in (store.disk.path, store.redis.url, store.service.url))
+    shared = bool(store.tiers()) or store.service.url is not None
     if not shared and not (loads and saves):
         what = f"kv_role {kv_role!r} and save {own.save!r}"
         raise ConfigError(
-            f"{what} make no sense without disk.path, redis.url or service.url: host memory is this engine's own, "
-            f"nothing would be {'loaded' if not saves else 'used'}"
+            f"{what} make no sense without {', '.join(registry.switches())} or service.url: host memory is this "
+            f"engine's own, nothing would be {'loaded' if not saves else 'used'}"
         )
     if not (loads or saves):
         raise ConfigError(f"kv_role {kv_role!r} and save {own.save!r}: the connector would neither load nor save")
@@ -110,7 +110,7 @@ def _check_service(config: Config, sections: Mapping[str, Any]) -> None:
             "to and from the daemon's memory. Machines share pages through the daemons' disk.path or redis.url"
         )
     for key in sections:
-        if str(key).split(".")[0] in OF_THE_DAEMON:
+        if str(key).split(".")[0] not in OF_THE_CLIENT:
             raise ConfigError(
                 f"kv_connector_extra_config: {key!r} is given beside service.url; the tiers are the daemon's, so "
                 "configure them there (kvstore serve --set) and leave them out here"

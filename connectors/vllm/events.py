@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 from kvstore.plan.journal import BlockEvent, Event
 from kvstore.plan.records import HOST
+from kvstore.tiers import registry
 
-MEDIA = {HOST: "CPU", "disk": "STORAGE"}
+CPU, STORAGE = "CPU", "STORAGE"  # vLLM's words
 MAX_NAMES = 1 << 16  # blocks of requests that are not (yet) stored anywhere
 MAX_UNNAMED = 1 << 16  # blocks others stored that no request here has asked for (yet)
 
@@ -80,7 +81,7 @@ class Announcer:
             place = (event.tier, event.group)
             if event.event in (Event.CLEARED, Event.DROPPED):
                 self._take_back(news)
-            elif event.tier in MEDIA:
+            elif _medium(event.tier):
                 is_stored = event.event is Event.STORED
                 note = self._came if is_stored else self._left
                 hashes = [name for key in event.keys if (name := note(key, place)) is not None]
@@ -96,7 +97,7 @@ class Announcer:
 
     def _add(self, news: list[News], is_stored: bool, place: Place, hashes: list[bytes]) -> None:
         tier, group = place
-        head = (is_stored, MEDIA[tier], self._group_ids[group])
+        head = (is_stored, _medium(tier), self._group_ids[group])
         if not hashes:
             return
         if news and news[-1][:3] == head:
@@ -151,3 +152,8 @@ class Announcer:
         self._names.move_to_end(key)
         if len(self._names) > MAX_NAMES:
             self._names.popitem(last=False)
+
+
+def _medium(tier: str) -> str:
+    """vLLM's word for a tier of this machine; "" for one that routers are not told of."""
+    return CPU if tier == HOST else STORAGE if registry.medium(tier) == "storage" else ""

@@ -19,6 +19,7 @@ from connectors.vllm.scheduler import SchedulerHalf, SharedStore
 from kvstore.base import KVStore
 from kvstore.errors import ConfigError
 from kvstore.service.client.connect import open_configured
+from kvstore.tiers.kind import TierKind
 
 log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 
@@ -47,7 +48,7 @@ def open_half(
     try:
         check_service(store, config)
         warn_of_hash(vllm_config, config)
-        check_redis(store, config, engine.layout.block_size)
+        check_servers(store, config, engine.layout.block_size)
     except ConfigError:
         store.close(0)
         raise
@@ -56,13 +57,12 @@ def open_half(
         store, engine, config, world=world, is_beside=is_beside, is_whole=is_whole, identify=_adapters()
     )
     log.info(
-        "kvstore: %s, blocks of %d tokens, %d layer groups, namespace %s, disk %s, redis %s, daemon %s",
+        "kvstore: %s, blocks of %d tokens, %d layer groups, namespace %s, tiers %s, daemon %s",
         ", ".join(f"{slab.num_slots} host slots of {slab.slot_bytes >> 10} KiB" for slab in store.slabs) or "no daemon",
         engine.layout.block_size,
         len(engine.layout.groups),
         namespace.root().hex()[:12],
-        config.store.disk.path or "off",
-        "on" if config.store.redis.url is not None else "off",
+        ", ".join(kind.name for kind, _ in config.store.tiers()) or "none",
         config.store.service.url or "off",
     )
     return half
@@ -77,31 +77,36 @@ def check_service(store: SharedStore, config: ConnectorConfig) -> None:
         )
 
 
-def check_redis(store: KVStore, config: ConnectorConfig, block_size: int) -> None:
-    """Ask the Redis tier about a page that nobody has. Raises ConfigError if there is no answer in time."""
-    redis = config.store.redis
-    if redis.url is None or config.store.service.url is not None or not config.fields.require_redis:
+def check_servers(store: KVStore, config: ConnectorConfig, block_size: int) -> None:
+    """Ask tiers on servers about a page that nobody has. Raises ConfigError if there is no answer in time."""
+    if config.store.service.url is not None or not config.fields.require_redis:
         return
-    wait_s = redis.connect_timeout_s + redis.timeout_s
+    for kind, section in config.store.tiers():
+        if kind.ask is not None:
+            wait_s = kind.value(section, "connect_timeout_s", 0.0) + kind.value(section, "timeout_s", 2.0)
+            _check_server(store, kind, wait_s, block_size)
+
+
+def _check_server(store: KVStore, kind: TierKind[Any], wait_s: float, block_size: int) -> None:
     nobody = store.request_from_hashes([secrets.token_bytes(32)], block_size + 1)
     until = time.monotonic() + wait_s
     match = store.wait_lookup(nobody, wait_s)
     while match.pending and time.monotonic() < until:
         match = store.wait_lookup(nobody, until - time.monotonic())
     store.finished(nobody)
-    errors = store.stats().get("lane_errors", {}).get("redis", {})
+    errors = store.stats().get("lane_errors", {}).get(kind.name, {})
     if match.pending or any(errors.values()):
         raise ConfigError(
-            f"redis.url: the server does not answer within {wait_s:.1f} s; start it or mend the URL, or set "
-            '"require_redis": false in kv_connector_extra_config to start without it'
+            f"{kind.name}.{kind.switch}: the server does not answer within {wait_s:.1f} s; start it or mend the URL, "
+            'or set "require_redis": false in kv_connector_extra_config to start without it'
         )
 
 
 def warn_of_hash(vllm_config: Any, config: ConnectorConfig) -> None:
     """Warn if vLLM hashes with a seed of this process alone, though others could share what is stored."""
     name = str(getattr(vllm_config.cache_config, "prefix_caching_hash_algo", ""))
-    tiers = config.store.disk.path, config.store.redis.url, config.store.service.url
-    if name.startswith("xxhash") and "PYTHONHASHSEED" not in os.environ and any(tiers):
+    is_shared = bool(config.store.tiers()) or config.store.service.url is not None
+    if name.startswith("xxhash") and "PYTHONHASHSEED" not in os.environ and is_shared:
         log.warning(
             "kvstore: with prefix_caching_hash_algo %r vLLM draws a seed at every start, so no other process, nor this "
             "one after a restart, finds what is stored; set PYTHONHASHSEED to one number everywhere, or use 'sha256'",

@@ -13,6 +13,8 @@ from typing import Any
 from connectors.vllm.events import News
 from kvstore.errors import ConfigError
 from kvstore.layout import Layout
+from kvstore.plan.records import HOST
+from kvstore.tiers import registry
 
 SUPPORTED = ("0.32", "0.33")  # minor releases the engine tests have run with
 
@@ -74,12 +76,12 @@ def all_cleared() -> Any:
 
 
 def hit_sources(tokens: dict[str, int]) -> dict[Any, int]:
-    """Tokens by tier in vLLM's words; Redis has none there, so it is "external"."""
+    """Tokens by tier in vLLM's words; a server has none there, so it is "external"."""
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-    names = {"host": CacheHitSource.HOST, "disk": CacheHitSource.DISK}
+    names = {HOST: CacheHitSource.HOST, "storage": CacheHitSource.DISK}
     sources: dict[Any, int] = {}
     for tier, count in tokens.items():
-        source = names.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED)
+        source = names.get(tier if tier == HOST else registry.medium(tier), CacheHitSource.EXTERNAL_UNSPECIFIED)
         sources[source] = sources.get(source, 0) + count
     return sources

@@ -17,8 +17,9 @@ from typing import Any
 
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError
+from kvstore.tiers import registry
 
-SECTIONS = ("store", "disk", "redis", "breaker")
+NOT_OURS = ("host", "service")  # sections of the configuration that have no place here
 WHERE = "secondary_tiers, KVStoreTier"
 LOCALITIES = ("LOCAL", "REMOTE")
 
@@ -57,7 +58,7 @@ def parse_tier_config(given: Mapping[str, Any], config_path: str | None = None) 
     Raises ConfigError naming the key, the value and what would be right.
     """
     names = [field.name for field in fields(TierFields)]
-    known = [*SECTIONS, *names]
+    known = [*(section for section in Config.section_names() if section not in NOT_OURS), *names]
     for key in given:
         head = str(key).split(".")[0]
         if head == "host":
@@ -68,7 +69,7 @@ def parse_tier_config(given: Mapping[str, Any], config_path: str | None = None) 
             close = get_close_matches(head, known, 1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
             raise ConfigError(f"{WHERE}: unknown key {key!r}{hint}")
-    sections = {key: value for key, value in given.items() if str(key).split(".")[0] in SECTIONS}
+    sections = {key: value for key, value in given.items() if str(key).split(".")[0] not in names}
     for key, value in sections.items():
         if "." not in key and not isinstance(value, Mapping):
             raise ConfigError(f"{WHERE}: {key} is {value!r}; it must be an object of fields")
@@ -78,13 +79,14 @@ def parse_tier_config(given: Mapping[str, Any], config_path: str | None = None) 
 
 
 def _check_store(store: Config) -> None:
-    if store.disk.path is None and store.redis.url is None:
-        raise ConfigError(f"{WHERE}: neither disk.path nor redis.url is given; the tier would have no place for pages")
+    tiers = store.tiers()
+    if not tiers:
+        switches = " nor ".join(registry.switches())
+        raise ConfigError(f"{WHERE}: neither {switches} is given; the tier would have no place for pages")
     for name, value, only in (
         ("store.hash", store.store.hash, "sha256"),
-        ("disk.policy", store.disk.policy, "lru"),
-        ("disk.admit", store.disk.admit, "always"),
-        ("redis.admit", store.redis.admit, "always"),
+        *((f"{kind.name}.policy", kind.value(section, "policy", "lru"), "lru") for kind, section in tiers),
+        *((f"{kind.name}.admit", kind.value(section, "admit", "always"), "always") for kind, section in tiers),
     ):
         if value != only:
             raise ConfigError(f"{WHERE}: {name} is {value!r}; a secondary tier of vLLM can only do {only!r}")

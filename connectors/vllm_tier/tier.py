@@ -271,7 +271,7 @@ def _settings(config: TierConfig, root: bytes, num_rows: int) -> TierSettings:
         lookup_deadline_s=store.lookup_deadline_s,
         load_deadline_s=store.load_deadline_s,
         touch_interval_s=store.touch_interval_s,
-        ttl_s={"disk": config.store.disk.ttl_s, "redis": config.store.redis.ttl_s},
+        ttl_s={kind.name: kind.value(section, "ttl_s", 0.0) for kind, section in config.store.tiers()},
     )
 
 
@@ -286,7 +286,7 @@ def _tells_events(config: TierConfig, offloading_spec: Any) -> bool:
 def _locality(config: TierConfig) -> Locality | None:
     if config.fields.locality is not None:
         return Locality(config.fields.locality)
-    on_disk, on_redis = config.store.disk.path is not None, config.store.redis.url is not None
-    if on_disk and on_redis:
+    media = {kind.medium for kind, _ in config.store.tiers()}
+    if len(media) > 1:
         return None  # both: a request that chooses by place is not kept from either
-    return Locality.LOCAL if on_disk else Locality.REMOTE
+    return Locality.LOCAL if media == {"storage"} else Locality.REMOTE

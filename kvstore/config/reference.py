@@ -15,8 +15,9 @@ from pydantic.fields import FieldInfo
 
 from kvstore.config.paths import shown
 from kvstore.config.sections import Config
-from kvstore.config.sources import known_fields
+from kvstore.config.sources import known_fields, section_model
 from kvstore.config.values import known_policy
+from kvstore.tiers import registry
 from kvstore.units import format_bytes, format_seconds
 
 
@@ -42,9 +43,9 @@ class Row:
 
 def effective(config: Config) -> list[Row]:
     """Every field with its value, where that came from, and what it means."""
-    rows = []
+    rows, tiers = [], registry.names()
     for section, names in known_fields(Config).items():
-        values = getattr(config, section)
+        values = config.tier(section) if section in tiers else getattr(config, section)
         for name in names:
             full = f"{section}.{name}"
             info = type(values).model_fields[name]
@@ -56,7 +57,8 @@ def markdown() -> str:
     """The reference of all fields, as it stands in docs/configuration.md."""
     lines = []
     for section, names in known_fields(Config).items():
-        model = type(getattr(Config(), section))
+        model = section_model(Config, section)
+        assert model is not None
         lines += [f"### `[{section}]`", "", (model.__doc__ or "").strip(), ""]
         lines += ["| field | default | allowed | what it does |", "|---|---|---|---|"]
         for name in names:

@@ -1,4 +1,4 @@
-"""What can be configured: one frozen section per part, read once, at the edge.
+"""What can be configured: one frozen section per part, read once, at the edge. Tiers bring sections of their own.
 
 `Config.load()` lays the sources over each other, lowest first: the defaults below, a TOML file (the path given, else
 $KVSTORE_CONFIG, else ./kvstore.toml), environment variables KVSTORE_<SECTION>__<FIELD>, keyword arguments.
@@ -15,24 +15,25 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    SecretStr,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import Field, PrivateAttr, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from kvstore.config.secret import SecretUrl
-from kvstore.config.sources import KEYWORD, Setting, explain, nest, read_all, read_environment, read_file, read_keywords
+from kvstore.config.section import Section
+from kvstore.config.sources import (
+    KEYWORD,
+    Setting,
+    explain,
+    nest,
+    read_all,
+    read_environment,
+    read_file,
+    read_keywords,
+    sections,
+    unknown_section,
+)
 from kvstore.config.values import (
-    Admit,
     Bytes,
     Count,
     DaemonUrl,
@@ -40,18 +41,14 @@ from kvstore.config.values import (
     Number,
     OrNone,
     PathOrNone,
-    PlainWord,
     Policy,
     Seconds,
     SocketOrNone,
 )
+from kvstore.errors import ConfigError
+from kvstore.tiers import registry
+from kvstore.tiers.kind import TierKind
 from kvstore.units import GiB, format_seconds
-
-
-class Section(BaseModel):
-    """A part's own settings. Frozen; unknown names are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class StoreConfig(Section):
@@ -123,56 +120,6 @@ class HostConfig(Section):
     policy: Policy = Field(default="lru", description="Eviction policy: which page leaves first.")
     ttl_s: Seconds = Field(default=0.0, ge=0, description="A page unused for this long is dropped; 0 means never.")
     huge_pages: bool = Field(default=True, description="Ask for huge pages; first touch is 3.5 times cheaper.")
-
-
-class DiskConfig(Section):
-    """A directory on local NVMe: an LMDB index and a slab file of pages."""
-
-    path: PathOrNone = Field(
-        default=None, description="Directory of the disk tier, made if absent; none turns the tier off."
-    )
-    capacity_bytes: Bytes = Field(default=4 * GiB, description="Size of the slab file, preallocated at the start.")
-    policy: Policy = Field(default="lru", description="Eviction policy: which page leaves first.")
-    ttl_s: Seconds = Field(default=0.0, ge=0, description="A page unused for this long is dropped; 0 means never.")
-    workers: Count = Field(default=4, ge=1, le=64, description="Threads that read and write pages.")
-    direct_io: bool = Field(default=True, description="Bypass the page cache (O_DIRECT) where the file system can.")
-    shared: bool = Field(default=True, description="Other processes may store there too; false keeps them out.")
-    admit: Admit = Field(
-        default="always", description="Which saved pages are written: all, or only from their second use on."
-    )
-    timeout_s: Seconds = Field(default=2.0, gt=0, le=600, description="Longest time for one batch of reads or writes.")
-
-
-class RedisConfig(Section):
-    """A Redis server that machines share."""
-
-    url: Annotated[SecretUrl | None, OrNone] = Field(
-        default=None,
-        description="redis, rediss (TLS), unix, redis+sentinel or redis+cluster URL; its password is never printed.",
-    )
-    ttl_s: Seconds = Field(default=86400.0, gt=0, description="A page unused for this long expires on the server.")
-    connections: Count = Field(
-        default=3, ge=1, le=64, description="Connections, each with one page under way; 2 to 4 are enough."
-    )
-    timeout_s: Seconds = Field(default=1.0, gt=0, le=600, description="Longest time for one batch of reads or writes.")
-    connect_timeout_s: Seconds = Field(default=0.5, gt=0, le=600, description="Longest time for making a connection.")
-    idle_max_s: Seconds = Field(
-        default=180.0,
-        ge=0,
-        description="A connection idle for longer is made anew (NAT forgets after 4 to 6 minutes); 0: never.",
-    )
-    prefix: PlainWord = Field(default="kv:", description="What every key on the server starts with.")
-    capacity_bytes: Annotated[Bytes | None, OrNone] = Field(
-        default=None,
-        ge=4096,
-        description="Most a namespace keeps on the server, all its writers together; none leaves it to maxmemory.",
-    )
-    admit: Admit = Field(
-        default="always", description="Which saved pages are written: all, or only from their second use on."
-    )
-    codec: Literal["raw", "planes"] = Field(
-        default="raw", description="How pages are encoded on the server; planes compresses bfloat16 (needs zstandard)."
-    )
 
 
 class BreakerConfig(Section):
@@ -273,24 +220,32 @@ class ServiceConfig(Section):
 
 
 class Config(BaseSettings):
-    """All sections. Frozen; `Config.load` reads file and environment, the constructor only its keywords."""
+    """All sections. Frozen; `Config.load` reads file and environment, the constructor only its keywords.
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+    The section of a tier is an attribute by the tier's name, of its kind's own model (kvstore/tiers/registry.py);
+    `tier` and `tiers` return it by name.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="allow")  # the sections of tiers, checked by __init__
 
     store: StoreConfig = Field(default_factory=StoreConfig)
     host: HostConfig = Field(default_factory=HostConfig)
-    disk: DiskConfig = Field(default_factory=DiskConfig)
-    redis: RedisConfig = Field(default_factory=RedisConfig)
     breaker: BreakerConfig = Field(default_factory=BreakerConfig)
     service: ServiceConfig = Field(default_factory=ServiceConfig)
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def __init__(self, *, _given: Mapping[str, Setting] | None = None, **values: Any) -> None:
+        static = {name: value for name, value in values.items() if name in type(self).model_fields}
+        tiers, problems = _check_tiers(
+            type(self), {name: value for name, value in values.items() if name not in static}, _given
+        )
         try:
-            super().__init__(**values)
+            super().__init__(**{**static, **tiers})
         except ValidationError as error:
             # `from None`: the library's own error would print a password that is part of a wrong URL.
-            raise explain(type(self), error, _given) from None
+            problems.insert(0, str(explain(type(self), error, _given)))
+        if problems:
+            raise ConfigError("\n".join(problems)) from None
         self._origins = {name: setting.origin for name, setting in (_given or {}).items()}
 
     @classmethod
@@ -305,11 +260,48 @@ class Config(BaseSettings):
         )
         return cls(_given=given, **nest(given))
 
+    @classmethod
+    def section_names(cls) -> list[str]:
+        """Return the names of all sections, those of tiers that are installed among them. Imports no tier."""
+        return sections(cls)
+
     def source(self, field: str) -> str:
         """Where the value of a field such as "host.ttl_s" came from, in words."""
         section, _, name = field.partition(".")
         is_given = section in self.model_fields_set and name in getattr(self, section).model_fields_set
         return self._origins.get(field, KEYWORD if is_given else "default")
+
+    def tier(self, name: str) -> Any:
+        """Return the section of a tier, its defaults where nothing was given. Raises ConfigError for no kind of tier.
+
+        Its model is the kind's own, which only the kind knows.
+        """
+        given = (self.model_extra or {}).get(name)
+        return registry.kind_of(name).section() if given is None else given
+
+    def tiers(self) -> list[tuple[TierKind[Any], Any]]:
+        """Return kind and section of every tier that is turned on, nearest first."""
+        given = self.model_extra or {}
+        if not given:
+            return []
+        # Ours first, as everywhere; the names of others are not looked for where only ours are configured.
+        names = registry.OURS if all(map(registry.is_ours, given)) else registry.names()
+        both = [(registry.kind_of(name), given[name]) for name in names if name in given]
+        return [(kind, section) for kind, section in both if kind.is_on(section)]
+
+    def with_tiers(self, sections: Mapping[str, Any]) -> Config:
+        """Return a copy with other sections of tiers, checked already."""
+        return self.model_copy(update=dict(sections))
+
+    if not TYPE_CHECKING:  # our own code says `tier`, so that a mistyped section is found
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_") or name in (self.model_extra or ()):
+                return super().__getattr__(name)
+            kind = registry.find(name)
+            if kind is None:
+                raise AttributeError(f"Config has no section {name!r}")
+            return kind.section()
 
     @classmethod
     def settings_customise_sources(
@@ -317,3 +309,22 @@ class Config(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The constructor reads nothing but its keywords; `load` lays the sources over each other."""
         return (init_settings,)
+
+
+def _check_tiers(
+    settings: type[BaseSettings], values: Mapping[str, Any], given: Mapping[str, Setting] | None
+) -> tuple[dict[str, Section], list[str]]:
+    """Make the sections of tiers from what was given; what is wrong with them comes beside."""
+    found: dict[str, Section] = {}
+    problems = []
+    for name, value in values.items():
+        try:
+            kind = registry.find(name)
+            if kind is None:
+                problems.append(unknown_section(settings, name, value, KEYWORD))
+            else:
+                found[name] = kind.section.model_validate(value)
+        except (ConfigError, ValidationError) as error:  # noqa: PERF203 - every problem is told, not the first alone
+            told = error if isinstance(error, ConfigError) else explain(settings, error, given, section=name)
+            problems.append(str(told))
+    return found, problems

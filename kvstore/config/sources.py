@@ -14,15 +14,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
-from pydantic_settings import BaseSettings, EnvSettingsSource, TomlConfigSettingsSource
+from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, TomlConfigSettingsSource
 
 from kvstore.config import paths
-from kvstore.config.secret import mask_url
+from kvstore.config.secret import SecretUrl, mask_url
 from kvstore.errors import ConfigError
 from kvstore.ownership import exposure
+from kvstore.tiers import registry
 
 DEFAULT_FILE = Path("kvstore.toml")
 FILE_VARIABLE = "KVSTORE_CONFIG"
@@ -32,6 +34,7 @@ OTHER_VARIABLES = frozenset({FILE_VARIABLE, "KVSTORE_REDIS_SERVER", "KVSTORE_LOA
 PREFIX = "KVSTORE_"
 DELIMITER = "__"
 KEYWORD = "keyword argument"
+HOST = "host"  # sections of tiers come after it
 
 # Kubernetes gives every pod KVSTORE_PORT, KVSTORE_REDIS_SERVICE_HOST and the like for services called kvstore or
 # kvstore-redis. They are not ours to judge, and no field of ours ends like that.
@@ -47,8 +50,6 @@ _OUR_WORDS = {
     "less than or equal to": "at most",
     "greater than": "more than",
 }
-_SECRETS = frozenset({"redis", "redis.url"})  # also the section: somebody may give the URL in its place
-_NEVER_SHOWN = frozenset({"service", "service.token"})
 _URL_WITH_SECRET = re.compile(r"(\w[\w+.-]*:/{1,2})[^\s'\"]*@")
 
 _log = logging.getLogger(__name__)
@@ -62,24 +63,66 @@ class Setting:
     origin: str
 
 
+def section_model(settings: type[BaseModel], section: str) -> type[BaseModel] | None:
+    """Return the model of a section; None if there is no such section. Imports the kind of a tier.
+
+    Raises ConfigError for a tier whose package is broken.
+    """
+    if section in settings.model_fields:
+        return _static(settings, section)
+    kind = registry.find(section)
+    return None if kind is None else kind.section
+
+
+def _static(settings: type[BaseModel], section: str) -> type[BaseModel]:
+    model = settings.model_fields[section].annotation
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    return model
+
+
+def sections(settings: type[BaseModel]) -> list[str]:
+    """Return the names of all sections, those of tiers after host memory. Imports nothing."""
+    found = list(settings.model_fields)
+    after = found.index(HOST) + 1
+    return [*found[:after], *registry.names(), *found[after:]]
+
+
 def known_fields(settings: type[BaseModel]) -> dict[str, list[str]]:
-    """Section name -> field names, in the order of the models."""
-    return {
-        section: list(info.annotation.model_fields)
-        for section, info in settings.model_fields.items()
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+    """Section name -> field names, in the order of the models. Imports every kind of tier; a broken one is left out."""
+    kinds = registry.kinds()
+    models: dict[str, type[BaseModel] | None] = {
+        name: kinds[name].section if name in kinds else None for name in registry.names()
     }
+    models |= {name: _static(settings, name) for name in settings.model_fields}
+    return {name: list(model.model_fields) for name in sections(settings) if (model := models[name]) is not None}
 
 
-def path_fields(settings: type[BaseModel]) -> set[str]:
-    """The full names of fields whose value is a path."""
-    return {
-        f"{section}.{name}"
-        for section, info in settings.model_fields.items()
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
-        for name, field in info.annotation.model_fields.items()
-        if field.annotation == (Path | None)
-    }
+def _field(settings: type[BaseModel], name: str) -> FieldInfo | None:
+    section, _, field = name.partition(".")
+    model = section_model(settings, section)
+    return None if model is None else model.model_fields.get(field)
+
+
+def is_path(settings: type[BaseModel], name: str) -> bool:
+    """True if the value of a field, by its full name, is a path."""
+    info = _field(settings, name)
+    return info is not None and info.annotation == (Path | None)
+
+
+def secrecy(settings: type[BaseModel], name: str) -> type | None:
+    """Return SecretUrl or SecretStr if a field, or one of a section's fields, is such a one."""
+    section, _, field = name.partition(".")
+    try:
+        model = section_model(settings, section)
+    except ConfigError:
+        return SecretStr  # of a package that cannot be asked
+    if model is None:
+        return None
+    infos = [model.model_fields[field]] if field in model.model_fields else [] if field else model.model_fields.values()
+    kinds = {kind for info in infos for kind in (info.annotation, *get_args(info.annotation))}
+    # Of a section given as one text: the URL may stand in its place, and is recognised when it is masked.
+    return next((kind for kind in (SecretUrl, SecretStr) if kind in kinds), None)
 
 
 def variable(field: str) -> str:
@@ -112,9 +155,9 @@ def read_file(settings: type[BaseSettings], path: str | os.PathLike[str] | None)
     except ValueError as error:  # TOMLDecodeError, which names line and column; UnicodeDecodeError
         raise ConfigError(f"configuration file {file} ({asked_by}) is not valid TOML: {error}") from None
     values = _flatten(settings, data, lambda _: str(file))
-    _warn_of_readers(file, values)
+    _warn_of_readers(settings, file, values)
     folder = Path(os.getcwd()) / file.parent
-    for name in path_fields(settings) & set(values):
+    for name in [name for name in values if is_path(settings, name)]:
         values[name] = Setting(paths.below(folder, values[name].value), values[name].origin)
     return values
 
@@ -126,11 +169,15 @@ def _file(path: str | os.PathLike[str], asked_by: str) -> Path:
         raise ConfigError(f"configuration file {os.fspath(path)!r} ({asked_by}): {error}") from None
 
 
-def _warn_of_readers(file: Path, values: Mapping[str, Setting]) -> None:
+def _warn_of_readers(settings: type[BaseSettings], file: Path, values: Mapping[str, Setting]) -> None:
     """Say that others can read a password; a file without one is everybody's to read."""
-    url = str(values["redis.url"].value) if "redis.url" in values else ""
-    named = ["service.token"] if "service.token" in values else []
-    named += ["redis.url with a password"] if mask_url(url) != url else []
+    named = []
+    for name, setting in values.items():
+        kind, text = secrecy(settings, name), str(setting.value)
+        if kind is SecretStr:
+            named.append(name)
+        elif kind is SecretUrl and mask_url(text) != text:
+            named.append(f"{name} with a password")
     exposed = exposure(file.stat(), 0o444) if named else None
     if exposed:
         _log.warning(
@@ -143,20 +190,31 @@ def read_environment(settings: type[BaseSettings]) -> dict[str, Setting]:
 
     Any other variable with our prefix is a mistake somebody would search for long, so it is an error too.
     """
-    sections = known_fields(settings)
-    expected = {
-        variable(f"{section}.{field}"): f"{section}.{field}" for section, fields in sections.items() for field in fields
-    }
+    data: dict[str, dict[str, Any]] = {}
     names: dict[str, str] = {}
     problems = []
-    for name in os.environ:
+    for name, value in os.environ.items():
         upper = name.upper()
-        if upper in expected:
-            names[expected[upper]] = name
-        elif upper.startswith(PREFIX) and upper not in OTHER_VARIABLES and not _SERVICE_LINK.fullmatch(upper):
-            problems.append(f"environment variable {name} is unknown{_did_you_mean(upper, list(expected))}")
+        if not upper.startswith(PREFIX) or upper in OTHER_VARIABLES:
+            continue
+        section, _, field = upper.removeprefix(PREFIX).lower().partition(DELIMITER)
+        try:
+            model = section_model(settings, section)
+        except ConfigError as error:
+            problems.append(f"environment variable {name}: {error}")
+            continue
+        if model is not None and field in model.model_fields:
+            names[f"{section}.{field}"] = name
+            data.setdefault(section, {})[field] = value
+        elif not _SERVICE_LINK.fullmatch(upper):
+            expected = [
+                variable(f"{section}.{field}") for section, fields in known_fields(settings).items() for field in fields
+            ]
+            hint = _did_you_mean(upper, expected)
+            if field and model is None and not _close(upper, expected):
+                hint = f"; {registry.unknown(section)}"
+            problems.append(f"environment variable {name} is unknown{hint}")
     _raise_if_any(problems)
-    data = EnvSettingsSource(settings, env_prefix=PREFIX, env_nested_delimiter=DELIMITER)()
     return _flatten(settings, data, lambda name: f"environment {names.get(name, name)}")
 
 
@@ -202,42 +260,58 @@ def nest(values: Mapping[str, Setting]) -> dict[str, dict[str, Any]]:
     return nested
 
 
-def explain(settings: type[BaseModel], error: ValidationError, given: Mapping[str, Setting] | None) -> ConfigError:
+def explain(
+    settings: type[BaseModel], error: ValidationError, given: Mapping[str, Setting] | None, *, section: str = ""
+) -> ConfigError:
     """Say in our words what a validation found: field, value, source, and what would be right.
 
-    given: what was read, by full name; None where all values are keyword arguments.
+    given:   what was read, by full name; None where all values are keyword arguments.
+    section: that was validated by itself; "" where all were.
     """
     problems = []
     for item in error.errors(include_url=False):
-        name = ".".join(str(part) for part in item["loc"][:2])
+        name = ".".join(str(part) for part in ((section,) if section else ()) + item["loc"][: 1 if section else 2])
         setting = (given or {}).get(name, Setting(item["input"], KEYWORD if given is None else "default"))
         if item["type"] == "extra_forbidden":
             problems.append(_unknown(name, setting.origin, known_fields(settings)))
         else:
-            value = f"{name} is {_shown(name, setting.value)} (from {setting.origin})"
+            value = f"{name} is {_shown(settings, name, setting.value)} (from {setting.origin})"
             problems.append(f"{value}; {_what_is_right(name, item['msg'])}")
     return ConfigError("\n".join(problems))
 
 
 def _flatten(settings: type[BaseSettings], data: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Setting]:
-    sections = known_fields(settings)
     flat: dict[str, Setting] = {}
     problems = []
     for section, values in data.items():
-        if section not in sections:
-            problems.append(_unknown(section, origin(section), sections))
+        try:
+            model = section_model(settings, section)
+        except ConfigError as error:
+            problems.append(f"{section} (from {origin(section)}): {error}")
+            continue
+        if model is None:
+            problems.append(unknown_section(settings, section, values, origin(section)))
         elif not isinstance(values, Mapping):
-            value = f"{section} is {_shown(section, values)} (from {origin(section)})"
-            problems.append(f"{value}; it is a section with fields such as {section}.{sections[section][0]}")
+            value = f"{section} is {_shown(settings, section, values)} (from {origin(section)})"
+            problems.append(f"{value}; it is a section with fields such as {section}.{next(iter(model.model_fields))}")
         else:
             for field, value in values.items():
                 name = f"{section}.{field}"
-                if field in sections[section]:
+                if field in model.model_fields:
                     flat[name] = Setting(value, origin(name))
                 else:
-                    problems.append(_unknown(name, origin(name), sections))
+                    problems.append(_unknown(name, origin(name), known_fields(settings)))
     _raise_if_any(problems)
     return flat
+
+
+def unknown_section(settings: type[BaseModel], section: str, values: Any, origin: str) -> str:
+    """Say that there is no such section: a name mistyped, or a tier that is not installed."""
+    told = _unknown(section, origin, known_fields(settings))
+    if "; did you mean " in told or not isinstance(values, Mapping):
+        return told
+    fields = [f"{section}.{field}" for field in values] or [section]
+    return f"{', '.join(fields)} (from {origin}) is unknown; {registry.unknown(section)}"
 
 
 def _unknown(name: str, origin: str, sections: Mapping[str, Sequence[str]]) -> str:
@@ -253,15 +327,20 @@ def _unknown(name: str, origin: str, sections: Mapping[str, Sequence[str]]) -> s
     return f"{name} (from {origin}) is unknown{hint}"
 
 
+def _close(wrong: str, right: Sequence[str]) -> list[str]:
+    return difflib.get_close_matches(wrong, right, n=1, cutoff=0.6)
+
+
 def _did_you_mean(wrong: str, right: Sequence[str]) -> str:
-    close = difflib.get_close_matches(wrong, right, n=1, cutoff=0.6)
+    close = _close(wrong, right)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(right)}"
 
 
-def _shown(name: str, value: Any) -> str:
-    if name in _NEVER_SHOWN:
+def _shown(settings: type[BaseModel], name: str, value: Any) -> str:
+    kind = secrecy(settings, name)
+    if kind is SecretStr:
         return "***"
-    if name in _SECRETS:
+    if kind is SecretUrl:
         return repr(mask_url(str(value)))
     return _URL_WITH_SECRET.sub(r"\1***@", repr(value))  # a password may stand in any URL
 

@@ -3,7 +3,7 @@
 One event loop carries it all; bytes are moved by the stores' lanes, and by the clients themselves in shared memory.
 
 The end, on SIGTERM or SIGINT: nobody new is let in, lookups answer miss and prepares grant nothing; leases that are
-open may end, for `service.drain_s`; then connections are closed, what is owed to disk and Redis is written, and the
+open may end, for `service.drain_s`; then connections are closed, what is owed to lower tiers is written, and the
 stores are closed. The next daemon finds the disk as it was left.
 """
 
@@ -37,7 +37,6 @@ from kvstore.service.dashboard import page
 from kvstore.service.dashboard.dashboard import Dashboard
 from kvstore.service.http.app import App, check_exposure
 from kvstore.service.http.metrics import open_files
-from kvstore.tiers.redis.url import parse_redis_url
 from kvstore.web import descriptors
 from kvstore.web.connections import Connection, Connections
 from kvstore.web.listener import Listener
@@ -206,8 +205,8 @@ class Daemon:
         without += [f"{tier}: no {', '.join(ways)}" for tier, ways in self.dashboard.directions_down.items()]
         # As long as nobody has opened a store: would it be possible?
         unable = [] if self.stores.all() else self.preflight.recent_problems()
-        if self.config.redis.url is not None and self.preflight.redis is None:
-            told = f"redis: not reached since the start: {self.preflight.redis_problem}"
+        for tier, problem in self.preflight.unreached.items():
+            told = f"{tier}: not reached since the start: {problem}"
             (without if self.config.service.ready_without_redis else unable).append(told)
         return unable, without
 
@@ -270,9 +269,8 @@ def _hide(config: Config, tokens: Tokens | None) -> None:
     """Have every secret of the configuration masked in the log, whoever writes it there."""
     if tokens is not None:
         logs.know(tokens.digests)
-    if config.redis.url is not None:
-        target = parse_redis_url(config.redis.url.reveal())
-        logs.know(word for word in (target.password, target.sentinel_password) if word)
+    for kind, section in config.tiers():
+        logs.know(kind.secrets(section))
 
 
 def _log_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What a daemon can know of its configuration before the first client comes, and what `/readyz` answers with.
 
 The sizes of pages come with a client, so its store is opened then. But a disk path that is no directory, memory that
-the machine does not have or a Redis that nobody reaches can be seen at the start. What can never work stops it; what
+the machine does not have or a server that nobody reaches can be seen at the start. What can never work stops it; what
 may come to work (a server that is not up yet) is told, and asked again.
 
 The daemon's event loop only; servers are asked in a thread.
@@ -15,13 +15,14 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from kvstore import logs
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.ownership import owner_problem
+from kvstore.tiers.kind import Asked, TierKind
 from kvstore.tiers.memory_limit import available_memory
-from kvstore.tiers.redis.info import ServerInfo, ask_server
 from kvstore.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -34,14 +35,15 @@ LOOK_AGAIN_S = 2.0  # at disk and memory, for /readyz
 class Preflight:
     """Looks at what a configuration names.
 
-    redis: what the server said of itself; None as long as it was not reached. redis_problem: why not.
+    asked:     what servers of tiers said of themselves, by tier; those that were not reached are not there.
+    unreached: why not, by tier.
     """
 
     def __init__(self, config: Config) -> None:
-        self.redis: ServerInfo | None = None
-        self.redis_problem = ""
+        self.asked: dict[str, Asked] = {}
+        self.unreached: dict[str, str] = {}
         self._config = config
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._looked_at = float("-inf")
         self._seen: list[str] = []
 
@@ -52,8 +54,9 @@ class Preflight:
             raise ConfigError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What no store can be opened with now: its memory, and the directory of its disk tier."""
-        return [problem for problem in (self._memory_problem(), self._disk_problem()) if problem]
+        """What no store can be opened with now: its memory, and the directories of its tiers."""
+        directories = [self._directory_problem(kind, section) for kind, section in self._config.tiers()]
+        return [problem for problem in (self._memory_problem(), *directories) if problem]
 
     def recent_problems(self) -> list[str]:
         """The same, seen a moment ago at most: for whoever asks often."""
@@ -63,45 +66,39 @@ class Preflight:
         return self._seen
 
     async def start(self) -> None:
-        """Ask Redis, if there is one; if it is not reached, ask again until it is."""
-        if self._config.redis.url is None:
-            return
-        await self._ask()
-        if self.redis is None:
-            log.warning("redis.url %s is not reached, and asked again: %s", self._config.redis.url, self.redis_problem)
-            self._task = asyncio.get_running_loop().create_task(self._ask_until_reached())
-        elif self.redis.evicts is False:
-            log.warning(
-                "redis.url %s has maxmemory-policy %s: when it is full it takes no more pages; set it to allkeys-lru, "
-                "or bound what is kept there with redis.capacity_bytes",
-                self._config.redis.url,
-                self.redis.policy,
-            )
+        """Ask the servers that tiers are on; one that is not reached is asked again until it is."""
+        for kind, section in self._config.tiers():
+            if kind.ask is None:
+                continue
+            await self._ask(kind, section)
+            if kind.name in self.unreached:
+                log.warning("%s is not reached, and asked again: %s", _named(kind, section), self.unreached[kind.name])
+                self._tasks.append(asyncio.get_running_loop().create_task(self._ask_until_reached(kind, section)))
+            elif self.asked[kind.name].warning:
+                log.warning("%s", self.asked[kind.name].warning)
 
     async def close(self) -> None:
         """Ask no more. Idempotent."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
 
     # ---- private ------------------------------------------------------------------------------------------------
 
-    async def _ask(self) -> None:
-        redis = self._config.redis
-        assert redis.url is not None
+    async def _ask(self, kind: TierKind[Any], section: Any) -> None:
+        assert kind.ask is not None
         try:
-            timeout_s = max(redis.connect_timeout_s, redis.timeout_s)
-            self.redis = await asyncio.to_thread(ask_server, redis.url.reveal(), timeout_s=timeout_s)
-            self.redis_problem = ""
+            self.asked[kind.name] = await asyncio.to_thread(kind.ask, section)
+            self.unreached.pop(kind.name, None)
         except (KVStoreError, OSError, ValueError) as error:
-            self.redis_problem = logs.mask(str(error))[:200]
+            self.unreached[kind.name] = logs.mask(str(error))[:200]
 
-    async def _ask_until_reached(self) -> None:
-        while self.redis is None:
+    async def _ask_until_reached(self, kind: TierKind[Any], section: Any) -> None:
+        while kind.name in self.unreached:
             await asyncio.sleep(ASK_AGAIN_S)
-            await self._ask()
-        log.warning("redis.url %s is reached", self._config.redis.url)
+            await self._ask(kind, section)
+        log.warning("%s is reached", _named(kind, section))
 
     def _memory_problem(self) -> str:
         wanted = self._config.host.capacity_bytes // self._config.service.max_namespaces
@@ -114,11 +111,11 @@ class Preflight:
             f"{format_bytes(max(0, available))} of memory are available: set it to at most {fitting >> 20}MiB"
         )
 
-    def _disk_problem(self) -> str:
-        path = self._config.disk.path
+    def _directory_problem(self, kind: TierKind[Any], section: Any) -> str:
+        path = kind.home(section)
         if path is None:
             return ""
-        name = f"disk.path is {path}"
+        name = f"{kind.name}.{kind.directory} is {path}"
         existing = _nearest(Path(path).absolute())
         if not existing.is_dir():
             where = "it" if existing == Path(path).absolute() else str(existing)
@@ -131,6 +128,10 @@ class Preflight:
                 if problem:
                     return f"{name}; it {problem}: run chown -R {os.geteuid()} {existing}"
         return ""
+
+
+def _named(kind: TierKind[Any], section: Any) -> str:
+    return f"{kind.name}.{kind.switch} {getattr(section, kind.switch)}"
 
 
 def _nearest(path: Path) -> Path:

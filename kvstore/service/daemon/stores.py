@@ -4,8 +4,8 @@ A store is opened by the first client that says hello with its namespace, and st
 and disk capacity are shared equally among the `service.max_namespaces` that a tenant may have, so that opening one more
 never takes memory from one in use.
 
-What a disk tier holds outlives the daemon: beside the pages lies `namespace.json`, from which `restore` opens the same
-stores again before the first client comes.
+What a tier with a directory holds outlives the daemon: beside the pages lies `namespace.json`, from which `restore`
+opens the same stores again before the first client comes.
 
 In the daemon's event loop; opening and closing, which read directories and flush, happen in threads of their own.
 """
@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from kvstore import logs
 from kvstore.build import open_store
-from kvstore.config.sections import Config, RedisConfig
+from kvstore.config.sections import Config
 from kvstore.errors import ConfigError, KVStoreError, StoreClosed
 from kvstore.layout import SLOT_ALIGNMENT, Layout
 from kvstore.plan.flushing import Told
@@ -45,6 +45,8 @@ from kvstore.service.protocol.namespaces import (
 from kvstore.store import LocalStore
 from kvstore.tiers.disk.private_files import open_private
 from kvstore.tiers.host import SlabHandle
+from kvstore.tiers.kind import TierKind
+from kvstore.tiers.registry import kind_of
 from radix.hashing import BlockHash, bind_hashes
 from radix.namespace import Namespace
 
@@ -195,11 +197,9 @@ class Stores:
         """Open the stores whose pages lie on disk; returns how many. What cannot be opened is logged and left."""
         num_opened = 0
         for tenant in tenants:
-            directory = self._tenant_directory(tenant)
-            if directory is None or not directory.is_dir():
-                continue
-            for file in sorted(directory.glob(f"*/{NAMESPACE_FILE}")):
-                num_opened += await self._restore_one(tenant, file)
+            for directory in filter(Path.is_dir, self._directories(tenant)):
+                for file in sorted(directory.glob(f"*/{NAMESPACE_FILE}")):
+                    num_opened += await self._restore_one(tenant, file)
         return num_opened
 
     def find(self, tenant: Tenant, store_id: str) -> OpenStore | None:
@@ -278,35 +278,40 @@ class Stores:
                 "raise it and start the daemon again (host and disk capacity are shared equally among them)"
             )
 
-    def share(self, tenant: Tenant, store_id: str) -> Config:
-        """The configuration of one store: its share of the tenant's capacity, and its place on disk."""
+    def share(self, tenant: Tenant, store_id: str, also: str = "") -> Config:
+        """Return the configuration of one store: its share of the tenant's capacity, and its places on media.
+
+        also: a tier that is off so far, to be attached.
+        """
         config, most = self._config, self._config.service.max_namespaces
         host_bytes = min(tenant.host_bytes or config.host.capacity_bytes, config.host.capacity_bytes)
-        disk_bytes = min(tenant.disk_bytes or config.disk.capacity_bytes, config.disk.capacity_bytes)
-        directory = self._tenant_directory(tenant)
+        tiers = config.tiers()
+        if also and also not in [kind.name for kind, _ in tiers]:
+            tiers.append((kind_of(also), config.tier(also)))
         return config.model_copy(
             update={
                 "host": config.host.model_copy(update={"capacity_bytes": max(SLOT_ALIGNMENT, host_bytes // most)}),
-                "disk": config.disk.model_copy(
-                    update={
-                        "path": None if directory is None else directory / store_id,
-                        "capacity_bytes": max(SLOT_ALIGNMENT, disk_bytes // most),
-                    }
-                ),
-                "redis": config.redis.model_copy(update=_redis_share(config.redis, tenant, most)),
+                **{kind.name: _tier_share(kind, section, tenant, store_id, most) for kind, section in tiers},
             }
         )
 
-    def _tenant_directory(self, tenant: Tenant) -> Path | None:
-        path = self._config.disk.path
-        return None if path is None or tenant.disk_bytes == 0 else Path(path) / tenant.name
+    def _directories(self, tenant: Tenant) -> list[Path]:
+        """Where pages of a tenant outlive the daemon."""
+        homes = [kind.home(section) for kind, section in self._config.tiers() if tenant.uses(kind.name)]
+        return [home / tenant.name for home in homes if home is not None]
 
 
-def _redis_share(redis: RedisConfig, tenant: Tenant, most: int) -> dict[str, Any]:
-    if not tenant.redis:
-        return {"url": None}
-    sizes = [size for size in (tenant.redis_bytes, redis.capacity_bytes) if size is not None]
-    return {"capacity_bytes": max(SLOT_ALIGNMENT, min(sizes) // most) if sizes else None}
+def _tier_share(kind: TierKind[Any], section: Any, tenant: Tenant, store_id: str, most: int) -> Any:
+    if not tenant.uses(kind.name):
+        return kind.off(section)
+    update: dict[str, Any] = {}
+    home = kind.home(section)
+    if kind.directory is not None and home is not None:
+        update[kind.directory] = home / tenant.name / store_id
+    if kind.capacity is not None:
+        sizes = [size for size in (tenant.bytes_in(kind.name), getattr(section, kind.capacity)) if size is not None]
+        update[kind.capacity] = max(SLOT_ALIGNMENT, min(sizes) // most) if sizes else None
+    return section.model_copy(update=update)
 
 
 def namespace_id(namespace: Namespace) -> str:
@@ -318,8 +323,10 @@ def _open(config: Config, layout: Layout, namespace: Namespace, own: Namespace) 
     store = open_store(
         config, layout, own, shared_name=f"kvstore-{namespace_id(namespace)}", is_guarded=config.service.isolate
     )
-    if config.disk.path is not None:
-        _write_namespace(Path(config.disk.path), layout, namespace)
+    for kind, section in config.tiers():
+        home = kind.home(section)
+        if home is not None:
+            _write_namespace(home, layout, namespace)
     return store
 
 

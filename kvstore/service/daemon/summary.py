@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from kvstore.config.sections import Config
 from kvstore.service.daemon.preflight import Preflight
 from kvstore.service.daemon.state import DaemonState
+from kvstore.tiers import registry
+from kvstore.tiers.kind import TierKind
 from kvstore.units import format_bytes, format_seconds
 
 SHMEM = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
@@ -31,14 +35,10 @@ def started(state: DaemonState, preflight: Preflight, max_files: int, port: int,
         )
     parts = f", {service.max_namespaces} namespaces share it" if service.max_namespaces > 1 else ""
     lines.append(f"  host      {format_bytes(config.host.capacity_bytes)}{parts}; huge pages: {huge_pages(config)}")
-    if config.disk.path is None:
-        lines.append("  disk      off (disk.path)")
-    else:
-        found = f"{num_stores} namespaces found there" if num_stores else "nothing stored there yet"
-        lines.append(
-            f"  disk      {format_bytes(config.disk.capacity_bytes)} in {Path(config.disk.path).absolute()}; {found}"
-        )
-    lines.append(f"  redis     {_redis(config, preflight)}")
+    on = {kind.name: (kind, section) for kind, section in config.tiers()}
+    lines += [
+        f"  {name:<9} {_tier(*on[name], preflight, num_stores) if name in on else _off(name)}" for name in _names(on)
+    ]
     if state.tokens is not None:
         lines.append(f"  tenants   {len(state.tokens.tenants)} by token, and local on the unix socket")
     lines.append(f"  clients   at most {service.max_clients}; open files at most {max_files}")
@@ -50,7 +50,7 @@ def ending(state: DaemonState, why: str) -> str:
     clients, leases = len(state.sessions), state.num_leases
     return (
         f"kvstore: {why}: ending {clients} client{'' if clients == 1 else 's'} with {leases} open "
-        f"lease{'' if leases == 1 else 's'}, then writing what is owed to disk and Redis, "
+        f"lease{'' if leases == 1 else 's'}, then writing what is owed to lower tiers, "
         f"at most {format_seconds(state.config.service.drain_s)}"
     )
 
@@ -72,17 +72,23 @@ def huge_pages(config: Config) -> str:
     return "yes" if chosen in GIVES_HUGE_PAGES else f"no (the kernel gives shared memory none: {SHMEM} is {chosen})"
 
 
-def _redis(config: Config, preflight: Preflight) -> str:
-    url, seen = config.redis.url, preflight
-    if url is None:
-        return "off (redis.url)"
-    if seen.redis is None:
-        return f"{url}: NOT REACHED, asked again: {seen.redis_problem}"
-    info = seen.redis
-    limit = (
-        ""
-        if info.maxmemory_bytes is None
-        else f", maxmemory {format_bytes(info.maxmemory_bytes) if info.maxmemory_bytes else 'none'}"
-    )
-    policy = f", maxmemory-policy {info.policy}" if info.policy else ", policy unknown (its account may not ask)"
-    return f"{url}: reached, version {info.version or 'unknown'}{limit}{policy}"
+def _names(on: Iterable[str]) -> list[str]:
+    # Of other distributions only what is used: a tier that nobody asked for is not imported.
+    return [name for name in registry.names() if name in on or registry.is_ours(name)]
+
+
+def _off(name: str) -> str:
+    return f"off ({name}.{registry.kind_of(name).switch})"
+
+
+def _tier(kind: TierKind[Any], section: Any, preflight: Preflight, num_stores: int) -> str:
+    home = kind.home(section)
+    if home is not None:
+        size = "" if kind.capacity is None else f"{format_bytes(getattr(section, kind.capacity))} in "
+        found = f"{num_stores} namespaces found there" if num_stores else "nothing stored there yet"
+        return f"{size}{home.absolute()}; {found}"
+    value = getattr(section, kind.switch)
+    if kind.name in preflight.unreached:
+        return f"{value}: NOT REACHED, asked again: {preflight.unreached[kind.name]}"
+    asked = preflight.asked.get(kind.name)
+    return f"{value}" if asked is None else f"{value}: reached, {asked.text}"

@@ -9,10 +9,10 @@ The file is TOML, and nobody else's to read (kvstore/ownership.py):
     [[tenant]]
     name = "blue"
     token = "at least 16 characters"
-    host_bytes = "2GiB"      # its share of host memory and disk; 0 turns its disk tier off
-    disk_bytes = "20GiB"
-    redis = true
-    redis_bytes = "50GiB"    # its share of Redis, for all machines together; without it maxmemory is the bound
+    host_bytes = "2GiB"      # its share of host memory
+    disk_bytes = "20GiB"     # and of lower tiers, each by its name; 0 is none of it
+    redis_bytes = "50GiB"    # of a server for all machines together; without it maxmemory is the bound
+    redis = true             # false: its pages do not go there
     operator = false         # may see all tenants' metrics, and attach, detach and resize tiers
 """
 
@@ -30,11 +30,13 @@ from typing import Any
 
 from kvstore.errors import ConfigError
 from kvstore.ownership import read_secret
+from kvstore.tiers import registry
 from kvstore.units import parse_bytes
 
 _toml: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 MIN_TOKEN = 16  # characters
+HOST_BYTES = "host_bytes"
 MAX_TENANTS = 1024
 
 
@@ -44,18 +46,26 @@ class Tenant:
 
     name:       also the name of its directory below the disk tier's.
     salt:       part of all its block hashes; "" only for LOCAL.
-    host_bytes, disk_bytes, redis_bytes: its share of the tiers; None is what the configuration gives.
-    redis:      whether its pages go to Redis.
+    host_bytes: its share of host memory; None is what the configuration gives.
+    tier_bytes: its shares of lower tiers, by name; those that are not there are what the configuration gives.
+    without:    tiers that its pages do not go to.
     is_operator: may see all tenants' metrics, and attach, detach and resize tiers.
     """
 
     name: str
     salt: str = ""
     host_bytes: int | None = None
-    disk_bytes: int | None = None
-    redis: bool = True
+    tier_bytes: tuple[tuple[str, int], ...] = ()
+    without: frozenset[str] = frozenset()
     is_operator: bool = False
-    redis_bytes: int | None = None
+
+    def uses(self, tier: str) -> bool:
+        """True if its pages go to a lower tier."""
+        return tier not in self.without
+
+    def bytes_in(self, tier: str) -> int | None:
+        """Return its share of a lower tier; None is what the configuration gives."""
+        return dict(self.tier_bytes).get(tier)
 
 
 LOCAL = Tenant("local", is_operator=True)
@@ -126,21 +136,28 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "name": (str,),
     "token": (str,),
     "salt": (str,),
-    "host_bytes": (int, str),
-    "disk_bytes": (int, str),
-    "redis": (bool,),
-    "redis_bytes": (int, str),
+    HOST_BYTES: (int, str),
     "operator": (bool,),
 }
+_BYTES = "_bytes"
+
+
+def _fields() -> dict[str, tuple[type, ...]]:
+    """The fields of an entry: for each kind of tier whether it is used, and how much of it."""
+    fields = dict(_FIELDS)
+    for tier in registry.names():
+        fields |= {tier: (bool,), tier + _BYTES: (int, str)}
+    return fields
 
 
 def _entry(where: str, entry: Any) -> tuple[str, Tenant]:
     if not isinstance(entry, dict):
         raise ConfigError(f"{where}: it must be a table")
+    fields = _fields()
     for field, value in entry.items():
-        kinds = _FIELDS.get(field)
+        kinds = fields.get(field)
         if kinds is None:
-            raise ConfigError(f"{where}: {field} is not known; known are {', '.join(_FIELDS)}")
+            raise ConfigError(f"{where}: {field} is not known; known are {', '.join(fields)}")
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise ConfigError(f"{where}: {field} must be {' or '.join(kind.__name__ for kind in kinds)}")
     name, token = entry.get("name", ""), entry.get("token", "")
@@ -148,14 +165,14 @@ def _entry(where: str, entry: Any) -> tuple[str, Tenant]:
         raise ConfigError(f"{where}: name is {name!r}; it must be a word of a-z, 0-9, - and _, and not {LOCAL.name!r}")
     if len(token) < MIN_TOKEN:
         raise ConfigError(f"{where}: token has {len(token)} characters; it must have at least {MIN_TOKEN}")
+    sizes = {tier: size for tier in registry.names() if (size := _size(where, tier + _BYTES, entry)) is not None}
     return token, Tenant(
         name,
         entry.get("salt") or name,
-        _size(where, "host_bytes", entry),
-        _size(where, "disk_bytes", entry),
-        entry.get("redis", True),
+        _size(where, HOST_BYTES, entry),
+        tuple((tier, size) for tier, size in sizes.items() if size),
+        frozenset(tier for tier in registry.names() if not entry.get(tier, True) or sizes.get(tier) == 0),
         entry.get("operator", False),
-        _size(where, "redis_bytes", entry),
     )
 
 
@@ -166,7 +183,7 @@ def _size(where: str, field: str, entry: dict[str, Any]) -> int | None:
         size = parse_bytes(entry[field])
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{where}: {field} is {entry[field]!r}; {error}") from None
-    if not isinstance(size, int) or size < 0 or (field != "disk_bytes" and size == 0):
+    if not isinstance(size, int) or size < 0 or (field == HOST_BYTES and size == 0):
         raise ConfigError(f"{where}: {field} is {entry[field]!r}; it must be a size such as '2GiB'")
     return size
 

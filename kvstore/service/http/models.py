@@ -177,9 +177,9 @@ class NewNamespace(Body):
 class Attach(InNamespace):
     """A tier to attach, as configured unless said otherwise."""
 
-    path: str | None = Field(default=None, max_length=4096, description="Directory, for disk.")
-    url: str | None = Field(default=None, max_length=4096, description="URL, for redis.")
-    capacity_bytes: int | None = Field(default=None, ge=4096, lt=1 << 60, description="Size, for disk.")
+    path: str | None = Field(default=None, max_length=4096, description="Directory, for a tier that has one (disk).")
+    url: str | None = Field(default=None, max_length=4096, description="URL, for a tier on a server (redis).")
+    capacity_bytes: int | None = Field(default=None, ge=4096, lt=1 << 60, description="Size, for a tier that has one.")
 
 
 class Resize(InNamespace):

@@ -13,8 +13,10 @@ from typing import Any
 from aiohttp import web
 from pydantic import BaseModel
 
+from kvstore.plan.records import HOST
 from kvstore.service.daemon.tenants import Tenant
 from kvstore.service.http.models import Answer, ProblemAnswer
+from kvstore.tiers import registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +61,8 @@ class Route:
         return [part[1:-1] for part in self.path.split("/") if part.startswith("{")]
 
 
-_PATH_SCHEMAS: dict[str, dict[str, Any]] = {
+_PATH_SCHEMAS: dict[str, dict[str, Any]] = {  # and the tier, see _path_schema
     "namespace": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
-    "tier": {"type": "string", "enum": ["host", "disk", "redis"]},
     "client": {"type": "string", "pattern": "^[0-9]{1,18}$"},
 }
 
@@ -81,6 +82,12 @@ def document(routes: list[Route], version: str, *, with_tokens: bool) -> dict[st
         "paths": paths,
         "components": components,
     }
+
+
+def _path_schema(name: str) -> dict[str, Any]:
+    if name == "tier":
+        return {"type": "string", "enum": [HOST, *registry.names()]}
+    return _PATH_SCHEMAS[name]
 
 
 def _operation(route: Route, schemas: dict[str, Any], with_tokens: bool) -> dict[str, Any]:
@@ -104,7 +111,7 @@ def _operation(route: Route, schemas: dict[str, Any], with_tokens: bool) -> dict
         "responses": responses,
     }
     parameters = [
-        {"name": name, "in": "path", "required": True, "schema": _PATH_SCHEMAS[name]} for name in route.path_fields
+        {"name": name, "in": "path", "required": True, "schema": _path_schema(name)} for name in route.path_fields
     ]
     if route.query is not None:
         shape = route.query.model_json_schema()

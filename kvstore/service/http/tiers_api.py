@@ -15,6 +15,7 @@ from kvstore.service.http import scope
 from kvstore.service.http.models import Attach, InNamespace, Resize, TierAnswer, TiersAnswer
 from kvstore.service.http.problems import Problem
 from kvstore.service.http.routes import Call, Route
+from kvstore.tiers import registry
 
 DETACH_TIMEOUT_S = 5.0
 
@@ -47,7 +48,7 @@ class TiersApi:
         if (body.path or body.url) and self._state.tokens is None:
             # Whoever reaches loopback would make the daemon write where it may, or connect to where it can.
             raise Problem(403, "only the configured tier", "another path or url needs service.tokens_file", "path")
-        config = self._attach_config(opened, body)
+        config = self._attach_config(opened, tier, body)
         with self._change(opened, tier):
             await asyncio.to_thread(attach_tier, opened.store, config, tier)
         return _tiers([opened])
@@ -65,9 +66,10 @@ class TiersApi:
         if tier == HOST:
             opened.store.admin.resize_host(body.capacity_bytes // opened.layout.slot_bytes)
             return _tiers([opened])
-        if tier != "disk":
-            raise Problem(409, "this tier has no capacity", "redis evicts by itself: set maxmemory there", "tier")
-        config = self._attach_config(opened, Attach(capacity_bytes=body.capacity_bytes))
+        kind = registry.kind_of(tier)
+        if kind.capacity is None or not kind.traits(self._state.config.tier(tier)).has_capacity:
+            raise Problem(409, "this tier has no capacity", kind.refuses_resize, "tier")
+        config = self._attach_config(opened, tier, Attach(capacity_bytes=body.capacity_bytes))
         with self._change(opened, tier):
             if not await asyncio.to_thread(opened.store.admin.detach_tier, tier, DETACH_TIMEOUT_S):
                 raise Problem(409, "a transfer hangs in the tier", "it is out of use, but not closed; call again")
@@ -78,25 +80,25 @@ class TiersApi:
 
     def _tier(self, call: Call, *, may_be_host: bool = False) -> tuple[OpenStore, str]:
         tier = call.request.match_info["tier"]
-        if tier not in ("disk", "redis") and not (may_be_host and tier == HOST):
-            raise Problem(404, "there is no such tier", field="tier")
+        if tier not in registry.names() and not (may_be_host and tier == HOST):
+            raise Problem(404, "there is no such tier", registry.unknown(tier), field="tier")
         return scope.one(self._state.stores, call, call.body.namespace), tier
 
-    def _attach_config(self, opened: OpenStore, body: Attach) -> Config:
-        config = self._state.stores.share(opened.tenant, opened.id)
-        disk = config.disk.model_dump() | {
-            name: value for name, value in (("path", body.path), ("capacity_bytes", body.capacity_bytes)) if value
-        }
-        redis = {name: getattr(config.redis, name) for name in type(config.redis).model_fields}
-        return Config(
-            **{
-                "store": config.store.model_dump(),
-                "host": config.host.model_dump(),
-                "disk": disk,
-                "redis": redis | ({"url": body.url} if body.url else {}),
-                "breaker": config.breaker.model_dump(),
-            }
-        )
+    def _attach_config(self, opened: OpenStore, tier: str, body: Attach) -> Config:
+        """Return the store's own configuration, with what was sent for this tier; checked like any other."""
+        kind = registry.kind_of(tier)
+        config = self._state.stores.share(opened.tenant, opened.id, tier)
+        sent = {"path": (kind.directory, body.path), "url": (kind.address, body.url),
+                "capacity_bytes": (kind.capacity, body.capacity_bytes)}  # fmt: skip
+        update = {}
+        for name, (field, value) in sent.items():
+            if value and field is None:
+                raise Problem(400, "the request is not valid", f"tier {tier} takes none", name)
+            if value and field is not None:
+                update[field] = value
+        section = config.tier(tier)
+        values = {name: getattr(section, name) for name in type(section).model_fields}
+        return config.model_copy(update={tier: Config(**{tier: values | update}).tier(tier)})
 
     @contextlib.contextmanager
     def _change(self, opened: OpenStore, tier: str):  # type: ignore[no-untyped-def]

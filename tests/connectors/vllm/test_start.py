@@ -11,7 +11,7 @@ import pytest
 
 from connectors.vllm.config import parse_extra_config
 from connectors.vllm.scheduler import SharedStore
-from connectors.vllm.start import check_redis, check_service, warn_of_hash
+from connectors.vllm.start import check_servers, check_service, warn_of_hash
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError
 from kvstore.service.client.connect import open_configured
@@ -24,9 +24,9 @@ def test_a_redis_server_that_does_not_answer_is_refused_unless_that_is_allowed()
     url = f"redis://127.0.0.1:{free_port()}"
     with open_small(redis_url=url) as store:
         with pytest.raises(ConfigError, match=r"redis\.url: the server does not answer"):
-            check_redis(store, parse_extra_config({"redis": {"url": url}}, "kv_both"), BLOCK)
+            check_servers(store, parse_extra_config({"redis": {"url": url}}, "kv_both"), BLOCK)
 
-        check_redis(store, parse_extra_config({"redis": {"url": url}, "require_redis": False}, "kv_both"), BLOCK)
+        check_servers(store, parse_extra_config({"redis": {"url": url}, "require_redis": False}, "kv_both"), BLOCK)
 
 
 def test_a_daemon_that_does_not_answer_is_refused_unless_that_is_allowed(tmp_path: Path) -> None:

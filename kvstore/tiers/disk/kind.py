@@ -1,0 +1,59 @@
+"""The disk tier by name: its settings, and how it is opened."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from kvstore.config.section import Section
+from kvstore.config.values import Admit, Bytes, Count, PathOrNone, Policy, Seconds
+from kvstore.tiers.kind import TierContext, TierKind, TierTraits
+from kvstore.units import GiB
+
+if TYPE_CHECKING:
+    from kvstore.tiers.base import Tier
+
+
+class DiskConfig(Section):
+    """A directory on local NVMe: an LMDB index and a slab file of pages."""
+
+    path: PathOrNone = Field(
+        default=None, description="Directory of the disk tier, made if absent; none turns the tier off."
+    )
+    capacity_bytes: Bytes = Field(default=4 * GiB, description="Size of the slab file, preallocated at the start.")
+    policy: Policy = Field(default="lru", description="Eviction policy: which page leaves first.")
+    ttl_s: Seconds = Field(default=0.0, ge=0, description="A page unused for this long is dropped; 0 means never.")
+    workers: Count = Field(default=4, ge=1, le=64, description="Threads that read and write pages.")
+    direct_io: bool = Field(default=True, description="Bypass the page cache (O_DIRECT) where the file system can.")
+    shared: bool = Field(default=True, description="Other processes may store there too; false keeps them out.")
+    admit: Admit = Field(
+        default="always", description="Which saved pages are written: all, or only from their second use on."
+    )
+    timeout_s: Seconds = Field(default=2.0, gt=0, le=600, description="Longest time for one batch of reads or writes.")
+
+
+def _open(section: DiskConfig, context: TierContext) -> Tier:
+    from kvstore.tiers.disk.tier import DiskTier  # with it LMDB
+
+    assert section.path is not None
+    return DiskTier.open(
+        section.path,
+        context.layout.fingerprint,
+        context.layout.slot_bytes,
+        section.capacity_bytes,
+        direct=section.direct_io,
+        shared=section.shared,
+    )
+
+
+KIND = TierKind(
+    name="disk",
+    section=DiskConfig,
+    open=_open,
+    switch="path",
+    traits=lambda section: TierTraits(is_indexed=True, is_shared=section.shared),
+    directory="path",
+    capacity="capacity_bytes",
+    color="#d98c00",
+)
