@@ -79,10 +79,10 @@ def parse_tier_config(given: Mapping[str, Any], config_path: str | None = None) 
 
 
 def _check_store(store: Config) -> None:
-    tiers = store.tiers()
-    if not tiers:
+    if not store.tiers():
         switches = " nor ".join(registry.switches())
         raise ConfigError(f"{WHERE}: neither {switches} is given; the tier would have no place for pages")
+    tiers = [(kind, store.tier(name)) for name, kind in registry.kinds().items()]  # also what is off: it is a mistake
     for name, value, only in (
         ("store.hash", store.store.hash, "sha256"),
         *((f"{kind.name}.policy", kind.value(section, "policy", "lru"), "lru") for kind, section in tiers),

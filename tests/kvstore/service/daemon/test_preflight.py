@@ -16,6 +16,7 @@ from kvstore.errors import ConfigError
 from kvstore.service.daemon import preflight
 from kvstore.service.daemon.preflight import Preflight
 from kvstore.testing.redis_server import LocalRedis
+from kvstore.tiers.redis import info
 from tests.helpers.daemons import START_S, Http, attach, daemon_config, local_daemon, wait_until
 from tests.helpers.stores import PAGE_BYTES, prompt, save
 
@@ -89,15 +90,15 @@ def test_a_redis_that_comes_later_makes_the_daemon_ready(tmp_path: Path, monkeyp
         url = server.url
         seen = Preflight(daemon_config(tmp_path / "a.sock", redis={"url": url}))
         sections = {"redis": {"url": url}, "service": {"http_port": 0}}
-        monkeypatch.setattr(preflight, "ask_server", _unreached_twice(preflight.ask_server))
+        monkeypatch.setattr(info, "ask_server", _unreached_twice(info.ask_server))
         with local_daemon(tmp_path / "kv.sock", **sections) as daemon:
             http = Http(daemon.daemon.app.port)
             wait_until(lambda: http.call("GET", "/readyz")[0] == 200)
 
-            info = daemon.daemon.preflight.redis
-            assert info is not None
-            assert (info.policy, info.evicts) == ("allkeys-lfu", True)
-            assert info.version
+            asked = daemon.daemon.preflight.asked["redis"]
+            assert "maxmemory-policy allkeys-lfu" in asked.text
+            assert asked.text.startswith("version ")
+            assert not asked.warning
         assert seen.problems() == []
 
 
