@@ -85,10 +85,6 @@ class RequestMaker:
             raise RequestError(str(error)) from None
         request.num_tokens = num_tokens
 
-    def event_keys(self, keys: Sequence[bytes]) -> Sequence[bytes]:
-        """The names that `take_events` has for blocks of a request."""
-        return keys
-
     def root(self, tenant: str) -> BlockHash:
         """The hash before the first block of a tenant's prompts."""
         root = self._roots.get(tenant)

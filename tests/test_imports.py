@@ -152,13 +152,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "kvstore.service.client": (
         "kvstore.base",
-        "kvstore.config.sections",
         "kvstore.errors",
         "kvstore.forks",
         "kvstore.layout",
         "kvstore.plan.journal",
         "kvstore.plan.records",
-        "kvstore.plan.slots",  # of the client's own staging
         "kvstore.requests",
         "kvstore.service.client",
         "kvstore.service.protocol",
@@ -168,7 +166,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.service.client.connect": (
         "kvstore.base",
         "kvstore.build",  # the store in this process, where no daemon is named
-        "kvstore.config.sections",
+        "kvstore.config",
         "kvstore.errors",
         "kvstore.layout",
         "kvstore.service.client",

@@ -53,9 +53,6 @@ class SharedStore(KVStore, Protocol):
     def take_events(self) -> list[BlockEvent]:
         """The news since the last call; `DROPPED` where not all is known that left."""
 
-    def event_keys(self, keys: Sequence[bytes]) -> Sequence[bytes]:
-        """What blocks of a request are called in them."""
-
 
 class SchedulerHalf:
     """Decides for one engine. The scheduler's thread, but for `saved`.
@@ -206,12 +203,8 @@ class SchedulerHalf:
 
     def announce(self) -> None:
         """Have what comes and goes told by `take_news`, from now on."""
-
-        def named(keys: Sequence[bytes], hashes: Sequence[bytes]) -> None:
-            self._announcer.name(self.store.event_keys(keys), hashes)
-
         self.store.want_events()
-        self._requests.on_named = named
+        self._requests.on_named = self._announcer.name
 
     def take_news(self) -> list[News]:
         """What came and went since the last call. Does not wait."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvstore.console import console
-from kvstore.errors import TierUnavailable
+from kvstore.errors import ConfigError, TierUnavailable
 
 if TYPE_CHECKING:
     from kvstore.service.dashboard.client import DashboardClient
@@ -35,10 +35,9 @@ def top(
     from kvstore.service.daemon.daemon import socket_path
     from kvstore.service.dashboard.client import DashboardClient
 
-    given = {"service.url": url} if url else {}
-    service = Config.load(None, **given, **({"service.token": token} if token else {})).service
+    service = Config.load(None, **({"service.token": token} if token else {})).service
     client = DashboardClient(
-        service.url or f"unix://{socket_path(service.socket)}",
+        _checked(url) if url else service.url or f"unix://{socket_path(service.socket)}",
         None if service.token is None else service.token.get_secret_value(),
         service.tls_ca,
     )
@@ -48,6 +47,16 @@ def top(
         console().print(View.ask(client, span_s=60.0))
         return
     _watch(client)
+
+
+def _checked(url: str) -> str:
+    from kvstore.config.secret import mask_url
+    from kvstore.config.values import api_url
+
+    try:
+        return api_url(url)
+    except ValueError as error:
+        raise ConfigError(f"URL is {mask_url(url)!r}; {error}") from None
 
 
 def _watch(client: DashboardClient) -> None:

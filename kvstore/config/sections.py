@@ -147,10 +147,10 @@ class ServiceConfig(Section):
 
     url: DaemonUrl = Field(
         default=None,
-        description="For clients: the daemon to use, unix:///path or http(s)://host:port; none keeps the store here.",
+        description="For clients: the daemon to use, unix:///path/of/socket; none keeps the store in this process.",
     )
     token: Annotated[SecretStr | None, OrNone] = Field(
-        default=None, description="For clients: what proves the tenant to a daemon over http; never printed."
+        default=None, description="For `kvstore top` over HTTP: what proves the tenant to the daemon; never printed."
     )
     client_name: Annotated[str | None, OrNone] = Field(
         default=None,
@@ -158,10 +158,7 @@ class ServiceConfig(Section):
         description="For clients: how the daemon calls this one; none means its program and process id.",
     )
     tls_ca: PathOrNone = Field(
-        default=None, description="For clients: certificates to trust for https (PEM); none trusts the system's."
-    )
-    staging_bytes: Bytes = Field(
-        default=GiB // 4, description="For clients over http: host memory for pages on their way (a guess)."
+        default=None, description="For `kvstore top` over https: certificates to trust (PEM); none trusts the system's."
     )
     call_timeout_s: Seconds = Field(
         default=1.0, gt=0, le=60, description="For clients: longest wait for an answer beyond what the call may take."
@@ -202,7 +199,7 @@ class ServiceConfig(Section):
     lease_max_s: Seconds = Field(
         default=600.0,
         gt=0,
-        description="Longest time a client holds a lease: then a remote one's is released, a local one's is reported.",
+        description="Longest time a lease is held: then that of a transfer over HTTP ends, a client's is reported.",
     )
     ready_without_redis: bool = Field(
         default=False, description="Be ready although the Redis of redis.url was not reached since the start."

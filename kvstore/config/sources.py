@@ -50,6 +50,10 @@ _OUR_WORDS = {
     "less than or equal to": "at most",
     "greater than": "more than",
 }
+_REMOVED = {
+    "service.staging_bytes": "it belonged to clients of a daemon on another machine, which are no more (machines share "
+    "by Redis: redis.url); leave it out",
+}
 _URL_WITH_SECRET = re.compile(r"(\w[\w+.-]*:/{1,2})[^\s'\"]*@")
 
 _log = logging.getLogger(__name__)
@@ -213,6 +217,8 @@ def read_environment(settings: type[BaseSettings]) -> dict[str, Setting]:
             hint = _did_you_mean(upper, expected)
             if field and model is None and not _close(upper, expected):
                 hint = f"; {registry.unknown(section)}"
+            if f"{section}.{field}" in _REMOVED:
+                hint = f"; {_REMOVED[f'{section}.{field}']}"
             problems.append(f"environment variable {name} is unknown{hint}")
     _raise_if_any(problems)
     return _flatten(settings, data, lambda name: f"environment {names.get(name, name)}")
@@ -318,7 +324,9 @@ def _unknown(name: str, origin: str, sections: Mapping[str, Sequence[str]]) -> s
     names = [f"{section}.{field}" for section, fields in sections.items() for field in fields]
     section, _, field = name.partition(".")
     same_field = [full for full in names if full.endswith("." + (field or section))]
-    if same_field:
+    if name in _REMOVED:
+        hint = f"; {_REMOVED[name]}"
+    elif same_field:
         hint = f"; did you mean {' or '.join(same_field)}?"
     elif section in sections:
         hint = _did_you_mean(name, [f"{section}.{known}" for known in sections[section]])

@@ -51,19 +51,31 @@ def _host_names(names: str | None) -> str | None:
     return names
 
 
-def _daemon_url(url: str | None) -> str | None:
-    if url is None:
-        return None
+def daemon_url(url: str) -> str:
+    """Return the URL of a daemon's socket on this machine, written out; refuse any other."""
     url = url.strip()
+    if urlsplit(url).scheme in ("http", "https"):
+        raise ValueError(
+            "a daemon's memory cannot be mapped over a network, and machines share by Redis: write "
+            "unix:///path/of/socket of this machine's daemon, and give the daemons of all machines the same redis.url"
+        )
     if url.startswith(("/", "~", "./")):
         raise ValueError(
             f"it is a URL, and not a path: write unix://{url if url.startswith('/') else '/path/of/socket'}"
         )
-    if url.startswith("unix:"):
-        rest = paths.expanded(url[len("unix:") :].removeprefix("//"))
-        if not rest.startswith("/") or set("?#%") & set(rest):
-            raise ValueError("it must be unix:///path/of/socket, with an absolute path, and without ?, # and %")
-        return f"unix://{paths.socket(Path(rest))}"
+    if not url.startswith("unix:"):
+        raise ValueError("it must be unix:///path/of/socket")
+    rest = paths.expanded(url[len("unix:") :].removeprefix("//"))
+    if not rest.startswith("/") or set("?#%") & set(rest):
+        raise ValueError("it must be unix:///path/of/socket, with an absolute path, and without ?, # and %")
+    return f"unix://{paths.socket(Path(rest))}"
+
+
+def api_url(url: str) -> str:
+    """Return the URL of a daemon's API, its unix socket or its HTTP port, written out; refuse any other."""
+    url = url.strip()
+    if url.startswith(("unix:", "/", "~", "./")):
+        return daemon_url(url)
     parts = urlsplit(url)
     try:
         has_port = parts.port is not None
@@ -72,6 +84,10 @@ def _daemon_url(url: str | None) -> str | None:
     if parts.scheme in ("http", "https") and parts.hostname and has_port and parts.username is None:
         return url
     raise ValueError("it must be unix:///path/of/socket, http://host:port or https://host:port")
+
+
+def _daemon_url_or_none(url: str | None) -> str | None:
+    return None if url is None else daemon_url(url)
 
 
 def _absolute(path: Path | None) -> Path | None:
@@ -93,4 +109,4 @@ PathOrNone = Annotated[Path | None, AfterValidator(_absolute), OrNone]
 SocketOrNone = Annotated[Path | None, AfterValidator(_absolute), AfterValidator(_socket), OrNone]
 PlainWord = Annotated[str, AfterValidator(_plain_word)]
 HostNames = Annotated[str | None, OrNone, AfterValidator(_host_names)]
-DaemonUrl = Annotated[str | None, OrNone, AfterValidator(_daemon_url)]
+DaemonUrl = Annotated[str | None, OrNone, AfterValidator(_daemon_url_or_none)]

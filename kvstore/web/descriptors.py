@@ -25,13 +25,11 @@ class Budget:
     """How many connections of each kind there may be.
 
     http:    over TCP, whoever they are from.
-    remote:  over TCP that clients with the framed protocol have; what one tenant may have of them is half of it.
     silent:  on the unix socket that have not said yet what they are.
     """
 
     limit: int
     http: int
-    remote: int
     silent: int
 
 
@@ -52,9 +50,9 @@ def limit() -> int:
 
 
 def budget(files: int) -> Budget:
-    """What connections may have of `files`: a quarter for strangers, a quarter for remote clients, the rest is kept."""
+    """What connections may have of `files`: a quarter is for HTTP over TCP, the rest is kept."""
     part = max(4, (files - OWN) // 4)
-    return Budget(files, min(part, MOST_HTTP), max(part, 4), min(max(part // 4, 4), 256))
+    return Budget(files, min(part, MOST_HTTP), min(max(part // 4, 4), 256))
 
 
 class Spare:

@@ -114,11 +114,6 @@ class Handler(web.RequestHandler):
         if self._connection.state is State.READING:
             self._connection.move(State.BUSY)
 
-    def hand_over(self) -> None:
-        """The connection speaks another protocol from here on."""
-        self._give(None)
-        self._connection.leave()
-
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:

@@ -41,7 +41,7 @@ def run(*, page_kib: int, rounds: int) -> dict[str, Any]:
     with ExitStack() as stack:
         for name, settings in DAEMONS.items():
             capacity = (service.NUM_BATCHES + 1) * service.BATCH_BYTES
-            url, _, process = stack.enter_context(service.daemon_process(capacity, *settings))
+            url, process = stack.enter_context(service.daemon_process(capacity, *settings))
             store = stack.enter_context(connect(url, layout, namespace, call_timeout_s=service.TIMEOUT_S))
             client = service.Client(store, engine.num_pages)
             save, load = partial(client.save, engine.gather), partial(client.load, engine.scatter)

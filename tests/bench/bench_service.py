@@ -3,7 +3,7 @@
     lookup        one client over the unix socket: round trips of a lookup, by length of the prompt
     leases        prepare_load + complete per second
     clients       64 clients at once: round trips per second, and the time of one
-    save, load    through shared memory and over loopback: bench_service_bytes.py
+    save, load    through shared memory: bench_service_bytes.py
 
 Ratios are taken within one run, medians of several; every number is for this machine only.
 """
@@ -140,7 +140,7 @@ def main() -> None:
 
 def calls() -> dict[str, Any]:
     """What moves no bytes."""
-    with bench_service_bytes.daemon_process(NUM_SLOTS * PAGE_BYTES) as (url, _, _):
+    with bench_service_bytes.daemon_process(NUM_SLOTS * PAGE_BYTES) as (url, _):
         with connect(url, LAYOUT, NAMESPACE, call_timeout_s=10.0) as store:
             result = {"lookup": lookups(store), "leases": leases(store)}
         return {**result, "clients": many_clients(url)}

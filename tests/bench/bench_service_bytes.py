@@ -1,9 +1,8 @@
 """How fast pages go between an engine and a daemon, beside what the machine can do with the same bytes.
 
-    python -m tests.bench.bench_service_bytes [--json FILE] [--rounds 31] [--page-kib 2048] [--only shared|remote]
+    python -m tests.bench.bench_service_bytes [--json FILE] [--rounds 31] [--page-kib 2048]
 
-    shared    through shared memory; the ceiling is memcpy between memory of the same kinds, a page at a time
-    remote    over loopback; the ceiling is one bare socket between two processes, out of slots and into slots
+The ceiling is memcpy between memory of the same kinds, a page at a time.
 
 Slots are of the same kind everywhere and were touched before. Those of the ceiling are as many as the store's and used
 in turn like them, so that neither lives in a cache. Cases take turns; ratios are medians over rounds. CPU ms per GB are
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import subprocess
 import sys
 import tempfile
@@ -41,10 +39,10 @@ from kvstore.service.client.store import RemoteStore
 from kvstore.tiers.host import HostSlab
 from kvstore.units import KiB, MiB
 from radix.namespace import Namespace
-from tests.bench.bare_socket import NUM_BATCHES, bare_process
 
 BLOCK = 16
 BATCH_BYTES = 64 * MiB  # of a save or load
+NUM_BATCHES = 4  # that the store keeps, used in turn
 PIECES = 64  # of a page in the engine's memory: keys and values of 32 layers
 ROUNDS = 31
 TIMEOUT_S = 30.0
@@ -159,77 +157,35 @@ def shared(store: RemoteStore, daemon: int, page_bytes: int, rounds: int) -> lis
         ]
 
 
-def remote(store: RemoteStore, daemon: int, page_bytes: int, rounds: int) -> list[Table]:
-    """Save and load over loopback. daemon: its process."""
-    engine = Engine(page_bytes)
-    client = Client(store, engine.num_pages)
-    with bare_process(page_bytes, engine.num_pages) as bare:
-
-        def table(verb: str, order: bytes, move: Callable[[Copy], None], copy: Copy, in_one_call: Copy) -> Table:
-            def case(name: str, copy: Copy) -> Case:
-                return Case(name, partial(move, copy), BATCH_BYTES, client.new_prompt, daemon)
-
-            def by_hand() -> None:
-                slots = bare.next_slots()
-                if verb == "save":
-                    copy(slots)
-                bare.run(order.lower())
-                if verb == "load":
-                    copy(slots)
-
-            cases = [
-                Case("bare socket", partial(bare.run, order), BATCH_BYTES, partner=bare.pid),
-                Case("bare socket, checksums", partial(bare.run, order.lower()), BATCH_BYTES, partner=bare.pid),
-                Case("bare socket, checksums, copy", by_hand, BATCH_BYTES, partner=bare.pid),
-                case("lease and pages, checksums", copy_nothing),
-                case("lease and pages, checksums, copy", copy),
-                case("lease and pages, checksums, copy in one call", in_one_call),
-            ]
-            title = f"{verb} {engine.num_pages} pages of {page_bytes // KiB} KiB over loopback"
-            return measure(title, "bytes", cases, rounds=rounds)
-
-        return [
-            table("save", b"P", client.save, engine.copy_out, engine.gather),
-            table("load", b"G", client.load, engine.copy_in, engine.scatter),
-        ]
-
-
 @contextmanager
-def daemon_process(capacity_bytes: int, *settings: str) -> Iterator[tuple[str, str, int]]:
-    """A daemon: its URL here, its URL from elsewhere, its process. settings: as for `kvstore serve --set`."""
+def daemon_process(capacity_bytes: int, *settings: str) -> Iterator[tuple[str, int]]:
+    """A daemon: its URL, its process. settings: as for `kvstore serve --set`."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "kv.sock"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         command = [sys.executable, "-m", "kvstore", "serve", "--socket", str(path)]
-        command += ["--set", f"host.capacity_bytes={capacity_bytes}", "--set", f"service.http_port={port}"]
+        command += ["--set", f"host.capacity_bytes={capacity_bytes}", "--set", "service.http_port=none"]
         command += [part for setting in settings for part in ("--set", setting)]
         with subprocess.Popen(command) as daemon:
             try:
                 while not path.exists() and daemon.poll() is None:
                     time.sleep(0.05)
                 time.sleep(0.5)
-                yield f"unix://{path}", f"http://127.0.0.1:{port}", daemon.pid
+                yield f"unix://{path}", daemon.pid
             finally:
                 daemon.terminate()
 
 
-def run(*, page_kib: int, rounds: int, only: str | None = None) -> dict[str, Any]:
+def run(*, page_kib: int, rounds: int) -> dict[str, Any]:
     """Measure pages of `page_kib` KiB."""
     page_bytes = page_kib * KiB
     layout = Layout(BLOCK, (LayerGroup(GroupKind.FULL, (0,), page_bytes),), "bench", "uint8")
     namespace = Namespace("bench", "1", "uint8", layout.fingerprint, BLOCK)
-    tables = []
     # Those stored, those the client keeps, and one that is being saved.
-    with daemon_process((2 * NUM_BATCHES + 1) * BATCH_BYTES) as (local_url, remote_url, daemon):
-        if only != "remote":
-            with connect(local_url, layout, namespace, call_timeout_s=TIMEOUT_S) as store:
-                tables += shared(store, daemon, page_bytes, rounds)
-        if only != "shared":
-            staging = 2 * BATCH_BYTES
-            with connect(remote_url, layout, namespace, call_timeout_s=TIMEOUT_S, staging_bytes=staging) as store:
-                tables += remote(store, daemon, page_bytes, rounds)
+    with (
+        daemon_process((2 * NUM_BATCHES + 1) * BATCH_BYTES) as (url, daemon),
+        connect(url, layout, namespace, call_timeout_s=TIMEOUT_S) as store,
+    ):
+        tables = shared(store, daemon, page_bytes, rounds)
     return {"machine": machine(), "versions": versions(), "tables": [as_dict(table) for table in tables]}
 
 
@@ -267,9 +223,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--page-kib", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--only", choices=("shared", "remote"))
     arguments = parser.parse_args()
-    result = run(page_kib=arguments.page_kib, rounds=arguments.rounds, only=arguments.only)
+    result = run(page_kib=arguments.page_kib, rounds=arguments.rounds)
     show(result)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")

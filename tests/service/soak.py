@@ -1,6 +1,6 @@
 """A daemon under load and faults for a long time: `python -m tests.service.soak --minutes 15 --json soak.json`.
 
-Engines (processes of their own, over the unix socket and over HTTP) look up, load, compare every byte and save. A
+Engines (processes of their own) look up, load, compare every byte and save. A
 tormentor kills engines, freezes and kills the daemon, kills, freezes and flushes Redis, detaches and resizes tiers, and
 sends nonsense. Between the rounds everything is let go, and nothing may be left: no lease, no filling slot, slots that
 do not add up, no file handle more than before; and the daemon's memory may not grow.
@@ -41,13 +41,12 @@ ROUND_S = 45.0
 COUNTS = struct.Struct("<qq")  # requests and loaded blocks of one engine, in a file that outlives it
 
 
-def engine(socket_path: str, port: int, number: int, counts_path: str) -> None:
-    """One engine: every third is on another machine. Ends when it is told to, or killed."""
+def engine(socket_path: str, number: int, counts_path: str) -> None:
+    """One engine. Ends when it is told to, or killed."""
     counts = os.open(counts_path, os.O_RDWR)
     num_requests, num_loaded = COUNTS.unpack(os.pread(counts, COUNTS.size, number * COUNTS.size))
     rng = random.Random(number * 7919 + os.getpid())
-    url = f"http://127.0.0.1:{port}" if number % 3 == 2 else f"unix://{socket_path}"
-    store = connect(url, LAYOUT, namespace(), staging_bytes=64 * PAGE_BYTES, retry_max_s=0.3)
+    store = connect(f"unix://{socket_path}", LAYOUT, namespace(), retry_max_s=0.3)
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
     while not stopping:
@@ -123,7 +122,7 @@ class Soak:
             self._start_engine(len(self.engines))
 
     def _start_engine(self, number: int) -> None:
-        call = f"engine({str(self.daemon.socket)!r}, {self.port}, {number}, {str(self.counts_path)!r})"
+        call = f"engine({str(self.daemon.socket)!r}, {number}, {str(self.counts_path)!r})"
         root = Path(__file__).resolve().parents[2]
         process = subprocess.Popen([sys.executable, "-c", f"from tests.service.soak import engine; {call}"], cwd=root)
         self.engines.insert(number, process)

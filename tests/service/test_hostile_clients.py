@@ -166,7 +166,7 @@ def test_a_header_costs_no_memory_for_what_it_announces(daemon: LocalDaemon, pat
         assert daemon.look(lambda inside: max(len(c._buffer) for c in inside.clients._channels)) == 64 << 10
 
 
-def test_what_messages_that_are_not_whole_may_hold_is_bounded_per_tenant(
+def test_what_messages_that_are_not_whole_may_hold_is_bounded(
     daemon: LocalDaemon, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clients, "MAX_HELD_BYTES", 3 << 20)
@@ -181,7 +181,7 @@ def test_what_messages_that_are_not_whole_may_hold_is_bounded_per_tenant(
     all_is_well(path)
     for raw in held:
         raw.close()
-    wait_until(lambda: not daemon.look(lambda inside: inside.clients._held_bytes["local"]))
+    wait_until(lambda: not daemon.look(lambda inside: inside.clients._held_bytes))
 
 
 def test_a_frame_that_stays_half_ends_its_connection(

@@ -9,5 +9,5 @@ calls                               calls about requests
 leases                              those that are open
 events                              what came to the daemon's tiers and left them
 thread                              the threads that ask for it
-memory, slab, split_slab, staging   where the pages lie in this process
+memory, slab, split_slab            where the pages lie in this process
 """

@@ -13,7 +13,6 @@ from kvstore.service.client.split_slab import SplitSlab, map_slab
 from kvstore.service.protocol import frames, messages
 from kvstore.service.protocol.frames import Op, ProtocolError, Status
 from kvstore.tiers.host import HostSlab
-from radix.hashing import BlockHash
 
 EPOCH_BITS = 32  # slot numbers of attachment n are n << 32 higher than in the slab: those of two slabs never meet
 MAX_IDLE_WIRES = 64
@@ -31,20 +30,17 @@ class DaemonDown(KVStoreError):
 
 
 class Attachment:
-    """One session with one daemon, and its slab, which a daemon on another machine cannot share. Any thread.
+    """One session with one daemon, and its slab. Any thread.
 
-    event_root: what the keys of events are bound to, beyond what the client's own are; None where they are the same.
     sent:    request id -> keys the daemon knows of it.
     orphans: leases that may be held for this client without its knowing.
     """
 
-    def __init__(self, epoch: int, answer: dict[str, Any], anchor: Wire, slab: HostSlab | SplitSlab | None) -> None:
+    def __init__(self, epoch: int, answer: dict[str, Any], anchor: Wire, slab: HostSlab | SplitSlab) -> None:
         self.session = str(answer["session"])
         self.namespace_id = str(answer["namespace"])
         self.lookup_deadline_s = float(answer["lookup_deadline_s"])
         self.load_deadline_s = float(answer["load_deadline_s"])
-        root = answer.get("event_root")
-        self.event_root = None if root is None else BlockHash(bytes.fromhex(root))
         self.slot_base = epoch << EPOCH_BITS
         self.anchor = anchor
         self.slab = slab
@@ -122,7 +118,7 @@ def greet(wire: Wire, greeting: bytes, epoch: int, timeout_s: float) -> Attachme
         if status is Status.ERROR:
             raise error_of(body)
         answer = json.loads(body)
-        return Attachment(epoch, answer, wire, _slab(fds, answer) if wire.is_local else None)
+        return Attachment(epoch, answer, wire, _slab(fds, answer))
     except BaseException as error:
         wire.close()
         is_refusal = isinstance(error, KVStoreError) and not isinstance(error, ProtocolError)

@@ -60,13 +60,6 @@ class Calls:
         except DaemonDown:
             log.debug("%s was not told to the daemon", op.name)
 
-    def release(self, attachment: Attachment, lease_id: int) -> None:
-        """Give a lease back, now or as soon as the daemon answers again."""
-        try:
-            self._link.call(attachment, Op.RELEASE, messages.encode_lease(lease_id))
-        except DaemonDown:
-            self._link.orphan(attachment, lease_id)
-
     def unsend(self, request: Request) -> None:
         """The daemon has forgotten this request: its keys go along if it is named again."""
         attachment = self._link.attachment

@@ -7,34 +7,29 @@ by then: what was ready may still be copied, and what is being saved is written 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from kvstore.errors import RequestError
 from kvstore.forks import in_child
-from kvstore.plan.records import LeaseState, LeaseStatus, SlotPage
+from kvstore.plan.records import LeaseState, LeaseStatus
 from kvstore.service.client.attachment import Attachment, DaemonDown
 from kvstore.service.client.link import Link
-from kvstore.service.client.memory import Memory
+from kvstore.service.client.memory import SharedMemory
 from kvstore.service.client.slab import SlabShare
 from kvstore.service.protocol import messages
 from kvstore.service.protocol.frames import Op
-from kvstore.tiers.host import SlabHandle
 
 CLOSED = LeaseStatus(LeaseState.CLOSED, 0, 0)
 
 
 @dataclass(slots=True)
 class Held:
-    """A lease that is open. status: of a load, as last heard; has_come: False until its pages are in this process."""
+    """A lease that is open. status: of a load, as last heard."""
 
     attachment: Attachment
     owner: str
-    pages: tuple[SlotPage, ...]
     status: LeaseStatus | None = None
-    has_come: bool = True
 
 
 class Leases:
@@ -43,7 +38,7 @@ class Leases:
     memory: where pages lie in this process; closed with the leases.
     """
 
-    def __init__(self, link: Link, memory: Memory) -> None:
+    def __init__(self, link: Link, memory: SharedMemory) -> None:
         self._link = link
         self._memory = memory
         self._ids = count(1)
@@ -64,8 +59,6 @@ class Leases:
             is_held = held.attachment is self._link.attachment
             if is_held:
                 self._held[lease_id] = held
-            else:
-                self._memory.give_back(held.pages)
             return is_held
 
     def owned_by(self, owner: str) -> list[int]:
@@ -74,26 +67,22 @@ class Leases:
             return [lease_id for lease_id, held in self._held.items() if held.owner == owner]
 
     def wait(self, lease_id: int, timeout_s: float | None) -> LeaseStatus:
-        """Wait until a load is ready and its pages are here; None: at most until the daemon's load deadline."""
+        """Wait until a load is ready; None: at most until the daemon's load deadline."""
         held = self._held.get(lease_id)
         if held is None or held.status is None:
             return CLOSED
-        if held.status.state is LeaseState.READY and held.has_come:
+        if held.status.state is LeaseState.READY:
             return held.status  # final: no need to ask
         if held.attachment is not self._link.attachment:
             return CLOSED
         timeout_s = messages.bounded(held.attachment.load_deadline_s if timeout_s is None else timeout_s)
-        until = time.monotonic() + timeout_s
-        if held.status.state is not LeaseState.READY:
-            message = messages.encode_wait(lease_id, timeout_s)
-            _, answer = self._link.call(held.attachment, Op.WAIT, message, timeout_s)
-            held.status = messages.decode_status(answer)
-        if held.status.state is LeaseState.READY and not held.has_come:
-            self._bring(lease_id, held, held.status, until)
-        return held.status if held.has_come else LeaseStatus(LeaseState.WAITING, 0, 0)
+        message = messages.encode_wait(lease_id, timeout_s)
+        _, answer = self._link.call(held.attachment, Op.WAIT, message, timeout_s)
+        held.status = messages.decode_status(answer)
+        return held.status
 
     def end(self, lease_id: int, op: Op, message: bytes, filled: Sequence[bool] | None = None) -> None:
-        """End a lease here and there; one that has ended is ignored. filled: pages of a save that have to get there."""
+        """End a lease here and there; one that has ended is ignored. filled: which pages of a save are there."""
         with self._lock:
             held = self._held.pop(lease_id, None)
             if held is None:
@@ -101,14 +90,10 @@ class Leases:
             num_saved = 0 if filled is None else sum(map(bool, filled))
             self._note_saved(held.attachment, num_saved)
             if held.attachment is not self._link.attachment:
-                self._memory.give_back(held.pages)
                 self._drop_slabs()
                 return
         try:
             with self._link.borrow(held.attachment) as wire:
-                if filled is not None:
-                    timeout_s = held.attachment.load_deadline_s + self._link.call_timeout_s
-                    self._memory.send(wire, lease_id, held.pages, filled, timeout_s)
                 # A daemon that keeps its clients apart copies what was saved before it answers.
                 copying_s = held.attachment.load_deadline_s if held.attachment.is_isolated and filled else 0.0
                 wire.call(op, message, self._link.call_timeout_s + copying_s)
@@ -116,9 +101,6 @@ class Leases:
             self._link.orphan(held.attachment, lease_id)
             with self._lock:
                 self._num_unknown += num_saved
-        finally:
-            with self._lock:
-                self._memory.give_back(held.pages)
 
     def num_unflushed(self, attachment: Attachment) -> int:
         """How many pages were saved to a daemon since its last flush that was true."""
@@ -135,7 +117,7 @@ class Leases:
             return num_unknown
 
     @property
-    def slabs(self) -> tuple[SlabHandle | SlabShare, ...]:
+    def slabs(self) -> tuple[SlabShare, ...]:
         """Those that slots may lie in, oldest first: the daemon's, and of daemons before it those with leases."""
         with self._lock:
             self._drop_slabs()
@@ -161,18 +143,6 @@ class Leases:
         self._lock = threading.Lock()
         self._held = {}
         self._num_saved = self._num_unknown = 0
-
-    def _bring(self, lease_id: int, held: Held, status: LeaseStatus, until: float) -> None:
-        """Receive the pages of a load that is ready over there."""
-        left_s = max(until - time.monotonic(), 0.0) + self._link.call_timeout_s
-        try:
-            with self._link.borrow(held.attachment) as wire:
-                is_whole = self._memory.receive(wire, lease_id, held.pages, status.num_blocks, left_s)
-        except RequestError:  # the lease has ended over there
-            is_whole = False
-        held.has_come = True
-        if not is_whole:
-            held.status = LeaseStatus(LeaseState.READY, 0, 0)
 
     def _note_saved(self, attachment: Attachment, num_pages: int) -> None:
         """Under the lock."""

@@ -171,8 +171,7 @@ class Link:
                 self.attachment = attachment
         if attachment is not self.attachment:
             attachment.hang_up()
-            if attachment.slab is not None:
-                attachment.slab.close()
+            attachment.slab.close()
             raise DaemonDown("the link is closed")
         self._on_change(attachment)
         log.info("attached to the daemon, session %s...", attachment.session[:8])

@@ -17,24 +17,22 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.errors import RequestError, StoreClosed
-from kvstore.forks import forbid, harmless
+from kvstore.forks import harmless
 from kvstore.layout import Layout
 from kvstore.plan.journal import BlockEvent
 from kvstore.plan.records import CutReason, FlushResult, LeaseStatus, LoadLease, Match, Request, SaveLease
 from kvstore.requests import RequestMaker, check_blocks, check_range
-from kvstore.service.client.attachment import Attachment, DaemonDown
+from kvstore.service.client.attachment import DaemonDown
 from kvstore.service.client.calls import Calls
 from kvstore.service.client.connection import Dial
 from kvstore.service.client.events import Follower
 from kvstore.service.client.leases import CLOSED, Held, Leases
 from kvstore.service.client.link import Link
-from kvstore.service.client.memory import Memory
+from kvstore.service.client.memory import SharedMemory
 from kvstore.service.client.slab import SlabShare
 from kvstore.service.protocol import messages
 from kvstore.service.protocol.frames import Op, ProtocolError, decode_json, encode_json
 from kvstore.service.protocol.namespaces import check_pair, layout_to_json, namespace_to_json
-from kvstore.tiers.host import SlabHandle
-from radix.hashing import bind_hashes
 from radix.namespace import Namespace
 
 log = logging.getLogger(__name__)
@@ -56,7 +54,7 @@ class RemoteStore(RequestMaker):
         dial: Dial,
         layout: Layout,
         namespace: Namespace,
-        memory: Memory,
+        memory: SharedMemory,
         *,
         call_timeout_s: float = 1.0,
         retry_max_s: float = 2.0,
@@ -80,8 +78,6 @@ class RemoteStore(RequestMaker):
         self._leases = Leases(self._link, memory)
         self._calls = Calls(self._link)
         self._follower: Follower | None = None
-        if not memory.is_shared:
-            forbid(self)  # the staging memory is the parent's; where the daemon shares its own, a child attaches anew
         try:
             self._link.attach()
         except DaemonDown:
@@ -141,13 +137,9 @@ class RemoteStore(RequestMaker):
             lease, status = messages.decode_load(answer, lease_id, attachment.slot_base)
         except (DaemonDown, ProtocolError):
             return LoadLease(lease_id, 0, 0, ())
-        pages = self._memory.place(lease.pages)
-        if pages is None:
-            return self._less(request, lease_id, attachment, first, num_blocks, owner)
-        has_come = self._memory.is_shared or not pages
-        if not self._leases.hold(lease_id, Held(attachment, owner, pages, status, has_come)):
+        if not self._leases.hold(lease_id, Held(attachment, owner, status)):
             return LoadLease(lease_id, 0, 0, ())
-        return replace(lease, pages=pages)
+        return lease
 
     def wait(self, lease: LoadLease, timeout_s: float | None = None) -> LeaseStatus:
         """Wait until the lease is ready, at most until the load deadline."""
@@ -185,13 +177,9 @@ class RemoteStore(RequestMaker):
             lease = messages.decode_save(answer, lease_id, attachment.slot_base)
         except (DaemonDown, ProtocolError):
             return SaveLease(lease_id, (), num_blocks * len(self._layout.groups))
-        pages = self._memory.place(lease.pages)
-        if pages is None:
-            self._calls.release(attachment, lease_id)
+        if not self._leases.hold(lease_id, Held(attachment, owner)):
             return SaveLease(lease_id, (), lease.skipped + len(lease.pages))
-        if not self._leases.hold(lease_id, Held(attachment, owner, pages)):
-            return SaveLease(lease_id, (), lease.skipped + len(lease.pages))
-        return replace(lease, pages=pages)
+        return lease
 
     def complete(self, lease: LoadLease | SaveLease, *, filled: Sequence[bool] | None = None) -> None:
         """End a lease well. A lease that ended already is ignored."""
@@ -258,19 +246,20 @@ class RemoteStore(RequestMaker):
     @property
     def slab_array(self) -> npt.NDArray[np.uint8] | None:
         """The whole slab, for a device to page-lock; None while there is no daemon."""
-        return self._memory.buffer(self._link.attachment)
+        attachment = self._link.attachment
+        return None if attachment is None else attachment.slab.buffer
 
     @property
-    def slab_handle(self) -> SlabHandle | SlabShare | None:
+    def slab_handle(self) -> SlabShare | None:
         """By what another process of this engine maps the slab (`attach_slab`); None while there is no daemon.
 
         Ask for each step: it is another one after the daemon has started again.
         """
         handles = self.slabs
-        return handles[-1] if handles and (self.is_attached or not self._memory.is_shared) else None
+        return handles[-1] if handles and self.is_attached else None
 
     @property
-    def slabs(self) -> tuple[SlabHandle | SlabShare, ...]:
+    def slabs(self) -> tuple[SlabShare, ...]:
         """The slabs that slots may lie in, oldest first: the daemon's, and those of daemons before it with leases.
 
         Whoever maps them in another process maps no others: memory of a daemon that died stays taken until all let go.
@@ -293,11 +282,6 @@ class RemoteStore(RequestMaker):
         `DROPPED` stands for events that were lost, and for all that a daemon had that is gone.
         """
         return [] if self._follower is None else self._follower.take()
-
-    def event_keys(self, keys: Sequence[bytes]) -> Sequence[bytes]:
-        """The names that `take_events` has for blocks of a request: a tenant's are bound to a root of its daemon's."""
-        attachment = self._link.attachment
-        return keys if attachment is None or attachment.event_root is None else bind_hashes(attachment.event_root, keys)
 
     # ---- the store as a whole ---------------------------------------------------------------------------------
 
@@ -362,13 +346,3 @@ class RemoteStore(RequestMaker):
             return messages.decode_match(answer)
         except (DaemonDown, ProtocolError):
             return MISS
-
-    def _less(
-        self, request: Request, lease_id: int, attachment: Attachment, first: int, num_blocks: int, owner: str
-    ) -> LoadLease:
-        """A lease that found no room here is given back, and tried once more for what fits."""
-        self._calls.release(attachment, lease_id)
-        fits = first + self._memory.num_free // len(self._layout.groups)
-        if not first < fits < num_blocks:
-            return LoadLease(lease_id, 0, 0, ())
-        return self.prepare_load(request, fits, first=first, owner=owner)

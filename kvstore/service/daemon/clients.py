@@ -3,11 +3,9 @@
 A client lives as long as its anchor is open; what it held is released when that closes, or, where ranks of its engine
 may still copy, when theirs do.
 
-The hard thing: a client that is stopped (SIGSTOP, a hung host) is not dead. One on this machine has the slab mapped; it
-may wake at any time and go on reading and writing where it was, and nobody can forbid it. So its leases are kept,
-however old: the slots are out of use, counted as overdue, shown with the process that holds them, and free again when
-that process ends. A client on another machine reaches slots only through the daemon: what it leases for longer than
-`service.lease_max_s` is released, and what it still sends goes nowhere.
+The hard thing: a client that is stopped (SIGSTOP) is not dead. It has the slab mapped, may wake at any time and go on
+reading and writing where it was, and nobody can forbid it. So its leases are kept, however old: the slots are out of
+use, counted as overdue, shown with the process that holds them, and free again when that process ends.
 
 The daemon's event loop only.
 """
@@ -18,7 +16,6 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -26,7 +23,6 @@ from typing import Any
 from kvstore import logs
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError, RequestError, StoreClosed
-from kvstore.service.daemon import shares
 from kvstore.service.daemon.connection import Channel
 from kvstore.service.daemon.events import EventHub, Feed
 from kvstore.service.daemon.greeting import Greeting
@@ -34,14 +30,14 @@ from kvstore.service.daemon.guard import goes_on
 from kvstore.service.daemon.isolation import StagedSaves
 from kvstore.service.daemon.session import Session
 from kvstore.service.daemon.stores import Stores
-from kvstore.service.daemon.tenants import LOCAL, Tenant
+from kvstore.service.daemon.tenants import LOCAL
 from kvstore.service.protocol.namespaces import layout_from_json, namespace_from_json
 
 log = logging.getLogger(__name__)
 
 MAX_NAME = 64  # of a client
 MAX_CONNECTIONS = 1024  # of a client: one for each of its threads, and one for each rank
-MAX_HELD_BYTES = 256 << 20  # of messages of a tenant that are not whole, beyond 64 KiB for each connection
+MAX_HELD_BYTES = 256 << 20  # of messages that are not whole, beyond 64 KiB for each connection
 LONGEST_LOOK_S = 5.0  # between two looks for overdue leases
 MAX_STRANGERS = 256  # connections that have not said yet whose they are; the oldest goes when one more comes
 
@@ -54,27 +50,28 @@ class Clients:
     ) -> None:
         self.sessions: dict[str, Session] = {}
         self.is_draining = False
-        self.num_tenants = 1  # that may have clients here
         self.numbers = count(1)  # name clients, and transfers of pages, to operators
         self.num_attached = 0
         self.num_reclaimed = 0
-        self.num_expired = 0
         self._config = config
         self._stores = stores
         self._events = events
         self._now = now
         self._channels: set[Channel] = set()
         self._strangers: dict[Channel, None] = {}
-        self._held_bytes: dict[str, int] = {}  # by tenant
+        self._held_bytes = 0
         self._watching: asyncio.Task[None] | None = None
 
-    def local_channel(self) -> Channel:
-        """A connection of a client on this machine."""
-        return self._channel(Channel(self, "local", tenant=LOCAL, is_local=True))
-
-    def remote_channel(self, tenant: Tenant, peer: str) -> Channel:
-        """A connection of a client on another machine."""
-        return self._channel(Channel(self, peer, tenant=tenant, is_local=False))
+    def channel(self) -> Channel:
+        """One more connection."""
+        if len(self._strangers) >= MAX_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.close()
+        channel = Channel(self, "local")
+        self._channels.add(channel)
+        self._strangers[channel] = None
+        return channel
 
     def start(self) -> None:
         """Look for overdue leases from now on."""
@@ -125,11 +122,6 @@ class Clients:
         """Connections, also of those who have not said hello."""
         return len(self._channels)
 
-    def num_remote(self, tenant: Tenant) -> tuple[int, int]:
-        """Connections of remote clients: those of a tenant, and all."""
-        remote = [channel.tenant for channel in self._channels if not channel.is_local]
-        return remote.count(tenant), len(remote)
-
     @property
     def num_leases(self) -> int:
         """Leases that clients hold."""
@@ -155,17 +147,11 @@ class Clients:
         most = self._config.service.max_clients
         if len(self.sessions) >= most:
             raise ConfigError(f"service.max_clients is {most}, and as many are attached")
-        of_tenant = Counter(session.opened.tenant.name for session in self.sessions.values())
-        if channel.tenant is not LOCAL and not shares.has_room(channel.tenant.name, of_tenant, most, self.num_tenants):
-            raise ConfigError(
-                f"service.max_clients is {most}; tenant {channel.tenant.name} has {of_tenant[channel.tenant.name]} of "
-                "them, and the rest are kept for others"
-            )
         layout = layout_from_json(message.get("layout"))
         namespace = namespace_from_json(message.get("namespace"))
-        opened = await self._stores.open(channel.tenant, layout, namespace)
+        opened = await self._stores.open(LOCAL, layout, namespace)
         service = self._config.service
-        staged = StagedSaves(opened.store, service.isolate_bytes) if service.isolate and channel.is_local else None
+        staged = StagedSaves(opened.store, service.isolate_bytes) if service.isolate else None
         self.num_attached += 1
         feed = Feed(self._events, opened)
         if message.get("events") is True:
@@ -175,7 +161,6 @@ class Clients:
             opened,
             _name(channel, message),
             feed,
-            is_remote=not channel.is_local,
             number=next(self.numbers),
             pid=channel.pid,
             staged=staged,
@@ -194,23 +179,21 @@ class Clients:
             "num_staging": 0 if staged is None else staged.num_slots,
             "lookup_deadline_s": store.lookup_deadline_s,
             "load_deadline_s": store.load_deadline_s,
-            "event_root": opened.store.namespace.root().hex() if channel.tenant.salt else None,
         }
         log.info("client %s attached to %s", session.client, opened.id)
-        return Greeting(session, answer, session.descriptors() if channel.is_local else ())
+        return Greeting(session, answer, session.descriptors())
 
     def attach(self, channel: Channel, message: dict[str, Any]) -> Greeting | None:
         """Another connection of a session; with "anchor" one of those that keep it alive, with "slab" its slab."""
         session = self.sessions.get(str(message.get("session")))
-        if session is None or session.is_orphan or session.opened.tenant != channel.tenant:
+        if session is None or session.is_orphan:
             return None
         if len(self.connections(session)) >= MAX_CONNECTIONS:
             raise RequestError(f"this client has {MAX_CONNECTIONS} connections; it may have no more")
         self._strangers.pop(channel, None)
         if message.get("anchor") is True:
             session.anchors.add(channel)
-        wants_slab = channel.is_local and message.get("slab") is True
-        return Greeting(session, None, session.descriptors() if wants_slab else ())
+        return Greeting(session, None, session.descriptors() if message.get("slab") is True else ())
 
     def lost(self, channel: Channel) -> None:
         """A connection ended; with its last anchor, a client."""
@@ -231,23 +214,14 @@ class Clients:
                 rank.tell_lost()
 
     def may_hold(self, channel: Channel, num_bytes: int) -> bool:
-        """Whether a tenant's connections may hold so many more bytes of messages that are not whole."""
-        held = self._held_bytes.get(channel.tenant.name, 0) + num_bytes
+        """Whether connections may hold so many more bytes of messages that are not whole."""
+        held = self._held_bytes + num_bytes
         if num_bytes > 0 and held > MAX_HELD_BYTES:
             return False
-        self._held_bytes[channel.tenant.name] = held
+        self._held_bytes = held
         return True
 
     # ---- private ------------------------------------------------------------------------------------------------
-
-    def _channel(self, channel: Channel) -> Channel:
-        if len(self._strangers) >= MAX_STRANGERS:
-            oldest = next(iter(self._strangers))
-            del self._strangers[oldest]
-            oldest.close()
-        self._channels.add(channel)
-        self._strangers[channel] = None
-        return channel
 
     async def _watch(self) -> None:
         lease_max_s = self._config.service.lease_max_s
@@ -260,10 +234,7 @@ class Clients:
 
     def _look_at(self, session: Session, before: float) -> None:
         leases = session.overdue(before)
-        if leases and session.is_remote:
-            self.num_expired += session.expire(leases)
-            log.warning("client %s: released %d leases it held too long", session.client, len(leases))
-        elif leases and not session.is_overdue:
+        if leases and not session.is_overdue:
             log.warning(
                 "client %s, process %s, has held %d leases for longer than service.lease_max_s (%.0f s): their "
                 "slots are out of use until they end, or the process does",
@@ -276,10 +247,10 @@ class Clients:
 
 
 def _name(channel: Channel, message: dict[str, Any]) -> str:
-    """Who a client says it is, and where it is if that is not here."""
+    """Who a client says it is."""
     said = message.get("client")
     # It goes into logs and JSON: no secret, no line of its own, and nothing that no text can be (half of a surrogate
     # pair). Masked before it is cut: half of a token is one that nobody knows.
     shown = logs.mask(said[: 16 * MAX_NAME])[:MAX_NAME] if isinstance(said, str) else ""
     name = "".join(char if char.isprintable() else "?" for char in shown)
-    return channel.peer if not name else name if channel.is_local else f"{name} ({channel.peer})"
+    return name or channel.peer

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import itertools
 import os
-from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
 from kvstore import logs
@@ -23,9 +21,7 @@ from kvstore.service.daemon.pending import Pending
 from kvstore.service.daemon.rawsocket import RawSocket
 from kvstore.service.daemon.requests import Resend
 from kvstore.service.daemon.session import Session
-from kvstore.service.daemon.tenants import Tenant
-from kvstore.service.protocol import batches, frames
-from kvstore.service.protocol.batches import LOW_WATER_BYTES, Incoming
+from kvstore.service.protocol import frames
 from kvstore.service.protocol.frames import HEADER, Frame, Op, ProtocolError, Status
 
 log = logs.limited(__name__)
@@ -53,10 +49,8 @@ class Host(Protocol):
 class Channel(asyncio.BufferedProtocol):
     """Frames in, frames out. The daemon's event loop only."""
 
-    def __init__(self, host: Host, peer: str, *, tenant: Tenant, is_local: bool) -> None:
+    def __init__(self, host: Host, peer: str) -> None:
         self.peer = peer
-        self.tenant = tenant
-        self.is_local = is_local
         self.session: Session | None = None
         self._host = host
         self._transport: asyncio.Transport | None = None
@@ -69,48 +63,36 @@ class Channel(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._waiter = 0
         self._greeting: asyncio.Task[None] | None = None
-        self._batch: Incoming | None = None  # pages on their way from the socket into their slots
         self._raw: RawSocket | None = None
-        self._sending: asyncio.Task[None] | None = None
-        self._may_write = asyncio.Event()
-        self._may_write.set()
-        self.closed: asyncio.Future[None] = self._loop.create_future()
+        self._may_write = True
 
     @property
     def pid(self) -> int | None:
-        """The process at the other end of a unix socket; None for one on another machine."""
-        return self._raw.pid if self.is_local and self._raw is not None else None
+        """The process at the other end; None if it cannot be told."""
+        return None if self._raw is None else self._raw.pid
 
     # ---- the transport's calls ----------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._raw = RawSocket(self._transport)
-        if not self.is_local:
-            self._raw.notice_death()
         self._timer = self._loop.call_later(HELLO_TIMEOUT_S, self._transport.abort)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        if self._batch is not None and not self._batch.is_full:
-            return self._batch.room()
         if self._end == len(self._buffer):
             self._grow()
         return memoryview(self._buffer)[self._end :]
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._batch is None or self._batch.is_full:
-            self._end += nbytes
-        else:
-            self._batch.advance(nbytes)
-            self._wait_for(min(LOW_WATER_BYTES, self._batch.num_coming))
+        self._end += nbytes
         self._parse()
 
     def pause_writing(self) -> None:
-        self._may_write.clear()
+        self._may_write = False
         self._read_or_not()
 
     def resume_writing(self) -> None:
-        self._may_write.set()
+        self._may_write = True
         self._read_or_not()
 
     def eof_received(self) -> bool:
@@ -118,16 +100,12 @@ class Channel(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = self._raw = None
-        self._may_write.set()
+        self._may_write = True
         self._stop_waiting()
         self._patience.end()
         self._host.may_hold(self, BUFFER_BYTES - len(self._buffer))
         if self._greeting is not None:
             self._greeting.cancel()
-        if self._sending is not None:
-            self._sending.cancel()
-        if not self.closed.done():
-            self.closed.set_result(None)
         self._host.lost(self)
 
     # ---- frames -------------------------------------------------------------------------------------------------
@@ -152,30 +130,13 @@ class Channel(asyncio.BufferedProtocol):
     def _parse(self) -> None:
         start, frame = 0, None
         while self._may_parse:
-            if self._batch is not None:
-                end = start + self._batch.tail_bytes
-                if end > self._end:
-                    break
-                self._batch.end(memoryview(self._buffer)[start:end])
-                self._batch = None
-                self._wait_for(1)
-                start = end
-                continue
             if self._end - start < HEADER.size:
                 break
             try:
                 frame = frames.decode_header(memoryview(self._buffer)[start : start + HEADER.size])
             except ProtocolError as error:
                 return self._refuse(Frame(Op.HELLO, Status.OK, 0, 0), error)
-            if frame.op is Op.WRITE and not self.is_local:
-                taken = self._begin_batch(frame, start)
-                if not taken:
-                    break
-                start += taken
-                continue
             end = start + HEADER.size + frame.num_bytes
-            if frame.num_bytes > frames.MAX_BODY_BYTES:
-                return self._refuse(frame, ProtocolError(f"{frame.op.name} of {frame.num_bytes} bytes"))
             if end > self._end:
                 break
             body = bytes(memoryview(self._buffer)[start + HEADER.size : end])
@@ -193,9 +154,7 @@ class Channel(asyncio.BufferedProtocol):
     @property
     def _may_parse(self) -> bool:
         transport = self._transport
-        if self._is_busy or not self._may_write.is_set() or transport is None or transport.is_closing():
-            return False
-        return self._batch is None or self._batch.is_full
+        return not (self._is_busy or not self._may_write or transport is None or transport.is_closing())
 
     def _handle(self, frame: Frame, body: bytes) -> None:
         try:
@@ -203,10 +162,6 @@ class Channel(asyncio.BufferedProtocol):
                 self._meet(frame, frames.decode_json(body))
             elif self.session is None:
                 raise ProtocolError(f"the first frame is {frame.op.name}; it must be HELLO or ATTACH")
-            elif frame.op is Op.READ and not self.is_local:
-                num_bytes, parts = self.session.readable(body)
-                self._set_busy(True)
-                self._sending = self._loop.create_task(self._send_batch(frame, num_bytes, parts))
             else:
                 result = self.session.handle(frame.op, body)
                 if isinstance(result, Pending):
@@ -284,56 +239,6 @@ class Channel(asyncio.BufferedProtocol):
         else:
             self._raw.send_descriptors(frames.encode_frame(frame.op, body, frame.sequence), greeting.fds)
 
-    # ---- pages of remote clients ---------------------------------------------------------------------------------
-
-    def _begin_batch(self, frame: Frame, start: int) -> int:
-        """Pages are coming: what of them is in the buffer goes to its slots, the rest will be received there.
-
-        Returns the bytes taken from the buffer; 0 if the head is not whole yet.
-        """
-        body = start + HEADER.size
-        pages = body + batches.SHORTEST
-        try:
-            if self.session is None:
-                raise ProtocolError("the first frame is WRITE; it must be HELLO or ATTACH")
-            if pages <= self._end:
-                pages = body + batches.head_bytes(batches.count_pages(memoryview(self._buffer)[body:pages]))
-            if pages > self._end:
-                return 0
-            received = memoryview(self._buffer)[body : self._end]
-            self._batch = Incoming(self.session, received, frame.num_bytes)
-            taken = self._batch.take(received[pages - body :])
-        except ProtocolError as error:
-            self._refuse(frame, error)
-            return 0
-        self._wait_for(min(LOW_WATER_BYTES, self._batch.num_coming))
-        return pages + taken - start
-
-    def _wait_for(self, num_bytes: int) -> None:
-        if self._raw is not None:
-            self._raw.wait_for(num_bytes)
-
-    async def _send_batch(self, frame: Frame, num_bytes: int, parts: Iterator[bytes | memoryview]) -> None:
-        raw = None if self._raw is None else self._raw.past_transport()
-        data = HEADER.pack(frames.MAGIC, frames.VERSION, Op.READ, Status.OK, num_bytes, frame.sequence)
-        try:
-            for part in itertools.chain([data + bytes(next(parts))], parts):
-                if self._transport is None:
-                    return
-                if raw is not None:
-                    await self._loop.sock_sendall(raw, part)
-                else:
-                    self._transport.write(part)
-                    await self._may_write.wait()
-        except OSError as error:
-            log.info("client %s: pages are not sent: %s", self.peer, error)
-            self.close()
-        finally:
-            if raw is not None:
-                raw.close()
-            self._sending = None
-            self._set_busy(False)
-
     # ---- waiting ------------------------------------------------------------------------------------------------
 
     def _wait(self, frame: Frame, pending: Pending) -> None:
@@ -371,7 +276,7 @@ class Channel(asyncio.BufferedProtocol):
         self._read_or_not()
 
     def _read_or_not(self) -> None:
-        is_wanted = not self._is_busy and self._may_write.is_set()
+        is_wanted = not self._is_busy and self._may_write
         if is_wanted == self._is_reading or self._transport is None or self._transport.is_closing():
             return
         self._is_reading = is_wanted
@@ -382,8 +287,7 @@ class Channel(asyncio.BufferedProtocol):
         self._loop.call_soon(self._parse)  # frames that came with the one that waited
 
     def _await_rest(self, frame: Frame | None) -> None:
-        is_half = self._end > 0 or self._batch is not None
-        if is_half and self._is_reading and self.session is not None:  # before, another timer runs
+        if self._end > 0 and self._is_reading and self.session is not None:  # before, another timer runs
             self._patience.begin(frame)
         else:
             self._patience.end()

@@ -70,7 +70,7 @@ class Daemon:
         tokens = None if service.tokens_file is None else read_tokens(service.tokens_file)
         _hide(config, tokens)
         self.transfers = Transfers(service.lease_max_s, lambda: next(self.clients.numbers))
-        self.clients.num_tenants = self.transfers.num_tenants = len(tenants_of(tokens))
+        self.transfers.num_tenants = len(tenants_of(tokens))
         self.state = DaemonState(
             config,
             self.stores,
@@ -187,7 +187,7 @@ class Daemon:
             "kvstore_service_overdue_slots": overdue_slots,
             "kvstore_service_clients_total": self.clients.num_attached,
             "kvstore_service_leases_reclaimed_total": self.clients.num_reclaimed,
-            "kvstore_service_leases_expired_total": self.clients.num_expired + self.transfers.num_expired,
+            "kvstore_service_leases_expired_total": self.transfers.num_expired,
             "kvstore_service_http_requests_total": self.app.num_requests,
             "kvstore_service_http_refused_total": self.app.num_refused,
             "kvstore_service_http_connections": len(self.app.connections),
@@ -211,7 +211,7 @@ class Daemon:
         return unable, without
 
     def _door(self, connection: Connection) -> Door:
-        return Door(connection, self.clients.local_channel, self.app.protocol)
+        return Door(connection, self.clients.channel, self.app.protocol)
 
     def _make_way(self) -> bool:
         """Engines come by the unix socket: when descriptors run out, strangers go, and one that was kept is given."""

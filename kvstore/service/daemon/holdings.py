@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvstore.errors import RequestError
 from kvstore.plan.records import LoadLease, SaveLease
@@ -33,7 +33,6 @@ class Held:
     """A lease of the client.
 
     owner:    its own word for who holds it.
-    received: pages that came over the wire.
     told:     of a save whose pages lie in the client's staging: the lease as the client got it.
     is_ending: those pages are being copied, and the lease ends with that.
     """
@@ -41,7 +40,6 @@ class Held:
     lease: LoadLease | SaveLease
     owner: str
     granted_at: float
-    received: set[int] = field(default_factory=set)
     told: SaveLease | None = None
     is_ending: bool = False
 

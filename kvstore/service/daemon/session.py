@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -36,7 +36,7 @@ from kvstore.service.daemon.pending import Pending
 from kvstore.service.daemon.requests import KnownRequests
 from kvstore.service.daemon.stores import OpenStore
 from kvstore.service.daemon.usage import Usage
-from kvstore.service.protocol import batches, frames, messages
+from kvstore.service.protocol import frames, messages
 from kvstore.service.protocol.frames import Op, ProtocolError, Reader
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,6 @@ class Session:
         client: str,
         feed: Feed,
         *,
-        is_remote: bool = False,
         number: int = 0,
         pid: int | None = None,
         staged: StagedSaves | None = None,
@@ -79,7 +78,6 @@ class Session:
         self.id = session_id
         self.opened = opened
         self.client = client
-        self.is_remote = is_remote
         self.number = number
         self.pid = pid
         self.began_at = self.heard_at = now()
@@ -266,10 +264,6 @@ class Session:
             return b""
         if held.told is not None:
             return self._holdings.end_save(lease_id, filled, lambda: self._copied(held.lease))
-        if self.is_remote and isinstance(held.lease, SaveLease):
-            # Only what arrived, whatever the client believes.
-            asked = [True] * len(held.lease.pages) if filled is None else filled
-            filled = [flag and index in held.received for index, flag in enumerate(asked)]
         self._store.complete(held.lease, filled=filled)  # refuses flags of another length: the lease stays
         self.usage.completed(held.lease, self.opened.layout)
         del self.leases[lease_id]
@@ -289,46 +283,6 @@ class Session:
         owner = reader.text(messages.read_number(reader))
         reader.end()
         return messages.encode_number(self.expire(self._holdings.owned_by(owner)))
-
-    # ---- pages of remote clients ----------------------------------------------------------------------------------
-
-    def readable(self, body: bytes) -> tuple[int, Iterator[bytes | memoryview]]:
-        """The batch that a READ asks for: its length and its parts, with no bytes for a page that did not load."""
-        reader = Reader(body)
-        lease_id, indices = messages.read_read(reader)
-        reader.end()
-        lease = self._holdings.find(lease_id)
-        if not isinstance(lease, LoadLease):
-            raise RequestError(f"lease {lease_id} is no load lease of this client")
-        if max(indices) >= len(lease.pages):
-            raise RequestError(f"page {max(indices)} is asked for; the lease has {len(lease.pages)}")
-        usable = self._store.poll(lease).num_blocks
-        views = []
-        for page in [lease.pages[index] for index in indices]:
-            size = self.opened.layout.stored_bytes(page.group) if page.block < usable else 0
-            views.append(self._store.slot_view(page.slot)[:size])
-        num_bytes = batches.body_bytes([len(view) for view in views])
-        if num_bytes > frames.MAX_BATCH_BYTES:
-            raise RequestError(f"{len(views)} pages are asked for; their {num_bytes} bytes are too many at once")
-        return num_bytes, batches.parts(lease_id, indices, views, lambda: self._holdings.find(lease_id) is lease)
-
-    def writable(self, lease_id: int, index: int, num_bytes: int) -> memoryview | None:
-        """Where a page that is being received goes; None if the lease has ended. Ask again for every piece of it."""
-        lease = self._holdings.find(lease_id)
-        if not isinstance(lease, SaveLease):
-            return None
-        if index >= len(lease.pages):
-            raise ProtocolError(f"page {index} is sent; the lease has {len(lease.pages)}")
-        page = lease.pages[index]
-        stored = self.opened.layout.stored_bytes(page.group)
-        if num_bytes != stored:
-            raise ProtocolError(f"a page of {num_bytes} bytes is sent; the layout has {stored}")
-        return self._store.slot_view(page.slot)[:stored]
-
-    def written(self, lease_id: int, index: int) -> None:
-        """A page is there as a whole, and its bytes are those that were sent."""
-        if lease_id in self.leases:
-            self.leases[lease_id].received.add(index)
 
     # ---- retention, and the store as a whole --------------------------------------------------------------------
 

@@ -370,7 +370,6 @@ def _client(session: Session) -> ClientBrief:
         client=session.client,
         tenant=session.opened.tenant.name,
         namespace=session.opened.id,
-        is_remote=session.is_remote,
         attached_at=usage.attached_at,
         seen_at=usage.seen_at,
         lookups=usage.lookups,

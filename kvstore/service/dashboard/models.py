@@ -108,7 +108,6 @@ class ClientBrief(Answer):
     client: str
     tenant: str
     namespace: str
-    is_remote: bool
     attached_at: float
     seen_at: float
     lookups: int

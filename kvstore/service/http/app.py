@@ -27,11 +27,9 @@ from kvstore.service.protocol.frames import encode_json
 from kvstore.web.bodies import Bodies, BodyError, bad_body
 from kvstore.web.connections import Connection, Connections
 from kvstore.web.descriptors import Budget
-from kvstore.web.server import BAD_BODY, Handler, WebServer, bind
+from kvstore.web.server import BAD_BODY, WebServer, bind
 
 log = logs.limited(__name__)
-
-UPGRADE = "kvstore/1"
 
 
 class App:
@@ -50,7 +48,6 @@ class App:
         self.num_refused = 0
         self.parser = Parser()
         self.connections = Connections(budget.http, max(1, budget.http // 2))
-        self._budget = budget
         self._state = state
         self._add_files = add_files
         self._server: WebServer | None = None
@@ -66,7 +63,6 @@ class App:
         for route in self.routes:
             app.router.add_route(route.method, route.path, self._handler(route))
         app.router.add_get("/v1/openapi.json", self._openapi)
-        app.router.add_get("/v1/channel", self._channel)
         self._add_files(app.router)
         server = WebServer(app, self._form)
         await server.start()
@@ -174,38 +170,10 @@ class App:
         if self._state.tokens is None and not _is_loopback(host) and (not host or host not in names):
             raise Problem(400, "the Host header names another machine", field="Host")
 
-    # ---- two routes beside the table --------------------------------------------------------------------------
+    # ---- a route beside the table --------------------------------------------------------------------------------
 
     async def _openapi(self, request: web.Request) -> web.Response:
         return web.Response(body=self._document, content_type="application/json")
-
-    async def _channel(self, request: web.Request) -> web.StreamResponse:
-        """Turn the connection over to the framed protocol."""
-        tenant = self._tenant(request)
-        if request.headers.get("Upgrade", "").lower() != UPGRADE or request.transport is None:
-            raise Problem(426, "this is no page", f"send: Connection: Upgrade, Upgrade: {UPGRADE}", Upgrade=UPGRADE)
-        if self._state.progress.is_draining:
-            raise Problem(503, "the daemon is closing", Retry_After="1")
-        transport, handler = request.transport, request.protocol
-        own, all_of_them = self._state.clients.num_remote(tenant)
-        most = self._budget.remote
-        if all_of_them >= most or (self._state.tokens is not None and own >= max(1, most // 2)):
-            told = f"this tenant has {own}, all have {all_of_them}, {most} may be"
-            raise Problem(429, "too many connections of clients", told, Retry_After="5")
-        if isinstance(handler, Handler):
-            handler.hand_over()
-        channel = self._state.clients.remote_channel(tenant, f"{tenant.name}@{request.remote}")
-        transport.write(
-            f"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {UPGRADE}\r\n\r\n".encode()
-        )
-        transport.set_protocol(channel)
-        channel.connection_made(transport)
-        try:
-            await asyncio.shield(channel.closed)
-        finally:
-            channel.close()
-            handler.connection_lost(None)  # aiohttp does not hear of it any more, and would keep the handler for ever
-        return web.Response()
 
 
 def check_exposure(config: ServiceConfig) -> None:

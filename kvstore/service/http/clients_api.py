@@ -22,7 +22,7 @@ class ClientsApi:
         """Their part of the table."""
         return [
             Route("GET", "/v1/clients", self.clients, "Who is attached, and what they hold.", answer=ClientsAnswer),
-            Route("POST", "/v1/clients/{client}/disconnect", self.disconnect, "Release what a remote client holds.",
+            Route("POST", "/v1/clients/{client}/disconnect", self.disconnect, "End a transfer of pages.",
                   answer=ClientsAnswer, needs_operator=True, errors=(404, 409)),
         ]  # fmt: skip
 
@@ -55,12 +55,9 @@ class ClientsApi:
             return await self.clients(call)
         if session is None:
             raise Problem(404, "there is no such client", field="client")
-        if not session.is_remote:
-            # Whatever we do, it has the slab mapped, and its slots must go to nobody else while it may write there.
-            detail = f"it shares this machine's memory: end its process, {session.pid}, and its leases are released"
-            raise Problem(409, "a client on this machine cannot be disconnected", detail, "client")
-        self._state.clients.end(session)
-        return await self.clients(call)
+        # Whatever we do, it has the slab mapped, and its slots must go to nobody else while it may write there.
+        detail = f"it shares this machine's memory: end its process, {session.pid}, and its leases are released"
+        raise Problem(409, "a client on this machine cannot be disconnected", detail, "client")
 
     # ---- private ----------------------------------------------------------------------------------------------------
 
@@ -72,7 +69,7 @@ class ClientsApi:
             client=session.client,
             tenant=session.opened.tenant.name,
             namespace=session.opened.id,
-            is_remote=session.is_remote,
+            is_remote=False,
             pid=session.pid,
             connections=len(self._state.clients.connections(session)),
             ranks=len(session.anchors) - (not session.is_orphan),

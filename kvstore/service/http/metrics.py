@@ -44,7 +44,7 @@ OWN = {
     "kvstore_service_overdue_slots": "Host slots in overdue leases: out of use until their holder ends.",
     "kvstore_service_clients_total": "Clients that ever attached.",
     "kvstore_service_leases_reclaimed_total": "Leases released because their client was gone.",
-    "kvstore_service_leases_expired_total": "Leases of remote clients released because they were overdue.",
+    "kvstore_service_leases_expired_total": "Leases of transfers over HTTP released because they were overdue.",
     "kvstore_service_http_requests_total": "HTTP requests answered.",
     "kvstore_service_http_refused_total": "HTTP requests answered with a problem.",
     "kvstore_service_http_connections": "HTTP connections over TCP.",

@@ -1,4 +1,4 @@
-"""Frames between a client and the daemon, the same over a unix socket and over an upgraded connection.
+"""Frames between a client and the daemon, over its unix socket.
 
 A frame is a header of 16 bytes and a body:
 
@@ -21,7 +21,6 @@ from kvstore.errors import KVStoreError
 MAGIC = 0x564B  # "KV"
 VERSION = 1
 MAX_BODY_BYTES = 8 << 20  # keys of long prompts come in pieces (messages.PIECE_KEYS)
-MAX_BATCH_BYTES = (1 << 30) + (64 << 10)  # pages go from slots to a socket and back; no memory is taken for them
 MAX_TEXT_BYTES = 4096  # options, owners and reasons
 
 HEADER = struct.Struct("<HBBB3xII")
@@ -30,7 +29,7 @@ HEADER = struct.Struct("<HBBB3xII")
 class Op(IntEnum):
     """What a frame asks for, or answers."""
 
-    HELLO = 1  # JSON: layout, namespace -> JSON: session, slab; over a unix socket with the slab's descriptor
+    HELLO = 1  # JSON: layout, namespace -> JSON: session, slab; with the slab's descriptor
     ATTACH = 2  # JSON: session -> another connection of it
     LOOKUP = 3
     PREPARE_LOAD = 4
@@ -48,8 +47,6 @@ class Op(IntEnum):
     OBSERVE_PREFILL = 16
     FLUSH = 17
     STATS = 18
-    READ = 19  # remote clients: pages of a load lease -> a batch of them (batches.py)
-    WRITE = 20  # remote clients: a batch of pages of a save lease; has no answer
     PEEK = 21  # as LOOKUP
     EVENTS = 22  # what came and went since the last answer, waited for (events.py)
     KEYS = 23  # keys of a request that is too long for one message, before the call about it
@@ -89,7 +86,7 @@ def decode_header(raw: bytes | bytearray | memoryview) -> Frame:
         raise ProtocolError(f"frame starts with {magic:#06x}, not {MAGIC:#06x}: this is no kvstore client")
     if version != VERSION:
         raise ProtocolError(f"frame has protocol version {version}; this release speaks {VERSION}")
-    if num_bytes > (MAX_BATCH_BYTES if op in (Op.READ, Op.WRITE) else MAX_BODY_BYTES):
+    if num_bytes > MAX_BODY_BYTES:
         raise ProtocolError(f"frame announces {num_bytes} bytes, more than is allowed")
     try:
         return Frame(Op(op), Status(status), num_bytes, sequence)

@@ -31,7 +31,6 @@ from kvstore.plan.records import (
     SlotPage,
 )
 from kvstore.requests import check_options
-from kvstore.service.protocol import batches
 from kvstore.service.protocol.frames import (
     MAX_BODY_BYTES,
     MAX_TEXT_BYTES,
@@ -64,7 +63,6 @@ _TIER = struct.Struct("<BI")
 _NUMBER = struct.Struct("<q")
 _SECONDS = struct.Struct("<d")
 _PREFILL = struct.Struct("<qd")
-_READ = struct.Struct("<QI")  # lease id, number of pages
 
 MAX_LEASE_PAGES = (MAX_BODY_BYTES - 4096) // _PAGE.size  # that an answer can tell
 
@@ -233,18 +231,6 @@ def read_finished(reader: Reader) -> tuple[str, bool]:
     """Finish reason, last turn."""
     last_turn, num_reason = reader.unpack(_TIER)
     return reader.text(num_reason), bool(last_turn)
-
-
-def encode_read(lease_id: int, indices: Sequence[int]) -> bytes:
-    return _READ.pack(lease_id, len(indices)) + struct.pack(f"<{len(indices)}I", *indices)
-
-
-def read_read(reader: Reader) -> tuple[int, tuple[int, ...]]:
-    """Lease id, indices of pages in the lease."""
-    lease_id, num_pages = reader.unpack(_READ)
-    if not 0 < num_pages <= batches.MAX_PAGES:
-        raise ProtocolError(f"{num_pages} pages are asked for; 1 to {batches.MAX_PAGES} travel at once")
-    return lease_id, struct.unpack(f"<{num_pages}I", reader.take(4 * num_pages))
 
 
 def encode_flush(result: FlushResult) -> bytes:

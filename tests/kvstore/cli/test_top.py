@@ -72,7 +72,7 @@ def test_a_url_that_is_none_is_told(tmp_path: Path) -> None:
     code, output = run("localhost:8470")
 
     assert code == 2
-    assert "service.url" in output
+    assert "URL is 'localhost:8470'; it must be unix:///path/of/socket, http://host:port" in output.replace("\n", " ")
 
 
 def test_a_token_is_asked_for_and_taken(tmp_path: Path) -> None:

@@ -162,7 +162,6 @@ class TestSockets:
             ("unix:/run/kv.sock", "unix:///run/kv.sock"),
             ("unix://$CACHE/kv.sock", "unix:///fast/kv.sock"),
             ("unix:///run/kv.sock\n", "unix:///run/kv.sock"),
-            ("http://node:8470 ", "http://node:8470"),
         ],
     )
     def test_the_daemons_url_means_what_its_writer_means(self, written: str, meant: str) -> None:
@@ -179,6 +178,10 @@ class TestSockets:
             ("unix:///run/my%20kv.sock", "without"),
             ("unix://$NOT_SET/kv.sock", "is not set"),
             ('"unix:///run/kv.sock"', "it must be unix:///path/of/socket"),
+            ("tcp://node:8470", "it must be unix:///path/of/socket"),
+            ("http://node:8470 ", "machines share by Redis: write unix:///path/of/socket"),
+            ("https://node:8470", "give the daemons of all machines the same redis.url"),
+            ("http://user:hunter2@node", r"kv|\*\*\*|machines share by Redis"),
         ],
     )
     def test_a_daemons_url_that_must_be_a_mistake_is_refused(self, written: str, reason: str) -> None:

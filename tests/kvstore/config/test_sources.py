@@ -272,3 +272,17 @@ def test_a_token_of_the_wrong_type_is_not_shown(tmp_path: Path) -> None:
         Config.load(tmp_path / "kv.toml")
 
     assert "hunter2" not in str(told.value)
+
+
+def test_a_setting_that_is_no_more_is_told_with_what_to_use_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kv.toml").write_text('[service]\nstaging_bytes = "256MiB"\n')
+    told = r"staging_bytes.* is unknown; it belonged to .*machines share by Redis: redis\.url.*leave it out"
+
+    with pytest.raises(ConfigError, match=told):
+        Config.load(tmp_path / "kv.toml")
+
+    monkeypatch.setenv("KVSTORE_SERVICE__STAGING_BYTES", "256MiB")
+    with pytest.raises(ConfigError, match=told.replace("staging_bytes", "STAGING_BYTES")):
+        Config.load()

@@ -94,7 +94,7 @@ export function showClients(now) {
   if (!now.clients.length) return;
   const several = now.tenants.length > 1;
   reconcile(body, now.clients, (row) => `${row.client} ${row.attached_at}`, () => cells("", "num", "num", "num roomy", "num roomy", "num"),
-    (element, row) => fill(element, several && !row.is_remote ? `${row.client} · ${row.tenant}` : row.client,
+    (element, row) => fill(element, several ? `${row.client} · ${row.tenant}` : row.client,
       row.prompt_tokens ? percent(row.hit_tokens / row.prompt_tokens) : "–", count(row.prompt_tokens), bytes(row.saved_bytes),
       String(row.leases), ago(now.at - row.seen_at)));
 }

@@ -12,6 +12,7 @@ from kvstore.service.client.calls import Calls
 from kvstore.service.client.connection import Wire
 from kvstore.service.client.link import Link
 from kvstore.service.protocol.frames import Op
+from kvstore.tiers.host import HostSlab
 from radix.hashing import BlockHash
 
 
@@ -23,7 +24,7 @@ class FrozenDaemon:
 
     def __init__(self) -> None:
         answer = {"session": "s", "namespace": "n", "lookup_deadline_s": 1.0, "load_deadline_s": 1.0}
-        self.made = Attachment(2, answer, cast(Wire, None), None)
+        self.made = Attachment(2, answer, cast(Wire, None), cast(HostSlab, None))
         self.orphans: list[tuple[Attachment, int]] = []
 
     def attached(self) -> Attachment:
@@ -46,11 +47,3 @@ def test_a_lease_that_a_new_daemon_may_have_granted_is_its_orphan() -> None:
         calls.prepare(Op.PREPARE_LOAD, request, 7, 0, 1, "")
 
     assert link.orphans == [(link.made, 7)]
-
-
-def test_a_lease_that_cannot_be_given_back_is_an_orphan() -> None:
-    link = FrozenDaemon()
-
-    Calls(cast(Link, link)).release(link.made, 8)
-
-    assert link.orphans == [(link.made, 8)]

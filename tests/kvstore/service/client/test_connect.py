@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from kvstore.config.sections import Config
-from kvstore.service.client.connect import open_configured
+from kvstore.errors import ConfigError
+from kvstore.service.client.connect import connect, open_configured
 from kvstore.service.client.slab import attach_slab
 from kvstore.service.client.store import RemoteStore
 from kvstore.store import LocalStore
@@ -44,3 +47,19 @@ def test_a_further_process_maps_the_daemons_slab_by_the_clients_handle(tmp_path:
         rank.close()
         store.complete(lease)
         store.close()
+
+
+@pytest.mark.parametrize("url", ["http://node:8470", "https://kv:hunter2@node:8470"])
+def test_a_daemon_on_another_machine_is_refused_in_one_sentence_that_names_redis(url: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        connect(url, LAYOUT, namespace())
+
+    for words in ("service.url is ", "machines share by Redis", "unix:///path/of/socket", "redis.url"):
+        assert words in str(told.value)
+    assert "hunter2" not in str(told.value)
+
+
+@pytest.mark.parametrize("url", ["", "node:8470", "tcp://node:1", "/run/kv.sock", "unix://run/kv.sock"])
+def test_what_is_no_url_of_a_socket_is_told(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"service\.url is .*unix:///"):
+        connect(url, LAYOUT, namespace())

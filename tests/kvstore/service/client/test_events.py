@@ -51,7 +51,7 @@ class Believer:
 
 
 def names(store: RemoteStore, request: Request) -> set[bytes]:
-    return {bytes(key) for key in store.event_keys(request.keys)}
+    return {bytes(key) for key in request.keys}
 
 
 @pytest.fixture
@@ -132,30 +132,6 @@ def test_only_the_own_namespace_is_told(tmp_path: Path) -> None:
 
         wait_until(lambda: len(others.blocks("host")) == 3)
         wait_until(lambda: believer.blocks("host") == names(store, mine))
-
-
-def test_a_tenant_hears_of_its_own_blocks_by_names_it_can_make(tmp_path: Path) -> None:
-    tokens = tmp_path / "tokens.toml"
-    entry = '[[tenant]]\nname = "{0}"\ntoken = "{0}-0123456789abcdef"\n'
-    tokens.write_text(entry.format("blue") + entry.format("red"))
-    tokens.chmod(0o600)
-    socket = tmp_path / "kv.sock"
-    with local_daemon(socket, service={"http_port": 0, "tokens_file": tokens}) as daemon:
-        url = f"http://127.0.0.1:{daemon.daemon.app.port}"
-        with (
-            connect(url, LAYOUT, namespace(), token="blue-0123456789abcdef") as blue,
-            connect(url, LAYOUT, namespace(), token="red-0123456789abcdef") as red,
-            attach(socket) as local,
-        ):
-            believers = [follow(daemon, store) for store in (blue, red, local)]
-            for num_blocks, store in enumerate((blue, red, local), 2):
-                save(store, store.request(prompt(num_blocks)))
-
-            for num_blocks, believer in enumerate(believers, 2):
-                store = believer.store
-                expected = names(store, store.request(prompt(num_blocks)))
-                wait_until(lambda believer=believer, expected=expected: believer.blocks("host") == expected)  # type: ignore[misc]
-            assert len({block for believer in believers for block in believer.blocks("host")}) == 2 + 3 + 4
 
 
 def test_names_hold_for_requests_with_a_tenant_of_their_own(daemon: LocalDaemon, tmp_path: Path) -> None:

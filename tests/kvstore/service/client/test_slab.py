@@ -19,9 +19,8 @@ from kvstore.plan.records import Request, SlotPage
 from kvstore.service.client.connect import connect
 from kvstore.service.client.slab import AttachedSlab, attach_slab
 from kvstore.service.client.store import RemoteStore
-from kvstore.tiers.host import SlabHandle
 from tests.helpers.daemons import DaemonProcess, attach, local_daemon
-from tests.helpers.stores import BLOCK, load, namespace, page_of, prompt, save
+from tests.helpers.stores import BLOCK, namespace, page_of, prompt
 from tests.helpers.waiting import WAIT_S, wait_until
 
 SHARD_BYTES = 4096
@@ -209,28 +208,6 @@ def test_a_forked_child_of_a_rank_does_not_keep_its_anchor(tmp_path: Path) -> No
         finally:
             os.kill(pid, 9)
             os.waitpid(pid, 0)
-
-
-def test_ranks_of_a_client_on_another_machine_share_its_staging_memory(tmp_path: Path) -> None:
-    with local_daemon(tmp_path / "kv.sock", service={"http_port": 0}) as daemon:
-        url = f"http://127.0.0.1:{daemon.look(lambda inside: inside.app.port)}"
-        with connect(url, PAIR, namespace(PAIR)) as store:
-            request = store.request(prompt(3))
-            save(store, request)
-            lease = store.prepare_load(request, 3)
-            assert store.wait(lease, 5.0).num_blocks == 3
-            assert isinstance(store.slab_handle, SlabHandle)
-            assert store.slabs == (store.slab_handle,)
-
-            slab = attach_slab(store.slab_handle)
-
-            expected = page_of(request.keys[0], 0, 2 * SHARD_BYTES)
-            assert np.array_equal(slab.array(lease.pages[0].slot), expected)
-            assert bytes(slab.view(lease.pages[0].slot)) == expected.tobytes()
-            assert not slab.is_lost
-            slab.close()
-            store.complete(lease)
-            assert load(store, request)[0] == 3
 
 
 def test_no_daemon_no_handle(tmp_path: Path) -> None:

@@ -12,14 +12,11 @@ from typing import Any
 
 import pytest
 
-from kvstore.plan.records import LeaseState
-from kvstore.service.client.connect import connect
 from kvstore.service.client.slab import SlabShare, attach_slab
-from kvstore.service.client.store import RemoteStore
 from kvstore.service.daemon import clients
 from kvstore.tiers.host import SlabHandle
 from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon
-from tests.helpers.stores import LAYOUT, load, namespace, prompt, save
+from tests.helpers.stores import load, prompt, save
 from tests.helpers.waiting import WAIT_S, wait_until
 
 HOLDER = """
@@ -28,7 +25,7 @@ from kvstore.service.client.connect import connect
 from tests.helpers.stores import LAYOUT, load, namespace, page_of, prompt, save
 import numpy as np
 
-store = connect(sys.argv[1], LAYOUT, namespace(), staging_bytes=1 << 20, client="holder")
+store = connect(sys.argv[1], LAYOUT, namespace(), client="holder")
 save(store, store.request(prompt(4, seed=7)))
 reading = store.prepare_load(store.request(prompt(4, seed=7)), 4)
 request = store.request(prompt(6, seed=8))
@@ -138,6 +135,8 @@ def test_what_a_stopped_client_on_this_machine_holds_is_out_of_use_and_told(http
             status, problem = http.call("POST", f"/v1/clients/{client['id']}/disconnect")
             assert status == 409
             assert f"end its process, {holder.process.pid}" in problem["detail"]
+            assert http.call("POST", "/v1/clients/999/disconnect")[0] == 404
+            assert http.call("POST", "/v1/clients/nobody/disconnect")[0] == 404
 
             holder.go_on()  # as if nothing had been
             assert holder.line() == "4"
@@ -161,55 +160,24 @@ def test_what_a_stopped_client_on_this_machine_holds_is_free_when_its_process_en
         assert store.stats()["slots"]["filling"] == 0
 
 
-def test_what_a_stopped_client_on_another_machine_holds_is_released_and_harms_nobody(http: Http, socket: Path) -> None:
-    with attach(socket) as store:
-        holder = Holder(f"http://127.0.0.1:{http.port}")
-        try:
-            wait_until(lambda: store.stats()["leases"] == 0)
-            assert http.get("/v1/stats")["service"]["kvstore_service_leases_expired_total"] == 2
-            assert save(store, store.request(prompt(60, seed=1))) == 60  # in the slots it held, too
-
-            holder.go_on()
-            assert holder.line() == "0"  # what it was going to read is a miss
-            assert holder.line() == "4"  # and it goes on
-
-            assert load(store, store.request(prompt(60, seed=1)))[0] == 60
-            assert store.lookup(store.request(prompt(6, seed=8))).num_blocks == 0
-        finally:
-            holder.end()
-
-
-def test_a_remote_client_is_disconnected_and_attaches_again(http: Http, daemon: LocalDaemon) -> None:
-    with _remote(http.port) as store:
-        save(store, store.request(prompt(4)))
-        lease = store.prepare_load(store.request(prompt(4)), 4)
-
-        left = http.post(f"/v1/clients/{of(http, 'far')['id']}/disconnect")
-
-        assert left["clients"] == []
-        assert daemon.look(lambda inside: inside.clients.num_leases) == 0
-        assert store.wait(lease).state is LeaseState.CLOSED
-        wait_until(lambda: store.lookup(store.request(prompt(4))).num_blocks == 4)
-        assert http.call("POST", "/v1/clients/999/disconnect")[0] == 404
-        assert http.call("POST", "/v1/clients/nobody/disconnect")[0] == 404
-
-
-def test_a_tenant_sees_its_own_clients_only(tmp_path: Path) -> None:
+def test_only_operators_see_the_clients_on_the_socket(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.toml"
     tokens.write_text(
         '[[tenant]]\nname = "blue"\ntoken = "blue-token-0123456789"\n'
         '[[tenant]]\nname = "red"\ntoken = "red-token-0123456789"\noperator = true\n'
     )
     tokens.chmod(0o600)
-    with local_daemon(tmp_path / "kv.sock", service={"http_port": 0, "tokens_file": tokens}) as daemon:
+    with (
+        local_daemon(tmp_path / "kv.sock", service={"http_port": 0, "tokens_file": tokens}) as daemon,
+        attach(tmp_path / "kv.sock"),
+    ):
         port = daemon.daemon.app.port
-        with _remote(port, "blue-token-0123456789"), _remote(port, "red-token-0123456789"):
-            blue, red = Http(port, "blue-token-0123456789"), Http(port, "red-token-0123456789")
+        blue, red = Http(port, "blue-token-0123456789"), Http(port, "red-token-0123456789")
 
-            assert [client["tenant"] for client in blue.get("/v1/clients")["clients"]] == ["blue"]
-            assert [client["tenant"] for client in red.get("/v1/clients")["clients"]] == ["blue", "red"]
-            assert blue.get("/v1/stats")["service"] == {}
-            assert blue.call("POST", "/v1/clients/1/disconnect")[0] == 403
+        assert blue.get("/v1/clients")["clients"] == []
+        assert [client["tenant"] for client in red.get("/v1/clients")["clients"]] == ["local"]
+        assert blue.get("/v1/stats")["service"] == {}
+        assert blue.call("POST", "/v1/clients/1/disconnect")[0] == 403
 
 
 def test_the_connections_of_a_client_are_bounded(socket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +203,3 @@ def _attaches(handle: SlabHandle | SlabShare) -> bool:
     except OSError:
         return False
     return True
-
-
-def _remote(port: int, token: str | None = None) -> RemoteStore:
-    return connect(f"http://127.0.0.1:{port}", LAYOUT, namespace(), token=token, staging_bytes=1 << 20, client="far")

@@ -12,6 +12,7 @@ from kvstore.service.client.connect import connect
 from kvstore.service.client.store import RemoteStore
 from kvstore.testing.redis_server import LocalRedis
 from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon
+from tests.helpers.http_pages import HttpPages
 from tests.helpers.redis_server import NEEDS_REDIS
 from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, open_small, prompt, save, use
 from tests.helpers.waiting import WAIT_S, wait_until
@@ -157,22 +158,22 @@ def test_a_tenants_bytes_in_redis_are_bounded_for_all_its_machines_together(tmp_
 
     with ExitStack() as stack:
         ports = [one.daemon.app.port for one in (machine("one.sock"), machine("two.sock"))]
-        blues = [stack.enter_context(_tenant(port, "blue")) for port in ports]
-        red = stack.enter_context(_tenant(ports[0], "red"))
+        blues = [HttpPages(port, "blue-token-0123456789") for port in ports]
+        red = HttpPages(ports[0], "red-token-0123456789")
         for seed in range(6):
             for blue in blues:
-                use(blue, prompt(6, seed))
-                use(red, prompt(6, seed))
-        assert all(blue.flush(WAIT_S) for blue in (*blues, red))
+                blue.save(prompt(6, seed))
+                red.save(prompt(6, seed))
+        assert all(tenant.flush() for tenant in (*blues, red))
 
         pages = _pages_by_prefix(server)
 
         assert sorted(pages.values()) == [20, 36]
         # What it has is the latest: the other machine finds it there.
-        use(blues[0], prompt(6, 9))
-        assert blues[0].flush(WAIT_S)
-        loaded, match = load(blues[1], blues[1].request(prompt(6, 9)))
-        assert (loaded, match.by_tier) == (6, {"redis": 6})
+        blues[0].save(prompt(6, 9))
+        assert blues[0].flush()
+        assert blues[1].lookup(prompt(6, 9))["by_tier"] == {"redis": 6}
+        assert blues[1].load(prompt(6, 9)) == 6
 
 
 def _pages_by_prefix(server: LocalRedis) -> dict[bytes, int]:
@@ -185,8 +186,3 @@ def _pages_by_prefix(server: LocalRedis) -> dict[bytes, int]:
 
 def _url(daemon: LocalDaemon) -> str:
     return f"unix://{daemon.config.service.socket}"
-
-
-def _tenant(port: int, name: str) -> RemoteStore:
-    token = f"{name}-token-0123456789"
-    return connect(f"http://127.0.0.1:{port}", LAYOUT, namespace(), token=token, staging_bytes=1 << 20)

@@ -63,7 +63,7 @@ def test_a_reader_that_takes_nothing_is_listed_and_ends_with_its_lease(tmp_path:
 
         wait_until(lambda: not transfers(http) and num_leases(daemon) == 0)
 
-        assert daemon.look(lambda d: d.own_metrics()["kvstore_service_leases_expired_total"]) == 1
+        assert daemon.look(lambda d: d.state.own_metrics()["kvstore_service_leases_expired_total"]) == 1
 
 
 def test_an_operator_ends_a_transfer(tmp_path: Path) -> None:

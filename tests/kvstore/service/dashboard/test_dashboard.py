@@ -9,11 +9,11 @@ import pytest
 
 from kvstore.direction import Direction
 from kvstore.plan.records import Op, RequestOptions
-from kvstore.service.client.connect import connect
 from kvstore.service.dashboard import prefixes
 from kvstore.service.dashboard.page import DIRECTORY
 from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon
-from tests.helpers.stores import BLOCK, LAYOUT, PAGE_BYTES, namespace, prompt, use
+from tests.helpers.http_pages import HttpPages
+from tests.helpers.stores import BLOCK, PAGE_BYTES, prompt, use
 from tests.helpers.waiting import WAIT_S, wait_until
 
 TOKENS = """
@@ -160,7 +160,7 @@ def test_a_direction_that_is_refused_is_told_with_the_mediums_words(daemon: Loca
     sample(daemon)
     now = http.get("/v1/dashboard/now")
 
-    assert daemon.look(lambda d: d.reasons)[1] == ["disk: no write"]
+    assert daemon.look(lambda d: d.state.reasons())[1] == ["disk: no write"]
     disk = next(tier for tier in now["tiers"] if tier["tier"] == "disk")
     assert disk["is_up"]
     assert disk["left_out"] == {"write": "EROFS: Read-only file system"}
@@ -262,8 +262,9 @@ def test_a_tenant_sees_itself_and_an_operator_sees_all(tmp_path: Path) -> None:
     with local_daemon(tmp_path / "kv.sock", service={"http_port": 0, "tokens_file": tokens}) as daemon:
         port = daemon.daemon.app.port
         play(tmp_path / "kv.sock", fork(2, 2, 0))
-        with connect(f"http://127.0.0.1:{port}", LAYOUT, namespace(), token="blue-token-0123456789") as store:
-            use(store, fork(2, 2, 1))
+        tenant = HttpPages(port, "blue-token-0123456789")
+        assert tenant.load(fork(2, 2, 1)) == 0
+        tenant.save(fork(2, 2, 1))
         sample(daemon)
         blue, ops = Http(port, "blue-token-0123456789"), Http(port, "operator-0123456789")
 

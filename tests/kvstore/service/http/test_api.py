@@ -1,6 +1,5 @@
 """The HTTP API against a daemon in this process."""
 
-import json
 import struct
 import time
 from collections.abc import Iterator
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import xxhash
 
 from kvstore.plan.records import RequestOptions
 from kvstore.service.client.connect import connect
@@ -17,6 +15,7 @@ from kvstore.service.http import pages
 from kvstore.service.http.routes import Route
 from kvstore.service.protocol.namespaces import layout_to_json, namespace_to_json
 from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon
+from tests.helpers.http_pages import framed, unframed
 from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, page_of, prompt, save, use
 from tests.helpers.waiting import WAIT_S, wait_until
 
@@ -58,7 +57,7 @@ def test_health_and_readiness_are_told_apart(http: Http, daemon: LocalDaemon) ->
     assert http.get("/healthz")["status"] == "ok"
     assert http.get("/readyz") == {"status": "ready", "reasons": []}
 
-    daemon.look(lambda d: setattr(d, "is_ready", False))
+    daemon.look(lambda d: setattr(d.state.progress, "is_ready", False))
 
     assert http.get("/healthz")["status"] == "ok"
     assert http.call("GET", "/readyz")[0] == 503
@@ -283,15 +282,6 @@ def test_what_cannot_be_attached_or_resized_is_told(http: Http, store: RemoteSto
 # ---- pages
 
 
-def framed(tokens: list[int], wanted: dict[int, bytes], checksum: int | None = None) -> bytes:
-    head = json.dumps({"tokens": tokens}).encode()
-    body = struct.pack("<I", len(head)) + head
-    for block, data in wanted.items():
-        digest = xxhash.xxh3_64_intdigest(data) if checksum is None else checksum
-        body += pages.FRAME.pack(block, 0, 0, len(data), 0, digest) + data
-    return body
-
-
 def put(http: Http, body: bytes) -> tuple[int, Any]:
     return http.call("PUT", "/v1/pages", body, headers={"Content-Type": pages.CONTENT_TYPE})
 
@@ -305,12 +295,7 @@ def test_pages_that_were_put_are_found_by_engines_and_can_be_read(http: Http, st
     status, raw = http.call("POST", "/v1/pages/read", {"tokens": ids(4), "num_blocks": 3})
 
     assert status == 200
-    read = {}
-    while raw:
-        block, _, _, size, _, checksum = pages.FRAME.unpack_from(raw)
-        read[block], raw = raw[pages.FRAME.size : pages.FRAME.size + size], raw[pages.FRAME.size + size :]
-        assert xxhash.xxh3_64_intdigest(read[block]) == checksum
-    assert read == {block: data[block] for block in range(3)}
+    assert unframed(raw) == {block: data[block] for block in range(3)}
     assert store.stats()["leases"] == 0
 
 
@@ -370,7 +355,7 @@ def test_other_kinds_of_request_get_problems_too(http: Http, store: RemoteStore)
         ("GET", "/v1/stats?namespace=0&namespace=1", None, {}, 400),
         ("GET", "/v1/stats?colour=red", None, {}, 400),
         ("GET", "/healthz", None, {"Host": "evil.example"}, 400),
-        ("GET", "/v1/channel", None, {}, 426),
+        ("GET", "/v1/channel", None, {}, 404),
     ):
         status, problem = http.call(method, path, body, headers=headers)  # type: ignore[arg-type]
 
