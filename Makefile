@@ -33,7 +33,7 @@ format: setup  ## let ruff rewrite what it can
 test: lint  ## lint, types and all tests but the slow ones
 	@.ci/setup redis
 	@.ci/setup model
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-vllm: setup  ## the tests with a real vLLM engine, in an environment of their own
 	@.ci/setup redis

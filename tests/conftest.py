@@ -48,6 +48,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # Where tests run in the background of a shell, Ctrl-C is ignored, and so it would be by the processes they start.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A worker of pytest-xdist is told the size of the terminal, to which no test's output goes.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.pop("COLUMNS", None)
+        os.environ.pop("LINES", None)
     if config.getoption("--require-redis") and _redis_problem():
         raise pytest.UsageError(f"--require-redis: {_redis_problem()}")
     if config.getoption("--require-model") and find_smollm2() is None:

@@ -136,7 +136,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.tiers.base",
         "kvstore.tiers.redis",
     ),
-    "kvstore.testing": ("kvstore.errors", "kvstore.testing"),
+    "kvstore.testing": ("kvstore.errors", "kvstore.ports", "kvstore.testing"),
     "kvstore.logs": (),
     "kvstore.console": (),
     "kvstore.requests": ("kvstore.base", "kvstore.errors", "kvstore.plan.records", "radix"),
@@ -256,6 +256,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.devices": ("kvstore.layout", "kvstore.page", "kvstore.codec", "kvstore.errors", "kvstore.devices"),
     "kvstore.extras": ("kvstore.errors",),
     "kvstore.palette": (),
+    "kvstore.ports": (),
     "kvstore.web": ("kvstore.errors", "kvstore.logs", "kvstore.web"),  # any server of ours; knows none of them
     # Knows HTTP, nothing of what serves.
     "kvstore.load": ("kvstore.errors", "kvstore.extras", "kvstore.palette", "kvstore.units", "kvstore.load"),

@@ -73,9 +73,9 @@ def up(
     """Bring a cluster up, and take it down at Ctrl-C."""
     run = _directory(directory, name)
     from kvstore.cluster.supervisor import brought_up, interruptible
-    from kvstore.cluster.supervisor_ports import free_ports
     from kvstore.cluster.topology import AUTO, NONE, ClusterSpec, assign_ports, check_counts, ports_from
     from kvstore.demo.models import resolve_model
+    from kvstore.ports import free_ports
 
     check_counts(replicas, nodes)
     _check_settings([*(setting or []), *([] if redis in (AUTO, NONE) else [f"redis.url={redis}"])])

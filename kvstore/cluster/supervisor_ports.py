@@ -1,4 +1,4 @@
-"""What a supervisor asks of ports: are they free, who has them, and does what listens there answer."""
+"""What a supervisor asks of ports: who has them, and does what listens there answer."""
 
 from __future__ import annotations
 
@@ -12,18 +12,6 @@ from kvstore.cluster.topology import HOST
 
 ASK_TIMEOUT_S = 2.0
 COMMAND_CHARACTERS = 80
-
-
-def free_ports(count: int) -> list[int]:
-    """So many ports of 127.0.0.1 that nobody listens on at this moment."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind((HOST, 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def holder(port: int) -> str | None:

@@ -10,7 +10,6 @@ import atexit
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -26,6 +25,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from kvstore.errors import KVStoreError
+from kvstore.ports import free_port
 
 BINARY_VARIABLE = "KVSTORE_REDIS_SERVER"
 HOST = "127.0.0.1"
@@ -234,11 +234,3 @@ class LocalRedis:
     @property
     def _userinfo(self) -> str:
         return "" if self._password is None else f":{quote(self._password, safe='')}@"
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -25,11 +25,11 @@ from typing import Any
 
 from kvstore.cluster.supervisor import brought_up, take_down
 from kvstore.cluster.supervisor_directory import RunDirectory
-from kvstore.cluster.supervisor_ports import free_ports
 from kvstore.cluster.topology import AUTO, NONE, ClusterSpec, ports_from
 from kvstore.console import console, table
 from kvstore.demo.models import resolve_model
 from kvstore.lab.machine import machine, versions
+from kvstore.ports import free_ports
 
 REPLICAS = 2
 # name -> nodes, Redis, policy of the router

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.plan.records import RequestOptions
-from kvstore.testing.redis_server import free_port
+from kvstore.ports import free_port
 from tests.helpers.browser import Browser, open_browser
 from tests.helpers.daemons import DaemonProcess, LocalDaemon, attach, local_daemon
 from tests.helpers.stores import BLOCK, LAYOUT, prompt, save, use

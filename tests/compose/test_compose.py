@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from kvstore.cluster.supervisor_ports import free_ports
+from kvstore.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = shlex.split(

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,7 +128,7 @@ def panels() -> list[dict[str, Any]]:
 def exported() -> set[str]:
     """Every sample name that node, replica and router have on /metrics."""
     replica = ReplicaMetrics()
-    replica.attach(SimpleNamespace(has_own_store=False, num_running=0, num_queued=0, admission=Admission(1, 1)))  # type: ignore[arg-type]
+    replica.attach(Admission(1, 1), num_running=lambda: 0, num_queued=lambda: 0, store=None)
     names = {metric.name for metric in METRICS}
     for text in (replica.render(), RouterMetrics([]).render()):
         for _, _, name, kind in (line.split() for line in text.decode().splitlines() if line.startswith("# TYPE ")):

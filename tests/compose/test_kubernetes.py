@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from kvstore.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = ROOT / "deploy" / "kubernetes" / "daemonset.yaml"
@@ -133,9 +134,7 @@ def daemon(node: Node) -> Iterator[tuple[subprocess.Popen[bytes], int, Path]]:
     [first] = node.pod["initContainers"]
     subprocess.run([node.inside(word, first) for word in first["command"]], check=True)
     [container] = node.pod["containers"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {entry["name"]: node.inside(entry["value"], container) for entry in container["env"]} | SMALL
     arguments = [node.inside(word, container) for word in container["args"]]
     log = node.volumes["tmp"] / "log"

@@ -25,8 +25,9 @@ from typing import Any
 from eviction.registry import make_policy
 from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.records import RequestOptions
+from kvstore.ports import free_port
 from kvstore.store import LocalStore
-from kvstore.testing.redis_server import LocalRedis, RedisNotInstalled, find_redis_server, free_port
+from kvstore.testing.redis_server import LocalRedis, RedisNotInstalled, find_redis_server
 from kvstore.tiers.disk import private_files
 from kvstore.tiers.disk.tier import DiskTier
 from tests.helpers.faulty_tier import FaultyTier

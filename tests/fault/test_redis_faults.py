@@ -12,7 +12,8 @@ import pytest
 
 from kvstore.errors import TierRefused, TierUnavailable
 from kvstore.page import PageMeta
-from kvstore.testing.redis_server import LocalRedis, free_port
+from kvstore.ports import free_port
+from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.redis.tier import RedisTier
 from tests.helpers.pages import TIMEOUT_S, fetch, filled, keys_of, payload, slots, store
 from tests.helpers.proxy import Fault, Proxy

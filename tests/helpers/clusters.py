@@ -8,8 +8,8 @@ from pathlib import Path
 
 from kvstore.cluster import supervisor
 from kvstore.cluster.supervisor_directory import RunDirectory
-from kvstore.cluster.supervisor_ports import free_ports
 from kvstore.cluster.topology import NONE, ClusterSpec, Kind, Process, ports_from
+from kvstore.ports import free_ports
 
 # Answers /readyz with 200; says what it is told to; with "stubborn" it ignores SIGTERM.
 SERVER = """

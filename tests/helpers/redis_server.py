@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import redis
 
-from kvstore.testing.redis_server import LocalRedis, RedisNotInstalled, find_redis_server, free_port
+from kvstore.ports import free_port
+from kvstore.testing.redis_server import LocalRedis, RedisNotInstalled, find_redis_server
 from tests.helpers.waiting import WAIT_S, wait_until
 
 ALL_SLOTS = (0, 16383)

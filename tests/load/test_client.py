@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from typing import Any
 
@@ -12,6 +11,7 @@ from kvstore.errors import KVStoreError
 from kvstore.load.client import Client
 from kvstore.load.record import FAILED, OK, REFUSED, Record
 from kvstore.load.requests import CHAT, COMPLETIONS
+from kvstore.ports import free_port
 from tests.helpers.openai_server import Behaviour, FakeServer
 
 BODY = {"prompt": "one two three", "max_tokens": 5, "stream": True}
@@ -164,12 +164,6 @@ async def test_long_event_is_read_whole(server: FakeServer) -> None:
 
     assert record.ok, record.error_detail
     assert len(record.text) == 300_001
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 async def test_nobody_there_is_told_with_the_next_step() -> None:

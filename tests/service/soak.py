@@ -24,9 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvstore.ports import free_port
 from kvstore.service.client.connect import connect
 from kvstore.service.client.store import RemoteStore
-from kvstore.testing.redis_server import LocalRedis, free_port
+from kvstore.testing.redis_server import LocalRedis
 from tests.helpers.daemons import DaemonProcess, Http, attach
 from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, prompt, save
 from tests.helpers.waiting import wait_until

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.ports import free_port
 from kvstore.web import server
 from tests.helpers.daemons import START_S, Http, LocalDaemon, attach, local_daemon, wait_until
 from tests.helpers.odd_requests import talk
@@ -30,9 +31,7 @@ def knock(stack: ExitStack, port: int, say: bytes = b"") -> socket.socket:
 @contextmanager
 def few_files(socket_path: Path, log: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """A daemon that may have FILES files open, and its port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     settings = [
         f"service.http_port={port}",
         f"service.socket={socket_path}",

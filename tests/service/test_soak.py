@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.testing.redis_server import free_port
+from kvstore.ports import free_port
 from tests.helpers.redis_server import NEEDS_REDIS
 from tests.service.soak import Soak
 

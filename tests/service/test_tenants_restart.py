@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvstore.testing.redis_server import free_port
+from kvstore.ports import free_port
 from tests.helpers.daemons import DaemonProcess, Http, attach
 from tests.helpers.http_pages import HttpPages
 from tests.helpers.stores import load, namespace, prompt, use

@@ -14,8 +14,8 @@ from connectors.vllm.scheduler import SharedStore
 from connectors.vllm.start import check_servers, check_service, warn_of_hash
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError
+from kvstore.ports import free_port
 from kvstore.service.client.connect import open_configured
-from kvstore.testing.redis_server import free_port
 from tests.helpers.daemons import local_daemon
 from tests.helpers.stores import BLOCK, LAYOUT, namespace, open_small
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.testing.redis_server import free_port
+from kvstore.ports import free_port
 from tests.engines.vllm.conftest import MiB, Reference
 from tests.engines.vllm.engine import BLOCK, Engine, EngineProcess, make_prompt
 from tests.helpers.daemons import SEEKER, DaemonProcess, Http, counted_calls

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from kvstore.testing.redis_server import LocalRedis, free_port
+from kvstore.ports import free_port
+from kvstore.testing.redis_server import LocalRedis
 from tests.engines.vllm.conftest import MiB, Reference
 from tests.engines.vllm.engine import BLOCK, DTYPE, ENVIRONMENT, STORE, make_prompt, transfer_config
 from tests.helpers.waiting import WAIT_S, wait_until

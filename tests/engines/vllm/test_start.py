@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.testing.redis_server import free_port
+from kvstore.ports import free_port
 from tests.engines.vllm.conftest import MiB
 from tests.engines.vllm.engine import Engine, make_prompt
 

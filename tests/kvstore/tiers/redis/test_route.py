@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvstore.errors import TierUnavailable
-from kvstore.testing.redis_server import LocalRedis, free_port
+from kvstore.ports import free_port
+from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.redis.connection import Wire
 from kvstore.tiers.redis.route import Node, make_route
 from kvstore.tiers.redis.tier import RedisTier
