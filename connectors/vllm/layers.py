@@ -6,7 +6,7 @@ does not promise for whole compiled graphs. So that is looked at: nothing is cop
 was seen to call it for all layers, and a load during which it was not called for all has failed, and is computed.
 
 These waits have no deadline: the copy is memory to memory and ends, and one that was given up and came late would write
-over blocks that are being computed.
+over blocks that are being computed. A copy that will not be made ends them as well, whatever kept it from being made.
 
 The engine's thread, but for the copying itself.
 """
@@ -54,6 +54,12 @@ class _Copying:
     seconds: float = 0.0
     error: str = ""
 
+    def lose(self) -> None:
+        """It will not be copied, or not wholly."""
+        self.error = self.error or "the copying thread was interrupted, or closed"
+        for ready in self.ready:
+            ready.set()
+
 
 @dataclass(frozen=True, slots=True)
 class LayeredLoad:
@@ -90,7 +96,7 @@ class LayeredLoads:
         """
         size = self._spans[-1].stop
         copying = _Copying(job, size * len(job.copies[0].slots), [threading.Event() for _ in self._spans])
-        if not self._worker.submit(lambda: self._copy(copying, slots)):
+        if not self._worker.submit(lambda: self._copy(copying, slots), lost=copying.lose):
             return False
         self._copying.append(copying)
         return True

@@ -13,6 +13,7 @@ What makes it right:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -74,6 +75,7 @@ class WorkerHalf:
         self._loads = Worker("vllm-load", MAX_JOBS, cpus=cpus)
         self._saves = Worker("vllm-save", MAX_JOBS, cpus=cpus)
         self._ended: deque[Ended] = deque()
+        self._open: dict[int, LoadJob | SaveJob] = {}  # by identity: jobs whose end is not booked
         self._report = StepReport()
         self._finished: set[str] = set()
         self._failed: set[str] = set()
@@ -139,6 +141,7 @@ class WorkerHalf:
         if plan.saves:
             self._collect()
         for job in plan.saves:
+            self._open[id(job)] = job
             if self._unheard or not self._fits(plan):
                 self._end(job, False, 0, 0.0, "")
             elif not self._is_copying_out:
@@ -202,6 +205,7 @@ class WorkerHalf:
 
     def _start_loads(self, jobs: Sequence[LoadJob]) -> None:
         for job in jobs:
+            self._open[id(job)] = job
             if job.is_bad or not self._fits(self.plan):
                 self._end(job, False, 0, 0.0, "" if job.is_bad else "the slab or the layout is not the scheduler's")
             elif job.is_async:
@@ -226,7 +230,14 @@ class WorkerHalf:
         # thread, and only waited for in ours. A CPU copies where it is told to, so that is the thread.
         begun = self._start(job) if self._device.name != "cpu" else None
         half = self.plan.half
-        return worker.submit(lambda: self._run(job, half, begun))
+        return worker.submit(lambda: self._run(job, half, begun), lost=lambda: self._lose(job, begun))
+
+    def _lose(self, job: LoadJob | SaveJob, begun: list[CopyEvent] | str | None) -> None:
+        """The copying thread was interrupted, or closed, before a job's end was told, or just after."""
+        for event in begun if isinstance(begun, list) else ():
+            with contextlib.suppress(Exception):  # what the device has begun still reads and writes the slots
+                event.wait()
+        self._end(job, False, 0, 0.0, "the copying thread was interrupted, or closed")
 
     def _start(self, job: LoadJob | SaveJob) -> list[CopyEvent] | str:
         """Begin a job's copies; a text says why not."""
@@ -293,6 +304,8 @@ class WorkerHalf:
         """Book what ended; the engine's thread."""
         while self._ended:
             job, ok, num_bytes, seconds, error = self._ended.popleft()
+            if self._open.pop(id(job), None) is None:
+                continue  # told, and lost after that
             report = self._report
             report.done[job.lease] = report.done.get(job.lease, 0) + 1
             if not ok:

@@ -39,7 +39,7 @@ class Worker:
         self.num_errors = 0
         self._max_queue = max_queue
         self._cpus = cpus
-        self._jobs: deque[Job] = deque()
+        self._jobs: deque[tuple[Job, Job]] = deque()  # and what to do where it is lost
         self._num_submitted = 0
         self._closing = False
         self._changed = threading.Condition(threading.Lock())
@@ -47,12 +47,17 @@ class Worker:
         start_all([self._thread])
         forbid(self)
 
-    def submit(self, job: Job) -> bool:
-        """Queue a job; False, and nothing is kept, where the queue is full or the worker closed. Never blocks."""
+    def submit(self, job: Job, *, lost: Job = lambda: None) -> bool:
+        """Queue a job; False, and nothing is kept, where the queue is full or the worker closed. Never blocks.
+
+        lost: called if the job is dropped by `close`, or cut short or kept from running by an exception from outside;
+              whoever waits for the job would wait for ever. It may have come to its end all the same. Any thread;
+              it must not use the worker.
+        """
         with self._changed:
             if self._closing or len(self._jobs) >= self._max_queue:
                 return False
-            self._jobs.append(job)
+            self._jobs.append((job, lost))
             self._num_submitted += 1
             self._changed.notify_all()
             return True
@@ -74,8 +79,7 @@ class Worker:
             self._closing = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._jobs, timeout_s)
-            num_dropped = len(self._jobs)
-            self._jobs.clear()
+            num_dropped = self._drop()
         if self._thread is not threading.current_thread():
             self._thread.join(max(0.0, until - time.monotonic()))
             if self._thread.is_alive():
@@ -88,22 +92,41 @@ class Worker:
         if self._cpus:
             with contextlib.suppress(OSError):  # one that may not move works all the same
                 os.sched_setaffinity(0, self._cpus)  # of this thread alone
-        while (job := self._take()) is not None:
-            try:
-                job()
-                failed = False
-            except BaseException:  # this thread's top: a job that fails must not take those after it along
-                failed = True
-                log.exception("worker %s: a job failed", self.name)
-            del job  # it may hold tensors
+        try:
+            while (taken := self._take()) is not None:
+                self._do(*taken)
+                del taken  # it may hold tensors
+        finally:  # also where an exception from outside ends the thread: nothing is accepted that nobody will do
             with self._changed:
-                self.num_done += 1
-                self.num_errors += failed
+                self._closing = True
+                self._drop()
                 self._changed.notify_all()
 
-    def _take(self) -> Job | None:
+    def _do(self, job: Job, lost: Job) -> None:
+        failed = True
+        try:
+            job()
+            failed = False
+        except BaseException as error:  # this thread's top: a job that fails must not take those after it along
+            log.exception("worker %s: a job failed", self.name)
+            if not isinstance(error, Exception):
+                lost()
+        with self._changed:
+            self.num_done += 1
+            self.num_errors += failed
+            self._changed.notify_all()
+
+    def _take(self) -> tuple[Job, Job] | None:
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._closing)
-            job = self._jobs.popleft() if self._jobs else None
+            taken = self._jobs.popleft() if self._jobs else None
             self._changed.notify_all()  # close waits for an empty queue
-            return job
+            return taken
+
+    def _drop(self) -> int:
+        """Lose what is queued; returns how many jobs. With the lock."""
+        jobs = list(self._jobs)
+        self._jobs.clear()
+        for _, lost in jobs:
+            lost()
+        return len(jobs)

@@ -170,3 +170,39 @@ def test_after_close_nothing_is_taken(forward: Forward) -> None:
 
     assert not forward.loads.start(JOB, lambda: forward.pages)
     assert forward.loads.finish(1) == []
+
+
+def test_a_copying_thread_that_is_interrupted_fails_the_load_and_holds_no_layer_up(
+    slow: tuple[SlowDevice, Forward],
+) -> None:
+    _, forward = slow
+    take = forward.loads._worker._do
+
+    def interrupted(job: Any, lost: Any) -> None:
+        def ended() -> None:
+            raise SystemExit  # before the job's own first line, where nothing of it can end the wait
+
+        take(ended, lost)
+
+    forward.loads._worker._do = interrupted  # type: ignore[method-assign]
+    forward.start()
+
+    forward.run()
+
+    (ended,) = forward.loads.finish(1)
+    assert "interrupted" in ended.error
+
+
+def test_a_load_that_is_dropped_at_the_end_holds_no_layer_up(
+    slow: tuple[SlowDevice, Forward], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, forward = slow
+    monkeypatch.setattr(layers, "CLOSE_TIMEOUT_S", 0.0)
+    forward.start()
+    forward.start()
+    forward.loads.close()  # the first is being copied, or none is
+    device.allowed.release(10)
+
+    forward.run()
+
+    assert [bool(ended.error) for ended in forward.loads.finish(1)] in ([False, True], [True, True])

@@ -427,3 +427,30 @@ def test_a_step_that_computes_waits_for_no_copy(slab: HostSlab, monkeypatch: pyt
     assert first == (set(), set())
     assert rank.settle(1)[0] == {"r"}
     rank.half.close()
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_copy_that_is_interrupted_is_told_once(slab: HostSlab, moment: str) -> None:
+    rank = Rank(slab)
+    for worker in (rank.half._loads, rank.half._saves):
+        do = worker._do
+
+        def interrupted(job: Any, lost: Any, do: Any = do) -> None:
+            def cut_short() -> None:
+                if moment == "after":
+                    job()
+                raise SystemExit
+
+            do(cut_short, lost)
+
+        worker._do = interrupted  # type: ignore[method-assign]
+    save = SaveJob(1, "r", (PageCopies(0, (0,), (2,)),))
+    load = LoadJob(2, "s", (PageCopies(0, (1,), (3,)),), is_async=True)
+
+    rank.step(save, load)
+    finished, failed, report = rank.settle(2)
+    rank.half.close()
+
+    assert finished == {"s"}
+    assert report.done == {1: 1, 2: 1}
+    assert (report.failed, failed) == (({1, 2}, {"s"}) if moment == "before" else (set(), set()))

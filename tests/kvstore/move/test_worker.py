@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Iterator
@@ -140,6 +141,54 @@ def test_close_says_how_many_jobs_it_dropped_behind_one_that_hangs(
     gate.set()
     worker.close(WAIT_S)
     assert ran == []
+
+
+def interrupt(thread: threading.Thread) -> None:
+    """An exception of another thread's making, as a watchdog raises it."""
+    assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+
+
+def test_jobs_that_are_dropped_or_cut_short_are_told(gate: threading.Event) -> None:
+    worker = Worker("lossy")
+    lost: list[str] = []
+    begun, told = threading.Event(), threading.Event()
+
+    def work_for_long() -> None:
+        begun.set()
+        while not gate.wait(0.01):
+            pass
+
+    def lose_first() -> None:
+        lost.append("first")
+        told.set()
+
+    worker.submit(work_for_long, lost=lose_first)
+    assert begun.wait(WAIT_S)
+    interrupt(worker._thread)
+    assert told.wait(WAIT_S)
+    begun.clear()
+    worker.submit(work_for_long, lost=lambda: lost.append("second"))
+    worker.submit(lambda: None, lost=lambda: lost.append("third"))
+    assert begun.wait(WAIT_S)
+
+    assert worker.close(0.0) == 1
+
+    assert lost == ["first", "third"]  # the second runs on, and comes to its end
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_is_ended_between_two_jobs_takes_none_that_nobody_would_do() -> None:
+    worker = Worker("ended")
+    lost = threading.Event()
+    interrupt(worker._thread)
+
+    is_taken = worker.submit(lambda: None, lost=lost.set)  # wakes it
+    worker._thread.join(WAIT_S)
+
+    assert not worker._thread.is_alive()
+    assert lost.is_set() == is_taken
+    assert not worker.submit(lambda: None)
+    assert worker.close(WAIT_S) == 0
 
 
 def test_a_job_may_close_its_worker() -> None:
