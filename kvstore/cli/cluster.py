@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -73,12 +73,12 @@ def up(
     """Bring a cluster up, and take it down at Ctrl-C."""
     run = _directory(directory, name)
     from kvstore.cluster.supervisor import brought_up, interruptible
-    from kvstore.cluster.topology import AUTO, NONE, ClusterSpec, assign_ports, check_counts, ports_from
+    from kvstore.cluster.topology import ClusterSpec, assign_ports, check_counts, ports_from
     from kvstore.demo.models import resolve_model
     from kvstore.ports import free_ports
 
     check_counts(replicas, nodes)
-    _check_settings([*(setting or []), *([] if redis in (AUTO, NONE) else [f"redis.url={redis}"])])
+    _check_settings(setting or [], redis)
     found = resolve_model(model, _tell)
     spec = ClusterSpec(
         name=name,
@@ -193,16 +193,18 @@ def _spec(run: RunDirectory) -> ClusterSpec:
     return spec
 
 
-def _check_settings(assignments: list[str]) -> None:
+def _check_settings(assignments: list[str], redis: str) -> None:
     """Raise ConfigError now for what every node would refuse later."""
     from kvstore.cli.config import overrides
+    from kvstore.cluster.topology import AUTO, NONE
     from kvstore.config.sections import Config
+    from kvstore.config.sources import Setting, nest, read_keywords
 
-    sections: dict[str, Any] = {}
-    for field, value in overrides(assignments).items():
-        section, _, key = field.partition(".")
-        sections.setdefault(section, {})[key] = value
-    Config(**sections)
+    values = overrides(assignments)
+    if redis not in (AUTO, NONE):
+        values["redis.url"] = Setting(redis, "--redis")
+    given = read_keywords(Config, values)
+    Config(_given=given, **nest(given))
 
 
 def _tell(line: str) -> None:

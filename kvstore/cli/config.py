@@ -50,7 +50,9 @@ def config(
 
 
 def overrides(assignments: list[str]) -> dict[str, Any]:
-    """The values of `--set FIELD=VALUE` options."""
+    """The values of `--set FIELD=VALUE` options, as Settings."""
+    from kvstore.config.sources import Setting
+
     values: dict[str, Any] = {}
     for text in assignments:
         field, equals, value = text.partition("=")
@@ -60,5 +62,5 @@ def overrides(assignments: list[str]) -> dict[str, Any]:
             raise ConfigError(
                 f"--set {mask_url(text)}: there is no value; write it as FIELD=VALUE, e.g. host.ttl_s=10min"
             )
-        values[field.strip()] = value.strip()
+        values[field.strip()] = Setting(value.strip(), "--set")
     return values

@@ -35,6 +35,7 @@ def serve(
     """
     from kvstore import logs
     from kvstore.config.sections import Config
+    from kvstore.config.sources import Setting
     from kvstore.service.daemon.daemon import serve as run
     from kvstore.web.descriptors import raise_limit
 
@@ -42,6 +43,6 @@ def serve(
     raise_limit()
     values = overrides(setting or [])
     if socket is not None:
-        values["service.socket"] = socket
+        values["service.socket"] = Setting(socket, "--socket")
     errors = console(stderr=True)
     run(Config.load(file, **values), lambda line: errors.print(line, markup=False, soft_wrap=True))

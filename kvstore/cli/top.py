@@ -32,10 +32,12 @@ def top(
     Ctrl-C ends it. The same and more is on the page at the daemon's HTTP address.
     """
     from kvstore.config.sections import Config
+    from kvstore.config.sources import Setting
     from kvstore.service.daemon.daemon import socket_path
     from kvstore.service.dashboard.client import DashboardClient
 
-    service = Config.load(None, **({"service.token": token} if token else {})).service
+    given = {"service.token": Setting(token, "--token")} if token else {}
+    service = Config.load(None, **given).service
     client = DashboardClient(
         _checked(url) if url else service.url or f"unix://{socket_path(service.socket)}",
         None if service.token is None else service.token.get_secret_value(),

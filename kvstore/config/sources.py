@@ -225,9 +225,14 @@ def read_environment(settings: type[BaseSettings]) -> dict[str, Setting]:
 
 
 def read_keywords(settings: type[BaseSettings], overrides: Mapping[str, Any]) -> dict[str, Setting]:
-    """Settings of `host={"capacity_bytes": ...}`, of a section object, or of "host.capacity_bytes" itself."""
+    """Settings of `host={"capacity_bytes": ...}`, of a section object, or of "host.capacity_bytes" itself.
+
+    A value may be a Setting: it then says where it came from (an option of a command).
+    """
+    origins = {key: value.origin for key, value in overrides.items() if isinstance(value, Setting)}
     data: dict[str, Any] = {}
-    for key, value in overrides.items():
+    for key, given in overrides.items():
+        value = given.value if isinstance(given, Setting) else given
         if isinstance(value, BaseModel):
             # Only what was set on purpose: the defaults of a section object must not hide the file's values.
             value = {name: getattr(value, name) for name in value.model_fields_set}
@@ -238,7 +243,7 @@ def read_keywords(settings: type[BaseSettings], overrides: Mapping[str, Any]) ->
             data.setdefault(section, {}).update(value)
         else:
             data[section] = value
-    return _flatten(settings, data, lambda _: KEYWORD)
+    return _flatten(settings, data, lambda name: origins.get(name, KEYWORD))
 
 
 def read_all(*readers: Callable[[], dict[str, Setting]]) -> dict[str, Setting]:

@@ -112,6 +112,10 @@ def read_tokens(path: Path) -> Tokens:
     for what, values in (("names", [t.name for _, t in pairs]), ("tokens", [token for token, _ in pairs])):
         if len(set(values)) < len(values):
             raise ConfigError(f"{name}: two tenants have one of their {what} in common")
+    secrets = {token for token, _ in pairs}
+    for index, (_, tenant) in enumerate(pairs):
+        if tenant.name in secrets:
+            raise ConfigError(f"{name}: tenant {index + 1}: name is a token, and names are shown; choose another")
     _check_salts(name, [tenant for _, tenant in pairs])
     return Tokens(pairs)
 
@@ -157,12 +161,14 @@ def _entry(where: str, entry: Any) -> tuple[str, Tenant]:
     for field, value in entry.items():
         kinds = fields.get(field)
         if kinds is None:
-            raise ConfigError(f"{where}: {field} is not known; known are {', '.join(fields)}")
+            raise ConfigError(f"{where}: {_shown(field)} is not known; known are {', '.join(fields)}")
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise ConfigError(f"{where}: {field} must be {' or '.join(kind.__name__ for kind in kinds)}")
     name, token = entry.get("name", ""), entry.get("token", "")
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name) or name == LOCAL.name:
-        raise ConfigError(f"{where}: name is {name!r}; it must be a word of a-z, 0-9, - and _, and not {LOCAL.name!r}")
+        raise ConfigError(
+            f"{where}: name is {_shown(name)}; it must be a word of a-z, 0-9, - and _, and not {LOCAL.name!r}"
+        )
     if len(token) < MIN_TOKEN:
         raise ConfigError(f"{where}: token has {len(token)} characters; it must have at least {MIN_TOKEN}")
     sizes = {tier: size for tier in registry.names() if (size := _size(where, tier + _BYTES, entry)) is not None}
@@ -182,10 +188,19 @@ def _size(where: str, field: str, entry: dict[str, Any]) -> int | None:
     try:
         size = parse_bytes(entry[field])
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{where}: {field} is {entry[field]!r}; {error}") from None
-    if not isinstance(size, int) or size < 0 or (field == HOST_BYTES and size == 0):
-        raise ConfigError(f"{where}: {field} is {entry[field]!r}; it must be a size such as '2GiB'")
+        reason = str(error).replace(repr(entry[field]), "it").replace(str(entry[field]), "it")
+        raise ConfigError(f"{where}: {field} is {_shown(entry[field])}; {reason}") from None
+    if not isinstance(size, int) or size < 0 or (field != "disk_bytes" and size == 0):
+        raise ConfigError(f"{where}: {field} is {_shown(entry[field])}; it must be a size such as '2GiB'")
     return size
+
+
+def _shown(value: Any) -> str:
+    """A value of the file for a message. What is long enough for a token may be one that is in the wrong place."""
+    text = str(value)
+    if len(text) < MIN_TOKEN:
+        return repr(value)
+    return f"a text of {len(text)} characters (SHA-256 {_digest(text).hex()[:8]}...)"
 
 
 def _digest(token: str) -> bytes:

@@ -32,7 +32,7 @@ def test_config_json_has_plain_values_and_sources() -> None:
     result = runner.invoke(app, ["config", "--json", "--set", "host.ttl_s=10min", "--set", "disk.path=/d"])
 
     values = json.loads(result.stdout)
-    assert values["host.ttl_s"] == {"value": 600.0, "source": "keyword argument"}
+    assert values["host.ttl_s"] == {"value": 600.0, "source": "--set"}
     assert values["disk.path"]["value"] == "/d"
     assert values["redis.url"] == {"value": None, "source": "default"}
     assert values["host.huge_pages"]["value"] is True
@@ -74,7 +74,7 @@ def test_every_mistake_is_a_line_on_standard_error(tmp_path: Path) -> None:
     assert result.stdout == ""
     assert result.stderr.splitlines() == [
         "kvstore: host.capacity (from kvstore.toml) is unknown; did you mean host.capacity_bytes?",
-        "kvstore: store.blocksize (from keyword argument) is unknown; did you mean store.block_size?",
+        "kvstore: store.blocksize (from --set) is unknown; did you mean store.block_size?",
     ]
 
 
@@ -83,3 +83,19 @@ def test_assignment_without_a_value_is_refused() -> None:
 
     assert result.exit_code == 2
     assert "write it as FIELD=VALUE" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["config", "--set", "store.blocksize=16"], "store.blocksize (from --set) is unknown"),
+        (["config", "--set", "host.capacity_bytes=foo"], "host.capacity_bytes is 'foo' (from --set)"),
+        (["config", "--set", "store=5"], "store is '5' (from --set)"),
+        (["serve", "--set", "service.http_port=99999999"], "service.http_port is '99999999' (from --set)"),
+        (["cluster", "up", "--model", "random", "--redis", "foo"], "redis.url is 'foo' (from --redis)"),
+    ],
+)
+def test_an_error_names_the_option_that_the_value_came_by(command: list[str], said: str) -> None:
+    result = runner.invoke(app, command)
+
+    assert said in str(result.exception) + result.output

@@ -50,3 +50,37 @@ def test_a_file_from_a_kubernetes_secret_is_taken_and_one_for_everybody_is_not(t
     assert len(read(tmp_path, "blue", mode=0o440).tenants) == 1
     with pytest.raises(ConfigError, match="can be read by every user"):
         read(tmp_path, "blue", mode=0o444)
+
+
+SECRET = "S3cr3t-token-of-32-characters-0123"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        f'name = "{SECRET}"\ntoken = "blue"',
+        f'name = "{SECRET.lower()}"\ntoken = "{SECRET.lower()}"',
+        f'{SECRET} = "blue"\nname = "blue"\ntoken = "{SECRET}"',
+        f'name = "blue"\ntoken = "{SECRET}"\nhost_bytes = "{SECRET}"',
+        f'name = "blue"\ntoken = "{SECRET}"\nsalt = ["{SECRET}"]',
+    ],
+    ids=["name", "both", "field", "size", "kind"],
+)
+def test_a_token_in_the_wrong_place_is_not_shown(tmp_path: Path, entry: str) -> None:
+    file = tmp_path / "tokens.toml"
+    file.write_text(f"[[tenant]]\n{entry}\n")
+    file.chmod(0o600)
+
+    with pytest.raises(ConfigError) as refused:
+        read_tokens(file)
+
+    assert SECRET.lower() not in str(refused.value).lower()
+
+
+def test_what_is_too_short_for_a_token_is_shown(tmp_path: Path) -> None:
+    file = tmp_path / "tokens.toml"
+    file.write_text(f'[[tenant]]\nname = "Blue"\ntoken = "{SECRET}"\n')
+    file.chmod(0o600)
+
+    with pytest.raises(ConfigError, match="name is 'Blue'"):
+        read_tokens(file)
