@@ -259,7 +259,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.ports": (),
     "kvstore.web": ("kvstore.errors", "kvstore.logs", "kvstore.web"),  # any server of ours; knows none of them
     # Knows HTTP, nothing of what serves.
-    "kvstore.load": ("kvstore.errors", "kvstore.extras", "kvstore.palette", "kvstore.units", "kvstore.load"),
+    "kvstore.load": (
+        "kvstore.errors",
+        "kvstore.extras",
+        "kvstore.load",
+        "kvstore.palette",
+        "kvstore.units",
+        "kvstore.web.sse",
+    ),
     "kvstore.move": (
         "kvstore.tiers.base",
         "kvstore.tiers.host",  # what lanes read into for rows of an engine is made as the slab is

@@ -32,8 +32,8 @@ def router(
     """Forward OpenAI's API to replicas.
 
     A replica that cannot be reached, is not ready or dies before its first byte: the next one is asked. If it dies in
-    the middle of a stream, another one goes on where temperature is 0; otherwise the client gets an error event. Only
-    if all refuse does the client get a 429. GET /v1/replicas shows who is there.
+    the middle of a stream, the stream ends with an error event that says so. Only if all refuse does the client get a
+    429. GET /v1/replicas shows who is there.
 
     \b
       kvstore router --replica http://127.0.0.1:8001 --replica http://127.0.0.1:8002 --policy prefix

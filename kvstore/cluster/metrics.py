@@ -136,9 +136,6 @@ class RouterMetrics:
             ["replica", "reason"],
             registry=self.registry,
         )
-        self.resumed = Counter(
-            "kvstore_router_resumed_streams", "Streams that another replica went on with.", registry=self.registry
-        )
         self.broken = Counter(
             "kvstore_router_broken_streams", "Streams that ended with an error event.", registry=self.registry
         )

@@ -1,27 +1,27 @@
 """One client's request on its way to the replicas, until one of them has answered it.
 
     before the first byte   a replica that cannot be reached, says 503 or dies: the next one; 429: the others first
-    in the middle           the next one goes on where the first one ended, at temperature 0; else an error event
+    in the middle           an error event that says what happened, and the end of the stream
 
-A stream is passed on event by event, never half of one. Other answers are read whole before they are sent, so that they
-can be tried again too.
+A stream is passed on event by event, never half of one: what the client has is what one replica said. Other answers are
+read whole before they are sent, so that they can be tried again too.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import Awaitable
 from typing import Any
 
 import aiohttp
 from aiohttp import web
 
 from kvstore.cluster.http import error_response
-from kvstore.cluster.openai import ApiError, event
+from kvstore.cluster.openai import ApiError
+from kvstore.cluster.openai import event as to_event
 from kvstore.cluster.replicas import NOT_THERE, Link
-from kvstore.cluster.sse import BrokenStream, Progress, events
 from kvstore.logs import mask
+from kvstore.web.sse import ServerEvent, read_events
 
 NAME_HEADER = "X-KVStore-Replica"
 SENT_ON = ("Content-Type", "Authorization", "X-Request-Id")  # of the request
@@ -37,6 +37,10 @@ class TryNext(Exception):
         self.reason = reason
 
 
+class BrokenStream(Exception):
+    """A stream that ended early, reported an error, or brought something else than events."""
+
+
 class ClientGone(Exception):
     """Nobody listens any more."""
 
@@ -48,7 +52,6 @@ class Relay:
         self._request = request
         self._raw = raw
         self._session = session
-        self._progress = Progress()
         self._response: web.StreamResponse | None = None
         self._refusals: list[tuple[int, bytes, dict[str, str]]] = []
 
@@ -57,16 +60,8 @@ class Relay:
         """Whether the client has been sent anything."""
         return self._response is not None
 
-    @property
-    def may_go_on(self) -> bool:
-        """Whether another replica would say the same: nothing was sent, or the request leaves nothing to chance."""
-        if not self.has_begun:
-            return True
-        body = json.loads(self._raw)
-        return isinstance(body, dict) and body.get("temperature") == 0
-
     async def ask(self, link: Link) -> web.StreamResponse:
-        """Have `link` answer. Raises TryNext; nothing is sent then that another one could not go on with."""
+        """Have `link` answer. Raises TryNext; another one may be asked then unless the answer `has_begun`."""
         link.num_requests += 1
         link.in_flight += 1
         attempt = asyncio.ensure_future(self._ask(link))
@@ -95,7 +90,7 @@ class Relay:
         """What to tell the client when nobody is left to ask."""
         if self._response is not None:
             error = ApiError(502, f"the answer was cut short: {why}", kind="server_error", code="replica_lost")
-            await _to_client(self._response.write(event(error.body)))
+            await _to_client(self._response.write(to_event(error.body)))
             await _to_client(self._response.write_eof())
             return self._response
         if self._refusals:
@@ -105,8 +100,6 @@ class Relay:
         return error_response(self._request, error)
 
     async def _ask(self, link: Link) -> web.StreamResponse:
-        if self.has_begun:
-            self._progress.restart()
         headers = {name: self._request.headers[name] for name in SENT_ON if name in self._request.headers}
         url = link.url + self._request.path
         try:
@@ -128,21 +121,21 @@ class Relay:
         if answer.status == 429:
             self._refusals.append((_seconds(kept.get("Retry-After", "")), body, kept))
             raise TryNext("refused", "it refuses")
-        if self.has_begun:
-            raise TryNext("broken", f"asked to go on, it answers {answer.status}")
         return web.Response(status=answer.status, body=body, headers=kept)
 
     async def _stream(self, answer: aiohttp.ClientResponse, headers: dict[str, str]) -> web.StreamResponse:
-        async for one in events(_pieces(answer)):
-            passed = self._progress.take(one)
-            if passed is None:
-                continue
-            if self._response is None:
-                response = web.StreamResponse(headers=headers)
-                await _to_client(response.prepare(self._request))
-                self._response = response
-            await _to_client(self._response.write(passed))
-        if self._response is None or not self._progress.is_done:
+        is_done = False
+        try:
+            async for event in read_events(answer.content.iter_any()):
+                is_done = is_done or _is_last(event)
+                if self._response is None:
+                    response = web.StreamResponse(headers=headers)
+                    await _to_client(response.prepare(self._request))
+                    self._response = response
+                await _to_client(self._response.write(event.raw))
+        except ValueError as error:
+            raise BrokenStream(str(error)) from None
+        if self._response is None or not is_done:
             raise BrokenStream("its stream ended early")
         await _to_client(self._response.write_eof())
         return self._response
@@ -156,8 +149,14 @@ async def _to_client(sending: Awaitable[object]) -> None:
         raise ClientGone from error
 
 
-def _pieces(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    return answer.content.iter_any()
+def _is_last(event: ServerEvent) -> bool:
+    """Whether the answer is complete with this event. Raises BrokenStream if it reports an error."""
+    if event.data is None or event.is_done:
+        return event.is_done
+    error = event.as_json().get("error")
+    if error is not None:
+        raise BrokenStream(str(error.get("message") if isinstance(error, dict) else error)[:300])
+    return False
 
 
 def _seconds(text: str) -> int:

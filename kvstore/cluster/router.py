@@ -1,7 +1,6 @@
 """The process behind `kvstore router`: one address for several replicas.
 
-It forwards OpenAI's paths and knows of requests only what it needs: whether they stream, and at temperature 0 how to go
-on with them elsewhere (relay.py). It keeps nothing, so it can be restarted at any time.
+It forwards OpenAI's paths, knows nothing of requests (relay.py) and keeps nothing, so it can be restarted at any time.
 """
 
 from __future__ import annotations
@@ -105,19 +104,16 @@ class Router:
         links = await self._order(request.path, raw)
         why = f"none of the {len(self.replicas.links)} replicas is ready" if not links else ""
         for link in links:
-            resumed = relay.has_begun
+            if relay.has_begun:  # another one would say something else
+                break
             try:
                 response = await relay.ask(link)
             except TryNext as failed:
                 log.info("%s: %s", link.name, failed)
                 self.metrics.retries.labels(link.name, failed.reason).inc()
                 why = f"{link.name}: {failed}"
-                if not relay.may_go_on:
-                    break
             else:
                 self.metrics.answered(link, response.status, time.monotonic() - began)
-                if resumed:
-                    self.metrics.resumed.inc()
                 return response
         if relay.has_begun:
             self.metrics.broken.inc()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -21,10 +21,10 @@ import aiohttp
 from kvstore.errors import KVStoreError
 from kvstore.load.record import FAILED, OK, REFUSED, Record
 from kvstore.load.requests import CHAT
+from kvstore.web.sse import read_events
 
 REPLICA_HEADER = "X-KVStore-Replica"
 PATHS = {CHAT: "/v1/chat/completions", "completions": "/v1/completions"}
-LINE_BYTES = 1 << 22  # an event is one line; aiohttp's own limit of 128 KiB would end a stream with a longer one
 DEFAULT_RETRY_S = 1.0  # where a refusal does not say when to come back
 DETAIL_CHARACTERS = 300
 
@@ -62,7 +62,6 @@ class Client:
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None),
             headers=self._headers,
-            read_bufsize=LINE_BYTES,
         )
         return self
 
@@ -146,11 +145,14 @@ class Client:
     async def _read_stream(self, record: Record, answer: aiohttp.ClientResponse, began_s: float) -> None:
         finished_s: float | None = None
         pieces: list[str] = []
-        async for event in _events(answer):
-            if event is None:
+        async for one in read_events(answer.content.iter_any()):
+            if one.data is None:
+                continue
+            if one.is_done:
                 record.status = OK
                 break
             at_s = self._now() - began_s
+            event = one.as_json()
             if "error" in event:
                 _fail(record, "error in the stream", _read_error(json.dumps(event))[1])
                 break
@@ -166,22 +168,6 @@ class Client:
         if not record.piece_s and finished_s is not None:
             record.piece_s.append(finished_s)  # tokens without text, such as an end of text at once
         record.text = "".join(pieces)
-
-
-async def _events(answer: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any] | None]:
-    """The events of a stream (server-sent events of one data line each); None for [DONE]."""
-    async for line in answer.content:
-        name, _, value = line.partition(b":")
-        if name.strip() != b"data":
-            continue
-        data = value.strip()
-        if data == b"[DONE]":
-            yield None
-            return
-        event = json.loads(data)
-        if not isinstance(event, dict):
-            raise ValueError(f"an event that is no object: {data[:80]!r}")
-        yield event
 
 
 def _read_choice(event: Mapping[str, Any]) -> tuple[str, bool]:

@@ -105,19 +105,19 @@ def test_only_if_all_are_full_does_the_router_refuse(bed: Bed) -> None:
     assert int(refused.headers["Retry-After"]) >= 1
 
 
-def test_a_stream_whose_replica_is_killed_is_finished_by_another_one(bed: Bed) -> None:
+def test_a_stream_whose_replica_is_killed_ends_with_an_error_and_the_next_request_is_answered(bed: Bed) -> None:
     whole = bed.router.post("/v1/completions", **ASKED)
-    stream = Stream(bed.router.url, "/v1/completions", {**ASKED, "stream_options": {"include_usage": True}})
+    stream = Stream(bed.router.url, "/v1/completions", ASKED)
     stream.read(20)
 
     bed.replicas[stream.got.replica].kill()
     answer = stream.finish()
 
-    assert stream.is_done
-    assert answer.text == whole.text
-    assert answer.last["usage"]["completion_tokens"] == TOKENS
-    assert answer.last["kvstore"]["replica"] != answer.replica
+    assert not stream.is_done
+    assert whole.text.startswith(answer.text)
+    assert answer.events[-1]["error"]["code"] == "replica_lost"
     assert not bed.link(answer.replica)["ready"]
+    assert bed.router.post("/v1/completions", **ASKED).text == whole.text
 
 
 def test_a_request_whose_replica_is_killed_before_its_first_byte_is_answered_by_another_one(bed: Bed) -> None:

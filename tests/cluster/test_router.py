@@ -226,55 +226,52 @@ async def test_a_death_before_the_first_byte_is_not_noticed(bed: Bed, stream: bo
     assert 'kvstore_router_retries_total{reason="died",replica="a"} 1.0' in await bed.told()
 
 
-async def test_at_temperature_0_a_stream_goes_on_elsewhere(bed: Bed) -> None:
+@pytest.mark.parametrize("temperature", [0, 1])
+async def test_a_death_in_the_middle_of_a_stream_is_told_in_it_and_ends_it(bed: Bed, temperature: int) -> None:
     bed.a.behave = answers(dies_after=2)
 
-    status, events = await bed.stream(temperature=0, stream_options={"include_usage": True})
-
-    assert (status, text_of(events), events[-1]) == (200, TEXT, "[DONE]")
-    assert len({event["id"] for event in events[:-1]}) == 1
-    assert [event["choices"][0]["text"] for event in events[:4]] == ["once ", "upon ", "a ", "time"]
-    assert "kvstore_router_resumed_streams_total 1.0" in await bed.told()
-
-
-async def test_where_chance_plays_a_part_a_death_is_told_in_the_stream(bed: Bed) -> None:
-    bed.a.behave = answers(dies_after=2)
-
-    status, events = await bed.stream(temperature=1)
+    status, events = await bed.stream(temperature=temperature)
 
     assert (status, text_of(events[:-1])) == (200, "once upon ")
-    assert events[-1]["error"]["code"] == "replica_lost"
+    error = events[-1]["error"]
+    assert (error["code"], error["type"]) == ("replica_lost", "server_error")
+    assert error["message"].startswith("the answer was cut short: a: its connection broke")
     assert bed.b.asked == 0
     assert "kvstore_router_broken_streams_total 1.0" in await bed.told()
 
 
-async def test_an_error_in_a_stream_is_treated_as_a_death_but_the_replica_stays(bed: Bed) -> None:
+async def test_an_error_in_a_stream_ends_it_with_its_words_and_the_replica_stays(bed: Bed) -> None:
     bed.a.behave = answers(error_after=1)
 
     _, events = await bed.stream(temperature=0)
 
-    assert text_of(events) == TEXT
+    assert text_of(events[:-1]) == "once "
+    assert "a: a forward failed" in events[-1]["error"]["message"]
     assert bed.router.replicas.links[0].is_ready
 
 
-async def test_a_second_answer_that_differs_is_never_glued_to_the_first(bed: Bed) -> None:
-    bed.a.behave = answers(dies_after=2)
-    bed.b.behave = answers("once more with feeling")
+async def test_an_error_before_the_first_text_is_tried_elsewhere(bed: Bed) -> None:
+    bed.a.behave = answers(error_after=0)
 
-    _, events = await bed.stream(temperature=0)
+    _, events = await bed.stream()
 
-    assert text_of(events[:-1]) == "once upon "
-    assert "differs" in events[-1]["error"]["message"]
+    assert (text_of(events), events[-1]) == (TEXT, "[DONE]")
+    assert bed.a.asked == bed.b.asked == 1
 
 
-async def test_when_all_die_the_client_is_told(bed: Bed) -> None:
-    bed.a.behave = answers(dies_after=2)
-    bed.b.behave = answers(dies_after=3)
+async def test_a_stream_that_ends_without_done_is_told(bed: Bed) -> None:
+    async def stops(request: web.Request, ask: CompletionAsk) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(Reply(ask, "m", 4).chunk("once ", None) + b'data: {"half')
+        return response
 
-    _, events = await bed.stream(temperature=0)
+    bed.a.behave = stops
 
-    assert text_of(events[:-1]) == "once upon a "
-    assert events[-1]["error"]["code"] == "replica_lost"
+    _, events = await bed.stream()
+
+    assert text_of(events[:-1]) == "once "
+    assert "its stream ended early" in events[-1]["error"]["message"]
 
 
 async def test_one_that_refuses_is_passed_over(bed: Bed) -> None:

@@ -192,7 +192,7 @@ def test_prometheus_answers_every_query_of_grafanas_dashboard(project: Project) 
                 empty.append(panel["title"])
 
     # Refusals and retries have samples only once there was one; a tier's bandwidth once it was read from.
-    assert set(empty) <= {"Refusals, retries, resumed streams, failures per second", "Tier bandwidth"}
+    assert set(empty) <= {"Refusals, retries, failures per second", "Tier bandwidth"}
 
 
 def test_down_leaves_nothing() -> None:

@@ -215,7 +215,7 @@ def call(url: str, method: str, path: str, body: Any = None) -> Answer:
 
 def text_of(body: dict[str, Any]) -> str:
     """The text of an answer or a chunk."""
-    for choice in body["choices"]:
+    for choice in body.get("choices", []):  # none in an error
         part = choice.get("message") or choice.get("delta")
         text: str = choice["text"] if part is None else part["content"]
         return text
