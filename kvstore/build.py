@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from eviction.registry import make_policy
 from kvstore.config.sections import BreakerConfig, Config
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.layout import Layout
@@ -17,6 +16,7 @@ from kvstore.move.rows import RowMover
 from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.settings import PlanSettings
+from kvstore.policies import make_policy
 from kvstore.store import LocalStore
 from kvstore.tiers import registry
 from kvstore.tiers.base import Sweepable, Tier

@@ -43,7 +43,7 @@ class Plugin:
         return self.distribution.split(" ")[0] == OURS
 
     def __str__(self) -> str:
-        return f"{self.value} of distribution {self.distribution}"
+        return f"{self.value} of distribution {self.distribution}" if self.distribution else self.value
 
 
 class Plugins(Generic[T]):
@@ -101,8 +101,22 @@ class Plugins(Generic[T]):
         if plugin is None:
             return None
         if plugin not in self._loaded:
-            self._loaded[plugin] = self._load(plugin)
+            self._loaded[plugin] = self.load(plugin)
         return self._loaded[plugin]
+
+    def load(self, plugin: Plugin) -> T:
+        """Import one, wherever it comes from. Raises ConfigError as `get` does."""
+        point = metadata.EntryPoint(plugin.name, plugin.value, self.group)
+        try:
+            found = point.load()
+        except Exception as error:  # whatever somebody else's module does when it is imported
+            raise ConfigError(
+                f"{self._what} {plugin.name} ({plugin}) cannot be imported: {type(error).__name__}: {error}"
+            ) from error
+        try:
+            return self._check(plugin.name, found)
+        except TypeError as error:
+            raise ConfigError(f"{self._what} {plugin.name} ({plugin}) {error}") from None
 
     def all(self) -> dict[str, T]:
         """Import every plug-in; those that cannot be had are left out, and told by `problems`."""
@@ -151,19 +165,6 @@ class Plugins(Generic[T]):
         if not _NAME.fullmatch(plugin.name):
             return "a name is made of a-z, 0-9 and single _"
         return ""
-
-    def _load(self, plugin: Plugin) -> T:
-        point = metadata.EntryPoint(plugin.name, plugin.value, self.group)
-        try:
-            found = point.load()
-        except Exception as error:  # whatever somebody else's module does when it is imported
-            raise ConfigError(
-                f"{self._what} {plugin.name} ({plugin}) cannot be imported: {type(error).__name__}: {error}"
-            ) from error
-        try:
-            return self._check(plugin.name, found)
-        except TypeError as error:
-            raise ConfigError(f"{self._what} {plugin.name} ({plugin}) {error}") from None
 
 
 @lru_cache(maxsize=32)

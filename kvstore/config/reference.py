@@ -88,9 +88,9 @@ def _allowed(name: str, info: FieldInfo) -> str:
     if info.annotation is bool:
         return "`true`, `false`"
     if any(isinstance(mark, AfterValidator) and mark.func is known_policy for mark in info.metadata):
-        from eviction.registry import POLICIES
+        from kvstore.policies import names
 
-        return ", ".join(f"`{policy}`" for policy in sorted(POLICIES))
+        return ", ".join(f"`{policy}`" for policy in (*names(), "package.module:Class"))
     bounds = []
     for mark in info.metadata:
         for kind, sign in ((Ge, "≥"), (Gt, ">"), (Le, "≤"), (Lt, "<")):

@@ -15,6 +15,7 @@ from annotated_types import Ge
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from kvstore.config import paths
+from kvstore.errors import ConfigError
 from kvstore.units import parse_bytes, parse_seconds
 
 
@@ -30,11 +31,13 @@ def _off_when_empty(value: object) -> object:
 
 
 def known_policy(name: str) -> str:
-    """Refuse an eviction policy that nobody has registered."""
-    from eviction.registry import POLICIES
+    """Refuse an eviction policy that nobody brings."""
+    from kvstore.policies import find_policy
 
-    if name not in POLICIES:
-        raise ValueError(f"it must be one of {', '.join(sorted(POLICIES))}")
+    try:
+        find_policy(name)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
     return name
 
 
