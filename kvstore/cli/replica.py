@@ -88,8 +88,7 @@ def replica(
       curl http://127.0.0.1:8001/v1/completions -d '{"prompt": "Once upon a time", "max_tokens": 8}'
     """
     from kvstore import logs
-    from kvstore.cluster.replica import ReplicaSettings, serve
-    from kvstore.cluster.runner import ModelSpec
+    from kvstore.cluster.replica import ModelSpec, ReplicaSettings, serve
     from kvstore.config.sections import Config
     from kvstore.demo.models import RANDOM, resolve_model
     from kvstore.web.descriptors import raise_limit

@@ -19,11 +19,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from connectors.transformers.runner import Job, ModelSpec, Runner
 from kvstore import logs
 from kvstore.cluster.admission import Admission
 from kvstore.cluster.answer import Answer
 from kvstore.cluster.metrics import ReplicaMetrics
-from kvstore.cluster.runner import Job, ModelSpec, Runner
 from kvstore.config.sections import Config
 from kvstore.errors import StoreClosed
 

@@ -19,13 +19,14 @@ from typing import Any
 
 from aiohttp import web
 
+from connectors.transformers.runner import Job
+from connectors.transformers.runner import ModelSpec as ModelSpec  # for whoever makes settings
 from kvstore import logs
 from kvstore.cluster.admission import Admission, Refused
 from kvstore.cluster.answer import Answer
 from kvstore.cluster.engine import Engine
 from kvstore.cluster.http import Site, error_response, json_response, of_library, read_body
 from kvstore.cluster.openai import ApiError, Ask, ChatAsk, CompletionAsk, Reply, check_model, event, models, parse
-from kvstore.cluster.runner import Job, ModelSpec
 from kvstore.config.sections import Config
 from kvstore.errors import KVStoreError, RequestError, StoreClosed
 from kvstore.metrics import CONTENT_TYPE

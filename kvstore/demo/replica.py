@@ -22,14 +22,12 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from connectors.transformers.loading import chat_ids, load_model
+from connectors.transformers.loading import chat_ids
+from connectors.transformers.runner import WARM_UP_TAIL, ModelSpec, Runner
+from kvstore.config.sections import Config
 from kvstore.errors import KVStoreError
-
-if TYPE_CHECKING:
-    from connectors.transformers import KVCacheModel
-    from kvstore.base import KVStore
 
 Emit = Callable[[dict[str, Any]], None]
 Messages = Sequence[Mapping[str, str]]
@@ -78,31 +76,26 @@ class Replica:
     """The model with a store, and the same model without, for reference."""
 
     def __init__(self, spec: ReplicaSpec) -> None:
-        from connectors.transformers import KVCacheModel, open_store_for
-        from kvstore.config.sections import Config
-
         self._spec = spec
-        self.model, self.tokenizer = load_model(spec.source, spec.dtype, spec.threads)
         config = Config(
             store={"lookup_deadline_s": LOOKUP_DEADLINE_S, "load_deadline_s": LOAD_DEADLINE_S},
             host={"capacity_bytes": HOST_BYTES},
             disk={"path": spec.disk_path, "capacity_bytes": DISK_BYTES},
             redis={"url": spec.redis_url, "prefix": spec.redis_prefix, "ttl_s": REDIS_TTL_S},
         )
-        self.store: KVStore = open_store_for(self.model, config, prefill_chunk=spec.prefill_chunk)
-        options = {"tokenizer": self.tokenizer, "prefill_chunk": spec.prefill_chunk}
-        self.with_store = KVCacheModel(self.model, self.store, load_deadline_s=LOAD_DEADLINE_S, **options)
-        self.without_store = KVCacheModel(self.model, **options)
+        model = ModelSpec(
+            spec.source, dtype=spec.dtype, threads=spec.threads, prefill_chunk=spec.prefill_chunk, single_flight=False
+        )
+        self._runner = Runner(model, config)
+        self.tokenizer = self._runner.tokenizer
 
     def warm_up(self) -> None:
-        """Compute a prompt that no stage uses, without the store: a full chunk, a short one, and two decode steps."""
-        length = self._spec.prefill_chunk + 48
-        vocabulary = len(self.tokenizer)
-        self.without_store.generate([(7 * i + 3) % vocabulary for i in range(length)], 3, eos=())
+        """Compute a prompt that no stage uses. The store is not told the rate: the demo shows what the tiers hold."""
+        self._runner.compute_unasked(WARM_UP_TAIL)
 
     def ask(self, messages: Messages, max_new_tokens: int, use_store: bool, emit: Emit) -> dict[str, Any]:
         """Answer greedily; the record has the fields of `demo_report.Answer`."""
-        engine: KVCacheModel = self.with_store if use_store else self.without_store
+        engine = self._runner.with_store if use_store else self._runner.without_store
         ids = chat_ids(self.tokenizer, messages)
         done = engine.generate(ids, max_new_tokens, on_piece=lambda piece: emit({"event": "piece", "text": piece.text}))
         report = done.report
@@ -117,7 +110,7 @@ class Replica:
 
     def flush(self) -> dict[str, Any]:
         """Wait until what was saved is on every tier."""
-        saved = self.with_store.flush(FLUSH_TIMEOUT_S) and self.store.flush(FLUSH_TIMEOUT_S)
+        saved = self._runner.with_store.flush(FLUSH_TIMEOUT_S) and self._runner.store.flush(FLUSH_TIMEOUT_S)
         return {"flushed": bool(saved)}
 
     def prompts(self, prompt_tokens: int) -> dict[str, Any]:
@@ -133,12 +126,11 @@ class Replica:
         """Measure decode steps with and without KV cache, and the rates of prefill and decode."""
         from kvstore.demo.explain import measure
 
-        return measure(self.model, chat_ids(self.tokenizer, messages), self._spec.prefill_chunk)
+        return measure(self._runner.model, chat_ids(self.tokenizer, messages), self._spec.prefill_chunk)
 
     def close(self) -> None:
         """Write behind what is left, and close."""
-        self.with_store.close()
-        self.store.close(FLUSH_TIMEOUT_S)
+        self._runner.close(FLUSH_TIMEOUT_S)
 
 
 def serve(spec: ReplicaSpec, lines: Sequence[str] | Any, emit: Emit) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from connectors.transformers.report import Piece, Report
+from connectors.transformers.runner import Job, ModelSpec
 from kvstore.cluster.admission import Admission, Refused
 from kvstore.cluster.answer import Answer
 from kvstore.cluster.engine import Engine
-from kvstore.cluster.runner import Job, ModelSpec
 from kvstore.config.sections import Config
 from kvstore.errors import RequestError, StoreClosed
 

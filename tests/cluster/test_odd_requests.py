@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from connectors.transformers.runner import ModelSpec
 from kvstore.cluster.replica import Replica, ReplicaSettings
 from kvstore.cluster.router import Router, RouterSettings
-from kvstore.cluster.runner import ModelSpec
 from kvstore.config.sections import Config
 from tests.helpers.odd_requests import SECRET, body_of, everything_logged, odd_requests, status_of, talk
 from tests.helpers.replicas import BLOCK, CHUNK, make_model

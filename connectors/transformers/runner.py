@@ -1,7 +1,7 @@
-"""The model of a replica with its store: what the engine runs, and nothing of HTTP or of queues.
+"""The model of a replica with its store, and the same model without: nothing of HTTP, of queues or of a demo.
 
-Made and used by the engine (engine.py), which says on which thread. Importing it costs nothing; constructing a `Runner`
-loads torch, transformers and the model.
+The engine of `kvstore replica` and a replica of `kvstore demo` make one and say on which thread it runs. Importing it
+costs nothing; constructing a `Runner` loads torch, transformers and the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ModelSpec:
     """What a replica computes with.
 
     source:        directory or hub id.
-    name:          under which it is served.
+    name:          under which it is served; "" if it is not.
     dtype:         "float32", "bfloat16" or "float16".
     threads:       of torch; equal in all replicas that share pages.
     prefill_chunk: tokens per forward of a prompt. Hits end on its multiples: 256 computes some 11 % faster, 128 wastes
@@ -37,7 +37,7 @@ class ModelSpec:
     """
 
     source: str
-    name: str
+    name: str = ""
     dtype: str = "float32"
     threads: int = 1
     prefill_chunk: int = 128
@@ -79,8 +79,8 @@ class Runner:
         self.model, self.tokenizer = load_model(spec.source, spec.dtype, spec.threads)
         self.store: KVStore = open_store_for(self.model, config, prefill_chunk=spec.prefill_chunk, reuse=spec.reuse)
         options: dict[str, Any] = {"tokenizer": self.tokenizer, "prefill_chunk": spec.prefill_chunk}
-        self._cold = KVCacheModel(self.model, **options)
-        self._warm: KVCacheModel = KVCacheModel(
+        self.without_store: KVCacheModel = KVCacheModel(self.model, **options)
+        self.with_store: KVCacheModel = KVCacheModel(
             self.model,
             self.store,
             reuse=spec.reuse,
@@ -100,7 +100,7 @@ class Runner:
         """Check a job; nothing is looked up or computed yet. Raises RequestError for what the model cannot do."""
         from connectors.transformers import Sampling
 
-        model = self._warm if job.use_store else self._cold
+        model = self.with_store if job.use_store else self.without_store
         return model.start(
             job.tokens,
             job.max_new_tokens,
@@ -113,26 +113,27 @@ class Runner:
 
     def lookup(self, job: Job) -> Found:
         """What the tiers have of a prompt; changes nothing and loads nothing."""
-        return self._warm.lookup(job.tokens, job.options)
+        return self.with_store.lookup(job.tokens, job.options)
 
     def warm_up(self) -> Report:
         """Compute a prompt that nobody asks, without the store, and then another; the report of that one.
 
         The first forwards of a process are slower than all later ones. The store learns the rate of the second prompt.
         """
-        chunk = self.spec.prefill_chunk
-        self._warm_up(chunk + WARM_UP_TAIL)
-        report = self._warm_up(chunk)
+        self.compute_unasked(WARM_UP_TAIL)
+        report = self.compute_unasked()
         self.store.observe_prefill(report.computed_tokens, report.prefill_s)
         return report
 
-    def close(self, timeout_s: float) -> None:
-        """Finish saving, write behind what is left, close the store."""
-        self._warm.close()
-        self.store.close(timeout_s)
-
-    def _warm_up(self, num_tokens: int) -> Report:
+    def compute_unasked(self, tail: int = 0) -> Report:
+        """Compute a prompt that nobody asks, without the store: a whole chunk, and `tail` tokens more."""
+        num_tokens = self.spec.prefill_chunk + tail
         if self.max_tokens is not None:
             num_tokens = max(1, min(num_tokens, self.max_tokens - WARM_UP_NEW_TOKENS))
         tokens = [(7 * i + 3) % len(self.tokenizer) for i in range(num_tokens)]
-        return self._cold.generate(tokens, WARM_UP_NEW_TOKENS, eos=()).report
+        return self.without_store.generate(tokens, WARM_UP_NEW_TOKENS, eos=()).report
+
+    def close(self, timeout_s: float) -> None:
+        """Finish saving, write behind what is left, close the store."""
+        self.with_store.close()
+        self.store.close(timeout_s)
