@@ -1,22 +1,37 @@
 """One call of the tier, carried to the nodes that its keys lie on.
 
-The call is repeated where the cluster has changed meanwhile. A node that refuses says nothing about the others: their
-keys are served. What breaks a connection puts all of them in doubt, and the next call starts with new ones.
+The call is repeated where the cluster has changed meanwhile. A node that refuses, or is not reached, says nothing about
+the others: their keys are served, and its own are not there. What breaks a connection puts all of them in doubt, and
+the next call starts with new ones. A node that was not reached is left alone for a while, or each call would wait for
+it; only where none is reached the tier is out.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from kvstore.errors import TierRefused, TierUnavailable
 from kvstore.tiers.redis.connection import Wire
 from kvstore.tiers.redis.refusal import STALE, SlotMoved
 from kvstore.tiers.redis.route import Node, Route
 
+OUT_S = 1.0  # doubles while a node is not reached
+MAX_OUT_S = 30.0
+UNREACHED = "UNREACHED"  # reason of a refusal: a node of several
 TRIES = 3  # while slots move: the old table, the new one, and once more where nodes do not agree yet
 
 Work = Callable[[Wire, list[int]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Out:
+    """A node that was not reached: why, for how long it is left alone, and until when."""
+
+    error: TierUnavailable
+    for_s: float
+    until: float
 
 
 class Calls:
@@ -28,6 +43,31 @@ class Calls:
     def __init__(self, route: Route, count: Callable[[str], None]) -> None:
         self._route = route
         self._count = count
+        self._out: dict[str, _Out] = {}  # nodes that were not reached, by name
+        self._ask_again_at = 0.0  # for the table of slots, where it has gaps
+
+    def on_a_node(self, timeout_s: float, work: Callable[[Wire], None]) -> None:
+        """Call `work` with a wire to one node after the other, until one has done it. Raises TierUnavailable.
+
+        Somebody wants to know: the next call tries those again that were left alone.
+        """
+        for name, out in list(self._out.items()):
+            self._out[name] = replace(out, until=0.0)
+        deadline = time.monotonic() + timeout_s
+        try:
+            nodes = self._route.nodes(deadline)
+            for place, node in enumerate(nodes):
+                now = time.monotonic()
+                try:
+                    with node.lease(now + (deadline - now) / (len(nodes) - place), repeatable=True) as wire:
+                        work(wire)
+                    return
+                except TierUnavailable:
+                    if place + 1 == len(nodes):
+                        raise
+        except TierUnavailable:
+            self._route.forget()
+            raise
 
     def on_each_node(
         self,
@@ -40,7 +80,8 @@ class Calls:
     ) -> None:
         """Call `work` with a wire to each node and the indexes of its keys; again if the cluster has changed.
 
-        all_nodes:  it is an error if one node refuses; otherwise only if all do, and the others' keys are served.
+        all_nodes:  it is an error if one node refuses or is not reached; otherwise only if all do, or none is, and the
+                    others' keys are served.
         repeatable: what `work` asks first may be asked twice, when an idle connection turns out to be dead.
 
         Raises TierRefused, or TierUnavailable.
@@ -65,16 +106,53 @@ class Calls:
         self, heads: Sequence[bytes], deadline: float, work: Work, all_nodes: bool, repeatable: bool
     ) -> bool:
         groups = self._route.split(heads, deadline)
+        tried: list[TierRefused | None] = []
+        unreached: list[TierUnavailable] = []
+        if sum(len(indexes) for _, indexes in groups) < len(heads):
+            unreached.append(TierUnavailable("redis cluster: some slots have no node"))
+            if time.monotonic() >= self._ask_again_at:  # they may have one by now
+                self._ask_again_at = time.monotonic() + OUT_S
+                self._route.forget()
         try:
-            tried = [self._try(node, indexes, deadline, work, repeatable) for node, indexes in groups]
+            # Those in doubt last, and each with its share of the time: one that does not answer takes all it has.
+            groups.sort(key=lambda group: group[0].where in self._out)
+            for place, (node, indexes) in enumerate(groups):
+                now = time.monotonic()
+                out = self._out.get(node.where)
+                if out is not None and now < out.until:
+                    unreached.append(out.error)
+                    continue
+                until = now + (deadline - now) / (len(groups) - place)
+                try:
+                    tried.append(self._try(node, indexes, until, work, repeatable))
+                except TierUnavailable as error:
+                    unreached.append(error)
+                    self._leave_alone(node, error)
+                else:
+                    self._out.pop(node.where, None)
         except SlotMoved:
             return False
         refusals = [refusal for refusal in tried if refusal is not None]
         if any(refusal.reason in STALE for refusal in refusals):
             self._route.forget()
+        if unreached and not tried and self._route.names <= set(self._out):
+            raise unreached[0]
+        if unreached and all_nodes:
+            raise TierRefused(str(unreached[0]), UNREACHED)  # the others are there: it judges this direction alone
         if refusals and (all_nodes or len(refusals) == len(groups)):
             raise refusals[0]
         return True
+
+    def _leave_alone(self, node: Node, error: TierUnavailable) -> None:
+        """A node was not reached. The table of slots is in doubt as well: another may have taken its place."""
+        before = self._out.get(node.where)
+        for_s = OUT_S if before is None else min(2 * before.for_s, MAX_OUT_S)
+        if self._route.names <= {node.where}:
+            for_s = 0.0  # the only one: the lane's breaker is enough
+        else:
+            self._route.forget()
+            self._count("failures")
+        self._out[node.where] = _Out(error, for_s, time.monotonic() + for_s)
 
     def _try(self, node: Node, indexes: list[int], deadline: float, work: Work, repeatable: bool) -> TierRefused | None:
         try:

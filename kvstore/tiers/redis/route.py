@@ -52,8 +52,10 @@ KEEPALIVE: dict[int, int] = {
 class Route(Protocol):
     """Finds the node of a key."""
 
+    names: frozenset[str]  # of the nodes that hold keys, by what was last known
+
     def split(self, keys: Sequence[bytes], deadline: float) -> list[tuple[Node, list[int]]]:
-        """Group the indexes of `keys` by node. May ask a server; raises TierUnavailable."""
+        """Group the indexes of `keys` by node; those that no node has are in none. May ask; raises TierUnavailable."""
 
     def nodes(self, deadline: float) -> list[Node]:
         """All nodes that hold keys."""
@@ -180,6 +182,7 @@ class SingleRoute:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self.names = frozenset({node.where})
 
     def split(self, keys: Sequence[bytes], deadline: float) -> list[tuple[Node, list[int]]]:
         return [(self._node, list(range(len(keys))))]
@@ -213,6 +216,7 @@ class ClusterRoute:
         self._nodes: dict[Address, Node] = {}
         self._ranges: list[SlotRange] = []  # sorted
         self._closed = False
+        self.names: frozenset[str] = frozenset()
         in_child(self, ClusterRoute._begin_anew)
 
     def _begin_anew(self) -> None:
@@ -225,9 +229,8 @@ class ClusterRoute:
         for index, key in enumerate(keys):
             slot = key_slot(key)
             place = bisect_right(starts, slot) - 1
-            if place < 0 or ranges[place][1] < slot:
-                raise TierUnavailable(f"redis cluster: no node has slot {slot}")
-            groups.setdefault(ranges[place][2], []).append(index)
+            if place >= 0 and slot <= ranges[place][1]:
+                groups.setdefault(ranges[place][2], []).append(index)
         return [(self._node(address), indexes) for address, indexes in groups.items()]
 
     def nodes(self, deadline: float) -> list[Node]:
@@ -265,6 +268,7 @@ class ClusterRoute:
         ranges = _first_answer(addresses, deadline, self._ask_slots, "no cluster node answers")
         with self._lock:
             self._ranges = ranges
+            self.names = frozenset(text_of(address) for _, _, address in ranges)
         return ranges
 
     def _ask_slots(self, address: Address, deadline: float) -> list[SlotRange]:

@@ -293,18 +293,8 @@ class RedisTier:
         return replies
 
     def ping(self, *, timeout_s: float) -> None:
-        """Return if every server answers, else raise TierUnavailable."""
-        deadline = time.monotonic() + timeout_s
-        try:
-            for node in self._route.nodes(deadline):
-                with node.lease(deadline, repeatable=True) as wire:
-                    (reply,) = wire.ask([(b"PING",)])
-                    # An account without +ping is answered too; it is the directions that tell what it may do.
-                    if isinstance(reply, ResponseError) and code_of(reply) in BUSY:
-                        raise wire.unavailable(reply)
-        except TierUnavailable:
-            self._route.forget()
-            raise
+        """Return if a server answers, else raise TierUnavailable."""
+        self._calls.on_a_node(timeout_s, _ping)
 
     def probe(self, way: Direction, *, timeout_s: float) -> None:
         """Do what this direction does, on every node, with a key beside the pages that expires within a second."""
@@ -385,6 +375,13 @@ class RedisTier:
 def _check(field: str, value: object, is_right: bool, right: str) -> None:
     if not is_right:
         raise ConfigError(f"{field} is {value!r}; it must be {right}")
+
+
+def _ping(wire: Wire) -> None:
+    (reply,) = wire.ask([(b"PING",)])
+    # An account without +ping is answered too; it is the directions that tell what it may do.
+    if isinstance(reply, ResponseError) and code_of(reply) in BUSY:
+        raise wire.unavailable(reply)
 
 
 def _checked(reply: Reply, wire: Wire) -> Reply:

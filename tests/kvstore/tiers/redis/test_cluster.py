@@ -22,7 +22,9 @@ pytestmark = [*NEEDS_REDIS]
 
 SLOT_BYTES = 8192
 KEYS = keys_of("page", 40)
+SHARED_S = 3.0  # a node that does not answer takes its share
 THIRDS = ((0, 5460), (5461, 10922), (10923, 16383))
+FIRST, LAST = THIRDS[1]
 
 
 @contextmanager
@@ -158,6 +160,54 @@ def test_one_node_that_refuses_writes_leaves_the_others() -> None:
         with pytest.raises(TierRefused, match="NOREPLICAS"):
             tier.probe(Direction.WRITE, timeout_s=TIMEOUT_S)
         tier.probe(Direction.READ, timeout_s=TIMEOUT_S)
+
+
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+def test_one_node_that_is_dead_leaves_the_others(how: str) -> None:
+    flags = {"cluster-require-full-coverage": "no"}
+    with masters(flags=flags) as nodes, closing(open_tier(cluster_url(nodes[0]))) as tier:
+        assert store(tier, KEYS, SLOT_BYTES) == [True] * len(KEYS)
+        theirs = [FIRST <= key_slot(tier._names.head(key)) <= LAST for key in KEYS]
+        assert any(theirs)
+        if how == "killed":
+            nodes[1].kill()
+        else:
+            nodes[1].freeze()
+        others = [not one for one in theirs]
+        read = [None if one else payload(key, SLOT_BYTES) for key, one in zip(KEYS, theirs, strict=True)]
+
+        for _ in range(3):
+            assert tier.contains(KEYS, timeout_s=SHARED_S) == others
+            assert fetch(tier, KEYS, SLOT_BYTES) == read
+            assert store(tier, KEYS, SLOT_BYTES) == others
+            tier.ping(timeout_s=SHARED_S)
+        gone = [key for key, one in zip(KEYS, theirs, strict=True) if one]
+        assert tier.contains(gone, timeout_s=SHARED_S) == [False] * len(gone)  # misses, and no verdict on the tier
+        with pytest.raises(TierRefused, match=f":{nodes[1].port}"):
+            tier.delete(KEYS, timeout_s=SHARED_S)
+        assert tier.contains(KEYS, timeout_s=SHARED_S) == [False] * len(KEYS)
+
+        if how == "killed":
+            nodes[1].start()
+        else:
+            nodes[1].thaw()
+            wait_until(lambda: stored_again(tier), "the node is used again")
+
+
+def stored_again(tier: RedisTier) -> bool:
+    return store(tier, KEYS, SLOT_BYTES) == [True] * len(KEYS)
+
+
+def test_a_cluster_of_which_no_node_is_reached_is_unavailable() -> None:
+    with masters() as nodes, closing(open_tier(cluster_url(nodes[0]))) as tier:
+        assert stored_again(tier)
+        for node in nodes:
+            node.kill()
+
+        with pytest.raises(TierUnavailable):
+            tier.contains(KEYS, timeout_s=SHARED_S)
+        with pytest.raises(TierUnavailable):
+            tier.ping(timeout_s=SHARED_S)
 
 
 def test_an_account_without_cluster_commands_is_told_which_one_is_missing() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.errors import TierUnavailable
+from kvstore.errors import TierRefused, TierUnavailable
 from kvstore.ports import free_port
 from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.redis.connection import Wire
@@ -254,12 +254,13 @@ class TestCluster:
             with pytest.raises(TierUnavailable, match="table of slots cannot be read"):
                 tier.contains(keys_of("page", 1), timeout_s=TIMEOUT_S)
 
-    def test_a_slot_that_no_node_has_is_unavailable(self) -> None:
+    def test_a_slot_that_no_node_has_is_a_miss_and_a_delete_is_owed(self) -> None:
         with canned_server([b"*1\r\n*3\r\n:9\r\n:9\r\n*2\r\n$9\r\n127.0.0.1\r\n:1\r\n"]) as port:
             tier = RedisTier(f"redis+cluster://127.0.0.1:{port}", slot_bytes=SLOT_BYTES, ttl_s=60)
 
-            with pytest.raises(TierUnavailable, match="no node has slot"):
-                tier.contains(keys_of("page", 8), timeout_s=TIMEOUT_S)
+            assert tier.contains(keys_of("page", 8), timeout_s=TIMEOUT_S) == [False] * 8
+            with pytest.raises(TierRefused, match="some slots have no node"):
+                tier.delete(keys_of("page", 8), timeout_s=TIMEOUT_S)
 
     def test_a_slot_on_the_move_is_a_miss_and_not_a_failure(self) -> None:
         slots = b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$0\r\n\r\n:%d\r\n"
