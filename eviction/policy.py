@@ -54,11 +54,14 @@ class EvictionPolicy(Protocol[K]):
         Changes no membership: the caller discards the keys that really left. Amortised O(n).
         """
 
-    def expired(self, now: float) -> list[K]:
-        """Return keys past their deadline; empty for a policy without deadlines. O(answer).
+    def expired(self, now: float, limit: int | None = None) -> list[K]:
+        """Return keys past their deadline, at most `limit`; empty for a policy without deadlines. O(answer).
 
         `now` may have gone back since the last call: a wall clock can be set.
         """
+
+    def overdue(self, keys: Iterable[K], now: float, limit: int | None = None) -> list[K]:
+        """Return those of `keys` that are past their deadline, the first `limit` of them. Unknown keys are not."""
 
     def members(self) -> list[K]:
         """Return every key, roughly the next to leave first; also after an exception in the middle of a call."""

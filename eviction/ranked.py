@@ -118,8 +118,12 @@ class Ranked(Generic[K]):
             self.add([key for key, _ in group], now, hint)
         self.demote(demoted)
 
-    def expired(self, now: float) -> list[K]:
+    def expired(self, now: float, limit: int | None = None) -> list[K]:
         """Return nothing: no deadlines here, see `Ttl`."""
+        return []
+
+    def overdue(self, keys: Iterable[K], now: float, limit: int | None = None) -> list[K]:
+        """Return nothing."""
         return []
 
     def __len__(self) -> int:

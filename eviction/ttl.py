@@ -109,10 +109,15 @@ class Ttl(Generic[K]):
         chosen = set(due)
         return due + [key for key in self._inner.victims(n) if key not in chosen][: n - len(due)]
 
-    def expired(self, now: float) -> list[K]:
+    def expired(self, now: float, limit: int | None = None) -> list[K]:
         """Return the keys whose deadline is `now` or before, earliest first. They stay until discarded."""
         self._seen(now)
-        return self._expired(None)
+        return self._expired(limit)
+
+    def overdue(self, keys: Iterable[K], now: float, limit: int | None = None) -> list[K]:
+        """Return those of `keys` whose deadline is `now` or before, the first `limit` of them."""
+        now = self._seen(now)
+        return list(islice((key for key in keys if self._deadline(key) <= now), limit))
 
     def members(self) -> list[K]:
         """Return every key, roughly the next to leave first."""
@@ -212,6 +217,13 @@ class Ttl(Generic[K]):
                     if not deadlines:
                         del self._classes[ttl_s]
 
+    def _deadline(self, key: K) -> float:
+        loan = self._lent.get(key)
+        if loan is not None:
+            return loan.deadline
+        ttl_s = self._unusual.get(key, self._ttl_s)
+        return self._classes[ttl_s].get(key, inf)
+
     def _expired(self, limit: int | None) -> list[K]:
         """Return expired keys, earliest first: all, or at least the first `limit` cut to that many."""
         now = self._now
@@ -228,17 +240,17 @@ class Ttl(Generic[K]):
             found += [(deadline, key) for key, deadline in islice(past, limit)]
         for entry in looked_at:
             heappush(self._due, entry)
-        lent = self._expired_lent()
+        lent = self._expired_lent(limit)
         found += lent
         if len(looked_at) > 1 or lent:
             found.sort(key=lambda item: item[0])
         return [key for _, key in found[:limit]]
 
-    def _expired_lent(self) -> list[tuple[float, K]]:
-        """Return the expired ones of the keys with a rest."""
+    def _expired_lent(self, limit: int | None) -> list[tuple[float, K]]:
+        """Return the expired ones of the keys with a rest, earliest first, at most `limit`."""
         found: list[tuple[float, K]] = []
         kept: list[tuple[float, int, K]] = []
-        while self._lent_due and self._lent_due[0][0] <= self._now:
+        while self._lent_due and self._lent_due[0][0] <= self._now and (limit is None or len(found) < limit):
             entry = heappop(self._lent_due)
             deadline, number, key = entry
             loan = self._lent.get(key)

@@ -64,8 +64,7 @@ class Admin:
         Tiers without an index (Redis) delete what they find of this namespace, whoever wrote it; that takes a walk over
         the whole server. As with `forget`, a delete is acknowledged by the next true `flush`, and owed until then.
         """
-        with self._lock, self._dispatcher.step() as now:
-            return self._planner.clear(now)
+        return self._dispatcher.carry_out(self._planner.in_steps.clear(self._dispatcher.now()), tell=True)
 
     def undeleted(self, *, at_once: bool = False) -> dict[str, int] | None:
         """How many deletes tiers are owed, by tier, a clear counting as one; none where all is deleted.
@@ -88,9 +87,8 @@ class Admin:
         most = self._planner.host.pool.num_slots
         if not 1 <= num_slots <= most:
             raise ConfigError(f"host: {num_slots} slots are asked for; the slab has 1 to {most}")
+        self._dispatcher.carry_out(self._planner.in_steps.resize_host(num_slots))
         with self._lock:
-            with self._dispatcher.step():
-                self._planner.resize_host(num_slots)
             self._dispatcher.free_retired()
 
     def attach_tier(self, lane: Lane, plan: TierPlan) -> None:
@@ -120,7 +118,8 @@ class Admin:
                 there = ", ".join(sorted(self._dispatcher.lanes)) or "none"
                 raise ConfigError(f"there is no tier {name!r}; there are {there}")
             with self._dispatcher.step(tell=True):
-                self._planner.detach_tier(name)
+                steps = self._planner.detaching_tier(name)
+        self._dispatcher.carry_out(steps)
         if not self._dispatcher.mover.remove(name, timeout_s):
             return False
         lane.tier.close()

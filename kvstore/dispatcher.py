@@ -7,6 +7,8 @@ it, hands on what the planner wants carried next, and wakes whoever waits.
     with dispatcher.lock, dispatcher.step(tell=True) as now:    # raises StoreClosed
         ...plan...
 
+    dispatcher.carry_out(planner.in_steps.forget(request, 0, now), tell=True)   # a long prompt: many such steps
+
 A step hands on what was planned when it ends; `tell` wakes whoever waits, after what others may wait for. It is all or
 nothing for those who come after it: where an exception from outside (Ctrl-C, a signal, no memory) has cut a step short,
 the next one finds that out and mends the books first (plan/mend.py). So a step needs no code for being interrupted, and
@@ -27,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import wraps
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
 from kvstore.errors import StoreClosed
 from kvstore.forks import forbid
@@ -36,10 +38,14 @@ from kvstore.move.mover import Mover
 from kvstore.plan.flushing import Flushing, Told
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import FlushResult, Outcome
+from kvstore.plan.steps import Steps
 
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
+T = TypeVar("T")
+
+BREATH_S = 20e-6  # 80 us with the kernel's timer slack: long enough to wake up in, 2 % of a step
 
 
 def silent_after_close(verb: Callable[P, None]) -> Callable[P, None]:
@@ -116,6 +122,19 @@ class Dispatcher:
     def step(self, *, tell: bool = False) -> _Step:
         """A step that changes the books, see the module. tell: others may wait for what it does."""
         return self._telling_step if tell else self._quiet_step
+
+    def carry_out(self, steps: Steps[T], *, tell: bool = False) -> T:
+        """Carry out what the planner does in steps, letting others in between two of them. Not under the lock."""
+        step = self._telling_step if tell else self._quiet_step
+        while True:
+            with self.lock, step:
+                try:
+                    next(steps)
+                except StopIteration as over:
+                    answer: T = over.value
+                    return answer
+            # A lock that is let go and taken again at once is not seen free by those who sleep on it.
+            time.sleep(BREATH_S)
 
     def settle(self) -> None:
         """If a step was cut short by an exception, put the books right. May be cut short itself, and begins anew then.
@@ -205,10 +224,12 @@ class Dispatcher:
         self.planner.clock.look()
         with self.lock:
             self._book_arrived()
+        with suppress(StoreClosed):
+            if self.carry_out(self.planner.in_steps.tick(self.now())):
+                with self.lock:
+                    self.tell()
+        with self.lock:
             if not self.is_closed:
-                with self.step() as now:
-                    if self.planner.tick(now):
-                        self.tell()
                 self.free_retired()
 
     # ---- what a step is -------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from kvstore.layout import Layout
 from kvstore.move.lane import Lane
 from kvstore.plan.flushing import Flushing, Told
 from kvstore.plan.journal import BlockEvent, Journal
+from kvstore.plan.leases import load_lease
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import (
     CutReason,
@@ -34,7 +35,6 @@ from kvstore.plan.records import (
     Request,
     SaveLease,
 )
-from kvstore.plan.saves import Preparing
 from kvstore.requests import RequestMaker, check_blocks, check_range, check_ttl
 from kvstore.stats import snapshot
 from kvstore.tiers.host import HostSlab, SlabHandle
@@ -67,7 +67,9 @@ class LocalStore(RequestMaker):
         self._layout = layout
         self.namespace = namespace
         self._planner = planner
+        self._in_steps = planner.in_steps
         self._slab = slab
+        self._now = now
         self._close_timeout_s = close_timeout_s
         self._told = planner.told()
         self._dispatcher = Dispatcher(planner, lanes, slab.discard, now)
@@ -128,13 +130,12 @@ class LocalStore(RequestMaker):
         """Pin blocks [first, num_blocks) in host slots and start fetching what is not there."""
         check_range("num_blocks", num_blocks, len(request.keys))
         check_range("first", first, num_blocks)
-        lease: LoadLease | None = None
+        lease_id = self._planner.new_lease_id()
         try:
-            with self._lock, self._dispatcher.step() as now:
-                lease = self._planner.prepare_load(request, num_blocks, now, owner, first)
-            return lease
+            steps = self._in_steps.prepare_load(lease_id, request, num_blocks, self._now(), owner, first)
+            return load_lease(self._dispatcher.carry_out(steps), self.layout.block_size)
         except BaseException:
-            self._give_up(lease)
+            self._end_badly(lease_id)  # of no effect if there is no such lease
             raise
 
     def wait(self, lease: LoadLease, timeout_s: float | None = None) -> LeaseStatus:
@@ -157,8 +158,8 @@ class LocalStore(RequestMaker):
 
     def prefetch(self, request: Request) -> int:
         """Start bringing the known prefix into host memory; returns a ticket."""
-        with self._lock, self._dispatcher.step() as now:
-            return self._planner.prefetch(request, now)
+        ticket = self._planner.new_lease_id()
+        return self._dispatcher.carry_out(self._in_steps.prefetch(ticket, request, self._now()))
 
     @silent_after_close
     def cancel(self, ticket: int) -> None:
@@ -171,18 +172,12 @@ class LocalStore(RequestMaker):
     def prepare_save(self, request: Request, first: int, num_blocks: int, *, owner: str = "") -> SaveLease:
         """Give slots for those pages of blocks [first, first + num_blocks) that host memory does not have."""
         check_blocks(request, first, num_blocks)
-        lease: SaveLease | None = None
-        steps: Preparing | None = None
+        lease_id = self._planner.new_lease_id()
         try:
-            while lease is None:  # a long prompt lets others in between
-                with self._lock, self._dispatcher.step() as now:
-                    if steps is None:
-                        steps = self._planner.preparing_save(request, first, num_blocks, owner)
-                    lease = self._planner.go_on(steps, request, now)
-            return lease
+            steps = self._in_steps.prepare_save(lease_id, request, first, num_blocks, self._now(), owner)
+            return self._dispatcher.carry_out(steps)
         except BaseException:
-            if steps is not None:
-                self._give_up(SaveLease(steps.lease_id, ()))
+            self._end_badly(lease_id)
             raise
 
     @silent_after_close
@@ -190,27 +185,23 @@ class LocalStore(RequestMaker):
         """End a lease well. A lease that ended already is ignored."""
         if filled is not None and len(filled) != len(lease.pages):
             raise RequestError(f"filled has {len(filled)} entries; the lease has {len(lease.pages)} pages")
-        with self._lock, self._dispatcher.step(tell=True) as now:
-            self._planner.complete(lease.id, now, filled)
+        self._dispatcher.carry_out(self._in_steps.complete(lease.id, self._now(), filled), tell=True)
 
-    @silent_after_close
     def release(self, lease: LoadLease | SaveLease) -> None:
         """End a lease badly. A lease that ended already is ignored."""
-        with self._lock, self._dispatcher.step(tell=True) as now:
-            self._planner.release(lease.id, now)
+        self._end_badly(lease.id)
 
     def release_owner(self, owner: str) -> int:
         """Release every lease of an owner that died."""
-        with self._lock, self._dispatcher.step(tell=True) as now:
-            return self._planner.release_owner(owner, now)
+        return self._dispatcher.carry_out(self._in_steps.release_owner(owner, self._now()), tell=True)
 
     # ---- retention --------------------------------------------------------------------------------------------
 
     @silent_after_close
     def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
         """The request is over."""
-        with self._lock, self._dispatcher.step(tell=True) as now:
-            self._planner.finished(request, now, finish_reason=finish_reason, last_turn=last_turn)
+        steps = self._in_steps.finished(request, self._now(), finish_reason, last_turn=last_turn)
+        self._dispatcher.carry_out(steps, tell=True)
 
     @silent_after_close
     def abandon(self, request: Request) -> None:
@@ -221,19 +212,16 @@ class LocalStore(RequestMaker):
 
     def pin(self, request: Request) -> int:
         """Keep the request's resident pages in host memory until unpin; returns the blocks pinned."""
-        with self._lock, self._dispatcher.step() as now:
-            return self._planner.pin(request, now)
+        return self._dispatcher.carry_out(self._in_steps.pin(request))
 
     def unpin(self, request: Request) -> int:
         """Undo pin; returns the blocks that had one."""
-        with self._lock, self._dispatcher.step() as now:
-            return self._planner.unpin(request, now)
+        return self._dispatcher.carry_out(self._in_steps.unpin(request))
 
     def forget(self, request: Request, first: int = 0) -> int:
         """Delete blocks from `first` on and all that continues them; returns the blocks deleted."""
         check_range("first", first, len(request.keys))
-        with self._lock, self._dispatcher.step(tell=True) as now:
-            return self._planner.forget(request, first, now)
+        return self._dispatcher.carry_out(self._in_steps.forget(request, first, self._now()), tell=True)
 
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """Tell how fast the engine computes."""
@@ -243,8 +231,7 @@ class LocalStore(RequestMaker):
     def set_ttl(self, request: Request, ttl_s: float) -> int:
         """Give the request's known blocks a time to live from now on; returns how many."""
         check_ttl("ttl_s", ttl_s)
-        with self._lock, self._dispatcher.step() as now:
-            return self._planner.set_ttl(request, ttl_s, now)
+        return self._dispatcher.carry_out(self._in_steps.set_ttl(request, ttl_s, self._now()))
 
     # ---- what comes and goes ----------------------------------------------------------------------------------
 
@@ -369,7 +356,6 @@ class LocalStore(RequestMaker):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _give_up(self, lease: LoadLease | SaveLease | None) -> None:
-        """An exception has come before the caller heard of a lease; one that was not even booked ends by itself."""
-        if lease is not None:
-            self.release(lease)
+    @silent_after_close
+    def _end_badly(self, lease_id: int) -> None:
+        self._dispatcher.carry_out(self._in_steps.release(lease_id, self._now()), tell=True)

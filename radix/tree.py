@@ -238,6 +238,27 @@ class RadixTree(Generic[V]):
             self._unlink(run, key)
         return values
 
+    def trim(self, key: BlockHash, limit: int) -> list[V]:
+        """Remove up to `limit` blocks of what `remove` would, the deepest of a branch first, so this block as the last.
+
+        Returns their values, each after those it continued; empty when nothing is left. O(limit + branches).
+        """
+        gone: list[list[V]] = []
+        while limit > 0 and key in self._places:
+            run, at = self._find(key)
+            while run.children:
+                run, at = next(reversed(run.children.values())), 0
+            at = max(at, len(run.keys) - limit)
+            limit -= len(run.keys) - at
+            gone.append(run.values[at:])
+            for removed in run.keys[at:]:
+                del self._places[removed]
+            first = run.keys[0]
+            del run.keys[at:], run.values[at:]
+            if not run.keys:
+                self._unlink(run, first)
+        return [value for values in reversed(gone) for value in values]
+
     # ---- the whole ----
 
     def runs(self) -> Iterator[RunView]:

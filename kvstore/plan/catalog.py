@@ -217,25 +217,32 @@ class Catalog:
                 above.loaded_at = max(above.loaded_at, block.loaded_at)
             block = above
 
-    def remove(self, key: BlockHash) -> list[Block]:
-        """Forget a block and all that continues it; return them."""
-        if self.strays.pop(key, None) is not None or key not in self.tree:
-            return []
-        removed = self.tree.remove(key)
+    def trim(self, key: BlockHash, limit: int) -> list[Block]:
+        """Forget up to `limit` blocks of this one and all that continues it, this one as the last; return them.
+
+        Deepest first, since a block that is known needs all before it. Empty when nothing is left.
+        """
+        return [] if key in self.strays else self._forget(self.tree.trim(key, limit))
+
+    def take_strays(self, keys: Sequence[BlockHash]) -> list[Block]:
+        """Forget the strays among `keys`; return them."""
+        found = [key for key in keys if key in self.strays] if self.strays else []
+        return self._forget([self.strays.pop(key) for key in found])
+
+    def _forget(self, removed: list[Block]) -> list[Block]:
         for block in removed:
             block.is_removed = True
-        track_with(removed, "pages")
         return removed
 
-    def clear(self) -> list[Block]:
-        """Forget every block; return them."""
-        removed = [block for key in self.tree.children(None) for block in self.remove(key)]
-        strays = list(self.strays.values())
-        self.strays.clear()
-        for stray in strays:
-            stray.is_removed = True
-        track_with(strays, "pages")
-        return removed + strays
+    def take_apart(self, removed: Sequence[Block]) -> None:
+        """Blocks that were forgotten have left all books: what is still in use of them is for the collector to find."""
+        used: list[Block] = []
+        for block in removed:
+            if block.is_gone(-1):
+                block.pages = ()  # takes the cycle apart
+            else:
+                used.append(block)
+        track_with(used, "pages")
 
     def blocks(self) -> list[Block]:
         """Every block that is known, in no order; also after an exception in the middle of a change."""

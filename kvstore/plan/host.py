@@ -22,6 +22,7 @@ from kvstore.plan.catalog import Block, Catalog, Page, PageState
 from kvstore.plan.journal import Left
 from kvstore.plan.records import HOST
 from kvstore.plan.slots import SlotPool
+from kvstore.plan.steps import STEP_BLOCKS
 from radix.hashing import BlockHash
 
 REUSED = Hint(hits=1)
@@ -42,6 +43,7 @@ class HostSpace:
         self.num_filling = 0
         self.evicted_pages = 0
         self.expired_pages = 0
+        self.is_late = False  # pages past their deadline may be left, see `expire`
         self._catalog = catalog
         self._boot = boot
 
@@ -133,10 +135,20 @@ class HostSpace:
         self.policy.touch((page for block in reversed(blocks) for page in block.pages), self._boot())
 
     def expire(self) -> None:
-        """Drop pages past their deadline; those that a tier is reading are EXPIRED until it has done so."""
-        expired = self.policy.expired(self._boot())
-        if not expired:
-            return
+        """Drop pages past their deadline, as many as a step may take; `is_late` says whether there may be more."""
+        expired = self.policy.expired(self._boot(), STEP_BLOCKS)
+        self.is_late = len(expired) == STEP_BLOCKS
+        if expired:
+            self._expire(expired)
+
+    def expire_of(self, pages: Sequence[Page], limit: int | None) -> None:
+        """Drop the first `limit` of those of `pages` that are past their deadline; all for None."""
+        expired = self.policy.overdue(pages, self._boot(), limit)
+        if expired:
+            self._expire(expired)
+
+    def _expire(self, expired: list[Page]) -> None:
+        """Drop pages; those that a tier is reading are EXPIRED until it has done so."""
         self.expired_pages += len(expired)
         reading = [page for page in expired if page.spilling]
         if reading:
@@ -150,19 +162,20 @@ class HostSpace:
 
     def drop_expired(self, pages: Sequence[Page]) -> None:
         """Pages past their deadline, which nobody reads, leave."""
+        if not pages:
+            return
         self.drop(pages, Left.EXPIRED)
         for page in pages:
             self._catalog.prune(page.block)
 
     def resize(self, num_slots: int) -> None:
-        """Use `num_slots` of the slots from now on; pages that nobody holds leave, the others' slots follow them."""
+        """Use `num_slots` of the slots from now on; by `shrink` pages leave that nobody holds, in time the others."""
         self.pool.resize(num_slots)
-        self.shrink()
 
-    def shrink(self) -> None:
-        """Evict what nobody holds any more as long as slots have to retire."""
-        while self.pool.num_retiring and self._evict(self.pool.num_retiring, ()):
-            pass
+    def shrink(self) -> bool:
+        """Evict what nobody holds any more as long as slots have to retire; True if there is more than a step takes."""
+        wanted = min(self.pool.num_retiring, STEP_BLOCKS)
+        return bool(wanted) and self._evict(wanted, ()) and self.pool.num_retiring > 0
 
     @property
     def num_evictable(self) -> int:

@@ -21,6 +21,7 @@ from itertools import count
 from kvstore.clock import LARGE_STEP_S, Clock
 from kvstore.plan.catalog import Block, Page, PageState
 from kvstore.plan.host import HostSpace
+from kvstore.plan.steps import STEP_PAGES
 
 MAX_STALE = 1024  # ends in the queue that do not count any more, beside as many as do
 
@@ -81,7 +82,8 @@ class Keeper:
             return 0
         asked = _Promise(end, holder, unix=until, latest=latest)
         pages: list[Page] = []
-        num_kept = sum([self._keep(block, asked, pages) for block in blocks])
+        most = self.max_pages
+        num_kept = sum([self._keep(block, asked, most, pages) for block in blocks])
         self._host.pin(pages)
         return num_kept
 
@@ -95,13 +97,13 @@ class Keeper:
         self._host.unpin(pages, used=False)
         return len(kept)
 
-    def expire(self) -> None:
-        """End the promises whose time is over."""
+    def expire(self) -> bool:
+        """End promises whose time is over; True if there may be more of them than a step takes."""
         if not self._promises:
-            return
+            return False
         boot = self._look()
         over: list[Block] = []
-        while self._queue and self._queue[0][0] <= boot:
+        while self._queue and self._queue[0][0] <= boot and len(over) < STEP_PAGES:
             until, _, block = heappop(self._queue)
             promise = self._promises.get(block)
             if promise is not None and promise.until == until:
@@ -109,6 +111,7 @@ class Keeper:
         if over:
             over.sort(key=lambda block: block.depth)
             self.let_go(over)
+        return len(over) == STEP_PAGES
 
     @property
     def holders(self) -> list[Kept]:
@@ -161,12 +164,11 @@ class Keeper:
             self._order_ends()
         return boot
 
-    def _keep(self, block: Block, asked: _Promise, pages: list[Page]) -> bool:
+    def _keep(self, block: Block, asked: _Promise, most: int, pages: list[Page]) -> bool:
         """Promise to keep a block; adds to `pages` what is to be pinned."""
         promise = self._promises.get(block)
         wanted = [page for page in block.pages if page.state == PageState.READY and not page.kept]
-        fits = max(0, self.max_pages - self.num_pages)
-        if len(wanted) > fits:
+        if wanted and len(wanted) > most - self.num_pages:
             self.refused_pages += len(wanted)  # half a block is of no use
             wanted = []
         if promise is None:

@@ -6,11 +6,12 @@ release, whichever comes first; a second end is ignored, so that clean-up code m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.plan.catalog import Page, PageState
-from kvstore.plan.records import LeaseState, Request, SlotPage
+from kvstore.plan.records import LeaseState, LoadLease, Request, SlotPage
 from kvstore.plan.resume import longest_resume
 
 
@@ -23,13 +24,19 @@ class Load:
     first:   the blocks before it are in the engine's own memory.
     waiting: pages whose fetch is not over.
     lost:    pages that failed to load: they are in no slot and hold no pin.
+    slots:   parallel to pages, as they were when the lease was made.
+    reserved: pages with a slot whose fetch is not sent yet; only while the load is being prepared.
+    is_preparing: its caller has not heard of it yet; that counts as one page in `waiting`.
+    is_used: of a load that is ending (CLOSED; `pages` are those not let go yet): its pages were used.
+    num_owed: of a load that is ending: pages that tiers which admit on second use were told of.
     """
 
     id: int
     request: Request
     num_blocks: int
     pages: list[Page]
-    blocks: list[int]
+    blocks: Sequence[int]
+    slots: Sequence[int]
     sources: Sequence[str]
     owner: str
     started_at: float
@@ -38,6 +45,10 @@ class Load:
     ready_at: float = 0.0
     state: LeaseState = LeaseState.WAITING
     first: int = 0
+    reserved: set[Page] = field(default_factory=set)
+    is_preparing: bool = False
+    is_used: bool = False
+    num_owed: int = 0
 
     def usable_blocks(self, windows: Sequence[int | None]) -> int:
         """Blocks that can be resumed from with the pages that are ready now."""
@@ -53,14 +64,40 @@ class Load:
 
 @dataclass(slots=True, eq=False)
 class Save:
-    """A save lease: filling pages, one per SlotPage of the public lease."""
+    """A save lease: filling pages, one per SlotPage of the public lease.
+
+    It ends in two passes: first to last, pages are published and held; last to first, they are let go. `pages` are
+    those that are not let go yet.
+
+    filled:        which pages are whole; None means all.
+    num_pages:     of the lease, when its end began.
+    num_published: pages that the first pass is past. num_whole: of these, the ones that were published.
+    """
 
     id: int
     request: Request
     pages: list[Page]
     owner: str
+    is_ending: bool = False
+    filled: Sequence[bool] | None = None
+    num_pages: int = 0
+    num_published: int = 0
+    num_whole: int = 0
 
 
-def slot_pages(blocks: Sequence[int], pages: Sequence[Page]) -> tuple[SlotPage, ...]:
+def load_lease(load: Load, block_size: int) -> LoadLease:
+    """The public face of a load that was prepared. Not under the lock: nothing of what it reads changes any more."""
+    if not load.num_blocks:
+        return LoadLease(load.id, 0, 0, ())
+    return LoadLease(
+        load.id,
+        load.num_blocks,
+        load.num_blocks * block_size,
+        tuple(slot_pages(load.blocks, load.pages, load.slots)),
+        dict(Counter(load.sources[load.first :])),
+    )
+
+
+def slot_pages(blocks: Iterable[int], pages: Iterable[Page], slots: Iterable[int]) -> list[SlotPage]:
     """The public face of planner pages."""
-    return tuple([SlotPage(block, page.group, page.slot) for block, page in zip(blocks, pages, strict=True)])
+    return list(map(SlotPage, blocks, [page.group for page in pages], slots))

@@ -9,9 +9,11 @@ Concurrent loads of one page share one fetch: the second lease waits for the fir
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
-from kvstore.plan.catalog import Block, Catalog, Page, PageState
+from kvstore.plan.catalog import Catalog, Page, PageState
+from kvstore.plan.holding import Holder
 from kvstore.plan.host import HostSpace
 from kvstore.plan.leases import Load
 from kvstore.plan.lookup import Scout
@@ -20,6 +22,7 @@ from kvstore.plan.match import FIRST_LOWER, IN_HOST, Survey
 from kvstore.plan.records import HOST, LeaseState, Op, Outcome, Priority, Request
 from kvstore.plan.resume import longest_resume, needed_from
 from kvstore.plan.settings import PlanSettings
+from kvstore.plan.steps import STEP_PAGES, Steps
 from kvstore.plan.transfers import Flight, Flights
 
 PREFETCH = "prefetch"  # context of a flight that counts against the prefetch bound
@@ -55,68 +58,59 @@ class Loader:
         self._tickets: dict[int, list[int]] = {}
         self._asked: dict[int, Request] = {}  # prefetches waiting for a probe
         self._promotions: list[int] = []
+        self._holder = Holder(host, scout, windows, self._join, self._elsewhere, self._fetch)
 
-    def prepare(self, lease_id: int, request: Request, num_blocks: int, now: float, owner: str, first: int = 0) -> Load:
+    def preparing(
+        self, lease_id: int, request: Request, num_blocks: int, now: float, owner: str, first: int = 0
+    ) -> Steps[Load]:
         """Make a load lease over as many of the first `num_blocks` blocks as are stored and find room.
 
         first: blocks before it are in the engine already: they count as present and get no page.
         """
+        load = Load(lease_id, request, 0, [], [], [], (), owner, now, waiting=1, is_preparing=True)
+        self.loads[lease_id] = load
         survey = self._scout.survey(request)
         limit = min(num_blocks, survey.known)
         while True:
             granted = longest_resume(survey.sources, self._windows, limit)
-            path = self._scout.insert(request, granted)
-            if len(path) < granted:
-                limit = len(path)
-                continue
-            blocks, pages, codes = self._needed(survey, path, granted, first)
-            absent = [index for index, page in enumerate(pages) if page.state == PageState.ABSENT]
-            ready = [page for page in pages if page.state == PageState.READY]
-            self._host.pin(ready)
-            slots = self._host.take_for([pages[index] for index in absent], request.keys[:granted])
-            if len(slots) == len(absent):
+            cut = yield from self._holder.hold(load, survey, granted, first, now)
+            if cut is None or not self._is_open(load):
                 break
-            # No room for all: give back, and try for what ends before the first page without a slot.
-            self._host.abandon([pages[index] for index in absent[: len(slots)]])
-            self._host.unpin(ready, used=False)
-            self._catalog.prune(path[-1])
-            limit = blocks[absent[len(slots)]]
-        load = Load(
-            lease_id,
-            request,
-            granted,
-            pages,
-            blocks,
-            self._sources(survey, granted),
-            owner,
-            now,
-            first=min(first, granted),
-        )
-        self._join(load)
-        self._fetch([pages[i] for i in absent], [codes[i] for i in absent], now)
-        self.loads[lease_id] = load
-        self.counters["loads"] += 1
-        if not load.waiting:
-            self._set_ready(load, now)
+            # Not all can be had: give back, and try for what ends before the first page without a slot.
+            while not self._let_go_part(load, used=False):
+                yield
+            load.lost.clear()
+            self._prune_tail(request, granted)
+            limit = cut
+        if self._is_open(load):
+            load.num_blocks, load.first = granted, min(first, granted)
+            load.sources = self._sources(survey, granted)
+            load.is_preparing = False
+            load.waiting -= 1
+            self.counters["loads"] += 1
+            self.note_progress(load, now)
         return load
 
-    def complete(self, lease_id: int, now: float) -> Load | None:
-        """End a load whose pages were used; None if there is no such load."""
+    def close(self, lease_id: int, *, is_well: bool) -> Load | None:
+        """A load ends from now on: `let_go` until it is over. None if there is none, or its end has begun."""
         load = self.loads.get(lease_id)
-        if load is None:
+        if load is None or load.state is LeaseState.CLOSED:
             return None
-        usable = load.usable_blocks(self._windows)
-        for name in load.sources[load.first : usable]:
-            self.hit_blocks[name] += 1
-        self._end(load, now, used=usable > 0)
+        if is_well:
+            usable = load.usable_blocks(self._windows)
+            for name, num_blocks in Counter(load.sources[load.first : usable]).items():
+                self.hit_blocks[name] += num_blocks
+            load.is_used = usable > 0
+        load.state = LeaseState.CLOSED
         return load
 
-    def release(self, lease_id: int, now: float) -> bool:
-        """End a load whose pages were not used; False if there is no such load."""
-        load = self.loads.get(lease_id)
-        if load is None:
+    def let_go(self, load: Load) -> bool:
+        """Let go of the last pages of a load that is closed; True at its end."""
+        if not self._let_go_part(load, used=load.is_used):
             return False
-        self._end(load, now, used=False)
+        if load.is_preparing:
+            self._prune_tail(load.request, len(load.request.keys))
+        self.loads.pop(load.id, None)
         return True
 
     def fetched(self, tier: LowerTier, flight: Flight, outcome: Outcome, now: float) -> None:
@@ -167,31 +161,31 @@ class Loader:
             self._tell(page, now)
         return bool(awaited)
 
-    def prefetch(self, ticket: int, request: Request, now: float) -> int:
-        """Fetch what is worth loading of a request, within the prefetch bound; waits for a probe if one is needed."""
+    def ask(self, ticket: int, request: Request, now: float) -> bool:
+        """Look up what is worth prefetching; False if a shared tier has to answer first, `resume_prefetches` then."""
         match, _ = self._scout.lookup(request, now)
         if match.pending:
             self._asked[ticket] = request
-            return ticket
+        return not match.pending
+
+    def bring(self, ticket: int, request: Request, now: float) -> None:
+        """Fetch what is worth loading of a request, within the prefetch bound."""
         survey = self._scout.survey(request)
         self._tickets[ticket] = self._bring(request, survey, survey.worth, self._settings.max_prefetch_slots, now)
-        return ticket
 
     def resume_prefetches(self, now: float) -> None:
         """A probe was answered: go on with the prefetches that waited for one."""
         asked, self._asked = self._asked, {}
         for ticket, request in asked.items():
-            self.prefetch(ticket, request, now)
+            if self.ask(ticket, request, now):
+                self.bring(ticket, request, now)
 
     def cancel(self, ticket: int) -> list[int]:
         """Forget a prefetch; returns its transfers that no request waits for."""
         self._asked.pop(ticket, None)
-        own = set(self._tickets.pop(ticket, ()))
-        return [
-            flight.transfer.id
-            for flight in self._flights.under_way()
-            if flight.transfer.id in own and not any(page.waiters for page in flight.pages)
-        ]
+        found = [self._flights.get(transfer_id) for transfer_id in self._tickets.pop(ticket, ())]
+        own = [flight for flight in found if flight is not None]
+        return [flight.transfer.id for flight in own if not any(page.waiters for page in flight.pages)]
 
     def sample(self, request: Request, tier: str, now: float) -> None:
         """Fetch a few pages of a tier that is avoided, in the background, to learn whether it has become faster."""
@@ -216,22 +210,8 @@ class Loader:
         promotions, self._promotions = self._promotions, []
         return promotions
 
-    def _needed(
-        self, survey: Survey, path: Sequence[Block], granted: int, first: int = 0
-    ) -> tuple[list[int], list[Page], list[int]]:
-        """Block index, page and source code of every page a resume after `granted` blocks needs, in path order."""
-        starts = [max(first, needed_from(granted, window)) for window in self._windows]
-        blocks: list[int] = []
-        pages: list[Page] = []
-        codes: list[int] = []
-        for index in range(first, granted):
-            block_pages = path[index].pages
-            for group, start in enumerate(starts):
-                if index >= start:
-                    blocks.append(index)
-                    pages.append(block_pages[group])
-                    codes.append(survey.source(index, group))
-        return blocks, pages, codes
+    def _is_open(self, load: Load) -> bool:
+        return load.state is not LeaseState.CLOSED and load.id in self.loads
 
     def _sources(self, survey: Survey, granted: int) -> list[str]:
         worth, survey.worth = survey.worth, granted
@@ -239,16 +219,15 @@ class Loader:
         survey.worth = worth
         return names
 
-    def _join(self, load: Load) -> None:
-        for page in load.pages:
-            if page.state == PageState.FILLING:
-                if page.waiters is None:
-                    page.waiters = []
-                page.waiters.append(load)
-                load.waiting += 1
-                if page.flight:
-                    self.counters["shared_fetches"] += 1
-                    self._promotions.append(page.flight)
+    def _join(self, load: Load, pages: Sequence[Page]) -> None:
+        """Have a load wait for fetches that are under way."""
+        for page in pages:
+            if page.waiters is None:
+                page.waiters = []
+            page.waiters.append(load)
+            self._promotions.append(page.flight)
+        load.waiting += len(pages)
+        self.counters["shared_fetches"] += len(pages)
 
     def _fetch(
         self,
@@ -287,18 +266,24 @@ class Loader:
     def _bring(self, request: Request, survey: Survey, end: int, bound: int, now: float) -> list[int]:
         """Prefetch pages of blocks [0, end) that lie below host memory."""
         end = longest_resume(survey.sources, self._windows, end)
-        path = self._scout.insert(request, end)
-        _, pages, codes = self._needed(survey, path, min(end, len(path)))
         room = max(0, min(bound, self._settings.max_prefetch_slots - self.prefetching))
-        wanted = [(p, c) for p, c in zip(pages, codes, strict=True) if p.state == PageState.ABSENT and c > IN_HOST]
-        wanted = wanted[:room]
+        starts = [needed_from(end, window) for window in self._windows]
+        below = sorted(
+            (block, group, code)
+            for group, start in enumerate(starts)
+            for block, code in enumerate(survey.sources[group][start:end], start)
+            if code > IN_HOST
+        )[:room]
+        path = self._scout.insert(request, below[-1][0] + 1) if below else []
+        wanted = [(path[block].pages[group], code) for block, group, code in below if block < len(path)]
         slots = self._host.take_for([page for page, _ in wanted], request.keys[:end])
         wanted = wanted[: len(slots)]
         self.prefetching += len(wanted)
         self.counters["prefetches"] += bool(wanted)
         return self._fetch([p for p, _ in wanted], [c for _, c in wanted], now, PREFETCH)
 
-    def _elsewhere(self, page: Page, failed: LowerTier) -> int:
+    def _elsewhere(self, page: Page, failed: LowerTier | None = None) -> int:
+        """Source code of a tier that has a copy, another than the one where it failed; 0 if there is none."""
         if page.block.is_removed:
             return 0
         for index, tier in enumerate(self._tiers):
@@ -319,15 +304,27 @@ class Loader:
         if load.lost:
             self.counters["load_failures"] += 1
 
-    def _end(self, load: Load, now: float, *, used: bool) -> None:
-        del self.loads[load.id]
-        held: list[Page] = []
-        for page in load.pages:
-            if page in load.lost:
-                continue
-            if page.state == PageState.READY:
-                held.append(page)
-            elif page.waiters is not None:
-                page.waiters.remove(load)
-        load.state = LeaseState.CLOSED
+    def _let_go_part(self, load: Load, *, used: bool) -> bool:
+        """Let go of the last pages that a load holds, in whatever way; True when it holds no more. Tail first."""
+        pages = load.pages[-STEP_PAGES:]
+        del load.pages[-STEP_PAGES:]
+        kept = pages if not load.lost else [page for page in pages if page not in load.lost]
+        held = [page for page in kept if page.state == PageState.READY]
+        if len(held) < len(kept):
+            for page in kept:
+                if page.state != PageState.READY and page.waiters is not None:
+                    page.waiters.remove(load)
+                    load.waiting -= 1
+            unsent = [page for page in kept if page in load.reserved]
+            load.reserved.difference_update(unsent)
+            self._host.abandon(unsent)
+            for page in reversed(unsent):
+                self._catalog.prune(page.block)
         self._host.unpin(held, used=used)
+        return not load.pages
+
+    def _prune_tail(self, request: Request, end: int) -> None:
+        """Forget the blocks that were made known for pages which are not brought."""
+        path = self._catalog.match(request.keys[:end])
+        if path:
+            self._catalog.prune(path[-1])

@@ -22,6 +22,7 @@ from kvstore.plan.debts import Debts, SpillCounters
 from kvstore.plan.deletes import Deletes
 from kvstore.plan.journal import Left
 from kvstore.plan.records import Op, Outcome, Priority
+from kvstore.plan.steps import STEP_BLOCKS
 from kvstore.plan.transfers import Flight, Flights
 
 TOUCH_BATCH = 512  # keys; one Redis round trip or one LMDB transaction of a few milliseconds
@@ -74,6 +75,7 @@ class LowerTier:
     page_bytes: Sequence[int]
     max_owed: int
     out: frozenset[Direction] = frozenset()  # what its breakers keep out
+    is_late: bool = False  # copies past their deadline may be left, see `expire`
     is_detached: bool = False  # taken away by an operator: it has nothing, and gets nothing
     used_pages: int = 0
     in_flight: int = 0
@@ -180,16 +182,21 @@ class LowerTier:
         self.deletes.owe(keys)
         self.dropping = ()
 
-    def clear(self, pages: Sequence[Page]) -> None:
-        """Have all the tier holds deleted: `pages`, those of all blocks that were known, and what it finds itself."""
-        if self.is_detached:
-            return
-        if not self.plan.can_clear:
+    def clear(self) -> None:
+        """Have all the tier holds deleted that it finds itself. What is known of leaves by `clear_away` after that."""
+        if self.plan.can_clear and not self.is_detached:
+            self.deletes.owe_all()
+
+    def clear_away(self, pages: Sequence[Page]) -> None:
+        """Pages of blocks that were known leave in a clear: those that the tier does not clear itself are deleted.
+
+        It does as long as its clear is owed, since nothing is written until that is done.
+        """
+        if not (self.plan.can_clear and self.deletes.must_clear):
             self.delete(pages)
             return
         self.forget_copies(self.copies(pages), Left.DELETED)
         self.debts.settle(pages)
-        self.deletes.owe_all()
 
     def deleted(self, flight: Flight, outcome: Outcome, now: float) -> None:
         """Book the outcome of a DELETE or a CLEAR."""
@@ -253,22 +260,40 @@ class LowerTier:
         self.pump(now)
 
     def expire(self) -> None:
-        """Delete copies past their deadline; one that is still being written goes when it is there."""
-        if self.plan.policy is None:
-            return
-        expired = [page for page in self.plan.policy.expired(self.wall()) if not page.spilling & self.bit]
-        if expired:
-            self.delete(expired, why=Left.EXPIRED)
-            for page in expired:
-                self.catalog.prune(page.block)
-            self.counters.expired_pages += len(expired)
+        """Delete copies past their deadline, as many as a step may take; `is_late` says whether there may be more.
+
+        One that is still being written goes when it is there.
+        """
+        if self.plan.policy is not None:
+            limit = STEP_BLOCKS + self.in_flight
+            expired = self.plan.policy.expired(self.wall(), limit)
+            self.is_late = len(expired) == limit
+            if expired:
+                self._expire(expired)
+
+    def expire_of(self, pages: Sequence[Page], limit: int | None) -> None:
+        """Delete the first `limit` of those of `pages` that are past their deadline; all for None."""
+        if self.plan.policy is not None:
+            expired = self.plan.policy.overdue(pages, self.wall(), limit)
+            if expired:
+                self._expire(expired)
+
+    def _expire(self, pages: Sequence[Page]) -> None:
+        expired = [page for page in pages if not page.spilling & self.bit]
+        self.delete(expired, why=Left.EXPIRED)
+        for page in expired:
+            self.catalog.prune(page.block)
+        self.counters.expired_pages += len(expired)
 
     def detach(self) -> None:
-        """The tier is taken away: it has nothing any more. What is on its way there fails, or counts for nothing."""
+        """The tier is taken away. What is on its way there fails, or counts for nothing; the rest by `forget_all`."""
         self.is_detached = True
         self.debts.clear()
         self.deletes.drop()
-        copies = self.copies(list(self.catalog.pages()))
+
+    def forget_all(self, pages: Sequence[Page]) -> None:
+        """Forget what a tier that was taken away holds of some pages."""
+        copies = self.copies(pages)
         self.forget_copies(copies, Left.DETACHED)
         for page in copies:
             self.catalog.prune(page.block)

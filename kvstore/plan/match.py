@@ -11,6 +11,7 @@ is asked by a probe, and the answer is remembered with the request until it is f
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -65,10 +66,7 @@ class Survey:
 
     def by_tier(self, names: Sequence[str], windows: Sequence[int | None]) -> dict[str, int]:
         """Blocks of the worthwhile prefix by the slowest tier any of their pages comes from."""
-        counts: dict[str, int] = {}
-        for name in self.block_sources(names, windows):
-            counts[name] = counts.get(name, 0) + 1
-        return counts
+        return dict(Counter(self.block_sources(names, windows)))
 
     def block_sources(self, names: Sequence[str], windows: Sequence[int | None]) -> list[str]:
         """Tier name of each block of the worthwhile prefix, by the slowest tier of the pages it needs.
@@ -111,7 +109,7 @@ def locate(
     for block in blocks:
         page = block.pages[group]
         state = page.state
-        if state == ready or (state == filling and page.flight and page.flight not in stalled):
+        if state is ready or (state is filling and page.flight and page.flight not in stalled):
             append(IN_HOST)
             continue
         homes = page.homes

@@ -27,7 +27,7 @@ from eviction.policy import EvictionPolicy
 from kvstore.page import PageKey
 from kvstore.plan.catalog import Block, Page, PageState
 from kvstore.plan.journal import Left
-from kvstore.plan.leases import Load
+from kvstore.plan.leases import Load, Save
 from kvstore.plan.loads import PREFETCH
 from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.records import HOST, Op
@@ -47,7 +47,7 @@ def mend(planner: Planner, last_lease: int, now: float) -> None:
     _settle_pages(planner, pages)
     _settle_loads(planner, pages, now)
     planner.keeper.rebuild(pages)
-    holders = _holders(planner.loader.loads.values())
+    holders = _holders(planner.loader.loads.values(), planner.saver.saves.values())
     for page in pages:
         page.pins = holders.get(page, 0) + page.kept
     _settle_host(planner, pages)
@@ -55,7 +55,8 @@ def mend(planner: Planner, last_lease: int, now: float) -> None:
         _settle_tier(planner, tier, pages, now)
     for block in reversed(blocks):  # deepest first
         planner.catalog.prune(block)
-    planner.host.shrink()
+    while planner.host.shrink():
+        pass
     planner.turns.claims.rebuild()
     planner.scout.forget_answers()
     planner.flights.rebuild()
@@ -98,7 +99,10 @@ def _settle_pages(planner: Planner, pages: list[Page]) -> None:
         elif flight.transfer.op is Op.SPILL:
             for page in flight.pages:
                 spilling[page] = spilling.get(page, 0) | bits[flight.transfer.tier]
-    saving = {page for save in planner.saver.saves.values() for page in save.pages}
+    # What a save that is ending has published is READY; the rest is as if it had not begun to end.
+    saves = planner.saver.saves.values()
+    saving = {page for save in saves for page in save.pages if not save.is_ending or page.state == PageState.FILLING}
+    saving.update(page for load in planner.loader.loads.values() for page in load.reserved)
     for page in pages:
         page.spilling = spilling.get(page, 0)
         page.flight = fetching.get(page, 0)
@@ -116,7 +120,7 @@ def _settle_loads(planner: Planner, pages: list[Page], now: float) -> None:
     for page in pages:
         page.waiters = None
     for load in planner.loader.loads.values():
-        load.waiting = 0
+        load.waiting = int(load.is_preparing)
         for page in load.pages:
             if page in load.lost:
                 continue
@@ -128,8 +132,8 @@ def _settle_loads(planner: Planner, pages: list[Page], now: float) -> None:
         planner.loader.note_progress(load, now)
 
 
-def _holders(loads: Iterable[Load]) -> dict[Page, int]:
-    holders: dict[Page, int] = {}
+def _holders(loads: Iterable[Load], saves: Iterable[Save]) -> dict[Page, int]:
+    holders = {page: 1 for save in saves if save.is_ending for page in save.pages if page.state == PageState.READY}
     for load in loads:
         for page in load.pages:
             if page.state == PageState.READY and page not in load.lost:

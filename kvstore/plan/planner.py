@@ -15,19 +15,21 @@ Called under the store's lock.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from itertools import count
 
 from eviction.policy import EvictionPolicy
 from kvstore.clock import SYSTEM_CLOCK, Clock
 from kvstore.direction import ALL_DIRECTIONS, Direction
 from kvstore.layout import Layout
-from kvstore.page import PageKey, PageMeta, page_key
+from kvstore.page import PageKey, PageMeta
 from kvstore.plan.catalog import Catalog, Page, PageState
 from kvstore.plan.cost import CostModel, TierCost
 from kvstore.plan.endings import Endings
 from kvstore.plan.flushing import Flushing, Told, report, told_of
 from kvstore.plan.host import HostSpace
+from kvstore.plan.in_steps import InSteps
 from kvstore.plan.keeper import Keeper
-from kvstore.plan.leases import Load, Save, slot_pages
+from kvstore.plan.leases import load_lease
 from kvstore.plan.loads import Loader
 from kvstore.plan.lookup import Scout
 from kvstore.plan.lower_tier import TierPlan
@@ -47,9 +49,10 @@ from kvstore.plan.records import (
     Transfer,
 )
 from kvstore.plan.retention import Retention
-from kvstore.plan.saves import Preparing, Saver
+from kvstore.plan.saves import Saver
 from kvstore.plan.settings import PlanSettings
 from kvstore.plan.single_flight import Turns
+from kvstore.plan.steps import Steps, at_once
 from kvstore.plan.transfers import Flights
 
 
@@ -105,18 +108,32 @@ class Planner:
         self._retention = Retention(self.host, self.tiers, self.keeper, settings.touch_interval_s)
         self.saver = Saver(self.host, self.catalog, self.scout)
         self.endings = Endings(
-            layout.block_size, self.tiers, self.costs, self.scout, self.saver, self.turns, self._retention
+            layout.block_size, self.tiers, self.costs, self.scout, self.loader, self.saver, self.turns, self._retention
         )
         self._outcomes = Outcomes(
             self.catalog, self.flights, self._book, self.costs, self.scout, self.loader, self.turns, self._retention
         )
-        self._next_lease = 1
+        self._lease_ids = count(2)
+        self.in_steps = InSteps(
+            layout,
+            self.host,
+            self.catalog,
+            self.tiers,
+            self.flights,
+            self.scout,
+            self.loader,
+            self.saver,
+            self.turns,
+            self.keeper,
+            self._retention,
+            self.endings,
+        )
 
     # ---- looking up and loading -------------------------------------------------------------------------------
 
     def lookup(self, request: Request, now: float) -> Match:
         """The longest prefix worth loading, and whether asking again may show more."""
-        self._expire()
+        self.in_steps.expire(request)
         match, stale = self.scout.lookup(request, now, self.turns.judge)
         if stale is not None:
             self.loader.sample(request, stale, now)
@@ -124,33 +141,23 @@ class Planner:
 
     def ask(self, request: Request, now: float) -> bool:
         """Ask shared tiers about a request without looking it up; True until they have answered."""
-        self._expire()
+        self.in_steps.expire(request)
         return self.scout.ask(request, now)
 
     def explain(self, request: Request) -> Explanation:
         """Why a request matches what it matches."""
-        self._expire()
+        self.in_steps.expire(request)
         return self.scout.explain(request)
 
     def prepare_load(self, request: Request, num_blocks: int, now: float, owner: str = "", first: int = 0) -> LoadLease:
         """Pin blocks [first, num_blocks) that are in host memory, make room for the rest, send the fetches."""
-        self._expire()
-        load = self.loader.prepare(self._lease_id(), request, num_blocks, now, owner, first)
-        by_tier: dict[str, int] = {}
-        for name in load.sources[load.first :]:
-            by_tier[name] = by_tier.get(name, 0) + 1
-        return LoadLease(
-            load.id,
-            load.num_blocks,
-            load.num_blocks * self.layout.block_size,
-            slot_pages(load.blocks, load.pages),
-            by_tier,
-        )
+        steps = self.in_steps.prepare_load(self.new_lease_id(), request, num_blocks, now, owner, first)
+        return load_lease(at_once(steps), self.layout.block_size)
 
     def poll(self, lease_id: int) -> LeaseStatus:
         """How far a load lease is. A lease that ended has no usable block."""
         load = self.loader.loads.get(lease_id)
-        if load is None:
+        if load is None or load.state is LeaseState.CLOSED:
             return LeaseStatus(LeaseState.CLOSED, 0, 0)
         usable = load.usable_blocks(self.windows)
         return LeaseStatus(load.state, usable, usable * self.layout.block_size)
@@ -162,8 +169,7 @@ class Planner:
 
     def prefetch(self, request: Request, now: float) -> int:
         """Start bringing the known prefix into host memory; returns a ticket."""
-        self._expire()
-        return self.loader.prefetch(self._lease_id(), request, now)
+        return at_once(self.in_steps.prefetch(self.new_lease_id(), request, now))
 
     def cancel(self, ticket: int) -> list[int]:
         """End a prefetch; returns the transfers that need not be carried out any more."""
@@ -180,55 +186,25 @@ class Planner:
 
         Never waits: where no slot is free and nothing can be evicted, the rest is skipped and counted.
         """
-        self._expire()  # else what is over would count as stored, and not be saved again
-        steps = self.preparing_save(request, first, num_blocks, owner)
-        while (lease := self.go_on(steps, request, now)) is None:
-            pass
-        return lease
-
-    def preparing_save(self, request: Request, first: int, num_blocks: int, owner: str = "") -> Preparing:
-        """The same in steps of milliseconds, by `go_on`."""
-        return self.saver.preparing(self._lease_id(), request, first, num_blocks, owner)
-
-    def go_on(self, steps: Preparing, request: Request, now: float) -> SaveLease | None:
-        """One step of a save that is being prepared; the lease when it is over."""
-        lease = steps.step()
-        if lease is not None and lease.skipped:
-            self.turns.end(request, now)  # nobody should wait for what will not be there
-        return lease
+        return at_once(self.in_steps.prepare_save(self.new_lease_id(), request, first, num_blocks, now, owner))
 
     def complete(self, lease_id: int, now: float, filled: Sequence[bool] | None = None) -> None:
         """End a lease well: unpin after a load, publish after a save."""
-        load = self.loader.complete(lease_id, now)
-        if load is not None:
-            self.endings.loaded(load, now)
-            return
-        ended = self.saver.end(lease_id, now, filled)
-        if ended is not None:
-            self.endings.saved(*ended, now)
+        at_once(self.in_steps.complete(lease_id, now, filled))
 
     def release(self, lease_id: int, now: float) -> None:
         """End a lease badly: unpin, or drop what was being filled."""
-        if self.loader.release(lease_id, now):
-            return
-        ended = self.saver.drop(lease_id, now)
-        if ended is not None:
-            self.endings.saved(*ended, now)
+        at_once(self.in_steps.release(lease_id, now))
 
     def release_owner(self, owner: str, now: float) -> int:
         """Release every lease of an owner that died."""
-        leases: list[Load | Save] = [*self.loader.loads.values(), *self.saver.saves.values()]
-        own = [lease for lease in leases if lease.owner == owner]
-        for lease in own:
-            self.release(lease.id, now)
-            self.turns.end(lease.request, now)
-        return len(own)
+        return at_once(self.in_steps.release_owner(owner, now))
 
     # ---- the end of a request, and what is said about it ------------------------------------------------------
 
     def finished(self, request: Request, now: float, *, finish_reason: str = "", last_turn: bool = False) -> None:
         """Refresh the request's path in every tier, or let its private part go first if no turn will follow."""
-        self.endings.finished(request, now, finish_reason, last_turn=last_turn)
+        at_once(self.in_steps.finished(request, now, finish_reason, last_turn=last_turn))
 
     def abandon(self, request: Request, now: float) -> bool:
         """Nobody will go on with the request; True if others waited, or might have waited, for it to compute."""
@@ -237,44 +213,23 @@ class Planner:
 
     def pin(self, request: Request, now: float) -> int:
         """Keep the request's blocks in host memory until unpin, as many as the budget holds and as long as may be."""
-        self._expire()
-        return self.keeper.keep(self.scout.known_path(request), float("inf"), request.holder)
+        return at_once(self.in_steps.pin(request))
 
     def unpin(self, request: Request, now: float) -> int:
         """Undo pin."""
-        return self.keeper.let_go(self.scout.known_path(request))
+        return at_once(self.in_steps.unpin(request))
 
     def forget(self, request: Request, first: int, now: float) -> int:
         """Delete blocks from `first` on and all that is known to continue them."""
-        self.turns.end(request, now)
-        if first >= len(request.keys):
-            return 0
-        removed = self.catalog.remove(request.keys[first])
-        pages = self._retention.leave(removed)
-        own = [page_key(key, group) for key in request.keys[first:] for group in range(len(self.windows))]
-        for tier in self.tiers:
-            # There may be what the catalog does not remember, or what others wrote.
-            tier.delete(pages, own if tier.plan.is_shared or not tier.plan.is_indexed else ())
-            tier.pump(now)
-        return len(removed)
+        return at_once(self.in_steps.forget(request, first, now))
 
     def clear(self, now: float) -> int:
         """Delete every block that is known, and all that tiers know themselves of; returns how many were known."""
-        removed = self.catalog.clear()
-        pages = self._retention.leave(removed)
-        for tier in self.tiers:
-            tier.clear(pages)
-            tier.pump(now)
-        if self.catalog.journal is not None:
-            self.catalog.journal.cleared()
-        return len(removed)
+        return at_once(self.in_steps.clear(now))
 
     def set_ttl(self, request: Request, ttl_s: float, now: float) -> int:
         """Give the known blocks of a request a time to live from now on, in every tier; returns how many."""
-        self._expire()
-        path = self.scout.known_path(request)
-        self._retention.set_ttl(path, ttl_s, now)
-        return len(path)
+        return at_once(self.in_steps.set_ttl(request, ttl_s, now))
 
     # ---- what the world reports -------------------------------------------------------------------------------
 
@@ -297,23 +252,20 @@ class Planner:
 
     def detach_tier(self, name: str) -> None:
         """A tier is taken away: what it holds is forgotten, and nothing is sent there any more."""
+        at_once(self.detaching_tier(name))
+
+    def detaching_tier(self, name: str) -> Steps[None]:
+        """The same in steps."""
         self._book.detach(name)
+        return self.in_steps.detach_tier(self._book.named(name))
 
     def resize_host(self, num_slots: int) -> None:
         """Use fewer or more of the host slots."""
-        self.host.resize(num_slots)
+        at_once(self.in_steps.resize_host(num_slots))
 
     def tick(self, now: float) -> bool:
         """Do what only time makes due: deadlines, promises that end. True if somebody need not wait any more."""
-        self._expire()
-        self.keeper.expire()
-        self.host.shrink()
-        for tier in self.tiers:
-            tier.pump(now)
-        # What had not begun when its tier went down has been answered for by now, and may be on its way from another
-        # tier; the rest is inside and may never come back.
-        stalled = [page for flight in self.flights.take_stalled() for page in flight.pages]
-        return self.loader.give_up(stalled, now) | self.turns.tick(now)
+        return at_once(self.in_steps.tick(now))
 
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """The engine computed `num_tokens` in `seconds`."""
@@ -356,7 +308,8 @@ class Planner:
         flying = [page for flight in self.flights.under_way() for page in flight.pages]
         self.host.check({*pages, *(page for page in [*held, *filling, *flying] if page not in known)})
         pins: dict[Page, int] = {}
-        for page in held:
+        published = [page for save in self.saver.saves.values() if save.is_ending for page in save.pages]
+        for page in [*held, *published]:
             if page.state == PageState.READY:
                 pins[page] = pins.get(page, 0) + 1
         for page in {*pages, *held}:
@@ -370,21 +323,13 @@ class Planner:
 
     @property
     def last_lease(self) -> int:
-        """The highest number that a lease has."""
-        return self._next_lease
+        """The highest number of a lease that was made."""
+        return self.in_steps.last_lease
+
+    def new_lease_id(self) -> int:
+        """A number for a lease or a ticket. Any thread."""
+        return next(self._lease_ids)
 
     def mend(self, last_lease: int, now: float) -> None:
         """Put the books right after an exception in the middle of a call of one of these methods (see mend.py)."""
         mend(self, last_lease, now)
-
-    # ---- private ----------------------------------------------------------------------------------------------
-
-    def _expire(self) -> None:
-        """Let go what is past its deadline. Wherever it matters, and not by `tick` alone: ticks may be late."""
-        self.host.expire()
-        for tier in self.tiers:
-            tier.expire()
-
-    def _lease_id(self) -> int:
-        self._next_lease += 1
-        return self._next_lease

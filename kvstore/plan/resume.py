@@ -16,7 +16,7 @@ from collections.abc import Sequence
 def longest_resume(present: Sequence[Sequence[object]], windows: Sequence[int | None], limit: int) -> int:
     """The largest N <= limit from which every group can resume.
 
-    present: per group, one truthy or falsy entry per block; a shorter list means absent from there on.
+    present: per group, one entry per block, 0 or False where it is absent; a shorter list means absent from there on.
     windows: per group, blocks needed before a resume point; None means all.
     """
     for group, window in enumerate(windows):
@@ -45,7 +45,7 @@ def needed_from(num_blocks: int, window: int | None) -> int:
 
 
 def _leading(flags: Sequence[object], limit: int) -> int:
-    for block, flag in enumerate(flags):
-        if not flag or block == limit:
-            return block
-    return min(len(flags), limit)
+    try:
+        return flags.index(0, 0, limit)
+    except ValueError:
+        return min(len(flags), limit)

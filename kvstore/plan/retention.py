@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from eviction.policy import Hint
 from kvstore.plan.catalog import SHARED_SESSION, Block, Page, PageState
 from kvstore.plan.host import HostSpace
 from kvstore.plan.keeper import Keeper
 from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.records import Request
+from kvstore.plan.steps import Steps, parts, parts_from_tail
 
 
 class Retention:
@@ -29,8 +31,23 @@ class Retention:
         self._keeper = keeper
         self._touch_interval_s = touch_interval_s
 
-    def use(self, path: Sequence[Block], request: Request, now: float) -> None:
+    def using(self, path: Sequence[Block], request: Request, now: float) -> Steps[None]:
         """Refresh a path: in the policies always, at the media not more often than every touch_interval_s."""
+        used_before: list[Block] = []
+        for part in parts_from_tail(path):
+            if part is not path:
+                yield
+                part = [block for block in part if not block.is_removed]
+            used_before[:0] = self._use(part, request, now)
+        for part in parts(used_before):
+            if part is not used_before:
+                yield
+                part = [block for block in part if not block.is_removed]
+            for tier in self._tiers:
+                tier.make_up(part, now)
+
+    def _use(self, path: Sequence[Block], request: Request, now: float) -> list[Block]:
+        """The same of a part of a path; returns the blocks that a medium should have had for some time."""
         self.note_session(path, request)
         self._host.touch(path)
         fresh = [block for block in path if now - block.touched_at > self._touch_interval_s]
@@ -39,7 +56,7 @@ class Retention:
             block.touched_at = now
         for tier in self._tiers:
             tier.touch(path, fresh, now)
-            tier.make_up(used_before, now)
+        return used_before
 
     def note_session(self, blocks: Sequence[Block], request: Request) -> None:
         """Remember whose blocks these are, for `let_go_first`."""
@@ -66,8 +83,12 @@ class Retention:
 
     def set_ttl(self, path: Sequence[Block], ttl_s: float, now: float) -> None:
         """Give blocks a time to live from now on, in every tier."""
+        hints: dict[Hint, Hint] = {}  # one object for all that have the same: a policy is told of them together
         for block in path:
-            block.hint = block.hint._replace(ttl_s=ttl_s)
+            hint = hints.get(block.hint)
+            if hint is None:
+                hint = hints[block.hint] = block.hint._replace(ttl_s=ttl_s)
+            block.hint = hint
             block.touched_at = now
         pages = [page for block in path for page in block.pages]
         self._host.enter([page for page in pages if page in self._host.policy], used=False)
@@ -79,19 +100,19 @@ class Retention:
         """Blocks are forgotten: their pages leave host memory, those in use as soon as they are not; returns all."""
         self._keeper.let_go(removed)
         pages = [page for block in removed for page in block.pages]
+        if not pages:
+            return pages
         self.drop_idle(pages)
         self._host.doom([page for page in pages if page.state == PageState.READY])
         return pages
 
     def drop_idle(self, pages: Sequence[Page]) -> None:
         """Those of the pages of forgotten blocks, and of expired pages, that nothing uses give their slots back."""
-        for page in pages:
-            if page.spilling:
-                continue
-            if page.state == PageState.EXPIRED:
-                self._host.drop_expired((page,))
-            elif page.block.is_removed and page.state == PageState.READY and page.pins == 0:
-                self._host.drop((page,))
+        idle = [page for page in pages if not page.spilling]
+        self._host.drop_expired([page for page in idle if page.state == PageState.EXPIRED])
+        self._host.drop(
+            [page for page in idle if page.block.is_removed and page.state == PageState.READY and not page.pins]
+        )
 
 
 def _session(request: Request) -> str:

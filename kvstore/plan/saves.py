@@ -13,9 +13,8 @@ from kvstore.plan.catalog import Block, Catalog, Page, PageState
 from kvstore.plan.host import HostSpace
 from kvstore.plan.leases import Save, slot_pages
 from kvstore.plan.lookup import Scout
-from kvstore.plan.records import Request, SaveLease
-
-STEP_BLOCKS = 512  # of a save that is being prepared: about 4 ms where each costs 8 us
+from kvstore.plan.records import Request, SaveLease, SlotPage
+from kvstore.plan.steps import STEP_BLOCKS, STEP_PAGES, Steps
 
 
 class Saver:
@@ -34,24 +33,46 @@ class Saver:
         self._catalog = catalog
         self._scout = scout
 
-    def prepare(self, lease_id: int, request: Request, first: int, num_blocks: int, owner: str) -> SaveLease:
-        """Make a save lease over the pages of blocks [first, first + num_blocks) that host memory does not have."""
-        steps = self.preparing(lease_id, request, first, num_blocks, owner)
-        while (lease := steps.step()) is None:
-            pass
-        return lease
+    def preparing(self, lease_id: int, request: Request, first: int, num_blocks: int, owner: str) -> Steps[SaveLease]:
+        """Make a save lease over the pages of blocks [first, first + num_blocks) that host memory does not have.
 
-    def preparing(self, lease_id: int, request: Request, first: int, num_blocks: int, owner: str) -> Preparing:
-        """The same in steps."""
+        The lease is there from the first step on. Once there is no room, what is left is only counted.
+        """
         self.counters["saves"] += 1
         save = self.saves[lease_id] = Save(lease_id, request, [], owner)
-        return Preparing(self, save, max(0, first), min(first + num_blocks, len(request.keys)))
+        first, last = max(0, first), min(first + num_blocks, len(request.keys))
+        at = 0 if first < last else last  # blocks before it are done
+        above: Block | None = None
+        is_cut, skipped = False, 0
+        pages: list[SlotPage] = []
+        while at < last:
+            # Blocks before the first are only made known: as quick as a hundredth of the work on the others.
+            end = min(max(at, first) + STEP_BLOCKS, last)
+            if self._host.is_late and not is_cut:  # pages past their deadline would count as stored
+                known = self._scout.known_path(request)[at:end]
+                self._host.expire_of([page for block in known for page in block.pages], None)
+            if above is not None and above.is_removed:
+                at, above = 0, None  # what came before has left meanwhile: find the way anew
+            if not is_cut:
+                added, num_skipped, above = self.extend(save, above, max(at, first), end)
+                pages += added
+                skipped += num_skipped
+                is_cut = above is None
+            else:
+                skipped += self.count_absent(request, at, end)
+            at = end
+            if at < last:
+                yield
+                if save.is_ending or save.id not in self.saves:  # its owner died meanwhile
+                    return SaveLease(save.id, (), skipped)
+        self.counters["skipped_saves"] += skipped
+        return SaveLease(save.id, tuple(pages), skipped)
 
-    def extend(self, save: Save, above: Block | None, first: int, end: int) -> tuple[list[int], int, Block | None]:
+    def extend(self, save: Save, above: Block | None, first: int, end: int) -> tuple[list[SlotPage], int, Block | None]:
         """Add to a save what host memory does not have of blocks [first, end), as far as there are slots.
 
-        above: the block before the first that is not made known yet. Returns the blocks of the pages that were added,
-        how many found no slot, and the last block, None if there is nothing behind which more could come.
+        above: the block before the first that is not made known yet. Returns the pages that were added, how many found
+        no slot, and the last block, None if there is nothing behind which more could come.
         """
         request = save.request
         begin = 0 if above is None else above.depth + 1
@@ -72,7 +93,8 @@ class Saver:
         if skipped:
             self._catalog.prune(path[-1])
         is_cut = skipped or begin + len(path) < end  # no room, or a hash collides
-        return blocks[: len(slots)], skipped, None if is_cut or not path else path[-1]
+        added = slot_pages(blocks[: len(slots)], wanted[: len(slots)], slots)
+        return added, skipped, None if is_cut or not path else path[-1]
 
     def count_absent(self, request: Request, first: int, end: int) -> int:
         """How many pages of blocks [first, end) host memory does not have. O(end - first)."""
@@ -85,79 +107,60 @@ class Saver:
             first += 1
         return num_absent
 
-    def end(self, lease_id: int, now: float, filled: Sequence[bool] | None) -> tuple[Save, list[Page]] | None:
-        """End a save: the lease and the pages that are published now; None if there is no such save.
+    def close(self, lease_id: int, filled: Sequence[bool] | None) -> Save | None:
+        """A save ends from now on: `publish` until all is, then `let_go` until it is over. None if there is none.
 
         filled: which pages are whole, one entry per page of the lease; None means all. Raises ValueError, and ends
-                nothing, if it has another length.
+                nothing, if it has another length. Of no effect once the end has begun.
         """
         save = self.saves.get(lease_id)
-        if save is None:
-            return None
+        if save is None or save.is_ending:
+            return save
         if filled is not None and len(filled) != len(save.pages):
             raise ValueError(f"filled has {len(filled)} entries, the lease has {len(save.pages)} pages")
-        del self.saves[lease_id]
-        pages = save.pages if filled is None else list(compress(save.pages, filled))
+        save.filled, save.num_pages, save.is_ending = filled, len(save.pages), True
+        return save
+
+    def drop(self, lease_id: int) -> Save | None:
+        """The same, and nothing of it is published."""
+        save = self.saves.get(lease_id)
+        if save is not None and not save.is_ending:
+            self.close(lease_id, [False] * len(save.pages))
+            save.num_published = save.num_pages
+        return save
+
+    def publish(self, save: Save) -> list[Page]:
+        """Publish the next pages of a save, and hold them; returns those that are whole."""
+        start = save.num_published
+        pages = save.pages[start : start + STEP_PAGES]
+        save.num_published += len(pages)
+        if save.filled is not None:
+            pages = list(compress(pages, save.filled[start : start + STEP_PAGES]))
         whole = [page for page in pages if not page.block.is_removed]
         self._host.ready(whole)
-        self._host.enter(whole, used=False)
-        if len(whole) < len(save.pages):
-            lost = [page for page in save.pages if page.state == PageState.FILLING]
+        for page in whole:
+            page.pins = 1
+        save.num_whole += len(whole)
+        return whole
+
+    def let_go(self, save: Save) -> bool:
+        """Let go of the last pages of a save that is published, and drop those that are not whole; True at its end."""
+        pages = save.pages[-STEP_PAGES:]
+        del save.pages[-STEP_PAGES:]
+        held = [page for page in pages if page.state == PageState.READY]
+        self._host.unpin(held, used=False)
+        if len(held) < len(pages):
+            lost = [page for page in pages if page.state == PageState.FILLING]
             self._host.abandon(lost)
             self.counters["aborted_saves"] += len(lost)
-            for page in reversed(save.pages):
+            for page in reversed(pages):
                 self._catalog.prune(page.block)
-        self.counters["saved_pages"] += len(whole)
-        return save, whole
-
-    def drop(self, lease_id: int, now: float) -> tuple[Save, list[Page]] | None:
-        """End a save of which nothing is published; None if there is no such save."""
-        save = self.saves.get(lease_id)
-        return None if save is None else self.end(lease_id, now, [False] * len(save.pages))
+        if save.pages:
+            return False
+        del self.saves[save.id]
+        self.counters["saved_pages"] += save.num_whole
+        return True
 
     def is_saving(self, request: Request) -> bool:
         """True while a save of the request is open."""
         return any(save.request is request for save in self.saves.values())
-
-
-class Preparing:
-    """A save that is being prepared, STEP_BLOCKS at a time: a long prompt must not keep others waiting.
-
-    Between two steps the books are in order, and others may use the store; the lease is there from the beginning. Once
-    there is no room, what is left is only counted.
-    """
-
-    def __init__(self, saver: Saver, save: Save, first: int, end: int) -> None:
-        self.lease_id = save.id
-        self._saver = saver
-        self._save = save
-        self._first = first
-        self._at = 0 if first < end else end  # blocks before it are done
-        self._end = end
-        self._above: Block | None = None
-        self._is_cut = False
-        self._blocks: list[int] = []
-        self._skipped = 0
-
-    def step(self) -> SaveLease | None:
-        """Go on; the lease when all is done. Under the store's lock."""
-        saver, save = self._saver, self._save
-        if save.id not in saver.saves:  # its owner died meanwhile
-            return SaveLease(save.id, (), self._skipped)
-        if self._at < self._end:
-            # Blocks before the first are only made known: as quick as a hundredth of the work on the others.
-            end = min(max(self._at, self._first) + STEP_BLOCKS, self._end)
-            if self._above is not None and self._above.is_removed:
-                self._at, self._above = 0, None  # what came before has left meanwhile: find the way anew
-            if not self._is_cut:
-                blocks, skipped, self._above = saver.extend(save, self._above, max(self._at, self._first), end)
-                self._blocks += blocks
-                self._skipped += skipped
-                self._is_cut = self._above is None
-            else:
-                self._skipped += saver.count_absent(save.request, self._at, end)
-            self._at = end
-        if self._at < self._end:
-            return None
-        saver.counters["skipped_saves"] += self._skipped
-        return SaveLease(save.id, slot_pages(self._blocks, save.pages), self._skipped)

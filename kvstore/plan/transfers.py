@@ -114,6 +114,10 @@ class Flights:
         self._has_new_stalled = False
         return [self._flights[i] for i in self.stalled]
 
+    def get(self, transfer_id: int) -> Flight | None:
+        """A transfer that is under way."""
+        return self._flights.get(transfer_id)
+
     def under_way(self) -> list[Flight]:
         return list(self._flights.values())
 

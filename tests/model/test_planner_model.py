@@ -19,11 +19,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.page import page_key
+from kvstore.plan.leases import load_lease
 from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import CutReason, LeaseState, Op, Outcome, Request, RequestOptions, Transfer
 from kvstore.plan.resume import needed_from
 from kvstore.plan.settings import PlanSettings
+from kvstore.plan.steps import at_once
 from radix.namespace import BlockHash
 from tests.helpers.clocks import Clocks
 
@@ -76,6 +78,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.parents: dict[BlockHash, BlockHash] = {}
         self.published: set[tuple[BlockHash, int]] = set()  # and not forgotten since
         self.is_lossless = True
+        self.is_written_by_others = False
 
     @property
     def now(self) -> float:
@@ -269,6 +272,7 @@ class PlannerMachine(RuleBasedStateMachine):
 
     @rule(prompt=prompts, computes=st.booleans())
     def another_machine_claims_and_may_compute(self, prompt: list[int], computes: bool) -> None:
+        self.is_written_by_others = self.is_written_by_others or computes
         for key in hashes(prompt):
             name = page_key(key, 0)
             token, until = self.claims.get(name, (b"", 0.0))
@@ -475,6 +479,112 @@ class SieveMachine(PlannerMachine):
     policy = "sieve"
 
 
+STEPPED = ("endings", "holding", "host", "in_steps", "keeper", "loads", "lower_tier", "saves", "steps")
+
+
+class SteppedMachine(PlannerMachine):
+    """Steps of one or two pages, and anything between two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        for module in STEPPED:
+            for name, size in (("STEP_BLOCKS", 1), ("STEP_PAGES", 2)):
+                self.patch.setattr(f"kvstore.plan.{module}.{name}", size, raising=False)
+        self.running: list[tuple[str, int, Any, Any]] = []  # verb, lease, steps, request
+
+    @precondition(lambda self: self.requests)
+    @rule(
+        data=st.data(), verb=st.sampled_from(["prepare_load", "prepare_save", "forget", "finished", "set_ttl", "pin"])
+    )
+    def begin(self, data: Any, verb: str) -> None:
+        request = data.draw(st.sampled_from(self.requests))
+        in_steps, lease_id = self.planner.in_steps, self.planner.new_lease_id()
+        owner = f"engine-{request.id % 2}"
+        steps: Any
+        if verb == "prepare_load":
+            steps = in_steps.prepare_load(lease_id, request, len(request.keys), self.now, owner, 0)
+        elif verb == "prepare_save":
+            steps = in_steps.prepare_save(lease_id, request, 0, len(request.keys), self.now, owner)
+        elif verb == "forget":
+            self.is_written_by_others = False
+            self.published.clear()
+            steps = in_steps.forget(request, 0, self.now)
+        elif verb == "finished":
+            steps = in_steps.finished(request, self.now, last_turn=request.id % 2 == 0)
+        elif verb == "set_ttl":
+            steps = in_steps.set_ttl(request, 200.0, self.now)
+        else:
+            steps = in_steps.pin(request)
+        self.go(verb, lease_id, steps, request)
+
+    @precondition(lambda self: self.loads or self.saves)
+    @rule(data=st.data(), well=st.booleans())
+    def begin_an_end(self, data: Any, well: bool) -> None:
+        lease, request = data.draw(st.sampled_from([*self.loads, *self.saves]))
+        if (lease, request) in self.saves:
+            for page in lease.pages:
+                self.slots[page.slot] = page_key(request.keys[page.block], page.group)
+        self.loads = [pair for pair in self.loads if pair[0] is not lease]
+        self.saves = [pair for pair in self.saves if pair[0] is not lease]
+        verb = self.planner.in_steps.complete if well else self.planner.in_steps.release
+        self.go("end", lease.id, verb(lease.id, self.now), request)
+
+    @rule()
+    def begin_a_clear(self) -> None:
+        self.published.clear()
+        self.go("clear", 0, self.planner.in_steps.clear(self.now), None)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def go_on(self, data: Any) -> None:
+        self.go(*self.running.pop(data.draw(st.integers(0, len(self.running) - 1))))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def a_caller_is_interrupted_between_two_steps(self, data: Any) -> None:
+        verb, lease_id, _, _ = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
+        if verb in ("prepare_load", "prepare_save"):
+            self.planner.release(lease_id, self.now)
+        self.collect()
+
+    def go(self, verb: str, lease_id: int, steps: Any, request: Any) -> None:
+        try:
+            next(steps)
+            self.running.append((verb, lease_id, steps, request))
+        except StopIteration as over:
+            self.book(verb, over.value, request)
+        self.collect()
+
+    def book(self, verb: str, answer: Any, request: Any) -> None:
+        if verb == "prepare_load" and self.planner.poll(answer.id).state is not LeaseState.CLOSED:
+            lease = load_lease(answer, BLOCK)
+            self.loads.append((lease, request))
+            self.check_load(lease, request)
+        elif verb == "prepare_save" and answer.id in self.planner.saver.saves:
+            for page in answer.pages:
+                self.slots[page.slot] = None
+            self.saves.append((answer, request))
+        elif verb == "forget" and not self.is_written_by_others:
+            for tier in self.planner.tiers:
+                for key in request.keys:
+                    names = {page_key(key, group) for group in range(len(self.layout.groups))}
+                    left = names & self.media[tier.plan.name]
+                    assert self.planner.catalog.get(key) is None
+                    assert all(tier.deletes.holds(name) for name in left), "it was forgotten, and is still there"
+
+    def teardown(self) -> None:
+        if hasattr(self, "planner"):
+            for _, _, steps, _ in self.running:
+                at_once(steps)
+            for leases in (self.planner.loader.loads, self.planner.saver.saves):
+                for lease_id in list(leases):
+                    self.planner.release(lease_id, self.now)
+        self.collect()
+        super().teardown()
+        self.patch.undo()
+
+
 def _case(machine: type[PlannerMachine], examples: int) -> Any:
     case = machine.TestCase
     case.settings = settings(
@@ -490,6 +600,7 @@ TestPlanner = _case(PlannerMachine, 150)
 TestPlannerWithSlidingGroup = _case(HybridMachine, 150)
 TestPlannerOfWindowsOnly = _case(SlidingMachine, 100)
 TestPlannerOfSingleFlights = _case(SingleFlightMachine, 100)
+TestPlannerInSteps = _case(SteppedMachine, 150)
 TestPlannerWithSieve = _case(SieveMachine, 50)
 
 
