@@ -13,9 +13,9 @@ from kvstore.forks import forbid
 from kvstore.move.lane import Lane
 from kvstore.plan.journal import Shortfall
 from kvstore.plan.keeper import Kept
-from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.prefixes import Tour
 from kvstore.plan.records import Explanation, Request
+from kvstore.plan.tier_plan import TierPlan
 from kvstore.tiers.base import CLEARED, Sweepable
 
 

@@ -13,9 +13,9 @@ from kvstore.layout import Layout
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
 from kvstore.move.rows import RowMover
-from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.settings import PlanSettings
+from kvstore.plan.tier_plan import TierPlan
 from kvstore.policies import make_policy
 from kvstore.store import LocalStore
 from kvstore.tiers import registry

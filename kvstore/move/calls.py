@@ -68,3 +68,9 @@ def _claimable(tier: Tier) -> Claimable:
     if not isinstance(tier, Claimable):
         raise TierError("it takes no claims")
     return tier
+
+
+def one_line(error: BaseException) -> str:
+    """An error as outcomes and reasons tell it."""
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text}"

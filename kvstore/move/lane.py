@@ -28,24 +28,22 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
-from typing import NamedTuple, ParamSpec
+from typing import NamedTuple
 
 from kvstore.direction import ALL_DIRECTIONS, Direction
 from kvstore.errors import ConfigError, TierError, TierRefused, TierUnavailable
 from kvstore.forks import forbid
 from kvstore.move.backlog import Backlog
 from kvstore.move.breaker import Breaker
-from kvstore.move.calls import call_tier, in_words, longest_s, moved_bytes
+from kvstore.move.calls import call_tier, in_words, longest_s, moved_bytes, one_line
 from kvstore.move.counters import LaneCounters
 from kvstore.move.directions import DIRECTION_OF, OPS_OF, Directions
-from kvstore.move.threads import start_all, start_thread
+from kvstore.move.threads import start_all
+from kvstore.move.trials import Trials
 from kvstore.plan.records import Op, Outcome, Priority, Transfer
-from kvstore.tiers.base import Probing, Tier
+from kvstore.tiers.base import Tier
 
 log = logging.getLogger(__name__)
-
-P = ParamSpec("P")
 
 # A timeout shorter than this proves nothing: the last transfers of a burst begin just before their deadline, and three
 # of them must not take out a tier that is busy and well. A guess; a healthy tier answers a small batch within it.
@@ -132,7 +130,7 @@ class Lane:
         self._closing = False
         self._threads: list[threading.Thread] = []
         self._told = ALL_DIRECTIONS  # the directions that are open, as last reported
-        self._pingers: list[threading.Thread] = []
+        self._trials = Trials(tier, self.breaker, self.directions, timeout_s, self._wake, self._report)
         self._deliver: Callable[[Outcome], None]
         self._emit: Callable[[Event], None]
         self._now: Callable[[], float]
@@ -223,12 +221,7 @@ class Lane:
                     self._trip(f"a {running.transfer.op.value} has been inside it for {now - running.began:.1f} s")
             # While every worker is stuck there is nobody to do the work, whatever the ping would say.
             if self.counters.stuck < self._num_workers and not self._closing:
-                if self.breaker.due(now):
-                    self.breaker.probe()
-                    self._start_test(partial(self.breaker.probed, False), self._ping)
-                for way in self.directions.due(now):
-                    self.directions.breakers[way].probe()
-                    self._start_test(partial(self.directions.probed, way, "no thread to try it"), self._probe, way)
+                self.counters.pings += self._trials.start_due(now)
 
     def stop(self) -> int:
         """Take nothing more, drop what waits, end after what is carried; return how many were dropped."""
@@ -242,7 +235,7 @@ class Lane:
     def join(self, timeout_s: float) -> list[str]:
         """Wait for the threads after `stop`; return the names of those that still run."""
         until = time.monotonic() + timeout_s
-        threads = [*self._threads, *self._pingers]
+        threads = [*self._threads, *self._trials.threads]
         others = [thread for thread in threads if thread is not threading.current_thread()]
         for thread in others:
             thread.join(max(0.0, until - time.monotonic()))
@@ -363,38 +356,6 @@ class Lane:
     def _why_not(self, op: Op) -> str:
         return "the breaker is open" if not self.breaker.allow() else f"{DIRECTION_OF[op].value}: the breaker is open"
 
-    def _start_test(self, fail: Callable[[], None], test: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-        # In a thread of its own: one that hangs must hold up neither the other tiers nor the last worker.
-        self.counters.pings += 1
-        thread = threading.Thread(target=test, args=args, kwargs=kwargs, name=f"kvstore-{self.name}-ping", daemon=True)
-        if start_thread(thread):
-            self._pingers = [*(one for one in self._pingers if one.is_alive()), thread]
-        else:
-            fail()
-
-    def _ping(self) -> None:
-        try:
-            self.tier.ping(timeout_s=self._timeout_s)
-            answered = True
-        except BaseException:  # this thread's top; whatever it was, the next ping is due after the back-off
-            answered = False
-        with self._wake:
-            self.breaker.probed(answered)
-            self._report("it answers again")
-
-    def _probe(self, way: Direction) -> None:
-        reason = None
-        try:
-            if isinstance(self.tier, Probing):
-                self.tier.probe(way, timeout_s=self._timeout_s)
-            else:
-                self.tier.ping(timeout_s=self._timeout_s)
-        except BaseException as error:  # as above
-            reason = f"tier {self.name}: {way.value}: {_one_line(error)}"
-        with self._wake:
-            self.directions.probed(way, reason)
-            self._report("it is done again")
-
     # -- answers without the tier, under the lock ----------------------------------------------------------------------
 
     def _expire(self, transfer: Transfer) -> None:
@@ -413,9 +374,4 @@ class Lane:
         self._emit(Outcome(transfer.id, (False,) * len(transfer.keys), error=line))
 
     def _line(self, transfer: Transfer, error: BaseException) -> str:
-        return f"tier {self.name}: {in_words(transfer)}: {_one_line(error)}"
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {text}"
+        return f"tier {self.name}: {in_words(transfer)}: {one_line(error)}"

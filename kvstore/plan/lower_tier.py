@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from eviction.policy import EvictionPolicy
 from kvstore.direction import Direction
 from kvstore.page import PageKey
 from kvstore.plan.catalog import Block, Catalog, Page, PageState
@@ -22,40 +21,12 @@ from kvstore.plan.debts import Debts, SpillCounters
 from kvstore.plan.deletes import Deletes
 from kvstore.plan.journal import Left
 from kvstore.plan.records import Op, Outcome, Priority
-from kvstore.plan.steps import STEP_BLOCKS
+from kvstore.plan.steps import STEP_BLOCKS, parts
+from kvstore.plan.tier_plan import TierPlan
 from kvstore.plan.transfers import Flight, Flights
 
 TOUCH_BATCH = 512  # keys; one Redis round trip or one LMDB transaction of a few milliseconds
 MAX_OWED_DELETES = 65_536  # keys that a tier which cannot be reached is owed; about 10 MB
-
-
-@dataclass(frozen=True, slots=True)
-class TierPlan:
-    """What the planner must know of a lower tier.
-
-    capacity_pages: None where the medium evicts by itself.
-    policy:         order of eviction; None where the medium evicts by itself.
-    is_indexed:     what the catalog says of this tier is good enough for a lookup (disk); else only an answered
-                    probe is (Redis).
-    is_shared:      others write to it too, so a lookup probes it for what the catalog does not know.
-    admit:          "always", or "second_use": only pages that were used again.
-    window_pages:   pages that may be on their way to it at once.
-    workers:        batches its lane works on at the same time.
-    can_claim:      machines that share it can tell each other there what they are computing.
-    can_clear:      it deletes all it has of this namespace when told so, without being told what that is.
-    """
-
-    name: str
-    capacity_pages: int | None
-    policy: EvictionPolicy[Page] | None
-    is_indexed: bool
-    is_shared: bool
-    admit: str = "always"
-    ttl_s: float = 0.0
-    window_pages: int = 64
-    workers: int = 1
-    can_claim: bool = False
-    can_clear: bool = False
 
 
 @dataclass(slots=True)
@@ -222,9 +193,7 @@ class LowerTier:
             self.plan.policy.touch((page for block in reversed(blocks) for page in block.pages), self.wall())
         copies = [page for block in reversed(fresh) for page in block.pages if page.homes & self.bit]
         for ttl_s, group in groupby(copies, key=self._ttl_s):
-            pages = list(group)
-            for start in range(0, len(pages), TOUCH_BATCH):
-                batch = pages[start : start + TOUCH_BATCH]
+            for batch in parts(list(group), TOUCH_BATCH):
                 self.flights.send(
                     Op.TOUCH,
                     self.plan.name,
@@ -268,22 +237,20 @@ class LowerTier:
             limit = STEP_BLOCKS + self.in_flight
             expired = self.plan.policy.expired(self.wall(), limit)
             self.is_late = len(expired) == limit
-            if expired:
-                self._expire(expired)
+            self._expire(expired)
 
     def expire_of(self, pages: Sequence[Page], limit: int | None) -> None:
         """Delete the first `limit` of those of `pages` that are past their deadline; all for None."""
         if self.plan.policy is not None:
-            expired = self.plan.policy.overdue(pages, self.wall(), limit)
-            if expired:
-                self._expire(expired)
+            self._expire(self.plan.policy.overdue(pages, self.wall(), limit))
 
     def _expire(self, pages: Sequence[Page]) -> None:
         expired = [page for page in pages if not page.spilling & self.bit]
-        self.delete(expired, why=Left.EXPIRED)
+        if expired:
+            self.delete(expired, why=Left.EXPIRED)
+            self.counters.expired_pages += len(expired)
         for page in expired:
             self.catalog.prune(page.block)
-        self.counters.expired_pages += len(expired)
 
     def detach(self) -> None:
         """The tier is taken away. What is on its way there fails, or counts for nothing; the rest by `forget_all`."""
@@ -293,9 +260,8 @@ class LowerTier:
 
     def forget_all(self, pages: Sequence[Page]) -> None:
         """Forget what a tier that was taken away holds of some pages."""
-        copies = self.copies(pages)
-        self.forget_copies(copies, Left.DETACHED)
-        for page in copies:
+        self.forget_copies(self.copies(pages), Left.DETACHED)
+        for page in pages:
             self.catalog.prune(page.block)
 
     def attach(self, plan: TierPlan) -> None:

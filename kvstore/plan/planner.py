@@ -32,7 +32,6 @@ from kvstore.plan.keeper import Keeper
 from kvstore.plan.leases import load_lease
 from kvstore.plan.loads import Loader
 from kvstore.plan.lookup import Scout
-from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.lower_tiers import TierBook
 from kvstore.plan.mend import mend
 from kvstore.plan.outcomes import Outcomes
@@ -53,6 +52,7 @@ from kvstore.plan.saves import Saver
 from kvstore.plan.settings import PlanSettings
 from kvstore.plan.single_flight import Turns
 from kvstore.plan.steps import Steps, at_once
+from kvstore.plan.tier_plan import TierPlan
 from kvstore.plan.transfers import Flights
 
 

@@ -15,7 +15,7 @@ from kvstore.plan.host import HostSpace
 from kvstore.plan.keeper import Keeper
 from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.records import Request
-from kvstore.plan.steps import Steps, parts, parts_from_tail
+from kvstore.plan.steps import STEP_PAGES, Steps, parts, parts_from_tail
 
 
 class Retention:
@@ -34,7 +34,7 @@ class Retention:
     def using(self, path: Sequence[Block], request: Request, now: float) -> Steps[None]:
         """Refresh a path: in the policies always, at the media not more often than every touch_interval_s."""
         used_before: list[Block] = []
-        for part in parts_from_tail(path):
+        for part in parts_from_tail(path, 2 * STEP_PAGES):  # a use costs half of what other bookings do
             if part is not path:
                 yield
                 part = [block for block in part if not block.is_removed]

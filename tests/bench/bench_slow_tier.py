@@ -26,9 +26,9 @@ def run(model_spec: str | None = None, num_tokens: int = 1024, delay_s: float = 
     from eviction.registry import make_policy
     from kvstore.demo.models import resolve_model
     from kvstore.move.lane import Lane
-    from kvstore.plan.lower_tier import TierPlan
     from kvstore.plan.planner import Planner
     from kvstore.plan.settings import PlanSettings
+    from kvstore.plan.tier_plan import TierPlan
     from kvstore.store import LocalStore
     from kvstore.tiers.host import HostSlab
     from kvstore.tiers.memory import MemoryTier

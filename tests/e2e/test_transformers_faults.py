@@ -11,7 +11,7 @@ from connectors.transformers import KVCacheModel
 from connectors.transformers.identity import model_namespace
 from connectors.transformers.layout import model_layout
 from eviction.registry import make_policy
-from kvstore.plan.lower_tier import TierPlan
+from kvstore.plan.tier_plan import TierPlan
 from kvstore.tiers.memory import MemoryTier
 from tests.helpers.faulty_tier import Chances, FaultyTier
 from tests.helpers.stores import store_over

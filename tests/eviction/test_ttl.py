@@ -56,6 +56,27 @@ def test_an_expired_key_stays_until_it_is_discarded(policy: Ttl[str]) -> None:
     assert policy.expired(12.0) == ["b"]
 
 
+def test_no_more_expired_keys_are_returned_than_are_asked_for_the_earliest_first(policy: Ttl[str]) -> None:
+    policy.add("abcd", 0.0)
+    policy.add("xyz", 0.0, Hint(ttl_s=5.0))
+    policy.add("uv", 0.0, Hint(left_s=1.0))
+
+    assert policy.expired(20.0, 1) == ["u"]
+    assert policy.expired(20.0, 4) == ["u", "v", "x", "y"]
+    assert policy.expired(20.0, 100) == policy.expired(20.0)
+
+
+def test_overdue_are_those_of_some_keys_that_are_past_their_deadline(policy: Ttl[str]) -> None:
+    policy.add("ab", 0.0)
+    policy.add("c", 0.0, Hint(ttl_s=50.0))
+    policy.add("d", 0.0, Hint(left_s=3.0))
+
+    assert policy.overdue("dcba?", 2.0) == []
+    assert policy.overdue("dcba?", 3.0) == ["d"]
+    assert policy.overdue("dcba?", 10.0) == ["d", "b", "a"]
+    assert policy.overdue("dcba?", 60.0, 2) == ["d", "c"]
+
+
 @pytest.mark.parametrize("again", ["touch", "add"])
 def test_a_use_moves_the_deadline(policy: Ttl[str], again: str) -> None:
     policy.add("ab", 0.0)

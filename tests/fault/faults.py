@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from eviction.registry import make_policy
-from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.records import RequestOptions
+from kvstore.plan.tier_plan import TierPlan
 from kvstore.ports import free_port
 from kvstore.store import LocalStore
 from kvstore.testing.redis_server import LocalRedis, RedisNotInstalled, find_redis_server

@@ -8,10 +8,10 @@ from eviction.registry import make_policy
 from kvstore.clock import SYSTEM_CLOCK, Clock
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.journal import Journal
-from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Outcome, Request, RequestOptions
 from kvstore.plan.settings import PlanSettings
+from kvstore.plan.tier_plan import TierPlan
 from radix.hashing import BlockHash
 
 BLOCK = 4

@@ -9,7 +9,7 @@ from kvstore.errors import ConfigError, StoreClosed, TierUnavailable
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
 from kvstore.plan.journal import Journal
-from kvstore.plan.lower_tier import TierPlan
+from kvstore.plan.tier_plan import TierPlan
 from kvstore.store import LocalStore
 from kvstore.tiers.memory import MemoryTier
 from tests.helpers.stores import BLOCK, PAGE_BYTES, load, open_small, prompt, save

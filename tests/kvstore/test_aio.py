@@ -6,7 +6,7 @@ import pytest
 
 from eviction.registry import make_policy
 from kvstore.aio import AsyncStore
-from kvstore.plan.lower_tier import TierPlan
+from kvstore.plan.tier_plan import TierPlan
 from kvstore.tiers.memory import MemoryTier
 from tests.helpers.faulty_tier import FaultyTier
 from tests.helpers.stores import LAYOUT, open_small, prompt, save, store_over, use

@@ -89,7 +89,7 @@ VERBS: dict[str, tuple[int, Callable[[LocalStore, Request], Any]]] = {
     "prepare_save": (STEP_BLOCKS, lambda s, r: s.prepare_save(s.request(prompt(1000, seed=9)), 0, 1000)),
     "prepare_load": (STEP_PAGES, lambda s, r: s.prepare_load(r, BLOCKS)),
     "prefetch": (BLOCKS // 2, lambda s, r: s.prefetch(r)),
-    "finished": (STEP_PAGES, lambda s, r: s.finished(r)),
+    "finished": (2 * STEP_PAGES, lambda s, r: s.finished(r)),
     "finished for good": (STEP_PAGES, lambda s, r: s.finished(r, last_turn=True)),
     "pin": (STEP_BLOCKS, lambda s, r: s.pin(r)),
     "unpin": (STEP_PAGES, lambda s, r: s.unpin(r)),

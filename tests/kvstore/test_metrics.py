@@ -14,9 +14,9 @@ from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.metrics import METRICS, Kind, markdown, registry, render, unknown_keys
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
-from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.settings import PlanSettings
+from kvstore.plan.tier_plan import TierPlan
 from kvstore.store import LocalStore
 from kvstore.tiers.host import HostSlab
 from kvstore.tiers.memory import MemoryTier

@@ -7,8 +7,8 @@ from pathlib import Path
 from eviction.registry import make_policy
 from kvstore.errors import TierFull
 from kvstore.page import PageKey
-from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.records import CutReason, LeaseState
+from kvstore.plan.tier_plan import TierPlan
 from kvstore.store import LocalStore
 from tests.helpers.faulty_tier import FaultyTier
 from tests.helpers.stores import (

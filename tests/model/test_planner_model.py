@@ -20,12 +20,12 @@ from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.page import page_key
 from kvstore.plan.leases import load_lease
-from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import CutReason, LeaseState, Op, Outcome, Request, RequestOptions, Transfer
 from kvstore.plan.resume import needed_from
 from kvstore.plan.settings import PlanSettings
 from kvstore.plan.steps import at_once
+from kvstore.plan.tier_plan import TierPlan
 from radix.namespace import BlockHash
 from tests.helpers.clocks import Clocks
 
@@ -479,7 +479,7 @@ class SieveMachine(PlannerMachine):
     policy = "sieve"
 
 
-STEPPED = ("endings", "holding", "host", "in_steps", "keeper", "loads", "lower_tier", "saves", "steps")
+STEPPED = ("endings", "holding", "host", "in_steps", "keeper", "loads", "lower_tier", "retention", "saves", "steps")
 
 
 class SteppedMachine(PlannerMachine):

@@ -98,6 +98,21 @@ class TreeMachine(RuleBasedStateMachine):
         for other in gone:
             del self.model[other]
 
+    @rule(text=texts.filter(bool), limit=st.integers(1, 5))
+    def trim(self, text: str, limit: int) -> None:
+        key = path_of(text)[-1]
+        below = {other: value for other, value in self.model.items() if other.startswith(key)}
+
+        removed = self.tree.trim(key, limit)
+
+        assert len(removed) == min(limit, len(below))
+        gone = [next(other for other, value in below.items() if value == each) for each in removed]
+        for at, other in enumerate(gone):
+            assert not any(other.startswith(later) for later in gone[at + 1 :]), "each after those that it continued"
+            del self.model[other]
+        for other in gone:
+            assert not any(left.startswith(other) for left in self.model), "what continued it is gone as well"
+
     @rule(text=texts)
     def match(self, text: str) -> None:
         assert self.tree.match(path_of(text)) == self.known(path_of(text))

@@ -13,10 +13,10 @@ import numpy as np
 from eviction.registry import make_policy
 from kvstore.lab.bench import Case, Table, measure
 from kvstore.layout import GroupKind, LayerGroup, Layout
-from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Outcome, Request
 from kvstore.plan.settings import PlanSettings
+from kvstore.plan.tier_plan import TierPlan
 from radix.hashing import BlockHash
 
 BLOCK_SIZE = 16

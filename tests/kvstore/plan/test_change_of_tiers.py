@@ -4,11 +4,11 @@ import pytest
 
 from eviction.registry import make_policy
 from kvstore.page import PageMeta, page_key
-from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Op, Outcome, Transfer
 from kvstore.plan.settings import PlanSettings
 from kvstore.plan.slots import SlotPool
+from kvstore.plan.tier_plan import TierPlan
 from tests.helpers.planners import LAYOUT, land, make, path, save
 
 

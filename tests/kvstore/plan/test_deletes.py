@@ -9,10 +9,10 @@ from kvstore.direction import ALL_DIRECTIONS, Direction
 from kvstore.page import page_key
 from kvstore.plan import deletes as module
 from kvstore.plan.deletes import MAX_BACKOFF_S, MAX_CLEAR_TRIES, Deletes
-from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Op, Outcome, Request, Transfer
 from kvstore.plan.settings import PlanSettings
+from kvstore.plan.tier_plan import TierPlan
 from kvstore.plan.transfers import Flights
 from tests.helpers.planners import LAYOUT, land, make, path, publish, save
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from eviction.registry import make_policy
-from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import FlushResult, Op, Outcome, Transfer
 from kvstore.plan.settings import PlanSettings
+from kvstore.plan.tier_plan import TierPlan
 from tests.helpers.planners import LAYOUT, land, make, path, publish, save
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
-from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Op, Outcome, Request
 from kvstore.plan.settings import PlanSettings
+from kvstore.plan.tier_plan import TierPlan
 from radix.namespace import BlockHash
 
 BLOCK = 16

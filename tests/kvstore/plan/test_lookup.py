@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
-from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Op, Outcome, Request, RequestOptions
 from kvstore.plan.settings import PlanSettings
+from kvstore.plan.tier_plan import TierPlan
 from radix.hashing import BlockHash
 
 BLOCK = 4

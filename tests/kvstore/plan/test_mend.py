@@ -16,10 +16,10 @@ import pytest
 from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.journal import Journal
-from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Op, Outcome, Request, RequestOptions
 from kvstore.plan.settings import PlanSettings
+from kvstore.plan.tier_plan import TierPlan
 from tests.helpers.interrupts import interrupted_at
 from tests.helpers.planners import BLOCK, path
 

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 from eviction.registry import make_policy
-from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Op, Outcome
 from kvstore.plan.settings import PlanSettings
+from kvstore.plan.tier_plan import TierPlan
 from tests.helpers.planners import LAYOUT, land, make, path, save
 
 

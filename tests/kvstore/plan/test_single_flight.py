@@ -8,11 +8,11 @@ import pytest
 
 from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
-from kvstore.plan.lower_tier import TierPlan
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import CutReason, Match, Op, Outcome, Request, RequestOptions, Transfer
 from kvstore.plan.settings import PlanSettings
 from kvstore.plan.single_flight import PATIENCE, POLL_S
+from kvstore.plan.tier_plan import TierPlan
 from radix.hashing import BlockHash
 
 BLOCK = 4

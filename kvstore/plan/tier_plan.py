@@ -1,0 +1,40 @@
+"""The face of a lower tier towards the planner: its name, its room, and what can be asked of it.
+
+Made where stores are opened (build.py), handed to the planner with the tier's lane.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from eviction.policy import EvictionPolicy
+from kvstore.plan.catalog import Page
+
+
+@dataclass(frozen=True, slots=True)
+class TierPlan:
+    """What the planner must know of a lower tier.
+
+    capacity_pages: None where the medium evicts by itself.
+    policy:         order of eviction; None where the medium evicts by itself.
+    is_indexed:     what the catalog says of this tier is good enough for a lookup (disk); else only an answered
+                    probe is (Redis).
+    is_shared:      others write to it too, so a lookup probes it for what the catalog does not know.
+    admit:          "always", or "second_use": only pages that were used again.
+    window_pages:   pages that may be on their way to it at once.
+    workers:        batches its lane works on at the same time.
+    can_claim:      machines that share it can tell each other there what they are computing.
+    can_clear:      it deletes all it has of this namespace when told so, without being told what that is.
+    """
+
+    name: str
+    capacity_pages: int | None
+    policy: EvictionPolicy[Page] | None
+    is_indexed: bool
+    is_shared: bool
+    admit: str = "always"
+    ttl_s: float = 0.0
+    window_pages: int = 64
+    workers: int = 1
+    can_claim: bool = False
+    can_clear: bool = False
