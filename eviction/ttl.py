@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
-from itertools import count, islice, repeat, takewhile
+from itertools import count, groupby, islice, repeat, takewhile
 from math import inf, isnan
 from typing import Generic, NamedTuple
 
@@ -88,8 +88,9 @@ class Ttl(Generic[K]):
         if self._usual:
             self._set_deadlines(list(filter(self._usual.__contains__, keys)), now, self._ttl_s)
         if self._unusual:
-            for key in filter(self._unusual.__contains__, keys):
-                self._set_deadlines([key], now, self._unusual[key])
+            unusual = filter(self._unusual.__contains__, keys)
+            for ttl_s, group in groupby(unusual, key=self._unusual.__getitem__):
+                self._set_deadlines(list(group), now, ttl_s)
 
     def demote(self, keys: Iterable[K]) -> None:
         """Make keys the next victims after the expired ones."""
