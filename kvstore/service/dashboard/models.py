@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kvstore.service.http.models import Answer, InNamespace
+from kvstore.service.http.answers import Answer
+from kvstore.service.http.models import InNamespace
 
 MAX_OPEN = 64  # prefixes whose branches are asked for at once
 PREFIX_ID_DIGITS = 16  # of the hash of its first block: enough to tell apart what lies in one daemon

@@ -20,31 +20,33 @@ from kvstore.service.daemon import shares
 from kvstore.service.daemon.state import DaemonState
 from kvstore.service.daemon.stores import OpenStore
 from kvstore.service.http import metrics, pages, scope
-from kvstore.service.http.clients_api import ClientsApi
-from kvstore.service.http.explain import MAX_ELSEWHERE, explain
-from kvstore.service.http.models import (
+from kvstore.service.http.answers import (
     BlocksAnswer,
-    Cancel,
     ClearAnswer,
-    Delete,
     DeleteAnswer,
-    Explain,
     ExplainAnswer,
-    Flush,
     FlushAnswer,
     HealthAnswer,
-    InNamespace,
-    Lookup,
     MatchAnswer,
     NamespaceAnswer,
     NamespacesAnswer,
-    NewNamespace,
     PinAnswer,
-    Prompt,
-    Read,
     StatsAnswer,
     StatusAnswer,
     TicketAnswer,
+)
+from kvstore.service.http.clients_api import ClientsApi
+from kvstore.service.http.explain import MAX_ELSEWHERE, explain
+from kvstore.service.http.models import (
+    Cancel,
+    Delete,
+    Explain,
+    Flush,
+    InNamespace,
+    Lookup,
+    NewNamespace,
+    Prompt,
+    Read,
     Ttl,
 )
 from kvstore.service.http.parsing import Parser

@@ -7,7 +7,7 @@ import time
 from kvstore.service.daemon.session import Session
 from kvstore.service.daemon.state import DaemonState
 from kvstore.service.daemon.transfers import Transfer
-from kvstore.service.http.models import ClientAnswer, ClientsAnswer, KeptAnswer
+from kvstore.service.http.answers import ClientAnswer, ClientsAnswer, KeptAnswer
 from kvstore.service.http.problems import Problem
 from kvstore.service.http.routes import Call, Route
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvstore.plan.records import CutReason, Explanation, Request
 from kvstore.service.daemon.stores import OpenStore
-from kvstore.service.http.models import ExplainAnswer
+from kvstore.service.http.answers import ExplainAnswer
 from radix.namespace import Namespace
 
 MAX_ELSEWHERE = 64  # namespaces that are looked into

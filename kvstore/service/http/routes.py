@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from kvstore.plan.records import HOST
 from kvstore.service.daemon.tenants import Tenant
-from kvstore.service.http.models import Answer, ProblemAnswer
+from kvstore.service.http.answers import Answer, ProblemAnswer
 from kvstore.tiers import registry
 
 

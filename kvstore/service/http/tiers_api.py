@@ -12,7 +12,8 @@ from kvstore.plan.records import HOST
 from kvstore.service.daemon.state import DaemonState
 from kvstore.service.daemon.stores import OpenStore
 from kvstore.service.http import scope
-from kvstore.service.http.models import Attach, InNamespace, Resize, TierAnswer, TiersAnswer
+from kvstore.service.http.answers import TierAnswer, TiersAnswer
+from kvstore.service.http.models import Attach, InNamespace, Resize
 from kvstore.service.http.problems import Problem
 from kvstore.service.http.routes import Call, Route
 from kvstore.tiers import registry

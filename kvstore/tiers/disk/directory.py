@@ -50,27 +50,13 @@ from kvstore.tiers.disk.index_files import (
     reserve_blocks,
     set_aside,
 )
+from kvstore.tiers.disk.index_map import MAX_MAP_BYTES, IndexMapFull, map_bytes_of, reserved_bytes
 from kvstore.tiers.disk.meta import LMDB_LOCKS_VERSION, Geometry
 from kvstore.tiers.disk.slab_file import SlabFile
 
 OPEN_TIMEOUT_S = 30.0  # for another process that is setting the directory up; it may be walking a large index
 CLOSE_TIMEOUT_S = 5.0
-_INDEX_FIXED_BYTES = 64 << 20  # address space of an index without pages
-_INDEX_BYTES_PER_SLOT = 4096  # ... and per slot; a page without tokens takes about 600 (100K pages, random keys)
-_RESERVED_FIXED_BYTES = 1 << 20  # replaced pages stay until the next transaction
-_RESERVED_BYTES_PER_SLOT = 768  # disk blocks set aside for the index, so that a full disk does not stop it
-_MAX_MAP_BYTES = 1 << 36  # 64 GiB of address space: 16 million slots at the figure above
-
 _log = logging.getLogger(__name__)
-
-
-class IndexMapFull(TierUnavailable):
-    """The index does not fit the address space that this process has for it: not a tier that is full of pages."""
-
-    def __init__(self, message: str, map_bytes: int) -> None:
-        """`map_bytes` is what it had."""
-        super().__init__(message)
-        self.map_bytes = map_bytes
 
 
 class DiskDirectory:
@@ -180,7 +166,7 @@ class DiskDirectory:
             if self._index.map_bytes > full.map_bytes:  # another thread was faster
                 return
             in_file = (self.path / "index" / "data.mdb").stat().st_size
-            map_bytes = max(min(2 * full.map_bytes, _MAX_MAP_BYTES), in_file)
+            map_bytes = max(min(2 * full.map_bytes, MAX_MAP_BYTES), in_file)
             if map_bytes <= full.map_bytes or not has_address_space(map_bytes):
                 _log.error("%s; it cannot have more", full)
                 raise full
@@ -340,9 +326,9 @@ class DiskDirectory:
             raise
 
     def _open_index(self) -> DiskIndex:
-        map_bytes = _map_bytes(self._asked_slots)
-        if self.read_only and has_address_space(_MAX_MAP_BYTES):
-            map_bytes = _MAX_MAP_BYTES
+        map_bytes = map_bytes_of(self._asked_slots)
+        if self.read_only and has_address_space(MAX_MAP_BYTES):
+            map_bytes = MAX_MAP_BYTES
         env = open_environment(self.path, map_bytes, read_only=self.read_only)
         try:
             return DiskIndex(env, self._lock)
@@ -368,8 +354,8 @@ class DiskDirectory:
                 f"remove the directory to start with a smaller one"
             )
         slab.reserve(num_slots)
-        reserve_blocks(self.path, _RESERVED_FIXED_BYTES + num_slots * _RESERVED_BYTES_PER_SLOT)
-        index.grow_map(_map_bytes(num_slots))
+        reserve_blocks(self.path, reserved_bytes(num_slots))
+        index.grow_map(map_bytes_of(num_slots))
         if num_slots > stored or index.geometry() != geometry:
             index.set_up(geometry, num_slots)
         self.num_slots = num_slots
@@ -407,7 +393,3 @@ class DiskDirectory:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-
-def _map_bytes(num_slots: int) -> int:
-    return min(_INDEX_FIXED_BYTES + num_slots * _INDEX_BYTES_PER_SLOT, _MAX_MAP_BYTES)

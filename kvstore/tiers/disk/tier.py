@@ -28,8 +28,9 @@ from kvstore.errors import ConfigError, RequestError, TierFull, TierRefused, Tie
 from kvstore.layout import SLOT_ALIGNMENT
 from kvstore.page import PageKey, PageMeta, encode_header, verify_page
 from kvstore.tiers.base import StoredPage, TierCounters
-from kvstore.tiers.disk.directory import DiskDirectory, IndexMapFull
+from kvstore.tiers.disk.directory import DiskDirectory
 from kvstore.tiers.disk.index import DiskIndex, Found, Written
+from kvstore.tiers.disk.index_map import IndexMapFull
 from kvstore.tiers.disk.meta import Geometry
 from kvstore.tiers.disk.open_directories import acquire, release
 from kvstore.tiers.disk.page_table import ScanPosition

@@ -19,8 +19,8 @@ import pytest
 from kvstore.errors import ConfigError, LayoutMismatch, RequestError, TierUnavailable
 from kvstore.page import PageKey, PageMeta
 from kvstore.tiers.base import Tier
-from kvstore.tiers.disk.directory import IndexMapFull
 from kvstore.tiers.disk.directory_lock import DirectoryLock
+from kvstore.tiers.disk.index_map import IndexMapFull
 from kvstore.tiers.disk.meta import DISK_FORMAT_VERSION, LMDB_LOCKS_VERSION
 from kvstore.tiers.disk.report import describe, verify
 from kvstore.tiers.disk.tier import DiskTier
@@ -391,8 +391,8 @@ class TestIndexMap:
 
     @pytest.fixture
     def small_map(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("kvstore.tiers.disk.directory._INDEX_FIXED_BYTES", 256 << 10)
-        monkeypatch.setattr("kvstore.tiers.disk.directory._INDEX_BYTES_PER_SLOT", 0)
+        monkeypatch.setattr("kvstore.tiers.disk.index_map._INDEX_FIXED_BYTES", 256 << 10)
+        monkeypatch.setattr("kvstore.tiers.disk.index_map._INDEX_BYTES_PER_SLOT", 0)
 
     @pytest.mark.usefixtures("small_map")
     def test_an_index_that_outgrows_its_map_gets_a_larger_one(
@@ -800,8 +800,8 @@ class TestReports:
 def test_a_reader_that_died_keeps_no_page_of_the_index_from_being_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvstore.tiers.disk.directory._INDEX_FIXED_BYTES", 1 << 20)
-    monkeypatch.setattr("kvstore.tiers.disk.directory._INDEX_BYTES_PER_SLOT", 0)
+    monkeypatch.setattr("kvstore.tiers.disk.index_map._INDEX_FIXED_BYTES", 1 << 20)
+    monkeypatch.setattr("kvstore.tiers.disk.index_map._INDEX_BYTES_PER_SLOT", 0)
     with closing(open_disk(tmp_path, 8)) as tier:
         child = Popen([sys.executable, "-c", READ_AND_HANG, str(tmp_path / "index")], stdout=PIPE)
         assert child.stdout is not None

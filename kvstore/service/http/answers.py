@@ -1,0 +1,223 @@
+"""The answers of the HTTP API; the OpenAPI document is made from these very models."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Answer(BaseModel):
+    """What comes back."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class MatchAnswer(Answer):
+    """Blocks [0, num_blocks) can be loaded."""
+
+    num_blocks: int
+    num_tokens: int
+    pending: bool
+    by_tier: dict[str, int]
+    known: int
+    cut: str
+
+
+class BlocksAnswer(Answer):
+    """How many blocks it concerned."""
+
+    blocks: int
+
+
+class PinAnswer(Answer):
+    """How many blocks are kept, and the Unix time at which that ends; none where nothing is.
+
+    Fewer than were given where they are not in host memory, or the budget ends (store.max_pinned_fraction).
+    """
+
+    blocks: int
+    until: float | None
+
+
+class DeleteAnswer(Answer):
+    """How many blocks were deleted. owed: pages that tiers are still to delete, and will as soon as they can."""
+
+    blocks: int
+    owed: dict[str, int]
+
+
+class ClearAnswer(Answer):
+    """What was deleted everywhere. blocks: that were known here. keys: further ones, by tier without an index."""
+
+    blocks: int
+    keys: dict[str, int]
+
+
+class FlushAnswer(Answer):
+    """Whether everything that was saved and deleted so far is so on its tiers, and what is missing.
+
+    written:   pages written to each tier since the last call.
+    missing:   pages by tier, and by why they are not there: waiting (the time ran out), out (the tier is), refused,
+               lost (for good; told once).
+    undeleted: deletes by tier, and by why they are not done: waiting, out, dropped (for good; told once).
+    """
+
+    ok: bool
+    written: dict[str, int]
+    missing: dict[str, dict[str, int]]
+    undeleted: dict[str, dict[str, int]]
+
+
+class TicketAnswer(Answer):
+    """Names a prefetch."""
+
+    ticket: int
+
+
+class ClientAnswer(Answer):
+    """A client that is attached.
+
+    id:       names it here. pid: its process, on this machine.
+    ranks:    further processes of its engine that have the slab mapped.
+    slots:    that its leases hold; overdue ones are out of use until it ends (see docs/service.md).
+    is_alone: the client is gone, and only ranks of its engine still hold its leases.
+    kept_slots, kept_until: what its pins and promises keep, and the Unix time at which the last of them ends.
+    staging_slots, staging_free: memory of its own for saves (service.isolate), and what of it no lease has.
+    """
+
+    id: int
+    client: str
+    tenant: str
+    namespace: str
+    is_remote: bool
+    pid: int | None
+    connections: int
+    ranks: int
+    attached_s: float
+    idle_s: float
+    leases: int
+    slots: int
+    oldest_lease_s: float | None
+    overdue_leases: int
+    is_alone: bool
+    kept_slots: int
+    kept_until: float | None
+    staging_slots: int = 0
+    staging_free: int = 0
+
+
+class KeptAnswer(Answer):
+    """What pins and `retain_until` keep in host memory on one holder's word, be it attached or not.
+
+    holder: a client and its id, or "http". until: Unix time at which the last of it ends.
+    """
+
+    holder: str
+    tenant: str
+    namespace: str
+    slots: int
+    until: float
+
+
+class ClientsAnswer(Answer):
+    """All clients of the tenant; of all tenants for an operator.
+
+    kept: what is kept in host memory, by holder, also on the word of clients that are gone.
+    """
+
+    clients: list[ClientAnswer]
+    kept: list[KeptAnswer]
+
+
+class NamespaceAnswer(Answer):
+    """A namespace that is open."""
+
+    id: str
+    model: str
+    revision: str
+    dtype: str
+    adapter: str
+    block_size: int
+    slot_bytes: int
+    num_slots: int
+
+
+class NamespacesAnswer(Answer):
+    """All namespaces of the tenant."""
+
+    namespaces: list[NamespaceAnswer]
+
+
+class TierAnswer(Answer):
+    """One tier of one namespace. capacity_bytes: none where the medium evicts by itself."""
+
+    namespace: str
+    tier: str
+    is_up: bool
+    pages: int
+    capacity_bytes: int | None
+
+
+class TiersAnswer(Answer):
+    """All tiers of the tenant's namespaces."""
+
+    tiers: list[TierAnswer]
+
+
+class ExplainAnswer(Answer):
+    """Why a prompt matches what it matches.
+
+    reason: hit, too_short, never_stored, evicted, expired, deleted, lost, detached, tier_down, not_worth,
+            below_minimum or other_namespace.
+    text:   the same as a sentence.
+    asked:  what each shared tier answered about the block; none where it did not, or was not asked.
+    elsewhere: namespaces that have more of the prompt, and the fields in which they differ.
+    """
+
+    reason: str
+    text: str
+    num_blocks: int
+    num_tokens: int
+    known: int
+    by_tier: dict[str, int]
+    block: int | None
+    tiers: dict[str, bool]
+    asked: dict[str, bool | None]
+    left_at: float | None
+    left_tier: str | None
+    elsewhere: list[dict[str, Any]]
+
+
+class StatsAnswer(Answer):
+    """Counters and gauges by namespace, as kvstore/metrics.py documents them.
+
+    service: the daemon's own, by the names of its metrics; for operators only.
+    """
+
+    namespaces: dict[str, dict[str, Any]]
+    service: dict[str, float]
+
+
+class HealthAnswer(Answer):
+    """The process is alive."""
+
+    status: Literal["ok"] = "ok"
+
+
+class StatusAnswer(Answer):
+    """Whether the daemon serves. reasons: what it serves without, such as a tier that is down."""
+
+    status: Literal["ready", "starting", "draining"]
+    reasons: list[str] = []
+
+
+class ProblemAnswer(Answer):
+    """RFC 9457, with the field that is wrong. reasons: of a daemon that is not ready, one by one."""
+
+    type: str
+    title: str
+    status: int
+    detail: str = ""
+    field: str = ""
+    reasons: list[str] = []
