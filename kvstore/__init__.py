@@ -11,23 +11,44 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kvstore import names as _names
+
+_names.require("radix", "eviction")
+
 if TYPE_CHECKING:
     from kvstore.base import KVStore
     from kvstore.build import open_store
     from kvstore.config.sections import Config
     from kvstore.errors import KVStoreError
-    from kvstore.layout import Layout
-    from kvstore.plan.records import RequestOptions
+    from kvstore.layout import GroupKind, LayerGroup, Layout
+    from kvstore.plan.records import LoadLease, Match, RequestOptions
     from kvstore.service.client.store import RemoteStore
     from radix.namespace import Namespace
 
-__all__ = ["Config", "KVStore", "KVStoreError", "Layout", "Namespace", "RequestOptions", "connect", "open_store"]
+__all__ = [
+    "Config",
+    "GroupKind",
+    "KVStore",
+    "KVStoreError",
+    "LayerGroup",
+    "Layout",
+    "LoadLease",
+    "Match",
+    "Namespace",
+    "RequestOptions",
+    "connect",
+    "open_store",
+]
 
 _HOMES = {
     "Config": "kvstore.config.sections",
+    "GroupKind": "kvstore.layout",
     "KVStore": "kvstore.base",
     "KVStoreError": "kvstore.errors",
+    "LayerGroup": "kvstore.layout",
     "Layout": "kvstore.layout",
+    "LoadLease": "kvstore.plan.records",
+    "Match": "kvstore.plan.records",
     "Namespace": "radix.namespace",
     "RequestOptions": "kvstore.plan.records",
     "open_store": "kvstore.build",

@@ -31,6 +31,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.page": ("kvstore.errors",),
     "kvstore.config.secret": ("kvstore.errors", "kvstore.tiers.redis.url"),
     "kvstore.config.paths": (),
+    "kvstore.names": (),
+    "kvstore.engines": ("kvstore.names",),  # what engines load in all their processes
     "kvstore.plugins": ("kvstore.errors",),
     "kvstore.config.section": (),
     "kvstore.policies": ("eviction", "kvstore.errors", "kvstore.plugins"),

@@ -11,10 +11,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from kvstore import names
 from kvstore.cli.bench import bench
 from kvstore.cli.cluster import cluster
 from kvstore.cli.config import config
 from kvstore.cli.demo import demo
+from kvstore.cli.doctor import doctor
 from kvstore.cli.inspect import inspect
 from kvstore.cli.load import LoadCommand, load
 from kvstore.cli.replica import replica
@@ -47,6 +49,13 @@ class Group(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             print_error(str(error))
+        except ModuleNotFoundError as error:
+            # A module of ours that is not there: somebody else's package has the name, or a folder hides ours.
+            name = (error.name or "").partition(".")[0]
+            problem = names.clash(name) if name in names.PACKAGES else ""
+            if ctx.params.get("debug") or not problem:
+                raise
+            print_error(problem)
         except OSError as error:
             # Files and directories named on the command line; anything without a name is a bug and keeps its traceback.
             if ctx.params.get("debug") or error.filename is None:
@@ -91,6 +100,7 @@ app.command(
     rich_help_panel=FIRST,
 )(demo)
 app.command(rich_help_panel=FIRST)(config)
+app.command(rich_help_panel=FIRST)(doctor)
 app.command(rich_help_panel=FIRST)(serve)
 app.command(rich_help_panel=FIRST)(top)
 app.command(rich_help_panel=FIRST)(bench)

@@ -25,7 +25,7 @@ from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     model, transfer = sys.argv[1], json.loads(sys.argv[2])
     llm = LLM(model, enforce_eager=True, max_model_len=256, kv_transfer_config=transfer, enable_prefix_caching=True,
-              kv_cache_memory_bytes=64 << 20, block_size=16, disable_log_stats=True, skip_tokenizer_init=True)
+              kv_cache_memory_bytes=64 << 20, block_size=32, disable_log_stats=True, skip_tokenizer_init=True)
     for turn in range(2):
         asked = SamplingParams(max_tokens=2, detokenize=False)
         [answer] = llm.generate([{"prompt_token_ids": list(range(1, 100))}], asked)

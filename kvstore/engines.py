@@ -5,6 +5,8 @@ engine that does not use us must not notice that we are installed: nothing is im
 alone draws in 457 modules, 2 seconds), and no exception leaves it. So the names are given at once where a factory is
 loaded already, and else when vLLM loads it itself. Where a factory is gone or another, the module path in the
 configuration still works.
+
+The classes are had by way of this module, so that a folder `connectors` of the user's own does not hide ours.
 """
 
 from __future__ import annotations
@@ -12,12 +14,16 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+from kvstore import names
+
 CONNECTOR, TIER = "KVStoreConnector", "KVStoreTier"
+_HOMES = {CONNECTOR: "connectors.vllm", TIER: "connectors.vllm_tier"}
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +40,22 @@ def register() -> None:
         sys.meta_path.insert(0, _Watch(waiting))
 
 
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    names.load_ours("connectors")
+    return getattr(import_module(home), name)
+
+
 def _add_connector(factory: Any) -> None:
     if CONNECTOR not in factory.KVConnectorFactory._registry:
-        factory.KVConnectorFactory.register_connector(CONNECTOR, "connectors.vllm", CONNECTOR)
+        factory.KVConnectorFactory.register_connector(CONNECTOR, __name__, CONNECTOR)
 
 
 def _add_tier(factory: Any) -> None:
     if TIER not in factory.SecondaryTierFactory._registry:
-        factory.SecondaryTierFactory.register_tier(TIER, "connectors.vllm_tier", TIER)
+        factory.SecondaryTierFactory.register_tier(TIER, __name__, TIER)
 
 
 FACTORIES: dict[str, Callable[[Any], None]] = {

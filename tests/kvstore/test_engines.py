@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 CONNECTOR = "vllm/distributed/kv_transfer/kv_connector/factory.py"
 TIER = "vllm/v1/kv_offload/tiering/factory.py"
 FACTORIES = {
@@ -22,10 +22,10 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 """
 TELL = "print(KVConnectorFactory._registry, SecondaryTierFactory._registry)"
-KNOWN = "{'KVStoreConnector': ('connectors.vllm', 'KVStoreConnector')} " + (
-    "{'KVStoreTier': ('connectors.vllm_tier', 'KVStoreTier')}"
+KNOWN = "{'KVStoreConnector': ('kvstore.engines', 'KVStoreConnector')} " + (
+    "{'KVStoreTier': ('kvstore.engines', 'KVStoreTier')}"
 )
-REGISTER = "from connectors.vllm.plugin import register; register(); register()\n"
+REGISTER = "from kvstore.engines import register; register(); register()\n"
 
 
 @pytest.fixture
@@ -59,7 +59,9 @@ def test_factories_that_vllm_loads_later_are_told_then_and_keep_their_loaders(si
 
 
 def test_the_hook_imports_nothing_of_vllm_and_nothing_heavy(site: Path) -> None:
-    code = REGISTER + "import sys; print(sorted({'vllm', 'numpy', 'pydantic', 'kvstore'} & set(sys.modules)))"
+    code = (
+        REGISTER + "import sys; print(sorted({'vllm', 'numpy', 'pydantic', 'radix', 'connectors'} & set(sys.modules)))"
+    )
 
     assert run(site, code) == "[]"
 
