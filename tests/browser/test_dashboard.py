@@ -10,7 +10,8 @@ from kvstore.plan.records import RequestOptions
 from kvstore.ports import free_port
 from tests.helpers.browser import Browser, open_browser
 from tests.helpers.daemons import DaemonProcess, LocalDaemon, attach, local_daemon
-from tests.helpers.stores import BLOCK, LAYOUT, prompt, save, use
+from tests.helpers.http_pages import HttpPages
+from tests.helpers.stores import BLOCK, prompt, save, use
 from tests.helpers.waiting import WAIT_S
 
 pytestmark = pytest.mark.browser
@@ -233,12 +234,8 @@ def test_a_tenant_gives_a_token_and_sees_its_own(browser: Browser, tmp_path: Pat
     tokens.chmod(0o600)
     sections = {"service": {"http_port": 0, "tokens_file": tokens}}
     with local_daemon(tmp_path / "kv.sock", **sections) as daemon:
-        from kvstore.service.client.connect import connect
-        from tests.helpers.stores import namespace
-
         for name in ("blue", "green"):
-            with connect(url(daemon).rstrip("/"), LAYOUT, namespace(), token=f"{name}-token-0123456789") as store:
-                use(store, fork(0))
+            HttpPages(daemon.daemon.app.port, f"{name}-token-0123456789").save(fork(0))
         browser.look(url(daemon))
         browser.wait(lambda: browser.run("return document.getElementById('login').open"))
 
