@@ -154,7 +154,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "radix",
     ),
     "kvstore.service.client": (
-        "kvstore.base",
         "kvstore.errors",
         "kvstore.forks",
         "kvstore.layout",
@@ -232,7 +231,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # No program of ours knows another, but the command line, which starts them all.
     "kvstore.demo": (
         "connectors",
-        "kvstore.base",
         "kvstore.config.sections",
         "kvstore.console",
         "kvstore.demo",
@@ -260,7 +258,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.extras": ("kvstore.errors",),
     "kvstore.palette": (),
     "kvstore.ports": (),
-    "kvstore.web": ("kvstore.errors", "kvstore.logs", "kvstore.web"),  # any server of ours; knows none of them
+    "kvstore.web": ("kvstore.logs", "kvstore.web"),  # any server of ours; knows none of them
     # Knows HTTP, nothing of what serves.
     "kvstore.load": (
         "kvstore.errors",

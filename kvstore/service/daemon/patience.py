@@ -1,7 +1,7 @@
 """How long the daemon waits for the rest of a frame that has begun to come.
 
 A client that stops in the middle of a frame, or sends a byte now and then, holds a connection and the memory of what
-has come. Large frames have more time, since networks are slow.
+has come. Large frames have more time, since machines are busy.
 """
 
 from __future__ import annotations
