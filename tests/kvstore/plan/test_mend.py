@@ -145,6 +145,7 @@ def mend(world: World, last_lease: int, where: list[str]) -> None:
         world.planner.check()
 
 
+STEPPED = ("endings", "holding", "host", "in_steps", "keeper", "loads", "lower_tier", "retention", "saves", "steps")
 STEP = 7 if not os.environ.get("KV_EVERY_LINE") else 1  # of each worldly variety another seventh of the lines
 
 
@@ -175,6 +176,37 @@ def test_a_verb_that_is_interrupted_at_any_line_leaves_nothing_behind(name: str,
         assert n > 5
 
 
+def take_small_steps(patch: pytest.MonkeyPatch) -> None:
+    """Have every verb take many steps, of two pages each."""
+    for module in STEPPED:
+        for size in ("STEP_BLOCKS", "STEP_PAGES"):
+            patch.setattr(f"kvstore.plan.{module}.{size}", 2, raising=False)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(VERBS.keys() - {"lookup", "lookup of what is below", "lookup in single flight"})
+)
+def test_a_verb_of_many_steps_that_is_interrupted_in_any_of_them_leaves_nothing_behind(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_small_steps(monkeypatch)
+    for n in range(1, 100_000, 3 * STEP):
+        world = made(WINDOWED, "lru")
+        last_lease = world.planner.last_lease
+        with interrupted_at(n) as where:
+            done: Any = VERBS[name](world)
+        try:
+            mend(world, last_lease, where)
+            if not where and hasattr(done, "pages"):
+                world.planner.release(done.id, world.now)
+            world.land()
+            world.look()
+        except BaseException as error:
+            raise AssertionError(f"{name}, interrupted at {where}") from error
+        if not where:
+            break
+
+
 @pytest.mark.parametrize("policy", ["lru", "sieve"])
 @pytest.mark.parametrize("prepare", ["prepare_save", "prepare_load", "prepare_load from below"])
 @pytest.mark.parametrize("end", ENDS)
@@ -197,6 +229,36 @@ def test_a_lease_whose_end_is_interrupted_is_over_or_can_be_ended_again(prepare:
         if not where:
             break
     assert n > 5
+
+
+@pytest.mark.parametrize("prepare", ["prepare_save", "prepare_load", "prepare_load from below"])
+@pytest.mark.parametrize("end", ENDS)
+def test_an_end_of_many_steps_that_is_interrupted_in_any_of_them_goes_on_with_a_tick(
+    prepare: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_small_steps(monkeypatch)
+    num_ended = 0
+    for n in range(1, 100_000, STEP):
+        world = made(SIMPLE, "lru")
+        planner = world.planner
+        lease: Any = VERBS[prepare](world)
+        if prepare != "prepare_save":
+            world.land()
+        last_lease = planner.last_lease
+        with interrupted_at(n) as where:
+            ENDS[end](world, lease.id)
+        try:
+            mend(world, last_lease, where)
+            planner.tick(world.now)
+            num_ended += planner.num_leases == 0
+            ENDS[end](world, lease.id)  # of those that had not begun to end
+            world.land()
+            world.look()
+        except BaseException as error:
+            raise AssertionError(f"{end} after {prepare}, interrupted at {where}") from error
+        if not where:
+            break
+    assert num_ended > 5
 
 
 @pytest.mark.parametrize("op", [Op.FETCH, Op.SPILL, Op.PROBE, Op.DELETE])
