@@ -139,6 +139,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.tiers.base",
         "kvstore.tiers.redis",
     ),
+    "kvstore.testing.pages": ("kvstore.page", "kvstore.tiers.base"),
+    "kvstore.testing.contracts": (
+        "eviction.policy",
+        "kvstore.codec",
+        "kvstore.devices",
+        "kvstore.errors",
+        "kvstore.page",
+        "kvstore.testing",
+        "kvstore.tiers.base",
+    ),
     "kvstore.testing": ("kvstore.errors", "kvstore.ports", "kvstore.testing"),
     "kvstore.logs": (),
     "kvstore.console": (),
@@ -318,6 +328,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "kvstore.tiers",
         "kvstore.codec",
         "kvstore.service",
+        "kvstore.testing.contracts",  # threads at once are part of what is promised
         "connectors.vllm.layers",
         "connectors.transformers.ropes",
     ),
@@ -326,6 +337,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "transformers": ("connectors", "kvstore.demo"),
     "vllm": ("connectors",),
     "sglang": ("connectors",),
+    "pytest": ("kvstore.testing.contracts",),  # of what is installed, nothing else needs them
+    "hypothesis": ("kvstore.testing.contracts",),
     "torch": ("connectors", "kvstore.demo", "kvstore.lab", "kvstore.devices"),
 }
 # module from outside -> imported inside functions only, so that importing our packages stays cheap and engines optional

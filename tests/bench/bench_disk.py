@@ -27,9 +27,9 @@ import numpy as np
 from kvstore.lab.bench import Case, Table, measure
 from kvstore.lab.machine import machine, versions
 from kvstore.page import PageKey, PageMeta
+from kvstore.testing.pages import key_of
 from kvstore.tiers.disk.tier import DiskTier
 from kvstore.tiers.host import HostSlab
-from tests.helpers.pages import key_of
 
 KiB, GiB = 1 << 10, 1 << 30
 THREADS = 4

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from eviction.lru import Lru
 from eviction.policy import EvictionPolicy, Hint
-from tests.contracts.eviction_policy import EvictionPolicyContract
+from kvstore.testing.contracts.policy import EvictionPolicyContract
 
 
 class TestLru(EvictionPolicyContract):

@@ -7,7 +7,7 @@ import pytest
 from eviction.lru import Lru
 from eviction.policy import EvictionPolicy, Hint
 from eviction.registry import POLICIES, make_policy, register_policy
-from tests.contracts.eviction_policy import EvictionPolicyContract
+from kvstore.testing.contracts.policy import EvictionPolicyContract
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import pytest
 
 from eviction.policy import EvictionPolicy, Hint
 from eviction.s3fifo import S3Fifo
-from tests.contracts.eviction_policy import EvictionPolicyContract
+from kvstore.testing.contracts.policy import EvictionPolicyContract
 
 
 class TestS3Fifo(EvictionPolicyContract):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from eviction.policy import EvictionPolicy
 from eviction.sieve import Sieve
-from tests.contracts.eviction_policy import EvictionPolicyContract
+from kvstore.testing.contracts.policy import EvictionPolicyContract
 
 
 class TestSieve(EvictionPolicyContract):

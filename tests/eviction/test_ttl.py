@@ -9,7 +9,7 @@ from eviction.policy import EvictionPolicy, Hint
 from eviction.s3fifo import S3Fifo
 from eviction.sieve import Sieve
 from eviction.ttl import Ttl
-from tests.contracts.eviction_policy import EvictionPolicyContract
+from kvstore.testing.contracts.policy import EvictionPolicyContract
 
 
 class TestTtlNever(EvictionPolicyContract):

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from kvstore.page import KEY_BYTES, PageKey
+from kvstore.testing.pages import fetch, key_of, payload, store
 from kvstore.tiers.disk.report import verify
 from kvstore.tiers.disk.tier import DiskTier
 from tests.helpers.disk import SLOT_BYTES, check_slots, index_of, open_disk
-from tests.helpers.pages import fetch, key_of, payload, store
 from tests.helpers.waiting import WAIT_S
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ WRITER = """
 import collections, itertools, os, sys
 from pathlib import Path
 from tests.helpers.disk import SLOT_BYTES, open_disk
-from tests.helpers.pages import keys_of, store
+from kvstore.testing.pages import keys_of, store
 
 path, name, capacity, batch = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 tier = open_disk(path, capacity)
@@ -147,7 +147,7 @@ FIGHTER = """
 import random, sys, time
 from pathlib import Path
 from tests.helpers.disk import SLOT_BYTES, open_disk
-from tests.helpers.pages import fetch, keys_of, payload, store
+from kvstore.testing.pages import fetch, keys_of, payload, store
 
 path, seed, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 rng, keys = random.Random(seed), keys_of("page", 48)

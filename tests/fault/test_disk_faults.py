@@ -27,11 +27,11 @@ import pytest
 from kvstore.direction import Direction
 from kvstore.errors import ConfigError, TierRefused, TierUnavailable
 from kvstore.page import PageMeta
+from kvstore.testing.pages import TIMEOUT_S, fetch, filled, key_of, keys_of, payload, store
 from kvstore.tiers.disk import private_files
 from kvstore.tiers.disk.report import describe, verify
 from kvstore.tiers.disk.tier import DiskTier
 from tests.helpers.disk import SLOT_BYTES, check_slots, index_of, open_disk, record_of
-from tests.helpers.pages import TIMEOUT_S, fetch, filled, key_of, keys_of, payload, store
 
 ROOT = Path(__file__).parents[2]
 KEYS = keys_of("page", 6)
@@ -546,7 +546,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from kvstore.errors import TierUnavailable
 from tests.helpers.disk import SLOT_BYTES, open_disk
-from tests.helpers.pages import TIMEOUT_S, fetch, keys_of, payload, store
+from kvstore.testing.pages import TIMEOUT_S, fetch, keys_of, payload, store
 
 logging.disable()
 home, rng = Path(sys.argv[1]), random.Random(int(sys.argv[2]))

@@ -13,9 +13,9 @@ import pytest
 from kvstore.errors import TierRefused, TierUnavailable
 from kvstore.page import PageMeta
 from kvstore.ports import free_port
+from kvstore.testing.pages import TIMEOUT_S, fetch, filled, keys_of, payload, slots, store
 from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.redis.tier import RedisTier
-from tests.helpers.pages import TIMEOUT_S, fetch, filled, keys_of, payload, slots, store
 from tests.helpers.proxy import Fault, Proxy
 from tests.helpers.redis_server import NEEDS_REDIS, canned_server, command
 from tests.helpers.waiting import wait_until

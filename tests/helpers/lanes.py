@@ -10,7 +10,7 @@ from kvstore.direction import Direction
 from kvstore.move.lane import Event, TierState
 from kvstore.page import PageKey, PageMeta
 from kvstore.plan.records import Op, Outcome, Priority, Transfer
-from tests.helpers.pages import keys_of
+from kvstore.testing.pages import keys_of
 from tests.helpers.waiting import WAIT_S as WAIT_S
 from tests.helpers.waiting import wait_until as wait_until
 

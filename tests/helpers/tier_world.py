@@ -9,8 +9,8 @@ from connectors.vllm_tier.chunks import TierSettings
 from connectors.vllm_tier.core import TierCore
 from connectors.vllm_tier.jobs import JobDone
 from connectors.vllm_tier.lookup import Answer
+from kvstore.testing.pages import FakeClock
 from tests.helpers.faulty_tier import FaultyTier
-from tests.helpers.pages import FakeClock
 from tests.helpers.rows import Rows, faulty, open_mover
 from tests.helpers.waiting import wait_until
 

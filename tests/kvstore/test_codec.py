@@ -8,7 +8,7 @@ import pytest
 
 from kvstore.codec import CODEC_NAMES, Codec, PlanesCodec, RawCodec, codec_by_id, codec_by_name
 from kvstore.errors import ConfigError, CorruptPage
-from tests.contracts.codec import CodecContract, decoded, encoded, kv_like
+from kvstore.testing.contracts.codec import CodecContract, decoded, encoded, kv_like
 
 
 class TestRawCodec(CodecContract):

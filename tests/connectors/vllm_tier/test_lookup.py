@@ -4,7 +4,7 @@ import pytest
 
 from connectors.vllm_tier import lookup
 from connectors.vllm_tier.lookup import ANSWER_S, FAILED_S, Answer, Lookups
-from tests.helpers.pages import FakeClock
+from kvstore.testing.pages import FakeClock
 
 BOTH = ("disk", "redis")
 

@@ -15,7 +15,7 @@ from kvstore.devices.base import Device
 from kvstore.devices.cpu import CpuDevice
 from kvstore.devices.tables import paged_table
 from kvstore.errors import ConfigError
-from tests.contracts.device import DeviceContract, numbers, slots_for
+from kvstore.testing.contracts.device import DeviceContract, numbers, slots_for
 
 needs_extension = pytest.mark.skipif(
     importlib.util.find_spec("kvstore.devices._copy") is None,

@@ -16,7 +16,7 @@ from kvstore.devices.cuda import CudaDevice, move_pieces
 from kvstore.devices.runs import Runs
 from kvstore.devices.tables import paged_table, token_table
 from kvstore.errors import ConfigError
-from tests.contracts.device import DeviceContract, numbers, slots_for
+from kvstore.testing.contracts.device import DeviceContract, numbers, slots_for
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 has_gpu = torch.cuda.is_available()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvstore.devices.cpu import CpuDevice
 from kvstore.devices.runs import Runs, adjacent, memory_at
 from kvstore.devices.tables import token_table
-from tests.contracts.device import numbers, slots_for
+from kvstore.testing.contracts.device import numbers, slots_for
 
 
 @pytest.mark.parametrize("offset_tokens", [0, 3, -6])

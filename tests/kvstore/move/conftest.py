@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from kvstore.testing.pages import FakeClock, slots
 from kvstore.tiers.memory import MemoryTier
 from tests.helpers.faulty_tier import FaultyTier
 from tests.helpers.lanes import NUM_SLOTS, SLOT_BYTES, Recorder, Transfers
-from tests.helpers.pages import FakeClock, slots
 from tests.helpers.waiting import WAIT_S
 
 

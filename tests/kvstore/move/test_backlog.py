@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvstore.move.backlog import Backlog
 from kvstore.plan.records import Op, Priority, Transfer
-from tests.helpers.pages import key_of
+from kvstore.testing.pages import key_of
 
 
 def transfer(transfer_id: int, priority: Priority = Priority.LOAD, deadline: float = 10.0) -> Transfer:

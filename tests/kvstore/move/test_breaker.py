@@ -6,7 +6,7 @@ import pytest
 
 from kvstore.errors import ConfigError
 from kvstore.move.breaker import Breaker, BreakerState
-from tests.helpers.pages import FakeClock
+from kvstore.testing.pages import FakeClock
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import pytest
 
 from kvstore.errors import TierUnavailable
 from kvstore.page import PageMeta
+from kvstore.testing.pages import fetch, keys_of, payload, slots, store
 from kvstore.tiers.memory import MemoryTier
 from tests.helpers.faulty_tier import RUBBISH, Chances, FaultyTier
 from tests.helpers.lanes import PAGE_BYTES, SLOT_BYTES
-from tests.helpers.pages import fetch, keys_of, payload, slots, store
 
 META = PageMeta(PAGE_BYTES)
 

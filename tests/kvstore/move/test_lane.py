@@ -16,11 +16,11 @@ from kvstore.move.counters import MAX_REASONS, LaneCounters
 from kvstore.move.lane import MIN_EVIDENCE_S, Lane
 from kvstore.page import PageKey, PageMeta
 from kvstore.plan.records import Op, Outcome, Priority
+from kvstore.testing.pages import FakeClock, fetch, key_of, payload, store
 from kvstore.tiers.base import Tier
 from kvstore.tiers.memory import MemoryTier
 from tests.helpers.faulty_tier import FaultyTier
 from tests.helpers.lanes import PAGE_BYTES, SLOT_BYTES, Recorder, Transfers
-from tests.helpers.pages import FakeClock, fetch, key_of, payload, store
 from tests.helpers.waiting import WAIT_S, wait_until
 
 TIMEOUT_S = 2.0

@@ -16,10 +16,10 @@ from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
 from kvstore.move.mover import Mover
 from kvstore.plan.records import Op, Outcome, Priority
+from kvstore.testing.pages import FakeClock, key_of
 from kvstore.tiers.memory import MemoryTier
 from tests.helpers.faulty_tier import Chances, FaultyTier
 from tests.helpers.lanes import NUM_SLOTS, SLOT_BYTES, Recorder, Transfers
-from tests.helpers.pages import FakeClock, key_of
 from tests.helpers.waiting import WAIT_S, wait_until
 
 TICK_S = 0.002

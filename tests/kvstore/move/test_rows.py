@@ -10,9 +10,9 @@ from kvstore.errors import ConfigError, RequestError, StoreClosed
 from kvstore.move.rows import RowMover, StagingPages
 from kvstore.page import PageMeta
 from kvstore.plan.records import Outcome
+from kvstore.testing.pages import keys_of
 from kvstore.tiers.host import HUGE_PAGE_BYTES
 from tests.helpers.faulty_tier import FaultyTier
-from tests.helpers.pages import keys_of
 from tests.helpers.rows import ROW_BYTES, Rows, faulty, open_mover
 
 META = PageMeta(ROW_BYTES)

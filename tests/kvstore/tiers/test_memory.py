@@ -9,10 +9,10 @@ import pytest
 
 from kvstore.errors import ConfigError
 from kvstore.page import PageKey
+from kvstore.testing.contracts.tier import TierContract
+from kvstore.testing.pages import FakeClock, keys_of, store
 from kvstore.tiers.base import Tier
 from kvstore.tiers.memory import MemoryTier
-from tests.contracts.tier import TierContract
-from tests.helpers.pages import FakeClock, keys_of, store
 
 
 class TestMemoryTier(TierContract):

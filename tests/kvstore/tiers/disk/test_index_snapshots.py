@@ -20,13 +20,13 @@ import lmdb
 import pytest
 
 from kvstore.errors import ConfigError, TierUnavailable
+from kvstore.testing.pages import TIMEOUT_S, fetch, key_of, keys_of, payload, store
 from kvstore.tiers.disk import directory_lock
 from kvstore.tiers.disk.directory_lock import DirectoryLock
 from kvstore.tiers.disk.index_snapshots import RING, IndexSnapshots
 from kvstore.tiers.disk.report import describe, verify
 from tests.helpers.disk import SLOT_BYTES, check_slots, index_of, open_disk
 from tests.helpers.interrupts import interrupted_at
-from tests.helpers.pages import TIMEOUT_S, fetch, key_of, keys_of, payload, store
 
 ROOT = Path(__file__).parents[4]
 NUM_RECORDS = 400
@@ -392,7 +392,7 @@ import os, sys
 from contextlib import closing
 from pathlib import Path
 from tests.helpers.disk import SLOT_BYTES, open_disk
-from tests.helpers.pages import fetch, keys_of, payload, store
+from kvstore.testing.pages import fetch, keys_of, payload, store
 with closing(open_disk(Path(sys.argv[1]), 64)) as tier:
     print(os.getpid(), flush=True)
     sys.stdin.readline()

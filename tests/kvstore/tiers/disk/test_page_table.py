@@ -9,8 +9,8 @@ import pytest
 
 from kvstore.errors import CorruptPage
 from kvstore.page import PageKey, PageMeta, encode_header
+from kvstore.testing.pages import key_of
 from kvstore.tiers.disk.page_table import PageTable, ScanPosition
-from tests.helpers.pages import key_of
 
 ALL = ScanPosition(0, 1 << 32)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from kvstore.errors import ConfigError
+from kvstore.testing.pages import fetch, keys_of, payload, store
 from kvstore.tiers.disk.report import describe
 from tests.helpers.disk import SLOT_BYTES, open_disk
-from tests.helpers.pages import fetch, keys_of, payload, store
 
 KEYS = keys_of("page", 3)
 OTHER = 12345

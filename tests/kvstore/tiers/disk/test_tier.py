@@ -18,13 +18,14 @@ import pytest
 
 from kvstore.errors import ConfigError, LayoutMismatch, RequestError, TierUnavailable
 from kvstore.page import PageKey, PageMeta
+from kvstore.testing.contracts.tier import TierContract
+from kvstore.testing.pages import TIMEOUT_S, FakeClock, fetch, filled, key_of, keys_of, payload, slots, store
 from kvstore.tiers.base import Tier
 from kvstore.tiers.disk.directory_lock import DirectoryLock
 from kvstore.tiers.disk.index_map import IndexMapFull
 from kvstore.tiers.disk.meta import DISK_FORMAT_VERSION, LMDB_LOCKS_VERSION
 from kvstore.tiers.disk.report import describe, verify
 from kvstore.tiers.disk.tier import DiskTier
-from tests.contracts.tier import TierContract
 from tests.helpers.disk import (
     SLOT_BYTES,
     check_slots,
@@ -35,7 +36,6 @@ from tests.helpers.disk import (
     raw_record,
     record_of,
 )
-from tests.helpers.pages import TIMEOUT_S, FakeClock, fetch, filled, key_of, keys_of, payload, slots, store
 from tests.helpers.stores import open_small
 
 ROOT = Path(__file__).parents[4]
@@ -620,7 +620,7 @@ from pathlib import Path
 from kvstore.page import PageMeta
 from kvstore.tiers.disk.directory_lock import DirectoryLock
 from tests.helpers.disk import SLOT_BYTES, index_of, open_disk
-from tests.helpers.pages import keys_of, store
+from kvstore.testing.pages import keys_of, store
 path = Path(sys.argv[1])
 """
 

@@ -12,12 +12,12 @@ import pytest
 
 from kvstore.direction import Direction
 from kvstore.errors import TierRefused, TierUnavailable
+from kvstore.testing.pages import TIMEOUT_S, fetch, keys_of, payload, store
 from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.redis import refusal as redis_refusal
 from kvstore.tiers.redis.bound import BoundedRedis
 from kvstore.tiers.redis.refusal import COMMANDS, OF_A_BOUND
 from kvstore.tiers.redis.tier import RedisTier
-from tests.helpers.pages import TIMEOUT_S, fetch, keys_of, payload, store
 from tests.helpers.redis_server import NEEDS_REDIS, command
 
 pytestmark = NEEDS_REDIS

@@ -10,11 +10,11 @@ import pytest
 
 from kvstore.errors import ConfigError
 from kvstore.page import PageKey, PageMeta
+from kvstore.testing.pages import TIMEOUT_S, FakeClock, fetch, filled, keys_of, payload, store
 from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.base import Tier
 from kvstore.tiers.redis.bound import BoundedRedis
 from kvstore.tiers.redis.tier import RedisTier
-from tests.helpers.pages import TIMEOUT_S, FakeClock, fetch, filled, keys_of, payload, store
 from tests.helpers.redis_server import NEEDS_REDIS, cluster_nodes
 from tests.kvstore.tiers.redis.test_tier import Medium, RedisContract, cluster_medium, server, tcp_medium
 

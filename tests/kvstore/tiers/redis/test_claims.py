@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from kvstore.errors import TierError, TierRefused
+from kvstore.testing.pages import TIMEOUT_S, keys_of
 from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.base import Claimable
 from kvstore.tiers.redis.claims import KEYS_AT_ONCE
 from kvstore.tiers.redis.tier import RedisTier
-from tests.helpers.pages import TIMEOUT_S, keys_of
 from tests.helpers.redis_server import NEEDS_REDIS, cluster_nodes
 
 pytestmark = NEEDS_REDIS

@@ -13,9 +13,9 @@ from redis.crc import key_slot
 from kvstore.direction import Direction
 from kvstore.errors import TierRefused, TierUnavailable
 from kvstore.ports import free_port
+from kvstore.testing.pages import TIMEOUT_S, fetch, keys_of, payload, store
 from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.redis.tier import RedisTier
-from tests.helpers.pages import TIMEOUT_S, fetch, keys_of, payload, store
 from tests.helpers.redis_server import NEEDS_OPENSSL, NEEDS_REDIS, command, make_certificate, wait_until
 
 pytestmark = [*NEEDS_REDIS]

@@ -11,6 +11,7 @@ from contextlib import closing
 import pytest
 
 from kvstore.errors import TierUnavailable
+from kvstore.testing.pages import TIMEOUT_S, fetch, keys_of, payload, store
 from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.redis import route as redis_route
 from kvstore.tiers.redis.hedge import Hedge
@@ -18,7 +19,6 @@ from kvstore.tiers.redis.route import KEEPALIVE, Node, make_route
 from kvstore.tiers.redis.tier import RedisTier
 from kvstore.tiers.redis.url import parse_redis_url
 from tests.helpers.nat import Nat
-from tests.helpers.pages import TIMEOUT_S, fetch, keys_of, payload, store
 from tests.helpers.redis_server import NEEDS_OPENSSL, NEEDS_REDIS, make_certificate
 
 SLOT_BYTES = 8192

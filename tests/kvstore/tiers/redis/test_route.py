@@ -9,12 +9,12 @@ import pytest
 
 from kvstore.errors import TierRefused, TierUnavailable
 from kvstore.ports import free_port
+from kvstore.testing.pages import TIMEOUT_S, fetch, keys_of, payload, store
 from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.redis.connection import Wire
 from kvstore.tiers.redis.route import Node, make_route
 from kvstore.tiers.redis.tier import RedisTier
 from kvstore.tiers.redis.url import parse_redis_url
-from tests.helpers.pages import TIMEOUT_S, fetch, keys_of, payload, store
 from tests.helpers.redis_server import (
     ALL_SLOTS,
     NEEDS_REDIS,

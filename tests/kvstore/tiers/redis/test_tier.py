@@ -11,11 +11,11 @@ import pytest
 
 from kvstore.errors import ConfigError
 from kvstore.page import PageKey, PageMeta
+from kvstore.testing.contracts.tier import TierContract
+from kvstore.testing.pages import TIMEOUT_S, FakeClock, fetch, filled, key_of, keys_of, payload, slots, store
 from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.base import Tier
 from kvstore.tiers.redis.tier import RedisTier
-from tests.contracts.tier import TierContract
-from tests.helpers.pages import TIMEOUT_S, FakeClock, fetch, filled, key_of, keys_of, payload, slots, store
 from tests.helpers.redis_server import NEEDS_OPENSSL, NEEDS_REDIS, cluster_nodes, make_certificate
 from tests.helpers.waiting import wait_until
 

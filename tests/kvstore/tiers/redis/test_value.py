@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from kvstore.codec import RawCodec, codec_by_name
 from kvstore.page import HEADER_BYTES, PageMeta, decode_header, encode_header
+from kvstore.testing.pages import key_of, payload
 from kvstore.tiers.redis.parts import part_sizes
 from kvstore.tiers.redis.value import PLACING_FIELDS, KeyNames, PageSink, Verdict, encode_page, judge, set_page
-from tests.helpers.pages import key_of, payload
 
 KEY = key_of("page")
 META = PageMeta(8192, tokens=b"\1\0\0\0\2\0\0\0", expires_at=12345.5)

@@ -15,8 +15,8 @@ import pytest
 
 from kvstore.errors import TierUnavailable
 from kvstore.page import PageKey, PageMeta
+from kvstore.testing.pages import TIMEOUT_S, FakeClock, fetch, filled, key_of, keys_of, payload, slots, store
 from kvstore.tiers.base import Tier
-from tests.helpers.pages import TIMEOUT_S, FakeClock, fetch, filled, key_of, keys_of, payload, slots, store
 
 
 class TierContract:
