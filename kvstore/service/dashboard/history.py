@@ -16,7 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-TIERS = ("host", "disk", "redis")
+from kvstore.plan.records import HOST
+from kvstore.tiers import registry
+
+TIERS = (HOST, *registry.names())  # also those that are not in use: they may be attached
 LOWER = TIERS[1:]
 
 FINE_S = 1.0
