@@ -87,6 +87,8 @@ class HostSpace:
 
     def drop(self, pages: Sequence[Page], why: Left = Left.DELETED) -> None:
         """Resident pages that nobody holds leave."""
+        if not pages:
+            return
         self.policy.discard(pages)
         self.num_resident -= len(pages)
         if self._catalog.journal is not None:

@@ -108,11 +108,14 @@ class Retention:
 
     def drop_idle(self, pages: Sequence[Page]) -> None:
         """Those of the pages of forgotten blocks, and of expired pages, that nothing uses give their slots back."""
-        idle = [page for page in pages if not page.spilling]
-        self._host.drop_expired([page for page in idle if page.state == PageState.EXPIRED])
-        self._host.drop(
-            [page for page in idle if page.block.is_removed and page.state == PageState.READY and not page.pins]
-        )
+        idle = [
+            page
+            for page in pages
+            if not page.spilling and (page.block.is_removed or page.state is PageState.EXPIRED) and not page.pins
+        ]
+        if idle:
+            self._host.drop_expired([page for page in idle if page.state is PageState.EXPIRED])
+            self._host.drop([page for page in idle if page.state is PageState.READY])
 
 
 def _session(request: Request) -> str:
