@@ -8,10 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvstore.plan.records import HOST
+from kvstore.tiers import registry
+
 if TYPE_CHECKING:
     import torch
 
-TIERS = ("host", "disk", "redis")  # always named in a report, so that a table has its columns
+TIERS = (HOST, *registry.OURS)  # always named in a report, so that a table has its columns
 
 
 @dataclass(slots=True)

@@ -7,13 +7,15 @@ from pathlib import Path
 from kvstore import palette
 from kvstore.demo import plot as demo_plot
 from kvstore.load import plot
+from kvstore.service.dashboard import kinds
+from kvstore.tiers import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_dashboards_style_sheet_has_the_colours_of_the_tiers() -> None:
     [sheet] = ROOT.glob("kvstore/service/**/page.css")
-    light = sheet.read_text().partition("@media")[0]
+    light = sheet.read_text().partition("@media")[0] + kinds.sheet().decode().partition("@media")[0]
 
     found = dict(re.findall(r"--(host|disk|redis): (#[0-9a-f]{6});", light))
 
@@ -39,3 +41,7 @@ def test_grafana_colours_every_series_of_a_tier() -> None:
         }
         for tier, color in palette.TIERS.items():
             assert rules[f"/(^| ){tier}( |,|$)/"] == {"mode": "fixed", "fixedColor": color}, panel["title"]
+
+
+def test_the_registry_has_the_colours_of_our_tiers() -> None:
+    assert {"host": palette.HOST, **{name: kind.color for name, kind in registry.kinds().items()}} == palette.TIERS

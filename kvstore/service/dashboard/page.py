@@ -1,4 +1,4 @@
-"""The files of the page at `/`: plain HTML, CSS and ES modules beside this module, read once.
+"""The files of the page at `/`: plain HTML, CSS and ES modules beside this module, read once; two are made (kinds).
 
 They hold no data, so they are answered without a token; what the page then asks for needs one. Nothing outside this
 daemon is referred to, and the policy says so: no inline script, no foreign host, no frame.
@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from aiohttp import web
+
+from kvstore.service.dashboard import kinds
 
 DIRECTORY = Path(__file__).with_name("static")
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -29,6 +31,8 @@ def add_routes(router: web.UrlDispatcher) -> None:
         if path.suffix in TYPES:
             handler = _handler(path.read_bytes(), TYPES[path.suffix])
             router.add_get("/" if path.name == "index.html" else f"/page/{path.name}", handler)
+    for name, make in (("kinds.js", kinds.script), ("kinds.css", kinds.sheet)):
+        router.add_get(f"/page/{name}", _handler(make(), TYPES[Path(name).suffix]))
 
 
 def _handler(body: bytes, content_type: str) -> Callable[[web.Request], Awaitable[web.Response]]:

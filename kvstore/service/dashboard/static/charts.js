@@ -2,8 +2,9 @@
 
 import { make, reconcile, setText } from "./dom.js";
 import { bytes, percent } from "./format.js";
+import { LOWER } from "./kinds.js";
 
-export const TIERS = ["host", "disk", "redis"];
+export const TIERS = ["host", ...LOWER];
 
 function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -90,7 +91,7 @@ class Chart {
   }
 }
 
-// Stacked areas: from the bottom what host memory gave, what disk gave, what Redis gave.
+// Stacked areas: from the bottom what host memory gave, then what each tier below it gave.
 export class HitChart extends Chart {
   constructor(element, legend) {
     super(element, legend, TIERS.map((tier) => ({ id: tier, text: tier, swatch: tier })));
@@ -132,8 +133,7 @@ export class HitChart extends Chart {
 
 const WAYS = [
   { id: "engines", text: "engines", swatch: "engines", into: "saved_bytes", out: "loaded_bytes" },
-  { id: "disk", text: "disk", swatch: "disk", into: "fetched_bytes.disk", out: "spilled_bytes.disk" },
-  { id: "redis", text: "redis", swatch: "redis", into: "fetched_bytes.redis", out: "spilled_bytes.redis" },
+  ...LOWER.map((tier) => ({ id: tier, text: tier, swatch: tier, into: `fetched_bytes.${tier}`, out: `spilled_bytes.${tier}` })),
 ];
 
 // Lines: above zero what comes into host memory, below it what goes out.

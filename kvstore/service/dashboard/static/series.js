@@ -1,7 +1,9 @@
 // The samples the page has, as parallel columns that grow at their end and are cut at their beginning.
 
+import { LOWER } from "./kinds.js";
+
 const COLUMNS = ["prompt_tokens", "ttft_saved_s", "saved_bytes", "loaded_bytes"];
-const BY_TIER = { hit_tokens: ["host", "disk", "redis"], fetched_bytes: ["disk", "redis"], spilled_bytes: ["disk", "redis"] };
+const BY_TIER = { hit_tokens: ["host", ...LOWER], fetched_bytes: LOWER, spilled_bytes: LOWER };
 const GAP = 2.5; // steps without a sample that are shown as a gap
 
 export class Series {

@@ -78,13 +78,19 @@ export class Misses {
   }
 }
 
+// Bytes in all tiers below host memory.
+function lower(used) {
+  const total = Object.entries(used).reduce((sum, [tier, size]) => sum + (tier === "host" ? 0 : size), 0);
+  return total ? bytes(total) : "–";
+}
+
 export function showTenants(now) {
   const body = byId("tenants").tBodies[0];
   nothing(body, !now.tenants.length, "No tenant has stored anything yet.", 6);
   if (!now.tenants.length) return;
   reconcile(body, now.tenants, (row) => row.tenant, () => cells("", "num", "num roomy", "num", "num", "num"),
     (element, row) => fill(element, row.tenant, percent(hitRate(row.total)), count(row.total.prompt_tokens),
-      seconds(row.total.ttft_saved_s), bytes(row.used_bytes.host), row.used_bytes.disk ? bytes(row.used_bytes.disk) : "–"));
+      seconds(row.total.ttft_saved_s), bytes(row.used_bytes.host), lower(row.used_bytes)));
 }
 
 export function showClients(now) {

@@ -3,7 +3,7 @@
 import { byId, make, reconcile, segments, setAttribute, setText } from "./dom.js";
 import { ago, bytes, percent, seconds } from "./format.js";
 
-const NAMES = { engines: "Engines", host: "Host memory", disk: "Disk", redis: "Redis" };
+const NAMES = { engines: "Engines", host: "Host memory" }; // a lower tier has the name that its package gives it
 const FULL = 1 << 30; // bytes per second that are drawn as the thickest line
 
 export function showTiers(now) {
@@ -21,7 +21,7 @@ export function showTiers(now) {
 
 function makePlace(id) {
   return make("div", { class: `place ${id}` },
-    make("div", { class: "head" }, make("b", { text: NAMES[id] }), make("span", { class: "state" })),
+    make("div", { class: "head" }, make("b", { text: NAMES[id] ?? id[0].toUpperCase() + id.slice(1) }), make("span", { class: "state" })),
     make("div", { class: "stack", role: "img" }),
     make("div", { class: "quiet facts" }));
 }
