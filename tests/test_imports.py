@@ -262,6 +262,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.plan.records",
         "kvstore.service.protocol.frames",
         "kvstore.testing",
+        "kvstore.tiers.registry",
         "kvstore.web",
     ),
     "kvstore.devices": ("kvstore.layout", "kvstore.page", "kvstore.codec", "kvstore.errors", "kvstore.devices"),

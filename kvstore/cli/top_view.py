@@ -76,7 +76,13 @@ class View:
             self._spark(list(recent["hit_tokens"])),
         )
         for tier, line in spark.items():
-            add_row(rows, Text(f"  {tier}", style=COLOURS[tier]), _share(recent, tier), _share(total, tier), line)
+            add_row(
+                rows,
+                Text(f"  {tier}", style=COLOURS.get(tier, "cyan")),
+                _share(recent, tier),
+                _share(total, tier),
+                line,
+            )
         return rows
 
     def _sums(self) -> Text:
@@ -119,9 +125,9 @@ class View:
                 state.append(f", {format_bytes(tier['waiting_bytes'])} {'dirty' if name == 'host' else 'owed'}")
             add_row(
                 rows,
-                Text(name, style=COLOURS[name]),
+                Text(name, style=COLOURS.get(name, "cyan")),
                 format_bytes(tier["used_bytes"]),
-                _bar(tier["used_bytes"] / capacity, COLOURS[name]) if capacity else Text(),
+                _bar(tier["used_bytes"] / capacity, COLOURS.get(name, "cyan")) if capacity else Text(),
                 format_bytes(capacity) if capacity else "-",
                 f"{format_bytes(round(speeds.get((other, name), 0)))}/s",
                 f"{format_bytes(round(speeds.get((name, other), 0)))}/s",

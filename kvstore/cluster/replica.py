@@ -30,12 +30,13 @@ from kvstore.cluster.openai import ApiError, Ask, ChatAsk, CompletionAsk, Reply,
 from kvstore.config.sections import Config
 from kvstore.errors import KVStoreError, RequestError, StoreClosed
 from kvstore.metrics import CONTENT_TYPE
-from kvstore.plan.records import RequestOptions
+from kvstore.plan.records import HOST, RequestOptions
+from kvstore.tiers import registry
 from kvstore.web.bodies import Bodies
 
 log = logs.limited(__name__)
 
-TIERS = ("host", "disk", "redis")
+TIERS = (HOST, *registry.names())
 COMPLETION_TOKENS = 16  # where a request does not say; OpenAI's own default
 CHAT_TOKENS = 512  # likewise; OpenAI generates until the model ends, which a random model never does
 STATS_TIMEOUT_S = 5.0
