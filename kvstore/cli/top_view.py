@@ -103,7 +103,7 @@ class View:
             asked = sum(prompts[first:end])
             share = min(1.0, sum(hits[first:end]) / asked) if asked > 0 else None
             line += " " if share is None else BARS[round(share * (len(BARS) - 1))]
-        return Text(line, style=COLOURS[tiers[0]] if len(tiers) == 1 else "bold")
+        return Text(line, style=COLOURS.get(tiers[0], "cyan") if len(tiers) == 1 else "bold")
 
     def _tiers(self) -> Table:
         rows = table("tier", "used", "", "of", "in", "out", "state", right=("used", "of", "in", "out"))
