@@ -1,4 +1,4 @@
-"""What every connector does, in the words of the store rather than of an engine.
+"""The duties of every connector, in the words of the store rather than of an engine.
 
 A connector stands between one engine and one `KVStore`: it says how much of a prompt can be resumed, brings those
 pages into the engine's memory, and hands new full blocks to the store without delaying the answer. Each engine has
@@ -46,7 +46,7 @@ class Connector(Protocol[Target, Source]):
 
 @dataclass(slots=True)
 class ConnectorCounters:
-    """What happened at the boundary, as plain numbers. Read without a lock; only the connector writes.
+    """Events at the boundary, as plain numbers. Read without a lock; only the connector writes.
 
     loads, loaded_tokens:   requests that resumed from the store, and the tokens they did not compute.
     short_loads:            loads that got less than the lookup had promised (a page lost, late or corrupt).

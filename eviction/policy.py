@@ -1,4 +1,4 @@
-"""What an eviction policy is: an order over keys, holding no data.
+"""The interface of an eviction policy: an order over keys, holding no data.
 
 The planner owns one policy per bounded tier. A pinned page is simply not in its policy, so no policy knows about pins.
 Paths are handed over *tail first*: a leaf then looks older than its parent, and plain recency evicts leaves before what
@@ -14,7 +14,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 class Hint(NamedTuple):
-    """What the caller knows and an order cannot guess.
+    """The caller's knowledge of a key, which an order cannot guess.
 
     priority: higher stays longer; all keys of a lower priority leave first.
     ttl_s:    time to live, overriding the policy's own; None keeps the policy's.

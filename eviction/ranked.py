@@ -1,4 +1,4 @@
-"""What all policies of this package share: priorities, and keys that were told to leave first.
+"""The base of all policies here: priorities, and keys that were told to leave first.
 
 A policy is a stack of orders, one for each priority in use, the lowest asked first. An `Order` is the algorithm proper
 (recency, SIEVE, ...) and knows of neither priorities nor time. Nearly always there is one order, of priority 0, and

@@ -29,7 +29,7 @@ SET_BACK_S = 1.0  # time that goes back by less stands still: clocks of several 
 
 
 class _Loan(NamedTuple):
-    """What a key has left of an earlier life. ttl_s: what it will have from its next use on."""
+    """The rest of a key's earlier life. ttl_s: the life it gets from its next use on."""
 
     deadline: float
     number: int

@@ -1,4 +1,4 @@
-"""What operators ask of a store, and change in it, while requests run: `store.admin`.
+"""Questions and changes of operators to a store while requests run: `store.admin`.
 
 The daemon's API and dashboard are made of it; no connector needs it.
 """
@@ -43,7 +43,7 @@ class Admin:
             return [] if journal is None else list(journal.shortfalls)
 
     def kept(self) -> list[Kept]:
-        """Who has how many pages kept in host memory by pins and `retain_until`, and until when (Unix time)."""
+        """The pages that pins and `retain_until` keep in host memory: whose, how many, until when (Unix time)."""
         with self._lock:
             self._dispatcher.settle()
             clock = self._planner.clock

@@ -79,7 +79,7 @@ class KVStore(Protocol):
         """
 
     def peek(self, request: Request, timeout_s: float | None = None) -> Match:
-        """What a lookup would find, for who only wants to know: nothing is counted, claimed or remembered.
+        """The match that a lookup would give, for callers that only ask: nothing is counted, claimed or remembered.
 
         Waits at most `timeout_s` for tiers (default: the configured lookup deadline). The request is over afterwards.
         """

@@ -81,7 +81,7 @@ def open_rows(config: Config, layout: Layout, memory: memoryview, row_bytes: int
 
     memory: flat and writable; rows of `row_bytes`, at most `layout.slot_bytes`. Raises what `open_store` raises.
     """
-    opened: list[LowerTier] = []
+    opened: list[OpenedTier] = []
     try:
         opened.extend(_lower_tiers(config, layout, memory.nbytes // row_bytes))
 
@@ -113,7 +113,7 @@ def attach_tier(store: LocalStore, config: Config, name: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class LowerTier:
+class OpenedTier:
     """A tier that was opened, and what the planner is told of it."""
 
     tier: Tier
@@ -134,14 +134,14 @@ class LowerTier:
 
 def _lower_tiers(
     config: Config, layout: Layout, num_slots: int, namespace: Namespace | None = None
-) -> Iterator[LowerTier]:
+) -> Iterator[OpenedTier]:
     for kind, section in config.tiers():
         yield _open_tier(kind, section, config, layout, num_slots, namespace)
 
 
 def _open_tier(
     kind: TierKind[Any], section: Any, config: Config, layout: Layout, num_slots: int, namespace: Namespace | None
-) -> LowerTier:
+) -> OpenedTier:
     place = "" if namespace is None else f"{namespace.root().hex()[:NAMESPACE_DIGITS]}:"
     try:
         traits = kind.traits(section)
@@ -171,7 +171,7 @@ def _open_tier(
         can_claim=traits.can_claim,
         can_clear=namespace is not None and isinstance(tier, Sweepable),  # what has its place is the namespace's own
     )
-    return LowerTier(tier, plan, kind.value(section, "timeout_s", 2.0))
+    return OpenedTier(tier, plan, kind.value(section, "timeout_s", 2.0))
 
 
 def _settings(config: Config, num_slots: int) -> PlanSettings:

@@ -49,7 +49,7 @@ BREATH_S = 20e-6  # 80 us with the kernel's timer slack: long enough to wake up 
 
 
 def silent_after_close(verb: Callable[P, None]) -> Callable[P, None]:
-    """Have a verb that ends something do nothing when the store is closed: it has ended then."""
+    """End quietly: a verb that ends something does nothing when the store is closed, since it has ended then."""
 
     @wraps(verb)
     def silent(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -154,7 +154,7 @@ class Dispatcher:
             listener()
 
     def wait(self, timeout_s: float) -> bool:
-        """Let go of the lock until `tell` or the timeout; False for the latter."""
+        """Release the lock until `tell` or the timeout; False for the latter."""
         return self._changed.wait(timeout_s)
 
     def wait_until(self, until: float) -> bool:
@@ -179,7 +179,7 @@ class Dispatcher:
         return self.mover.lanes
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Have `listener` called by every `tell`, under the lock."""
+        """Register `listener`, which every `tell` calls under the lock."""
         with self.lock:
             self._listeners.append(listener)
 
@@ -194,7 +194,7 @@ class Dispatcher:
             return self.planner.flush_result(told)
 
     def close(self) -> bool:
-        """Let nothing more begin, and wake whoever waits; False if it is closed already. The mover is closed after."""
+        """Refuse all further calls, wake all that wait; False if it is closed already. The mover is closed after."""
         with self.lock:
             if self.is_closed:
                 return False

@@ -1,4 +1,4 @@
-"""What an operator should know of an installation before trusting it: one finding a line, each with what to do.
+"""The state of an installation, before anyone trusts it: one finding a line, each with its remedy.
 
 Everything here looks and leaves nothing behind (a file that tries O_DIRECT has no name). What is not configured is not
 judged. A finding is *bad* where something will not work, *warn* where it works worse than it could.

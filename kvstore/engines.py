@@ -1,4 +1,4 @@
-"""What vLLM calls in each of its processes (entry point `vllm.general_plugins`), whether it uses us or not.
+"""The hook that vLLM calls in each of its processes (entry point `vllm.general_plugins`), whether it uses us or not.
 
 It gives our names to vLLM's factories, so that "KVStoreConnector" and "KVStoreTier" are enough in a configuration. An
 engine that does not use us must not notice that we are installed: nothing is imported here (the connectors' factory

@@ -1,4 +1,4 @@
-"""What a process that was forked may do with what the process before it had opened: nothing.
+"""Forked processes: a child may use nothing that its parent had opened.
 
 A child has the objects and none of the threads behind them; locks that other threads held stay locked for ever, and
 slots, descriptors and connections are the parent's. So everything that holds such a thing says so when it is made:
@@ -32,13 +32,13 @@ _bound: dict[int, tuple[weakref.ref[Any], Callable[[Any], object]]] = {}
 
 
 def in_child(owner: T, act: Callable[[T], object]) -> None:
-    """Have `act(owner)` called in every child that is forked while `owner` lives. It must not wait, nor raise."""
+    """Register `act(owner)` for every child that is forked while `owner` lives. It must not wait, nor raise."""
     at = id(owner)
     _bound[at] = weakref.ref(owner, lambda _: _bound.pop(at, None)), act
 
 
 def forbid(owner: T, let_go: Callable[[T], object] = lambda owner: None) -> None:
-    """Have every use of `owner` raise StoreForked in a forked child, but for `close` and leaving a `with`.
+    """Make every use of `owner` raise StoreForked in a forked child, except `close` and leaving a `with`.
 
     let_go: gives up first what the child holds for nothing, as a descriptor.
     """

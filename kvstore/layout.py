@@ -1,4 +1,4 @@
-"""What a page of one model on one engine looks like: the bytes of one block, by layer group.
+"""The layout of a page of one model on one engine: the bytes of one block, by layer group.
 
 A `Layout` is a value made once, by a connector, from the engine's own cache; everything below it sees only sizes and
 rules. Nothing here imports an engine.

@@ -1,4 +1,4 @@
-"""What a container lets this process have besides memory: CPUs and threads.
+"""The limits of a container besides memory: CPUs and threads.
 
 A container's limits are not in what the machine shows: os.cpu_count() is the machine's, and a thread that is one too
 many fails without a number. Memory is tiers/memory_limit.py.

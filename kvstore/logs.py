@@ -54,7 +54,7 @@ def know(secrets: Iterable[str | bytes]) -> None:
 
 
 def digest(secret: str) -> bytes:
-    """What `know` keeps of a secret."""
+    """The digest that `know` keeps of a secret."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 

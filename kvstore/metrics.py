@@ -31,7 +31,7 @@ TEXTS = "down_reasons"  # the one key of `stats()` with words in it: why a direc
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Kind(Enum):
+class MetricKind(Enum):
     """A counter only grows while its store is open; a gauge goes both ways."""
 
     COUNTER = "counter"
@@ -49,17 +49,17 @@ class MetricSpec:
 
     key: str
     name: str
-    kind: Kind
+    kind: MetricKind
     labels: tuple[str, ...]
     help: str
 
 
 def _counter(key: str, noun_unit: str, help: str, *labels: str) -> MetricSpec:
-    return MetricSpec(key, f"kvstore_{noun_unit}_total", Kind.COUNTER, labels, help)
+    return MetricSpec(key, f"kvstore_{noun_unit}_total", MetricKind.COUNTER, labels, help)
 
 
 def _gauge(key: str, noun_unit: str, help: str, *labels: str) -> MetricSpec:
-    return MetricSpec(key, f"kvstore_{noun_unit}", Kind.GAUGE, labels, help)
+    return MetricSpec(key, f"kvstore_{noun_unit}", MetricKind.GAUGE, labels, help)
 
 
 METRICS: tuple[MetricSpec, ...] = (
@@ -152,7 +152,7 @@ class StoreCollector(Collector):
             samples = list(_samples(stats.get(spec.key), len(spec.labels)))
             if not samples:
                 continue
-            family = (CounterMetricFamily if spec.kind is Kind.COUNTER else GaugeMetricFamily)(
+            family = (CounterMetricFamily if spec.kind is MetricKind.COUNTER else GaugeMetricFamily)(
                 spec.name, spec.help, labels=spec.labels
             )
             for labels, value in samples:

@@ -87,7 +87,7 @@ def check_secret_status(field: str, path: str | os.PathLike[str], status: os.sta
 
 
 def kind_of(status: os.stat_result) -> str:
-    """What kind of file it is, in words."""
+    """The kind of a file, in words."""
     kinds = {
         stat.S_IFREG: "a file",
         stat.S_IFDIR: "a directory",

@@ -51,7 +51,7 @@ def split_key(key: PageKey) -> tuple[bytes, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class PageMeta:
-    """What travels with a page's bytes.
+    """The metadata that travels with a page's bytes.
 
     num_bytes:  bytes of the slot that carry data (the view's head; the rest is padding).
     parent:     hash of the block before this one, b"" at the root; lets a reopened store rebuild its tree.

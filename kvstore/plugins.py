@@ -1,4 +1,4 @@
-"""What other distributions bring: entry points of one group, found by name, loaded when they are asked for.
+"""Plug-ins of other distributions: entry points of one group, found by name, loaded when they are asked for.
 
 A `Plugins` knows the names of its group without importing anything; `get` imports the one that is asked for. Our own
 are found like any other. Where our distribution's metadata is absent or old (sources on a path), they are taken from

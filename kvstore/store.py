@@ -104,7 +104,7 @@ class LocalStore(RequestMaker):
                     return match
 
     def peek(self, request: Request, timeout_s: float | None = None) -> Match:
-        """What a lookup would find, without its consequences."""
+        """The match that a lookup would give, without its consequences."""
         wait_s = self._planner.settings.lookup_deadline_s if timeout_s is None else timeout_s
         until = time.monotonic() + wait_s
         with self._lock:
@@ -205,7 +205,7 @@ class LocalStore(RequestMaker):
 
     @silent_after_close
     def abandon(self, request: Request) -> None:
-        """Whoever made the request is gone: what it was going to compute is for others to compute."""
+        """Drop a request whose maker is gone: the blocks it was going to compute are for others to compute."""
         with self._lock, self._dispatcher.step() as now:
             if self._planner.abandon(request, now):
                 self._dispatcher.tell()
@@ -247,7 +247,7 @@ class LocalStore(RequestMaker):
         self.keep_journal(journal)
 
     def take_events(self) -> list[BlockEvent]:
-        """What came and went since the last call; nothing without a journal that wants events."""
+        """The blocks that came and went since the last call; nothing without a journal that wants events."""
         with self._lock:
             journal = self._planner.catalog.journal
             return [] if journal is None else journal.take_events()
@@ -305,7 +305,7 @@ class LocalStore(RequestMaker):
         return self._planner.flushing()
 
     def flush_result(self, flushing: Flushing, told: Told, *, at_once: bool = False) -> FlushResult | None:
-        """What a flush has come to; None while it goes on, unless it is asked for `at_once`."""
+        """The result of a flush; None while it goes on, unless it is asked for `at_once`."""
         with self._lock:
             is_over = self._dispatcher.is_flushed(flushing)
             return self._planner.flush_result(told) if is_over or at_once else None
@@ -317,7 +317,7 @@ class LocalStore(RequestMaker):
             return snapshot(self._planner, self._dispatcher.lanes)
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Have `listener` called whenever a wait may be over: an outcome, a tier's state, the end of a lease.
+        """Register `listener`, called whenever a wait may be over: an outcome, a tier's state, the end of a lease.
 
         For a server that cannot block in `wait`. It is called under the lock, from any thread: it may only note that
         there is something to look at.

@@ -23,7 +23,7 @@ _DOMAIN = b"kvtiers block namespace"
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """What must be equal for two engines to share pages.
+    """The values that must be equal for two engines to share pages.
 
     model:      name of the model, e.g. the hub id.
     revision:   commit of the weights or a fingerprint of them.

@@ -259,7 +259,7 @@ class Recorder:
 
 
 def _nothing() -> None:
-    """What a CPU has to wait for."""
+    """The copies that a CPU has to wait for."""
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ TOLERANCE_HALF = 0.1
 
 @dataclass(frozen=True, slots=True)
 class EngineCheck:
-    """What the check saw.
+    """The result of the check.
 
     pages_exact: a cache put together from pages gives the bits of the live one.
     difference:  mean |difference| of the suffix logits from the run in one piece, over their standard deviation.

@@ -47,7 +47,7 @@ _TRUSTED = ("torch", "transformers", "accelerate", "safetensors", "huggingface_h
 
 
 class Name(NamedTuple):
-    """What a name in a class, module or registry held. code: of a function, whose code can be replaced too."""
+    """The value of a name in a class, module or registry. code: of a function, whose code can be replaced too."""
 
     path: str
     value: Any

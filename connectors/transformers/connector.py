@@ -27,8 +27,8 @@ from connectors.base import ConnectorCounters, log_failure
 from connectors.transformers.cache import CacheBridge, Recorder, Span
 from connectors.transformers.identity import Reuse, check_chunk, check_namespace, check_reuse
 from connectors.transformers.layout import cache_shapes, default_device, layout_of
-from connectors.transformers.loads import Loaded, Loads
-from connectors.transformers.saves import CLOSE_TIMEOUT_S, Saves
+from connectors.transformers.loads import Loaded, RunLoads
+from connectors.transformers.saves import CLOSE_TIMEOUT_S, RunSaves
 from connectors.transformers.watch import ModelWatch
 from kvstore.base import KVStore
 from kvstore.devices.base import Device
@@ -101,8 +101,8 @@ class TransformersConnector:
             if (slab := getattr(store, "slab_array", None)) is not None:
                 device.register(slab)
         self._bridge = CacheBridge(model, shapes, layout, device)
-        self.loads = Loads(store, self._bridge, self._step_blocks, self.counters, load_deadline_s)
-        self.saves = Saves(store, self._bridge, self.counters, max_queue)
+        self.loads = RunLoads(store, self._bridge, self._step_blocks, self.counters, load_deadline_s)
+        self.saves = RunSaves(store, self._bridge, self.counters, max_queue)
 
     def savable_tokens(self, num_tokens: int) -> int:
         """How many of a prompt's tokens lie in blocks that may be saved."""
@@ -168,7 +168,7 @@ class TransformersConnector:
         return _drain(self.loads.load(request, num_tokens, _always))
 
     def recorder(self, loaded: Loaded) -> Recorder:
-        """What remembers the new blocks while the forwards go on."""
+        """The recorder of new blocks while the forwards go on."""
         return self._bridge.recorder(loaded.cache, loaded.num_tokens)
 
     def start_save(self, request: Request, source: Sequence[Span]) -> bool:
@@ -210,7 +210,7 @@ _Answer = TypeVar("_Answer")
 
 
 def _drain(steps: Generator[None, None, _Answer]) -> _Answer:
-    """What steps that may block come to."""
+    """The result of steps that may block."""
     try:
         while True:
             next(steps)

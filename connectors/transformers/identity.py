@@ -1,4 +1,4 @@
-"""Who computed a page: everything that its bytes depend on beside the tokens, as one namespace.
+"""The identity of a page's maker: everything that its bytes depend on beside the tokens, as one namespace.
 
 Two processes share pages only if every field here is equal. What a user may forget to say is measured instead: the
 weights are hashed, the attention implementation and the adapters in force are read from the model.
@@ -51,7 +51,7 @@ _COSMETIC = {
 
 
 class Reuse(str, Enum):
-    """What a hit promises.
+    """The promise of a hit.
 
     EXACT: the bits of a cold run with the same prefill chunks; hits end on chunk boundaries.
     ANY:   equal up to rounding; hits end on any block boundary, and blocks written while decoding count too.

@@ -1,4 +1,4 @@
-"""What a transformers model keeps in its cache, and the layout of pages that follows from it.
+"""The content of a transformers model's cache, and the layout of pages that follows from it.
 
 Nothing is guessed from a config: the model's own `DynamicCache` is built and a forward of two tokens is run through
 it, so that the number of heads, the widths of K and V (they differ for MLA) and the element types are those the model

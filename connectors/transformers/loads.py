@@ -43,13 +43,13 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """What a lookup found to resume from, and how long it waited for another request to compute it."""
+    """The blocks that a lookup found to resume from, and how long it waited for another request to compute them."""
 
     num_tokens: int = 0
     compute_wait_s: float = 0.0
 
 
-class Loads:
+class RunLoads:
     """Lookups and loads of one model. Any thread.
 
     step_blocks: hits end on multiples of this many blocks.

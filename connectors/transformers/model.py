@@ -211,7 +211,7 @@ class KVCacheModel:
         )
 
     def lookup(self, prompt: Any, options: RequestOptions | None = None) -> Found:
-        """What the tiers have of a prompt, for who has to choose where it goes. Computes and loads nothing."""
+        """The part of a prompt that the tiers have, for routers. Computes and loads nothing."""
         tokens = self._ids(prompt)
         if self.connector is None or self.connector.bypass_reason():
             return Found(len(tokens))

@@ -1,4 +1,4 @@
-"""What this process, or this thread, adds to every computation: autocast, modes, global hooks, precision of sums.
+"""The process's, or the thread's, part in every computation: autocast, modes, global hooks, precision of sums.
 
 None of it is in a model, and all of it changes what a model computes. `standing_modes` names what no page may be made
 or used under. `order_of_sums` and `precision` are settings that two processes may have in common, so they are part of
@@ -36,7 +36,7 @@ def standing_modes(device_type: str) -> list[str]:
 
 
 def order_of_sums() -> str:
-    """What decides the order of sums in this process, versions included: the bits of a result depend on it."""
+    """The settings that decide the order of sums in this process, with versions: results depend on it bit by bit."""
     import torch
 
     parts = [

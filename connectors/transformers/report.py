@@ -1,4 +1,4 @@
-"""What a run tells: the pieces of an answer as they come, and where its prompt came from.
+"""The report of a run: the pieces of an answer as they come, and the origin of its prompt.
 
 Plain values; made by `transformers_run` and `transformers`, read by servers, tables and tests.
 """
@@ -19,7 +19,7 @@ TIERS = (HOST, *registry.OURS)  # always named in a report, so that a table has 
 
 @dataclass(slots=True)
 class Report:
-    """Where a prompt's tokens came from and how long it took. All seconds are wall time unless the name says cpu.
+    """The origin of a prompt's tokens and the times taken. All seconds are wall time unless the name says cpu.
 
     by_tier:    tokens loaded, by tier.
     load_s:     from the call until the cache held what could be loaded: lookup, waiting, copying.
@@ -72,7 +72,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the tiers have of a prompt that nobody has asked to compute yet.
+    """The part of a prompt that the tiers have before it is computed.
 
     by_tier: tokens that would be loaded, by tier.
     """
@@ -105,7 +105,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What was generated.
+    """The generated tokens and text.
 
     tokens:        with the end token, if it came to that.
     finish_reason: "stop" (an end token or a stop string), "length" or "cancelled".

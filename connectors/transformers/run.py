@@ -148,12 +148,12 @@ class GenerationRun(Iterator[Piece]):
 
     @property
     def report(self) -> Report:
-        """Where the prompt came from and how long it took, as far as it has come."""
+        """The origin of the prompt and the times taken, as far as it has come."""
         return self._prompt.report
 
     @property
     def result(self) -> Generation:
-        """What was generated so far."""
+        """The tokens generated so far."""
         text = self._text.text if self._text is not None else ""
         return Generation(list(self._tokens), text, self.finish_reason, self.report)
 

@@ -24,7 +24,7 @@ WARM_UP_NEW_TOKENS = 4
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What a replica computes with.
+    """The model that a replica computes with.
 
     source:        directory or hub id.
     name:          under which it is served; "" if it is not.
@@ -47,7 +47,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be generated.
+    """A generation to be run.
 
     temperature: 0 is greedy.
     stop:        strings that end the answer.
@@ -112,7 +112,7 @@ class Runner:
         )
 
     def lookup(self, job: Job) -> Found:
-        """What the tiers have of a prompt; changes nothing and loads nothing."""
+        """The part of a prompt that the tiers have; changes nothing and loads nothing."""
         return self.with_store.lookup(job.tokens, job.options)
 
     def warm_up(self) -> Report:

@@ -23,7 +23,7 @@ SAVE_BATCH_BLOCKS = 32  # slots held at once by a save; a guess, so that a long 
 CLOSE_TIMEOUT_S = 10.0
 
 
-class Saves:
+class RunSaves:
     """Saves of one model. Any thread, but that it has a thread of its own.
 
     max_queue: save jobs that may wait; beyond it saves are skipped.

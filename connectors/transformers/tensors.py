@@ -67,7 +67,7 @@ class TensorWatch:
 
 
 class _Mark(NamedTuple):
-    """What an in-place write, a move or another `data` changes. version: -1 where the tensor keeps none."""
+    """The properties that an in-place write, a move or new `data` changes. version: -1 where the tensor keeps none."""
 
     version: int
     address: int

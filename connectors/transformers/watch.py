@@ -22,7 +22,7 @@ from typing import Any
 
 from connectors.transformers.code import CodeWatch
 from connectors.transformers.parts import (
-    Finding,
+    Difference,
     Part,
     acting_adapters,
     config_changes,
@@ -75,8 +75,8 @@ class ModelWatch:
         self._code = CodeWatch(model)
         self._last = self._look()
 
-    def findings(self) -> list[Finding]:
-        """What keeps this model from its pages now, on this thread; [] if nothing does."""
+    def findings(self) -> list[Difference]:
+        """The differences that keep this model from its pages now, on this thread; [] if there are none."""
         look, found = self._last
         if not look.is_same():
             look, found = self._last = self._look()
@@ -87,43 +87,45 @@ class ModelWatch:
         look, found = self._last
         return not found and look.is_same_size() and not standing_modes(self._device_type)
 
-    def _around(self) -> Iterator[Finding]:
-        """What is found outside of the model."""
+    def _around(self) -> Iterator[Difference]:
+        """The differences outside of the model."""
         for kind in standing_modes(self._device_type):
-            yield Finding(kind, "")
+            yield Difference(kind, "")
         if (now := self._settings()) != self._settings_then:
             then = self._settings_then.split()
-            yield Finding("numerics", " ".join(word for word in now.split() if word not in then) or "back to default")
+            yield Difference(
+                "numerics", " ".join(word for word in now.split() if word not in then) or "back to default"
+            )
         for config, was in self._configs:
             for name in config_changes(config, was):
-                yield Finding("config", name)
+                yield Difference("config", name)
 
-    def _look(self) -> tuple[_Look, list[Finding]]:
+    def _look(self) -> tuple[_Look, list[Difference]]:
         """Look at everything in the model anew. Remembered first: what changes meanwhile is seen the next time."""
         look = _Look(self._model)
         return look, list(self._differences(look))
 
-    def _differences(self, look: _Look) -> Iterator[Finding]:
+    def _differences(self, look: _Look) -> Iterator[Difference]:
         state = _state(self._model)
-        yield from (Finding(kind, state[kind]) for kind in state if state[kind] != self._state[kind])
+        yield from (Difference(kind, state[kind]) for kind in state if state[kind] != self._state[kind])
         modules = dict(self._model.named_modules(remove_duplicate=False))
-        yield from (Finding("modules", path) for path in self._parts.keys() ^ modules.keys())
+        yield from (Difference("modules", path) for path in self._parts.keys() ^ modules.keys())
         for path, module in modules.items():
             if (part := self._parts.get(path)) is not None:
                 yield from part.changes(module)
             yield from intrusions(path, module)
             if any(is_moving(module, name) for name in _names(module)) and not _is_at_rest(module):
-                yield Finding("buffers", path)
+                yield Difference("buffers", path)
             if draws(module):
-                yield Finding("training", path)
+                yield Difference("training", path)
         parameters = dict(self._model.named_parameters())
         for name in self._tensors.changed(_tensors_of(self._model)):
-            yield Finding("weights" if name in parameters else "buffers", name)
-        yield from (Finding("code", name) for name in {*self._code.replaced(look.code), *look.code.foreign})
+            yield Difference("weights" if name in parameters else "buffers", name)
+        yield from (Difference("code", name) for name in {*self._code.replaced(look.code), *look.code.foreign})
 
 
 class _Look:
-    """What a model held at one moment, in the form that is fastest to compare with what it holds later."""
+    """The content of a model at one moment, in the form that is fastest to compare with a later one."""
 
     def __init__(self, model: Any) -> None:
         self.code = CodeWatch(model)
@@ -200,7 +202,7 @@ def _names(module: Any) -> list[str]:
 
 
 def _still(module: Any) -> list[tuple[str, int]]:
-    """What a module holds that its forwards do not move."""
+    """The content of a module that its forwards do not move."""
     held = {**vars(module), **{f"_buffers.{name}": value for name, value in module._buffers.items()}}
     found = [(name, id(value)) for name, value in held.items() if not is_moving(module, name)]
     return [*found, ("at rest", int(_is_at_rest(module)))]

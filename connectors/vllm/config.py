@@ -23,7 +23,7 @@ IGNORED = ("spec_name",)
 
 @dataclass(frozen=True, slots=True)
 class ConnectorFields:
-    """What only the connector needs.
+    """The settings of the connector alone.
 
     load:            "async": a request waits aside while its pages are copied, others run on; "sync": the copy is part
                      of the step in which the request starts, beside its forward where the CPU runs the model; "auto":

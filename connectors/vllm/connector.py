@@ -236,7 +236,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @quiet(lambda: None)
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        """What this rank has copied since the last step."""
+        """The copies of this rank since the last step."""
         report = self._worker.take_report() if self._worker is not None else None
         return None if report is None else KVStoreWorkerMetadata(report)
 
@@ -275,7 +275,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @quiet(dict)
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
-        """Where the loaded tokens come from."""
+        """The origin of the loaded tokens."""
         return versions.hit_sources(self._half.hit_sources(request, num_external_tokens))
 
     @quiet(KVStoreMetadata)
@@ -287,7 +287,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @quiet(lambda: None)
     def update_connector_output(self, connector_output: Any) -> None:
-        """What the workers have told."""
+        """The news of the workers."""
         metadata = connector_output.kv_connector_worker_meta
         if metadata is not None:
             self._half.reported(metadata.report)

@@ -75,7 +75,7 @@ class Announcer:
             self._add(self._found, True, place, names)
 
     def tell(self, events: Iterable[BlockEvent]) -> list[News]:
-        """What routers should hear, in order, as few messages as that allows."""
+        """The events for routers, in order, as few messages as that allows."""
         news, self._found = self._found, []
         for event in events:
             place = (event.tier, event.group)

@@ -1,4 +1,4 @@
-"""Who computed a page: everything its bytes depend on beside what vLLM's block hashes already name.
+"""The identity of a page's maker: everything its bytes depend on beside what vLLM's block hashes already name.
 
 vLLM's block hashes cover the tokens, an adapter's name and path, multimodal content, prompt embeddings and
 `cache_salt`. They say nothing about the model, the weights, the element type, the layout of a block or the machine; the
@@ -96,7 +96,7 @@ def find_engine_config(frame: FrameType | None = None) -> Any:
 
 
 def weights_name(vllm_config: Any, weights: str) -> str:
-    """What identifies the weights: a digest of their files, or the name the operator vouches for."""
+    """The identity of the weights: a digest of their files, or the name the operator vouches for."""
     if weights not in ("sampled", "full"):
         return f"named {weights}"
     model = vllm_config.model_config
@@ -140,7 +140,7 @@ def files_digest(folder: Path, *, full: bool = False) -> str:
 
 
 def adapter_name(lora_request: Any) -> str:
-    """What identifies a LoRA adapter beside its name; "" for none. Raises ConfigError if its files cannot be read."""
+    """The identity of a LoRA adapter beside its name; "" for none. Raises ConfigError if its files cannot be read."""
     if lora_request is None:
         return ""
     folder = find_model(str(lora_request.lora_path))
@@ -164,7 +164,7 @@ def config_digest(model: Any) -> str:
 
 
 def kernels_name(vllm_config: Any, block_size: int) -> str:
-    """What decides the order of bytes inside a block, and the order of sums: instruction set or attention backend."""
+    """The settings that decide the order of bytes in a block, and of sums: instruction set or attention backend."""
     import torch
 
     device = str(getattr(getattr(vllm_config, "device_config", None), "device_type", "cpu"))

@@ -43,7 +43,7 @@ COUNTERS = (
 )
 
 
-class Loads:
+class SchedulerLoads:
     """Loads of one engine.
 
     counters:  those of COUNTERS, and "hit_tokens.TIER".
@@ -235,7 +235,7 @@ class Loads:
             self._counters[name] = self._counters.get(name, 0.0) + count
 
     def sources(self, tracked: Tracked, num_tokens: int) -> dict[str, int]:
-        """Where the tokens that are loaded for the request come from, by tier."""
+        """The origin of the tokens that are loaded for the request, by tier."""
         left, tokens = num_tokens, {}
         for tier, num_blocks in sorted(tracked.by_tier.items()):
             tokens[tier] = min(left, num_blocks * self._block_size)

@@ -1,4 +1,4 @@
-"""What the two halves of the vLLM connector say to each other, once per engine step.
+"""The messages between the two halves of the vLLM connector, once per engine step.
 
 The scheduler's half decides and sends a `StepPlan` to every worker; each worker copies and answers with a
 `StepReport`. Both are plain data, pickled when scheduler and workers are different processes. vLLM merges the reports
@@ -58,7 +58,7 @@ class SaveJob:
 
 @dataclass(slots=True)
 class StepPlan:
-    """What a worker does in one step.
+    """The work of a worker in one step.
 
     num_tokens: that the step's forward computes.
     layout:     the fingerprint both halves must agree on.
@@ -78,7 +78,7 @@ class StepPlan:
 
 @dataclass(slots=True)
 class StepReport:
-    """What became of copies since the last report.
+    """The outcomes of copies since the last report.
 
     done:          lease -> ranks that have copied it.
     failed:        leases that at least one rank could not copy.

@@ -1,4 +1,4 @@
-"""What the connector counts, carried by vLLM: a line in its log, and `vllm:kvstore_*` at its /metrics.
+"""The counters of the connector, carried by vLLM: a line in its log, and `vllm:kvstore_*` at its /metrics.
 
 A snapshot of the scheduler's half travels to the process that serves metrics as plain numbers: counters as what was
 added since the last one, gauges as they are. Nested names are joined with dots: "hit_tokens.disk".

@@ -1,4 +1,4 @@
-"""What is remembered of vLLM's requests: our request beside vLLM's, and how far each has come.
+"""The connector's records of vLLM's requests: our request beside vLLM's, and how far each has come.
 
 vLLM hashes its blocks itself; our request takes those hashes over as they are made. Used by the scheduler's half, on
 the scheduler's thread.
@@ -24,7 +24,7 @@ NEVER = 1 << 40  # more blocks than any prompt has
 
 @dataclass(slots=True)
 class Tracked:
-    """What is remembered of one of vLLM's requests.
+    """The record of one of vLLM's requests.
 
     engine:     vLLM's request.
     store:      ours; it grows with the block hashes vLLM makes.
@@ -90,7 +90,7 @@ class Requests:
         self._tracked[request.request_id] = Tracked(request, made)
 
     def get(self, name: str) -> Tracked | None:
-        """What is known of a request."""
+        """The record of a request."""
         return self._tracked.get(name)
 
     def end(self, name: str) -> Tracked | None:
@@ -124,7 +124,7 @@ class Requests:
 
 
 def _options(request: Any, plain: RequestOptions) -> RequestOptions:
-    """What vLLM's request says about itself: hints under "kvstore" in kv_transfer_params.
+    """The hints of vLLM's request: those under "kvstore" in kv_transfer_params.
 
     They come from whoever sent the request, so those that make no sense are ignored, all of them.
     """

@@ -37,7 +37,7 @@ class Saving:
     is_good: bool = True
 
 
-class Saves:
+class SchedulerSaves:
     """Saves of one engine."""
 
     def __init__(

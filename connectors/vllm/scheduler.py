@@ -18,10 +18,10 @@ from connectors.vllm import loads, saves
 from connectors.vllm.config import ConnectorConfig
 from connectors.vllm.events import Announcer, News
 from connectors.vllm.layout import EngineLayout
-from connectors.vllm.loads import Loads
+from connectors.vllm.loads import SchedulerLoads
 from connectors.vllm.messages import IDLE_WAIT_S, StepPlan, StepReport
 from connectors.vllm.requests import Requests
-from connectors.vllm.saves import Saves
+from connectors.vllm.saves import SchedulerSaves
 from kvstore.base import KVStore
 from kvstore.plan.journal import BlockEvent
 from kvstore.service.client.slab import SlabShare
@@ -45,7 +45,7 @@ class SharedStore(KVStore, Protocol):
 
     @property
     def slabs(self) -> tuple[SlabHandle | SlabShare, ...]:
-        """Where they lie; none while a daemon is away and nothing of it is leased."""
+        """The slabs of the pages; none while a daemon is away and nothing of it is leased."""
 
     def want_events(self) -> None:
         """Write down from now on what comes and goes."""
@@ -84,8 +84,8 @@ class SchedulerHalf:
         self._world = world
         is_single = config.store.store.single_flight and config.loads and config.saves
         self._requests = Requests(store, engine, identify, single_flight=is_single, whole=is_whole)
-        self._loads = Loads(store, engine, config, self._requests, self.counters, now, is_beside)
-        self._saves = Saves(store, engine, config, self._requests, self.counters, world)
+        self._loads = SchedulerLoads(store, engine, config, self._requests, self.counters, now, is_beside)
+        self._saves = SchedulerSaves(store, engine, config, self._requests, self.counters, world)
         self._announcer = Announcer(engine.group_ids)
         self._slabs: tuple[SlabHandle | SlabShare, ...] = ()
         self._ranks: dict[int, int] = {}
@@ -123,7 +123,7 @@ class SchedulerHalf:
         self._loads.refuse(request.request_id, self._requests.get(request.request_id), blocks)
 
     def hit_sources(self, request: Any, num_tokens: int) -> dict[str, int]:
-        """Where the tokens that are loaded for the request come from, by tier."""
+        """The origin of the tokens that are loaded for the request, by tier."""
         tracked = self._requests.get(request.request_id)
         return {} if tracked is None else self._loads.sources(tracked, num_tokens)
 
@@ -202,12 +202,12 @@ class SchedulerHalf:
     # ---- events for routers -----------------------------------------------------------------------------------
 
     def announce(self) -> None:
-        """Have what comes and goes told by `take_news`, from now on."""
+        """Note what comes and goes for `take_news`, from now on."""
         self.store.want_events()
         self._requests.on_named = self._announcer.name
 
     def take_news(self) -> list[News]:
-        """What came and went since the last call. Does not wait."""
+        """The blocks that came and went since the last call. Does not wait."""
         return self._announcer.tell(self.store.take_events())
 
     # ---- the engine as a whole --------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def warn_of_hash(vllm_config: Any, config: ConnectorConfig) -> None:
 
 
 def _adapters() -> Callable[[Any], str]:
-    """What identifies the adapter of a request, read once per path."""
+    """The identity of a request's adapter, read once per path."""
     known: dict[str, str] = {}
 
     def identify(request: Any) -> str:

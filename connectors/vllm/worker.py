@@ -166,7 +166,7 @@ class WorkerHalf:
         return bad
 
     def take_report(self) -> StepReport | None:
-        """What to tell the scheduler; None if there is nothing."""
+        """The message to the scheduler; None if there is nothing."""
         if self._report.is_empty:
             return None
         report, self._report = self._report, StepReport()
@@ -328,7 +328,7 @@ class WorkerHalf:
 
 
 def page_tables(engine: EngineLayout, kv_caches: Mapping[str, Any], num_blocks: int) -> list[PageTable]:
-    """Where the engine keeps the blocks of each layer group.
+    """The memory of the engine's blocks, by layer group.
 
     A layer's tensor may be cut finer than the scheduler's blocks (kernel blocks), padded, or interleaved with other
     layers; what counts is where its first block begins, how far the next one is, and how many bytes it has.

@@ -1,4 +1,4 @@
-"""What a chunk of vLLM's offloading is called in our tiers, how long it lives there, and that it was used.
+"""The name of a chunk of vLLM's offloading in our tiers, its time to live there, and its uses.
 
 A chunk is vLLM's unit: the blocks of one layer group, one row of its host memory. One thread, the scheduler's.
 """
@@ -20,7 +20,7 @@ GROUP_BYTES = 4  # vLLM's key is the block hash and the number of the layer grou
 
 @dataclass(frozen=True, slots=True)
 class TierSettings:
-    """What the tier was configured with.
+    """The configuration of the tier.
 
     root:            of the namespace; chunks of another model, layout or machine have other names.
     batch_pages:     chunks per call of a lane, at most.

@@ -26,7 +26,7 @@ LOCALITIES = ("LOCAL", "REMOTE")
 
 @dataclass(frozen=True, slots=True)
 class TierFields:
-    """What only the tier needs.
+    """The settings of the tier alone.
 
     weights:          "sampled" identifies the weights by sizes, headers and samples of their files, "full" by all their
                       bytes; anything else is taken as the name of the weights, and you vouch for it.

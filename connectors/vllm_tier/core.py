@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from connectors.vllm_tier.chunks import Chunks, TierSettings, Touches
 from connectors.vllm_tier.jobs import CoreCounters, JobDone, TierJobs
-from connectors.vllm_tier.lookup import Answer, Lookups
+from connectors.vllm_tier.lookup import LookupAnswer, Lookups
 from kvstore.move.rows import RowMover
 
 log = logging.getLogger("vllm.kvstore")
@@ -54,18 +54,18 @@ class TierCore:
 
     @property
     def counters(self) -> CoreCounters:
-        """What became of lookups and jobs."""
+        """The outcomes of lookups and jobs."""
         return self.jobs.counters
 
     # ---- lookup -------------------------------------------------------------------------------------------------
 
-    def lookup(self, key: bytes) -> Answer:
+    def lookup(self, key: bytes) -> LookupAnswer:
         """Is this chunk on a tier that is up? Never waits."""
         if self.mover.num_open:
             self._take_outcomes()
         answer = self.lookups.lookup(key, self._up_now)
-        self.counters.hits += answer is Answer.HIT
-        self.counters.misses += answer is Answer.MISS
+        self.counters.hits += answer is LookupAnswer.HIT
+        self.counters.misses += answer is LookupAnswer.MISS
         return answer
 
     def touch(self, keys: Sequence[bytes]) -> None:

@@ -85,7 +85,7 @@ class HostCopyWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM's classes 
         """Return at once."""
 
     def shutdown(self) -> None:
-        """Let go of the host memory. Idempotent."""
+        """Free the host memory. Idempotent."""
         self._groups = []
         if self._region is not None:
             self._region.cleanup()

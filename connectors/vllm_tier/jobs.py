@@ -50,7 +50,7 @@ class JobDone:
 
 @dataclass(slots=True)
 class TierCount:
-    """What became of chunks, by tier; plain growing numbers."""
+    """The outcomes of chunks, by tier; plain growing numbers."""
 
     loaded_chunks: int = 0
     failed_chunks: int = 0
@@ -60,7 +60,7 @@ class TierCount:
 
 @dataclass(slots=True)
 class CoreCounters:
-    """What became of lookups and jobs; plain growing numbers."""
+    """The outcomes of lookups and jobs; plain growing numbers."""
 
     hits: int = 0
     misses: int = 0

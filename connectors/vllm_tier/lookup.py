@@ -1,4 +1,4 @@
-"""What is known of which chunk lies where: the answers behind a lookup that never waits.
+"""The known places of chunks: the answers behind a lookup that never waits.
 
 A chunk is asked about once, on all tiers that are up, in one batch for everything that a scheduler step wanted to know;
 until the answers are in, the lookup says "ask again". An answer is good for ANSWER_S: a request that waits in the queue
@@ -24,7 +24,7 @@ FAILED_S = 30.0  # as long as a breaker stays open at most
 MAX_ANSWERS = 1 << 17  # about 40 MB; a prompt of 128K tokens in blocks of 16 has 8192
 
 
-class Answer(Enum):
+class LookupAnswer(Enum):
     """The three answers of a lookup."""
 
     HIT = "hit"
@@ -34,7 +34,7 @@ class Answer(Enum):
 
 @dataclass(slots=True)
 class Known:
-    """What has been heard of one chunk.
+    """The answers about one chunk.
 
     where:   tiers that have it, in the order in which they answered.
     waiting: tiers that have not answered.
@@ -60,27 +60,27 @@ class Lookups:
         self._to_ask: dict[bytes, None] = {}
         self.num_late = 0  # lookups that were a miss because nobody answered in time
 
-    def lookup(self, key: bytes, tiers: Collection[str]) -> Answer:
+    def lookup(self, key: bytes, tiers: Collection[str]) -> LookupAnswer:
         """Is this chunk on one of `tiers`, those that are up?"""
         now = self._now()
         if self._failed and self._is_failed(key, now):
-            return Answer.MISS
+            return LookupAnswer.MISS
         known = self._known.get(key)
         if known is None or (now > known.good_until and not known.waiting):
             if not tiers:
-                return Answer.MISS
+                return LookupAnswer.MISS
             self._remember(key, Known(now, now + max(ANSWER_S, self._deadline_s), waiting=set(tiers)))
             self._to_ask[key] = None
-            return Answer.ASK_AGAIN
+            return LookupAnswer.ASK_AGAIN
         if known.where and any(tier in tiers for tier in known.where):
-            return Answer.HIT
+            return LookupAnswer.HIT
         if not known.waiting:
-            return Answer.MISS
+            return LookupAnswer.MISS
         if now <= known.asked_at + self._deadline_s:
-            return Answer.ASK_AGAIN
+            return LookupAnswer.ASK_AGAIN
         known.waiting.clear()
         self.num_late += 1
-        return Answer.MISS
+        return LookupAnswer.MISS
 
     def take_questions(self) -> list[bytes]:
         """Chunks to ask all tiers about, each once."""

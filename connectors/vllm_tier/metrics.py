@@ -1,4 +1,4 @@
-"""What the tier counts, carried by vLLM's own offloading metrics to its /metrics as `vllm:kvstore_tier_*`.
+"""The counters of the tier, carried by vLLM's own offloading metrics to its /metrics as `vllm:kvstore_tier_*`.
 
 A snapshot is (kind, name, value, labels); counters as what was added since the last one.
 """
@@ -72,7 +72,7 @@ class TierSamples:
         self._last: dict[tuple[str, tuple[str, ...]], float] = {}
 
     def take(self) -> list[Sample]:
-        """What has changed since the last time; at first everything, so that each counter is there from the start."""
+        """The changes since the last time; at first everything, so that each counter is there from the start."""
         samples = []
         for name, labels, total in self._totals():
             is_new = (name, labels) not in self._last

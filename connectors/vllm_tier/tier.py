@@ -43,7 +43,7 @@ from connectors.vllm_tier.chunks import TierSettings
 from connectors.vllm_tier.config import TierConfig, parse_tier_config
 from connectors.vllm_tier.core import TierCore
 from connectors.vllm_tier.jobs import JobDone
-from connectors.vllm_tier.lookup import Answer
+from connectors.vllm_tier.lookup import LookupAnswer
 from connectors.vllm_tier.metrics import TierSamples, definitions
 from kvstore.build import open_rows
 from kvstore.errors import ConfigError
@@ -51,9 +51,9 @@ from kvstore.errors import ConfigError
 log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 
 _ANSWERS = {
-    Answer.HIT: LookupResult.HIT,
-    Answer.MISS: LookupResult.MISS,
-    Answer.ASK_AGAIN: LookupResult.RETRY,
+    LookupAnswer.HIT: LookupResult.HIT,
+    LookupAnswer.MISS: LookupResult.MISS,
+    LookupAnswer.ASK_AGAIN: LookupResult.RETRY,
 }
 _MAX_LOGGED = 10
 
@@ -182,7 +182,7 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
     # ---- what operators and routers see ---------------------------------------------------------------------------
 
     def take_events(self) -> Iterable[OffloadingEvent]:
-        """What was stored, and what turned out to be gone."""
+        """The chunks that were stored, and those that turned out to be gone."""
         jobs = self.core.jobs
         stored, jobs.stored = jobs.stored, []
         lost, jobs.lost = jobs.lost, []
@@ -207,7 +207,7 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
         }
 
     def get_stats(self) -> Any:
-        """What was counted since the last call, or None."""
+        """The counts since the last call, or None."""
         from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 
         samples = self._samples.take()

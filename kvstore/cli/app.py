@@ -38,7 +38,7 @@ Begin with [bold]kvstore demo[/]; [bold]kvstore COMMAND --help[/] teaches the re
 FIRST, CLUSTER, DISK = "First steps", "A cluster, and what a cache does for one's traffic", "A disk tier, also in use"
 
 
-class Group(TyperGroup):
+class CommandGroup(TyperGroup):
     """Turns errors into one line each."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
@@ -65,7 +65,7 @@ class Group(TyperGroup):
 
 
 app = typer.Typer(
-    cls=Group,
+    cls=CommandGroup,
     help=HELP,
     no_args_is_help=True,
     add_completion=False,

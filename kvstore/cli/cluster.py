@@ -154,14 +154,14 @@ def restart(
     """End processes of a cluster, where they still run, and start them again."""
     run = _directory(directory, name)
     from kvstore.cluster.supervisor import Supervisor
-    from kvstore.cluster.topology import Kind
+    from kvstore.cluster.topology import ProcessKind
 
     supervisor = Supervisor(_spec(run), run, _tell)
     known = {process.name: process for process in supervisor.processes}
     for wanted in processes or []:
         if wanted not in known:
             raise KVStoreError(f"cluster {name!r} has no process {wanted!r}; it has {', '.join(known)}")
-    names = processes or [one.name for one in known.values() if one.kind is not Kind.REDIS]
+    names = processes or [one.name for one in known.values() if one.kind is not ProcessKind.REDIS]
     supervisor.stop(names)
     supervisor.check_ports(names)
     supervisor.start(names, timeout_s=start_timeout)
@@ -217,7 +217,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _option(name: str, directory: Path | None) -> str:
-    """What names this cluster to the other commands."""
+    """The name of this cluster for the other commands."""
     named = "" if name == "local" else f" --name {name}"
     return named if directory is None else f"{named} --directory {directory}"
 

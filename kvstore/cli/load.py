@@ -232,13 +232,13 @@ def load(
 
     from kvstore.lab.machine import machine, versions
     from kvstore.load.client import Client
-    from kvstore.load.session import Session
+    from kvstore.load.session import HttpSession
 
     server, other = (
         Client(base, model=model, api_key=api_key, on_refusal=on_refusal, timeout_s=timeout_s, now=time.perf_counter)
         for base in (url, baseline_url)
     )
-    session = Session(
+    session = HttpSession(
         made, arrivals, asking, server, other if baseline_url else None, baseline or bool(baseline_url), warmup
     )
     session.play(console(stderr=True))

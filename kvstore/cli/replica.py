@@ -14,7 +14,7 @@ from kvstore.errors import KVStoreError
 from kvstore.extras import how_to_install, require
 
 
-class Dtype(str, Enum):
+class ReplicaDtype(str, Enum):
     """Of weights and cache."""
 
     float32 = "float32"
@@ -22,8 +22,8 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-class Reuse(str, Enum):
-    """What a hit promises."""
+class ReplicaReuse(str, Enum):
+    """The promise of a hit."""
 
     exact = "exact"
     any = "any"
@@ -42,7 +42,9 @@ def replica(
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="Port; 0 takes any free one.")] = 8001,
     name: Annotated[str, typer.Option("--name", help="How answers, metrics and logs call it.")] = "replica-0",
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Element type of weights and cache.")] = Dtype.float32,
+    dtype: Annotated[
+        ReplicaDtype, typer.Option("--dtype", help="Element type of weights and cache.")
+    ] = ReplicaDtype.float32,
     threads: Annotated[
         int, typer.Option("--threads", min=1, help="Of torch; replicas that share pages need the same number.")
     ] = 1,
@@ -50,9 +52,9 @@ def replica(
         int, typer.Option("--prefill-chunk", min=1, help="Prompt tokens per forward, a multiple of store.block_size.")
     ] = 128,
     reuse: Annotated[
-        Reuse,
+        ReplicaReuse,
         typer.Option("--reuse", help="exact: the same bits as without a cache. any: more hits, equal up to rounding."),
-    ] = Reuse.exact,
+    ] = ReplicaReuse.exact,
     max_queue: Annotated[int, typer.Option("--max-queue", min=1, help="Requests that may wait; more get a 429.")] = 64,
     max_running: Annotated[
         int, typer.Option("--max-running", min=1, help="Requests computed in turns, each with a KV cache of its own.")

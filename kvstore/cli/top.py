@@ -44,9 +44,9 @@ def top(
         service.tls_ca,
     )
     if once or not sys.stdout.isatty():
-        from kvstore.cli.top_view import View
+        from kvstore.cli.top_view import TopView
 
-        console().print(View.ask(client, span_s=60.0))
+        console().print(TopView.ask(client, span_s=60.0))
         return
     _watch(client)
 
@@ -65,15 +65,15 @@ def _watch(client: DashboardClient) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    from kvstore.cli.top_view import View
+    from kvstore.cli.top_view import TopView
 
-    view = View.ask(client, span_s=60.0)  # one that is not there is told before the screen is taken
+    view = TopView.ask(client, span_s=60.0)  # one that is not there is told before the screen is taken
     try:
         with Live(view, console=console(), screen=True, auto_refresh=False) as live:
             while True:
                 time.sleep(PERIOD_S)
                 try:
-                    view = View.ask(client, span_s=60.0)
+                    view = TopView.ask(client, span_s=60.0)
                     live.update(view, refresh=True)
                 except TierUnavailable as error:
                     view.away = Text(f" {error}; trying again", style="bold white on red")

@@ -27,7 +27,7 @@ MAX_MISSES = 6
 
 
 @dataclass
-class View:
+class TopView:
     """One moment. away: a line in front of it that says that it is over."""
 
     url: str
@@ -37,7 +37,7 @@ class View:
     away: Text | None = None
 
     @classmethod
-    def ask(cls, client: DashboardClient, span_s: float) -> View:
+    def ask(cls, client: DashboardClient, span_s: float) -> TopView:
         """Ask a daemon. Raises as its client does."""
         return cls(client.url, client.get("now"), client.get("series", span_s=span_s), client.get("prefixes"))
 

@@ -1,4 +1,4 @@
-"""Who is let in: a bounded queue and a token budget, and an honest answer about when to come again.
+"""Admission: a bounded queue and a token budget, and an honest answer about when to come again.
 
 Every request that was let in *holds* its prompt and the tokens it may generate until it ends. A request is refused when
 as many wait as may wait, or when it would push the sum over the budget. Retry-After is then the time in which, at the
@@ -62,12 +62,12 @@ class Ticket:
 
     @property
     def tokens(self) -> int:
-        """What it holds of the budget."""
+        """The tokens that it holds of the budget."""
         return self.prompt_tokens + self.max_new_tokens
 
     @property
     def tokens_left(self) -> int:
-        """What is still to be computed for it, at most."""
+        """The tokens still to be computed for it, at most."""
         return self.prompt_left + self.new_left
 
 
@@ -113,7 +113,7 @@ class Admission:
             )
 
     def enter(self, prompt_tokens: int, max_new_tokens: int, num_queued: int) -> Ticket:
-        """Let a request in, or raise Refused. The caller has seen to it that it fits into an empty budget."""
+        """Admit a request, or raise Refused. The caller has checked that it fits into an empty budget."""
         self.check_queue(num_queued)
         ticket = Ticket(prompt_tokens, max_new_tokens)
         held = self.tokens

@@ -22,7 +22,7 @@ class TextPiece:
     finish_reason: str | None = None
 
 
-class Answer(AsyncIterator[TextPiece]):
+class ReplicaAnswer(AsyncIterator[TextPiece]):
     """One request inside: its pieces as they come. Raises, while iterated, what made it fail. The loop's thread only.
 
     queue_s: from its arrival until its first step; ttft_s: until its first token was known.
@@ -40,7 +40,7 @@ class Answer(AsyncIterator[TextPiece]):
 
     @property
     def report(self) -> Report:
-        """Where the prompt came from and what took how long; complete after the last piece."""
+        """The origin of the prompt's tokens and the times taken; complete after the last piece."""
         return self.run.report
 
     def put(self, text: str, finish_reason: str | None) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from connectors.transformers.runner import Job, ModelSpec, Runner
 from kvstore import logs
 from kvstore.cluster.admission import Admission
-from kvstore.cluster.answer import Answer
+from kvstore.cluster.answer import ReplicaAnswer
 from kvstore.cluster.metrics import ReplicaMetrics
 from kvstore.config.sections import Config
 from kvstore.errors import StoreClosed
@@ -51,8 +51,8 @@ class Engine:
         self.max_running = max_running
         self._config = config
         self._runner: Runner | None = None
-        self._queue: deque[Answer] = deque()
-        self._running: list[Answer] = []
+        self._queue: deque[ReplicaAnswer] = deque()
+        self._running: list[ReplicaAnswer] = []
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._computing = ThreadPoolExecutor(1, "replica-compute")
@@ -104,23 +104,23 @@ class Engine:
         return await asyncio.get_running_loop().run_in_executor(self._reading, self.runner.encode, prompt)
 
     async def lookup(self, job: Job) -> Found:
-        """What the tiers have of a prompt. Loads nothing."""
+        """The part of a prompt that the tiers have. Loads nothing."""
         return await asyncio.get_running_loop().run_in_executor(self._reading, self.runner.lookup, job)
 
     async def stats(self) -> dict[str, Any]:
         """Numbers of the store; of the daemon's, where there is one."""
         return await asyncio.to_thread(self.runner.store.stats)
 
-    def submit(self, job: Job, arrived: float) -> Answer:
-        """Let a request in. Raises RequestError for what the model cannot do, Refused if there is no room now."""
+    def submit(self, job: Job, arrived: float) -> ReplicaAnswer:
+        """Admit a request. Raises RequestError for what the model cannot do, Refused if there is no room now."""
         run = self.runner.start(job)
         ticket = self.admission.enter(len(job.tokens), job.max_new_tokens, self.num_queued)
-        answer = Answer(run, ticket, arrived)
+        answer = ReplicaAnswer(run, ticket, arrived)
         self._queue.append(answer)
         self._wake.set()
         return answer
 
-    def cancel(self, answer: Answer) -> None:
+    def cancel(self, answer: ReplicaAnswer) -> None:
         """Nobody listens any more. Idempotent, also after the end."""
         answer.is_cancelled = True
         if answer in self._queue:
@@ -182,7 +182,7 @@ class Engine:
                 return True
         return computed
 
-    async def _step(self, answer: Answer) -> bool:
+    async def _step(self, answer: ReplicaAnswer) -> bool:
         """One step; whether it computed anything."""
         if answer.is_cancelled:
             return False
@@ -206,7 +206,7 @@ class Engine:
             self._leave(answer)
         return not run.is_waiting
 
-    def _account(self, answer: Answer, new_tokens: int, seconds: float) -> None:
+    def _account(self, answer: ReplicaAnswer, new_tokens: int, seconds: float) -> None:
         """Keep the books: what is left of a request, how fast we are."""
         ticket, report = answer.ticket, answer.report
         if answer.ttft_s:
@@ -228,7 +228,7 @@ class Engine:
             self.metrics.cancelled.inc()
             await self._close(answer)
 
-    async def _close(self, answer: Answer, error: Exception | None = None) -> None:
+    async def _close(self, answer: ReplicaAnswer, error: Exception | None = None) -> None:
         """End a request that has not come to its end."""
         try:
             await self._compute(answer.run.close)
@@ -236,7 +236,7 @@ class Engine:
             log.error("a request of %d tokens could not be closed: %s", answer.ticket.tokens, logs.where(failed))
         self._leave(answer, error)
 
-    def _leave(self, answer: Answer, error: Exception | None = None) -> None:
+    def _leave(self, answer: ReplicaAnswer, error: Exception | None = None) -> None:
         self.admission.leave(answer.ticket)
         answer.end(error)
 

@@ -1,4 +1,4 @@
-"""What replica and router have in common in HTTP: listening, bodies, answers, errors in OpenAI's form."""
+"""The HTTP that replica and router share: listening, bodies, answers, errors in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Site:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The address at which it listens."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
 
@@ -70,7 +70,7 @@ def of_body(error: BodyError) -> ApiError:
 
 
 def of_library(request: web.Request, error: Exception) -> ApiError | None:
-    """What aiohttp raises for what is wrong with a request, in OpenAI's form; None for anything else."""
+    """An error that aiohttp raises for a bad request, in OpenAI's form; None for any other error."""
     if isinstance(error, BAD_BODY):
         return of_body(bad_body(request, error))
     if isinstance(error, web.HTTPException):

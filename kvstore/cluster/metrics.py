@@ -1,4 +1,4 @@
-"""What replicas and routers count, for Prometheus. A registry of their own each, so that tests can have several."""
+"""Counters of replicas and routers, for Prometheus. A registry of their own each, so that tests can have several."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from kvstore.metrics import StoreCollector
 
 if TYPE_CHECKING:
     from kvstore.base import KVStore
-    from kvstore.cluster.answer import Answer
-    from kvstore.cluster.replicas import Link
+    from kvstore.cluster.answer import ReplicaAnswer
+    from kvstore.cluster.replicas import ReplicaLink
 
 # A factor of about two from one to the next: a median read off them is right within 40 %.
 TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0)
@@ -71,7 +71,7 @@ class ReplicaMetrics:
         if store is not None:
             self.registry.register(StoreCollector(store))
 
-    def first_token(self, answer: Answer) -> None:
+    def first_token(self, answer: ReplicaAnswer) -> None:
         """A request has its first token."""
         report = answer.report
         self.ttft.observe(answer.ttft_s)
@@ -89,7 +89,7 @@ class ReplicaMetrics:
         self.new_tokens.inc()
         self.decode.inc(seconds)
 
-    def finished(self, answer: Answer) -> None:
+    def finished(self, answer: ReplicaAnswer) -> None:
         """A request came to its end."""
         report = answer.report
         if report.new_tokens > 1:
@@ -107,7 +107,7 @@ class ReplicaMetrics:
 
 
 class _Refusals(Collector):
-    """What the admission has counted."""
+    """The counters of the admission."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
@@ -122,7 +122,7 @@ class _Refusals(Collector):
 class RouterMetrics:
     """Of a router."""
 
-    def __init__(self, links: Sequence[Link]) -> None:
+    def __init__(self, links: Sequence[ReplicaLink]) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "kvstore_router_requests",
@@ -150,7 +150,7 @@ class RouterMetrics:
         )
         self.registry.register(_Links(links))
 
-    def answered(self, link: Link, status: int, seconds: float) -> None:
+    def answered(self, link: ReplicaLink, status: int, seconds: float) -> None:
         """A request has its answer."""
         self.requests.labels(link.name, str(status)).inc()
         self.seconds.observe(seconds)
@@ -163,7 +163,7 @@ class RouterMetrics:
 class _Links(Collector):
     """The state of the replicas, under the names they have now."""
 
-    def __init__(self, links: Sequence[Link]) -> None:
+    def __init__(self, links: Sequence[ReplicaLink]) -> None:
         self._links = links
 
     def collect(self) -> Iterator[Metric]:

@@ -121,7 +121,7 @@ def _as_list(value: object) -> object:
 
 
 class Ask(_Model):
-    """What both kinds of requests have in common."""
+    """The fields that both kinds of requests have."""
 
     model: str | None = None
     stream: bool = False
@@ -171,7 +171,7 @@ class TextPart(_Model):
     text: str
 
 
-class Message(_Model):
+class ChatMessage(_Model):
     """One message; "developer" is what newer clients call "system"."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -198,7 +198,7 @@ class Message(_Model):
 class ChatAsk(Ask):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
     @property
@@ -276,7 +276,7 @@ class Reply:
         return event(body)
 
     def end(self, new_tokens: int, cached: int, extension: Mapping[str, Any]) -> bytes:
-        """What follows the last chunk: usage where it was asked for, then the end of the stream."""
+        """The events behind the last chunk: usage where it was asked for, then the end of the stream."""
         if not self._has_usage:
             return DONE
         return event({**self._head, "choices": [], **self._account(new_tokens, cached, extension)}) + DONE

@@ -19,7 +19,7 @@ from aiohttp import web
 from kvstore.cluster.http import error_response
 from kvstore.cluster.openai import ApiError
 from kvstore.cluster.openai import event as to_event
-from kvstore.cluster.replicas import NOT_THERE, Link
+from kvstore.cluster.replicas import NOT_THERE, ReplicaLink
 from kvstore.logs import mask
 from kvstore.web.sse import ServerEvent, read_events
 
@@ -60,8 +60,8 @@ class Relay:
         """Whether the client has been sent anything."""
         return self._response is not None
 
-    async def ask(self, link: Link) -> web.StreamResponse:
-        """Have `link` answer. Raises TryNext; another one may be asked then unless the answer `has_begun`."""
+    async def ask(self, link: ReplicaLink) -> web.StreamResponse:
+        """Ask `link` for the answer. Raises TryNext; another one may be asked then unless the answer `has_begun`."""
         link.num_requests += 1
         link.in_flight += 1
         attempt = asyncio.ensure_future(self._ask(link))
@@ -87,7 +87,7 @@ class Relay:
                 await asyncio.gather(attempt, return_exceptions=True)
 
     async def give_up(self, why: str) -> web.StreamResponse:
-        """What to tell the client when nobody is left to ask."""
+        """The error for the client when no replica is left to ask."""
         if self._response is not None:
             error = ApiError(502, f"the answer was cut short: {why}", kind="server_error", code="replica_lost")
             await _to_client(self._response.write(to_event(error.body)))
@@ -99,7 +99,7 @@ class Relay:
         error = ApiError(503, why, kind="server_error", code="no_replica", retry_after_s=1)
         return error_response(self._request, error)
 
-    async def _ask(self, link: Link) -> web.StreamResponse:
+    async def _ask(self, link: ReplicaLink) -> web.StreamResponse:
         headers = {name: self._request.headers[name] for name in SENT_ON if name in self._request.headers}
         url = link.url + self._request.path
         try:

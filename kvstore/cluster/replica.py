@@ -23,7 +23,7 @@ from connectors.transformers.runner import Job
 from connectors.transformers.runner import ModelSpec as ModelSpec  # for whoever makes settings
 from kvstore import logs
 from kvstore.cluster.admission import Admission, Refused
-from kvstore.cluster.answer import Answer
+from kvstore.cluster.answer import ReplicaAnswer
 from kvstore.cluster.engine import Engine
 from kvstore.cluster.http import Site, error_response, json_response, of_library, read_body
 from kvstore.cluster.openai import ApiError, Ask, ChatAsk, CompletionAsk, Reply, check_model, event, models, parse
@@ -46,7 +46,7 @@ NAME_HEADER = "X-KVStore-Replica"
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
-    """What a replica is to be.
+    """The settings of a replica.
 
     port:        0 takes any free one.
     max_queue:   requests that may wait.
@@ -65,7 +65,7 @@ class ReplicaSettings:
     drain_s: float = 30.0
 
 
-class Replica:
+class ReplicaServer:
     """The application. Its event loop only."""
 
     def __init__(self, settings: ReplicaSettings, config: Config) -> None:
@@ -108,7 +108,7 @@ class Replica:
             await self.close()
 
     def stop(self) -> None:
-        """Have `run` come to its end."""
+        """Make `run` come to its end."""
         self._stop.set()
 
     async def close(self) -> None:
@@ -137,7 +137,7 @@ class Replica:
 
         return handle
 
-    async def _whole(self, request: web.Request, answer: Answer, reply: Reply) -> web.StreamResponse:
+    async def _whole(self, request: web.Request, answer: ReplicaAnswer, reply: Reply) -> web.StreamResponse:
         pieces = [piece async for piece in answer]
         text, reason = "".join(piece.text for piece in pieces), pieces[-1].finish_reason
         report = answer.report
@@ -145,7 +145,7 @@ class Replica:
             reply.whole(text, reason, report.new_tokens, report.reused_tokens, self._extension(answer))
         )
 
-    async def _stream(self, request: web.Request, answer: Answer, reply: Reply) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, answer: ReplicaAnswer, reply: Reply) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         try:
             async for piece in answer:
@@ -164,7 +164,7 @@ class Replica:
         await response.write_eof()
         return response
 
-    def _extension(self, answer: Answer) -> dict[str, Any]:
+    def _extension(self, answer: ReplicaAnswer) -> dict[str, Any]:
         report = answer.report
         return {
             "replica": self.settings.name,
@@ -214,7 +214,7 @@ class Replica:
         )
 
     async def _lookup(self, request: web.Request) -> web.Response:
-        """What this replica would have to compute for a request; for routers."""
+        """The tokens that this replica would have to compute for a request; for routers."""
         self._check_open()
         raw = await read_body(request, self._bodies)
         ask = parse(raw, ChatAsk if _is_chat(raw) else CompletionAsk)
@@ -327,6 +327,6 @@ def serve(settings: ReplicaSettings, config: Config, announce: Callable[[str], N
     """Run a replica until it is told to stop."""
 
     async def run() -> None:
-        await Replica(settings, config).run(announce)
+        await ReplicaServer(settings, config).run(announce)
 
     asyncio.run(run())

@@ -29,7 +29,7 @@ SILENCES_TO_LOSE = 4
 NOT_THERE = (aiohttp.ClientError, OSError)
 
 
-class Link:
+class ReplicaLink:
     """One replica as the router sees it.
 
     name:    as it calls itself; its URL until it has said. shown: the URL without a password.
@@ -90,7 +90,7 @@ class Replicas:
     """All of them, and the task that asks how they are."""
 
     def __init__(self, urls: Sequence[str], interval_s: float) -> None:
-        self.links = [Link(url) for url in urls]
+        self.links = [ReplicaLink(url) for url in urls]
         self._interval_s = interval_s
         self._session: aiohttp.ClientSession | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -102,7 +102,7 @@ class Replicas:
         return self._session
 
     @property
-    def ready(self) -> list[Link]:
+    def ready(self) -> list[ReplicaLink]:
         """Those that take requests, in the order they were given."""
         return [link for link in self.links if link.is_ready]
 
@@ -128,12 +128,12 @@ class Replicas:
             await self._session.close()
             self._session = None
 
-    async def _watch(self, link: Link) -> None:
+    async def _watch(self, link: ReplicaLink) -> None:
         while True:
             await asyncio.sleep(self._interval_s)
             await self._ask(link)
 
-    async def _ask(self, link: Link) -> None:
+    async def _ask(self, link: ReplicaLink) -> None:
         timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
         try:
             async with self.session.get(f"{link.url}/readyz", timeout=timeout) as answer:

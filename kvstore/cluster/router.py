@@ -21,8 +21,8 @@ from kvstore.cluster.http import Site, error_response, json_response, of_library
 from kvstore.cluster.metrics import RouterMetrics
 from kvstore.cluster.openai import ApiError
 from kvstore.cluster.relay import ClientGone, Relay, TryNext
-from kvstore.cluster.replicas import NOT_THERE, Link, Replicas, check_urls
-from kvstore.cluster.routing import Policy, View, make_policy
+from kvstore.cluster.replicas import NOT_THERE, ReplicaLink, Replicas, check_urls
+from kvstore.cluster.routing import Policy, ReplicaView, make_policy
 from kvstore.metrics import CONTENT_TYPE
 from kvstore.web.bodies import Bodies
 
@@ -31,7 +31,7 @@ log = logs.limited(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
-    """What a router is to be.
+    """The settings of a router.
 
     port:              0 takes any free one.
     lookup_deadline_s: longest wait for the replicas' views of a request; who has not answered by then comes last.
@@ -87,7 +87,7 @@ class Router:
         await self.site.start()
 
     def stop(self) -> None:
-        """Have `run` come to its end."""
+        """Make `run` come to its end."""
         self._stop.set()
 
     async def close(self) -> None:
@@ -121,9 +121,9 @@ class Router:
         self.metrics.requests.labels("none", str(response.status)).inc()
         return response
 
-    async def _order(self, path: str, raw: bytes) -> list[Link]:
+    async def _order(self, path: str, raw: bytes) -> list[ReplicaLink]:
         links = {link.url: link for link in self.replicas.ready}
-        views: dict[str, View] = {}
+        views: dict[str, ReplicaView] = {}
         if self.policy.asks and raw and len(links) > 1:
             began = time.monotonic()
             answers = await asyncio.gather(*(self._view(link, raw) for link in links.values()))
@@ -134,7 +134,7 @@ class Router:
             order[0].hit_tokens += views[order[0].url].hit_tokens
         return order
 
-    async def _view(self, link: Link, raw: bytes) -> View | None:
+    async def _view(self, link: ReplicaLink, raw: bytes) -> ReplicaView | None:
         """How a replica sees a request; None if it does not say in time, or finds the request wrong."""
         timeout = aiohttp.ClientTimeout(total=self.settings.lookup_deadline_s)
         headers = {"Content-Type": "application/json"}
@@ -143,7 +143,7 @@ class Router:
             async with self.replicas.session.post(url, data=raw, headers=headers, timeout=timeout) as answer:
                 body = json.loads(await answer.read())
                 if answer.status == 200:
-                    return View(int(body["prompt_tokens"]), int(body["hit_tokens"]), int(body["queued_tokens"]))
+                    return ReplicaView(int(body["prompt_tokens"]), int(body["hit_tokens"]), int(body["queued_tokens"]))
         except (*NOT_THERE, asyncio.TimeoutError, ValueError, KeyError, TypeError):
             link.num_silent_lookups += 1
         return None

@@ -16,7 +16,7 @@ from kvstore.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class ReplicaView:
     """How one replica sees a request: the answer to `POST /v1/lookup`.
 
     queued_tokens: still to be computed for requests it has already.
@@ -28,7 +28,7 @@ class View:
 
     @property
     def compute_tokens(self) -> int:
-        """What it would have to compute before this request is done with its prompt, at most."""
+        """The tokens that it would compute before this request is done with its prompt, at most."""
         return self.prompt_tokens - self.hit_tokens + self.queued_tokens
 
 
@@ -38,7 +38,7 @@ class Policy(Protocol):
     name: str
     asks: bool
 
-    def order(self, urls: Sequence[str], views: Mapping[str, View]) -> list[str]:
+    def order(self, urls: Sequence[str], views: Mapping[str, ReplicaView]) -> list[str]:
         """All of `urls`, best first. A replica that did not answer in time has no view."""
 
 
@@ -51,7 +51,7 @@ class RoundRobin:
     def __init__(self) -> None:
         self._turn = 0
 
-    def order(self, urls: Sequence[str], views: Mapping[str, View]) -> list[str]:
+    def order(self, urls: Sequence[str], views: Mapping[str, ReplicaView]) -> list[str]:
         """Rotated by one more than the last time."""
         if not urls:
             return []
@@ -69,8 +69,8 @@ class PrefixAware:
     def __init__(self) -> None:
         self._turns = RoundRobin()
 
-    def order(self, urls: Sequence[str], views: Mapping[str, View]) -> list[str]:
-        """Sorted by `View.compute_tokens`; without a view last."""
+    def order(self, urls: Sequence[str], views: Mapping[str, ReplicaView]) -> list[str]:
+        """Sorted by `ReplicaView.compute_tokens`; without a view last."""
         turns = self._turns.order(urls, views)
         known = sorted((url for url in turns if url in views), key=lambda url: views[url].compute_tokens)
         return [*known, *(url for url in turns if url not in views)]

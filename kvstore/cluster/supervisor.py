@@ -24,7 +24,7 @@ import psutil
 
 from kvstore.cluster.supervisor_directory import ClusterError, RunDirectory
 from kvstore.cluster.supervisor_ports import holder, is_ready, redis_is_ready
-from kvstore.cluster.topology import AUTO, ClusterSpec, Kind, Process, plan
+from kvstore.cluster.topology import AUTO, ClusterSpec, Process, ProcessKind, plan
 from kvstore.testing.redis_server import RedisNotInstalled, find_redis_server
 
 EXIT_TIMEOUT_S = 1.0  # from a process that is seen no more to its exit code
@@ -42,7 +42,7 @@ class Ended(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class ProcessStatus:
     """How one process is.
 
     state:     "ready", "not ready" (it runs, and does not say that it is ready) or "ended".
@@ -91,7 +91,7 @@ class Supervisor:
         starting: list[Process] = []
         while waiting or starting:
             able = [one for one in waiting if not wanted & set(one.needs)]
-            if loading := [one.name for one in able if one.kind is Kind.REPLICA]:
+            if loading := [one.name for one in able if one.kind is ProcessKind.REPLICA]:
                 self._say(f"loading the model: {', '.join(loading)}")  # what takes longest
             for process in able:
                 waiting.remove(process)
@@ -137,7 +137,7 @@ class Supervisor:
     def stop(self, names: Sequence[str] | None = None, *, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """End all processes, or those named, each kind in its turn; how many there were."""
         count = 0
-        for kind in (Kind.ROUTER, Kind.REPLICA, Kind.NODE, Kind.REDIS):
+        for kind in (ProcessKind.ROUTER, ProcessKind.REPLICA, ProcessKind.NODE, ProcessKind.REDIS):
             chosen = [one.name for one in self.processes if one.kind is kind and (names is None or one.name in names)]
             found = {name: process for name in chosen if (process := self.directory.find(name)) is not None}
             count += len(found)
@@ -167,16 +167,16 @@ class Supervisor:
 
     # ---- looking ----------------------------------------------------------------------------------------------------
 
-    def status(self) -> list[Status]:
+    def status(self) -> list[ProcessStatus]:
         """How each process is, in the order in which they start."""
         rows = []
         for process in self.processes:
-            row = Status(process.name, "ended", process.url)
+            row = ProcessStatus(process.name, "ended", process.url)
             found = self.directory.find(process.name)
             with suppress(psutil.NoSuchProcess):  # it may end while we look
                 if found is not None:
                     state = "ready" if self._is_ready(process) else "not ready"
-                    row = Status(process.name, state, process.url, found.pid, found.memory_info().rss)
+                    row = ProcessStatus(process.name, state, process.url, found.pid, found.memory_info().rss)
             rows.append(row)
         return rows
 
@@ -184,7 +184,7 @@ class Supervisor:
         # Somebody else may listen on the port of a process that has ended.
         if self.directory.find(process.name) is None:
             return False
-        return redis_is_ready(process.port) if process.kind is Kind.REDIS else is_ready(process.port)
+        return redis_is_ready(process.port) if process.kind is ProcessKind.REDIS else is_ready(process.port)
 
     def _say(self, line: str) -> None:
         with suppress(OSError):  # of a terminal that is gone: what is to be done is done all the same
@@ -298,7 +298,7 @@ def _remove(directory: RunDirectory) -> None:
 
 
 def _ask_to_end(pid: int, directory: RunDirectory) -> None:
-    """Have the `up` with this pid take the cluster down; the hard way if it takes too long."""
+    """Tell the `up` with this pid to take the cluster down; kill it if it takes too long."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.kill(pid, number)

@@ -41,7 +41,7 @@ class ClusterError(KVStoreError):
 
 
 def default_parent() -> Path:
-    """Where run directories are: `$XDG_STATE_HOME/kvstore/clusters`, else `~/.local/state/kvstore/clusters`."""
+    """The place of run directories: `$XDG_STATE_HOME/kvstore/clusters`, else `~/.local/state/kvstore/clusters`."""
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "kvstore" / "clusters"
 
 
@@ -72,7 +72,7 @@ class RunDirectory:
         partial.rename(self.path / SPEC)
 
     def read(self) -> ClusterSpec | None:
-        """What was asked for; None if there is no such cluster, or it was written by another version."""
+        """The specification of the cluster; None if there is no such cluster, or another version wrote it."""
         try:
             return SPEC_JSON.validate_json((self.path / SPEC).read_bytes())
         except (FileNotFoundError, ValueError):
@@ -116,7 +116,7 @@ class RunDirectory:
         return {name: found for name in names if (found := self.find(name)) is not None}
 
     def log(self, name: str) -> Path:
-        """Where a process' standard output and error go."""
+        """The file for a process' standard output and error."""
         return self.path / f"{name}.log"
 
     def last_words(self, name: str) -> str:

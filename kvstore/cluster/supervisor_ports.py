@@ -1,4 +1,4 @@
-"""What a supervisor asks of ports: who has them, and does what listens there answer."""
+"""Questions of a supervisor about ports: which process has them, and does it answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMAND_CHARACTERS = 80
 
 
 def holder(port: int) -> str | None:
-    """Who has a port of this machine, in words; None if it is free."""
+    """The process that has a port of this machine, in words; None if it is free."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: a port in TIME_WAIT is free
         try:

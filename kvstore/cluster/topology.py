@@ -1,4 +1,4 @@
-"""What a local cluster is made of: processes with their commands, ports, sockets, and what each needs first.
+"""The processes of a local cluster: their commands, ports, sockets, and the ones that each needs first.
 
     redis ──> node-0 ──> replica-0, replica-2 ──> router            nodes are `kvstore serve`, one per "machine";
           └─> node-1 ──> replica-1            ──┘                   replicas attach to their node's unix socket
@@ -46,8 +46,8 @@ DECIDED = {
 }
 
 
-class Kind(str, Enum):
-    """What a process is."""
+class ProcessKind(str, Enum):
+    """The kind of a process."""
 
     REDIS = "redis"
     NODE = "node"
@@ -67,7 +67,7 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class ClusterSpec:
-    """What was asked for. Checked when it is made: raises ConfigError.
+    """The specification of a cluster. Checked when it is made: raises ConfigError.
 
     model:    directory or hub id, as `kvstore replica --model` takes it.
     redis:    AUTO is a private server, NONE is none, anything else is the URL of one. A URL may hold a password.
@@ -112,7 +112,7 @@ class Process:
     """
 
     name: str
-    kind: Kind
+    kind: ProcessKind
     command: tuple[str, ...]
     port: int
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -120,8 +120,8 @@ class Process:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
-        return f"redis://{HOST}:{self.port}/0" if self.kind is Kind.REDIS else f"http://{HOST}:{self.port}"
+        """The address at which it listens."""
+        return f"redis://{HOST}:{self.port}/0" if self.kind is ProcessKind.REDIS else f"http://{HOST}:{self.port}"
 
 
 def assign_ports(first: int, num_replicas: int, num_nodes: int) -> Ports:
@@ -178,7 +178,7 @@ def _redis(spec: ClusterSpec, directory: Path, binary: str) -> Process:
     options = ["--bind", HOST, "--port", str(spec.ports.redis), "--dir", str(directory), "--daemonize", "no"]
     options += ["--save", "", "--appendonly", "no"]
     options += ["--maxmemory", str(spec.redis_bytes), "--maxmemory-policy", "allkeys-lfu"]  # see docs/redis.md
-    return Process("redis", Kind.REDIS, (binary, *options), spec.ports.redis)
+    return Process("redis", ProcessKind.REDIS, (binary, *options), spec.ports.redis)
 
 
 def _node(spec: ClusterSpec, directory: Path, index: int) -> Process:
@@ -198,7 +198,7 @@ def _node(spec: ClusterSpec, directory: Path, index: int) -> Process:
         environment["KVSTORE_REDIS__URL"] = spec.redis
     return Process(
         f"node-{index}",
-        Kind.NODE,
+        ProcessKind.NODE,
         _kvstore("serve", "--verbose", "--socket", str(socket), settings=settings),
         spec.ports.nodes[index],
         environment,
@@ -212,7 +212,9 @@ def _replica(spec: ClusterSpec, directory: Path, index: int) -> Process:
     options = ["--model", spec.model, "--name", name, "--host", HOST, "--port", str(port)]
     options += ["--dtype", spec.dtype, "--threads", str(spec.threads), *spec.replica_arguments]
     settings = [*spec.settings, f"service.url=unix://{_socket(directory, node)}"]
-    return Process(name, Kind.REPLICA, _kvstore("replica", *options, settings=settings), port, needs=(f"node-{node}",))
+    return Process(
+        name, ProcessKind.REPLICA, _kvstore("replica", *options, settings=settings), port, needs=(f"node-{node}",)
+    )
 
 
 def _router(spec: ClusterSpec, replicas: Sequence[Process]) -> Process:
@@ -220,7 +222,7 @@ def _router(spec: ClusterSpec, replicas: Sequence[Process]) -> Process:
     for replica in replicas:
         options += ["--replica", replica.url]
     needs = tuple(replica.name for replica in replicas)
-    return Process("router", Kind.ROUTER, _kvstore("router", *options), spec.ports.router, needs=needs)
+    return Process("router", ProcessKind.ROUTER, _kvstore("router", *options), spec.ports.router, needs=needs)
 
 
 def _socket(directory: Path, node: int) -> Path:

@@ -1,4 +1,4 @@
-"""What can be configured, and where a value comes from.
+"""All settings, and the sources of their values.
 
 sections                `Config` and its sections: every field with its default
 values, paths, secret   what a field may hold

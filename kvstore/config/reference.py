@@ -82,7 +82,7 @@ def _readable(field: str, value: Any) -> str:
 
 
 def _allowed(name: str, info: FieldInfo) -> str:
-    """What may be given, from the type and its bounds."""
+    """The allowed values, from the type and its bounds."""
     if get_origin(info.annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(info.annotation))
     if info.annotation is bool:

@@ -1,4 +1,4 @@
-"""What can be configured: one frozen section per part, read once, at the edge. Tiers bring sections of their own.
+"""All settings: one frozen section per part, read once, at the edge. Tiers bring sections of their own.
 
 `Config.load()` lays the sources over each other, lowest first: the defaults below, a TOML file (the path given, else
 $KVSTORE_CONFIG, else ./kvstore.toml), environment variables KVSTORE_<SECTION>__<FIELD>, keyword arguments.
@@ -263,7 +263,7 @@ class Config(BaseSettings):
         return sections(cls)
 
     def source(self, field: str) -> str:
-        """Where the value of a field such as "host.ttl_s" came from, in words."""
+        """The source of the value of a field such as "host.ttl_s", in words."""
         section, _, name = field.partition(".")
         is_given = section in self.model_fields_set and name in getattr(self, section).model_fields_set
         return self._origins.get(field, KEYWORD if is_given else "default")

@@ -1,4 +1,4 @@
-"""Where configuration values come from, and how a wrong one is told.
+"""Sources of configuration values, and the errors for wrong ones.
 
 Three readers (file, environment, keywords) each yield `Setting`s under full names such as "host.capacity_bytes", with
 the place they came from; `Config.load` lays them over each other. Problems are told all at once, so that a file with

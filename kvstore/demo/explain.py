@@ -1,4 +1,4 @@
-"""What a KV cache is worth in this run: `measure` in the replica, `Explanation` for people and for JSON.
+"""The worth of a KV cache in this run: `measure` in the replica, `ReuseExplanation` for people and for JSON.
 
 Two questions, with numbers of the very model that was loaded: what does one new token cost with and without the keys
 and values of those before it, and how many bytes is that memory per token?
@@ -32,8 +32,8 @@ class DecodeCost:
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
-    """What was measured, and the geometry behind the bytes.
+class ReuseExplanation:
+    """The measured values, and the geometry behind the bytes.
 
     layers:      that keep keys and values.
     value_bytes: bytes of one number.
@@ -59,7 +59,7 @@ class Explanation:
         return 2 * self.layers * self.query_heads * self.head_dim * self.value_bytes
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Explanation:
+    def from_record(cls, record: Mapping[str, Any]) -> ReuseExplanation:
         """Read what a replica sent."""
         fields = {name: record[name] for name in cls.__slots__ if name != "steps"}
         return cls(**fields, steps=tuple(DecodeCost(**step) for step in record["steps"]))
@@ -108,7 +108,7 @@ class Explanation:
 
 
 def measure(model: Any, ids: Sequence[int], chunk: int) -> dict[str, Any]:
-    """Time the model on the prompt `ids`; the record is read by `Explanation.from_record`.
+    """Time the model on the prompt `ids`; the record is read by `ReuseExplanation.from_record`.
 
     Without a cache a step computes the whole text again: that is a prefill, timed in chunks as the demo's own.
     """

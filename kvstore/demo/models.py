@@ -57,7 +57,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class DemoModel:
-    """What `transformers` is asked to load, and what a person is told.
+    """The name that `transformers` is asked to load, and the text that people are told.
 
     source:    a directory or a hub id, for `from_pretrained`.
     name:      short, for tables and figures.

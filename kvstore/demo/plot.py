@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvstore.demo.report import BAR_TITLES, Report, Turn
+from kvstore.demo.report import BAR_TITLES, DemoReport, Turn
 from kvstore.palette import COMPUTED, GRID, INK, PAPER, SOFT, TIERS, WITHOUT
 
 COLORS = {**TIERS, "cold": COMPUTED, "conversation": "#7a52a8", "fork": "#c0609c"}
@@ -13,7 +13,7 @@ WIDTH_IN = 9.6
 ROW_IN = 0.74
 
 
-def draw_bars(report: Report, path: Path) -> None:
+def draw_bars(report: DemoReport, path: Path) -> None:
     """Write a PNG with one bar per stage. Needs matplotlib; opens no window."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -66,7 +66,7 @@ def draw_bars(report: Report, path: Path) -> None:
         figure.savefig(path, dpi=DPI, facecolor=PAPER)
 
 
-def _headline(report: Report) -> str:
+def _headline(report: DemoReport) -> str:
     warm = [stage.last.speed_up for stage in report.stages if stage.name in TIERS]
     same = "the same tokens" if report.identical else "NOT the same tokens"
     if not warm:

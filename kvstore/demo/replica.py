@@ -43,7 +43,7 @@ LOAD_DEADLINE_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSpec:
-    """What a replica is to be.
+    """The settings of a replica.
 
     source:         directory or hub id of the model.
     dtype:          "float32", "bfloat16" or "float16".
@@ -72,7 +72,7 @@ class ReplicaSpec:
         return cls(**json.loads(text))
 
 
-class Replica:
+class DemoReplica:
     """The model with a store, and the same model without, for reference."""
 
     def __init__(self, spec: ReplicaSpec) -> None:
@@ -135,7 +135,7 @@ class Replica:
 
 def serve(spec: ReplicaSpec, lines: Sequence[str] | Any, emit: Emit) -> None:
     """Answer commands until `lines` ends."""
-    replica = Replica(spec)
+    replica = DemoReplica(spec)
     try:
         replica.warm_up()
         emit({"event": "done"})
@@ -149,7 +149,7 @@ def serve(spec: ReplicaSpec, lines: Sequence[str] | Any, emit: Emit) -> None:
         replica.close()
 
 
-def _obey(replica: Replica, command: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
+def _obey(replica: DemoReplica, command: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     match command["do"]:
         case "ask":
             return replica.ask(command["messages"], command["max_new_tokens"], command["use_store"], emit)

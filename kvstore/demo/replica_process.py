@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from kvstore.demo.replica import Messages, ReplicaSpec
-from kvstore.demo.report import Answer
+from kvstore.demo.report import StageAnswer
 from kvstore.errors import KVStoreError
 
 START_TIMEOUT_S = 300.0  # imports and loading; 10 s here, minutes for a large model on a cold disk
@@ -64,13 +64,13 @@ class ReplicaProcess:
         max_new_tokens: int,
         use_store: bool = True,
         on_text: Callable[[str], None] = lambda _: None,
-    ) -> Answer:
-        """Have a prompt answered; `on_text` sees the text as it comes."""
+    ) -> StageAnswer:
+        """Ask for the answer to a prompt; `on_text` sees the text as it comes."""
         record = self.call(
             {"do": "ask", "messages": list(messages), "max_new_tokens": max_new_tokens, "use_store": use_store},
             on_event=lambda event: on_text(str(event.get("text", ""))),
         )
-        return Answer.from_record(record)
+        return StageAnswer.from_record(record)
 
     def flush(self) -> None:
         """Wait until what the replica saved is on every tier. Raises ReplicaFailed if that does not come about."""
@@ -89,7 +89,7 @@ class ReplicaProcess:
         return self._await_done(timeout_s, on_event)
 
     def close(self) -> None:
-        """Let it finish and wait for its end; kill it if it takes too long. Idempotent."""
+        """Wait for its end; kill it if that takes too long. Idempotent."""
         if self._process.stdin is not None and not self._process.stdin.closed:
             with suppress(BrokenPipeError):  # it has ended already
                 self._process.stdin.close()  # the end of its input is its sign to stop

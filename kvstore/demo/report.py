@@ -1,4 +1,4 @@
-"""What the demo saw: stages, the table, two sentences and the JSON file.
+"""The demo's results: stages, the table, two sentences and the JSON file.
 
 A stage is one or more turns; a turn is one prompt answered with the store, beside the same prompt computed without it.
 Pure: no process, no model; the demo fills these values and tests make them up.
@@ -37,7 +37,7 @@ BAR_TITLES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class StageAnswer:
     """One prompt answered by a replica.
 
     reused:  prompt tokens that were loaded rather than computed, by tier.
@@ -59,7 +59,7 @@ class Answer:
         return sum(self.reused.values())
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Answer:
+    def from_record(cls, record: Mapping[str, Any]) -> StageAnswer:
         """Read what a replica sent."""
         return cls(
             prompt_tokens=int(record["prompt_tokens"]),
@@ -75,8 +75,8 @@ class Answer:
 class Turn:
     """One prompt twice: `answer` with the store, `reference` computed without any, `cold_ttft_s` what it took cold."""
 
-    answer: Answer
-    reference: Answer
+    answer: StageAnswer
+    reference: StageAnswer
     cold_ttft_s: float
 
     @property
@@ -110,7 +110,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class DemoReport:
     """All stages of one run.
 
     left_out: stages that were not played, with the reason.
@@ -132,7 +132,7 @@ class Report:
         return next((stage for stage in self.stages if stage.name == name), None)
 
 
-def to_json(report: Report) -> dict[str, Any]:
+def to_json(report: DemoReport) -> dict[str, Any]:
     """The numbers, in the documented structure (docs: README, "The demo")."""
     return {
         "model": report.model,
@@ -143,7 +143,7 @@ def to_json(report: Report) -> dict[str, Any]:
     }
 
 
-def write_json(report: Report, path: Path, explained: Mapping[str, Any] | None = None) -> None:
+def write_json(report: DemoReport, path: Path, explained: Mapping[str, Any] | None = None) -> None:
     """Write the numbers to `path`; what `--explain` measured goes under a key of its own."""
     record = to_json(report)
     if explained is not None:
@@ -152,7 +152,7 @@ def write_json(report: Report, path: Path, explained: Mapping[str, Any] | None =
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def make_table(report: Report) -> Table:
+def make_table(report: DemoReport) -> Table:
     """One row per turn."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("stage", no_wrap=True)
@@ -176,7 +176,7 @@ def make_table(report: Report) -> Table:
     return table
 
 
-def sentences(report: Report) -> tuple[str, str]:
+def sentences(report: DemoReport) -> tuple[str, str]:
     """Two sentences on what was seen: how fast, and whether anything changed."""
     return _speed_sentence(report), _identity_sentence(report)
 
@@ -193,7 +193,7 @@ def _stage_record(stage: Stage) -> dict[str, Any]:
     }
 
 
-def _speed_sentence(report: Report) -> str:
+def _speed_sentence(report: DemoReport) -> str:
     cold = report.stage("cold")
     if cold is None:
         return "The cold stage was not played, so there is nothing to compare with."
@@ -216,7 +216,7 @@ def _speed_sentence(report: Report) -> str:
     return f"{start}; with their KV pages at hand it began after {_join(warm)}." if warm else f"{start}."
 
 
-def _identity_sentence(report: Report) -> str:
+def _identity_sentence(report: DemoReport) -> str:
     turns = sum(len(stage.turns) for stage in report.stages)
     wrong = [stage.name for stage in report.stages if not stage.identical]
     if wrong:

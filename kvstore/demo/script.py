@@ -29,12 +29,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvstore.console import console
-from kvstore.demo.explain import Explanation
+from kvstore.demo.explain import ReuseExplanation
 from kvstore.demo.models import DemoModel, resolve_model
 from kvstore.demo.plot import draw_bars
 from kvstore.demo.replica import Messages, ReplicaSpec
 from kvstore.demo.replica_process import ReplicaProcess
-from kvstore.demo.report import Answer, Report, Stage, Turn, make_table, sentences, write_json
+from kvstore.demo.report import DemoReport, Stage, StageAnswer, Turn, make_table, sentences, write_json
 from kvstore.demo.text import FIRST_QUESTION, FOLLOW_UPS, FORK_QUESTION
 from kvstore.errors import ConfigError
 from kvstore.extras import require
@@ -49,8 +49,8 @@ MAX_THREADS = 16
 BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
-class Dtype(str, Enum):
-    """What the model computes in."""
+class DemoDtype(str, Enum):
+    """The model's number format."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -73,8 +73,8 @@ def demo(
         int, typer.Option(min=MIN_PROMPT_TOKENS, help="Length of the shared system prompt, about.")
     ] = 1800,
     dtype: Annotated[
-        Dtype, typer.Option(help="auto: bfloat16 where this processor computes in it, else float32.")
-    ] = Dtype.AUTO,
+        DemoDtype, typer.Option(help="auto: bfloat16 where this processor computes in it, else float32.")
+    ] = DemoDtype.AUTO,
     redis: Annotated[
         bool | None,
         typer.Option(
@@ -126,7 +126,7 @@ def demo(
         stages = play.stages()
         explanation = play.explain() if explain else None
         play.close()
-    report = Report(chosen.name, spec.dtype, spec.threads, tuple(stages), {"redis": left_out} if left_out else {})
+    report = DemoReport(chosen.name, spec.dtype, spec.threads, tuple(stages), {"redis": left_out} if left_out else {})
     _finish(out, report, explanation, png_path, json_path)
     if directory is not None:
         out.print(f"The disk tier is in {directory}: kvstore inspect {directory}", markup=False)
@@ -204,11 +204,13 @@ class Play:
                 self._restarted.kill()
             raise
 
-    def explain(self) -> Explanation:
+    def explain(self) -> ReuseExplanation:
         """Measure what a KV cache is worth here, on the shared prompt."""
         assert self._restarted is not None
         with self._show.step("explain"):
-            return Explanation.from_record(self._restarted.call({"do": "explain", "messages": list(self._messages)}))
+            return ReuseExplanation.from_record(
+                self._restarted.call({"do": "explain", "messages": list(self._messages)})
+            )
 
     def close(self) -> None:
         """End replica B."""
@@ -260,7 +262,7 @@ class Play:
             step.note(what)
             return ReplicaProcess(name.replace(" ", "-"), spec, self._logs)
 
-    def _ask(self, replica: ReplicaProcess, title: str, messages: Messages, *, use_store: bool = True) -> Answer:
+    def _ask(self, replica: ReplicaProcess, title: str, messages: Messages, *, use_store: bool = True) -> StageAnswer:
         said = ""
         with self._show.step(title) as step:
 
@@ -277,7 +279,7 @@ class Play:
 
 
 def _one_line(text: str) -> str:
-    """What a model said, without the control characters that random weights say too."""
+    """The model's text without the control characters that random weights produce too."""
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
@@ -307,11 +309,11 @@ def _disk_directory(directory: Path | None, scratch: Path) -> Path:
     return directory.resolve()
 
 
-def _dtype(wanted: Dtype, model: DemoModel) -> str:
-    if wanted is not Dtype.AUTO:
+def _dtype(wanted: DemoDtype, model: DemoModel) -> str:
+    if wanted is not DemoDtype.AUTO:
         return str(wanted.value)
     # Random weights make flat distributions, in which a rounded number changes the choice.
-    best = Dtype.FLOAT32 if model.is_random or not _has_bfloat16() else Dtype.BFLOAT16
+    best = DemoDtype.FLOAT32 if model.is_random or not _has_bfloat16() else DemoDtype.BFLOAT16
     return str(best.value)
 
 
@@ -328,7 +330,7 @@ def _cores() -> int:
 
 
 def _finish(
-    out: Console, report: Report, explanation: Explanation | None, png_path: Path, json_path: Path | None
+    out: Console, report: DemoReport, explanation: ReuseExplanation | None, png_path: Path, json_path: Path | None
 ) -> None:
     out.print()
     out.print(make_table(report))

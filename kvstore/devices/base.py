@@ -27,7 +27,7 @@ _COLUMNS = {"page_stride": 0, "num_runs": 1, "run_stride": 0, "run_bytes": 1}  #
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PageTable:
-    """Where an engine keeps the pieces of its pages; all arrays have one entry per piece.
+    """The addresses of the pieces of an engine's pages; all arrays have one entry per piece.
 
     base:        address of run 0 of page 0.
     page_stride: bytes from a page to the next.

@@ -52,7 +52,7 @@ class CudaEvent:
         return bool(self._event.query())
 
     def hold_back(self, stream: Any) -> None:
-        """Let everything given to the CUDA stream `stream` from now on wait for the copies; the CPU goes on."""
+        """Make all later work on the CUDA stream `stream` wait for the copies; the CPU goes on."""
         stream.wait_event(self._event)
 
 
@@ -206,7 +206,7 @@ class CudaDevice:
 
 
 def move_pieces(table: PageTable, ids: Any, staging: Any, *, into_staging: bool) -> None:
-    """What the kernel does, by torch operations, one per piece; on the current stream and any device.
+    """The kernel's work by torch operations, one per piece; on the current stream and any device.
 
     ids:     int64 tensor.
     staging: uint8 tensor, at least len(ids) pages long.

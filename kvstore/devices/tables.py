@@ -81,7 +81,7 @@ def token_table(tensors: Sequence[Any], block_size: int, *, offset_tokens: int =
 
 @dataclass(frozen=True, slots=True)
 class _Strided:
-    """What an array and a tensor have in common; strides in bytes."""
+    """The attributes that an array and a tensor share; strides in bytes."""
 
     name: str
     address: int

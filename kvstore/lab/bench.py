@@ -43,7 +43,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What became of a case. `ratio` is 1 for the ceiling, and above 1 for what is faster.
+    """The result of a case. `ratio` is 1 for the ceiling, and above 1 for a faster case.
 
     cpu_s: of this process; partner_cpu_s: of the partner, None if there is none.
     """
@@ -67,7 +67,7 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class BenchWorkload:
     """An entry of the list.
 
     module:   has `run(argument, quick) -> list[Table]`; imported when it runs.
@@ -79,17 +79,19 @@ class Workload:
     argument: str = ""
 
 
-WORKLOADS: dict[str, Workload] = {
-    "hash": Workload("hash a prompt of 128K tokens into block hashes", "kvstore.lab.workloads.hash"),
-    "planner": Workload("lookups, saves and evictions per block, no bytes moved", "kvstore.lab.workloads.planner"),
-    "host": Workload("save and load through a store in host memory, over memcpy", "kvstore.lab.workloads.host"),
-    "disk": Workload("write and cold read of a disk tier, over raw O_DIRECT", "kvstore.lab.workloads.disk", "DIR"),
-    "redis": Workload("SET and GET of a Redis tier, over a bare socket", "kvstore.lab.workloads.redis", "URL|local"),
+WORKLOADS: dict[str, BenchWorkload] = {
+    "hash": BenchWorkload("hash a prompt of 128K tokens into block hashes", "kvstore.lab.workloads.hash"),
+    "planner": BenchWorkload("lookups, saves and evictions per block, no bytes moved", "kvstore.lab.workloads.planner"),
+    "host": BenchWorkload("save and load through a store in host memory, over memcpy", "kvstore.lab.workloads.host"),
+    "disk": BenchWorkload("write and cold read of a disk tier, over raw O_DIRECT", "kvstore.lab.workloads.disk", "DIR"),
+    "redis": BenchWorkload(
+        "SET and GET of a Redis tier, over a bare socket", "kvstore.lab.workloads.redis", "URL|local"
+    ),
 }
 
 
 def measure(name: str, unit: str, cases: Sequence[Case], *, quick: bool = False, rounds: int | None = None) -> Table:
-    """Let the cases take turns and compare each with the first one."""
+    """Run the cases in turns and compare each with the first one."""
     if rounds is None:
         rounds = QUICK_ROUNDS if quick else ROUNDS
     wall: list[list[float]] = [[] for _ in cases]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvstore.load.player import Run
+from kvstore.load.player import PlayedWorkload
 from kvstore.load.record import Record
 from kvstore.load.summary import Spread, Summary
 
@@ -21,7 +21,7 @@ NUM_EXAMPLES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class ComparisonLine:
     """One measure of both runs. gain: above 1 is better with the cache; None where a side has none.
 
     unit: "s" or "/s".
@@ -60,7 +60,7 @@ class Comparison:
     warnings:     why the comparison may not mean what it seems to.
     """
 
-    lines: tuple[Line, ...]
+    lines: tuple[ComparisonLine, ...]
     compared: int
     differences: tuple[Difference, ...]
     warnings: tuple[str, ...]
@@ -76,7 +76,9 @@ class Comparison:
         }
 
 
-def compare(cache: Run, baseline: Run, with_cache: Summary, without: Summary, *, same_server: bool) -> Comparison:
+def compare(
+    cache: PlayedWorkload, baseline: PlayedWorkload, with_cache: Summary, without: Summary, *, same_server: bool
+) -> Comparison:
     """Put two runs of one workload beside each other."""
     others = {record.number: record for record in baseline.records if record.ok}
     pairs = [(record, others[record.number]) for record in cache.records if record.ok and record.number in others]
@@ -88,8 +90,8 @@ def compare(cache: Run, baseline: Run, with_cache: Summary, without: Summary, *,
     )
 
 
-def _lines(cache: Summary, baseline: Summary) -> list[Line]:
-    lines: list[Line] = []
+def _lines(cache: Summary, baseline: Summary) -> list[ComparisonLine]:
+    lines: list[ComparisonLine] = []
     for name, a, b, points in (
         ("time to first token", cache.ttft_s, baseline.ttft_s, ("p50", "p95", "p99")),
         ("time per output token", cache.token_s, baseline.token_s, ("p50", "p95", "p99")),
@@ -98,12 +100,12 @@ def _lines(cache: Summary, baseline: Summary) -> list[Line]:
         ("queue", cache.stages["queue_s"], baseline.stages["queue_s"], ("mean",)),
     ):
         if a is not None and b is not None:
-            lines += [Line(f"{name}, {point}", "s", _at(a, point), _at(b, point)) for point in points]
+            lines += [ComparisonLine(f"{name}, {point}", "s", _at(a, point), _at(b, point)) for point in points]
     return [
         *lines,
-        Line("output tokens", "/s", cache.output_tokens_per_s, baseline.output_tokens_per_s),
-        Line("prompt tokens", "/s", cache.prompt_tokens_per_s, baseline.prompt_tokens_per_s),
-        Line("requests", "/s", cache.requests_per_s, baseline.requests_per_s),
+        ComparisonLine("output tokens", "/s", cache.output_tokens_per_s, baseline.output_tokens_per_s),
+        ComparisonLine("prompt tokens", "/s", cache.prompt_tokens_per_s, baseline.prompt_tokens_per_s),
+        ComparisonLine("requests", "/s", cache.requests_per_s, baseline.requests_per_s),
     ]
 
 
@@ -118,7 +120,9 @@ def _difference(cache: Record, baseline: Record) -> Difference:
     return Difference(cache.number, at, cache.text[begin:end], baseline.text[begin:end], cache.replica)
 
 
-def _warnings(cache: Run, baseline: Run, without: Summary, num_compared: int, same_server: bool) -> Sequence[str]:
+def _warnings(
+    cache: PlayedWorkload, baseline: PlayedWorkload, without: Summary, num_compared: int, same_server: bool
+) -> Sequence[str]:
     warnings = []
     if same_server and any(without.all.hit_tokens.values()):
         warnings.append(

@@ -15,7 +15,7 @@ from typing import Any
 from kvstore.load.arrivals import Arrivals, Closed, Open
 from kvstore.load.client import Client
 from kvstore.load.record import SKIPPED, Record
-from kvstore.load.requests import COMPLETIONS, Blocks, Request, Workload
+from kvstore.load.requests import COMPLETIONS, Blocks, PlannedRequest, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Asking:
     tenant: str = ""
     ignore_eos: bool = True
 
-    def body(self, workload: Workload, request: Request, prompt: Mapping[str, Any]) -> dict[str, Any]:
+    def body(self, workload: Workload, request: PlannedRequest, prompt: Mapping[str, Any]) -> dict[str, Any]:
         """The whole body but the model's name."""
         body = {
             **prompt,
@@ -58,8 +58,8 @@ class Asking:
 
 
 @dataclass(slots=True)
-class Run:
-    """What was seen: one record for each request that came to an end, in the order of the workload."""
+class PlayedWorkload:
+    """The records of a run: one for each request that came to an end, in the order of the workload."""
 
     name: str
     records: list[Record] = field(default_factory=list)
@@ -83,7 +83,7 @@ async def play(
     stop: asyncio.Event,
     answers: Mapping[int, str] | None = None,
     on_record: Callable[[Record], None] = lambda _: None,
-) -> Run:
+) -> PlayedWorkload:
     """Play all requests, or until `stop` is set: what is under way then is dropped, what is done is returned.
 
     answers: texts that conversations go on from, in place of this run's own: the very prompts of another run.
@@ -101,7 +101,7 @@ async def play(
     if isinstance(results[0], Exception):
         raise results[0]
     records = sorted(player.records, key=lambda record: record.number)
-    return Run(name, records, now() - player.began_s, interrupted)
+    return PlayedWorkload(name, records, now() - player.began_s, interrupted)
 
 
 class _Player:
@@ -149,12 +149,12 @@ class _Player:
         for request in rest:
             await self._ask(request, None)
 
-    async def _send_when_due(self, request: Request, arrivals: Open) -> None:
+    async def _send_when_due(self, request: PlannedRequest, arrivals: Open) -> None:
         due_s = arrivals.times_s[request.number]
         await asyncio.sleep(max(0.0, self.began_s + due_s - self._now()))
         await self._ask(request, due_s)
 
-    async def _ask(self, request: Request, due_s: float | None) -> None:
+    async def _ask(self, request: PlannedRequest, due_s: float | None) -> None:
         ready_s = self._now() - self.began_s
         if request.after is not None:
             await self._ended[request.after].wait()

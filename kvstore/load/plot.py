@@ -7,9 +7,9 @@ from typing import Any
 
 from kvstore import palette
 from kvstore.load.compare import Comparison
-from kvstore.load.player import Run
+from kvstore.load.player import PlayedWorkload
 from kvstore.load.record import TIERS
-from kvstore.load.summary import Group, Summary
+from kvstore.load.summary import RequestGroup, Summary
 from kvstore.palette import BAD, COMPUTED, GRID, INK, PAPER, SOFT, WITHOUT
 
 # "cached": an engine that does not say from which tier; "not told": one that does not say at all.
@@ -18,7 +18,9 @@ DPI = 150
 WIDTH_IN, TOP_IN, PANEL_IN, GAP_IN, ROW_IN, FOOT_IN = 10.4, 1.45, 2.9, 0.95, 0.42, 0.4
 
 
-def draw(runs: list[tuple[Run, Summary]], comparison: Comparison | None, title: str, subtitle: str, path: Path) -> None:
+def draw(
+    runs: list[tuple[PlayedWorkload, Summary]], comparison: Comparison | None, title: str, subtitle: str, path: Path
+) -> None:
     """Write a PNG of one run, or of one with the cache and one without. Needs matplotlib; opens no window."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -45,7 +47,7 @@ def draw(runs: list[tuple[Run, Summary]], comparison: Comparison | None, title: 
         figure.savefig(path, dpi=DPI, facecolor=PAPER)
 
 
-def _draw_percentiles(axes: Any, runs: list[tuple[Run, Summary]]) -> None:
+def _draw_percentiles(axes: Any, runs: list[tuple[PlayedWorkload, Summary]]) -> None:
     width = 0.8 / len(runs)
     tallest = max((s.ttft_s.p99 for _, s in runs if s.ttft_s), default=1.0)
     for place, (run, summary) in enumerate(reversed(runs)):
@@ -65,7 +67,7 @@ def _draw_percentiles(axes: Any, runs: list[tuple[Run, Summary]]) -> None:
     _dress(axes, "time to first token, seconds", grid="y")
 
 
-def _draw_requests(axes: Any, runs: list[tuple[Run, Summary]]) -> None:
+def _draw_requests(axes: Any, runs: list[tuple[PlayedWorkload, Summary]]) -> None:
     for run, _ in runs[1:]:
         there = [(r.number, r.ttft_s) for r in run.records if r.ttft_s is not None]
         axes.scatter(*_columns(there), s=16, color=WITHOUT, label=run.name, zorder=2)
@@ -84,7 +86,7 @@ def _draw_requests(axes: Any, runs: list[tuple[Run, Summary]]) -> None:
     _dress(axes, "request by request", grid="y")
 
 
-def _draw_sources(axes: Any, rows: dict[str, Group]) -> None:
+def _draw_sources(axes: Any, rows: dict[str, RequestGroup]) -> None:
     for row, (_, group) in zip(range(len(rows) - 1, -1, -1), rows.items(), strict=True):
         left = 0.0
         total = max(1, group.prompt_tokens)

@@ -1,4 +1,4 @@
-"""What became of one request: when, what it cost, where its tokens came from."""
+"""The record of one request: its times, its cost, the origin of its tokens."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Record:
 
     @property
     def source(self) -> str:
-        """Where its prompt came from: the farthest tier that had a part, "computed", or "not told"."""
+        """The origin of its prompt: the farthest tier that had a part, "computed", or "not told"."""
         if self.cached_tokens is None:
             return "not told"
         if not self.cached_tokens:

@@ -1,4 +1,4 @@
-"""What is asked, as values: requests, in the order in which they are played, and the prompts they turn into.
+"""Workloads as values: requests, in the order in which they are played, and the prompts they turn into.
 
 A request of a conversation holds only what it adds; its prompt is the conversation so far, with the answers that were
 really given. So requests are pure (made from a seed, before any server is asked) while prompts grow with the answers.
@@ -36,7 +36,7 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class PlannedRequest:
     """One request.
 
     number:        its place in the workload, from 0.
@@ -70,7 +70,7 @@ class Workload:
     """
 
     name: str
-    requests: tuple[Request, ...]
+    requests: tuple[PlannedRequest, ...]
     api: str
     seed: int
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -82,11 +82,11 @@ class Workload:
         """Whether each request has a time of its own."""
         return bool(self.requests) and all(request.at_s is not None for request in self.requests)
 
-    def is_conversation(self, request: Request) -> bool:
+    def is_conversation(self, request: PlannedRequest) -> bool:
         """Whether `request` is one of several of its conversation."""
         return request.after is not None or not request.last
 
-    def messages(self, request: Request, answers: Mapping[int, str]) -> list[Message] | None:
+    def messages(self, request: PlannedRequest, answers: Mapping[int, str]) -> list[Message] | None:
         """The conversation up to and with `request`; None if an answer before it is missing."""
         turns: list[Message] = []
         at = request
@@ -100,7 +100,7 @@ class Workload:
             turns.insert(0, Message("assistant", answers[at.after]))
             at = self.requests[at.after]
 
-    def body(self, request: Request, answers: Mapping[int, str], api: str) -> dict[str, Any] | None:
+    def body(self, request: PlannedRequest, answers: Mapping[int, str], api: str) -> dict[str, Any] | None:
         """The prompt as the fields of an OpenAI request; None if an answer before it is missing.
 
         Blocks become token ids, whatever `api` says: chats have no such form.

@@ -20,7 +20,7 @@ from rich.console import Console
 from kvstore.load.arrivals import Arrivals, Closed, Open
 from kvstore.load.client import Client
 from kvstore.load.compare import Comparison, compare
-from kvstore.load.player import Asking, Run, play
+from kvstore.load.player import Asking, PlayedWorkload, play
 from kvstore.load.progress import Progress
 from kvstore.load.requests import Workload
 from kvstore.load.summary import Summary, summarize
@@ -33,8 +33,8 @@ WITH, WITHOUT = "with the cache", "without the cache"
 
 
 @dataclass
-class Session:
-    """What is played and what came of it.
+class HttpSession:
+    """A workload that is played, and its results.
 
     baseline:  whether to play it without the cache too; on `other` if that is given, else on `server` with its cache
                asked to keep out.
@@ -47,7 +47,7 @@ class Session:
     other: Client | None = None
     baseline: bool = False
     warmup: int = 0
-    runs: list[tuple[Run, Summary]] = field(default_factory=list)
+    runs: list[tuple[PlayedWorkload, Summary]] = field(default_factory=list)
     comparison: Comparison | None = None
 
     def play(self, progress: Console) -> None:

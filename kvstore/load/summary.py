@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.load.player import Run
+from kvstore.load.player import PlayedWorkload
 from kvstore.load.record import FAILED, REFUSED, SKIPPED, STAGES, TIERS, Record
 
 
@@ -39,7 +39,7 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class RequestGroup:
     """Some answered requests together.
 
     hit_rate:    hit tokens over prompt tokens, of the requests whose server told both; None if none did.
@@ -80,10 +80,10 @@ class Summary:
     skipped: int
     interrupted: bool
     wall_s: float
-    all: Group
-    by_replica: dict[str, Group]
-    by_part: dict[str, Group]
-    by_source: dict[str, Group]
+    all: RequestGroup
+    by_replica: dict[str, RequestGroup]
+    by_part: dict[str, RequestGroup]
+    by_source: dict[str, RequestGroup]
     completion_tokens: int
     output_tokens_per_s: float
     prompt_tokens_per_s: float
@@ -103,7 +103,7 @@ class Summary:
         return asdict(self)
 
 
-def summarize(run: Run, open_loop: bool) -> Summary:
+def summarize(run: PlayedWorkload, open_loop: bool) -> Summary:
     """Reckon a run's numbers."""
     answered = [record for record in run.records if record.ok]
     sent = [record for record in run.records if record.sent_s is not None]
@@ -143,7 +143,7 @@ def summarize(run: Run, open_loop: bool) -> Summary:
     )
 
 
-def group(answered: Sequence[Record]) -> Group:
+def group(answered: Sequence[Record]) -> RequestGroup:
     """Some answered requests together."""
     told = [record for record in answered if record.cached_tokens is not None and record.prompt_tokens]
     hits: Counter[str] = Counter()
@@ -151,7 +151,7 @@ def group(answered: Sequence[Record]) -> Group:
         hits.update(record.hit_tokens if record.hit_tokens is not None else {"cached": record.cached_tokens or 0})
     order = [tier for tier in TIERS if tier in hits] + sorted(set(hits) - set(TIERS))
     told_tokens = sum(record.prompt_tokens or 0 for record in told)
-    return Group(
+    return RequestGroup(
         requests=len(answered),
         prompt_tokens=sum(record.prompt_tokens or 0 for record in answered),
         hit_tokens={tier: hits[tier] for tier in order},
@@ -160,7 +160,7 @@ def group(answered: Sequence[Record]) -> Group:
     )
 
 
-def _groups(answered: Sequence[Record], key: Callable[[Record], str]) -> dict[str, Group]:
+def _groups(answered: Sequence[Record], key: Callable[[Record], str]) -> dict[str, RequestGroup]:
     """Groups by key in the order in which they were met, without those that have none."""
     found: dict[str, list[Record]] = {}
     for record in answered:
@@ -169,7 +169,7 @@ def _groups(answered: Sequence[Record], key: Callable[[Record], str]) -> dict[st
     return {name: group(records) for name, records in found.items()}
 
 
-def _in_order(groups: dict[str, Group], order: Sequence[str]) -> dict[str, Group]:
+def _in_order(groups: dict[str, RequestGroup], order: Sequence[str]) -> dict[str, RequestGroup]:
     return {name: groups[name] for name in (*order, *sorted(set(groups) - set(order))) if name in groups}
 
 

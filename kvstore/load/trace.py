@@ -23,7 +23,7 @@ from typing import Any
 
 from kvstore.errors import ConfigError
 from kvstore.extras import how_to_install
-from kvstore.load.requests import COMPLETIONS, VOCAB_SIZE, Blocks, Request, Workload
+from kvstore.load.requests import COMPLETIONS, VOCAB_SIZE, Blocks, PlannedRequest, Workload
 
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 FORMATS = f'a kvt1 header ({{"format": "kvt1", "block_tokens": ...}}) or the columns {",".join(AZURE_COLUMNS)}'
@@ -66,7 +66,7 @@ class Trace:
         size = self.block_tokens or own
         sessions: list[int] = []
         paths: list[tuple[int, ...]] = []
-        requests: list[Request] = []
+        requests: list[PlannedRequest] = []
         for number, fields in enumerate(_read_requests(self.path, lines, self.requests)):
             parent = fields["p"]
             shared = paths[parent][: fields["k"]] if parent >= 0 else ()
@@ -77,7 +77,7 @@ class Trace:
             # Whoever continues a session's request has read its answer; what merely shares a prefix has not.
             continues = parent >= 0 and fields["s"] >= 0 and sessions[parent] == fields["s"]
             requests.append(
-                Request(
+                PlannedRequest(
                     number,
                     fields["s"] if fields["s"] >= 0 else -1 - number,
                     Blocks(paths[-1][: -(-num_tokens // size)], num_tokens, number),
@@ -91,7 +91,7 @@ class Trace:
         )
 
     def _from_azure(self, lines: io.TextIOBase, seed: int) -> Workload:
-        requests: list[Request] = []
+        requests: list[PlannedRequest] = []
         began: datetime | None = None
         for number, row in enumerate(csv.reader(lines)):
             if number == self.requests:
@@ -105,10 +105,10 @@ class Trace:
             began = began or at
             prompt = Blocks((), min(max(1, num_tokens), self.max_prompt_tokens), number)
             answer = min(max(1, num_answer), self.max_answer_tokens)
-            requests.append(Request(number, number, prompt, answer, at_s=(at - began).total_seconds()))
+            requests.append(PlannedRequest(number, number, prompt, answer, at_s=(at - began).total_seconds()))
         return self._workload(requests, seed, 0, {"trace": self.path.name})
 
-    def _workload(self, requests: list[Request], seed: int, size: int, source: dict[str, Any]) -> Workload:
+    def _workload(self, requests: list[PlannedRequest], seed: int, size: int, source: dict[str, Any]) -> Workload:
         if not requests:
             raise ConfigError(f"{self.path} holds no request after its header")
         parameters = {**source, **asdict(self), "path": str(self.path), "block_tokens": size, "requests": len(requests)}
@@ -163,7 +163,7 @@ def _read_requests(path: Path, lines: io.TextIOBase, num_requests: int) -> Itera
 
 
 def _problem(fields: Any, number: int) -> str | None:
-    """What a request's line should have had, or None."""
+    """The fields that a request's line lacks, or None."""
     if not isinstance(fields, dict):
         return "a JSON object"
     for name in ("t", "s", "in", "out", "p", "k"):

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from kvstore.errors import ConfigError
-from kvstore.load.requests import CHAT, COMPLETIONS, Message, Request, Workload
+from kvstore.load.requests import CHAT, COMPLETIONS, Message, PlannedRequest, Workload
 from kvstore.load.text import make_text
 
 ORDERS = ("tile", "random", "interleave")
@@ -41,7 +41,7 @@ class SharedPrompt:
         return Workload(
             "shared-prompt",
             tuple(
-                Request(
+                PlannedRequest(
                     number,
                     number,
                     (system, Message("user", make_text(seed, f"question {number}", self.question_tokens))),
@@ -73,7 +73,7 @@ class MultiRound:
     def make(self, seed: int) -> Workload:
         """users * rounds requests."""
         _check_positive(self, may_be_zero=("system_tokens", "history_tokens"))
-        requests: list[Request] = []
+        requests: list[PlannedRequest] = []
         for turn in range(self.rounds):
             for user in range(self.users):
                 question = make_text(seed, f"user {user} question {turn}", self.question_tokens)
@@ -86,7 +86,7 @@ class MultiRound:
                         prompt = (Message("system", make_text(seed, "system", self.system_tokens)), *prompt)
                 number = len(requests)
                 requests.append(
-                    Request(
+                    PlannedRequest(
                         number,
                         user,
                         prompt,
@@ -142,7 +142,7 @@ class LongDoc:
             text = make_text(seed, name, self.document_tokens)
             question = make_text(seed, f"question {number}", self.question_tokens)
             prompt = (Message("user", f"{text}\n\nQuestion: {question}\nAnswer:"),)
-            requests.append(Request(number, number, prompt, self.answer_tokens, part=part))
+            requests.append(PlannedRequest(number, number, prompt, self.answer_tokens, part=part))
         return Workload("long-doc", tuple(requests), COMPLETIONS, seed, asdict(self))
 
 
@@ -160,7 +160,7 @@ class NoReuse:
         return Workload(
             "no-reuse",
             tuple(
-                Request(
+                PlannedRequest(
                     number,
                     number,
                     (Message("user", make_text(seed, f"prompt {number}", self.prompt_tokens)),),
@@ -185,7 +185,7 @@ RECIPES: dict[str, type[Recipe]] = {
 def warm_up(num_requests: int, seed: int) -> Workload:
     """Short prompts that share nothing with any workload's."""
     prompts = [(Message("user", make_text(seed, f"warm-up {number}", 64)),) for number in range(num_requests)]
-    requests = tuple(Request(number, number, prompt, answer_tokens=4) for number, prompt in enumerate(prompts))
+    requests = tuple(PlannedRequest(number, number, prompt, answer_tokens=4) for number, prompt in enumerate(prompts))
     return Workload("warm-up", requests, COMPLETIONS, seed)
 
 

@@ -24,7 +24,7 @@ from kvstore.errors import ConfigError
 
 
 class BreakerState(Enum):
-    """Where a breaker stands."""
+    """The state of a breaker."""
 
     CLOSED = "closed"  # the tier is up
     OPEN = "open"  # the tier is down and left alone until the back-off is over

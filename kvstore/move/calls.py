@@ -14,7 +14,7 @@ CLEAR_TIMEOUT_S = 60.0  # a walk over about a hundred million keys
 def call_tier(
     tier: Tier, transfer: Transfer, slot_view: Callable[[int], memoryview], timeout_s: float
 ) -> tuple[bool, ...]:
-    """Have the tier do it; one answer per key. Raises TierError where there are not as many."""
+    """Call the tier; one answer per key. Raises TierError where there are not as many."""
     keys = transfer.keys
     match transfer.op:
         case Op.FETCH:
@@ -53,7 +53,7 @@ def longest_s(transfer: Transfer, timeout_s: float) -> float:
 
 
 def in_words(transfer: Transfer) -> str:
-    """What it is, in a line of a log."""
+    """The transfer in one line of a log."""
     return f"{transfer.op.value} of {len(transfer.keys)} pages" if transfer.keys else transfer.op.value
 
 

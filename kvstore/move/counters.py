@@ -1,4 +1,4 @@
-"""What a lane counts, for metrics."""
+"""The counters of a lane, for metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_REASONS = 32  # per direction; a label of a metric must not grow with what a
 
 @dataclass(slots=True)
 class LaneCounters:
-    """What a lane has done. Plain numbers, written under the lane's lock and read without it.
+    """The work of a lane so far. Plain numbers, written under the lane's lock and read without it.
 
     transfers: begun, that is, handed to the tier.
     errors:    of those, not answered by the tier.

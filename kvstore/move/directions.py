@@ -33,7 +33,7 @@ OPS_OF = {way: tuple(op for op, its in DIRECTION_OF.items() if its is way) for w
 
 
 class Directions:
-    """What may be sent to a tier. Under the lane's lock.
+    """The directions in which transfers may be sent to a tier. Under the lane's lock.
 
     whole:    the breaker of the tier; nothing passes while it is not closed.
     breakers: those of the directions, with the same numbers.

@@ -197,14 +197,14 @@ class Lane:
             self.counters.queued = len(self._backlog)
 
     def promote(self, transfer_ids: Iterable[int]) -> None:
-        """Let prefetches that still wait go with the loads: a request waits for them now."""
+        """Move prefetches that still wait to the loads: a request waits for them now."""
         with self._wake:
             self._take_in()
             for transfer_id in transfer_ids:
                 self._backlog.promote(transfer_id)
 
     def check(self, now: float) -> None:
-        """What the housekeeper does here: expire what waits in vain, find stuck workers, test what is due.
+        """The housekeeper's round: expire transfers that wait in vain, find stuck workers, test what is due.
 
         It works when every worker hangs.
         """

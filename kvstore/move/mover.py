@@ -106,7 +106,7 @@ class Mover:
                     lane.cancel(ids)
 
     def promote(self, transfer_ids: Iterable[int]) -> None:
-        """Let waiting prefetches go with the loads. Never blocks, never calls back."""
+        """Move waiting prefetches to the loads. Never blocks, never calls back."""
         ids = list(transfer_ids)
         with self._lock:
             for lane in self.lanes.values():

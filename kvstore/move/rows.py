@@ -162,7 +162,7 @@ class RowMover:
             self._mover.cancel((transfer_id,))
 
     def poll(self, timeout_s: float = 0.0) -> list[Outcome]:
-        """What was answered since the last call; waits up to `timeout_s` for the first."""
+        """The answers since the last call; waits up to `timeout_s` for the first."""
         answered: list[Outcome] = []
         until = time.monotonic() + timeout_s
         while True:
@@ -219,11 +219,11 @@ class RowMover:
         return self._mover.lanes[tier].directions.num_opened
 
     def lane_counters(self, tier: str) -> LaneCounters:
-        """What the tier's lane has done."""
+        """The counters of the tier's lane."""
         return self._mover.lanes[tier].counters
 
     def tier_counters(self, tier: str) -> TierCounters:
-        """What only the tier itself can count."""
+        """The counters that only the tier itself has."""
         return self.tier(tier).counters
 
     def tier(self, name: str) -> Tier:

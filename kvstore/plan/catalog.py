@@ -1,4 +1,4 @@
-"""What is known of every block: which tiers hold its pages, and in which host slot.
+"""The catalog of all blocks: which tiers hold their pages, and in which host slot.
 
     Block   one node of the prefix tree: its hash, its parent, what its sender said about retention
     Page    one layer group of a block: host slot and state, the lower tiers that have a copy, who holds it
@@ -39,7 +39,7 @@ SHARED_SESSION = "\0shared"  # a block that more than one session has used; no s
 
 
 class PageState(IntEnum):
-    """Where a page stands in host memory."""
+    """The state of a page in host memory."""
 
     ABSENT = 0
     FILLING = 1  # a fetch or a save lease is writing its slot
@@ -124,7 +124,7 @@ class Block:
         return True
 
     def meta(self, num_bytes: int, expires_at: float) -> PageMeta:
-        """What is written beside a page of this block."""
+        """The metadata written beside a page of this block."""
         parent = b"" if self.parent is None else self.parent.key
         return PageMeta(num_bytes, parent, self.depth, expires_at, self.tokens)
 

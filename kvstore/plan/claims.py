@@ -1,4 +1,4 @@
-"""Who computes what: claims on blocks that are stored nowhere, so that one request computes them for all.
+"""Claims on blocks that are stored nowhere, so that one request computes them for all.
 
 A claim is made in *steps*: as many blocks as the engine computes and saves at once. A step is named by the hash of its
 last block, which says all of its tokens; so two prompts that fork inside a step do not wait for each other there.
@@ -21,7 +21,7 @@ MAX_STEPS = 1 << 18  # claimed at once; 64 prompts of a million tokens in steps 
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """What one request is going to compute.
+    """The blocks that one request is going to compute.
 
     steps:       names of the steps that are not published yet, in path order.
     progress_at: when it was made, or a step of it was published last.

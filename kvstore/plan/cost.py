@@ -20,7 +20,7 @@ MAX_PREFILL_RATE = 1e9  # tokens per second
 
 @dataclass(slots=True)
 class TierCost:
-    """What one tier delivered lately; None until something was measured."""
+    """The recent rates of one tier; None until something was measured."""
 
     parallel: int  # batches that run at the same time
     latency_s: float = 0.0

@@ -23,7 +23,7 @@ from kvstore.plan.catalog import Page, PageState
 
 @dataclass(slots=True)
 class SpillCounters:
-    """What became of the pages owed to a tier."""
+    """The outcome of the pages owed to a tier."""
 
     spilled_pages: int = 0
     failed_pages: int = 0
@@ -101,7 +101,7 @@ class Debts:
                     book.pop(page, None)
 
     def retry(self) -> None:
-        """Have what failed tried again."""
+        """Try again what failed."""
         self.find_lost()
         self.waiting.update(self.failed)
         self.failed.clear()

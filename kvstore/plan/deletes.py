@@ -1,4 +1,4 @@
-"""What a lower tier is owed in deletes.
+"""The deletes that a lower tier is owed.
 
 A delete is owed like a write: it is sent when the tier takes deletes, sent again after an outage or a refusal, waited
 for by a flush, and told of where it could not be done. Its key is in one of three places until then:

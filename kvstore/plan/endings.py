@@ -1,4 +1,4 @@
-"""What the end of a lease or of a request means to everybody else.
+"""The consequences of the end of a lease or of a request.
 
     a save ends       its pages are published: written behind, kept as its request asked; others may have waited
     a load ends       its pages were used: tiers that admit on second use get them; the time that was saved is booked

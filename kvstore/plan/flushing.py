@@ -1,4 +1,4 @@
-"""What a flush may say: whether all that was saved, and all that was deleted, is so on every tier that should have it.
+"""Flushes: whether all that was saved, and all that was deleted, is so on every tier that should have it.
 
 A page that was lost, or a delete that was dropped, is told once to each caller: in its next flush. So a flush speaks of
 everything up to now, but for what its caller has been told before. What is still owed is told every time.
@@ -16,7 +16,7 @@ from kvstore.plan.records import FlushResult, Op
 
 @dataclass(slots=True)
 class Told:
-    """What one caller of flushes has been told of so far, by tier: pages lost, deletes dropped, pages written."""
+    """The news that one caller of flushes has had so far, by tier: pages lost, deletes dropped, pages written."""
 
     lost: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
@@ -55,7 +55,7 @@ def told_of(tiers: Sequence[LowerTier]) -> Told:
 
 
 def report(tiers: Sequence[LowerTier], told: Told) -> FlushResult:
-    """What is so now; `told` notes that its caller knows. Under the store's lock; looks at every page that is owed."""
+    """The state now; `told` notes that its caller knows. Under the store's lock; looks at every page that is owed."""
     written: dict[str, int] = {}
     missing: dict[str, dict[str, int]] = {}
     undeleted: dict[str, dict[str, int]] = {}

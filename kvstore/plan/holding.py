@@ -170,7 +170,7 @@ class Holder:
         return None, absent
 
     def _reserve(self, load: Load, needed: Needed, indexes: Sequence[int], granted: int) -> int | None:
-        """Have slots for absent pages; returns the block before which to cut if there is no room for all."""
+        """Take slots for absent pages; returns the block before which to cut if there is no room for all."""
         wanted = [needed.pages[index] for index in indexes]
         slots = self._host.take_for(wanted, load.request.keys[:granted])
         held = wanted[: len(slots)]

@@ -107,7 +107,7 @@ class HostSpace:
             page.pins += 1
 
     def unpin(self, pages: Sequence[Page], *, used: bool) -> None:
-        """Let go of resident pages, given in path order; those that nobody else holds become evictable again."""
+        """Unpin resident pages, given in path order; those without another holder become evictable again."""
         for page in pages:
             page.pins -= 1
         loose = [page for page in pages if not page.pins]

@@ -279,7 +279,7 @@ class InSteps:
         return self._loader.give_up(stalled, now) | self._turns.tick(now)
 
     def expire(self, request: Request | None = None) -> None:
-        """Let go what is past its deadline. Wherever it matters, and not by `tick` alone: ticks may be late.
+        """Drop what is past its deadline. Called wherever it matters, and not by `tick` alone: ticks may be late.
 
         As many as a step may take. If there are more, those that the request would find.
         """

@@ -28,7 +28,7 @@ MAX_STALE = 1024  # ends in the queue that do not count any more, beside as many
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What is kept on one holder's word: pages, and until when at the latest, by the boot clock."""
+    """The pages kept on one holder's word, and until when at the latest, by the boot clock."""
 
     holder: str
     num_pages: int
@@ -47,7 +47,7 @@ class _Promise:
 
 
 class Keeper:
-    """Who is kept, until when, and on whose word. Under the store's lock.
+    """All holders' words to keep pages, and until when. Under the store's lock.
 
     budget: share of the host slots that may be kept. longest_s: after so long every promise ends.
     """
@@ -115,7 +115,7 @@ class Keeper:
 
     @property
     def holders(self) -> list[Kept]:
-        """Who has how many pages kept, and until when."""
+        """The number of pages that each holder keeps, and until when."""
         return [Kept(holder, int(pages), until) for holder, (pages, until) in self._holders.items()]
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""What the planner remembers of a lease while its holder copies.
+"""The planner's record of a lease while its holder copies.
 
 A lease is the promise at the boundary: the slots it names stay what they are until it ends. It ends by complete or
 release, whichever comes first; a second end is ignored, so that clean-up code may always release.

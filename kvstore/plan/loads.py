@@ -105,7 +105,7 @@ class Loader:
         return load
 
     def let_go(self, load: Load) -> bool:
-        """Let go of the last pages of a load that is closed; True at its end."""
+        """Unpin the last pages of a load that is closed; True at its end."""
         if not self._let_go_part(load, used=load.is_used):
             return False
         if load.is_preparing:
@@ -150,7 +150,7 @@ class Loader:
         self._fetch(retry, retry_codes, now)
 
     def give_up(self, pages: Sequence[Page], now: float) -> bool:
-        """Let who waits for the fetch of these pages go on without them; True if anybody did.
+        """End the waiting for the fetch of these pages; True if anything waited.
 
         Their slots stay taken until the fetch comes back.
         """
@@ -220,7 +220,7 @@ class Loader:
         return names
 
     def _join(self, load: Load, pages: Sequence[Page]) -> None:
-        """Have a load wait for fetches that are under way."""
+        """Make a load wait for fetches that are under way."""
         for page in pages:
             if page.waiters is None:
                 page.waiters = []
@@ -305,7 +305,7 @@ class Loader:
             self.counters["load_failures"] += 1
 
     def _let_go_part(self, load: Load, *, used: bool) -> bool:
-        """Let go of the last pages that a load holds, in whatever way; True when it holds no more. Tail first."""
+        """Unpin the last pages that a load holds, in whatever way; True when it holds no more. Tail first."""
         pages = load.pages[-STEP_PAGES:]
         del load.pages[-STEP_PAGES:]
         kept = pages if not load.lost else [page for page in pages if page not in load.lost]

@@ -77,7 +77,7 @@ class Scout:
             self._settle(state, *state.unsettled)
 
     def survey(self, request: Request) -> Survey:
-        """Where every page of the request is, as far as is known now."""
+        """The place of every page of the request, as far as is known now."""
         limit = loadable_blocks(request, self._block_size)
         blocks = self.verified(request, self._catalog.match(request.keys[:limit]))
         order = self._readable()
@@ -187,7 +187,7 @@ class Scout:
                     block.tokens = self._block_tokens(request, block.depth)
 
     def forget_answers(self) -> None:
-        """Have shared tiers asked again, at each request's next lookup."""
+        """Ask shared tiers again, at each request's next lookup."""
         for state in self.requests.values():
             state.probes.clear()
 

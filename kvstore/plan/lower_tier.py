@@ -136,7 +136,7 @@ class LowerTier:
         return [page for page in pages if page.homes & self.bit]
 
     def delete(self, pages: Sequence[Page], also: Sequence[PageKey] = (), why: Left = Left.DELETED) -> None:
-        """Have copies deleted, and whatever the medium may have under the keys `also`.
+        """Delete copies, and whatever the medium may have under the keys `also`.
 
         A copy that is being written goes after it is there.
         """
@@ -154,7 +154,7 @@ class LowerTier:
         self.dropping = ()
 
     def clear(self) -> None:
-        """Have all the tier holds deleted that it finds itself. What is known of leaves by `clear_away` after that."""
+        """Delete all that the tier finds itself. Pages that are known are dropped by `clear_away` after that."""
         if self.plan.can_clear and not self.is_detached:
             self.deletes.owe_all()
 

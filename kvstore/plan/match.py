@@ -1,4 +1,4 @@
-"""Where is every page of a prompt, and how much of it should be loaded?
+"""The match of a prompt: the place of every page, and how much should be loaded.
 
 A survey is one walk over the known prefix. It does no I/O: what the catalog does not know and a shared tier might,
 is asked by a probe, and the answer is remembered with the request until it is finished.
@@ -26,7 +26,7 @@ FIRST_LOWER = 2
 
 @dataclass(slots=True)
 class Probe:
-    """What one shared tier has answered about the blocks [first, end) of a request.
+    """The answers of one shared tier about the blocks [first, end) of a request.
 
     answer:      block-major, one entry per group; False until something else is known.
     transfer_id: of the question under way; 0 if there is none.
@@ -42,7 +42,7 @@ class Probe:
 
 @dataclass(slots=True)
 class RequestState:
-    """What the planner remembers of a request between its first lookup and its end."""
+    """The planner's note of a request between its first lookup and its end."""
 
     request: Request
     probes: dict[int, Probe] = field(default_factory=dict)  # by index of the lower tier

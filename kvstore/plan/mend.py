@@ -158,7 +158,7 @@ def _settle_host(planner: Planner, pages: list[Page]) -> None:
 
 
 def _settle_tier(planner: Planner, tier: LowerTier, pages: list[Page], now: float) -> None:
-    """What a lower tier has, is owed, and the order in which it leaves there."""
+    """The books of a lower tier: its pages, its debts, and the order in which they leave."""
     bit, policy = tier.bit, tier.plan.policy
     flights = [flight for flight in planner.flights.under_way() if flight.transfer.tier == tier.plan.name]
     held = {page for flight in flights if flight.transfer.op is Op.FETCH for page in flight.pages}
@@ -184,7 +184,7 @@ def _settle_tier(planner: Planner, tier: LowerTier, pages: list[Page], now: floa
 
 
 def _rebuild(policy: EvictionPolicy[Page], members: dict[Page, None], now: float) -> None:
-    """Have a policy hold exactly these pages, in the order in which it has them; others are the most recent ones."""
+    """Make a policy hold exactly these pages, in the order in which it has them; others are the most recent ones."""
     ordered = [page for page in policy.members() if page in members]
     known = set(ordered)
     fresh = [page for page in members if page not in known]

@@ -1,4 +1,4 @@
-"""What became of transfers: each outcome is booked by whoever had the transfer sent.
+"""Outcomes of transfers: each is booked by the part that had the transfer sent.
 
 A transfer that landed already, or was never sent, is ignored.
 """

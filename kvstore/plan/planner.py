@@ -280,7 +280,7 @@ class Planner:
         return self._book.restoring(name, stored)
 
     def take_transfers(self) -> list[Transfer]:
-        """What the lanes have to carry now."""
+        """The transfers that the lanes have to carry now."""
         return self.flights.take()
 
     def take_promotions(self) -> list[int]:
@@ -292,7 +292,7 @@ class Planner:
         return told_of(self.tiers)
 
     def flush_result(self, told: Told) -> FlushResult:
-        """What is owed to tiers, or lost to them; `told` notes that its caller knows."""
+        """The pages owed to tiers, or lost to them; `told` notes that its caller knows."""
         return report(self.tiers, told)
 
     def flushing(self) -> Flushing:

@@ -17,7 +17,7 @@ HOST = "host"  # the name of the tier in the middle, as it appears in counts by 
 
 
 class Op(Enum):
-    """What a lane is asked to do with a batch of pages."""
+    """The task of a lane for a batch of pages."""
 
     FETCH = "fetch"  # tier -> host slots
     SPILL = "spill"  # host slots -> tier
@@ -63,7 +63,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a transfer.
+    """The outcome of a transfer.
 
     ok:      one answer per key; all False where the whole batch failed. Of a CLAIM: whether it is ours.
     seconds: time inside the tier; 0 where it was never called.
@@ -79,7 +79,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """What an engine or a gateway knows about a request and a cache cannot guess.
+    """The knowledge of an engine or a gateway about a request, which a cache cannot guess.
 
     tenant:       salt of the block hashes: tenants never see each other's pages.
     session:      name of the conversation, for statistics and policies.
@@ -143,7 +143,7 @@ class CutReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What a lookup found: blocks [0, num_blocks) can be loaded.
+    """The result of a lookup: blocks [0, num_blocks) can be loaded.
 
     pending:   a shared tier is still being asked, or another request is computing what follows (`cut` says so);
                asking again may show more.
@@ -191,7 +191,7 @@ class Explanation:
 
 
 class LeaseState(Enum):
-    """Where a load lease stands."""
+    """The state of a load lease."""
 
     WAITING = "waiting"
     READY = "ready"  # every page it will get is in its slot
@@ -241,7 +241,7 @@ class SaveLease:
 
 @dataclass(frozen=True, slots=True)
 class FlushResult:
-    """What a flush found; true if all is well.
+    """The result of a flush; true if all is well.
 
     ok:        everything that was saved, and everything that was deleted, is so on every tier that should have it. What
                a caller was told in an earlier flush, once and for all lost, is not told again.

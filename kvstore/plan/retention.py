@@ -1,4 +1,4 @@
-"""What a use of a path does to every tier's order, and what callers say about keeping it.
+"""Retention: the effect of a path's use on every tier's order, and of callers' wishes to keep it.
 
 Retention has four words on all tiers: recency (`use`), time to live (`set_ttl`), promises to keep in host memory
 (`promise`), and the opposite (`let_go_first`, `leave`). The planner finds the blocks; here it is said to whom it

@@ -144,7 +144,7 @@ class Saver:
         return whole
 
     def let_go(self, save: Save) -> bool:
-        """Let go of the last pages of a save that is published, and drop those that are not whole; True at its end."""
+        """Unpin the last pages of a save that is published, and drop those that are not whole; True at its end."""
         pages = save.pages[-STEP_PAGES:]
         del save.pages[-STEP_PAGES:]
         held = [page for page in pages if page.state == PageState.READY]

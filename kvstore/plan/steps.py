@@ -32,7 +32,7 @@ def at_once(steps: Steps[T]) -> T:
 
 
 def parts(items: Sequence[T], size: int = 0) -> Iterator[Sequence[T]]:
-    """What one step after the other has to do, first to last. Items that fit one step are handed on as they are.
+    """The steps of long work, first to last. Items that fit one step are handed on as they are.
 
     size: of a step; 0 means STEP_PAGES.
     """

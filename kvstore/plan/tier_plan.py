@@ -13,7 +13,7 @@ from kvstore.plan.catalog import Page
 
 @dataclass(frozen=True, slots=True)
 class TierPlan:
-    """What the planner must know of a lower tier.
+    """The planner's settings for a lower tier.
 
     capacity_pages: None where the medium evicts by itself.
     policy:         order of eviction; None where the medium evicts by itself.

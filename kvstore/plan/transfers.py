@@ -82,17 +82,17 @@ class Flights:
 
     @property
     def outgoing(self) -> list[Transfer]:
-        """What `take` would give; it stays until `sent`."""
+        """The transfers that `take` would give; they stay until `sent`."""
         return self._outbox
 
     def sent(self) -> None:
-        """What was outgoing is with the lanes."""
+        """Note that the outgoing transfers are with the lanes."""
         if self._outbox:
             self._last_sent = self._outbox[-1].id
             self._outbox = []
 
     def rebuild(self) -> None:
-        """Have outgoing what is booked and not with the lanes: an exception may have come between the two."""
+        """Make outgoing what is booked and not with the lanes: an exception may have come between the two."""
         self._next_id = max(self._next_id, max(self._flights, default=0) + 1)
         self._outbox = [flight.transfer for number, flight in sorted(self._flights.items()) if number > self._last_sent]
         self.stalled &= self._flights.keys()
@@ -108,7 +108,7 @@ class Flights:
         self._has_new_stalled = True
 
     def take_stalled(self) -> list[Flight]:
-        """What is still under way of that, once after each `stall`."""
+        """The pages of that which are still under way, once after each `stall`."""
         if not self._has_new_stalled:
             return []
         self._has_new_stalled = False

@@ -135,7 +135,7 @@ class LocalRedis:
         os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)  # the signal takes effect some time after it is sent
 
     def thaw(self) -> None:
-        """Let a frozen server run again."""
+        """Continue a frozen server."""
         self._signal(signal.SIGCONT)
 
     def client(self) -> redis.Redis:

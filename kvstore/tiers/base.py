@@ -26,7 +26,7 @@ class StoredPage:
 
 @dataclass(slots=True)
 class TierCounters:
-    """What only the tier itself can count. Plain integers, read without a lock by metrics."""
+    """The counters that only the tier itself has. Plain integers, read without a lock by metrics."""
 
     corrupt_pages: int = 0
     collisions: int = 0
@@ -37,7 +37,7 @@ class TierCounters:
 
 
 class Tier(Protocol):
-    """Where pages live below host memory.
+    """A tier: a place for pages below host memory.
 
     All I/O methods take `timeout_s`, the time left for the whole batch: where the medium allows it (sockets) it is
     enforced and TierUnavailable raised. `views[i]` is a whole slot, `layout.slot_bytes` long and aligned to 4096

@@ -62,7 +62,7 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class SlabHandle(NamedTuple):
-    """What it takes to attach to a slab: for a shared one, by any process of the same user. Plain data: it travels.
+    """The handle of a slab: any process of the same user attaches to a shared one by it. Plain data: it travels.
 
     path: the descriptor of the process that made the slab, under /proc; it needs no name in /dev/shm, so nothing is
           left behind by a process that dies, and the small /dev/shm of a container does not matter. Of private memory
@@ -229,7 +229,7 @@ class HostSlab:
 
     @harmless
     def close(self) -> None:
-        """Let go of the memory; it returns to the system with the last view that callers still hold. Idempotent."""
+        """Free the memory; it returns to the system with the last view that callers still hold. Idempotent."""
         with _private_lock:
             _private.pop(f"{_PRIVATE}{os.getpid()}:{id(self)}", None)
         self._whole = memoryview(b"")

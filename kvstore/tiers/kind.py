@@ -24,7 +24,7 @@ S = TypeVar("S", bound=Section)
 
 @dataclass(frozen=True, slots=True)
 class TierContext:
-    """What a tier is opened for.
+    """The store that a tier is opened for.
 
     layout: sizes of pages; a slot has `layout.slot_bytes`.
     place:  text that is the namespace's own, to keep its pages apart on a medium that many share; "" without a
@@ -37,7 +37,7 @@ class TierContext:
 
 @dataclass(frozen=True, slots=True)
 class TierTraits:
-    """What the planner may count on.
+    """The traits that the planner may count on.
 
     is_indexed:  what the planner knows of the tier is good enough for a lookup: pages stay until the planner has them
                  deleted, or the tier says so when it is read. Else only an answer of `contains` is.
@@ -58,7 +58,7 @@ class TierTraits:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a medium said of itself, in one line each.
+    """The words of a medium about itself, one line each.
 
     text: for the operator. warning: what should be changed; "" if nothing.
     """

@@ -26,7 +26,7 @@ def _machine_available(meminfo: Path) -> int:
 
 
 def _group_limits(proc: Path, cgroups: Path) -> Iterator[int]:
-    """What is left in every group from this process's own up to the root; v2 and v1 have different file names."""
+    """The memory left in every group from this process's own up to the root; v2 and v1 have different file names."""
     for folder, is_v2 in group_folders("memory", proc, cgroups):
         # Above memory.high a group is slowed down until it hardly moves: nothing that a cache may bring about.
         limits = ("memory.max", "memory.high") if is_v2 else ("memory.limit_in_bytes",)
@@ -43,7 +43,7 @@ def _group_limits(proc: Path, cgroups: Path) -> Iterator[int]:
 
 
 def _process_limits(status: Path) -> Iterator[int]:
-    """What ulimit -v and ulimit -d leave."""
+    """The memory that ulimit -v and ulimit -d leave."""
     for limit, name in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
         soft, _ = resource.getrlimit(limit)
         if soft != resource.RLIM_INFINITY:

@@ -76,7 +76,7 @@ class Bodies:
 
 
 def bad_body(request: web.Request, error: BaseException) -> BodyError:
-    """What is wrong with a body that its own headers do not describe; nothing of the body is repeated."""
+    """The error of a body that its own headers do not describe; nothing of the body is repeated."""
     if request.headers.get("Content-Encoding"):
         return BodyError(400, "the body is not what Content-Encoding says", "Content-Encoding")
     if request.headers.get("Transfer-Encoding"):

@@ -16,7 +16,7 @@ from enum import IntEnum
 
 
 class State(IntEnum):
-    """What a connection does; of a lower one it is less of a loss."""
+    """The use of a connection; a lower one is less of a loss."""
 
     NEW = 0
     IDLE = 1

@@ -50,7 +50,7 @@ def limit() -> int:
 
 
 def budget(files: int) -> Budget:
-    """What connections may have of `files`: a quarter is for HTTP over TCP, the rest is kept."""
+    """The share of `files` for connections: a quarter is for HTTP over TCP, the rest is kept."""
     part = max(4, (files - OWN) // 4)
     return Budget(files, min(part, MOST_HTTP), min(max(part // 4, 4), 256))
 
@@ -70,14 +70,14 @@ class Spare:
                 self._files.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
     def let_go(self) -> bool:
-        """Let one go for something that matters more; False if none is left."""
+        """Give one up for something that matters more; False if none is left."""
         if not self._files:
             return False
         os.close(self._files.pop())
         return True
 
     def close(self) -> None:
-        """Let all go, and take none again. Idempotent."""
+        """Give all up, and take none again. Idempotent."""
         self._count = 0
         while self.let_go():
             pass

@@ -209,7 +209,7 @@ class WebServer:
         return listener
 
     def protocol(self, connection: Connection) -> Handler | None:
-        """What serves HTTP on a connection. None before the start and after the end."""
+        """The HTTP handler of a connection. None before the start and after the end."""
         server = self._runner.server
         if server is None:
             return None

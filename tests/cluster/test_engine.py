@@ -13,7 +13,7 @@ import pytest
 from connectors.transformers.report import Piece, Report
 from connectors.transformers.runner import Job, ModelSpec
 from kvstore.cluster.admission import Admission, Refused
-from kvstore.cluster.answer import Answer
+from kvstore.cluster.answer import ReplicaAnswer
 from kvstore.cluster.engine import Engine
 from kvstore.config.sections import Config
 from kvstore.errors import RequestError, StoreClosed
@@ -104,15 +104,15 @@ def job(name: str, prompt_tokens: int = CHUNK, new_tokens: int = 2) -> Job:
     return Job([ord(name)] * prompt_tokens, new_tokens)
 
 
-def ask(engine: Engine, *jobs: Job) -> list[Answer]:
+def ask(engine: Engine, *jobs: Job) -> list[ReplicaAnswer]:
     return [engine.submit(one, time.monotonic()) for one in jobs]
 
 
-async def text(answer: Answer) -> str:
+async def text(answer: ReplicaAnswer) -> str:
     return "".join([piece.text async for piece in answer])
 
 
-async def all_text(answers: list[Answer]) -> list[str]:
+async def all_text(answers: list[ReplicaAnswer]) -> list[str]:
     return list(await asyncio.gather(*map(text, answers)))
 
 

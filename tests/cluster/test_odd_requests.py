@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from connectors.transformers.runner import ModelSpec
-from kvstore.cluster.replica import Replica, ReplicaSettings
+from kvstore.cluster.replica import ReplicaServer, ReplicaSettings
 from kvstore.cluster.router import Router, RouterSettings
 from kvstore.config.sections import Config
 from tests.helpers.odd_requests import SECRET, body_of, everything_logged, odd_requests, status_of, talk
@@ -24,10 +24,10 @@ PATHS = {
 
 
 @pytest.fixture
-async def replica(tmp_path: Path) -> AsyncIterator[Replica]:
+async def replica(tmp_path: Path) -> AsyncIterator[ReplicaServer]:
     spec = ModelSpec(str(make_model(tmp_path / "model")), "tiny", "float32", 1, CHUNK, "exact", True)
     config = Config(store={"block_size": BLOCK}, host={"capacity_bytes": "8MiB", "huge_pages": False})
-    replica = Replica(ReplicaSettings("r0", "127.0.0.1", 0, spec, drain_s=1.0), config)
+    replica = ReplicaServer(ReplicaSettings("r0", "127.0.0.1", 0, spec, drain_s=1.0), config)
     await replica.site.start()
     await replica.engine.open()
     replica.is_ready = True
@@ -36,7 +36,7 @@ async def replica(tmp_path: Path) -> AsyncIterator[Replica]:
 
 
 @pytest.fixture
-async def router(replica: Replica) -> AsyncIterator[Router]:
+async def router(replica: ReplicaServer) -> AsyncIterator[Router]:
     router = Router(RouterSettings([replica.site.url], "prefix", "127.0.0.1", 0))
     await router.start()
     yield router
@@ -44,7 +44,7 @@ async def router(replica: Replica) -> AsyncIterator[Router]:
 
 
 @pytest.mark.timeout(300)
-async def test_no_odd_request_gets_a_5xx_or_reaches_the_log(replica: Replica, router: Router) -> None:
+async def test_no_odd_request_gets_a_5xx_or_reaches_the_log(replica: ReplicaServer, router: Router) -> None:
     wrong, answered = {}, 0
     with everything_logged() as said:
         for server in (replica, router):

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.cluster.routing import POLICIES, PrefixAware, RoundRobin, View, make_policy
+from kvstore.cluster.routing import POLICIES, PrefixAware, ReplicaView, RoundRobin, make_policy
 from kvstore.errors import ConfigError
 
 URLS = ["a", "b", "c"]
 
 
-def view(hit: int = 0, queued: int = 0) -> View:
-    return View(prompt_tokens=100, hit_tokens=hit, queued_tokens=queued)
+def view(hit: int = 0, queued: int = 0) -> ReplicaView:
+    return ReplicaView(prompt_tokens=100, hit_tokens=hit, queued_tokens=queued)
 
 
 def test_round_robin_takes_each_in_its_turn_and_names_the_others_after_it() -> None:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from kvstore.cluster.supervisor_directory import RunDirectory
-from kvstore.cluster.topology import Kind
+from kvstore.cluster.topology import ProcessKind
 from tests.helpers.clusters import a_spec, stand_in
 
 
@@ -46,7 +46,7 @@ def test_clusters_are_listed_by_name_until_they_are_forgotten(run: RunDirectory)
 
 
 def test_a_process_is_known_as_soon_as_it_runs(run: RunDirectory) -> None:
-    with run.spawn(stand_in("node-0", Kind.NODE, 0), dict(os.environ)) as child:
+    with run.spawn(stand_in("node-0", ProcessKind.NODE, 0), dict(os.environ)) as child:
         found = run.find("node-0")
         child.kill()
 
@@ -71,7 +71,7 @@ def test_no_process_starts_once_the_directory_is_gone(run: RunDirectory, tmp_pat
 
 
 def test_a_directory_with_somebody_in_it_is_not_deleted(run: RunDirectory) -> None:
-    with run.spawn(stand_in("node-0", Kind.NODE, 0), dict(os.environ)) as child:
+    with run.spawn(stand_in("node-0", ProcessKind.NODE, 0), dict(os.environ)) as child:
         left = run.remove()
         assert {name: process.pid for name, process in left.items()} == {"node-0": child.pid}
         assert run.find("node-0") == psutil.Process(child.pid)

@@ -11,8 +11,8 @@ from kvstore.cluster.topology import (
     AUTO,
     NONE,
     ClusterSpec,
-    Kind,
     Process,
+    ProcessKind,
     assign_ports,
     check_counts,
     plan,
@@ -122,7 +122,7 @@ def test_without_redis_no_server_is_looked_for() -> None:
 
     processes = plan(spec(2, 2, redis=NONE), RUN, fail)
 
-    assert not any(process.kind is Kind.REDIS or process.environment for process in processes)
+    assert not any(process.kind is ProcessKind.REDIS or process.environment for process in processes)
 
 
 def test_a_missing_redis_server_is_told_when_one_is_needed() -> None:

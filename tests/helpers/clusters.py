@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvstore.cluster import supervisor
 from kvstore.cluster.supervisor_directory import RunDirectory
-from kvstore.cluster.topology import NONE, ClusterSpec, Kind, Process, ports_from
+from kvstore.cluster.topology import NONE, ClusterSpec, Process, ProcessKind, ports_from
 from kvstore.ports import free_ports
 
 # Answers /readyz with 200; says what it is told to; with "stubborn" it ignores SIGTERM.
@@ -30,7 +30,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
 
-def stand_in(name: str, kind: Kind, port: int, mode: str = "ready", needs: Sequence[str] = ()) -> Process:
+def stand_in(name: str, kind: ProcessKind, port: int, mode: str = "ready", needs: Sequence[str] = ()) -> Process:
     """A process that plays one of a cluster. mode: ready, never (it runs and is not ready), ends, stubborn."""
     command = (sys.executable, "-S", "-c", SERVER, str(port), mode)
     return Process(name, kind, command, port, needs=tuple(needs))
@@ -40,9 +40,9 @@ def stand_ins(node: str = "ready", replica: str = "ready", router: str = "ready"
     """A node, a replica and a router, each in its mode."""
     ports = free_ports(3)
     return (
-        stand_in("node-0", Kind.NODE, ports[0], node),
-        stand_in("replica-0", Kind.REPLICA, ports[1], replica, ["node-0"]),
-        stand_in("router", Kind.ROUTER, ports[2], router, ["replica-0"]),
+        stand_in("node-0", ProcessKind.NODE, ports[0], node),
+        stand_in("replica-0", ProcessKind.REPLICA, ports[1], replica, ["node-0"]),
+        stand_in("router", ProcessKind.ROUTER, ports[2], router, ["replica-0"]),
     )
 
 

@@ -19,10 +19,10 @@ from unittest.mock import patch
 
 from kvstore.config.sections import Config
 from kvstore.service.client.connect import connect
-from kvstore.service.client.connection import Wire
+from kvstore.service.client.connection import DaemonConnection
 from kvstore.service.client.store import RemoteStore
 from kvstore.service.daemon.daemon import Daemon
-from kvstore.service.protocol.frames import Op
+from kvstore.service.protocol.frames import Verb
 from tests.helpers.stores import LAYOUT, PAGE_BYTES, PATIENCE, namespace
 from tests.helpers.waiting import WAIT_S, wait_until
 
@@ -190,17 +190,17 @@ class DaemonProcess:
 def counted_calls() -> Iterator[Counter[str]]:
     """The messages that clients in this process send meanwhile, by the thread that waits for the answer."""
     counted: Counter[str] = Counter()
-    call, hello = Wire.call, Wire.hello
+    call, hello = DaemonConnection.call, DaemonConnection.hello
 
-    def counting(self: Wire, op: Op, body: bytes, timeout_s: float) -> Any:
+    def counting(self: DaemonConnection, op: Verb, body: bytes, timeout_s: float) -> Any:
         counted[threading.current_thread().name] += 1
         return call(self, op, body, timeout_s)
 
-    def counting_hello(self: Wire, body: bytes, timeout_s: float, **named: Any) -> Any:
+    def counting_hello(self: DaemonConnection, body: bytes, timeout_s: float, **named: Any) -> Any:
         counted[threading.current_thread().name] += 1
         return hello(self, body, timeout_s, **named)
 
-    with patch.object(Wire, "call", counting), patch.object(Wire, "hello", counting_hello):
+    with patch.object(DaemonConnection, "call", counting), patch.object(DaemonConnection, "hello", counting_hello):
         yield counted
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from kvstore.demo.report import Answer, Report, Stage, Turn
+from kvstore.demo.report import DemoReport, Stage, StageAnswer, Turn
 
 
-def answer(ttft_s: float, *, tokens: tuple[int, ...] = (1, 2, 3), **reused: int) -> Answer:
+def answer(ttft_s: float, *, tokens: tuple[int, ...] = (1, 2, 3), **reused: int) -> StageAnswer:
     """An answer to a prompt of 1,000 tokens."""
-    return Answer(1000, reused, ttft_s, 2 * ttft_s, tokens, "words")
+    return StageAnswer(1000, reused, ttft_s, 2 * ttft_s, tokens, "words")
 
 
 def turn(ttft_s: float, **reused: int) -> Turn:
@@ -15,7 +15,7 @@ def turn(ttft_s: float, **reused: int) -> Turn:
     return Turn(answer(ttft_s, **reused), answer(4.0), 4.0)
 
 
-def report() -> Report:
+def report() -> DemoReport:
     """All stages, all identical."""
     stages = (
         Stage("cold", (turn(4.0),)),
@@ -25,4 +25,4 @@ def report() -> Report:
         Stage("conversation", (turn(0.3, host=960), turn(0.2, host=960))),
         Stage("fork", (turn(2.0, host=480),)),
     )
-    return Report("tiny", "float32", 2, stages)
+    return DemoReport("tiny", "float32", 2, stages)

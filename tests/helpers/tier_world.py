@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from connectors.vllm_tier.chunks import TierSettings
 from connectors.vllm_tier.core import TierCore
 from connectors.vllm_tier.jobs import JobDone
-from connectors.vllm_tier.lookup import Answer
+from connectors.vllm_tier.lookup import LookupAnswer
 from kvstore.testing.pages import FakeClock
 from tests.helpers.faulty_tier import FaultyTier
 from tests.helpers.rows import Rows, faulty, open_mover
@@ -65,16 +65,16 @@ class TierWorld:
         (core or self.core).jobs.load(self.jobs, keys, rows)
         return self.job(core)
 
-    def look(self, keys: list[bytes], core: TierCore | None = None) -> list[Answer]:
+    def look(self, keys: list[bytes], core: TierCore | None = None) -> list[LookupAnswer]:
         """Lookups as in vLLM: again in every step until all are answered."""
         asked = core or self.core
 
-        found: list[Answer] = []
+        found: list[LookupAnswer] = []
 
         def is_answered() -> bool:
             found[:] = [asked.lookup(one) for one in keys]
             asked.end_step()
-            return Answer.ASK_AGAIN not in found
+            return LookupAnswer.ASK_AGAIN not in found
 
         wait_until(is_answered, "no answer", poll_s=0.001)
         return found

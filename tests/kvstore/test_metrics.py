@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
-from kvstore.metrics import METRICS, Kind, markdown, registry, render, unknown_keys
+from kvstore.metrics import METRICS, MetricKind, markdown, registry, render, unknown_keys
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
 from kvstore.plan.planner import Planner
@@ -113,7 +113,7 @@ def test_catalogue_has_each_key_and_name_once_in_prometheus_style() -> None:
     assert len({spec.key for spec in METRICS}) == len({spec.name for spec in METRICS}) == len(METRICS)
     for spec in METRICS:
         assert re.fullmatch(r"kvstore_[a-z_]+", spec.name), spec.name
-        assert spec.name.endswith("_total") == (spec.kind is Kind.COUNTER), spec.name
+        assert spec.name.endswith("_total") == (spec.kind is MetricKind.COUNTER), spec.name
         assert spec.help.endswith("."), spec.name
 
 

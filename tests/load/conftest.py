@@ -9,12 +9,12 @@ import pytest
 
 from kvstore.load.arrivals import Arrivals, Closed
 from kvstore.load.client import Client
-from kvstore.load.player import Asking, Run, play
+from kvstore.load.player import Asking, PlayedWorkload, play
 from kvstore.load.record import OK, Record
 from kvstore.load.requests import Workload
 from tests.helpers.openai_server import FakeServer, fake_server
 
-Play = Callable[..., Awaitable[Run]]
+Play = Callable[..., Awaitable[PlayedWorkload]]
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def played(server: FakeServer) -> Play:
         stop: asyncio.Event | None = None,
         answers: Mapping[int, str] | None = None,
         **client: Any,
-    ) -> Run:
+    ) -> PlayedWorkload:
         async with Client(server.url, model="fake", now=time.perf_counter, draw=lambda: 0.0, **client) as asker:
             return await play(
                 "run",

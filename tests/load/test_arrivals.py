@@ -6,11 +6,11 @@ import pytest
 
 from kvstore.errors import ConfigError
 from kvstore.load.arrivals import Closed, poisson, trace_times
-from kvstore.load.requests import Message, Request, Workload
+from kvstore.load.requests import Message, PlannedRequest, Workload
 
 
 def timed(*times: float | None) -> Workload:
-    requests = tuple(Request(n, n, (Message("user", "x"),), 1, at_s=at) for n, at in enumerate(times))
+    requests = tuple(PlannedRequest(n, n, (Message("user", "x"),), 1, at_s=at) for n, at in enumerate(times))
     return Workload("made", requests, "completions", 0)
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from kvstore.load.compare import Comparison, Line, compare
-from kvstore.load.player import Run
+from kvstore.load.compare import Comparison, ComparisonLine, compare
+from kvstore.load.player import PlayedWorkload
 from kvstore.load.record import FAILED, Record
 from kvstore.load.summary import summarize
 
@@ -15,11 +15,11 @@ TOLD = {"hit_tokens": {"host": 0}, "cached_tokens": 0}
 
 
 def compared(cache: list[Record], baseline: list[Record], same_server: bool = True) -> Comparison:
-    runs = [Run("with", cache, 2.0), Run("without", baseline, 4.0)]
+    runs = [PlayedWorkload("with", cache, 2.0), PlayedWorkload("without", baseline, 4.0)]
     return compare(*runs, *(summarize(run, False) for run in runs), same_server=same_server)
 
 
-def line(comparison: Comparison, name: str) -> Line:
+def line(comparison: Comparison, name: str) -> ComparisonLine:
     return next(line for line in comparison.lines if line.name == name)
 
 
@@ -33,8 +33,8 @@ def test_gain_above_one_is_better_with_the_cache(record: Make) -> None:
 
 
 def test_gain_of_nothing_is_none() -> None:
-    assert Line("x", "s", None, 1.0).gain is None
-    assert Line("x", "s", 0.0, 1.0).gain is None
+    assert ComparisonLine("x", "s", None, 1.0).gain is None
+    assert ComparisonLine("x", "s", 0.0, 1.0).gain is None
 
 
 def test_equal_texts_are_the_same(record: Make) -> None:

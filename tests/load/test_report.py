@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from kvstore.load.compare import Comparison, compare
-from kvstore.load.player import Run
+from kvstore.load.player import PlayedWorkload
 from kvstore.load.record import FAILED, SKIPPED, Record
 from kvstore.load.summary import summarize
 from kvstore.load.tables import comparison_report, report
@@ -24,12 +24,12 @@ def shown(renderable: RenderableType) -> str:
     return output.getvalue()
 
 
-def compared(cache: Run, baseline: Run) -> Comparison:
+def compared(cache: PlayedWorkload, baseline: PlayedWorkload) -> Comparison:
     return compare(cache, baseline, summarize(cache, False), summarize(baseline, False), same_server=True)
 
 
 @pytest.fixture
-def runs(record: Make) -> tuple[Run, Run]:
+def runs(record: Make) -> tuple[PlayedWorkload, PlayedWorkload]:
     """Six requests on two replicas, hits in all tiers; then the same without."""
     tiers = ["host", "host", "disk", "redis", "host", ""]
     cache = [
@@ -44,10 +44,10 @@ def runs(record: Make) -> tuple[Run, Run]:
         for n, tier in enumerate(tiers)
     ]
     baseline = [record(n, ttft_s=2.0, replica="replica-0", hit_tokens={"host": 0}, cached_tokens=0) for n in range(6)]
-    return Run("with the cache", cache, 3.0), Run("without the cache", baseline, 9.0)
+    return PlayedWorkload("with the cache", cache, 3.0), PlayedWorkload("without the cache", baseline, 9.0)
 
 
-def test_report_has_times_tiers_replicas_and_rates(runs: tuple[Run, Run]) -> None:
+def test_report_has_times_tiers_replicas_and_rates(runs: tuple[PlayedWorkload, PlayedWorkload]) -> None:
     text = shown(report(summarize(runs[0], False)))
 
     assert "6 of 6 requests answered in 3 s, 600 prompt tokens, 66.7% of them from the cache" in text
@@ -56,7 +56,7 @@ def test_report_has_times_tiers_replicas_and_rates(runs: tuple[Run, Run]) -> Non
     assert "240" in text
 
 
-def test_no_digit_is_lost_in_a_narrow_terminal(runs: tuple[Run, Run]) -> None:
+def test_no_digit_is_lost_in_a_narrow_terminal(runs: tuple[PlayedWorkload, PlayedWorkload]) -> None:
     output = io.StringIO()
 
     Console(file=output, width=80).print(report(summarize(runs[0], False)))
@@ -66,7 +66,7 @@ def test_no_digit_is_lost_in_a_narrow_terminal(runs: tuple[Run, Run]) -> None:
 
 
 def test_trouble_is_told_with_an_example(record: Make) -> None:
-    run = Run(
+    run = PlayedWorkload(
         "run",
         [
             record(0, status=FAILED, error="HTTP 500", error_detail="[bold]no[/bold]"),
@@ -86,21 +86,21 @@ def test_trouble_is_told_with_an_example(record: Make) -> None:
 
 
 def test_nothing_answered_has_no_tables() -> None:
-    text = shown(report(summarize(Run("run", [], 0.0), False)))
+    text = shown(report(summarize(PlayedWorkload("run", [], 0.0), False)))
 
     assert text.splitlines() == [
         "run: 0 of 0 requests answered in 0 s, 0 prompt tokens, hits not told; 0 tokens out, 0.0/s"
     ]
 
 
-def test_comparison_has_gains_and_the_verdict_on_the_texts(runs: tuple[Run, Run]) -> None:
+def test_comparison_has_gains_and_the_verdict_on_the_texts(runs: tuple[PlayedWorkload, PlayedWorkload]) -> None:
     text = shown(comparison_report(compared(*runs)))
 
     assert "5.71x" in text
     assert "all 6 answers are the same text" in text
 
 
-def test_different_texts_are_shown_beside_each_other(runs: tuple[Run, Run]) -> None:
+def test_different_texts_are_shown_beside_each_other(runs: tuple[PlayedWorkload, PlayedWorkload]) -> None:
     runs[0].records[3].text = "a b c X"
     text = shown(comparison_report(compared(*runs)))
 
@@ -111,7 +111,7 @@ def test_different_texts_are_shown_beside_each_other(runs: tuple[Run, Run]) -> N
 
 
 @pytest.mark.parametrize("both", [True, False])
-def test_picture_is_drawn(runs: tuple[Run, Run], tmp_path: Path, both: bool) -> None:
+def test_picture_is_drawn(runs: tuple[PlayedWorkload, PlayedWorkload], tmp_path: Path, both: bool) -> None:
     pytest.importorskip("matplotlib")
     from kvstore.load.plot import draw
 
@@ -128,7 +128,7 @@ def test_picture_of_a_run_without_answers_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from kvstore.load.plot import draw
 
-    run = Run("run", [], 0.0)
+    run = PlayedWorkload("run", [], 0.0)
 
     draw([(run, summarize(run, False))], None, "nothing", "", tmp_path / "run.png")
 

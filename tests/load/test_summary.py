@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvstore.load.player import Run
+from kvstore.load.player import PlayedWorkload
 from kvstore.load.record import FAILED, REFUSED, SKIPPED, Record
 from kvstore.load.summary import spread, summarize
 
@@ -43,7 +43,7 @@ def test_time_per_token_is_over_the_servers_tokens_where_it_sends_several_at_onc
 
 
 def test_hit_rate_is_weighted_by_tokens(record: Make) -> None:
-    run = Run(
+    run = PlayedWorkload(
         "run",
         [
             record(0, prompt_tokens=1000, **hits(host=900)),
@@ -63,14 +63,14 @@ def test_hit_rate_is_weighted_by_tokens(record: Make) -> None:
 
 
 def test_server_that_tells_no_hits_has_no_hit_rate(record: Make) -> None:
-    summary = summarize(Run("run", [record()], 1.0), open_loop=False)
+    summary = summarize(PlayedWorkload("run", [record()], 1.0), open_loop=False)
 
     assert summary.all.hit_rate is None
     assert list(summary.by_source) == ["not told"]
 
 
 def test_requests_are_grouped_by_replica_part_and_farthest_tier(record: Make) -> None:
-    run = Run(
+    run = PlayedWorkload(
         "run",
         [
             record(0, replica="b", part="first", **hits()),
@@ -101,7 +101,7 @@ def test_what_was_not_answered_is_counted_by_kind_with_an_example(record: Make) 
         record(5, refusals=["queue_full", "token_budget"]),
     ]
 
-    summary = summarize(Run("run", [*failures, *others], 1.0), open_loop=False)
+    summary = summarize(PlayedWorkload("run", [*failures, *others], 1.0), open_loop=False)
 
     assert (summary.requests, summary.answered, summary.failed, summary.refused, summary.skipped) == (6, 1, 3, 1, 1)
     assert summary.refusals == {"queue_full": 2, "token_budget": 1}
@@ -112,7 +112,9 @@ def test_what_was_not_answered_is_counted_by_kind_with_an_example(record: Make) 
 
 
 def test_lateness_leaves_out_what_waited_for_its_conversation(record: Make) -> None:
-    run = Run("run", [record(0, planned_s=1.0, sent_s=1.25), record(1, planned_s=1.0, sent_s=3.0, held_s=2.0)], 5.0)
+    run = PlayedWorkload(
+        "run", [record(0, planned_s=1.0, sent_s=1.25), record(1, planned_s=1.0, sent_s=3.0, held_s=2.0)], 5.0
+    )
 
     summary = summarize(run, open_loop=True)
 
@@ -127,7 +129,7 @@ def test_lateness_leaves_out_what_waited_for_its_conversation(record: Make) -> N
 def test_parts_of_a_ttft_make_the_whole(record: Make) -> None:
     made = record(planned_s=1.0, ttft_s=3.0, sent_s=3.5, held_s=2.25)
 
-    summary = summarize(Run("run", [made], 5.0), open_loop=True)
+    summary = summarize(PlayedWorkload("run", [made], 5.0), open_loop=True)
 
     assert summary.late_s is not None
     assert summary.ttft_sent_s is not None
@@ -135,7 +137,7 @@ def test_parts_of_a_ttft_make_the_whole(record: Make) -> None:
 
 
 def test_nothing_answered_is_a_summary_too() -> None:
-    summary = summarize(Run("run", [], 0.0, interrupted=True), open_loop=False)
+    summary = summarize(PlayedWorkload("run", [], 0.0, interrupted=True), open_loop=False)
 
     assert (summary.requests, summary.ttft_s, summary.all.hit_rate, summary.requests_per_s) == (0, None, None, 0.0)
     json.dumps(summary.to_json())

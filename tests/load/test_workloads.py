@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kvstore.errors import ConfigError
-from kvstore.load.requests import CHAT, COMPLETIONS, Request, Workload, as_text
+from kvstore.load.requests import CHAT, COMPLETIONS, PlannedRequest, Workload, as_text
 from kvstore.load.workloads import RECIPES, LongDoc, MultiRound, NoReuse, SharedPrompt, warm_up
 
 
@@ -14,7 +14,7 @@ def prompts(workload: Workload, answers: dict[int, str] | None = None) -> list[s
     return [as_text(messages) for messages in made if messages is not None]
 
 
-def document(request: Request) -> str:
+def document(request: PlannedRequest) -> str:
     assert isinstance(request.prompt, tuple)
     return request.prompt[0].content.partition("\n\n")[0]
 

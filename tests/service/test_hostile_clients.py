@@ -20,7 +20,7 @@ from kvstore.errors import RequestError
 from kvstore.service.client import calls
 from kvstore.service.daemon import clients, patience
 from kvstore.service.protocol import frames, messages
-from kvstore.service.protocol.frames import HEADER, Op, Status, encode_frame, encode_json
+from kvstore.service.protocol.frames import HEADER, ReplyStatus, Verb, encode_frame, encode_json
 from kvstore.service.protocol.namespaces import layout_to_json, namespace_to_json
 from tests.helpers.daemons import LocalDaemon, attach, local_daemon, wait_until
 from tests.helpers.stores import BLOCK, LAYOUT, load, namespace, prompt, save
@@ -52,12 +52,12 @@ class Raw:
         self.fd, self.others = -1, list[int]()
         if hello:
             names = {"layout": layout_to_json(LAYOUT), "namespace": namespace_to_json(namespace()), "client": "hostile"}
-            self.socket.sendall(encode_frame(Op.HELLO, encode_json(names)))
+            self.socket.sendall(encode_frame(Verb.HELLO, encode_json(names)))
             data, fds, _, _ = socket.recv_fds(self.socket, 1 << 16, 4)
             self.fd, self.others = fds[0], fds[1:]
             self.greeting = json.loads(data[HEADER.size :])
 
-    def answer(self) -> tuple[Status, bytes]:
+    def answer(self) -> tuple[ReplyStatus, bytes]:
         """The next frame; ConnectionError at the end."""
         head = self._exactly(HEADER.size)
         frame = frames.decode_header(head)
@@ -132,10 +132,10 @@ def test_descriptors_that_a_client_sends_are_not_kept(daemon: LocalDaemon, path:
     with Raw(path) as raw:
         read, write = os.pipe()
         junk = array.array("i", [read, write] * 50)
-        frame = encode_frame(Op.STATS)
+        frame = encode_frame(Verb.STATS)
         for _ in range(20):
             raw.socket.sendmsg([frame], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, junk)])
-            assert raw.answer()[0] is Status.OK
+            assert raw.answer()[0] is ReplyStatus.OK
         os.close(read)
         os.close(write)
 
@@ -148,9 +148,9 @@ def test_a_frame_that_is_too_large_is_told_and_ends_its_connection_alone(daemon:
     with attach(path, client="neighbour") as store:
         lease = store.prepare_save(store.request(prompt(3)), 0, 3)
         with Raw(path) as raw:
-            raw.socket.sendall(HEADER.pack(frames.MAGIC, frames.VERSION, Op.LOOKUP, 0, (8 << 20) + 1, 1))
+            raw.socket.sendall(HEADER.pack(frames.MAGIC, frames.VERSION, Verb.LOOKUP, 0, (8 << 20) + 1, 1))
             status, told = raw.answer()
-            assert (status, b"more than is allowed" in told) == (Status.ERROR, True)
+            assert (status, b"more than is allowed" in told) == (ReplyStatus.ERROR, True)
             with pytest.raises(ConnectionError):
                 raw.answer()
         store.complete(lease)
@@ -160,7 +160,7 @@ def test_a_frame_that_is_too_large_is_told_and_ends_its_connection_alone(daemon:
 
 def test_a_header_costs_no_memory_for_what_it_announces(daemon: LocalDaemon, path: Path) -> None:
     with Raw(path) as raw:
-        raw.socket.sendall(HEADER.pack(frames.MAGIC, frames.VERSION, Op.LOOKUP, 0, 8 << 20, 1) + bytes(1000))
+        raw.socket.sendall(HEADER.pack(frames.MAGIC, frames.VERSION, Verb.LOOKUP, 0, 8 << 20, 1) + bytes(1000))
         wait_until(lambda: daemon.look(lambda inside: max(c._end for c in inside.clients._channels)) == 1016)
 
         assert daemon.look(lambda inside: max(len(c._buffer) for c in inside.clients._channels)) == 64 << 10
@@ -170,7 +170,7 @@ def test_what_messages_that_are_not_whole_may_hold_is_bounded(
     daemon: LocalDaemon, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clients, "MAX_HELD_BYTES", 3 << 20)
-    half = HEADER.pack(frames.MAGIC, frames.VERSION, Op.LOOKUP, 0, 8 << 20, 1) + bytes(1 << 20)
+    half = HEADER.pack(frames.MAGIC, frames.VERSION, Verb.LOOKUP, 0, 8 << 20, 1) + bytes(1 << 20)
     held = [Raw(path) for _ in range(4)]
 
     for raw in held:
@@ -189,11 +189,11 @@ def test_a_frame_that_stays_half_ends_its_connection(
 ) -> None:
     monkeypatch.setattr(patience, "FRAME_TIMEOUT_S", 0.2)
     with Raw(path) as raw:
-        raw.socket.sendall(encode_frame(Op.STATS)[:-1])
+        raw.socket.sendall(encode_frame(Verb.STATS)[:-1])
 
         status, told = raw.answer()
 
-        assert (status, b"did not come within" in told) == (Status.ERROR, True)
+        assert (status, b"did not come within" in told) == (ReplyStatus.ERROR, True)
         with pytest.raises(ConnectionError):
             raw.answer()
     all_is_well(path)
@@ -203,13 +203,13 @@ def test_whole_frames_one_behind_the_other_are_never_late(
     daemon: LocalDaemon, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patience, "FRAME_TIMEOUT_S", 0.5)
-    frame = encode_frame(Op.STATS)
+    frame = encode_frame(Verb.STATS)
     with Raw(path) as raw:
         raw.socket.sendall(frame[:5])
         for _ in range(20):  # for longer than one frame has
             assert not wait_a_little(raw)
             raw.socket.sendall(frame[5:] + frame[:5])
-            assert raw.answer()[0] is Status.OK
+            assert raw.answer()[0] is ReplyStatus.OK
 
 
 def wait_a_little(raw: Raw) -> bytes:
@@ -226,7 +226,7 @@ def wait_a_little(raw: Raw) -> bytes:
 def test_a_client_that_takes_no_answers_piles_up_none(daemon: LocalDaemon, path: Path) -> None:
     with Raw(path) as raw:
         raw.socket.settimeout(0.5)
-        many = encode_frame(Op.STATS) * 1_000_000
+        many = encode_frame(Verb.STATS) * 1_000_000
         with pytest.raises(TimeoutError):  # the daemon reads no further
             raw.socket.sendall(many)
 
@@ -239,14 +239,14 @@ def test_a_client_that_takes_no_answers_piles_up_none(daemon: LocalDaemon, path:
 
         raw.socket.settimeout(30)
         for _ in range(50):  # and goes on as soon as they are taken
-            assert raw.answer()[0] is Status.OK
+            assert raw.answer()[0] is ReplyStatus.OK
 
 
 def test_saying_hello_to_no_session_again_and_again_ends_the_connection(daemon: LocalDaemon, path: Path) -> None:
     with Raw(path, hello=False) as raw:
-        raw.socket.sendall(encode_frame(Op.ATTACH, b'{"session": "none"}'))
+        raw.socket.sendall(encode_frame(Verb.ATTACH, b'{"session": "none"}'))
 
-        assert raw.answer()[0] is Status.GONE
+        assert raw.answer()[0] is ReplyStatus.GONE
         with pytest.raises(ConnectionError):
             raw.answer()
 
@@ -254,11 +254,11 @@ def test_saying_hello_to_no_session_again_and_again_ends_the_connection(daemon: 
 def test_a_hello_of_half_a_surrogate_pair_is_refused_by_its_field(daemon: LocalDaemon, path: Path) -> None:
     with Raw(path, hello=False) as raw:
         names = {"layout": layout_to_json(LAYOUT), "namespace": {**namespace_to_json(namespace()), "salt": "\ud800"}}
-        raw.socket.sendall(encode_frame(Op.HELLO, encode_json(names)))
+        raw.socket.sendall(encode_frame(Verb.HELLO, encode_json(names)))
 
         status, told = raw.answer()
 
-        assert (status, b"namespace.salt" in told) == (Status.ERROR, True)
+        assert (status, b"namespace.salt" in told) == (ReplyStatus.ERROR, True)
 
 
 class TestLongPrompts:

@@ -1,4 +1,4 @@
-"""What planning costs per block of 16 tokens: index, policy, leases and book-keeping, without moving a byte.
+"""The cost of planning per block of 16 tokens: index, policy, leases and book-keeping, without moving a byte.
 
 The ceiling is the least a prefix cache can do per block: one look into a dict and one entry written. Time is virtual,
 and a disk tier's lane answers at once.
@@ -48,7 +48,7 @@ class _Driver:
         return Request(next(self._ids), keys, len(keys) * BLOCK_SIZE + 1)
 
     def serve(self, request: Request) -> None:
-        """What an engine does with a request: look up, load, save the rest, finish."""
+        """The calls of an engine for one request: look up, load, save the rest, finish."""
         planner, now = self.planner, self.now
         match = planner.lookup(request, now)
         if match.num_blocks:

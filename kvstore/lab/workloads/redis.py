@@ -20,7 +20,7 @@ from kvstore.page import PageMeta, page_key
 from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.host import HostSlab
 from kvstore.tiers.redis.tier import RedisTier
-from kvstore.tiers.redis.url import Kind, RedisTarget, parse_redis_url
+from kvstore.tiers.redis.url import RedisTarget, ServerKind, parse_redis_url
 from kvstore.units import KiB, MiB
 
 PAGE_SIZES = (256 * KiB, 2 * MiB)
@@ -41,7 +41,7 @@ def run(argument: str, quick: bool) -> list[Table]:
         with LocalRedis() as server:
             return run(server.url, quick)
     target = parse_redis_url(argument)
-    if target.kind is not Kind.SINGLE or target.tls is not None:
+    if target.kind is not ServerKind.SINGLE or target.tls is not None:
         raise ConfigError(f"bench redis: {target.masked} has no bare socket to compare with; give redis:// or unix://")
     tables = []
     for page_bytes in PAGE_SIZES:

@@ -1,4 +1,4 @@
-"""What a client has of one daemon while it is attached to it: a session, its connections, the slab."""
+"""The client's part of one daemon while it is attached to it: a session, its connections, the slab."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import os
 from typing import Any
 
 from kvstore.errors import ConfigError, KVStoreError, LayoutMismatch, RequestError
-from kvstore.service.client.connection import Dial, Wire
+from kvstore.service.client.connection import DaemonConnection, Dial
 from kvstore.service.client.split_slab import SplitSlab, map_slab
 from kvstore.service.protocol import frames, messages
-from kvstore.service.protocol.frames import Op, ProtocolError, Status
+from kvstore.service.protocol.frames import ProtocolError, ReplyStatus, Verb
 from kvstore.tiers.host import HostSlab
 
 EPOCH_BITS = 32  # slot numbers of attachment n are n << 32 higher than in the slab: those of two slabs never meet
@@ -36,7 +36,9 @@ class Attachment:
     orphans: leases that may be held for this client without its knowing.
     """
 
-    def __init__(self, epoch: int, answer: dict[str, Any], anchor: Wire, slab: HostSlab | SplitSlab) -> None:
+    def __init__(
+        self, epoch: int, answer: dict[str, Any], anchor: DaemonConnection, slab: HostSlab | SplitSlab
+    ) -> None:
         self.session = str(answer["session"])
         self.namespace_id = str(answer["namespace"])
         self.lookup_deadline_s = float(answer["lookup_deadline_s"])
@@ -47,7 +49,7 @@ class Attachment:
         self.is_isolated = isinstance(slab, SplitSlab)
         self.sent: dict[int, int] = {}
         self.orphans: list[int] = []
-        self._idle: list[Wire] = []
+        self._idle: list[DaemonConnection] = []
         self._is_hung_up = False
 
     @property
@@ -62,21 +64,21 @@ class Attachment:
                 del self.sent[next(iter(self.sent))]
         self.sent[request_id] = num_keys
 
-    def take(self, dial: Dial, timeout_s: float) -> Wire:
+    def take(self, dial: Dial, timeout_s: float) -> DaemonConnection:
         """An idle connection, else a new one. Raises OSError or ProtocolError."""
         try:
             return self._idle.pop()
         except IndexError:
             return self.open(dial, timeout_s)
 
-    def open(self, dial: Dial, timeout_s: float) -> Wire:
+    def open(self, dial: Dial, timeout_s: float) -> DaemonConnection:
         """One more connection. Raises OSError or ProtocolError."""
         wire = dial(timeout_s)
         try:
             message = frames.encode_json({"session": self.session})
-            status, _ = wire.call(Op.ATTACH, message, timeout_s)
-            if status is not Status.OK:
-                if status is Status.GONE:
+            status, _ = wire.call(Verb.ATTACH, message, timeout_s)
+            if status is not ReplyStatus.OK:
+                if status is ReplyStatus.GONE:
                     self.hang_up()
                 raise ConnectionResetError(f"a connection of the session was answered {status.name}")
         except BaseException:
@@ -84,18 +86,18 @@ class Attachment:
             raise
         return wire
 
-    def give(self, wire: Wire) -> None:
+    def give(self, wire: DaemonConnection) -> None:
         """The connection is idle."""
         if self._is_hung_up or len(self._idle) >= MAX_IDLE_WIRES:
             wire.close()
         else:
             self._idle.append(wire)
 
-    def release_orphans(self, wire: Wire, timeout_s: float) -> None:
-        """Have the daemon release what it may hold for nobody. Raises OSError or ProtocolError."""
+    def release_orphans(self, wire: DaemonConnection, timeout_s: float) -> None:
+        """Release in the daemon what it may hold in vain. Raises OSError or ProtocolError."""
         while self.orphans:
             lease_id = self.orphans[-1]
-            wire.call(Op.RELEASE, messages.encode_lease(lease_id), timeout_s)
+            wire.call(Verb.RELEASE, messages.encode_lease(lease_id), timeout_s)
             self.orphans.remove(lease_id)  # another thread may have appended one meanwhile
 
     def hang_up(self) -> None:
@@ -107,7 +109,7 @@ class Attachment:
                 self._idle.pop().close()
 
 
-def greet(wire: Wire, greeting: bytes, epoch: int, timeout_s: float) -> Attachment:
+def greet(wire: DaemonConnection, greeting: bytes, epoch: int, timeout_s: float) -> Attachment:
     """Say hello over a new connection, which becomes the anchor of attachment number `epoch`.
 
     Raises DaemonDown, or ConfigError or LayoutMismatch if the daemon refuses; the connection is closed then.
@@ -115,7 +117,7 @@ def greet(wire: Wire, greeting: bytes, epoch: int, timeout_s: float) -> Attachme
     fds: list[int] = []
     try:
         status, body, fds = wire.hello(greeting, timeout_s)
-        if status is Status.ERROR:
+        if status is ReplyStatus.ERROR:
             raise error_of(body)
         answer = json.loads(body)
         return Attachment(epoch, answer, wire, _slab(fds, answer))
@@ -131,7 +133,7 @@ def greet(wire: Wire, greeting: bytes, epoch: int, timeout_s: float) -> Attachme
 
 
 def error_of(answer: bytes) -> KVStoreError:
-    """What an answer of status ERROR has to be raised as."""
+    """The exception for an answer of status ERROR."""
     value = frames.decode_json(answer)
     kind = _RAISED.get(str(value.get("type")), DaemonDown)
     return kind(str(value.get("message")))

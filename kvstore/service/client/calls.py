@@ -1,4 +1,4 @@
-"""What a client's store says to its daemon: calls about requests, each bringing only the keys that are new there.
+"""Calls of a client's store to its daemon, each bringing only the keys that are new there.
 
 The hard thing: a call whose answer never came may have granted a lease. The number of such an *orphan* is kept with the
 attachment, and released before anything else is asked of that daemon (the link's seeker does that). An attachment that
@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from kvstore.plan.records import Request
 from kvstore.service.client.attachment import Attachment, DaemonDown
-from kvstore.service.client.link import Link
+from kvstore.service.client.link import DaemonLink
 from kvstore.service.protocol import messages
-from kvstore.service.protocol.frames import Op, ProtocolError, Reader, Status
+from kvstore.service.protocol.frames import ProtocolError, Reader, ReplyStatus, Verb
 from kvstore.service.protocol.messages import PIECE_KEYS
 
 log = logging.getLogger(__name__)
@@ -23,17 +23,17 @@ log = logging.getLogger(__name__)
 class Calls:
     """Calls over a link. Any thread."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: DaemonLink) -> None:
         self._link = link
 
     def ask(
-        self, op: Op, request: Request, message: Callable[[bytes], bytes], wait_s: float = 0.0
+        self, op: Verb, request: Request, message: Callable[[bytes], bytes], wait_s: float = 0.0
     ) -> tuple[Attachment, bytes]:
         """A call about a request. message: makes the body around the part that names the request."""
         return self._ask(self._link.attached(), op, request, message, wait_s)
 
     def prepare(
-        self, op: Op, request: Request, lease_id: int, first: int, end: int, owner: str
+        self, op: Verb, request: Request, lease_id: int, first: int, end: int, owner: str
     ) -> tuple[Attachment, bytes]:
         """Ask for a lease of blocks [first, end)."""
         attachment = self._link.attached()  # the one that may grant: another may have come since the last call
@@ -45,7 +45,7 @@ class Calls:
             self._link.orphan(attachment, lease_id)
             raise
 
-    def number(self, op: Op, request: Request, message: Callable[[bytes], bytes] = bytes) -> int:
+    def number(self, op: Verb, request: Request, message: Callable[[bytes], bytes] = bytes) -> int:
         """A call that is answered by a number; 0 if there is no daemon, or no number in the answer."""
         try:
             _, answer = self.ask(op, request, message)
@@ -53,7 +53,7 @@ class Calls:
         except (DaemonDown, ProtocolError):
             return 0
 
-    def tell(self, op: Op, message: bytes) -> None:
+    def tell(self, op: Verb, message: bytes) -> None:
         """A call whose answer nobody waits for."""
         try:
             self._link.call(self._link.attached(), op, message)
@@ -67,39 +67,39 @@ class Calls:
             attachment.sent.pop(request.id, None)
 
     def _ask(
-        self, attachment: Attachment, op: Op, request: Request, message: Callable[[bytes], bytes], wait_s: float = 0.0
+        self, attachment: Attachment, op: Verb, request: Request, message: Callable[[bytes], bytes], wait_s: float = 0.0
     ) -> tuple[Attachment, bytes]:
         if len(request.keys) > messages.MAX_KEYS:
             raise messages.too_long(len(request.keys))
         base = min(attachment.sent.get(request.id, 0), len(request.keys))
         status, answer = self._send(attachment, op, request, base, message, wait_s)
-        if status is Status.RESEND:
+        if status is ReplyStatus.RESEND:
             status, answer = self._send(attachment, op, request, 0, message, wait_s)
-        if status is not Status.OK:
+        if status is not ReplyStatus.OK:
             raise DaemonDown(f"{op.name} was answered {status.name}")
         return attachment, answer
 
     def _send(
         self,
         attachment: Attachment,
-        op: Op,
+        op: Verb,
         request: Request,
         base: int,
         message: Callable[[bytes], bytes],
         wait_s: float,
-    ) -> tuple[Status, bytes]:
+    ) -> tuple[ReplyStatus, bytes]:
         """Bring the keys from `base` on, in pieces if there are many, and the call with the last of them."""
         num_keys = len(request.keys)
         while num_keys - base > PIECE_KEYS:
             part = messages.encode_request(request, base, base + PIECE_KEYS)
-            status, answer = self._link.call(attachment, Op.KEYS, part)
-            if status is not Status.OK:
+            status, answer = self._link.call(attachment, Verb.KEYS, part)
+            if status is not ReplyStatus.OK:
                 return status, answer
             base += PIECE_KEYS
             attachment.note_sent(request.id, base)
         part = messages.encode_request(request, base, num_keys)
         status, answer = self._link.call(attachment, op, message(part), wait_s)
-        if status is Status.OK:
+        if status is ReplyStatus.OK:
             attachment.note_sent(request.id, num_keys)
         return status, answer
 

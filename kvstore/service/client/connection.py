@@ -19,15 +19,15 @@ from urllib.parse import urlsplit
 
 from kvstore.errors import ConfigError
 from kvstore.service.protocol import frames
-from kvstore.service.protocol.frames import HEADER, Frame, Op, ProtocolError, Status
+from kvstore.service.protocol.frames import HEADER, Frame, ProtocolError, ReplyStatus, Verb
 
 MAX_DESCRIPTORS = 2  # the slab's, and that of staging
 RECEIVE_BYTES = 64 << 10  # most answers come whole in one call
 
-Dial = Callable[[float], "Wire"]
+Dial = Callable[[float], "DaemonConnection"]
 
 
-class Wire:
+class DaemonConnection:
     """A connected socket that frames go over. One thread at a time."""
 
     __slots__ = ("__weakref__", "_sequence", "socket")
@@ -37,7 +37,7 @@ class Wire:
         self._sequence = 0
         _wires.add(self)
 
-    def call(self, op: Op, body: bytes, timeout_s: float) -> tuple[Status, bytes]:
+    def call(self, op: Verb, body: bytes, timeout_s: float) -> tuple[ReplyStatus, bytes]:
         """Send a message and return its answer. Raises OSError (TimeoutError after `timeout_s`) or ProtocolError."""
         until = time.monotonic() + timeout_s
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
@@ -47,7 +47,7 @@ class Wire:
         frame = self._header(op, data)
         return frame.status, self._rest(data, frame, until)
 
-    def hello(self, body: bytes, timeout_s: float, *, op: Op = Op.HELLO) -> tuple[Status, bytes, list[int]]:
+    def hello(self, body: bytes, timeout_s: float, *, op: Verb = Verb.HELLO) -> tuple[ReplyStatus, bytes, list[int]]:
         """Say hello; the answer, and descriptors of memory, which are the caller's to close.
 
         op: ATTACH for a further anchor of a session, which asks for the slab, too.
@@ -95,9 +95,9 @@ class Wire:
         with contextlib.suppress(OSError):
             self.socket.close()
 
-    def _header(self, op: Op, data: bytearray) -> Frame:
+    def _header(self, op: Verb, data: bytearray) -> Frame:
         frame = frames.decode_header(memoryview(data)[: HEADER.size])
-        if (frame.op, frame.sequence) != (op, self._sequence) and frame.status is not Status.ERROR:
+        if (frame.op, frame.sequence) != (op, self._sequence) and frame.status is not ReplyStatus.ERROR:
             raise ProtocolError(f"asked {op.name} {self._sequence}, answered {frame.op.name} {frame.sequence}")
         return frame
 
@@ -134,7 +134,7 @@ class Wire:
 def dial_unix(path: str) -> Dial:
     """How to reach a daemon by its socket."""
 
-    def dial(timeout_s: float) -> Wire:
+    def dial(timeout_s: float) -> DaemonConnection:
         connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connected.settimeout(timeout_s)
@@ -143,7 +143,7 @@ def dial_unix(path: str) -> Dial:
         except BaseException:
             connected.close()
             raise
-        return Wire(connected)
+        return DaemonConnection(connected)
 
     return dial
 
@@ -162,7 +162,7 @@ def _check_peer(connected: socket.socket, path: str) -> None:
         raise ConfigError(f"service.url is unix://{path}, but user {uid} listens there; use a path of your own")
 
 
-_wires: weakref.WeakSet[Wire] = weakref.WeakSet()
+_wires: weakref.WeakSet[DaemonConnection] = weakref.WeakSet()
 
 
 def _after_fork() -> None:

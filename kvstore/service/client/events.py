@@ -1,4 +1,4 @@
-"""What comes to a daemon's tiers and leaves them, as its client is told: a thread asks, `take` never waits.
+"""The event feed of a daemon's client: a thread asks, `take` never waits.
 
 Whoever follows must never go on believing in a block that has left. So when events may have been lost (the daemon died
 or does not answer, or nobody took them for too long) those that are kept give way to one `DROPPED`: all that was told
@@ -15,12 +15,12 @@ from kvstore.errors import RequestError
 from kvstore.forks import in_child
 from kvstore.plan.journal import BlockEvent, Event
 from kvstore.service.client.attachment import DaemonDown, error_of
-from kvstore.service.client.connection import Wire
-from kvstore.service.client.link import Link
+from kvstore.service.client.connection import DaemonConnection
+from kvstore.service.client.link import DaemonLink
 from kvstore.service.client.thread import Errand
 from kvstore.service.protocol import messages
 from kvstore.service.protocol.events import decode_events
-from kvstore.service.protocol.frames import Op, Status
+from kvstore.service.protocol.frames import ReplyStatus, Verb
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ MAX_KEYS = 1 << 18  # in the queue, 16 MB and more; an event counts as one, too
 class Follower:
     """The events of the store that a link's daemon keeps for this client, from now on. `take`: any thread."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: DaemonLink) -> None:
         self._link = link
         self._events: list[BlockEvent] = []
         self._num_keys = 0
@@ -78,11 +78,11 @@ class Follower:
             log.warning("the daemon tells no events: %s", error)
         return REFUSED_S
 
-    def _listen(self, wire: Wire) -> None:
+    def _listen(self, wire: DaemonConnection) -> None:
         while True:
             message = messages.encode_seconds(LISTEN_S)
-            status, answer = wire.call(Op.EVENTS, message, LISTEN_S + self._link.call_timeout_s)
-            if status is not Status.OK:
+            status, answer = wire.call(Verb.EVENTS, message, LISTEN_S + self._link.call_timeout_s)
+            if status is not ReplyStatus.OK:
                 raise RequestError(str(error_of(answer)))
             self._put(decode_events(answer))
 

@@ -14,17 +14,17 @@ from itertools import count
 from kvstore.forks import in_child
 from kvstore.plan.records import LeaseState, LeaseStatus
 from kvstore.service.client.attachment import Attachment, DaemonDown
-from kvstore.service.client.link import Link
+from kvstore.service.client.link import DaemonLink
 from kvstore.service.client.memory import SharedMemory
 from kvstore.service.client.slab import SlabShare
 from kvstore.service.protocol import messages
-from kvstore.service.protocol.frames import Op
+from kvstore.service.protocol.frames import Verb
 
 CLOSED = LeaseStatus(LeaseState.CLOSED, 0, 0)
 
 
 @dataclass(slots=True)
-class Held:
+class OpenLease:
     """A lease that is open. status: of a load, as last heard."""
 
     attachment: Attachment
@@ -38,11 +38,11 @@ class Leases:
     memory: where pages lie in this process; closed with the leases.
     """
 
-    def __init__(self, link: Link, memory: SharedMemory) -> None:
+    def __init__(self, link: DaemonLink, memory: SharedMemory) -> None:
         self._link = link
         self._memory = memory
         self._ids = count(1)
-        self._held: dict[int, Held] = {}
+        self._held: dict[int, OpenLease] = {}
         self._saved_to: Attachment | None = None
         self._num_saved = 0  # pages, to that daemon, since its last flush that was true
         self._num_unknown = 0  # pages saved to daemons before it, unflushed
@@ -53,7 +53,7 @@ class Leases:
         """The number of one more lease."""
         return next(self._ids)
 
-    def hold(self, lease_id: int, held: Held) -> bool:
+    def hold(self, lease_id: int, held: OpenLease) -> bool:
         """Note a lease; False if its daemon was lost meanwhile, and its slab with it."""
         with self._lock:
             is_held = held.attachment is self._link.attachment
@@ -77,11 +77,11 @@ class Leases:
             return CLOSED
         timeout_s = messages.bounded(held.attachment.load_deadline_s if timeout_s is None else timeout_s)
         message = messages.encode_wait(lease_id, timeout_s)
-        _, answer = self._link.call(held.attachment, Op.WAIT, message, timeout_s)
+        _, answer = self._link.call(held.attachment, Verb.WAIT, message, timeout_s)
         held.status = messages.decode_status(answer)
         return held.status
 
-    def end(self, lease_id: int, op: Op, message: bytes, filled: Sequence[bool] | None = None) -> None:
+    def end(self, lease_id: int, op: Verb, message: bytes, filled: Sequence[bool] | None = None) -> None:
         """End a lease here and there; one that has ended is ignored. filled: which pages of a save are there."""
         with self._lock:
             held = self._held.pop(lease_id, None)
@@ -152,7 +152,7 @@ class Leases:
         self._num_saved += num_pages
 
     def _drop_slabs(self) -> None:
-        """Let go of the memory of lost attachments that no lease needs any more. Under the lock."""
+        """Free the memory of lost attachments that no lease needs any more. Under the lock."""
         current = self._link.attachment
         attachments = [held.attachment for held in self._held.values()]
         self._memory.keep([*attachments, current] if current is not None else attachments)

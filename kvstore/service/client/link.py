@@ -26,9 +26,9 @@ from collections.abc import Callable, Iterator
 from kvstore.errors import ConfigError, LayoutMismatch
 from kvstore.forks import in_child
 from kvstore.service.client.attachment import Attachment, DaemonDown, error_of, greet
-from kvstore.service.client.connection import Dial, Wire
+from kvstore.service.client.connection import DaemonConnection, Dial
 from kvstore.service.client.thread import Errand
-from kvstore.service.protocol.frames import Op, ProtocolError, Status
+from kvstore.service.protocol.frames import ProtocolError, ReplyStatus, Verb
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ HELLO_TIMEOUT_S = 30.0  # the daemon may have to read a directory of millions of
 SEEK_TIMEOUT_S = 10.0  # a frozen daemon answers when it wakes: better to wait for that than to try again and again
 
 
-class Link:
+class DaemonLink:
     """Calls to a daemon, with deadlines; finding it again. Any thread.
 
     dial:      makes a connection; raises OSError, or ConfigError.
@@ -67,7 +67,7 @@ class Link:
         self._pause_s = 0.0
         self._seeker: Errand | None = None
         self._lock = threading.Lock()  # of these and the attachment; never held while calling
-        in_child(self, Link.forget)
+        in_child(self, DaemonLink.forget)
 
     def attach(self, timeout_s: float = HELLO_TIMEOUT_S) -> Attachment:
         """Say hello for the first time. If that fails the daemon is sought from then on.
@@ -99,23 +99,23 @@ class Link:
             self._seek(str(error))
             raise DaemonDown(str(error)) from None
 
-    def call(self, attachment: Attachment, op: Op, body: bytes, wait_s: float = 0.0) -> tuple[Status, bytes]:
+    def call(self, attachment: Attachment, op: Verb, body: bytes, wait_s: float = 0.0) -> tuple[ReplyStatus, bytes]:
         """One call within `wait_s` and the call timeout.
 
         Raises DaemonDown, or RequestError if the daemon says that the caller is wrong.
         """
         with self.borrow(attachment) as wire:
             status, answer = wire.call(op, body, wait_s + self.call_timeout_s)
-        if status is Status.ERROR:
+        if status is ReplyStatus.ERROR:
             raise error_of(answer)
         return status, answer
 
     @contextlib.contextmanager
-    def borrow(self, attachment: Attachment) -> Iterator[Wire]:
+    def borrow(self, attachment: Attachment) -> Iterator[DaemonConnection]:
         """A connection for a while. After an error it is closed, and DaemonDown raised."""
         if attachment is not self.attachment or not self._is_answered.is_set():
             raise DaemonDown("the daemon has not answered lately")
-        wire: Wire | None = None
+        wire: DaemonConnection | None = None
         try:
             wire = attachment.take(self._dial, self.call_timeout_s)
             yield wire
@@ -132,7 +132,7 @@ class Link:
         self._pause_s = 0.0
 
     def orphan(self, attachment: Attachment, lease_id: int) -> None:
-        """Have a lease released that the daemon may hold for this client, before anything else is asked of it."""
+        """Release a lease that the daemon may hold for this client, before anything else is asked of it."""
         attachment.orphans.append(lease_id)
         if attachment is self.attachment:
             self._seek(f"lease {lease_id} may be open there")
@@ -195,7 +195,7 @@ class Link:
     # ---- the seeker ---------------------------------------------------------------------------------------------
 
     def _seek(self, reason: str) -> None:
-        """Have all calls fail until the daemon has answered the seeker."""
+        """Make all calls fail until the daemon has answered the seeker."""
         with self._lock:
             self._is_answered.clear()
             if self._seeker is None and not self._is_closed:
@@ -226,7 +226,7 @@ class Link:
     def _knock(self, seeker: Errand) -> None:
         """One try. Raises if the daemon cannot be used yet."""
 
-        def dial(timeout_s: float) -> Wire:
+        def dial(timeout_s: float) -> DaemonConnection:
             return seeker.hold(self._dial(min(timeout_s, self.call_timeout_s)))
 
         attachment = self.attachment

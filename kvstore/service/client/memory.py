@@ -1,4 +1,4 @@
-"""Where the pages of a client's leases lie in its process: in the daemon's slab, mapped. Under the client's lock."""
+"""The memory of the pages of a client's leases: the daemon's slab, mapped. Under the client's lock."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class SharedMemory:
         )
 
     def keep(self, attachments: Iterable[Attachment]) -> None:
-        """Let go of what belongs to attachments beside these."""
+        """Free the memory of all attachments but these."""
         for epoch in set(self._slabs) - {attachment.slot_base >> EPOCH_BITS for attachment in attachments}:
             self._slabs.pop(epoch).close()
             del self._shares[epoch]
@@ -63,7 +63,7 @@ class SharedMemory:
         return tuple(share for _, share in sorted(self._shares.items()))
 
     def close(self) -> None:
-        """Let go of everything. Idempotent."""
+        """Free everything. Idempotent."""
         for slab in self._slabs.values():
             slab.close()
 

@@ -27,16 +27,16 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.errors import ConfigError
-from kvstore.service.client.connection import Wire, dial_unix
+from kvstore.service.client.connection import DaemonConnection, dial_unix
 from kvstore.service.client.split_slab import SplitSlab, map_slab
 from kvstore.service.protocol import frames
-from kvstore.service.protocol.frames import Op, ProtocolError, Status
+from kvstore.service.protocol.frames import ProtocolError, ReplyStatus, Verb
 from kvstore.service.protocol.messages import STAGING
 from kvstore.tiers.host import HostSlab, SlabHandle
 
 
 class SlabShare(NamedTuple):
-    """What a process needs to map the slab of a daemon's client. Plain data: it travels, within one user's processes.
+    """The handle of the slab of a daemon's client. Plain data: it travels, within one user's processes.
 
     path:      of the daemon's socket.
     session:   of the client; whoever knows it may attach to it.
@@ -64,7 +64,11 @@ class AttachedSlab:
     """
 
     def __init__(
-        self, handle: SlabHandle | SlabShare, slab: HostSlab | SplitSlab, slot_base: int, anchor: Wire | None
+        self,
+        handle: SlabHandle | SlabShare,
+        slab: HostSlab | SplitSlab,
+        slot_base: int,
+        anchor: DaemonConnection | None,
     ) -> None:
         self.handle = handle
         self.buffer = slab.buffer
@@ -122,13 +126,13 @@ def attach_slab(handle: SlabHandle | SlabShare, *, timeout_s: float = 1.0) -> At
     return AttachedSlab(handle, slab, handle.first_slot, anchor)
 
 
-def _receive(anchor: Wire, handle: SlabShare, timeout_s: float) -> HostSlab | SplitSlab:
+def _receive(anchor: DaemonConnection, handle: SlabShare, timeout_s: float) -> HostSlab | SplitSlab:
     message = frames.encode_json({"session": handle.session, "anchor": True, "slab": True})
-    status, answer, fds = anchor.hello(message, timeout_s, op=Op.ATTACH)
+    status, answer, fds = anchor.hello(message, timeout_s, op=Verb.ATTACH)
     if not fds:
-        if status is Status.ERROR:
+        if status is ReplyStatus.ERROR:
             raise ConnectionError(str(frames.decode_json(answer).get("message")))
-        if status is Status.GONE:
+        if status is ReplyStatus.GONE:
             raise ConnectionResetError("the scheduler's session is gone: it ended, or the daemon has started again")
         raise ConfigError(f"the daemon at {handle.path} sent no slab: it is of another release")
     return map_slab(fds, handle.num_slots, handle.slot_bytes, handle.num_staging)

@@ -1,4 +1,4 @@
-"""What a client of a daemon maps: the slab, or the slab to read and staging to write (`service.isolate`)."""
+"""The memory that a daemon's client maps: the slab, or the slab to read and staging to write (`service.isolate`)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SplitSlab:
         return self._pages.array(slot) if slot < STAGING else self._staging.array(slot - STAGING)
 
     def close(self) -> None:
-        """Let both go. Idempotent."""
+        """Unmap both. Idempotent."""
         self.buffer = np.empty(0, np.uint8)
         self._pages.close()
         self._staging.close()

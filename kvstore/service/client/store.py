@@ -26,12 +26,12 @@ from kvstore.service.client.attachment import DaemonDown
 from kvstore.service.client.calls import Calls
 from kvstore.service.client.connection import Dial
 from kvstore.service.client.events import Follower
-from kvstore.service.client.leases import CLOSED, Held, Leases
-from kvstore.service.client.link import Link
+from kvstore.service.client.leases import CLOSED, Leases, OpenLease
+from kvstore.service.client.link import DaemonLink
 from kvstore.service.client.memory import SharedMemory
 from kvstore.service.client.slab import SlabShare
 from kvstore.service.protocol import messages
-from kvstore.service.protocol.frames import Op, ProtocolError, decode_json, encode_json
+from kvstore.service.protocol.frames import ProtocolError, Verb, decode_json, encode_json
 from kvstore.service.protocol.namespaces import check_pair, layout_to_json, namespace_to_json
 from radix.namespace import Namespace
 
@@ -68,7 +68,7 @@ class RemoteStore(RequestMaker):
         self._memory = memory
         self._is_closed = False
         self._greeting = {"layout": layout_to_json(layout), "namespace": namespace_to_json(namespace), "client": client}
-        self._link = Link(
+        self._link = DaemonLink(
             dial,
             encode_json(self._greeting),
             call_timeout_s=call_timeout_s,
@@ -119,10 +119,10 @@ class RemoteStore(RequestMaker):
         return match
 
     def peek(self, request: Request, timeout_s: float | None = None) -> Match:
-        """What a lookup would find, without its consequences."""
+        """The match that a lookup would give, without its consequences."""
         self._check_open()
         try:
-            return self._lookup(request, self._lookup_deadline_s if timeout_s is None else timeout_s, Op.PEEK)
+            return self._lookup(request, self._lookup_deadline_s if timeout_s is None else timeout_s, Verb.PEEK)
         finally:
             self._calls.unsend(request)
 
@@ -133,11 +133,11 @@ class RemoteStore(RequestMaker):
         self._check_open()
         lease_id = self._leases.next_id()
         try:
-            attachment, answer = self._calls.prepare(Op.PREPARE_LOAD, request, lease_id, first, num_blocks, owner)
+            attachment, answer = self._calls.prepare(Verb.PREPARE_LOAD, request, lease_id, first, num_blocks, owner)
             lease, status = messages.decode_load(answer, lease_id, attachment.slot_base)
         except (DaemonDown, ProtocolError):
             return LoadLease(lease_id, 0, 0, ())
-        if not self._leases.hold(lease_id, Held(attachment, owner, status)):
+        if not self._leases.hold(lease_id, OpenLease(attachment, owner, status)):
             return LoadLease(lease_id, 0, 0, ())
         return lease
 
@@ -156,12 +156,12 @@ class RemoteStore(RequestMaker):
     def prefetch(self, request: Request) -> int:
         """Start bringing the known prefix into host memory; returns a ticket, 0 if there is no daemon."""
         self._check_open()
-        return self._calls.number(Op.PREFETCH, request)
+        return self._calls.number(Verb.PREFETCH, request)
 
     def cancel(self, ticket: int) -> None:
         """Stop a prefetch."""
         if ticket and not self._is_closed:
-            self._calls.tell(Op.CANCEL, messages.encode_number(ticket))
+            self._calls.tell(Verb.CANCEL, messages.encode_number(ticket))
 
     # ---- saves ------------------------------------------------------------------------------------------------
 
@@ -172,12 +172,12 @@ class RemoteStore(RequestMaker):
         lease_id = self._leases.next_id()
         try:
             attachment, answer = self._calls.prepare(
-                Op.PREPARE_SAVE, request, lease_id, first, first + num_blocks, owner
+                Verb.PREPARE_SAVE, request, lease_id, first, first + num_blocks, owner
             )
             lease = messages.decode_save(answer, lease_id, attachment.slot_base)
         except (DaemonDown, ProtocolError):
             return SaveLease(lease_id, (), num_blocks * len(self._layout.groups))
-        if not self._leases.hold(lease_id, Held(attachment, owner)):
+        if not self._leases.hold(lease_id, OpenLease(attachment, owner)):
             return SaveLease(lease_id, (), lease.skipped + len(lease.pages))
         return lease
 
@@ -187,20 +187,20 @@ class RemoteStore(RequestMaker):
             raise RequestError(f"filled has {len(filled)} entries; the lease has {len(lease.pages)} pages")
         message = messages.encode_complete(lease.id, filled)
         if isinstance(lease, LoadLease):
-            self._leases.end(lease.id, Op.COMPLETE, message)
+            self._leases.end(lease.id, Verb.COMPLETE, message)
         else:
-            self._leases.end(lease.id, Op.COMPLETE, message, [True] * len(lease.pages) if filled is None else filled)
+            self._leases.end(lease.id, Verb.COMPLETE, message, [True] * len(lease.pages) if filled is None else filled)
 
     def release(self, lease: LoadLease | SaveLease) -> None:
         """End a lease badly. A lease that ended already is ignored."""
-        self._leases.end(lease.id, Op.RELEASE, messages.encode_lease(lease.id))
+        self._leases.end(lease.id, Verb.RELEASE, messages.encode_lease(lease.id))
 
     def release_owner(self, owner: str) -> int:
         """Release every lease of an owner that died."""
         self._check_open()
         mine = self._leases.owned_by(owner)
         for lease_id in mine:
-            self._leases.end(lease_id, Op.RELEASE, messages.encode_lease(lease_id))
+            self._leases.end(lease_id, Verb.RELEASE, messages.encode_lease(lease_id))
         return len(mine)
 
     # ---- retention --------------------------------------------------------------------------------------------
@@ -209,29 +209,31 @@ class RemoteStore(RequestMaker):
         """The request is over."""
         if self._is_closed:
             return
-        self._calls.number(Op.FINISHED, request, lambda part: messages.encode_finished(part, finish_reason, last_turn))
+        self._calls.number(
+            Verb.FINISHED, request, lambda part: messages.encode_finished(part, finish_reason, last_turn)
+        )
         self._calls.unsend(request)
 
     def pin(self, request: Request) -> int:
         """Keep the request's resident pages in host memory until unpin; returns the blocks pinned."""
         self._check_open()
-        return self._calls.number(Op.PIN, request)
+        return self._calls.number(Verb.PIN, request)
 
     def unpin(self, request: Request) -> int:
         """Undo pin; returns the blocks that had one."""
         self._check_open()
-        return self._calls.number(Op.UNPIN, request)
+        return self._calls.number(Verb.UNPIN, request)
 
     def forget(self, request: Request, first: int = 0) -> int:
         """Delete blocks from `first` on and all that continues them; returns the blocks deleted."""
         check_range("first", first, len(request.keys))
         self._check_open()
-        return self._calls.number(Op.FORGET, request, lambda part: messages.encode_number(first) + part)
+        return self._calls.number(Verb.FORGET, request, lambda part: messages.encode_number(first) + part)
 
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """Tell how fast the engine computes."""
         if num_tokens > 0 and 0 < seconds < float("inf") and not self._is_closed:
-            self._calls.tell(Op.OBSERVE_PREFILL, messages.encode_prefill(num_tokens, seconds))
+            self._calls.tell(Verb.OBSERVE_PREFILL, messages.encode_prefill(num_tokens, seconds))
 
     # ---- bytes ------------------------------------------------------------------------------------------------
 
@@ -269,7 +271,7 @@ class RemoteStore(RequestMaker):
     # ---- events -----------------------------------------------------------------------------------------------
 
     def want_events(self) -> None:
-        """Have the daemon tell what comes and goes from now on, for `take_events`. Idempotent."""
+        """Ask the daemon for events from now on, for `take_events`. Idempotent."""
         self._check_open()
         if self._follower is None:
             # A daemon that is attached to later notes events before it can be asked for them: none is missed.
@@ -277,7 +279,7 @@ class RemoteStore(RequestMaker):
             self._follower = Follower(self._link)
 
     def take_events(self) -> list[BlockEvent]:
-        """What came to the daemon's tiers and left them since the last call. Does not wait.
+        """The events of the daemon's tiers since the last call. Does not wait.
 
         `DROPPED` stands for events that were lost, and for all that a daemon had that is gone.
         """
@@ -295,7 +297,7 @@ class RemoteStore(RequestMaker):
         try:
             attachment = self._link.attached()
             num_pages = self._leases.num_unflushed(attachment)
-            _, answer = self._link.call(attachment, Op.FLUSH, messages.encode_seconds(timeout_s), timeout_s)
+            _, answer = self._link.call(attachment, Verb.FLUSH, messages.encode_seconds(timeout_s), timeout_s)
             result = messages.decode_flush(answer)
         except (DaemonDown, ProtocolError) as error:
             return FlushResult(False, error=f"the daemon does not answer: {error}")
@@ -307,7 +309,7 @@ class RemoteStore(RequestMaker):
     def stats(self) -> dict[str, Any]:
         """The daemon's counters and gauges of this namespace; empty while there is no daemon."""
         try:
-            return decode_json(self._link.call(self._link.attached(), Op.STATS, b"")[1])
+            return decode_json(self._link.call(self._link.attached(), Verb.STATS, b"")[1])
         except (DaemonDown, ProtocolError):
             return {}
 
@@ -339,7 +341,7 @@ class RemoteStore(RequestMaker):
         attachment = self._link.attachment
         return LOOKUP_DEADLINE_S if attachment is None else attachment.lookup_deadline_s
 
-    def _lookup(self, request: Request, timeout_s: float, op: Op = Op.LOOKUP) -> Match:
+    def _lookup(self, request: Request, timeout_s: float, op: Verb = Verb.LOOKUP) -> Match:
         timeout_s = messages.bounded(timeout_s)
         try:
             _, answer = self._calls.ask(op, request, lambda part: messages.encode_lookup(part, timeout_s), timeout_s)

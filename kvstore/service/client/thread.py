@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from kvstore.forks import in_child
-from kvstore.service.client.connection import Wire
+from kvstore.service.client.connection import DaemonConnection
 
 JOIN_S = 5.0  # for a dial that hangs, as in asking for a host's address; all else is cut short
 
@@ -16,7 +16,7 @@ class Errand:
 
     def __init__(self, name: str, run: Callable[[Errand], None]) -> None:
         self._is_over = threading.Event()
-        self._wire: Wire | None = None
+        self._wire: DaemonConnection | None = None
         self._thread = threading.Thread(target=run, args=(self,), name=f"kvstore-{name}", daemon=True)
         self._thread.start()
         in_child(self, Errand._begin_anew)
@@ -25,7 +25,7 @@ class Errand:
         """Do nothing for a while; True, at once, if the errand is to end."""
         return self._is_over.wait(seconds)
 
-    def hold(self, wire: Wire) -> Wire:
+    def hold(self, wire: DaemonConnection) -> DaemonConnection:
         """Note the connection that is waited on from here on. Raises ConnectionAbortedError if the errand is to end."""
         # Either this thread sees that it is over, or `end` sees the connection: both write before they look.
         self._wire = wire

@@ -1,4 +1,4 @@
-"""Who is attached to a daemon: its clients' sessions, and what they hold for how long.
+"""The clients that are attached to a daemon: their sessions, and what they hold for how long.
 
 A client lives as long as its anchor is open; what it held is released when that closes, or, where ranks of its engine
 may still copy, when theirs do.
@@ -28,7 +28,7 @@ from kvstore.service.daemon.events import EventHub, Feed
 from kvstore.service.daemon.greeting import Greeting
 from kvstore.service.daemon.guard import goes_on
 from kvstore.service.daemon.isolation import StagedSaves
-from kvstore.service.daemon.session import Session
+from kvstore.service.daemon.session import ClientSession
 from kvstore.service.daemon.stores import Stores
 from kvstore.service.daemon.tenants import LOCAL
 from kvstore.service.protocol.namespaces import layout_from_json, namespace_from_json
@@ -48,7 +48,7 @@ class Clients:
     def __init__(
         self, config: Config, stores: Stores, events: EventHub, now: Callable[[], float] = time.monotonic
     ) -> None:
-        self.sessions: dict[str, Session] = {}
+        self.sessions: dict[str, ClientSession] = {}
         self.is_draining = False
         self.numbers = count(1)  # name clients, and transfers of pages, to operators
         self.num_attached = 0
@@ -78,7 +78,7 @@ class Clients:
         self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     def drain(self) -> None:
-        """Let nobody in, grant nothing any more."""
+        """Admit no client any more, and grant nothing."""
         self.is_draining = True
         for session in self.sessions.values():
             session.is_draining = True
@@ -96,7 +96,7 @@ class Clients:
             with goes_on(log, "client %s: its session does not end", session.client):
                 self.end(session)
 
-    def end(self, session: Session) -> None:
+    def end(self, session: ClientSession) -> None:
         """The client is gone, or shall be: release its leases and hang up. Idempotent."""
         if self.sessions.pop(session.id, None) is None:
             return
@@ -109,11 +109,11 @@ class Clients:
         else:
             log.info("client %s detached", session.client)
 
-    def find(self, number: str) -> Session | None:
+    def find(self, number: str) -> ClientSession | None:
         """The session of that number."""
         return next((session for session in self.sessions.values() if str(session.number) == number), None)
 
-    def connections(self, session: Session) -> list[Channel]:
+    def connections(self, session: ClientSession) -> list[Channel]:
         """The session's connections, anchors among them."""
         return [channel for channel in self._channels if channel.session is session]
 
@@ -156,7 +156,7 @@ class Clients:
         feed = Feed(self._events, opened)
         if message.get("events") is True:
             feed.listen()
-        session = Session(
+        session = ClientSession(
             secrets.token_hex(16),
             opened,
             _name(channel, message),
@@ -232,7 +232,7 @@ class Clients:
                 with goes_on(log, "client %s: its leases are not looked at", session.client):
                     self._look_at(session, before)
 
-    def _look_at(self, session: Session, before: float) -> None:
+    def _look_at(self, session: ClientSession, before: float) -> None:
         leases = session.overdue(before)
         if leases and not session.is_overdue:
             log.warning(
@@ -247,7 +247,7 @@ class Clients:
 
 
 def _name(channel: Channel, message: dict[str, Any]) -> str:
-    """Who a client says it is."""
+    """The name that a client gives itself."""
     said = message.get("client")
     # It goes into logs and JSON: no secret, no line of its own, and nothing that no text can be (half of a surrogate
     # pair). Masked before it is cut: half of a token is one that nobody knows.

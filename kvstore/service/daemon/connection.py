@@ -20,9 +20,9 @@ from kvstore.service.daemon.patience import Patience
 from kvstore.service.daemon.pending import Pending
 from kvstore.service.daemon.rawsocket import RawSocket
 from kvstore.service.daemon.requests import Resend
-from kvstore.service.daemon.session import Session
+from kvstore.service.daemon.session import ClientSession
 from kvstore.service.protocol import frames
-from kvstore.service.protocol.frames import HEADER, Frame, Op, ProtocolError, Status
+from kvstore.service.protocol.frames import HEADER, Frame, ProtocolError, ReplyStatus, Verb
 
 log = logs.limited(__name__)
 
@@ -31,7 +31,7 @@ HELLO_TIMEOUT_S = 5.0  # a connection that says nothing is closed
 
 
 class Host(Protocol):
-    """What a channel needs of its daemon."""
+    """The daemon as a channel sees it."""
 
     async def hello(self, channel: Channel, message: dict[str, Any]) -> Greeting:
         """Open a session for a client. Raises KVStoreError."""
@@ -51,7 +51,7 @@ class Channel(asyncio.BufferedProtocol):
 
     def __init__(self, host: Host, peer: str) -> None:
         self.peer = peer
-        self.session: Session | None = None
+        self.session: ClientSession | None = None
         self._host = host
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray(BUFFER_BYTES)
@@ -111,7 +111,7 @@ class Channel(asyncio.BufferedProtocol):
     # ---- frames -------------------------------------------------------------------------------------------------
 
     def tell_lost(self) -> None:
-        """Let the other side know that its session ends, and wait for it to hang up."""
+        """Tell the other side that its session ends, and wait for it to hang up."""
         if self._transport is not None and self._transport.can_write_eof():
             self._transport.write_eof()
 
@@ -122,7 +122,7 @@ class Channel(asyncio.BufferedProtocol):
             if self._transport.get_write_buffer_size():  # the other side does not take them: not for ever
                 self._loop.call_later(HELLO_TIMEOUT_S, self._transport.abort)
 
-    def answer(self, frame: Frame, body: bytes, status: Status = Status.OK) -> None:
+    def answer(self, frame: Frame, body: bytes, status: ReplyStatus = ReplyStatus.OK) -> None:
         """Write an answer; go on with the next frame."""
         if self._transport is not None:
             self._transport.write(frames.encode_frame(frame.op, body, frame.sequence, status))
@@ -135,7 +135,7 @@ class Channel(asyncio.BufferedProtocol):
             try:
                 frame = frames.decode_header(memoryview(self._buffer)[start : start + HEADER.size])
             except ProtocolError as error:
-                return self._refuse(Frame(Op.HELLO, Status.OK, 0, 0), error)
+                return self._refuse(Frame(Verb.HELLO, ReplyStatus.OK, 0, 0), error)
             end = start + HEADER.size + frame.num_bytes
             if end > self._end:
                 break
@@ -158,7 +158,7 @@ class Channel(asyncio.BufferedProtocol):
 
     def _handle(self, frame: Frame, body: bytes) -> None:
         try:
-            if frame.op is Op.HELLO or frame.op is Op.ATTACH:
+            if frame.op is Verb.HELLO or frame.op is Verb.ATTACH:
                 self._meet(frame, frames.decode_json(body))
             elif self.session is None:
                 raise ProtocolError(f"the first frame is {frame.op.name}; it must be HELLO or ATTACH")
@@ -169,11 +169,11 @@ class Channel(asyncio.BufferedProtocol):
                 else:
                     self.answer(frame, result)
         except Resend:
-            self.answer(frame, b"", Status.RESEND)
+            self.answer(frame, b"", ReplyStatus.RESEND)
         except ProtocolError as error:
             self._refuse(frame, error)
         except KVStoreError as error:
-            self.answer(frame, frames.encode_error(error), Status.ERROR)
+            self.answer(frame, frames.encode_error(error), ReplyStatus.ERROR)
         except Exception as error:
             # A fault of ours in one message must not cost the other clients their daemon.
             log.error("client %s: %s failed: %s", self.peer, frame.op.name, logs.where(error))
@@ -181,7 +181,7 @@ class Channel(asyncio.BufferedProtocol):
 
     def _refuse(self, frame: Frame, error: ProtocolError) -> None:
         log.info("client %s: %s", self.peer, error)
-        self.answer(frame, frames.encode_error(error), Status.ERROR)
+        self.answer(frame, frames.encode_error(error), ReplyStatus.ERROR)
         self.close()
 
     # ---- hello --------------------------------------------------------------------------------------------------
@@ -189,11 +189,11 @@ class Channel(asyncio.BufferedProtocol):
     def _meet(self, frame: Frame, message: dict[str, Any]) -> None:
         if self.session is not None:
             raise ProtocolError(f"{frame.op.name} on a connection that has a session")
-        if frame.op is Op.ATTACH:
+        if frame.op is Verb.ATTACH:
             greeting = self._host.attach(self, message)
             self._stop_waiting()
             if greeting is None:
-                self.answer(frame, b"", Status.GONE)
+                self.answer(frame, b"", ReplyStatus.GONE)
                 self.close()
             else:
                 self._welcome(frame, greeting)
@@ -207,7 +207,7 @@ class Channel(asyncio.BufferedProtocol):
             self._welcome(frame, await self._host.hello(self, message))
         except KVStoreError as error:
             log.warning("a client is refused (%s): %s", self.peer, logs.mask(str(error)))
-            self.answer(frame, frames.encode_error(error), Status.ERROR)
+            self.answer(frame, frames.encode_error(error), ReplyStatus.ERROR)
             self.close()
         except OSError as error:
             log.warning("client %s: no hello: %s", self.peer, error)
@@ -293,7 +293,7 @@ class Channel(asyncio.BufferedProtocol):
             self._patience.end()
 
     def _grow(self) -> None:
-        """Have room for more of a message: twice as much, up to the longest there is."""
+        """Make room for more of a message: twice as much, up to the longest there is."""
         size = min(2 * len(self._buffer), HEADER.size + frames.MAX_BODY_BYTES)
         if size == len(self._buffer) or not self._host.may_hold(self, size - len(self._buffer)):
             log.warning("client %s: too many large messages are under way; this one is not taken", self.peer)

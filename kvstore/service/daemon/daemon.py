@@ -86,7 +86,7 @@ class Daemon:
 
     @property
     def socket(self) -> Path | None:
-        """Where it listens for clients on this machine; None before the start."""
+        """The socket for clients on this machine; None before the start."""
         return self.state.progress.socket
 
     async def start(self) -> None:
@@ -140,7 +140,7 @@ class Daemon:
             )
 
     def stop(self, why: str = "stopped") -> None:
-        """Have `run` come to its end."""
+        """Make `run` come to its end."""
         self._why_stopped = why
         self._stop.set()
 
@@ -199,7 +199,7 @@ class Daemon:
         }
 
     def _reasons(self) -> tuple[list[str], list[str]]:
-        """What keeps the daemon from serving, and what it serves without."""
+        """The reasons for which the daemon does not serve, and the parts that it serves without."""
         without = [f"{tier}: out of use, its breaker is open" for tier in self.dashboard.tiers_down]
         # No more than that: who asks may be anybody, and the medium's words have names of hosts and accounts in them.
         without += [f"{tier}: no {', '.join(ways)}" for tier, ways in self.dashboard.directions_down.items()]
@@ -221,7 +221,7 @@ class Daemon:
 
 
 def socket_path(path: Path | None) -> Path:
-    """Where the socket is: as configured, else in the user's runtime directory, else in /tmp under the user's id."""
+    """The path of the socket: as configured, else in the user's runtime directory, else in /tmp under the user's id."""
     if path is not None:
         return path
     runtime = os.environ.get("XDG_RUNTIME_DIR")
@@ -266,7 +266,7 @@ def _make_way(path: Path) -> None:
 
 
 def _hide(config: Config, tokens: Tokens | None) -> None:
-    """Have every secret of the configuration masked in the log, whoever writes it there."""
+    """Mask every secret of the configuration in the log, whichever part writes it there."""
     if tokens is not None:
         logs.know(tokens.digests)
     for kind, section in config.tiers():

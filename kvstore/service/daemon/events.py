@@ -58,7 +58,7 @@ class EventStream:
         self._ready.set()
 
     def drain(self, max_bytes: int = MAX_QUEUED_BYTES) -> bytes:
-        """What is queued, oldest first, and that some was lost before; nothing if there is none."""
+        """The queued events, oldest first, and that some was lost before; nothing if there is none."""
         pieces = [self.form.dropped(self._dropped)] if self._dropped else []
         self._dropped = num_bytes = 0
         while self._queue and num_bytes + len(self._queue[0]) <= max_bytes:
@@ -70,7 +70,7 @@ class EventStream:
         return b"".join(pieces)
 
     async def take(self, timeout_s: float) -> bytes:
-        """What is queued, as bytes to be sent; a comment that keeps the connection alive after `timeout_s`."""
+        """The queued events, as bytes to be sent; a comment that keeps the connection alive after `timeout_s`."""
         try:
             await asyncio.wait_for(self._ready.wait(), timeout_s)
         except asyncio.TimeoutError:
@@ -151,13 +151,13 @@ class Feed:
         self._num_asked = 0
 
     def listen(self) -> EventStream:
-        """Have events noted for the client. Idempotent."""
+        """Note events for the client from now on. Idempotent."""
         if self._stream is None:
             self._stream = self._hub.listen(lambda opened: opened is self._opened, ASKED)
         return self._stream
 
     def answer(self, reader: Reader) -> bytes | Pending:
-        """What is new, waiting for it as long as the client says; nothing then."""
+        """The new events; waits for them as long as the client says, and gives nothing then."""
         timeout_s = messages.read_seconds(reader)
         reader.end()
         stream = self.listen()

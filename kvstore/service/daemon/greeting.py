@@ -1,11 +1,11 @@
-"""What a daemon answers to a hello, and to a further connection of a session."""
+"""The daemon's answer to a hello, and to a further connection of a session."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from kvstore.service.daemon.session import Session
+from kvstore.service.daemon.session import ClientSession
 
 
 class Greeting:
@@ -13,7 +13,7 @@ class Greeting:
 
     __slots__ = ("answer", "fds", "session")
 
-    def __init__(self, session: Session, answer: dict[str, Any] | None, fds: Sequence[int] = ()) -> None:
+    def __init__(self, session: ClientSession, answer: dict[str, Any] | None, fds: Sequence[int] = ()) -> None:
         self.session = session
         self.answer = answer
         self.fds = fds

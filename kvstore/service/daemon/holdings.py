@@ -29,7 +29,7 @@ MAX_TOMBSTONES = 1024
 
 
 @dataclass(slots=True)
-class Held:
+class ClientLease:
     """A lease of the client.
 
     owner:    its own word for who holds it.
@@ -49,7 +49,7 @@ class Holdings:
 
     def __init__(self, store: LocalStore, now: Callable[[], float], staged: StagedSaves | None) -> None:
         """staged: where the pages of saves lie, unless in the slab."""
-        self.leases: dict[int, Held] = {}
+        self.leases: dict[int, ClientLease] = {}
         self._store = store
         self._now = now
         self._staged = staged
@@ -65,7 +65,7 @@ class Holdings:
 
     def grant(self, lease_id: int, lease: LoadLease | SaveLease, owner: str) -> None:
         """Hold a lease."""
-        self.leases[lease_id] = Held(lease, owner, self._now())
+        self.leases[lease_id] = ClientLease(lease, owner, self._now())
 
     def grant_save(self, lease_id: int, lease: SaveLease, owner: str) -> SaveLease:
         """Hold a lease; returns it as the client is told."""

@@ -78,7 +78,7 @@ class StagedSaves:
             if flag
         ]
         loop = asyncio.get_running_loop()
-        copying = _Copying(pairs)
+        copying = _StagedCopy(pairs)
         try:
             work = loop.run_in_executor(None, copying.run)
         except RuntimeError:  # no thread can be started; but one that is there has been given it, and comes to it later
@@ -92,7 +92,7 @@ class StagedSaves:
         self.slab.close()
 
 
-class _Copying:
+class _StagedCopy:
     """Pages on their way, each copied once: whoever comes later must not write to slots that may be others' by then."""
 
     def __init__(self, pairs: Sequence[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]) -> None:

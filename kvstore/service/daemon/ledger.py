@@ -7,7 +7,7 @@ from typing import Protocol
 MAX_KEYS = 1 << 22  # about 380 MiB with the planner's notes
 
 
-class Client(Protocol):
+class RequestOwner(Protocol):
     """Whose requests are known.
 
     num_keys: of all of them.
@@ -24,9 +24,9 @@ class Ledger:
 
     def __init__(self) -> None:
         self.num_keys = 0
-        self._clients: set[Client] = set()
+        self._clients: set[RequestOwner] = set()
 
-    def add(self, client: Client, num_keys: int) -> None:
+    def add(self, client: RequestOwner, num_keys: int) -> None:
         """A client has so many more, or fewer. If there are too many in all, the client with most forgets some."""
         self.num_keys += num_keys
         if client.num_keys:

@@ -1,4 +1,4 @@
-"""What a connection to the unix socket speaks: frames (a client of the library), or HTTP (curl, `kvstore top`).
+"""The two protocols of the unix socket: frames (a client of the library), or HTTP (curl, `kvstore top`).
 
 The first bytes tell: a frame begins with the protocol's magic, a request with the name of a method. Until they come,
 nothing is made for the connection; one that says nothing is closed, and sooner if others need its place.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """What a handler returns instead of waiting in the daemon's event loop.
+    """The value that a handler returns instead of waiting in the daemon's event loop.
 
     look:      returns the answer, or None to be asked again after the store has changed.
     give_up:   the answer after `timeout_s`.

@@ -1,4 +1,4 @@
-"""What a daemon can know of its configuration before the first client comes, and what `/readyz` answers with.
+"""The check of a daemon's configuration before the first client comes; `/readyz` answers with it.
 
 The sizes of pages come with a client, so its store is opened then. But a disk path that is no directory, memory that
 the machine does not have or a server that nobody reaches can be seen at the start. What can never work stops it; what
@@ -54,7 +54,7 @@ class Preflight:
             raise ConfigError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What no store can be opened with now: its memory, and the directories of its tiers."""
+        """The reason for which no store can be opened now: its memory, or the directories of its tiers."""
         directories = [self._directory_problem(kind, section) for kind, section in self._config.tiers()]
         return [problem for problem in (self._memory_problem(), *directories) if problem]
 

@@ -1,4 +1,4 @@
-"""What the daemon holds for one client: its requests and its leases.
+"""The daemon's side of one client: its requests and its leases.
 
 A session speaks messages (bytes in, bytes out) and knows no socket. It lives as long as one of its anchors, the
 connections that a client and the ranks of its engine keep for nothing else; when the last is gone, so is whoever could
@@ -37,7 +37,7 @@ from kvstore.service.daemon.requests import KnownRequests
 from kvstore.service.daemon.stores import OpenStore
 from kvstore.service.daemon.usage import Usage
 from kvstore.service.protocol import frames, messages
-from kvstore.service.protocol.frames import Op, ProtocolError, Reader
+from kvstore.service.protocol.frames import ProtocolError, Reader, Verb
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Anchor(Protocol):
         """Ask the other side to hang up as soon as it has no copy under way."""
 
 
-class Session:
+class ClientSession:
     """One client's requests and leases over one store. The daemon's event loop only."""
 
     def __init__(
@@ -96,26 +96,26 @@ class Session:
         self._now = now
         self.requests = KnownRequests(opened, self.holder)
         self._tickets: OrderedDict[int, None] = OrderedDict()
-        self._handlers: dict[Op, Callable[[Reader], bytes | Pending]] = {
-            Op.LOOKUP: self._lookup,
-            Op.PEEK: self._peek,
-            Op.PREPARE_LOAD: self._prepare_load,
-            Op.WAIT: self._wait,
-            Op.PREPARE_SAVE: self._prepare_save,
-            Op.COMPLETE: self._complete,
-            Op.RELEASE: self._release,
-            Op.RELEASE_OWNER: self._release_owner,
-            Op.PREFETCH: self._prefetch,
-            Op.CANCEL: self._cancel,
-            Op.FINISHED: self._finished,
-            Op.PIN: self._pin,
-            Op.UNPIN: self._unpin,
-            Op.FORGET: self._forget,
-            Op.OBSERVE_PREFILL: self._observe_prefill,
-            Op.FLUSH: self._flush,
-            Op.STATS: self._stats,
-            Op.EVENTS: feed.answer,
-            Op.KEYS: self._keys,
+        self._handlers: dict[Verb, Callable[[Reader], bytes | Pending]] = {
+            Verb.LOOKUP: self._lookup,
+            Verb.PEEK: self._peek,
+            Verb.PREPARE_LOAD: self._prepare_load,
+            Verb.WAIT: self._wait,
+            Verb.PREPARE_SAVE: self._prepare_save,
+            Verb.COMPLETE: self._complete,
+            Verb.RELEASE: self._release,
+            Verb.RELEASE_OWNER: self._release_owner,
+            Verb.PREFETCH: self._prefetch,
+            Verb.CANCEL: self._cancel,
+            Verb.FINISHED: self._finished,
+            Verb.PIN: self._pin,
+            Verb.UNPIN: self._unpin,
+            Verb.FORGET: self._forget,
+            Verb.OBSERVE_PREFILL: self._observe_prefill,
+            Verb.FLUSH: self._flush,
+            Verb.STATS: self._stats,
+            Verb.EVENTS: feed.answer,
+            Verb.KEYS: self._keys,
         }
 
     @property
@@ -123,12 +123,12 @@ class Session:
         """How operators are told what is kept on this client's word, also when it is gone."""
         return f"{self.client} (client {self.number})"
 
-    def handle(self, op: Op, body: bytes) -> bytes | Pending:
+    def handle(self, op: Verb, body: bytes) -> bytes | Pending:
         """Answer a message. Raises Resend, ProtocolError, or a KVStoreError that is the client's own fault."""
         handler = self._handlers.get(op)
         if handler is None:
             raise ProtocolError(f"a session has no {op.name}")
-        if op is not Op.EVENTS:  # which a client asks for as long as it lives, though it does nothing
+        if op is not Verb.EVENTS:  # which a client asks for as long as it lives, though it does nothing
             self.heard_at = self._now()
         return handler(Reader(body))
 

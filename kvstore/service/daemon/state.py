@@ -1,4 +1,4 @@
-"""What all parts of a daemon look at: who its tenants are, their stores, clients and transfers, and how far it is.
+"""The state that all parts of a daemon look at: tenants, their stores, clients and transfers, and its phase.
 
 `Daemon` makes it and hands it to the HTTP API and the dashboard, which know nothing of the process above them.
 """
@@ -14,7 +14,7 @@ from typing import Literal
 from kvstore.config.sections import Config
 from kvstore.service.daemon.clients import Clients
 from kvstore.service.daemon.events import EventHub
-from kvstore.service.daemon.session import Session
+from kvstore.service.daemon.session import ClientSession
 from kvstore.service.daemon.stores import Stores
 from kvstore.service.daemon.tenants import LOCAL, Tenant, Tokens
 from kvstore.service.daemon.transfers import Transfers
@@ -29,7 +29,7 @@ def our_version() -> str:
 
 
 @dataclass
-class Progress:
+class Phase:
     """How far a daemon is: starting, ready, draining."""
 
     is_ready: bool = False
@@ -59,11 +59,11 @@ class DaemonState:
     tokens: Tokens | None
     own_metrics: Callable[[], dict[str, float]]
     reasons: Callable[[], tuple[list[str], list[str]]]
-    progress: Progress = field(default_factory=Progress)
+    progress: Phase = field(default_factory=Phase)
     version: str = field(default_factory=our_version)
 
     @property
-    def sessions(self) -> dict[str, Session]:
+    def sessions(self) -> dict[str, ClientSession]:
         """Those of the clients that are attached."""
         return self.clients.sessions
 

@@ -68,7 +68,7 @@ class Watch:
         self._is_noted = False
 
     def wake(self) -> None:
-        """Have the waiters look again. Under the store's lock, so it only leaves a note, and one at a time."""
+        """Make the waiters look again. Under the store's lock, so it only leaves a note, and one at a time."""
         if self._waiters and not self._is_noted:
             self._is_noted = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -131,11 +131,11 @@ class OpenStore:
         return await self.wait_for(look, timeout_s) or self.store.lookup(request)
 
     async def ask(self, request: Request, timeout_s: float) -> None:
-        """Have shared tiers asked about a request, as far as they answer in time."""
+        """Ask shared tiers about a request, as far as they answer in time."""
         await self.wait_for(lambda: None if self.store.ask(request) else True, timeout_s)
 
     async def wait_for(self, look: Callable[[], T | None], timeout_s: float) -> T | None:
-        """What `look` returns once it is not None; None after `timeout_s`. It is asked after every change."""
+        """The result of `look` once it is not None; None after `timeout_s`. It is called after every change."""
         found = look()
         if found is not None or timeout_s <= 0:
             return found
@@ -296,7 +296,7 @@ class Stores:
         )
 
     def _directories(self, tenant: Tenant) -> list[Path]:
-        """Where pages of a tenant outlive the daemon."""
+        """The directory in which pages of a tenant outlive the daemon."""
         homes = [kind.home(section) for kind, section in self._config.tiers() if tenant.uses(kind.name)]
         return [home / tenant.name for home in homes if home is not None]
 

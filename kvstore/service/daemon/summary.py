@@ -1,4 +1,4 @@
-"""What is up, in one screen: what `kvstore serve` says when it listens, and when it ends."""
+"""The screen that `kvstore serve` shows when it listens, and its lines when it ends."""
 
 from __future__ import annotations
 

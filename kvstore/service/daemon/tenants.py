@@ -1,4 +1,4 @@
-"""Who may use a daemon: tenants, each with a token, a salt, and shares of the tiers of its own.
+"""The tenants of a daemon, each with a token, a salt, and shares of the tiers of its own.
 
 A tenant's pages lie in stores of its own, cut to its quota; so one tenant can neither see nor evict what another
 stored, and its statistics are its own. In Redis, which all tenants share, the salt in every block hash keeps them

@@ -32,7 +32,7 @@ class TooManyTransfers(Exception):
     """No further transfer of pages now; the text says how many there are."""
 
 
-class Transfer:
+class PageTransfer:
     """One request that moves pages. Its leases end with it, or are taken from it by `end`.
 
     number: names it to operators; name: says what it does and for whom.
@@ -92,9 +92,9 @@ class Transfers:
         self.num_tenants = 1
         self._lease_max_s = lease_max_s
         self._number = number
-        self._transfers: dict[int, Transfer] = {}
+        self._transfers: dict[int, PageTransfer] = {}
 
-    def __iter__(self) -> Iterator[Transfer]:
+    def __iter__(self) -> Iterator[PageTransfer]:
         return iter(list(self._transfers.values()))
 
     @property
@@ -103,7 +103,7 @@ class Transfers:
         return sum(len(one.leases) for one in self._transfers.values())
 
     @contextlib.contextmanager
-    def begin(self, request: web.Request, opened: OpenStore, verb: str) -> Iterator[Transfer]:
+    def begin(self, request: web.Request, opened: OpenStore, verb: str) -> Iterator[PageTransfer]:
         """One more, for the length of a block. Raises TooManyTransfers."""
         taken = Counter(one.opened.tenant.name for one in self._transfers.values())
         if not shares.has_room(opened.tenant.name, taken, MAX_TRANSFERS, self.num_tenants):
@@ -117,7 +117,7 @@ class Transfers:
             if task is not None:
                 task.cancel()
 
-        transfer = Transfer(self._number(), opened, f"pages {verb} {request.remote or 'this machine'}", hang_up)
+        transfer = PageTransfer(self._number(), opened, f"pages {verb} {request.remote or 'this machine'}", hang_up)
         self._transfers[transfer.number] = transfer
         timer = self._watch(transfer, self._lease_max_s)
         try:
@@ -129,11 +129,11 @@ class Transfers:
             for lease, _ in transfer.leases.values():
                 opened.store.release(lease)
 
-    def find(self, number: str) -> Transfer | None:
+    def find(self, number: str) -> PageTransfer | None:
         """The transfer of that number."""
         return next((one for one in self._transfers.values() if str(one.number) == number), None)
 
-    def _watch(self, transfer: Transfer, delay_s: float) -> list[asyncio.TimerHandle]:
+    def _watch(self, transfer: PageTransfer, delay_s: float) -> list[asyncio.TimerHandle]:
         loop = asyncio.get_running_loop()
         timer: list[asyncio.TimerHandle] = []
 

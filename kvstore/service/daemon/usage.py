@@ -1,4 +1,4 @@
-"""What one client has used, since it attached, for the dashboard."""
+"""The use of one client since it attached, for the dashboard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the page at `/` and `kvstore top` show: this moment, the past day, and the stored prefixes.
+"""The content of the page at `/` and of `kvstore top`: this moment, the past day, and the stored prefixes.
 
 A sample of every store is taken each second, whether anybody watches or not, so that a page opened now shows what was.
 All that is told of this moment is made from the last sample: who watches costs the stores nothing, but for the look at
@@ -34,9 +34,9 @@ from kvstore.service.dashboard.models import (
     PrefixesAnswer,
     SeriesAnswer,
     Shown,
-    Span,
     TenantBrief,
     TierBrief,
+    TimeSpan,
     Use,
 )
 from kvstore.service.dashboard.prefixes import Looks, merged
@@ -45,7 +45,7 @@ from kvstore.service.http.problems import Problem
 from kvstore.service.http.routes import Call, Route
 
 if TYPE_CHECKING:
-    from kvstore.service.daemon.session import Session
+    from kvstore.service.daemon.session import ClientSession
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Dashboard:
         return [
             Route("GET", "/v1/dashboard/now", self.now, "What the dashboard shows of this moment.", query=Shown,
                   answer=NowAnswer, errors=(404,)),
-            Route("GET", "/v1/dashboard/series", self.series, "Rates over time.", query=Span, answer=SeriesAnswer,
+            Route("GET", "/v1/dashboard/series", self.series, "Rates over time.", query=TimeSpan, answer=SeriesAnswer,
                   errors=(404,)),
             Route("GET", "/v1/dashboard/prefixes", self.prefixes, "The stored prefixes, hottest first.",
                   query=Branches, answer=PrefixesAnswer, errors=(404,)),
@@ -114,7 +114,7 @@ class Dashboard:
 
     @property
     def directions_down(self) -> dict[str, list[str]]:
-        """What tiers that are in use do not do in some store, as of the last sample."""
+        """The directions in which tiers that are in use fail in some store, as of the last sample."""
         every = list(self._stats.values())
         tiers = sorted({tier for stats in every for tier in stats["direction_open"]} - set(self.tiers_down))
         return {tier: ways for tier in tiers if (ways := sorted(left_out(every, tier)))}
@@ -149,7 +149,7 @@ class Dashboard:
         )
 
     async def series(self, call: Call) -> SeriesAnswer:
-        body: Span = call.body
+        body: TimeSpan = call.body
         stores = self._visible(call, body)
         columns = self._history.span([_place(one) for one in stores], body.span_s, body.since)
 
@@ -364,7 +364,7 @@ def _flows(columns: Columns) -> list[Flow]:
     ]
 
 
-def _client(session: Session) -> ClientBrief:
+def _client(session: ClientSession) -> ClientBrief:
     usage = session.usage
     return ClientBrief(
         client=session.client,

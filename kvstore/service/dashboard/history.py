@@ -1,4 +1,4 @@
-"""What the stores counted, second by second for a quarter of an hour and minute by minute for a day.
+"""The stores' counters, second by second for a quarter of an hour and minute by minute for a day.
 
 A page that is opened now shows the past, so the daemon takes a sample of every store each second. A sample is a row of
 counters as they stood: rates are differences between rows, over whatever span is asked for, and the

@@ -1,4 +1,4 @@
-"""What the dashboard's operations answer with. Sizes are bytes, times Unix seconds, spans seconds."""
+"""The answers of the dashboard's operations. Sizes are bytes, times Unix seconds, spans seconds."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PREFIX_ID_DIGITS = 16  # of the hash of its first block: enough to tell apart wh
 
 
 class Shown(InNamespace):
-    """What is shown: all that may be seen, or one tenant's, or one namespace."""
+    """The scope of an answer: all that may be seen, or one tenant's, or one namespace."""
 
     tenant: Annotated[str, Field(max_length=64)] | None = None
 
 
-class Span(Shown):
+class TimeSpan(Shown):
     """How far back. Query values are text, so numbers are read from it."""
 
     span_s: Annotated[float, Field(strict=False, ge=1, le=86_400, allow_inf_nan=False)] = 900.0
@@ -37,7 +37,7 @@ class Branches(Shown):
 
 
 class Use(Answer):
-    """What was asked for and reused in a span. hit_tokens: by the tier they were loaded from."""
+    """The tokens asked for and reused in a span. hit_tokens: by the tier they were loaded from."""
 
     span_s: float
     lookups: int

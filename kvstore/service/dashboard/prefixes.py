@@ -37,7 +37,7 @@ class _Sum:
 
 
 class Look:
-    """What a tour of one store found, added up. Immutable."""
+    """The sums over one walk through a store. Immutable."""
 
     def __init__(self, opened: OpenStore, tour: Tour) -> None:
         self.is_cut = tour.is_cut
@@ -120,7 +120,7 @@ class Looks:
         self._looks.clear()
 
     def forget_old(self) -> None:
-        """Let go what nobody has asked for lately."""
+        """Drop results that were not asked for lately."""
         now = time.monotonic()
         for place in [
             place for place, (_, ended, took) in self._looks.items() if now - ended > FORGET_S + SHARE * took

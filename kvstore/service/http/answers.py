@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Answer(BaseModel):
-    """What comes back."""
+    """The base of all answers."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -48,7 +48,7 @@ class DeleteAnswer(Answer):
 
 
 class ClearAnswer(Answer):
-    """What was deleted everywhere. blocks: that were known here. keys: further ones, by tier without an index."""
+    """The blocks deleted everywhere. blocks: that were known here. keys: further ones, by tier without an index."""
 
     blocks: int
     keys: dict[str, int]
@@ -108,7 +108,7 @@ class ClientAnswer(Answer):
 
 
 class KeptAnswer(Answer):
-    """What pins and `retain_until` keep in host memory on one holder's word, be it attached or not.
+    """The pages that pins and `retain_until` keep in host memory on one holder's word, be it attached or not.
 
     holder: a client and its id, or "http". until: Unix time at which the last of it ends.
     """

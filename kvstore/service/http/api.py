@@ -47,7 +47,7 @@ from kvstore.service.http.models import (
     NewNamespace,
     Prompt,
     Read,
-    Ttl,
+    TtlBody,
 )
 from kvstore.service.http.parsing import Parser
 from kvstore.service.http.problems import Problem
@@ -98,7 +98,7 @@ class Api:
             Route("POST", "/v1/pin", self.pin, "Keep a prefix in host memory.", body=Prompt, answer=PinAnswer,
                   errors=(404, 409)),
             Route("POST", "/v1/unpin", self.unpin, "Undo pin.", body=Prompt, answer=BlocksAnswer, errors=(404, 409)),
-            Route("POST", "/v1/ttl", self.ttl, "Give a prefix a time to live.", body=Ttl, answer=BlocksAnswer,
+            Route("POST", "/v1/ttl", self.ttl, "Give a prefix a time to live.", body=TtlBody, answer=BlocksAnswer,
                   errors=(404, 409)),
             Route("POST", "/v1/delete", self.delete, "Delete a prefix and all that continues it.", body=Delete,
                   answer=DeleteAnswer, errors=(404, 409)),
@@ -283,7 +283,7 @@ class Api:
 
     @contextlib.asynccontextmanager
     async def _asked(self, call: Call) -> AsyncIterator[tuple[OpenStore, Request]]:
-        """What a request is about. It is over when it is answered: the store keeps no note of the prompt."""
+        """The request that a call is about. It is over when it is answered: the store keeps no note of the prompt."""
         opened, request = await self._request(call)
         try:
             yield opened, request

@@ -215,7 +215,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _problem(request: web.Request, error: Exception) -> Problem:
-    """What a request that failed is answered with."""
+    """The answer to a request that failed."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, web.HTTPException):

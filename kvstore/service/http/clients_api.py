@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from kvstore.service.daemon.session import Session
+from kvstore.service.daemon.session import ClientSession
 from kvstore.service.daemon.state import DaemonState
-from kvstore.service.daemon.transfers import Transfer
+from kvstore.service.daemon.transfers import PageTransfer
 from kvstore.service.http.answers import ClientAnswer, ClientsAnswer, KeptAnswer
 from kvstore.service.http.problems import Problem
 from kvstore.service.http.routes import Call, Route
@@ -61,7 +61,7 @@ class ClientsApi:
 
     # ---- private ----------------------------------------------------------------------------------------------------
 
-    def _client(self, session: Session, kept: list[KeptAnswer]) -> ClientAnswer:
+    def _client(self, session: ClientSession, kept: list[KeptAnswer]) -> ClientAnswer:
         now, leases = time.monotonic(), session.leases.values()
         own = next((one for one in kept if one.holder == session.holder and one.namespace == session.opened.id), None)
         return ClientAnswer(
@@ -86,7 +86,7 @@ class ClientsApi:
             staging_free=0 if session.staged is None else session.staged.num_free,
         )
 
-    def _transfer(self, transfer: Transfer) -> ClientAnswer:
+    def _transfer(self, transfer: PageTransfer) -> ClientAnswer:
         now, oldest = time.monotonic(), transfer.oldest_at
         leases = [lease for lease, _ in transfer.leases.values()]
         return ClientAnswer(

@@ -85,7 +85,7 @@ def differing(ours: Namespace, theirs: Namespace) -> list[str]:
 
 
 def _shared(told: Explanation) -> str:
-    """What shared tiers have said about the block that is missing."""
+    """The answers of shared tiers about the block that is missing."""
     if told.match.cut is not CutReason.NEVER_STORED:
         return ""
     said = {True: "has it", False: "does not have it", None: "has not answered"}

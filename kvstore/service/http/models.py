@@ -89,7 +89,7 @@ class Prompt(InNamespace):
 
 
 class Lookup(Prompt):
-    """What is stored of a prompt?"""
+    """A question: how much of a prompt is stored?"""
 
     timeout_s: Seconds = Field(default=0.05, ge=0, le=10, description="Longest wait for a shared tier's answer.")
 
@@ -100,7 +100,7 @@ class Explain(Prompt):
     timeout_s: Seconds = Field(default=0.5, ge=0, le=10, description="Longest wait for shared tiers; 0 asks none.")
 
 
-class Ttl(Prompt):
+class TtlBody(Prompt):
     """A new time to live for a prefix."""
 
     ttl_s: Seconds = Field(gt=0, le=10 * 365 * 86400)
@@ -151,7 +151,7 @@ class LayoutBody(Body):
 
 
 class NamespaceBody(Body):
-    """What must be equal for two engines to share pages (radix/namespace.py)."""
+    """The values that must be equal for two engines to share pages (radix/namespace.py)."""
 
     model: Text
     revision: Text

@@ -23,7 +23,7 @@ from aiohttp import web
 
 from kvstore.plan.records import LeaseState, LeaseStatus, Request, SaveLease
 from kvstore.service.daemon.stores import OpenStore
-from kvstore.service.daemon.transfers import Transfer, Transfers
+from kvstore.service.daemon.transfers import PageTransfer, Transfers
 from kvstore.service.http.models import Prompt, Read
 from kvstore.service.http.parsing import Parser
 from kvstore.service.http.problems import Problem
@@ -39,7 +39,7 @@ PIECE_BYTES = 256 << 10  # what is written at once
 Opened = Callable[[Prompt], Awaitable[tuple[OpenStore, Request]]]
 
 
-async def send(request: web.Request, transfer: Transfer, prompt: Request, body: Read) -> web.StreamResponse:
+async def send(request: web.Request, transfer: PageTransfer, prompt: Request, body: Read) -> web.StreamResponse:
     """Stream the stored pages of a prompt. The pages stay leased until they are sent."""
     opened = transfer.opened
     store = opened.store
@@ -100,7 +100,7 @@ class _Filling:
 class _Saving:
     """Takes the pages of one body into slots, one lease per block. What is not whole ends with the transfer."""
 
-    def __init__(self, transfer: Transfer, request: Request) -> None:
+    def __init__(self, transfer: PageTransfer, request: Request) -> None:
         self.num_whole = 0
         self._transfer = transfer
         self._opened = transfer.opened
@@ -167,7 +167,7 @@ class _Body:
             parts += piece
         return bytes(parts)
 
-    async def into(self, view: np.ndarray[tuple[int], np.dtype[np.uint8]], transfer: Transfer) -> None:
+    async def into(self, view: np.ndarray[tuple[int], np.dtype[np.uint8]], transfer: PageTransfer) -> None:
         """Fill a slot, as long as it is the transfer's."""
         at = 0
         while at < len(view):

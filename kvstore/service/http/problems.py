@@ -13,7 +13,7 @@ CONTENT_TYPE = "application/problem+json"
 
 
 class Problem(Exception):
-    """What a handler raises to answer with an error. field: a path such as "tokens.3"; "" if it is no field's."""
+    """An error as an answer. field: a path such as "tokens.3"; "" if it is no field's."""
 
     def __init__(self, status: int, title: str, detail: str = "", field: str = "", **headers: str) -> None:
         super().__init__(detail or title)

@@ -26,8 +26,8 @@ MAX_TEXT_BYTES = 4096  # options, owners and reasons
 HEADER = struct.Struct("<HBBB3xII")
 
 
-class Op(IntEnum):
-    """What a frame asks for, or answers."""
+class Verb(IntEnum):
+    """The verb of a frame."""
 
     HELLO = 1  # JSON: layout, namespace -> JSON: session, slab; with the slab's descriptor
     ATTACH = 2  # JSON: session -> another connection of it
@@ -52,7 +52,7 @@ class Op(IntEnum):
     KEYS = 23  # keys of a request that is too long for one message, before the call about it
 
 
-class Status(IntEnum):
+class ReplyStatus(IntEnum):
     """How an answer is meant."""
 
     OK = 0
@@ -68,13 +68,15 @@ class ProtocolError(KVStoreError):
 class Frame(NamedTuple):
     """A header, taken apart."""
 
-    op: Op
-    status: Status
+    op: Verb
+    status: ReplyStatus
     num_bytes: int
     sequence: int
 
 
-def encode_frame(op: Op, body: bytes | bytearray = b"", sequence: int = 0, status: Status = Status.OK) -> bytes:
+def encode_frame(
+    op: Verb, body: bytes | bytearray = b"", sequence: int = 0, status: ReplyStatus = ReplyStatus.OK
+) -> bytes:
     """A frame with its body."""
     return HEADER.pack(MAGIC, VERSION, op, status, len(body), sequence) + body
 
@@ -89,7 +91,7 @@ def decode_header(raw: bytes | bytearray | memoryview) -> Frame:
     if num_bytes > MAX_BODY_BYTES:
         raise ProtocolError(f"frame announces {num_bytes} bytes, more than is allowed")
     try:
-        return Frame(Op(op), Status(status), num_bytes, sequence)
+        return Frame(Verb(op), ReplyStatus(status), num_bytes, sequence)
     except ValueError:
         raise ProtocolError(f"frame has op {op} and status {status}, which this release does not know") from None
 

@@ -1,4 +1,4 @@
-"""What frames say: requests, calls about them, and answers.
+"""The content of frames: requests, calls about them, and answers.
 
 A message about a request names it by a number of the client's, and brings only the keys that the daemon has not seen:
 `base` says how many the client believes are there. A daemon that knows another number answers RESEND, and the
@@ -75,7 +75,7 @@ STATES = tuple(LeaseState)
 
 @dataclass(frozen=True, slots=True)
 class RequestPart:
-    """What a message says about its request (see Request). options: None where they were sent before."""
+    """The request part of a message (see Request). options: None where they were sent before."""
 
     id: int
     base: int
@@ -105,7 +105,7 @@ def read_request(reader: Reader) -> RequestPart:
 
 
 def too_long(num_keys: int) -> RequestError:
-    """What a request with so many blocks is answered, by the client itself if it is asked."""
+    """The answer to a request with too many blocks, by the client itself if it is asked."""
     return RequestError(f"request has {num_keys} blocks; a daemon takes at most {MAX_KEYS}")
 
 

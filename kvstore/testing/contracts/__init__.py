@@ -1,4 +1,4 @@
-"""What every tier, eviction policy, device and codec promises, as suites of tests to inherit (docs/extending.md).
+"""The promises of every tier, eviction policy, device and codec, as suites of tests to inherit (docs/extending.md).
 
 tier     `TierContract`
 policy   `EvictionPolicyContract`

@@ -1,4 +1,4 @@
-"""What every codec promises (kvstore/codec.py), as a suite to inherit: supply the fixture `codec`."""
+"""The promises of every codec (kvstore/codec.py), as a suite to inherit: supply the fixture `codec`."""
 
 from __future__ import annotations
 

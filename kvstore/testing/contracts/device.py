@@ -1,4 +1,4 @@
-"""What every device promises (kvstore/devices/base.py), as a suite to inherit.
+"""The promises of every device (kvstore/devices/base.py), as a suite to inherit.
 
 A subclass supplies a `device` fixture and two ways past the code under test into the engine's memory: `place` makes a
 tensor of the device's kind from an array, `look` reads it back.

@@ -1,4 +1,4 @@
-"""What every eviction policy promises (eviction/policy.py), as a suite to inherit.
+"""The promises of every eviction policy (eviction/policy.py), as a suite to inherit.
 
 A subclass supplies `new_policy`, which returns an empty policy without a ttl of its own.
 """

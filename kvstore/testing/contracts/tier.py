@@ -1,4 +1,4 @@
-"""What every tier promises (kvstore/tiers/base.py), as a suite to inherit.
+"""The promises of every tier (kvstore/tiers/base.py), as a suite to inherit.
 
 A subclass supplies a `tier` fixture over `slot_bytes` slots with room for `capacity` pages and the clock of the `clock`
 fixture, and three ways past the code under test to the medium itself: `regions`, `flip_bit` and, where time cannot be

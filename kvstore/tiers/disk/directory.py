@@ -185,7 +185,7 @@ class DiskDirectory:
             _log.warning("%s; it has %d bytes now", full, map_bytes)
 
     def join(self, geometry: Geometry | None, num_slots: int, *, read_only: bool, shared: bool = True) -> None:
-        """Let one more tier of this process use it. Raises what opening it would raise."""
+        """Add one more tier of this process to its users. Raises what opening it would raise."""
         if not read_only and not (shared and self._shared):
             raise ConfigError(
                 f"disk.shared is false, and another store of this process has disk.path {self.path} open; close that, "

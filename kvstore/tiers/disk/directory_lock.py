@@ -1,4 +1,4 @@
-"""Who may do what in a disk tier's directory: advisory locks on bytes of one file, which die with their process.
+"""The locks of a disk tier's directory: advisory, on bytes of one file, and gone with their process.
 
     byte 0          shared by every process that has the directory open; exclusive while the first of them sets it up
     byte 1          held during a write transaction
@@ -160,7 +160,7 @@ class DirectoryLock:
         self._write_content(_NEWEST.pack(snapshot), 0)
 
     def close(self) -> None:
-        """Let go of everything. Idempotent."""
+        """Release everything. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -44,19 +44,19 @@ class Gate:
                 self._changed.notify_all()
 
     def open(self) -> None:
-        """Let calls pass."""
+        """Admit calls."""
         with self._lock:
             self._reason = self._pause_s = None
             self._changed.notify_all()
 
     def shut(self, reason: str) -> None:
-        """Let no further call pass, and tell each why."""
+        """Refuse all further calls, and tell each why."""
         with self._lock:
             self._reason, self._pause_s = reason, None
             self._changed.notify_all()
 
     def pause(self, longest_s: float) -> None:
-        """Let calls wait, each at most `longest_s`, until `open` or `shut`."""
+        """Make calls wait, each at most `longest_s`, until `open` or `shut`."""
         with self._lock:
             self._pause_s = longest_s
 

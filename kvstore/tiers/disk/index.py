@@ -32,9 +32,9 @@ from kvstore.page import PageKey
 from kvstore.tiers.disk.directory_lock import DirectoryLock
 from kvstore.tiers.disk.index_snapshots import IndexSnapshots
 from kvstore.tiers.disk.meta import Geometry, MetaTable
-from kvstore.tiers.disk.page_table import PageTable, ScanPosition
+from kvstore.tiers.disk.page_table import DiskPageTable, ScanPosition
 from kvstore.tiers.disk.record import PageRecord
-from kvstore.tiers.disk.slots import AllocatorState, Claim, SlotAllocator, Txn
+from kvstore.tiers.disk.slots import AllocatorState, Reservation, SlotAllocator, Txn
 
 _SET_UP_TIMEOUT_S = 10.0
 
@@ -44,7 +44,7 @@ class Written:
     """A claimed slot whose bytes are on their way to the disk, ready to be published."""
 
     key: PageKey
-    claim: Claim
+    claim: Reservation
     raw_header: bytes
     expires_at: float
     tokens: bytes
@@ -54,13 +54,13 @@ class Written:
 class Claimed:
     """Answers to `claim`, one per key: a Claim to be written, True for a page that is there, False for no room."""
 
-    answers: list[Claim | bool] = field(default_factory=list)
+    answers: list[Reservation | bool] = field(default_factory=list)
     evicted: int = 0
     damaged: int = 0
 
 
 @dataclass(slots=True)
-class Found:
+class FoundRecords:
     """Answers to `find`, one per key; `damaged` are the keys whose record is no longer what was written."""
 
     records: list[PageRecord | None] = field(default_factory=list)
@@ -81,8 +81,8 @@ class DiskIndex:
         self._lock = lock
         self._is_writable = not env.flags()["readonly"]
         self._snapshots = None if lock is None else IndexSnapshots(env, lock)
-        self._orphans: list[Claim] = []  # claims that could be neither published nor freed
-        self._pages = PageTable(self._table(b"pages"), self._table(b"order"))
+        self._orphans: list[Reservation] = []  # claims that could be neither published nor freed
+        self._pages = DiskPageTable(self._table(b"pages"), self._table(b"order"))
         self._meta = MetaTable(self._table(b"meta"))
         is_alive = lock.is_alive if lock else lambda _: True
         self._slots = SlotAllocator(self._table(b"free"), self._table(b"writing"), is_alive)
@@ -90,7 +90,7 @@ class DiskIndex:
     # Setting up.
 
     def geometry(self) -> Geometry | None:
-        """What the directory was made for; None if it is new. Raises CorruptPage or LayoutMismatch (other version)."""
+        """The directory's layout; None if it is new. Raises CorruptPage or LayoutMismatch (other version)."""
         with self._read() as txn:
             return self._meta.geometry(txn)
 
@@ -131,9 +131,9 @@ class DiskIndex:
 
     # Reading.
 
-    def find(self, keys: Sequence[PageKey]) -> Found:
+    def find(self, keys: Sequence[PageKey]) -> FoundRecords:
         """The records of `keys`, in one read transaction."""
-        found = Found()
+        found = FoundRecords()
         with self._read() as txn:
             for key in keys:
                 record = None
@@ -181,7 +181,7 @@ class DiskIndex:
     def claim(self, keys: Sequence[PageKey], evict: Sequence[PageKey], *, now: float, deadline: float) -> Claimed:
         """Remove `evict`, then hand out a slot for each of the (distinct) `keys` that is not there."""
         claimed = Claimed()
-        orphans: list[Claim] = []
+        orphans: list[Reservation] = []
         try:
             with self._write(deadline) as (txn, state):
                 orphans, self._orphans = self._orphans, []
@@ -201,7 +201,7 @@ class DiskIndex:
             raise
         return claimed
 
-    def publish(self, pages: Sequence[Written], failed: Sequence[Claim], *, deadline: float) -> list[bool]:
+    def publish(self, pages: Sequence[Written], failed: Sequence[Reservation], *, deadline: float) -> list[bool]:
         """Make written pages visible, in this order of use, and give the slots of `failed` claims back.
 
         False where the claim is no longer ours. A key that somebody else published first keeps its bytes and answers
@@ -228,7 +228,7 @@ class DiskIndex:
                     self._slots.free(txn, page.claim.slot)
         return answers
 
-    def abandon(self, claims: Sequence[Claim]) -> None:
+    def abandon(self, claims: Sequence[Reservation]) -> None:
         """Remember claims that could not be published; the next `claim` gives them back."""
         self._orphans.extend(claims)
 

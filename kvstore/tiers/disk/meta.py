@@ -24,7 +24,7 @@ LMDB_LOCKS_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """What a directory is made for; pages of another layout are never put into it."""
+    """The layout of a directory; pages of another one are never put into it."""
 
     layout: str
     slot_bytes: int
@@ -39,7 +39,7 @@ class MetaTable:
         self._meta = meta
 
     def geometry(self, txn: Txn) -> Geometry | None:
-        """What the directory was made for; None if it is new. Raises CorruptPage or LayoutMismatch (other version)."""
+        """The directory's layout; None if it is new. Raises CorruptPage or LayoutMismatch (other version)."""
         raw = txn.get(b"geometry", db=self._meta)
         if raw is None:
             return None

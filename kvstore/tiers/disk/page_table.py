@@ -36,7 +36,7 @@ class ScanPosition:
     end: int
 
 
-class PageTable:
+class DiskPageTable:
     """Records by key, and by the time of their last use."""
 
     def __init__(self, pages: Any, order: Any) -> None:

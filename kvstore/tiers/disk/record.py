@@ -1,4 +1,4 @@
-"""What the disk tier's index keeps for one page: the page header, where the bytes lie, and until when they live.
+"""The index record of one page: the page header, where the bytes lie, and until when they live.
 
     offset  bytes
     0       128     page header, as in kvstore/page.py; its key is the index key
@@ -47,7 +47,7 @@ class PageRecord:
 
     @property
     def meta(self) -> PageMeta:
-        """What was stored beside the bytes, with the deadline that counts."""
+        """The metadata stored beside the bytes, with the deadline that counts."""
         header = self.header
         return PageMeta(header.raw_bytes, header.parent, header.depth, self.expires_at, self.tokens)
 

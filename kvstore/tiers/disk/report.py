@@ -24,7 +24,7 @@ from kvstore.tiers.disk.record import PageRecord
 
 @dataclass(frozen=True, slots=True)
 class PageCheck:
-    """What `verify` found about one page. `record` is None where the index record itself is damaged."""
+    """The result of `verify` for one page. `record` is None where the index record itself is damaged."""
 
     key: PageKey
     ok: bool

@@ -25,7 +25,7 @@ Txn = Any  # an lmdb.Transaction; its own types do not know that values are byte
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class Reservation:
     """A slot handed out for writing. `generation` goes into the page header."""
 
     slot: int
@@ -88,13 +88,13 @@ class SlotAllocator:
         state.high_water += fresh
         return slots
 
-    def claim(self, txn: Txn, state: AllocatorState, slot: int) -> Claim:
+    def claim(self, txn: Txn, state: AllocatorState, slot: int) -> Reservation:
         """Mark a taken slot as being written by this process."""
-        claim = Claim(slot, state.tick())
+        claim = Reservation(slot, state.tick())
         txn.put(_SLOT.pack(slot), _WRITING.pack(claim.generation, self.writer), db=self._writing)
         return claim
 
-    def settle(self, txn: Txn, claim: Claim) -> bool:
+    def settle(self, txn: Txn, claim: Reservation) -> bool:
         """End a claim, its slot now belonging to a record; False if it is no longer ours."""
         raw = txn.get(_SLOT.pack(claim.slot), db=self._writing)
         if raw != _WRITING.pack(claim.generation, self.writer):
@@ -102,7 +102,7 @@ class SlotAllocator:
         txn.delete(_SLOT.pack(claim.slot), db=self._writing)
         return True
 
-    def give_back(self, txn: Txn, claim: Claim) -> None:
+    def give_back(self, txn: Txn, claim: Reservation) -> None:
         """End a claim and free its slot, if it is still ours."""
         if self.settle(txn, claim):
             self.free(txn, claim.slot)

@@ -29,13 +29,13 @@ from kvstore.layout import SLOT_ALIGNMENT
 from kvstore.page import PageKey, PageMeta, encode_header, verify_page
 from kvstore.tiers.base import StoredPage, TierCounters
 from kvstore.tiers.disk.directory import DiskDirectory
-from kvstore.tiers.disk.index import DiskIndex, Found, Written
+from kvstore.tiers.disk.index import DiskIndex, FoundRecords, Written
 from kvstore.tiers.disk.index_map import IndexMapFull
 from kvstore.tiers.disk.meta import Geometry
 from kvstore.tiers.disk.open_directories import acquire, release
 from kvstore.tiers.disk.page_table import ScanPosition
 from kvstore.tiers.disk.record import PageRecord
-from kvstore.tiers.disk.slots import Claim
+from kvstore.tiers.disk.slots import Reservation
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Read(Enum):
-    """What reading the bytes of one record gave."""
+    """The result of reading the bytes of one record."""
 
     WHOLE = "whole"
     TORN = "torn"  # the bytes are not the page's
@@ -123,7 +123,7 @@ class DiskTier:
         deadline, now = time.monotonic() + timeout_s, self._now()
         self._check_open()
 
-        def find(index: DiskIndex) -> Found:
+        def find(index: DiskIndex) -> FoundRecords:
             found = index.find(keys)
             self._drop(index, [], found.damaged, deadline)
             return found
@@ -341,11 +341,11 @@ class DiskTier:
         self.counters.fallback_evictions += claimed.evicted
         self.counters.corrupt_pages += claimed.damaged
         written: list[Written] = []
-        failed: list[Claim] = []
+        failed: list[Reservation] = []
         errors: list[OSError] = []
         try:
             for key, claim in zip(keys, claimed.answers, strict=True):
-                if not isinstance(claim, Claim):
+                if not isinstance(claim, Reservation):
                     continue
                 if time.monotonic() > deadline:
                     failed.append(claim)
@@ -362,7 +362,7 @@ class DiskTier:
                     written.append(Written(key, claim, header, meta.expires_at, meta.tokens))
             published = index.publish(written, failed, deadline=deadline)
         except BaseException:
-            index.abandon([claim for claim in claimed.answers if isinstance(claim, Claim)])
+            index.abandon([claim for claim in claimed.answers if isinstance(claim, Reservation)])
             raise
         stored = {key: claim is True for key, claim in zip(keys, claimed.answers, strict=True)}
         stored.update((page.key, ok) for page, ok in zip(written, published, strict=True))

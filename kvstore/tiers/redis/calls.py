@@ -13,16 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kvstore.errors import TierRefused, TierUnavailable
-from kvstore.tiers.redis.connection import Wire
+from kvstore.tiers.redis.connection import RedisConnection
 from kvstore.tiers.redis.refusal import STALE, SlotMoved
-from kvstore.tiers.redis.route import Node, Route
+from kvstore.tiers.redis.route import Node, ServerRoute
 
 OUT_S = 1.0  # doubles while a node is not reached
 MAX_OUT_S = 30.0
 UNREACHED = "UNREACHED"  # reason of a refusal: a node of several
 TRIES = 3  # while slots move: the old table, the new one, and once more where nodes do not agree yet
 
-Work = Callable[[Wire, list[int]], None]
+Work = Callable[[RedisConnection, list[int]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +34,19 @@ class _Out:
     until: float
 
 
-class Calls:
+class NodeCalls:
     """Calls work with a wire to each node. Any thread.
 
     count: notes refused, redirects, timeouts and failures.
     """
 
-    def __init__(self, route: Route, count: Callable[[str], None]) -> None:
+    def __init__(self, route: ServerRoute, count: Callable[[str], None]) -> None:
         self._route = route
         self._count = count
         self._out: dict[str, _Out] = {}  # nodes that were not reached, by name
         self._ask_again_at = 0.0  # for the table of slots, where it has gaps
 
-    def on_a_node(self, timeout_s: float, work: Callable[[Wire], None]) -> None:
+    def on_a_node(self, timeout_s: float, work: Callable[[RedisConnection], None]) -> None:
         """Call `work` with a wire to one node after the other, until one has done it. Raises TierUnavailable.
 
         Somebody wants to know: the next call tries those again that were left alone.

@@ -1,4 +1,4 @@
-"""What machines tell each other in Redis about blocks that they are computing: claims.
+"""Claims in Redis: machines tell each other about blocks that they are computing.
 
     first key of the page | ":claim"    ->    token of who computes it, with a deadline
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from kvstore.tiers.redis.connection import Wire
+from kvstore.tiers.redis.connection import RedisConnection
 from kvstore.tiers.redis.refusal import checked
 
 ENDING = b":claim"  # no other part of a page has a name of that length
@@ -80,7 +80,7 @@ class RedisClaims:
         names = [head + ENDING for head in heads]
         said = [False] * len(names)
 
-        def run(wire: Wire, indexes: list[int]) -> None:
+        def run(wire: RedisConnection, indexes: list[int]) -> None:
             batches = [indexes[at : at + self._at_once] for at in range(0, len(indexes), self._at_once)]
             commands = [(b"EVAL", script, len(batch), *(names[i] for i in batch), *args) for batch in batches]
             for batch, reply in zip(batches, wire.ask(commands), strict=True):

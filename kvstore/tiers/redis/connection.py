@@ -1,9 +1,9 @@
 """One connection to a Redis server, with pages received straight into slots and sent straight from them.
 
-redis-py makes the connection: name, socket, TLS, AUTH, SELECT. The bytes after that are ours (`redis_parser`).
+redis-py makes the connection: name, socket, TLS, AUTH, SELECT. The bytes after that are ours (`parser`).
 
 The hard thing: a connection must never be used again while an answer is still on its way, or the next caller reads it
-as its own. So a Wire counts the replies it is owed, any trouble in the middle of one closes it, and whoever leases it
+as its own. So it counts the replies it is owed, any trouble in the middle of one closes it, and whoever leases it
 gives it back only when nothing is owed. What it has sent by then and the server has not taken must not be done later,
 when somebody else has gone on: such a connection is reset, which takes back what still lies in this machine.
 
@@ -43,7 +43,7 @@ def command(*args: bytes | int) -> bytes:
     return b"*%d\r\n" % len(texts) + b"".join([b"$%d\r\n%b\r\n" % (len(text), text) for text in texts])
 
 
-class Wire:
+class RedisConnection:
     """A connection during one call: send commands, then take as many replies.
 
     Used by one thread at a time. Anything but an error reply of the server closes it and raises TierUnavailable.
@@ -142,10 +142,10 @@ class Wire:
         self._connection.disconnect()
 
     def unavailable(self, error: Exception) -> TierUnavailable:
-        """What to raise for `error`, in words an operator can act on."""
+        """The exception for `error`, in words an operator can act on."""
         return TierUnavailable(f"redis {self.where}: {_reason(error, self.account)}")
 
-    def _become(self, other: Wire) -> None:
+    def _become(self, other: RedisConnection) -> None:
         """Go on with the connection of `other`, and close ours."""
         self._hedge = None
         self._connection, other._connection = other._connection, self._connection

@@ -33,7 +33,7 @@ IDLE_S = 0.25  # shorter pauses are those of a connection in use
 Buffers = Sequence[bytes | memoryview]
 
 
-class Line(Protocol):
+class HedgedConnection(Protocol):
     """One end of a connection (`redis_parser.PageParser`)."""
 
     deadline: float
@@ -48,7 +48,7 @@ class Line(Protocol):
 
 
 class Fresh(Protocol):
-    """A connection just made (`redis_wire.Wire`)."""
+    """A connection just made (`RedisConnection`)."""
 
     @property
     def link(self) -> socket.socket | None: ...
@@ -75,7 +75,7 @@ class Hedge(Generic[F]):
         self._is_doubtful = is_doubtful
         self._sent: list[Buffers] = []
 
-    def send(self, line: Line, buffers: Buffers) -> bool:
+    def send(self, line: HedgedConnection, buffers: Buffers) -> bool:
         """Send, and remember it; False if the connection did not take it within its part of the time."""
         self._sent.append(buffers)
         deadline = line.deadline
@@ -89,7 +89,7 @@ class Hedge(Generic[F]):
             line.deadline = deadline
         return True
 
-    def await_answer(self, line: Line) -> F | None:
+    def await_answer(self, line: HedgedConnection) -> F | None:
         """Wait until an answer begins: here (None), or on the fresh wire that is returned.
 
         What is wrong with the line beside its silence, and the end of the time, is left to the read that follows.

@@ -1,4 +1,4 @@
-"""What a Redis server says about itself, for the start of a daemon and for operators."""
+"""The properties of a Redis server, for the start of a daemon and for operators."""
 
 from __future__ import annotations
 

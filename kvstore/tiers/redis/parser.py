@@ -1,8 +1,9 @@
 """Reads the replies of a Redis server, with pages received straight into slots.
 
 redis-py's stock parsers collect a reply in buffers of their own and hand out `bytes`, which costs two to four more
-copies of every page, under the GIL. This one takes their place (`parser_class`): redis-py uses it for the handshake, a
-Wire for the rest. The same few lines serve plain, unix and TLS sockets, since a TLS socket can `recv_into` as well.
+copies of every page, under the GIL. This one takes their place (`parser_class`): redis-py uses it for the handshake,
+`RedisConnection` for the rest. The same few lines serve plain, unix and TLS sockets, since a TLS socket can
+`recv_into` as well.
 
 Every socket call gets the time that is left until `deadline`. One thread at a time.
 """
@@ -41,7 +42,7 @@ Connection = Any  # redis-py's; its methods have no types
 
 
 class Sink(Protocol):
-    """Where the strings of a reply go, laid end to end."""
+    """The destinations of a reply's strings, laid end to end."""
 
     def window(self, num_bytes: int) -> memoryview:
         """The next place, at most `num_bytes` long; empty once full."""
@@ -51,7 +52,7 @@ class Sink(Protocol):
 
 
 class PageParser(_RESP2Parser):
-    """Reads RESP2 replies from a socket until `deadline`; redis-py uses it for the handshake, a Wire for the rest."""
+    """Reads RESP2 replies from a socket until `deadline`; redis-py uses it for the handshake, ours for the rest."""
 
     def __init__(self, socket_read_size: int) -> None:
         super().__init__(socket_read_size)  # type: ignore[no-untyped-call]
@@ -84,7 +85,7 @@ class PageParser(_RESP2Parser):
             raise reply  # as redis-py's own parsers: the handshake tells an old server by it
         return reply
 
-    # -- what a Wire calls
+    # -- what a RedisConnection calls
 
     def read_replies(self, count: int) -> list[Reply]:
         """Read `count` replies. A lookup has a thousand integers, so these take a shorter way than the rest."""
@@ -241,7 +242,7 @@ class PageParser(_RESP2Parser):
 
     @property
     def link(self) -> socket.socket | None:
-        """Where the bytes come from; None if not connected."""
+        """The source of the bytes; None if not connected."""
         link: socket.socket | None = self._sock
         return link
 

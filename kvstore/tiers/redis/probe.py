@@ -1,4 +1,4 @@
-"""What to ask of a server to learn whether it would do one kind of call, without a page.
+"""The question to a server that tells whether it would do one kind of call, without a page.
 
 A ping is answered by a replica, by a server that cannot save, and for an account that may do nothing else. So a
 direction is tested by the commands it lives by, on a key beside the pages that expires within a second.
@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from redis.exceptions import OutOfMemoryError
 
 from kvstore.direction import Direction
-from kvstore.tiers.redis.calls import Calls
+from kvstore.tiers.redis.calls import NodeCalls
 from kvstore.tiers.redis.claims import RedisClaims
-from kvstore.tiers.redis.connection import Wire
+from kvstore.tiers.redis.connection import RedisConnection
 from kvstore.tiers.redis.refusal import checked
 
 PROBE_S = 1.0
@@ -29,7 +29,7 @@ class RedisProbe:
 
     def __init__(
         self,
-        calls: Calls,
+        calls: NodeCalls,
         claims: RedisClaims,
         names_on_each_node: Callable[[float], Sequence[bytes]],
         *,
@@ -47,7 +47,7 @@ class RedisProbe:
             self._claims.take(names, TOKEN, PROBE_S, timeout_s)
             return
 
-        def ask(wire: Wire, indexes: list[int]) -> None:
+        def ask(wire: RedisConnection, indexes: list[int]) -> None:
             for reply in wire.ask(self._commands(way, names[indexes[0]])):
                 if isinstance(reply, OutOfMemoryError):
                     return

@@ -91,7 +91,7 @@ def code_of(error: ResponseError) -> str:
 
 
 def words(error: ResponseError, account: Account) -> str:
-    """What the server said, and what to do about it."""
+    """The server's words, and the remedy."""
     code = code_of(error)
     text = str(error) if str(error).startswith(code) or code == UNKNOWN else f"{code} {error}"
     if code == NOPERM:

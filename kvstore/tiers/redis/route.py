@@ -26,12 +26,12 @@ from redis.retry import Retry
 
 from kvstore.errors import TierUnavailable
 from kvstore.forks import in_child
-from kvstore.tiers.redis.connection import Wire
+from kvstore.tiers.redis.connection import RedisConnection
 from kvstore.tiers.redis.hedge import IDLE_S, Hedge
 from kvstore.tiers.redis.parser import PageParser, Reply
 from kvstore.tiers.redis.refusal import Account, is_denied, words
 from kvstore.tiers.redis.slots import SlotRange, place, read_shards, read_slots
-from kvstore.tiers.redis.url import Address, Kind, RedisTarget
+from kvstore.tiers.redis.url import Address, RedisTarget, ServerKind
 
 _Answer = TypeVar("_Answer")
 
@@ -49,7 +49,7 @@ KEEPALIVE: dict[int, int] = {
 }
 
 
-class Route(Protocol):
+class ServerRoute(Protocol):
     """Finds the node of a key."""
 
     names: frozenset[str]  # of the nodes that hold keys, by what was last known
@@ -77,16 +77,16 @@ def make_route(
     connect_timeout_s: float,
     idle_max_s: float = 0.0,
     acl_pattern: str = "*",
-) -> Route:
+) -> ServerRoute:
     """The route of `target`: at most `connections` to each server at a time.
 
     idle_max_s: a connection that was idle for longer is not used again; 0 means any may be.
     acl_pattern: matches all our keys, for what to tell an operator whose account lacks a permission.
     """
     dialer = _Dialer(target, connect_timeout_s, acl_pattern)
-    if target.kind is Kind.CLUSTER:
+    if target.kind is ServerKind.CLUSTER:
         return ClusterRoute(target, dialer, connections=connections, idle_max_s=idle_max_s)
-    if target.kind is Kind.SENTINEL:
+    if target.kind is ServerKind.SENTINEL:
         master = _Sentinels(target, dialer)
         where = f"{target.service} behind {text_of(target.nodes[0])}"
         return SingleRoute(Node(where, master.connect, connections, idle_max_s=idle_max_s))
@@ -100,7 +100,7 @@ class Node:
     """One server and the wires to it, at most `connections` at a time; one more while a silent one is replaced."""
 
     def __init__(
-        self, where: str, connect: Callable[[float], Wire], connections: int, *, idle_max_s: float = 0.0
+        self, where: str, connect: Callable[[float], RedisConnection], connections: int, *, idle_max_s: float = 0.0
     ) -> None:
         """`connect(deadline)` returns an open wire. idle_max_s: as for `make_route`."""
         self.where = where
@@ -108,12 +108,12 @@ class Node:
         self._connect = connect
         self._connections = connections
         self._closed = False
-        self._idle: list[tuple[Wire, float]] = []  # with the time since when; the youngest last
+        self._idle: list[tuple[RedisConnection, float]] = []  # with the time since when; the youngest last
         self._begin()
         in_child(self, Node._begin_anew)
 
     @contextmanager
-    def lease(self, deadline: float, *, repeatable: bool = False) -> Iterator[Wire]:
+    def lease(self, deadline: float, *, repeatable: bool = False) -> Iterator[RedisConnection]:
         """A wire for one call. Raises TierUnavailable if none is free or can be made before `deadline`.
 
         repeatable: what is asked first may be asked twice, where an idle connection turns out to be dead.
@@ -154,7 +154,7 @@ class Node:
         for wire, _ in inherited:
             wire.close()  # redis-py closes only our copy of the socket: the parent's connection lives on
 
-    def _take(self, deadline: float, repeatable: bool) -> Wire:
+    def _take(self, deadline: float, repeatable: bool) -> RedisConnection:
         while True:
             with self._lock:
                 if self._closed:
@@ -169,7 +169,7 @@ class Node:
                 return wire
             wire.close()
 
-    def _give_back(self, wire: Wire) -> None:
+    def _give_back(self, wire: RedisConnection) -> None:
         with self._lock:
             if wire.is_reusable and not self._closed:
                 self._idle.append((wire, time.monotonic()))
@@ -310,7 +310,10 @@ class _Dialer:
     def __init__(self, target: RedisTarget, connect_timeout_s: float, acl_pattern: str) -> None:
         self._target = target
         self._connect_timeout_s = connect_timeout_s
-        extra = (*(("cluster|slots",) if target.kind is Kind.CLUSTER else ()), *(("select",) if target.db else ()))
+        extra = (
+            *(("cluster|slots",) if target.kind is ServerKind.CLUSTER else ()),
+            *(("select",) if target.db else ()),
+        )
         self._account = Account(target.username or "default", acl_pattern, extra)
         self._common: dict[str, Any] = {
             "db": target.db,
@@ -318,7 +321,7 @@ class _Dialer:
             "password": target.password,
         }
 
-    def dial(self, address: Address, deadline: float, **changes: Any) -> Wire:
+    def dial(self, address: Address, deadline: float, **changes: Any) -> RedisConnection:
         """Return an open wire to `address`; `changes` replace arguments of the connection."""
         arguments: dict[str, Any] = {**self._common, **changes}
         if self._target.path:
@@ -339,7 +342,7 @@ class _Dialer:
                 **arguments,
             )
 
-        wire = Wire(text_of(address), connect, self._account)
+        wire = RedisConnection(text_of(address), connect, self._account)
         wire.open(deadline, connect_timeout_s=self._connect_timeout_s)
         return wire
 
@@ -351,7 +354,7 @@ class _Sentinels:
         self._target = target
         self._dialer = dialer
 
-    def connect(self, deadline: float) -> Wire:
+    def connect(self, deadline: float) -> RedisConnection:
         """Return an open wire to the present master."""
         master = _first_answer(self._target.nodes, deadline, self._ask_master, "no sentinel answers")
         return self._dialer.dial(master, deadline)

@@ -53,7 +53,7 @@ def read_shards(reply: Any, asked: Address, *, is_tls: bool) -> list[SlotRange]:
 
 
 def place(endpoint: Any, port: Any, asked: Address, metadata: dict[str, str] | None = None) -> Address:
-    """Where a node is, from the endpoint that `asked` told of it."""
+    """The address of a node, from the endpoint that `asked` told of it."""
     host = _text(endpoint or b"").strip("[]")
     if host == UNKNOWN_HOST:
         host = (metadata or {}).get("ip", "") or (metadata or {}).get("hostname", "")
@@ -61,7 +61,7 @@ def place(endpoint: Any, port: Any, asked: Address, metadata: dict[str, str] | N
 
 
 def _metadata(more: Sequence[Any]) -> dict[str, str]:
-    """What follows a node's id: pairs in a list, or a map as a list (Redis 7 and later)."""
+    """The fields behind a node's id: pairs in a list, or a map as a list (Redis 7 and later)."""
     flat = more[0] if more and isinstance(more[0], list) else []
     return {_text(name): _text(value or b"") for name, value in _twos(flat)}
 

@@ -28,15 +28,15 @@ from kvstore.errors import ConfigError, CorruptPage, TierUnavailable
 from kvstore.forks import in_child
 from kvstore.page import HEADER_BYTES, PageKey, PageMeta
 from kvstore.tiers.base import StoredPage, TierCounters
-from kvstore.tiers.redis.calls import Calls
+from kvstore.tiers.redis.calls import NodeCalls
 from kvstore.tiers.redis.claims import RedisClaims
-from kvstore.tiers.redis.connection import Wire, command
+from kvstore.tiers.redis.connection import RedisConnection, command
 from kvstore.tiers.redis.parser import Reply
 from kvstore.tiers.redis.parts import MAX_PARTS, max_parts, part_sizes
 from kvstore.tiers.redis.probe import RedisProbe
 from kvstore.tiers.redis.refusal import BUSY, checked, code_of, is_denied, is_moving
 from kvstore.tiers.redis.route import make_route
-from kvstore.tiers.redis.url import Kind, parse_redis_url
+from kvstore.tiers.redis.url import ServerKind, parse_redis_url
 from kvstore.tiers.redis.value import KeyNames, PageSink, Verdict, encode_page, judge, set_page
 
 SCAN_KEYS = 1000  # looked at in one step of a sweep: a millisecond of the server's time
@@ -105,7 +105,7 @@ class RedisTier:
         self._ttl_s = ttl_s
         self._codec = codec_by_name(codec)
         self._now = now
-        self._names = KeyNames(prefix.encode(), tagged=target.kind is Kind.CLUSTER)
+        self._names = KeyNames(prefix.encode(), tagged=target.kind is ServerKind.CLUSTER)
         self._route = make_route(
             target,
             connections=connections,
@@ -113,8 +113,8 @@ class RedisTier:
             idle_max_s=idle_max_s,
             acl_pattern=acl_pattern or f"{prefix}*",
         )
-        self._calls = Calls(self._route, self._count)
-        self._claims = RedisClaims(self._calls.on_each_node, is_cluster=target.kind is Kind.CLUSTER)
+        self._calls = NodeCalls(self._route, self._count)
+        self._claims = RedisClaims(self._calls.on_each_node, is_cluster=target.kind is ServerKind.CLUSTER)
         self._probe = RedisProbe(self._calls, self._claims, self._names_on_each_node, in_parts=self._max_parts > 1)
         in_child(self, RedisTier._begin_anew)
 
@@ -131,7 +131,7 @@ class RedisTier:
         heads = [self._names.head(key) for key in keys]
         present = [False] * len(keys)
 
-        def ask(wire: Wire, indexes: list[int]) -> None:
+        def ask(wire: RedisConnection, indexes: list[int]) -> None:
             replies = wire.ask_each(b"EXISTS", [heads[i] for i in indexes])
             for i, reply in zip(indexes, replies, strict=True):
                 present[i] = (reply if type(reply) is int else _checked(reply, wire)) == 1  # a call less per key
@@ -146,7 +146,7 @@ class RedisTier:
         heads = [self._names.head(key) for key in keys]
         ok = [False] * len(keys)
 
-        def read(wire: Wire, indexes: list[int]) -> None:
+        def read(wire: RedisConnection, indexes: list[int]) -> None:
             spoiled: list[tuple[bytes, bytes]] = []
             self._ask_head(wire, heads[indexes[0]])
             for place, i in enumerate(indexes):
@@ -188,7 +188,7 @@ class RedisTier:
         ok = [False] * len(keys)
         now = self._now()
 
-        def write(wire: Wire, indexes: list[int]) -> None:
+        def write(wire: RedisConnection, indexes: list[int]) -> None:
             replies = wire.ask_each(b"EXISTS", [heads[i] for i in indexes])
             for i, reply in zip(indexes, replies, strict=True):
                 # An account that may only write stores all the same: SET leaves alone what is there.
@@ -220,7 +220,7 @@ class RedisTier:
         ttl_ms = self._ttl_ms(expires_at, self._now())
         verb, ending = (b"PEXPIRE", (ttl_ms or 0,)) if expires_at else (b"TOUCH", ())
 
-        def refresh(wire: Wire, indexes: list[int]) -> None:
+        def refresh(wire: RedisConnection, indexes: list[int]) -> None:
             names = [name for i in indexes for name in self._names.parts(heads[i], self._max_parts)]
             replies = wire.ask([(verb, name, *ending) for name in names])
             for i, reply in zip(indexes, replies[:: self._max_parts], strict=True):
@@ -233,7 +233,7 @@ class RedisTier:
         """Forget pages. The server frees a string in its main thread, by UNLINK as by DEL."""
         heads = [self._names.head(key) for key in keys]
 
-        def forget(wire: Wire, indexes: list[int]) -> None:
+        def forget(wire: RedisConnection, indexes: list[int]) -> None:
             for reply in wire.ask([(b"UNLINK", *self._names.parts(heads[i], self._max_parts)) for i in indexes]):
                 _checked(reply, wire)
 
@@ -286,7 +286,7 @@ class RedisTier:
         """
         replies: list[Reply] = []
 
-        def run(wire: Wire, indexes: list[int]) -> None:
+        def run(wire: RedisConnection, indexes: list[int]) -> None:
             replies[:] = [_checked(reply, wire) for reply in wire.ask(commands)]
 
         self._calls.on_each_node([name], timeout_s, run, repeatable=repeatable)
@@ -311,10 +311,10 @@ class RedisTier:
         names = [self._names.beside(b"probe", number) for number in range(PROBE_NAMES)]
         return [names[indexes[0]] for _, indexes in self._route.split(names, time.monotonic() + timeout_s)]
 
-    def _ask_head(self, wire: Wire, head: bytes) -> None:
+    def _ask_head(self, wire: RedisConnection, head: bytes) -> None:
         wire.send([command(b"MGET", *self._names.parts(head, self._at_once))], replies=1)
 
-    def _receive(self, wire: Wire, head: bytes, sink: PageSink) -> list[int | None]:
+    def _receive(self, wire: RedisConnection, head: bytes, sink: PageSink) -> list[int | None]:
         """Take the reply to `_ask_head` and fetch the other parts of a page that has many, one by one."""
         lengths = _lengths(wire.reply_into(sink, self._at_once), wire)
         if self._at_once == 1 and lengths[0] is not None:
@@ -327,7 +327,7 @@ class RedisTier:
                 lengths += _lengths(wire.reply_into(sink, 1), wire)
         return lengths
 
-    def _drop_unchanged(self, wire: Wire, head: bytes, seen: bytes) -> None:
+    def _drop_unchanged(self, wire: RedisConnection, head: bytes, seen: bytes) -> None:
         """Delete a page whose head still starts with `seen`: another writer may have stored a good one meanwhile."""
         names = self._names.parts(head, self._max_parts)
         replies = wire.ask([(b"WATCH", names[0]), (b"GETRANGE", names[0], 0, HEADER_BYTES - 1)])
@@ -339,12 +339,12 @@ class RedisTier:
     def _encode(
         self, key: PageKey, head: bytes, view: memoryview, meta: PageMeta, now: float
     ) -> tuple[list[bytes | memoryview], int]:
-        """What to send for a page, and how many replies it will have."""
+        """The command to send for a page, and how many replies it will have."""
         pieces = encode_page(key, meta, view[: meta.num_bytes], self._codec, created_at=now)
         sizes = part_sizes(sum(len(piece) for piece in pieces))
         return set_page(self._names.parts(head, len(sizes)), sizes, pieces, self._ttl_ms(meta.expires_at, now))
 
-    def _is_stored(self, replies: Sequence[Reply], wire: Wire) -> bool | None:
+    def _is_stored(self, replies: Sequence[Reply], wire: RedisConnection) -> bool | None:
         """True if the page is there now, None if the server is out of memory."""
         flat = [*replies[:-1], *(replies[-1] if isinstance(replies[-1], list) else replies[-1:])]
         if any(isinstance(reply, OutOfMemoryError) for reply in flat):
@@ -377,18 +377,18 @@ def _check(field: str, value: object, is_right: bool, right: str) -> None:
         raise ConfigError(f"{field} is {value!r}; it must be {right}")
 
 
-def _ping(wire: Wire) -> None:
+def _ping(wire: RedisConnection) -> None:
     (reply,) = wire.ask([(b"PING",)])
     # An account without +ping is answered too; it is the directions that tell what it may do.
     if isinstance(reply, ResponseError) and code_of(reply) in BUSY:
         raise wire.unavailable(reply)
 
 
-def _checked(reply: Reply, wire: Wire) -> Reply:
+def _checked(reply: Reply, wire: RedisConnection) -> Reply:
     """Pass a reply on; raise what concerns more than one key."""
     return checked(reply, wire.where, wire.account)
 
 
-def _lengths(reply: list[int | None] | ResponseError, wire: Wire) -> list[int | None]:
+def _lengths(reply: list[int | None] | ResponseError, wire: RedisConnection) -> list[int | None]:
     lengths = _checked(reply, wire)
     return lengths if isinstance(lengths, list) else [None]

@@ -1,4 +1,4 @@
-"""Where Redis is, read from a URL.
+"""The address of Redis, read from a URL.
 
     redis://[user:password@]host[:port][/db]                             one server
     unix://[user:password@]/path/to/redis.sock[?db=N]                    one server on this machine
@@ -38,7 +38,7 @@ SENTINEL_OPTIONS = ("sentinel_username", "sentinel_password")
 Address = tuple[str, int]
 
 
-class Kind(Enum):
+class ServerKind(Enum):
     """How a page's server is found."""
 
     SINGLE = "single"
@@ -57,7 +57,7 @@ class RedisTarget:
     masked:  the URL as it may be shown.
     """
 
-    kind: Kind
+    kind: ServerKind
     masked: str
     nodes: tuple[Address, ...] = ()
     path: str = ""
@@ -107,7 +107,7 @@ class _Reader:
         options = self.options(split, tls, variant)
         username, password, hosts = self.credentials(split)
         found = RedisTarget(
-            Kind.SINGLE,
+            ServerKind.SINGLE,
             self.masked,
             username=username,
             password=password,
@@ -123,13 +123,13 @@ class _Reader:
         if variant == "cluster":
             if steps or "db" in options:
                 self.fail("names a database; a cluster has only database 0, so leave it out")
-            return replace(found, kind=Kind.CLUSTER)
+            return replace(found, kind=ServerKind.CLUSTER)
         if variant == "sentinel":
             if not steps:
                 self.fail(f"does not name the service; write {split.scheme}://host:26379/mymaster/0")
             return replace(
                 found,
-                kind=Kind.SENTINEL,
+                kind=ServerKind.SENTINEL,
                 service=steps[0],
                 db=self.path_db(steps[1:], options),
                 sentinel_username=options.get("sentinel_username"),

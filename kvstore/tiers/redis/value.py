@@ -1,4 +1,4 @@
-"""What one page looks like in Redis, and how a reader judges what came back.
+"""The form of one page in Redis, and how a reader judges what came back.
 
     prefix | page key (36 bytes)                          the head: header (128) | tokens if any | body's first bytes
     prefix | page key | part number (1 byte, from 1 on)   the bytes that follow, cut by the rule of `redis_parts`
@@ -99,7 +99,7 @@ class PageSink:
 
 
 class Verdict(Enum):
-    """What a read found."""
+    """The result of a read."""
 
     GOOD = "good"
     GONE = "gone"  # never there, expired or evicted

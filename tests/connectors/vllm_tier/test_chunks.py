@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from connectors.vllm_tier.lookup import Answer
+from connectors.vllm_tier.lookup import LookupAnswer
 from tests.helpers.tier_world import KEYS, TierWorld, key, tier_worlds
 from tests.helpers.waiting import wait_until
 
@@ -20,7 +20,7 @@ def test_another_namespace_shares_no_chunk(world: TierWorld) -> None:
     world.save(KEYS, [0, 1, 2, 3])
     other = world.open(root=b"other model")
 
-    assert world.look(KEYS, other) == [Answer.MISS] * 4
+    assert world.look(KEYS, other) == [LookupAnswer.MISS] * 4
     other.mover.poll()
     other.mover._mover.close(5.0)  # the tiers are the world's
 
@@ -28,7 +28,7 @@ def test_another_namespace_shares_no_chunk(world: TierWorld) -> None:
 def test_groups_of_one_block_are_chunks_of_their_own(world: TierWorld) -> None:
     world.save([key("a", 0)], [0])
 
-    assert world.look([key("a", 0), key("a", 1)]) == [Answer.HIT, Answer.MISS]
+    assert world.look([key("a", 0), key("a", 1)]) == [LookupAnswer.HIT, LookupAnswer.MISS]
 
 
 def test_pages_are_stored_with_the_time_to_live_of_their_tier(world: TierWorld) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from connectors.vllm_tier import core
-from connectors.vllm_tier.lookup import Answer
+from connectors.vllm_tier.lookup import LookupAnswer
 from tests.helpers.rows import ROW_BYTES
 from tests.helpers.tier_world import KEYS, TierWorld, key, tier_worlds
 
@@ -22,7 +22,7 @@ def test_what_was_saved_is_a_hit_and_is_loaded(world: TierWorld) -> None:
     assert saved.success
     assert saved.num_bytes == 2 * 4 * ROW_BYTES
 
-    assert world.look([*KEYS, key("x")]) == [Answer.HIT] * 4 + [Answer.MISS]
+    assert world.look([*KEYS, key("x")]) == [LookupAnswer.HIT] * 4 + [LookupAnswer.MISS]
     loaded = world.load(KEYS, [10, 11, 12, 13])
 
     assert loaded.success
@@ -43,18 +43,18 @@ def test_one_step_asks_each_tier_once_whatever_it_wants_to_know(world: TierWorld
 def test_a_lookup_does_not_wait_for_a_tier_that_hangs(world: TierWorld) -> None:
     world.redis.hang(only=("contains",))
 
-    assert world.core.lookup(KEYS[0]) is Answer.ASK_AGAIN
+    assert world.core.lookup(KEYS[0]) is LookupAnswer.ASK_AGAIN
     world.core.end_step()
     world.redis.wait_for_hanging()
 
-    assert world.core.lookup(KEYS[0]) is Answer.ASK_AGAIN
+    assert world.core.lookup(KEYS[0]) is LookupAnswer.ASK_AGAIN
 
 
 def test_a_disk_hit_does_not_wait_for_redis(world: TierWorld) -> None:
     world.save(KEYS, [0, 1, 2, 3])
     world.redis.hang(only=("contains",))
 
-    assert world.look(KEYS) == [Answer.HIT] * 4
+    assert world.look(KEYS) == [LookupAnswer.HIT] * 4
 
 
 def test_with_every_tier_down_lookups_miss_and_jobs_end(world: TierWorld) -> None:
@@ -63,7 +63,7 @@ def test_with_every_tier_down_lookups_miss_and_jobs_end(world: TierWorld) -> Non
     for name in "efgh":
         assert not world.save([key(name)], [0]).success
 
-    assert world.core.lookup(KEYS[0]) is Answer.MISS
+    assert world.core.lookup(KEYS[0]) is LookupAnswer.MISS
     assert not world.load(KEYS, [10, 11, 12, 13]).success
     assert not world.save(KEYS, [0, 1, 2, 3]).success
 
@@ -96,4 +96,4 @@ def test_an_engine_that_only_asks_again_waits_for_the_answer(world: TierWorld, m
     world.core.end_step()  # the step before may have computed
     world.core.end_step()
 
-    assert (first, world.core.lookup(KEYS[0])) == (Answer.ASK_AGAIN, Answer.HIT)
+    assert (first, world.core.lookup(KEYS[0])) == (LookupAnswer.ASK_AGAIN, LookupAnswer.HIT)

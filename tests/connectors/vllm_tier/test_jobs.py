@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from connectors.vllm_tier import jobs
-from connectors.vllm_tier.lookup import Answer
+from connectors.vllm_tier.lookup import LookupAnswer
 from kvstore.page import PageKey
 from tests.helpers.rows import ROW_BYTES
 from tests.helpers.tier_world import KEYS, TierWorld, key, tier_worlds
@@ -48,7 +48,7 @@ def test_what_redis_alone_had_is_offered_to_the_disk_once(world: TierWorld) -> N
     world.save(KEYS[:2], [0, 1])
     world.disk.inner.delete([world.core._chunks.name(KEYS[0])], timeout_s=1.0)
     core = world.open()
-    assert world.look(KEYS[:2], core) == [Answer.HIT] * 2
+    assert world.look(KEYS[:2], core) == [LookupAnswer.HIT] * 2
     wait_until(lambda: (core.take_done(), not core.mover.num_open)[1], "the disk, too, has answered")
 
     assert world.load(KEYS[:2], [10, 11], core).success
@@ -85,17 +85,17 @@ def test_a_chunk_no_tier_gives_is_reported_and_not_offered_again(world: TierWorl
     assert not loaded.success
     assert loaded.ok == (KEYS[0], KEYS[2], KEYS[3])
     assert world.rows.has(11, 0)
-    assert world.look(KEYS) == [Answer.HIT, Answer.MISS, Answer.HIT, Answer.HIT]
+    assert world.look(KEYS) == [LookupAnswer.HIT, LookupAnswer.MISS, LookupAnswer.HIT, LookupAnswer.HIT]
     assert world.core.counters.lost_loads == 1
 
 
 def test_a_chunk_that_failed_and_was_computed_and_stored_again_is_offered(world: TierWorld) -> None:
     world.core.lookups.failed([KEYS[0]])
-    assert world.core.lookup(KEYS[0]) is Answer.MISS
+    assert world.core.lookup(KEYS[0]) is LookupAnswer.MISS
 
     world.save(KEYS[:1], [0])
 
-    assert world.look(KEYS[:1]) == [Answer.HIT]
+    assert world.look(KEYS[:1]) == [LookupAnswer.HIT]
 
 
 def test_a_tier_that_fails_is_taken_out_and_the_other_goes_on(world: TierWorld) -> None:
@@ -104,7 +104,7 @@ def test_a_tier_that_fails_is_taken_out_and_the_other_goes_on(world: TierWorld) 
         assert world.save([key(name)], [0]).success
 
     assert not world.core.mover.is_up("redis")
-    assert world.look([key("e")]) == [Answer.HIT]
+    assert world.look([key("e")]) == [LookupAnswer.HIT]
     assert world.load([key("e")], [12]).success
 
 
@@ -128,7 +128,7 @@ def test_a_load_that_hangs_ends_at_its_deadline_and_its_rows_are_safe(
     assert world.rows.has(10, 88)
     assert world.rows.has(11, 88)
     assert core.counters.given_up == 1
-    assert core.lookup(KEYS[0]) is Answer.MISS
+    assert core.lookup(KEYS[0]) is LookupAnswer.MISS
     core.mover._mover.close(5.0)
 
 

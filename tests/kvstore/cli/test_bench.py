@@ -10,7 +10,7 @@ from kvstore.cli.app import app
 from kvstore.cli.bench import parse_plan
 from kvstore.errors import ConfigError
 from kvstore.lab import bench
-from kvstore.lab.bench import WORKLOADS, Case, Table, Workload, measure
+from kvstore.lab.bench import WORKLOADS, BenchWorkload, Case, Table, measure
 
 runner = CliRunner()
 
@@ -27,8 +27,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, bool]]:
         ]
 
     monkeypatch.setattr(bench, "run", run)
-    monkeypatch.setitem(WORKLOADS, "toy", Workload("adds numbers", "nowhere"))
-    monkeypatch.setitem(WORKLOADS, "toy-dir", Workload("adds numbers in a directory", "nowhere", "DIR"))
+    monkeypatch.setitem(WORKLOADS, "toy", BenchWorkload("adds numbers", "nowhere"))
+    monkeypatch.setitem(WORKLOADS, "toy-dir", BenchWorkload("adds numbers in a directory", "nowhere", "DIR"))
     return seen
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from kvstore.cli.app import app
-from kvstore.cli.top_view import View
+from kvstore.cli.top_view import TopView
 from kvstore.plan.records import RequestOptions
 from kvstore.service.dashboard.client import DashboardClient
 from tests.helpers.daemons import LocalDaemon, attach, local_daemon
@@ -34,7 +34,7 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def shown(view: View, width: int = 100) -> str:
+def shown(view: TopView, width: int = 100) -> str:
     console = Console(width=width, record=True, file=StringIO())
     console.print(view)
     return console.export_text()
@@ -111,7 +111,7 @@ def test_names_from_clients_cannot_move_the_cursor(daemon: LocalDaemon, tmp_path
         use(store, prompt(3), RequestOptions(session="a\x1b[2Jb[red]"))
         daemon.look(lambda d: d.dashboard.sample())
 
-        view = View.ask(DashboardClient(f"unix://{tmp_path / 'kv.sock'}"), span_s=60.0)
+        view = TopView.ask(DashboardClient(f"unix://{tmp_path / 'kv.sock'}"), span_s=60.0)
 
         assert "a?[2Jb[red]" in shown(view)
         assert "\x1b[2J" not in shown(view)
@@ -122,7 +122,7 @@ def test_it_fits_the_terminal(daemon: LocalDaemon, tmp_path: Path, width: int) -
     with attach(tmp_path / "kv.sock") as store:
         use(store, prompt(3), RequestOptions(session="a conversation with a rather long name"))
         daemon.look(lambda d: d.dashboard.sample())
-        view = View.ask(DashboardClient(f"unix://{tmp_path / 'kv.sock'}"), span_s=60.0)
+        view = TopView.ask(DashboardClient(f"unix://{tmp_path / 'kv.sock'}"), span_s=60.0)
 
     assert max(len(line) for line in shown(view, width).splitlines()) <= width
 

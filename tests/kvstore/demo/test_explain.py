@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from kvstore.demo.explain import DecodeCost, Explanation, measure
+from kvstore.demo.explain import DecodeCost, ReuseExplanation, measure
 from tests.helpers.tiny_models import random_ids, tiny_model
 
-SMOLLM2 = Explanation(
+SMOLLM2 = ReuseExplanation(
     layers=30,
     query_heads=9,
     kv_heads=3,
@@ -41,12 +41,12 @@ def test_a_model_with_full_heads_is_not_compared_with_itself() -> None:
 
 
 def test_an_explanation_survives_its_record() -> None:
-    assert Explanation.from_record(SMOLLM2.to_record()) == SMOLLM2
+    assert ReuseExplanation.from_record(SMOLLM2.to_record()) == SMOLLM2
 
 
 @pytest.mark.parametrize(("name", "kv_heads"), [("llama_gqa", 2), ("llama_mha", 4), ("llama_mqa", 1)])
 def test_the_geometry_is_read_from_the_model_and_its_cache(name: str, kv_heads: int) -> None:
-    told = Explanation.from_record(measure(tiny_model(name), random_ids(300), 64))
+    told = ReuseExplanation.from_record(measure(tiny_model(name), random_ids(300), 64))
 
     assert (told.layers, told.query_heads, told.kv_heads, told.head_dim, told.value_bytes) == (2, 4, kv_heads, 16, 4)
     assert [step.num_tokens for step in told.steps] == [256, 300]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvstore.demo.random_model import Shape, make_random_model
-from kvstore.demo.replica import Replica, ReplicaSpec, serve
+from kvstore.demo.replica import DemoReplica, ReplicaSpec, serve
 
 CHUNK = 64
 MESSAGES = [{"role": "system", "content": "a long text " * 20}, {"role": "user", "content": "why?"}]
@@ -27,10 +27,10 @@ def spec(model_directory: Path, tmp_path: Path) -> ReplicaSpec:
 
 
 @pytest.fixture
-def replica(spec: ReplicaSpec, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replica]:
+def replica(spec: ReplicaSpec, monkeypatch: pytest.MonkeyPatch) -> Iterator[DemoReplica]:
     monkeypatch.setattr("kvstore.demo.replica.HOST_BYTES", 16 << 20)
     monkeypatch.setattr("kvstore.demo.replica.DISK_BYTES", 16 << 20)
-    replica = Replica(spec)
+    replica = DemoReplica(spec)
     yield replica
     replica.close()
 
@@ -39,7 +39,7 @@ def ignore(_: dict[str, Any]) -> None:
     pass
 
 
-def test_the_second_time_is_reused_and_gives_the_tokens_of_a_run_without_store(replica: Replica) -> None:
+def test_the_second_time_is_reused_and_gives_the_tokens_of_a_run_without_store(replica: DemoReplica) -> None:
     cold = replica.ask(MESSAGES, 8, False, ignore)
     first = replica.ask(MESSAGES, 8, True, ignore)
     assert replica.flush() == {"flushed": True}
@@ -52,17 +52,17 @@ def test_the_second_time_is_reused_and_gives_the_tokens_of_a_run_without_store(r
     assert cold["ttft_s"] > 0 < cold["cpu_s"]
 
 
-def test_a_run_without_store_leaves_nothing_behind(replica: Replica) -> None:
+def test_a_run_without_store_leaves_nothing_behind(replica: DemoReplica) -> None:
     replica.ask(MESSAGES, 2, False, ignore)
     replica.flush()
 
     assert sum(replica.ask(MESSAGES, 2, True, ignore)["reused"].values()) == 0
 
 
-def test_another_replica_on_the_same_disk_finds_the_pages(replica: Replica, spec: ReplicaSpec) -> None:
+def test_another_replica_on_the_same_disk_finds_the_pages(replica: DemoReplica, spec: ReplicaSpec) -> None:
     first = replica.ask(MESSAGES, 8, True, ignore)
     replica.flush()
-    other = Replica(spec)
+    other = DemoReplica(spec)
     try:
         found = other.ask(MESSAGES, 8, True, ignore)
     finally:
@@ -72,7 +72,7 @@ def test_another_replica_on_the_same_disk_finds_the_pages(replica: Replica, spec
     assert found["tokens"] == first["tokens"]
 
 
-def test_prompts_have_the_asked_length_in_this_models_tokens(replica: Replica) -> None:
+def test_prompts_have_the_asked_length_in_this_models_tokens(replica: DemoReplica) -> None:
     texts = replica.prompts(600)
 
     lengths = [len(replica.tokenizer.encode(text)) for text in (texts["handbook"], texts["forked"])]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kvstore.demo.report import Report, Stage, Turn, make_table, sentences, to_json, write_json
+from kvstore.demo.report import DemoReport, Stage, Turn, make_table, sentences, to_json, write_json
 from tests.helpers.demo import answer, report, turn
 
 
-def table_text(shown: Report) -> str:
+def table_text(shown: DemoReport) -> str:
     out = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115  # closed with the process
     out.print(make_table(shown))
     return out.export_text()

@@ -10,7 +10,7 @@ import pytest
 
 from kvstore.errors import ConfigError
 from kvstore.lab import bench
-from kvstore.lab.bench import QUICK_ROUNDS, ROUNDS, WORKLOADS, Case, Table, Workload, measure, report, run
+from kvstore.lab.bench import QUICK_ROUNDS, ROUNDS, WORKLOADS, BenchWorkload, Case, Table, measure, report, run
 
 
 class Clock:
@@ -124,7 +124,7 @@ def test_workload_is_a_module_that_gets_argument_and_quick(monkeypatch: pytest.M
         seen.append((argument, quick))
         return []
 
-    monkeypatch.setitem(WORKLOADS, "mine", Workload("mine", "some.module", "DIR"))
+    monkeypatch.setitem(WORKLOADS, "mine", BenchWorkload("mine", "some.module", "DIR"))
     monkeypatch.setattr(bench, "import_module", lambda name: {"some.module": SimpleNamespace(run=note)}[name])
 
     assert run("mine", "/d", quick=True) == []

@@ -7,9 +7,9 @@ from typing import Any, cast
 import pytest
 
 from kvstore.service.client.attachment import Attachment
-from kvstore.service.client.connection import Wire
+from kvstore.service.client.connection import DaemonConnection
 from kvstore.service.protocol import messages
-from kvstore.service.protocol.frames import Op, Status
+from kvstore.service.protocol.frames import ReplyStatus, Verb
 
 ANSWER = {"session": "s", "namespace": "n", "lookup_deadline_s": 0.1, "load_deadline_s": 1.0}
 
@@ -22,19 +22,19 @@ class Daemon:
         self.attachment: Attachment | None = None
         self.is_silent = False
 
-    def call(self, op: Op, body: bytes, timeout_s: float) -> tuple[Status, bytes]:
-        assert op is Op.RELEASE
+    def call(self, op: Verb, body: bytes, timeout_s: float) -> tuple[ReplyStatus, bytes]:
+        assert op is Verb.RELEASE
         if self.is_silent:
             raise TimeoutError
         self.released.append(body)
         if self.attachment is not None:
             self.attachment.orphans.append(3)
             self.attachment = None
-        return Status.OK, b""
+        return ReplyStatus.OK, b""
 
 
 def attached(daemon: Daemon) -> Attachment:
-    return Attachment(0, cast("dict[str, Any]", ANSWER), cast(Wire, daemon), None)
+    return Attachment(0, cast("dict[str, Any]", ANSWER), cast(DaemonConnection, daemon), None)
 
 
 def test_an_orphan_that_is_found_while_another_is_released_is_released_too() -> None:
@@ -42,7 +42,7 @@ def test_an_orphan_that_is_found_while_another_is_released_is_released_too() -> 
     attachment = daemon.attachment = attached(daemon)
     attachment.orphans += [1, 2]
 
-    attachment.release_orphans(cast(Wire, daemon), 1.0)
+    attachment.release_orphans(cast(DaemonConnection, daemon), 1.0)
 
     assert sorted(daemon.released) == sorted(map(messages.encode_lease, (1, 2, 3)))
     assert attachment.orphans == []
@@ -55,6 +55,6 @@ def test_an_orphan_that_could_not_be_released_stays_one() -> None:
     daemon.is_silent = True
 
     with pytest.raises(TimeoutError):
-        attachment.release_orphans(cast(Wire, daemon), 1.0)
+        attachment.release_orphans(cast(DaemonConnection, daemon), 1.0)
 
     assert attachment.orphans == [1, 2]

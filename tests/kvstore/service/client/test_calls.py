@@ -9,9 +9,9 @@ import pytest
 from kvstore.plan.records import Request, RequestOptions
 from kvstore.service.client.attachment import Attachment, DaemonDown
 from kvstore.service.client.calls import Calls
-from kvstore.service.client.connection import Wire
-from kvstore.service.client.link import Link
-from kvstore.service.protocol.frames import Op
+from kvstore.service.client.connection import DaemonConnection
+from kvstore.service.client.link import DaemonLink
+from kvstore.service.protocol.frames import Verb
 from kvstore.tiers.host import HostSlab
 from radix.hashing import BlockHash
 
@@ -24,14 +24,14 @@ class FrozenDaemon:
 
     def __init__(self) -> None:
         answer = {"session": "s", "namespace": "n", "lookup_deadline_s": 1.0, "load_deadline_s": 1.0}
-        self.made = Attachment(2, answer, cast(Wire, None), cast(HostSlab, None))
+        self.made = Attachment(2, answer, cast(DaemonConnection, None), cast(HostSlab, None))
         self.orphans: list[tuple[Attachment, int]] = []
 
     def attached(self) -> Attachment:
         self.attachment = self.made
         return self.made
 
-    def call(self, attachment: Attachment, op: Op, body: bytes, wait_s: float = 0.0) -> Any:
+    def call(self, attachment: Attachment, op: Verb, body: bytes, wait_s: float = 0.0) -> Any:
         raise DaemonDown("no answer in time")
 
     def orphan(self, attachment: Attachment, lease_id: int) -> None:
@@ -40,10 +40,10 @@ class FrozenDaemon:
 
 def test_a_lease_that_a_new_daemon_may_have_granted_is_its_orphan() -> None:
     link = FrozenDaemon()
-    calls = Calls(cast(Link, link))
+    calls = Calls(cast(DaemonLink, link))
     request = Request(1, [BlockHash(b"k" * 32)], 17, RequestOptions())
 
     with pytest.raises(DaemonDown):
-        calls.prepare(Op.PREPARE_LOAD, request, 7, 0, 1, "")
+        calls.prepare(Verb.PREPARE_LOAD, request, 7, 0, 1, "")
 
     assert link.orphans == [(link.made, 7)]

@@ -50,7 +50,7 @@ def test_a_router_hears_of_what_is_stored_removed_and_cleared(daemon: LocalDaemo
     removed = [data for name, data in events if name == "BlockRemoved"]
     keys = [key.hex() for key in request.keys]
     assert [key for data in stored for key in data["block_hashes"]] == keys
-    assert stored[1]["parent_block_hashes"] == [keys[0]]
+    assert [key for data in stored for key in data["parent_block_hashes"]] == [None, keys[0]]
     assert {data["medium"] for data in stored} == {"host"}
     assert [key for data in removed for key in data["block_hashes"]] == [keys[1], keys[0]]
     wait_until(lambda: daemon.daemon.events.num_streams == 0)

@@ -13,11 +13,11 @@ from kvstore.config.sections import Config
 from kvstore.errors import RequestError
 from kvstore.plan.records import SaveLease
 from kvstore.service.daemon.events import EventHub, Feed
-from kvstore.service.daemon.session import Session
+from kvstore.service.daemon.session import ClientSession
 from kvstore.service.daemon.stores import OpenStore, Stores
 from kvstore.service.daemon.tenants import LOCAL
 from kvstore.service.protocol import messages
-from kvstore.service.protocol.frames import Op, ProtocolError
+from kvstore.service.protocol.frames import ProtocolError, Verb
 from tests.helpers.stores import BLOCK, LAYOUT, PAGE_BYTES, namespace
 
 
@@ -34,8 +34,8 @@ async def opened(tmp_path: Path) -> AsyncIterator[OpenStore]:
 
 
 @pytest.fixture
-def session(opened: OpenStore) -> Session:
-    return Session("secret", opened, "test", Feed(EventHub(lambda: [opened]), opened))
+def session(opened: OpenStore) -> ClientSession:
+    return ClientSession("secret", opened, "test", Feed(EventHub(lambda: [opened]), opened))
 
 
 def request(number: int, num_blocks: int, *, options: bytes = b"", num_tokens: int | None = None) -> bytes:
@@ -44,14 +44,14 @@ def request(number: int, num_blocks: int, *, options: bytes = b"", num_tokens: i
     return struct.pack("<QIIQII", number, 0, num_blocks, tokens, 0, len(options)) + options + keys
 
 
-def save(session: Session, number: int, num_blocks: int, options: bytes = b"") -> None:
+def save(session: ClientSession, number: int, num_blocks: int, options: bytes = b"") -> None:
     """Open a save lease under that number."""
     message = messages.encode_prepare(request(number, num_blocks, options=options), number, 0, num_blocks, "")
-    session.handle(Op.PREPARE_SAVE, message)
+    session.handle(Verb.PREPARE_SAVE, message)
 
 
 async def test_a_lease_that_cannot_be_released_keeps_no_other(
-    session: Session, opened: OpenStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    session: ClientSession, opened: OpenStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in (1, 2, 3):
         save(session, number, 4)
@@ -73,7 +73,7 @@ async def test_a_lease_that_cannot_be_released_keeps_no_other(
 
 @pytest.mark.parametrize("number", ["9" * 400, "1e400", "NaN", "-1", "Infinity", "true"])
 async def test_a_promise_that_is_no_time_is_refused_before_anything_is_leased(
-    session: Session, opened: OpenStore, number: str
+    session: ClientSession, opened: OpenStore, number: str
 ) -> None:
     with pytest.raises(RequestError, match=r"options\.retain_until"):
         save(session, 1, 4, b'{"retain_until": ' + number.encode() + b"}")
@@ -82,21 +82,21 @@ async def test_a_promise_that_is_no_time_is_refused_before_anything_is_leased(
     assert opened.store.stats()["slots"] == {"free": 64, "filling": 0, "resident": 0}
 
 
-async def test_numbers_that_answers_cannot_carry_are_refused(session: Session) -> None:
+async def test_numbers_that_answers_cannot_carry_are_refused(session: ClientSession) -> None:
     with pytest.raises(RequestError, match="request has 4294967296 tokens; at most 4294967295"):
-        session.handle(Op.LOOKUP, messages.encode_lookup(request(1, 2, num_tokens=1 << 32), 0.0))
+        session.handle(Verb.LOOKUP, messages.encode_lookup(request(1, 2, num_tokens=1 << 32), 0.0))
     with pytest.raises(ProtocolError):
-        session.handle(Op.RELEASE_OWNER, messages.encode_number(-3) + b"abc")
+        session.handle(Verb.RELEASE_OWNER, messages.encode_number(-3) + b"abc")
     for first in (-1, 3, 1 << 40):
         with pytest.raises(RequestError, match="first is"):
-            session.handle(Op.FORGET, messages.encode_number(first) + request(1, 2))
+            session.handle(Verb.FORGET, messages.encode_number(first) + request(1, 2))
 
 
-async def test_what_a_client_keeps_is_kept_on_its_word(session: Session, opened: OpenStore) -> None:
+async def test_what_a_client_keeps_is_kept_on_its_word(session: ClientSession, opened: OpenStore) -> None:
     save(session, 1, 4, b'{"pin": true}')
     lease = session.leases[1].lease
     assert isinstance(lease, SaveLease)
-    session.handle(Op.COMPLETE, messages.encode_complete(1, None))
+    session.handle(Verb.COMPLETE, messages.encode_complete(1, None))
 
     session.close()
 

@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.service.protocol import frames
-from kvstore.service.protocol.frames import HEADER, Op, ProtocolError, Status
+from kvstore.service.protocol.frames import HEADER, ProtocolError, ReplyStatus, Verb
 
 
-@given(st.sampled_from(Op), st.binary(max_size=100), st.integers(0, 2**32 - 1), st.sampled_from(Status))
-def test_a_frame_comes_back(op: Op, body: bytes, sequence: int, status: Status) -> None:
+@given(st.sampled_from(Verb), st.binary(max_size=100), st.integers(0, 2**32 - 1), st.sampled_from(ReplyStatus))
+def test_a_frame_comes_back(op: Verb, body: bytes, sequence: int, status: ReplyStatus) -> None:
     raw = frames.encode_frame(op, body, sequence, status)
 
     frame = frames.decode_header(raw[: HEADER.size])

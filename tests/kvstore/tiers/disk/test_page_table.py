@@ -10,7 +10,7 @@ import pytest
 from kvstore.errors import CorruptPage
 from kvstore.page import PageKey, PageMeta, encode_header
 from kvstore.testing.pages import key_of
-from kvstore.tiers.disk.page_table import PageTable, ScanPosition
+from kvstore.tiers.disk.page_table import DiskPageTable, ScanPosition
 
 ALL = ScanPosition(0, 1 << 32)
 
@@ -21,7 +21,7 @@ class Tables:
     def __init__(self, env: lmdb.Environment) -> None:
         self.env = env
         self.pages, self.order = env.open_db(b"pages"), env.open_db(b"order")
-        self.table = PageTable(self.pages, self.order)
+        self.table = DiskPageTable(self.pages, self.order)
 
     def add(self, txn: Any, name: str, stamp: int, *, slot: int = 0, expires_at: float = 0.0) -> bool:
         header = encode_header(key_of(name), PageMeta(1), memoryview(b"x"), created_at=0.0, generation=stamp)

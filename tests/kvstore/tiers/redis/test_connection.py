@@ -13,7 +13,7 @@ from redis._parsers import _RESP2Parser
 from redis.exceptions import MovedError, OutOfMemoryError
 
 from kvstore.errors import TierUnavailable
-from kvstore.tiers.redis.connection import Wire, command
+from kvstore.tiers.redis.connection import RedisConnection, command
 from kvstore.tiers.redis.parser import LINE_BYTES, PageParser
 
 
@@ -59,7 +59,7 @@ class Peer:
 
     def __init__(self, timeout_s: float = 10.0) -> None:
         ours, self.server = socket.socketpair()
-        self.wire = Wire("test:1", lambda parser: PairConnection(parser, ours))
+        self.wire = RedisConnection("test:1", lambda parser: PairConnection(parser, ours))
         self.wire.open(time.monotonic() + timeout_s, connect_timeout_s=1.0)
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from kvstore.errors import TierRefused, TierUnavailable
 from kvstore.ports import free_port
 from kvstore.testing.pages import TIMEOUT_S, fetch, keys_of, payload, store
 from kvstore.testing.redis_server import LocalRedis
-from kvstore.tiers.redis.connection import Wire
+from kvstore.tiers.redis.connection import RedisConnection
 from kvstore.tiers.redis.route import Node, make_route
 from kvstore.tiers.redis.tier import RedisTier
 from kvstore.tiers.redis.url import parse_redis_url
@@ -39,7 +39,7 @@ def node_of(url: str, connections: int = 2) -> Node:
     return node
 
 
-def ping(node: Node) -> Wire:
+def ping(node: Node) -> RedisConnection:
     with node.lease(soon()) as wire:
         assert wire.ask([(b"PING",)]) == [b"PONG"]
         return wire
@@ -111,7 +111,7 @@ class TestNode:
     def test_a_waiting_call_gets_the_wire_that_is_given_back(self) -> None:
         with LocalRedis() as server:
             node = node_of(server.url, connections=1)
-            got: list[Wire] = []
+            got: list[RedisConnection] = []
             with node.lease(soon()):
                 thread = threading.Thread(target=lambda: got.append(ping(node)))
                 thread.start()

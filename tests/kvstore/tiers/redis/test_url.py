@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 
 from kvstore.errors import ConfigError
-from kvstore.tiers.redis.url import Kind, RedisTarget, mask_url, parse_redis_url
+from kvstore.tiers.redis.url import RedisTarget, ServerKind, mask_url, parse_redis_url
 
 
 def test_a_plain_url_names_host_port_database_and_credentials() -> None:
     target = parse_redis_url("redis://me:p%40ss@cache:6380/3")
 
-    assert (target.kind, target.nodes, target.db) == (Kind.SINGLE, (("cache", 6380),), 3)
+    assert (target.kind, target.nodes, target.db) == (ServerKind.SINGLE, (("cache", 6380),), 3)
     assert (target.username, target.password, target.tls) == ("me", "p@ss", None)
 
 
@@ -30,7 +30,7 @@ def test_ports_have_defaults_and_ipv6_stands_in_brackets(url: str, nodes: object
 def test_a_unix_url_names_a_path() -> None:
     target = parse_redis_url("unix://:secret@/run/my%20redis.sock?db=2")
 
-    assert (target.kind, target.path, target.db) == (Kind.SINGLE, "/run/my redis.sock", 2)
+    assert (target.kind, target.path, target.db) == (ServerKind.SINGLE, "/run/my redis.sock", 2)
     assert (target.username, target.password) == (None, "secret")
 
 
@@ -44,7 +44,7 @@ def test_tls_options_belong_to_rediss() -> None:
 def test_sentinel_has_a_service_a_database_and_credentials_of_its_own() -> None:
     target = parse_redis_url("redis+sentinel://:a@h/main/2?sentinel_username=u&sentinel_password=b")
 
-    assert (target.kind, target.service, target.db) == (Kind.SENTINEL, "main", 2)
+    assert (target.kind, target.service, target.db) == (ServerKind.SENTINEL, "main", 2)
     assert (target.password, target.sentinel_username, target.sentinel_password) == ("a", "u", "b")
 
 
@@ -124,7 +124,7 @@ def test_a_target_shows_no_password() -> None:
 
 def test_a_url_without_password_is_shown_as_it_is() -> None:
     assert mask_url("redis://h:1/0") == "redis://h:1/0"
-    assert parse_redis_url("redis://h:1/0") == RedisTarget(Kind.SINGLE, "redis://h:1/0", nodes=(("h", 1),))
+    assert parse_redis_url("redis://h:1/0") == RedisTarget(ServerKind.SINGLE, "redis://h:1/0", nodes=(("h", 1),))
 
 
 def test_anything_but_text_is_refused() -> None:
