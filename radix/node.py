@@ -15,11 +15,15 @@ from radix.untracked import untrack
 
 V = TypeVar("V")
 
+DEPTH_BITS = 32  # more than a path has blocks
+SPAN = 1 << DEPTH_BITS
+DEPTH = SPAN - 1  # place & DEPTH is the depth, place >> DEPTH_BITS the run's number
+
 
 class Run(Generic[V]):
     """A stretch of a path.
 
-    base:     number of this run times SPAN (see radix.tree): what its blocks' addresses have in common.
+    base:     number of this run times SPAN: what its blocks' addresses have in common.
     depth:    blocks before keys[0]; the root run, which holds no block, has 0.
     keys:     block hashes in path order.
     values:   parallel to keys.

@@ -24,14 +24,11 @@ from itertools import compress, count
 from operator import ne
 from typing import Generic, NamedTuple, TypeVar
 
+from radix import soundness
 from radix.namespace import BlockHash
-from radix.node import Run
+from radix.node import DEPTH, DEPTH_BITS, SPAN, Run
 
 V = TypeVar("V")
-
-DEPTH_BITS = 32  # more than a path has blocks
-SPAN = 1 << DEPTH_BITS
-DEPTH = SPAN - 1  # place & DEPTH is the depth, place >> DEPTH_BITS the run's number
 
 
 class RunView(NamedTuple):
@@ -271,21 +268,7 @@ class RadixTree(Generic[V]):
 
     def check(self) -> None:
         """Assert that runs and places agree. O(blocks); for tests."""
-        seen = 0
-        stack = [self._root]
-        num_runs = 0
-        while stack:
-            run = stack.pop()
-            run.check()
-            num_runs += 1
-            assert run.base & DEPTH == 0
-            assert self._runs[run.base >> DEPTH_BITS] is run
-            for depth, key in enumerate(run.keys, run.depth):
-                assert self._places[key] == run.base + depth
-            seen += len(run.keys)
-            stack += run.children.values()
-        assert num_runs == len(self._runs)
-        assert seen == len(self._places)
+        soundness.check(self._root, self._runs, self._places)
 
     def values(self) -> list[V]:
         """Return every value, in no order; of a tree that is not sound, those that are left."""
@@ -293,22 +276,7 @@ class RadixTree(Generic[V]):
 
     def is_sound(self) -> bool:
         """False if an exception in the middle of a change has left it half done. O(runs); `check` is O(blocks)."""
-        num_blocks = 0
-        for number, run in self._runs.items():
-            num_blocks += len(run.keys)
-            if len(run.keys) != len(run.values) or run.base != number << DEPTH_BITS:
-                return False
-            if run is self._root:
-                continue
-            above = run.parent
-            if above is None or not run.keys or above.children.get(run.keys[0]) is not run or above.end != run.depth:
-                return False
-            if self._runs.get(above.base >> DEPTH_BITS) is not above or len(run.children) == 1:
-                return False
-            # Places of a run are written in one go, first to last.
-            if any(self._places.get(run.keys[at]) != run.base + run.depth + at for at in (0, len(run.keys) - 1)):
-                return False
-        return num_blocks == len(self._places)
+        return soundness.is_sound(self._root, self._runs, self._places)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -41,7 +41,7 @@ _COSMETIC = frozenset(
 )
 
 
-class Difference(NamedTuple):
+class ModelDifference(NamedTuple):
     """A difference from what should be. kind: one of few words; where: the module, name or setting."""
 
     kind: str
@@ -60,21 +60,21 @@ class Part:
         self._kind = type(module)
         self._attributes = {name: _kept(value) for name, value in attributes_of(module)}
 
-    def changes(self, module: Any) -> Iterator[Difference]:
+    def changes(self, module: Any) -> Iterator[ModelDifference]:
         """The differences in `module`, which is at this place now.
 
         An attribute that has come is none, unless it hides one of the class: nothing that ran before can have read it.
         """
         if self._ref() is not module or type(module) is not self._kind:
-            yield Difference("modules", self.path)
+            yield ModelDifference("modules", self.path)
             return
         now = dict(attributes_of(module))
         for name, kept in self._attributes.items():
             if name not in now or not _is_kept(kept, now[name]):
-                yield Difference("training" if name == "training" else "attributes", f"{self.path}.{name}")
+                yield ModelDifference("training" if name == "training" else "attributes", f"{self.path}.{name}")
         for name in now.keys() - self._attributes.keys():
             if hasattr(type(module), name) and not callable(now[name]):
-                yield Difference("attributes", f"{self.path}.{name}")
+                yield ModelDifference("attributes", f"{self.path}.{name}")
 
 
 def attributes_of(module: Any) -> Iterator[tuple[str, Any]]:
@@ -95,19 +95,19 @@ def is_moving(module: Any, name: str) -> bool:
     return any(kind in str(kinds) for kind in ("dynamic", "longrope"))
 
 
-def intrusions(path: str, module: Any) -> Iterator[Difference]:
+def intrusions(path: str, module: Any) -> Iterator[ModelDifference]:
     """The code that computes in a module beside its class: hooks, methods put over the class's own, compiled code."""
     for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]:
         if not _only_records(hook):
-            yield Difference("hooks", path)
+            yield ModelDifference("hooks", path)
     for name, value in list(vars(module).items()):
         hides = callable(value) and hasattr(type(module), name) and not _is_module(value)
         if hides and name not in _MOVERS and not (name == "forward" and _only_aligns(module, value)):
-            yield Difference("methods", f"{path}.{name}".lstrip("."))
+            yield ModelDifference("methods", f"{path}.{name}".lstrip("."))
     kind = type(module)
     compiled = getattr(module, "_compiled_call_impl", None) is not None or kind.__name__ == "OptimizedModule"
     if compiled or kind.__module__.startswith(("torch.jit", "torch.fx")):
-        yield Difference("compiled", path)
+        yield ModelDifference("compiled", path)
 
 
 def draws(module: Any) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 
 from connectors.transformers.code import CodeWatch
 from connectors.transformers.parts import (
-    Difference,
+    ModelDifference,
     Part,
     acting_adapters,
     config_changes,
@@ -75,7 +75,7 @@ class ModelWatch:
         self._code = CodeWatch(model)
         self._last = self._look()
 
-    def findings(self) -> list[Difference]:
+    def findings(self) -> list[ModelDifference]:
         """The differences that keep this model from its pages now, on this thread; [] if there are none."""
         look, found = self._last
         if not look.is_same():
@@ -87,41 +87,41 @@ class ModelWatch:
         look, found = self._last
         return not found and look.is_same_size() and not standing_modes(self._device_type)
 
-    def _around(self) -> Iterator[Difference]:
+    def _around(self) -> Iterator[ModelDifference]:
         """The differences outside of the model."""
         for kind in standing_modes(self._device_type):
-            yield Difference(kind, "")
+            yield ModelDifference(kind, "")
         if (now := self._settings()) != self._settings_then:
             then = self._settings_then.split()
-            yield Difference(
+            yield ModelDifference(
                 "numerics", " ".join(word for word in now.split() if word not in then) or "back to default"
             )
         for config, was in self._configs:
             for name in config_changes(config, was):
-                yield Difference("config", name)
+                yield ModelDifference("config", name)
 
-    def _look(self) -> tuple[_Look, list[Difference]]:
+    def _look(self) -> tuple[_Look, list[ModelDifference]]:
         """Look at everything in the model anew. Remembered first: what changes meanwhile is seen the next time."""
         look = _Look(self._model)
         return look, list(self._differences(look))
 
-    def _differences(self, look: _Look) -> Iterator[Difference]:
+    def _differences(self, look: _Look) -> Iterator[ModelDifference]:
         state = _state(self._model)
-        yield from (Difference(kind, state[kind]) for kind in state if state[kind] != self._state[kind])
+        yield from (ModelDifference(kind, state[kind]) for kind in state if state[kind] != self._state[kind])
         modules = dict(self._model.named_modules(remove_duplicate=False))
-        yield from (Difference("modules", path) for path in self._parts.keys() ^ modules.keys())
+        yield from (ModelDifference("modules", path) for path in self._parts.keys() ^ modules.keys())
         for path, module in modules.items():
             if (part := self._parts.get(path)) is not None:
                 yield from part.changes(module)
             yield from intrusions(path, module)
             if any(is_moving(module, name) for name in _names(module)) and not _is_at_rest(module):
-                yield Difference("buffers", path)
+                yield ModelDifference("buffers", path)
             if draws(module):
-                yield Difference("training", path)
+                yield ModelDifference("training", path)
         parameters = dict(self._model.named_parameters())
         for name in self._tensors.changed(_tensors_of(self._model)):
-            yield Difference("weights" if name in parameters else "buffers", name)
-        yield from (Difference("code", name) for name in {*self._code.replaced(look.code), *look.code.foreign})
+            yield ModelDifference("weights" if name in parameters else "buffers", name)
+        yield from (ModelDifference("code", name) for name in {*self._code.replaced(look.code), *look.code.foreign})
 
 
 class _Look:
