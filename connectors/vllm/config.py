@@ -101,14 +101,8 @@ def parse_extra_config(
 
 
 def _check_service(config: Config, sections: Mapping[str, Any]) -> None:
-    url = config.service.url
-    if url is None:
+    if config.service.url is None:
         return
-    if not url.startswith("unix://"):
-        raise ConfigError(
-            f"service.url is {url!r}; vLLM needs the daemon of its own machine, unix:///path/of/socket: workers copy "
-            "to and from the daemon's memory. Machines share pages through the daemons' disk.path or redis.url"
-        )
     for key in sections:
         if str(key).split(".")[0] not in OF_THE_CLIENT:
             raise ConfigError(

@@ -22,16 +22,19 @@ def check_hub_model(name: str) -> None:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
-        return
     hint = "give a directory, a hub id like 'owner/name', or 'random'"
+    try:
+        if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+            return
+    except HFValidationError as error:
+        raise ModelUnavailable(f"model: there is no directory {name!r}, and no hub id is like that; {hint}") from error
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise ModelUnavailable(f"model: {name!r} is not in the cache and HF_HUB_OFFLINE is set; {hint}")
     try:
         huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
     except GatedRepoError as error:
         raise ModelUnavailable(f"model: {name!r} is gated; accept its terms at the hub and set HF_TOKEN") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except RepositoryNotFoundError as error:
         raise ModelUnavailable(
             f"model: the hub has no model {name!r} (or not for this token, HF_TOKEN); {hint}"
         ) from error

@@ -66,7 +66,7 @@ def test_a_name_that_nobody_uses_does_no_harm_and_a_command_that_needs_it_tells(
     done = run("-m", "kvstore", "doctor", "--json", path=f":{ROOT}", cwd=tmp_path)
     assert done.returncode == 1
     assert f"the name connectors leads to {other}" in " ".join(done.stdout.split())
-    done = run("-c", "import kvstore.cli as c; import sys; sys.argv = ['kvstore', 'replica']; c.main()",
+    done = run("-c", "import kvstore.cli as c, sys; sys.argv[1:] = ['replica', '--model', './none']; c.main()",
                path=f":{ROOT}", cwd=tmp_path)  # fmt: skip
     assert done.returncode in (1, 2)
     assert "Traceback" not in done.stderr

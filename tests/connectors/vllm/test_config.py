@@ -54,7 +54,7 @@ def test_the_role_says_what_is_done(tmp_path: Any, role: str, loads: bool, saves
         ({}, "kv_consumer", "make no sense without disk.path, redis.url or service.url"),
         ({}, "kv_producer", "make no sense without disk.path, redis.url or service.url"),
         ({"save": "none"}, "kv_both", "make no sense without"),
-        ({"service": {"url": "http://host:8470"}}, "kv_both", "vLLM needs the daemon of its own machine"),
+        ({"service": {"url": "http://host:8470"}}, "kv_both", "machines share by Redis: write unix:///path/of/socket"),
         ({"service": {"url": "unix:///kv.sock"}, "disk": {"path": "/d"}}, "kv_both", "'disk' is given beside service"),
         ({"service": {"url": "unix:///kv.sock"}, "host.ttl_s": 5}, "kv_both", "'host.ttl_s' is given beside service"),
     ],

@@ -55,6 +55,12 @@ def test_a_model_that_is_not_there_is_told_at_once(hub: None, name: str) -> None
         check_hub_model(name)
 
 
+@pytest.mark.parametrize("name", ["./none", "../none", "-none", "a..b", "x" * 97])
+def test_what_can_be_no_name_at_the_hub_is_told_without_asking(name: str) -> None:
+    with pytest.raises(ModelUnavailable, match="there is no directory .* give a directory"):
+        check_hub_model(name)
+
+
 def test_a_gated_model_is_told_with_what_to_do(hub: None) -> None:
     with pytest.raises(ModelUnavailable, match="gated; accept its terms at the hub and set HF_TOKEN"):
         check_hub_model("owner/gated")
