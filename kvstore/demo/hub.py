@@ -20,6 +20,7 @@ def check_hub_model(name: str) -> None:
     Raises ModelUnavailable: the hub has no such model, it may not be read with this token, or the hub cannot be asked.
     """
     import huggingface_hub
+    from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     hint = "give a directory, a hub id like 'owner/name', or 'random'"
@@ -28,7 +29,7 @@ def check_hub_model(name: str) -> None:
             return
     except HFValidationError as error:
         raise ModelUnavailable(f"model: there is no directory {name!r}, and no hub id is like that; {hint}") from error
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise ModelUnavailable(f"model: {name!r} is not in the cache and HF_HUB_OFFLINE is set; {hint}")
     try:
         huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT_S)

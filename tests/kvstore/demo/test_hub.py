@@ -8,7 +8,7 @@ import pytest
 
 from kvstore.demo.hub import ModelUnavailable, check_hub_model
 
-huggingface_hub = pytest.importorskip("huggingface_hub")
+constants = pytest.importorskip("huggingface_hub.constants")
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -38,8 +38,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield
         server.shutdown()
         thread.join()
@@ -57,7 +57,7 @@ def test_a_model_that_is_not_there_is_told_at_once(hub: None, name: str) -> None
 
 @pytest.mark.parametrize("name", ["./none", "../none", "-none", "a..b", "x" * 97])
 def test_what_can_be_no_name_at_the_hub_is_told_without_asking(name: str) -> None:
-    with pytest.raises(ModelUnavailable, match="there is no directory .* give a directory"):
+    with pytest.raises(ModelUnavailable, match=r"there is no directory .* give a directory"):
         check_hub_model(name)
 
 
@@ -67,15 +67,15 @@ def test_a_gated_model_is_told_with_what_to_do(hub: None) -> None:
 
 
 def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
     with pytest.raises(ModelUnavailable, match="is not in the cache, and the hub cannot be asked"):
         check_hub_model("owner/there")
 
 
 def test_offline_only_the_cache_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
     with pytest.raises(ModelUnavailable, match="HF_HUB_OFFLINE is set"):
         check_hub_model("owner/there")
