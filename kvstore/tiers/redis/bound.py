@@ -6,7 +6,7 @@ for all machines together, and what leaves is the namespace's own. Pages enter b
 parent.
 
     write    enter, take out what is older than the TTL, count, take out the oldest     1 round trip
-             delete those, write, strike out what was refused                           0 to 2 more
+             read the oldest, strike them out, delete them, write, strike out refused    0 to 4 more
     touch    enter what is there, strike out what is gone                               1 more
 
 The hard thing: the ledger is no index, and may be wrong. Pages that the server evicted stay in it until they are the
@@ -177,9 +177,15 @@ class BoundedRedis:
             self._bring_back(min(scores) - STEP_S, max(scores) + AHEAD_S, timeout_s=timeout_s)
         if not isinstance(count, int) or count <= self._most:
             return []
-        pop = (b"ZPOPMIN", self._name, count - self._most)
-        popped = self._tier.ask(self._name, [pop], timeout_s=timeout_s, repeatable=False)[0]
-        return [PageKey(member) for member in popped[::2]] if isinstance(popped, list) else []
+        # Read, then taken out by name: two machines that find too many at the same moment name the same ones.
+        until = time.monotonic() + timeout_s
+        scan = (b"ZRANGEBYSCORE", self._name, b"-inf", b"+inf", b"LIMIT", 0, count - self._most)
+        members, count = self._tier.ask(self._name, [scan, (b"ZCARD", self._name)], timeout_s=timeout_s)
+        if not isinstance(members, list) or not isinstance(count, int) or count <= self._most:
+            return []
+        leaving = [PageKey(member) for member in members[: count - self._most]]
+        self._strike(leaving, timeout_s=until - time.monotonic())
+        return leaving
 
     def _bring_back(self, score: float, most: float, *, timeout_s: float) -> None:
         """Give entries above `most` the age `score`."""

@@ -36,7 +36,7 @@ COMMANDS = (
     *("set", "multi", "exec", "touch", "pexpire", "unlink", "ping", "scan"),
     *("eval", "get", "del"),
 )
-OF_A_BOUND = ("zadd", "zrem", "zcard", "zcount", "zpopmin", "zrangebyscore", "zremrangebyscore")
+OF_A_BOUND = ("zadd", "zrem", "zcard", "zcount", "zrangebyscore", "zremrangebyscore")
 
 # Redis 7.0, and Valkey: they have no code for it.
 _IN_A_SCRIPT = ("user executing the script can't", "ACL failure in script")

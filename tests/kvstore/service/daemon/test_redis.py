@@ -168,10 +168,7 @@ def test_a_tenants_bytes_in_redis_are_bounded_for_all_its_machines_together(tmp_
 
         pages = _pages_by_prefix(server)
 
-        blue_pages, red_pages = sorted(pages.values())
-        assert red_pages == 36
-        # Never more than the bound. Two machines that find too many at the same moment may each take out as many.
-        assert 20 - 6 <= blue_pages <= 20
+        assert sorted(pages.values()) == [20, 36]
         # What it has is the latest: the other machine finds it there.
         blues[0].save(prompt(6, 9))
         assert blues[0].flush()
