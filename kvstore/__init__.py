@@ -58,7 +58,11 @@ _HOMES = {
 def connect(url: str, layout: Layout, namespace: Namespace, **options: Any) -> RemoteStore:
     """The store of a namespace, kept by the node daemon at `url`; see `kvstore.service.client.connect`."""
     from kvstore.service.client.connect import connect as connect_to
+    from kvstore.service.client.connect import socket_path
 
+    # Before the options are looked at: a caller who means a daemon on another machine also gives a token for it, and is
+    # to be told of the former.
+    socket_path(url)
     return connect_to(url, layout, namespace, **options)
 
 

@@ -279,13 +279,19 @@ class WorkerHalf:
         for handle in self._handles:
             if handle.holds(slot):
                 slab = self._slabs.get(handle)
-                if slab is None:
-                    # Two threads may get here at once: the one that comes second maps it again, the first is let go.
-                    slab = attach_slab(handle)
-                    self._device.register(slab.buffer)
-                    self._slabs[handle] = slab
-                return slab
+                return slab if slab is not None else self._map(handle)
         raise ConfigError(f"slot {slot} lies in none of the {len(self._handles)} slabs of the plan")
+
+    def _map(self, handle: SlabHandle | SlabShare) -> AttachedSlab:
+        # Two threads may get here at once: both map it, one mapping is kept, and the other must be closed. Nothing
+        # else would: it has a descriptor, and with a daemon a connection.
+        slab = attach_slab(handle)
+        self._device.register(slab.buffer)
+        kept = self._slabs.setdefault(handle, slab)
+        if kept is not slab:
+            self._device.unregister(slab.buffer)
+            slab.close()
+        return kept
 
     def _use(self, handles: tuple[SlabHandle | SlabShare, ...]) -> None:
         """Slots lie in these slabs. No copy of ours is under way in others: their leases have ended."""

@@ -35,10 +35,7 @@ def connect(
     A daemon that cannot be reached is no error: the store is empty until it can. Raises ConfigError if the URL is none,
     and ConfigError or LayoutMismatch if the daemon refuses the namespace.
     """
-    try:
-        path = urlsplit(daemon_url(url)).path
-    except ValueError as error:
-        raise ConfigError(f"service.url is {mask_url(url)!r}; {error}") from None
+    path = socket_path(url)
     return RemoteStore(
         dial_unix(path),
         layout,
@@ -48,6 +45,14 @@ def connect(
         retry_max_s=retry_max_s,
         client=client or _own_name(),
     )
+
+
+def socket_path(url: str) -> str:
+    """Return the path in the URL of a daemon's socket. Raises ConfigError if the URL is none."""
+    try:
+        return urlsplit(daemon_url(url)).path
+    except ValueError as error:
+        raise ConfigError(f"service.url is {mask_url(url)!r}; {error}") from None
 
 
 def _own_name() -> str:

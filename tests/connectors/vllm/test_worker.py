@@ -19,8 +19,9 @@ from kvstore.devices.cpu import CpuDevice
 from kvstore.errors import ConfigError
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.service.client.connect import connect
+from kvstore.service.client.slab import AttachedSlab, attach_slab
 from kvstore.service.client.store import RemoteStore
-from kvstore.tiers.host import HostSlab
+from kvstore.tiers.host import HostSlab, SlabHandle
 from radix.namespace import Namespace
 from tests.helpers.daemons import local_daemon
 from tests.helpers.waiting import WAIT_S
@@ -429,10 +430,32 @@ def test_a_step_that_computes_waits_for_no_copy(slab: HostSlab, monkeypatch: pyt
     rank.half.close()
 
 
+def test_a_slab_that_both_copying_threads_map_at_once_is_closed_as_often(
+    slab: HostSlab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2, timeout=WAIT_S)
+    mapped: list[AttachedSlab] = []
+
+    def attach(handle: SlabHandle) -> AttachedSlab:
+        one = attach_slab(handle)
+        mapped.append(one)
+        both.wait()
+        return one
+
+    monkeypatch.setattr("connectors.vllm.worker.attach_slab", attach)
+    rank = Rank(slab)
+
+    rank.step(SaveJob(1, "r", copies((0,), (2,))), LoadJob(2, "s", copies((1,), (3,)), is_async=True))
+    report = rank.settle(2)[2]
+    rank.half.close()
+
+    assert (report.done, report.failed) == ({1: 1, 2: 1}, set())
+    assert [copy.buffer.size for copy in mapped] == [0, 0]  # and `no_file_is_left` counts their descriptors
+
+
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_copy_that_is_interrupted_is_told_once(moment: str) -> None:
-    # A slab without a descriptor: what the interrupted job held may outlive the test with its report.
-    rank = Rank(HostSlab(8, 4096, huge_pages=False))
+def test_a_copy_that_is_interrupted_is_told_once(slab: HostSlab, moment: str) -> None:
+    rank = Rank(slab)
     for worker in (rank.half._loads, rank.half._saves):
         do = worker._do
 

@@ -1,9 +1,11 @@
 """By configuration alone: a daemon's store where one is named, else one in this process."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import kvstore
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError
 from kvstore.service.client.connect import connect, open_configured
@@ -50,9 +52,12 @@ def test_a_further_process_maps_the_daemons_slab_by_the_clients_handle(tmp_path:
 
 
 @pytest.mark.parametrize("url", ["http://node:8470", "https://kv:hunter2@node:8470"])
-def test_a_daemon_on_another_machine_is_refused_in_one_sentence_that_names_redis(url: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"token": "t0k3n"}, {"call_timeout_s": 5.0}])
+def test_a_daemon_on_another_machine_is_refused_in_one_sentence_that_names_redis(
+    url: str, options: dict[str, Any]
+) -> None:
     with pytest.raises(ConfigError) as told:
-        connect(url, LAYOUT, namespace())
+        kvstore.connect(url, LAYOUT, namespace(), **options)
 
     for words in ("service.url is ", "machines share by Redis", "unix:///path/of/socket", "redis.url"):
         assert words in str(told.value)
