@@ -1,7 +1,4 @@
-"""The catalog of all blocks: which tiers hold their pages, and in which host slot.
-
-    Block   one node of the prefix tree: its hash, its parent, what its sender said about retention
-    Page    one layer group of a block: host slot and state, the lower tiers that have a copy, who holds it
+"""The catalog of all blocks (state.py): which tiers hold their pages, and in which host slot.
 
 The catalog keeps blocks in a radix tree, so that the longest known prefix is one walk. A block none of whose pages
 is left anywhere is pruned, unless something continues it: then it stays as a *hole*, and lookups end there until
@@ -21,112 +18,12 @@ wait in `strays` and are adopted when their path is inserted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from enum import IntEnum
-from typing import TYPE_CHECKING
 
-from eviction.policy import NO_HINT, Hint
-from kvstore.page import PageKey, PageMeta, page_key
 from kvstore.plan.journal import Journal
+from kvstore.plan.state import Block, Page
 from radix.hashing import BlockHash
 from radix.tree import RadixTree
 from radix.untracked import track_with, untrack_with
-
-if TYPE_CHECKING:
-    from kvstore.plan.leases import Load
-
-NEVER = float("-inf")
-SHARED_SESSION = "\0shared"  # a block that more than one session has used; no session name starts with NUL
-
-
-class PageState(IntEnum):
-    """The state of a page in host memory."""
-
-    ABSENT = 0
-    FILLING = 1  # a fetch or a save lease is writing its slot
-    READY = 2
-    EXPIRED = 3  # it outlived its time to live while a tier reads its slot; it goes as soon as none does
-
-
-class Page:
-    """One layer group of one block. Mutable; belongs to the planner.
-
-    homes:    bit set of lower tiers that hold a copy; spilling: those a copy is under way to. A page under way to
-              a tier is not evicted from host memory.
-    pins:     leases and promises that hold the host copy; a pinned page is in no policy.
-    flight:   number of the FETCH that fills the slot; 0 if none does (a save lease may).
-    waiters:  load leases to be told when that fetch ends.
-    """
-
-    __slots__ = ("block", "flight", "group", "homes", "kept", "pins", "slot", "spilling", "state", "waiters")
-
-    def __init__(self, block: Block, group: int) -> None:
-        self.block = block
-        self.group = group
-        self.slot = -1
-        self.state = PageState.ABSENT
-        self.homes = 0
-        self.spilling = 0
-        self.flight = 0
-        self.pins = 0
-        self.kept = False
-        self.waiters: list[Load] | None = None
-
-    @property
-    def key(self) -> PageKey:
-        """The page's name in every tier."""
-        return page_key(self.block.key, self.group)
-
-
-class Block:
-    """One known block of tokens.
-
-    session:    name of the only session that used it, SHARED_SESSION after a second one came.
-    touched_at: when the lower tiers were last told of a use (planner's clock).
-    num_loads:  loads that ended with this block, or with one that continued it and was pruned since. So what was loaded
-                through a block is a sum over all that continues it, and a load counts in one place.
-    loaded_at:  when the last of them ended (planner's clock).
-    is_removed: it was forgotten; what is still under way for it is dropped on arrival.
-    """
-
-    __slots__ = (
-        "depth",
-        "hint",
-        "is_removed",
-        "key",
-        "loaded_at",
-        "num_loads",
-        "pages",
-        "parent",
-        "session",
-        "tokens",
-        "touched_at",
-    )
-
-    def __init__(self, key: BlockHash, parent: Block | None, num_groups: int) -> None:
-        self.key = key
-        self.parent = parent
-        self.depth: int = 0 if parent is None else parent.depth + 1
-        # A tuple, and no list of waiters yet: what the garbage collector need not walk may be kept by the million.
-        self.pages = (Page(self, 0),) if num_groups == 1 else tuple(Page(self, group) for group in range(num_groups))
-        self.hint: Hint = NO_HINT
-        self.session = ""
-        self.tokens = b""
-        self.touched_at = NEVER
-        self.num_loads = 0
-        self.loaded_at = NEVER
-        self.is_removed = False
-
-    def is_gone(self, homes_that_count: int) -> bool:
-        """True if none of its pages is in host memory, on a tier of that bit set, or under way."""
-        for page in self.pages:  # noqa: SIM110 - a generator costs 3x here, and every eviction asks
-            if page.state or page.homes & homes_that_count or page.spilling:
-                return False
-        return True
-
-    def meta(self, num_bytes: int, expires_at: float) -> PageMeta:
-        """The metadata written beside a page of this block."""
-        parent = b"" if self.parent is None else self.parent.key
-        return PageMeta(num_bytes, parent, self.depth, expires_at, self.tokens)
 
 
 class Catalog:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kvstore.page import PageKey
-from kvstore.plan.catalog import Page, PageState
+from kvstore.plan.state import Page, PageState
 
 
 @dataclass(slots=True)

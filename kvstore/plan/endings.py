@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvstore.plan.catalog import PageState
 from kvstore.plan.cost import CostModel
-from kvstore.plan.leases import Load, Save
 from kvstore.plan.loads import Loader
 from kvstore.plan.lookup import Scout
 from kvstore.plan.lower_tier import LowerTier
@@ -22,6 +20,7 @@ from kvstore.plan.records import Request
 from kvstore.plan.retention import Retention
 from kvstore.plan.saves import Saver
 from kvstore.plan.single_flight import Turns
+from kvstore.plan.state import Load, PageState, Save
 from kvstore.plan.steps import STEP_PAGES, Steps, parts
 
 MAX_REASONS = 16

@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvstore.plan.catalog import Block, Page, PageState
 from kvstore.plan.host import HostSpace
-from kvstore.plan.leases import Load
 from kvstore.plan.lookup import Scout
 from kvstore.plan.match import FIRST_LOWER, Survey
 from kvstore.plan.records import LeaseState
 from kvstore.plan.resume import needed_from
+from kvstore.plan.state import Block, Load, Page, PageState
 from kvstore.plan.steps import STEP_BLOCKS, STEP_PAGES, Steps, parts
 
 READY = PageState.READY

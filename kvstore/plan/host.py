@@ -18,10 +18,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from eviction.policy import EvictionPolicy, Hint
-from kvstore.plan.catalog import Block, Catalog, Page, PageState
+from kvstore.plan.catalog import Catalog
 from kvstore.plan.journal import Left
 from kvstore.plan.records import HOST
 from kvstore.plan.slots import SlotPool
+from kvstore.plan.state import Block, Page, PageState
 from kvstore.plan.steps import STEP_BLOCKS
 from radix.hashing import BlockHash
 

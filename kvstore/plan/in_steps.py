@@ -11,11 +11,10 @@ from itertools import islice
 
 from kvstore.layout import Layout
 from kvstore.page import page_key
-from kvstore.plan.catalog import Block, Catalog
+from kvstore.plan.catalog import Catalog
 from kvstore.plan.endings import Endings
 from kvstore.plan.host import HostSpace
 from kvstore.plan.keeper import Keeper
-from kvstore.plan.leases import Load, Save
 from kvstore.plan.loads import Loader
 from kvstore.plan.lookup import Scout
 from kvstore.plan.lower_tier import LowerTier
@@ -23,6 +22,7 @@ from kvstore.plan.records import LeaseState, Request, SaveLease
 from kvstore.plan.retention import Retention
 from kvstore.plan.saves import Saver
 from kvstore.plan.single_flight import Turns
+from kvstore.plan.state import Block, Load, Save
 from kvstore.plan.steps import STEP_BLOCKS, STEP_PAGES, Steps, parts, parts_from_tail
 from kvstore.plan.transfers import Flights
 from radix.hashing import BlockHash

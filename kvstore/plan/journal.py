@@ -14,13 +14,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
 
 from kvstore.plan.records import Explanation, Request
+from kvstore.plan.state import Page
 from radix.hashing import BlockHash
-
-if TYPE_CHECKING:
-    from kvstore.plan.catalog import Page
 
 
 class Left(Enum):

@@ -19,8 +19,8 @@ from heapq import heapify, heappop, heappush
 from itertools import count
 
 from kvstore.clock import LARGE_STEP_S, Clock
-from kvstore.plan.catalog import Block, Page, PageState
 from kvstore.plan.host import HostSpace
+from kvstore.plan.state import Block, Page, PageState
 from kvstore.plan.steps import STEP_PAGES
 
 MAX_STALE = 1024  # ends in the queue that do not count any more, beside as many as do

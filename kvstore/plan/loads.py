@@ -12,16 +12,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from kvstore.plan.catalog import Catalog, Page, PageState
+from kvstore.plan.catalog import Catalog
 from kvstore.plan.holding import Holder
 from kvstore.plan.host import HostSpace
-from kvstore.plan.leases import Load
 from kvstore.plan.lookup import Scout
 from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.match import FIRST_LOWER, IN_HOST, Survey
 from kvstore.plan.records import HOST, LeaseState, Op, Outcome, Priority, Request
 from kvstore.plan.resume import longest_resume, needed_from
 from kvstore.plan.settings import PlanSettings
+from kvstore.plan.state import Load, Page, PageState
 from kvstore.plan.steps import STEP_PAGES, Steps
 from kvstore.plan.transfers import Flight, Flights
 

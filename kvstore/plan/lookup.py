@@ -11,7 +11,7 @@ from itertools import groupby
 
 from eviction.policy import Hint
 from kvstore.layout import Layout
-from kvstore.plan.catalog import Block, Catalog, PageState
+from kvstore.plan.catalog import Catalog
 from kvstore.plan.cost import CostModel
 from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.match import FIRST_LOWER, IN_HOST, RequestState, Survey, loadable_blocks, locate, tier_names
@@ -19,6 +19,7 @@ from kvstore.plan.probes import Probes
 from kvstore.plan.records import HOST, CutReason, Explanation, Match, Outcome, Request
 from kvstore.plan.resume import longest_resume, needed_from
 from kvstore.plan.settings import PlanSettings
+from kvstore.plan.state import Block, PageState
 from kvstore.plan.transfers import Flight, Flights
 
 MAX_REQUESTS = 16_384  # notes kept about requests whose callers never say that they are over

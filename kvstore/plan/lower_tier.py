@@ -16,11 +16,12 @@ from itertools import groupby
 
 from kvstore.direction import Direction
 from kvstore.page import PageKey
-from kvstore.plan.catalog import Block, Catalog, Page, PageState
+from kvstore.plan.catalog import Catalog
 from kvstore.plan.debts import Debts, SpillCounters
 from kvstore.plan.deletes import Deletes
 from kvstore.plan.journal import Left
 from kvstore.plan.records import Op, Outcome, Priority
+from kvstore.plan.state import Block, Page, PageState
 from kvstore.plan.steps import STEP_BLOCKS, parts
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.plan.transfers import Flight, Flights

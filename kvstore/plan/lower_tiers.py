@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from kvstore.direction import ALL_DIRECTIONS, Direction
 from kvstore.page import PageKey, PageMeta, split_key
-from kvstore.plan.catalog import Block, Catalog, Page
+from kvstore.plan.catalog import Catalog
 from kvstore.plan.lower_tier import LowerTier
+from kvstore.plan.state import Block, Page
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.plan.transfers import Flights
 from radix.hashing import BlockHash

@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from kvstore.plan.catalog import Block, PageState
 from kvstore.plan.records import HOST, CutReason, Match, Request
 from kvstore.plan.resume import needed_from
+from kvstore.plan.state import Block, PageState
 
 ABSENT = 0  # source codes: ABSENT, IN_HOST, or FIRST_LOWER + index of a lower tier
 IN_HOST = 1

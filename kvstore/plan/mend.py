@@ -19,117 +19,186 @@ Under the store's lock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
 
 from eviction.policy import EvictionPolicy
+from kvstore.clock import Clock
 from kvstore.page import PageKey
-from kvstore.plan.catalog import Block, Page, PageState
+from kvstore.plan.catalog import Catalog
+from kvstore.plan.host import HostSpace
 from kvstore.plan.journal import Left
-from kvstore.plan.leases import Load, Save
-from kvstore.plan.loads import PREFETCH
+from kvstore.plan.keeper import Keeper
+from kvstore.plan.loads import PREFETCH, Loader
+from kvstore.plan.lookup import Scout
 from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.records import HOST, Op
-
-if TYPE_CHECKING:
-    from kvstore.plan.planner import Planner
-
-
-def mend(planner: Planner, last_lease: int, now: float) -> None:
-    """Make the books agree. last_lease: leases of a higher number are known to nobody but the planner, and end."""
-    for leases in (planner.loader.loads, planner.saver.saves):
-        for lease_id in [lease_id for lease_id in leases if lease_id > last_lease]:
-            del leases[lease_id]
-    blocks = _blocks(planner)
-    pages = [page for block in blocks for page in block.pages]
-    planner.catalog.rebuild([block for block in blocks if not block.is_removed])
-    _settle_pages(planner, pages)
-    _settle_loads(planner, pages, now)
-    planner.keeper.rebuild(pages)
-    holders = _holders(planner.loader.loads.values(), planner.saver.saves.values())
-    for page in pages:
-        page.pins = holders.get(page, 0) + page.kept
-    _settle_host(planner, pages)
-    for tier in planner.tiers:
-        _settle_tier(planner, tier, pages, now)
-    for block in reversed(blocks):  # deepest first
-        planner.catalog.prune(block)
-    while planner.host.shrink():
-        pass
-    planner.turns.claims.rebuild()
-    planner.scout.forget_answers()
-    planner.flights.rebuild()
+from kvstore.plan.saves import Saver
+from kvstore.plan.single_flight import Turns
+from kvstore.plan.state import Block, Load, Page, PageState, Save
+from kvstore.plan.transfers import Flights
 
 
-def _blocks(planner: Planner) -> list[Block]:
-    """Every block there is, by depth; of one that is forgotten, so is all that continues it."""
-    flights = planner.flights.under_way()
-    tiers = planner.tiers
-    pages = chain(
-        planner.host.policy.members(),
-        *(tier.plan.policy.members() for tier in tiers if tier.plan.policy is not None),
-        *(chain(tier.debts.waiting, tier.debts.held, tier.debts.failed) for tier in tiers),
-        *(load.pages for load in planner.loader.loads.values()),
-        *(save.pages for save in planner.saver.saves.values()),
-        *(flight.pages for flight in flights),
-    )
-    found: dict[Block, None] = {}
-    for named in chain(planner.catalog.blocks(), planner.keeper.blocks, (page.block for page in pages)):
-        block: Block | None = named
-        while block is not None and block not in found:
-            found[block] = None
-            block = block.parent
-    blocks = sorted(found, key=lambda block: block.depth)
-    for block in blocks:
-        block.is_removed = block.is_removed or (block.parent is not None and block.parent.is_removed)
-    return blocks
+class Mender:
+    """Puts the books right. Under the store's lock."""
 
+    def __init__(
+        self,
+        catalog: Catalog,
+        flights: Flights,
+        host: HostSpace,
+        tiers: Sequence[LowerTier],
+        clock: Clock,
+        scout: Scout,
+        loader: Loader,
+        saver: Saver,
+        turns: Turns,
+        keeper: Keeper,
+    ) -> None:
+        self._catalog = catalog
+        self._flights = flights
+        self._host = host
+        self._tiers = tiers
+        self._clock = clock
+        self._scout = scout
+        self._loader = loader
+        self._saver = saver
+        self._turns = turns
+        self._keeper = keeper
 
-def _settle_pages(planner: Planner, pages: list[Page]) -> None:
-    """State and slot of every page, and what is on its way to or from it."""
-    fetching: dict[Page, int] = {}
-    spilling: dict[Page, int] = {}
-    bits = {tier.plan.name: tier.bit for tier in planner.tiers}
-    planner.loader.prefetching = 0
-    for flight in planner.flights.under_way():
-        if flight.transfer.op is Op.FETCH:
-            fetching.update(dict.fromkeys(flight.pages, flight.transfer.id))
-            planner.loader.prefetching += len(flight.pages) * (flight.context is PREFETCH)
-        elif flight.transfer.op is Op.SPILL:
-            for page in flight.pages:
-                spilling[page] = spilling.get(page, 0) | bits[flight.transfer.tier]
-    # What a save that is ending has published is READY; the rest is as if it had not begun to end.
-    saves = planner.saver.saves.values()
-    saving = {page for save in saves for page in save.pages if not save.is_ending or page.state == PageState.FILLING}
-    saving.update(page for load in planner.loader.loads.values() for page in load.reserved)
-    for page in pages:
-        page.spilling = spilling.get(page, 0)
-        page.flight = fetching.get(page, 0)
-        if page.flight or page in saving:
-            page.state = PageState.FILLING
-        elif page.state == PageState.FILLING or page.slot < 0:
-            page.state = PageState.ABSENT  # nobody fills it, or it had no slot yet
-        elif page.state == PageState.EXPIRED and not page.spilling:
-            page.state = PageState.ABSENT  # nobody reads it
-        if page.state == PageState.ABSENT:
-            page.slot = -1
+    def mend(self, last_lease: int, now: float) -> None:
+        """Make the books agree. last_lease: leases of a higher number are known to nobody but the planner, and end."""
+        for leases in (self._loader.loads, self._saver.saves):
+            for lease_id in [lease_id for lease_id in leases if lease_id > last_lease]:
+                del leases[lease_id]
+        blocks = self._blocks()
+        pages = [page for block in blocks for page in block.pages]
+        self._catalog.rebuild([block for block in blocks if not block.is_removed])
+        self._settle_pages(pages)
+        self._settle_loads(pages, now)
+        self._keeper.rebuild(pages)
+        holders = _holders(self._loader.loads.values(), self._saver.saves.values())
+        for page in pages:
+            page.pins = holders.get(page, 0) + page.kept
+        self._settle_host(pages)
+        for tier in self._tiers:
+            self._settle_tier(tier, pages, now)
+        for block in reversed(blocks):  # deepest first
+            self._catalog.prune(block)
+        while self._host.shrink():
+            pass
+        self._turns.claims.rebuild()
+        self._scout.forget_answers()
+        self._flights.rebuild()
 
+    def _blocks(self) -> list[Block]:
+        """Every block there is, by depth; of one that is forgotten, so is all that continues it."""
+        flights = self._flights.under_way()
+        tiers = self._tiers
+        pages = chain(
+            self._host.policy.members(),
+            *(tier.plan.policy.members() for tier in tiers if tier.plan.policy is not None),
+            *(chain(tier.debts.waiting, tier.debts.held, tier.debts.failed) for tier in tiers),
+            *(load.pages for load in self._loader.loads.values()),
+            *(save.pages for save in self._saver.saves.values()),
+            *(flight.pages for flight in flights),
+        )
+        found: dict[Block, None] = {}
+        for named in chain(self._catalog.blocks(), self._keeper.blocks, (page.block for page in pages)):
+            block: Block | None = named
+            while block is not None and block not in found:
+                found[block] = None
+                block = block.parent
+        blocks = sorted(found, key=lambda block: block.depth)
+        for block in blocks:
+            block.is_removed = block.is_removed or (block.parent is not None and block.parent.is_removed)
+        return blocks
 
-def _settle_loads(planner: Planner, pages: list[Page], now: float) -> None:
-    for page in pages:
-        page.waiters = None
-    for load in planner.loader.loads.values():
-        load.waiting = int(load.is_preparing)
-        for page in load.pages:
-            if page in load.lost:
-                continue
+    def _settle_pages(self, pages: list[Page]) -> None:
+        """State and slot of every page, and what is on its way to or from it."""
+        fetching: dict[Page, int] = {}
+        spilling: dict[Page, int] = {}
+        bits = {tier.plan.name: tier.bit for tier in self._tiers}
+        self._loader.prefetching = 0
+        for flight in self._flights.under_way():
+            if flight.transfer.op is Op.FETCH:
+                fetching.update(dict.fromkeys(flight.pages, flight.transfer.id))
+                self._loader.prefetching += len(flight.pages) * (flight.context is PREFETCH)
+            elif flight.transfer.op is Op.SPILL:
+                for page in flight.pages:
+                    spilling[page] = spilling.get(page, 0) | bits[flight.transfer.tier]
+        # What a save that is ending has published is READY; the rest is as if it had not begun to end.
+        saves = self._saver.saves.values()
+        saving = {
+            page for save in saves for page in save.pages if not save.is_ending or page.state == PageState.FILLING
+        }
+        saving.update(page for load in self._loader.loads.values() for page in load.reserved)
+        for page in pages:
+            page.spilling = spilling.get(page, 0)
+            page.flight = fetching.get(page, 0)
+            if page.flight or page in saving:
+                page.state = PageState.FILLING
+            elif page.state == PageState.FILLING or page.slot < 0:
+                page.state = PageState.ABSENT  # nobody fills it, or it had no slot yet
+            elif page.state == PageState.EXPIRED and not page.spilling:
+                page.state = PageState.ABSENT  # nobody reads it
             if page.state == PageState.ABSENT:
-                load.lost.add(page)
-            elif page.state == PageState.FILLING:
-                load.waiting += 1
-                page.waiters = [*(page.waiters or ()), load]
-        planner.loader.note_progress(load, now)
+                page.slot = -1
+
+    def _settle_loads(self, pages: list[Page], now: float) -> None:
+        for page in pages:
+            page.waiters = None
+        for load in self._loader.loads.values():
+            load.waiting = int(load.is_preparing)
+            for page in load.pages:
+                if page in load.lost:
+                    continue
+                if page.state == PageState.ABSENT:
+                    load.lost.add(page)
+                elif page.state == PageState.FILLING:
+                    load.waiting += 1
+                    page.waiters = [*(page.waiters or ()), load]
+            self._loader.note_progress(load, now)
+
+    def _settle_host(self, pages: list[Page]) -> None:
+        """Slots, who is resident, and the order in which pages leave."""
+        host, journal = self._host, self._catalog.journal
+        idle = [page for page in pages if page.state == PageState.READY and not page.pins]
+        gone = [page for page in idle if page.block.is_removed and not page.spilling]
+        if journal is not None and gone:
+            journal.removed(HOST, gone, Left.DELETED)
+        for page in gone:
+            page.state, page.slot = PageState.ABSENT, -1
+        host.pool.rebuild(page.slot for page in pages if page.state != PageState.ABSENT)
+        host.num_filling = sum(page.state == PageState.FILLING for page in pages)
+        host.num_resident = sum(page.state in (PageState.READY, PageState.EXPIRED) for page in pages)
+        evictable = dict.fromkeys(page for page in idle if not page.block.is_removed)
+        _rebuild(host.policy, evictable, self._clock.boot())
+
+    def _settle_tier(self, tier: LowerTier, pages: list[Page], now: float) -> None:
+        """The books of a lower tier: its pages, its debts, and the order in which they leave."""
+        bit, policy = tier.bit, tier.plan.policy
+        flights = [flight for flight in self._flights.under_way() if flight.transfer.tier == tier.plan.name]
+        held = {page for flight in flights if flight.transfer.op is Op.FETCH for page in flight.pages}
+        tier.in_flight = sum(len(flight.pages) for flight in flights if flight.transfer.op is Op.SPILL)
+        written: dict[PageKey, int] = {}
+        for flight in flights:
+            for page in flight.pages if flight.transfer.op is Op.SPILL else ():
+                if page.block.is_removed:
+                    written[page.key] = written.get(page.key, 0) + 1
+        tier.deletes.rebuild(written)
+        copies = [page for page in pages if (page.homes | page.spilling) & bit]
+        tier.used_pages = len(copies)
+        if policy is not None:
+            _rebuild(policy, dict.fromkeys(page for page in copies if page not in held), tier.wall())
+        there = {page.key for page in copies} if tier.dropping else set()
+        forgotten = [page for page in copies if page.block.is_removed and page.homes & bit]
+        tier.forget_copies(forgotten)
+        tier.debts.settle(page for page in pages if page.block.is_removed)
+        tier.deletes.owe([*(page.key for page in forgotten), *(key for key in tier.dropping if key not in there)])
+        tier.dropping = ()
+        # Their books never learned of the pages that were published last; what they have already is not owed.
+        tier.make_up(list(dict.fromkeys(page.block for page in pages if not page.block.is_removed)), now)
 
 
 def _holders(loads: Iterable[Load], saves: Iterable[Save]) -> dict[Page, int]:
@@ -139,48 +208,6 @@ def _holders(loads: Iterable[Load], saves: Iterable[Save]) -> dict[Page, int]:
             if page.state == PageState.READY and page not in load.lost:
                 holders[page] = holders.get(page, 0) + 1
     return holders
-
-
-def _settle_host(planner: Planner, pages: list[Page]) -> None:
-    """Slots, who is resident, and the order in which pages leave."""
-    host, journal = planner.host, planner.catalog.journal
-    idle = [page for page in pages if page.state == PageState.READY and not page.pins]
-    gone = [page for page in idle if page.block.is_removed and not page.spilling]
-    if journal is not None and gone:
-        journal.removed(HOST, gone, Left.DELETED)
-    for page in gone:
-        page.state, page.slot = PageState.ABSENT, -1
-    host.pool.rebuild(page.slot for page in pages if page.state != PageState.ABSENT)
-    host.num_filling = sum(page.state == PageState.FILLING for page in pages)
-    host.num_resident = sum(page.state in (PageState.READY, PageState.EXPIRED) for page in pages)
-    evictable = dict.fromkeys(page for page in idle if not page.block.is_removed)
-    _rebuild(host.policy, evictable, planner.clock.boot())
-
-
-def _settle_tier(planner: Planner, tier: LowerTier, pages: list[Page], now: float) -> None:
-    """The books of a lower tier: its pages, its debts, and the order in which they leave."""
-    bit, policy = tier.bit, tier.plan.policy
-    flights = [flight for flight in planner.flights.under_way() if flight.transfer.tier == tier.plan.name]
-    held = {page for flight in flights if flight.transfer.op is Op.FETCH for page in flight.pages}
-    tier.in_flight = sum(len(flight.pages) for flight in flights if flight.transfer.op is Op.SPILL)
-    written: dict[PageKey, int] = {}
-    for flight in flights:
-        for page in flight.pages if flight.transfer.op is Op.SPILL else ():
-            if page.block.is_removed:
-                written[page.key] = written.get(page.key, 0) + 1
-    tier.deletes.rebuild(written)
-    copies = [page for page in pages if (page.homes | page.spilling) & bit]
-    tier.used_pages = len(copies)
-    if policy is not None:
-        _rebuild(policy, dict.fromkeys(page for page in copies if page not in held), tier.wall())
-    there = {page.key for page in copies} if tier.dropping else set()
-    forgotten = [page for page in copies if page.block.is_removed and page.homes & bit]
-    tier.forget_copies(forgotten)
-    tier.debts.settle(page for page in pages if page.block.is_removed)
-    tier.deletes.owe([*(page.key for page in forgotten), *(key for key in tier.dropping if key not in there)])
-    tier.dropping = ()
-    # Their books never learned of the pages that were published last; what they have already is not owed.
-    tier.make_up(list(dict.fromkeys(page.block for page in pages if not page.block.is_removed)), now)
 
 
 def _rebuild(policy: EvictionPolicy[Page], members: dict[Page, None], now: float) -> None:

@@ -5,7 +5,7 @@ A transfer that landed already, or was never sent, is ignored.
 
 from __future__ import annotations
 
-from kvstore.plan.catalog import Catalog, PageState
+from kvstore.plan.catalog import Catalog
 from kvstore.plan.cost import CostModel
 from kvstore.plan.loads import Loader
 from kvstore.plan.lookup import Scout
@@ -14,6 +14,7 @@ from kvstore.plan.lower_tiers import TierBook
 from kvstore.plan.records import Op, Outcome
 from kvstore.plan.retention import Retention
 from kvstore.plan.single_flight import Turns
+from kvstore.plan.state import PageState
 from kvstore.plan.transfers import Flight, Flights
 
 

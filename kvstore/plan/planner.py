@@ -22,7 +22,7 @@ from kvstore.clock import SYSTEM_CLOCK, Clock
 from kvstore.direction import ALL_DIRECTIONS, Direction
 from kvstore.layout import Layout
 from kvstore.page import PageKey, PageMeta
-from kvstore.plan.catalog import Catalog, Page, PageState
+from kvstore.plan.catalog import Catalog
 from kvstore.plan.cost import CostModel, TierCost
 from kvstore.plan.endings import Endings
 from kvstore.plan.flushing import Flushing, Told, report, told_of
@@ -33,7 +33,7 @@ from kvstore.plan.leases import load_lease
 from kvstore.plan.loads import Loader
 from kvstore.plan.lookup import Scout
 from kvstore.plan.lower_tiers import TierBook
-from kvstore.plan.mend import mend
+from kvstore.plan.mend import Mender
 from kvstore.plan.outcomes import Outcomes
 from kvstore.plan.records import (
     Explanation,
@@ -51,6 +51,7 @@ from kvstore.plan.retention import Retention
 from kvstore.plan.saves import Saver
 from kvstore.plan.settings import PlanSettings
 from kvstore.plan.single_flight import Turns
+from kvstore.plan.state import Page, PageState
 from kvstore.plan.steps import Steps, at_once
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.plan.transfers import Flights
@@ -112,6 +113,18 @@ class Planner:
         )
         self._outcomes = Outcomes(
             self.catalog, self.flights, self._book, self.costs, self.scout, self.loader, self.turns, self._retention
+        )
+        self._mender = Mender(
+            self.catalog,
+            self.flights,
+            self.host,
+            self.tiers,
+            clock,
+            self.scout,
+            self.loader,
+            self.saver,
+            self.turns,
+            self.keeper,
         )
         self._lease_ids = count(2)
         self.in_steps = InSteps(
@@ -332,4 +345,4 @@ class Planner:
 
     def mend(self, last_lease: int, now: float) -> None:
         """Put the books right after an exception in the middle of a call of one of these methods (see mend.py)."""
-        mend(self, last_lease, now)
+        self._mender.mend(last_lease, now)

@@ -13,14 +13,11 @@ goes meanwhile is seen or not; whatever is told of a prefix was true at one mome
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from kvstore.plan.catalog import NEVER, Block, PageState
+from kvstore.plan.planner import Planner
 from kvstore.plan.records import HOST
+from kvstore.plan.state import NEVER, Block, PageState
 from radix.hashing import BlockHash
-
-if TYPE_CHECKING:
-    from kvstore.plan.planner import Planner
 
 
 @dataclass(slots=True)

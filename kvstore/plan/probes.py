@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvstore.page import page_key
-from kvstore.plan.catalog import Catalog, PageState
+from kvstore.plan.catalog import Catalog
 from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.match import ABSENT, FIRST_LOWER, Probe, RequestState, Survey, loadable_blocks
 from kvstore.plan.records import Op, Outcome, Priority, Request
 from kvstore.plan.resume import longest_resume, needed_from
+from kvstore.plan.state import PageState
 from kvstore.plan.transfers import Flight, Flights
 
 

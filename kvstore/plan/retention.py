@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from eviction.policy import Hint
-from kvstore.plan.catalog import SHARED_SESSION, Block, Page, PageState
 from kvstore.plan.host import HostSpace
 from kvstore.plan.keeper import Keeper
 from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.records import Request
+from kvstore.plan.state import SHARED_SESSION, Block, Page, PageState
 from kvstore.plan.steps import STEP_PAGES, Steps, parts, parts_from_tail
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import compress
 
-from kvstore.plan.catalog import Block, Catalog, Page, PageState
+from kvstore.plan.catalog import Catalog
 from kvstore.plan.host import HostSpace
-from kvstore.plan.leases import Save, slot_pages
+from kvstore.plan.leases import slot_pages
 from kvstore.plan.lookup import Scout
 from kvstore.plan.records import Request, SaveLease, SlotPage
+from kvstore.plan.state import Block, Page, PageState, Save
 from kvstore.plan.steps import STEP_BLOCKS, STEP_PAGES, Steps
 
 

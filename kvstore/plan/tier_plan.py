@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from eviction.policy import EvictionPolicy
-from kvstore.plan.catalog import Page
+from kvstore.plan.state import Page
 
 
 @dataclass(frozen=True, slots=True)

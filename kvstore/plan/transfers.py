@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvstore.page import PageKey, PageMeta
-from kvstore.plan.catalog import Page
 from kvstore.plan.records import Op, Priority, Transfer
+from kvstore.plan.state import Page
 
 
 @dataclass(slots=True, eq=False)

@@ -14,8 +14,8 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from kvstore.plan.catalog import SHARED_SESSION
 from kvstore.plan.prefixes import Prefix, Tour
+from kvstore.plan.state import SHARED_SESSION
 from kvstore.service.daemon.stores import OpenStore
 from kvstore.service.dashboard.models import PREFIX_ID_DIGITS, Level, PrefixNode
 

@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from kvstore.plan.catalog import PageState
+from kvstore.plan.state import PageState
 from tests.engines.vllm.engine import Engine, make_prompt
 from tests.engines.vllm.tier_engine import TierEngine
 

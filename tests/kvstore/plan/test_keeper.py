@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from eviction.registry import make_policy
-from kvstore.plan.catalog import Block, Catalog, Page
+from kvstore.plan.catalog import Catalog
 from kvstore.plan.host import HostSpace
 from kvstore.plan.keeper import MAX_STALE, Keeper, Kept
+from kvstore.plan.state import Block, Page
 from radix.hashing import BlockHash
 from tests.helpers.clocks import Clocks
 
