@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from kvstore import names
 from kvstore.cli.bench import bench
 from kvstore.cli.cluster import cluster
+from kvstore.cli.command import Command, untyped_flags
 from kvstore.cli.config import config
 from kvstore.cli.demo import demo
 from kvstore.cli.doctor import doctor
@@ -40,6 +41,10 @@ FIRST, CLUSTER, DISK = "First steps", "A cluster, and what a cache does for one'
 
 class CommandGroup(TyperGroup):
     """Turns errors into one line each."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options, that of the help too."""
+        return untyped_flags(super().get_params(ctx))
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run the command."""
@@ -99,14 +104,14 @@ app.command(
     add_help_option=False,
     rich_help_panel=FIRST,
 )(demo)
-app.command(rich_help_panel=FIRST)(config)
-app.command(rich_help_panel=FIRST)(doctor)
-app.command(rich_help_panel=FIRST)(serve)
-app.command(rich_help_panel=FIRST)(top)
-app.command(rich_help_panel=FIRST)(bench)
-app.command(rich_help_panel=CLUSTER)(replica)
-app.command(rich_help_panel=CLUSTER)(router)
+app.command(cls=Command, rich_help_panel=FIRST)(config)
+app.command(cls=Command, rich_help_panel=FIRST)(doctor)
+app.command(cls=Command, rich_help_panel=FIRST)(serve)
+app.command(cls=Command, rich_help_panel=FIRST)(top)
+app.command(cls=Command, rich_help_panel=FIRST)(bench)
+app.command(cls=Command, rich_help_panel=CLUSTER)(replica)
+app.command(cls=Command, rich_help_panel=CLUSTER)(router)
 app.add_typer(cluster, name="cluster", rich_help_panel=CLUSTER)
 app.command(cls=LoadCommand, rich_help_panel=CLUSTER)(load)
-app.command(no_args_is_help=True, rich_help_panel=DISK)(inspect)
-app.command(no_args_is_help=True, rich_help_panel=DISK)(verify)
+app.command(cls=Command, no_args_is_help=True, rich_help_panel=DISK)(inspect)
+app.command(cls=Command, no_args_is_help=True, rich_help_panel=DISK)(verify)

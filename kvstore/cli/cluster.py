@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvstore.cli.command import Command
+from kvstore.cli.replica import ReplicaDtype
 from kvstore.console import add_row, console, print_json, table
 from kvstore.errors import KVStoreError
 from kvstore.extras import how_to_install
@@ -33,11 +35,11 @@ cluster = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="rich", 
 Name = Annotated[str, typer.Option("--name", help="Of the cluster; several may be up at once.")]
 Directory = Annotated[
     Path | None,
-    typer.Option("--directory", help="Where logs, sockets and pids are; ~/.local/state/kvstore/clusters unless given."),
+    typer.Option("--directory", help="Where logs, sockets and pids are; unless given, below ~/.local/state."),
 ]
 
 
-@cluster.command()
+@cluster.command(cls=Command)
 def up(
     for_replicas: Annotated[
         list[str] | None,
@@ -57,7 +59,7 @@ def up(
         typer.Option(help="Directory or hub id of transformers, or random; SmolLM2-135M (93 MB, once) unless given."),
     ] = None,
     port: Annotated[int, typer.Option(help="Of the router; the others follow from it. 0: any free ones.")] = 8000,
-    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")] = "float32",
+    dtype: Annotated[ReplicaDtype, typer.Option(help="Of the model.")] = ReplicaDtype.float32,
     threads: Annotated[int, typer.Option(help="Of torch, in each replica. 0: the cores, shared out.")] = 0,
     disk: Annotated[
         Path | None, typer.Option(help="Directory of disk tiers, one below it for each node; none unless given.")
@@ -88,7 +90,7 @@ def up(
         else ports_from(free_ports(replicas + nodes + 2), replicas, nodes),
         redis=redis,
         policy=policy,
-        dtype=dtype,
+        dtype=dtype.value,
         threads=threads or max(1, usable_cpus() // replicas),
         disk=None if disk is None else str(disk.expanduser().absolute()),
         settings=tuple(setting or ()),
@@ -106,7 +108,7 @@ def up(
         supervisor.stand()
 
 
-@cluster.command()
+@cluster.command(cls=Command)
 def down(name: Name = "local", directory: Directory = None) -> None:
     """End a cluster, also one whose `up` was killed; leaves nothing running."""
     run = _directory(directory, name)
@@ -116,7 +118,7 @@ def down(name: Name = "local", directory: Directory = None) -> None:
     _tell(f"cluster {name}: {f'{count} processes ended' if count else 'nothing was running'}")
 
 
-@cluster.command()
+@cluster.command(cls=Command)
 def status(
     name: Annotated[str | None, typer.Option("--name", help="Of one cluster; all are shown without.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -144,7 +146,7 @@ def status(
         console().print(output)
 
 
-@cluster.command()
+@cluster.command(cls=Command)
 def restart(
     processes: Annotated[list[str] | None, typer.Argument(help="Such as replica-0. All but Redis without.")] = None,
     name: Name = "local",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from kvstore.cli.command import Command
 from kvstore.errors import KVStoreError
 from kvstore.extras import how_to_install
 
@@ -18,7 +19,7 @@ def demo(ctx: typer.Context) -> None:
     except ImportError as error:
         raise KVStoreError(f"the demo cannot start: {error}; {how_to_install('demo')}") from error
     player = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    player.command(context_settings={"help_option_names": ["-h", "--help"]})(play)
+    player.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})(play)
     result = typer.main.get_command(player).main(args=ctx.args, prog_name="kvstore demo", standalone_mode=False)
     if isinstance(result, int) and result:
         raise typer.Exit(result)

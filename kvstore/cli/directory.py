@@ -10,6 +10,8 @@ import typer
 
 from kvstore.errors import ConfigError
 
+MAX_NAMED = 20  # directories in a message
+
 Directory = Annotated[
     Path,
     # readable=False: whether it can be read is checked below, with an answer that says what to do.
@@ -26,4 +28,9 @@ def check_directory(path: Path) -> None:
     if not os.access(path, os.R_OK | os.X_OK):
         raise ConfigError(f"{path} cannot be read: permission denied; run this as the user that owns it")
     if not (path / "index").is_dir():
-        raise ConfigError(f"{path} is not the directory of a disk tier: there is no index/ in it")
+        found = sorted(
+            index.parent for depth in ("*", "*/*") for index in path.glob(f"{depth}/index") if index.is_dir()
+        )
+        hint = "".join(f"\n  {directory}" for directory in found[:MAX_NAMED])
+        below = f"; a daemon keeps one for each tenant and namespace, and here are {len(found)}:{hint}" if found else ""
+        raise ConfigError(f"{path} is not the directory of a disk tier: there is no index/ in it{below}")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from kvstore.cli.command import Command
 from kvstore.console import console
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.extras import how_to_install, missing
@@ -253,7 +253,7 @@ def load(
         raise typer.Exit(EXIT_FAILED)
 
 
-class LoadCommand(TyperCommand):
+class LoadCommand(Command):
     """A command whose help lists the workloads, which are imported only when somebody asks."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

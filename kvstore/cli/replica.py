@@ -36,7 +36,7 @@ def replica(
             "--model",
             "-m",
             help="Directory or hub id of a causal language model of transformers, or 'random' for a small one with "
-            "random weights; without it SmolLM2-135M-Instruct.",
+            "random weights; without it SmolLM2-135M.",
         ),
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
@@ -73,9 +73,7 @@ def replica(
     ] = None,
     setting: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="FIELD=VALUE", help="Set a value of the store, e.g. service.url=unix:///run/kvstore.sock."
-        ),
+        typer.Option("--set", metavar="FIELD=VALUE", help="Set a value of the store, e.g. disk.path=/srv/kv"),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:

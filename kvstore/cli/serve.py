@@ -30,7 +30,7 @@ def serve(
     again after the next start.
 
     \b
-      kvstore serve --set host.capacity_bytes=8GiB --set disk.path=/var/lib/kvstore
+      kvstore serve --set host.capacity_bytes=8GiB --set disk.path=/srv/kv
       kvstore top
     """
     from kvstore import logs

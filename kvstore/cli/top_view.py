@@ -67,7 +67,8 @@ class TopView:
     def _hits(self) -> Table:
         recent, total = self.now["recent"], self.now["total"]
         rows = table("hit rate", "minute", "start", "of late", right=("minute", "start"))
-        spark = {tier: self._spark([tier]) for tier in recent["hit_tokens"]}
+        configured = {tier["tier"] for tier in self.now["tiers"]}  # none is known before an engine has attached
+        spark = {tier: self._spark([tier]) for tier in recent["hit_tokens"] if tier in configured}
         add_row(
             rows,
             Text("all tiers", style="bold"),

@@ -61,7 +61,8 @@ def demo(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR|HUB_ID|random", help="Default: SmolLM2-135M-Instruct. 'random': random weights, no download."
+            metavar="MODEL",
+            help="Directory or hub id; 'random': random weights, no download. Default: SmolLM2-135M.",
         ),
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers here.")] = None,
@@ -75,6 +76,7 @@ def demo(
     dtype: Annotated[
         DemoDtype, typer.Option(help="auto: bfloat16 where this processor computes in it, else float32.")
     ] = DemoDtype.AUTO,
+    threads: Annotated[int, typer.Option(min=0, help=f"Of torch; 0: the cores, at most {MAX_THREADS}.")] = 0,
     redis: Annotated[
         bool | None,
         typer.Option(
@@ -116,7 +118,7 @@ def demo(
         spec = ReplicaSpec(
             source=chosen.source,
             dtype=_dtype(dtype, chosen),
-            threads=min(_cores(), MAX_THREADS),
+            threads=threads or min(_cores(), MAX_THREADS),
             prefill_chunk=PREFILL_CHUNK,
             disk_path=str(disk_path),
             redis_url=found_url,

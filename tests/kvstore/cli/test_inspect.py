@@ -107,6 +107,19 @@ def test_what_is_no_page_directory_is_told(tmp_path: Path, command: str) -> None
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_of_a_daemons_disk_path_the_directories_below_it_are_named(tmp_path: Path, command: str) -> None:
+    make_directory(tmp_path / "local" / "one", "a")
+    make_directory(tmp_path / "local" / "two", "a")
+
+    result = runner.invoke(app, [command, str(tmp_path)])
+
+    assert result.exit_code == 2
+    assert "here are 2:" in result.stderr
+    for name in ("one", "two"):
+        assert f"  {tmp_path / 'local' / name}\n" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_directory_of_somebody_else_is_told(tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make_directory(tmp_path, "a")
     monkeypatch.setattr(os, "access", lambda *_: False)  # what the kernel says to a user who is not root

@@ -54,6 +54,17 @@ def test_a_pipe_gets_the_essentials_once(daemon: LocalDaemon, tmp_path: Path) ->
                 assert words in output, words
 
 
+def test_a_tier_that_is_not_configured_has_no_line(daemon: LocalDaemon, tmp_path: Path) -> None:
+    with attach(tmp_path / "kv.sock") as store:
+        use(store, prompt(5))
+        daemon.look(lambda d: d.dashboard.sample())
+
+        output = run(f"unix://{tmp_path / 'kv.sock'}")[1]
+
+    assert re.findall(r"^   (\w+)  +\S+ ", output, re.MULTILINE)[:2] == ["host", "disk"]
+    assert "redis" not in output
+
+
 def test_an_unused_daemon_teaches_what_to_run(daemon: LocalDaemon, tmp_path: Path) -> None:
     code, output = run(f"unix://{tmp_path / 'kv.sock'}", "--once")
 
