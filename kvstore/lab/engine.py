@@ -1,0 +1,73 @@
+"""An engine without bytes: it plays requests on a planner under a clock of its own.
+
+The planner and the policies are those of a server. What an engine computes and what lanes carry is done at once, so a
+day of traffic is played in seconds: a trace (replay.py), or made-up prompts (workloads/planner.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+
+from eviction.policy import EvictionPolicy
+from kvstore.clock import Clock
+from kvstore.layout import GroupKind, LayerGroup, Layout
+from kvstore.plan.planner import Planner
+from kvstore.plan.records import Match, Outcome, Request
+from kvstore.plan.settings import PlanSettings
+from kvstore.plan.state import Page
+from kvstore.plan.tier_plan import TierPlan
+from radix.namespace import BlockHash
+
+PAGE_BYTES = 4096  # nothing is stored; a layout must have a size
+CARRIED_IN_S = 0.001  # a batch, as lanes are said to take
+
+
+class VirtualEngine:
+    """One engine, and the planner of its store.
+
+    now: seconds, as all of the planner's clocks tell it; the caller moves it, never back.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        settings: PlanSettings,
+        policy: EvictionPolicy[Page],
+        tiers: Sequence[TierPlan] = (),
+    ) -> None:
+        """Make an empty store: host memory of `settings.num_slots` blocks and, below it, the tiers that are given."""
+        layout = Layout(block_size, (LayerGroup(GroupKind.FULL, (0,), PAGE_BYTES),), "virtual", "uint8")
+        self.now = 0.0
+        clock = Clock(wall=self._time, steady=self._time, boot=self._time)
+        self.planner = Planner(layout, settings, policy, tiers, clock)
+        self._ids = count(1)
+
+    def request(self, keys: Sequence[BlockHash]) -> Request:
+        """Return a new request for a prompt of these blocks."""
+        # One token more than the blocks hold: an engine has to compute at least one.
+        return Request(next(self._ids), list(keys), len(keys) * self.planner.layout.block_size + 1)
+
+    def serve(self, request: Request) -> Match:
+        """Look up, load what matches, save the rest, finish; return the match."""
+        planner, now = self.planner, self.now
+        match = planner.lookup(request, now)
+        if match.num_blocks:
+            lease = planner.prepare_load(request, match.num_blocks, now)
+            self.carry()  # pages of lower tiers
+            planner.complete(lease.id, now)
+        planner.complete(planner.prepare_save(request, match.num_blocks, len(request.keys), now).id, now)
+        planner.finished(request, now)
+        self.carry()
+        return match
+
+    def carry(self) -> None:
+        """Answer every transfer at once, as a lane would in time."""
+        while transfers := self.planner.take_transfers():
+            for transfer in transfers:
+                num_pages = len(transfer.keys)
+                outcome = Outcome(transfer.id, (True,) * num_pages, CARRIED_IN_S, PAGE_BYTES * num_pages)
+                self.planner.outcome(outcome, self.now)
+
+    def _time(self) -> float:
+        return self.now
