@@ -11,12 +11,12 @@ computed, what cannot be saved is skipped, and both are counted in `ConnectorCou
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Protocol, TypeVar
 
 from kvstore.errors import KVStoreError
-from kvstore.plan.records import HOST, Request, SlotPage
+from kvstore.plan.records import HOST, Request
 
 Source = TypeVar("Source", contravariant=True)
 Target = TypeVar("Target", covariant=True)
@@ -86,16 +86,6 @@ def resume_blocks(num_blocks: int, num_tokens: int, block_size: int, step_blocks
     """
     most = max(0, num_tokens - 1) // block_size
     return min(num_blocks, most) // step_blocks * step_blocks
-
-
-def pages_by_group(pages: Iterable[SlotPage]) -> dict[int, list[SlotPage]]:
-    """Sort the pages of a lease by layer group, in block order, for one device call per group."""
-    groups: dict[int, list[SlotPage]] = {}
-    for page in pages:
-        groups.setdefault(page.group, []).append(page)
-    for members in groups.values():
-        members.sort(key=lambda page: page.block)
-    return groups
 
 
 def tokens_by_tier(by_tier: Mapping[str, int], num_blocks: int, block_size: int) -> dict[str, int]:

@@ -342,6 +342,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "pytest": ("kvstore.testing.contracts",),  # of what is installed, nothing else needs them
     "hypothesis": ("kvstore.testing.contracts",),
     "torch": ("connectors", "kvstore.demo", "kvstore.lab", "kvstore.devices"),
+    "msgspec": ("kvstore.service.protocol",),
 }
 # module from outside -> imported inside functions only, so that importing our packages stays cheap and engines optional
 LAZY = ("torch", "transformers", "vllm", "sglang", "triton", "matplotlib", "gguf")

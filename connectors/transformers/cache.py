@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from connectors.base import pages_by_group
 from connectors.transformers.layout import LayerShape, is_sliding, model_device, new_cache
 from kvstore.devices.base import Device
 from kvstore.devices.tables import token_table
 from kvstore.layout import Layout
-from kvstore.plan.records import SlotPage
+from kvstore.plan.records import SlotPages
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +66,7 @@ class CacheBridge:
         """A fresh, empty cache of the model."""
         return new_cache(self._model)
 
-    def load(self, pages: Sequence[SlotPage], num_blocks: int, slot_array: SlotArray) -> Any:
+    def load(self, pages: SlotPages, num_blocks: int, slot_array: SlotArray) -> Any:
         """Make a cache that holds blocks [0, num_blocks), copied from the slots of a ready lease.
 
         Returns once the slots may be released. Raises LookupError, before anything is copied, if a block that some
@@ -76,42 +75,40 @@ class CacheBridge:
         import torch
 
         cache = self.new_cache()
-        by_group = pages_by_group(page for page in pages if page.block < num_blocks)
         plans = []
         for group in range(len(self._layout.groups)):
             first = self._first_needed(group, num_blocks)
-            wanted = [page for page in by_group.get(group, ()) if page.block >= first]
-            if [page.block for page in wanted] != list(range(first, num_blocks)):
-                have = [page.block for page in wanted]
+            wanted = pages.at(_indexes_of(pages, group, first, num_blocks))
+            wanted = wanted.at(np.argsort(wanted.blocks))
+            have = wanted.blocks.tolist()
+            if have != list(range(first, num_blocks)):
                 raise LookupError(f"load: group {group} needs blocks [{first}, {num_blocks}), the lease has {have}")
-            plans.append((group, first, wanted))
+            plans.append((group, first, wanted.slots.tolist()))
         events = []
         with torch.inference_mode():
-            for group, first, wanted in plans:
+            for group, first, slots in plans:
                 tensors = self._allocate(group, (num_blocks - first) * self._layout.block_size)
                 table = token_table([tensor[0] for tensor in tensors], self._layout.block_size)
-                ids = [page.block - first for page in wanted]
-                events.append(self._device.copy_in(table, ids, [slot_array(page.slot) for page in wanted]))
+                events.append(self._device.copy_in(table, range(len(slots)), [slot_array(slot) for slot in slots]))
                 self._install(cache, group, tensors, num_blocks * self._layout.block_size)
         for event in events:
             event.wait()
         return cache
 
-    def copy_out(self, spans: Sequence[Span], pages: Sequence[SlotPage], slot_array: SlotArray) -> list[bool]:
+    def copy_out(self, spans: Sequence[Span], pages: SlotPages, slot_array: SlotArray) -> list[bool]:
         """Gather the pages of a save lease from `spans`; say which of them were found there and are whole now."""
-        place = {page: index for index, page in enumerate(pages)}
         filled = [False] * len(pages)
         events = []
-        by_group = pages_by_group(pages)
         for span in spans:
-            wanted = [p for p in by_group.get(span.group, ()) if span.first_block <= p.block < span.last_block]
+            indexes = _indexes_of(pages, span.group, span.first_block, span.last_block)
+            wanted = pages.at(indexes)
             if not wanted:
                 continue
             table = token_table([_rows(tensor) for tensor in span.tensors], self._layout.block_size)
-            ids = [page.block - span.first_block for page in wanted]
-            events.append(self._device.copy_out(table, ids, [slot_array(page.slot) for page in wanted]))
-            for page in wanted:
-                filled[place[page]] = True
+            ids = (wanted.blocks - span.first_block).tolist()
+            events.append(self._device.copy_out(table, ids, [slot_array(slot) for slot in wanted.slots.tolist()]))
+            for index in indexes.tolist():
+                filled[index] = True
         for event in events:
             event.wait()
         return filled
@@ -256,6 +253,11 @@ class Recorder:
     def _crop(self) -> None:
         for layer in self._layers():
             layer.crop(0)
+
+
+def _indexes_of(pages: SlotPages, group: int, first: int, last: int) -> npt.NDArray[np.intp]:
+    """Where among `pages` those of a group's blocks [first, last) are."""
+    return np.flatnonzero((pages.groups == group) & (pages.blocks >= first) & (pages.blocks < last))
 
 
 def _nothing() -> None:

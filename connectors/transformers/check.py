@@ -21,7 +21,7 @@ from connectors.transformers.layout import cache_shapes, default_device, layout_
 from kvstore.devices.base import Device
 from kvstore.errors import UnsupportedModel
 from kvstore.layout import Layout
-from kvstore.plan.records import SlotPage
+from kvstore.plan.records import SlotPages
 
 # Model types that this package's own tests run through the store or this check; others are checked once when they are
 # opened.
@@ -160,9 +160,8 @@ def _through_pages(
 ) -> Any:
     """Copy every block into a slot of its own and build a fresh cache from the slots."""
     num_blocks = num_tokens // BLOCK_SIZE
-    pages = [
-        SlotPage(block, group, block * num_groups + group) for block in range(num_blocks) for group in range(num_groups)
-    ]
+    numbers = np.arange(num_blocks * num_groups)
+    pages = SlotPages(numbers // num_groups, numbers % num_groups, numbers)
     slots = np.zeros((len(pages), slot_bytes), dtype=np.uint8)
     filled = bridge.copy_out(spans, pages, slots.__getitem__)
     assert all(filled)  # the recorder was there from the first token

@@ -17,6 +17,8 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import numpy as np
+
 from connectors.vllm.config import ConnectorConfig
 from connectors.vllm.layout import EngineLayout
 from connectors.vllm.messages import LoadJob, PageCopies
@@ -336,20 +338,21 @@ class SchedulerLoads:
         self, lease: LoadLease, blocks: Sequence[Sequence[Any]], first: int, end: int
     ) -> tuple[tuple[PageCopies, ...], bool]:
         """The copies of a load, and whether every block that vLLM will read gets its page."""
-        slot_of = {(page.group, page.block): page.slot for page in lease.pages}
+        pages = lease.pages.at(lease.pages.blocks < end)
         copies: list[PageCopies] = []
         is_whole = True
         for group, engine_group in enumerate(self._engine.group_ids):
             slots: list[int] = []
             ids: list[int] = []
             row = blocks[engine_group]
-            for index in range(first, end):
-                if row[index].is_null:
-                    continue  # outside of the window
-                slot = slot_of.get((group, index))
-                is_whole &= slot is not None
-                slots.append(-1 if slot is None else slot)
-                ids.append(row[index].block_id)
+            members = pages.at(pages.groups == group)
+            slot_of = np.full(end, -1, np.int64)
+            slot_of[members.blocks] = members.slots
+            for block, slot in zip(row[first:end], slot_of[first:].tolist(), strict=True):
+                if not block.is_null:  # else outside of the window
+                    slots.append(slot)
+                    ids.append(block.block_id)
+            is_whole &= -1 not in slots
             if slots:
                 copies.append(PageCopies(group, tuple(slots), tuple(ids)))
         return tuple(copies), is_whole

@@ -136,13 +136,14 @@ class SchedulerSaves:
         self._counters["skipped_pages"] += lease.skipped
         copies: dict[int, tuple[list[int], list[int]]] = {}
         filled: list[bool] = []
-        for page in lease.pages:
-            row = ids[self._engine.group_ids[page.group]]
-            block = row[page.block] if page.block < len(row) else 0
+        pages = lease.pages
+        for index, group, slot in zip(pages.blocks.tolist(), pages.groups.tolist(), pages.slots.tolist(), strict=True):
+            row = ids[self._engine.group_ids[group]]
+            block = row[index] if index < len(row) else 0
             filled.append(block != 0)  # block 0 is vLLM's null block: outside of the window
             if block:
-                slots, blocks = copies.setdefault(page.group, ([], []))
-                slots.append(page.slot)
+                slots, blocks = copies.setdefault(group, ([], []))
+                slots.append(slot)
                 blocks.append(block)
         if not copies or self.pool is None:
             self._store.release(lease)

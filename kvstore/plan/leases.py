@@ -7,25 +7,19 @@ release, whichever comes first; a second end is ignored, so that clean-up code m
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 
-from kvstore.plan.records import LoadLease, SlotPage
-from kvstore.plan.state import Load, Page
+from kvstore.plan.records import LoadLease, SlotPages
+from kvstore.plan.state import Load
 
 
 def load_lease(load: Load, block_size: int) -> LoadLease:
     """The public face of a load that was prepared. Not under the lock: nothing of what it reads changes any more."""
     if not load.num_blocks:
-        return LoadLease(load.id, 0, 0, ())
+        return LoadLease(load.id, 0, 0)
     return LoadLease(
         load.id,
         load.num_blocks,
         load.num_blocks * block_size,
-        tuple(slot_pages(load.blocks, load.pages, load.slots)),
+        SlotPages(load.blocks, [page.group for page in load.pages], load.slots),
         dict(Counter(load.sources[load.first :])),
     )
-
-
-def slot_pages(blocks: Iterable[int], pages: Iterable[Page], slots: Iterable[int]) -> list[SlotPage]:
-    """The public face of planner pages."""
-    return list(map(SlotPage, blocks, [page.group for page in pages], slots))

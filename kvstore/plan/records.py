@@ -1,14 +1,18 @@
 """The plain values that cross between callers, planner and mover.
 
-They hold numbers, bytes and tuples only, so that each of them can be pickled and, in a multi-process engine, travel.
-Times are seconds of the planner's clock unless a name says otherwise.
+They hold numbers, bytes, tuples and arrays only, so that each of them can be pickled and, in a multi-process engine,
+travel. Times are seconds of the planner's clock unless a name says otherwise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, overload
+
+import numpy as np
+import numpy.typing as npt
 
 from kvstore.page import PageKey, PageMeta
 from radix.hashing import BlockHash, BlockHasher
@@ -162,11 +166,69 @@ class Match:
 
 
 class SlotPage(NamedTuple):
-    """One page of a lease: block index in the request, layer group, host slot. A tuple, as there are many."""
+    """One page of a lease: block index in the request, layer group, host slot."""
 
     block: int
     group: int
     slot: int
+
+
+class SlotPages(Sequence[SlotPage]):
+    """The pages of a lease: a sequence of SlotPages that is kept as three parallel arrays. Not to be written to.
+
+    blocks, groups, slots: integers, shape (num_pages,); slots have 64 bits. There are thousands of pages: a caller that
+                           is in a hurry takes the arrays, one that is not takes page by page.
+    """
+
+    __slots__ = ("blocks", "groups", "slots")
+
+    def __init__(
+        self,
+        blocks: npt.ArrayLike | Iterable[int] = (),
+        groups: npt.ArrayLike | Iterable[int] = (),
+        slots: npt.ArrayLike | Iterable[int] = (),
+    ) -> None:
+        self.blocks: npt.NDArray[np.int32] = np.asarray(blocks, np.int32)
+        self.groups: npt.NDArray[np.int16] = np.asarray(groups, np.int16)
+        self.slots: npt.NDArray[np.int64] = np.asarray(slots, np.int64)
+
+    @classmethod
+    def of(cls, pages: Iterable[SlotPage]) -> SlotPages:
+        """Return the pages as arrays."""
+        return cls(*zip(*pages, strict=True)) if (pages := list(pages)) else cls()
+
+    def at(self, wanted: npt.NDArray[np.intp] | npt.NDArray[np.bool_]) -> SlotPages:
+        """Return the pages of those indexes, or those whose flag is set, as NumPy takes them."""
+        return SlotPages(self.blocks[wanted], self.groups[wanted], self.slots[wanted])
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    @overload
+    def __getitem__(self, index: int) -> SlotPage: ...
+    @overload
+    def __getitem__(self, index: slice) -> SlotPages: ...
+    def __getitem__(self, index: int | slice) -> SlotPage | SlotPages:
+        if isinstance(index, slice):
+            return SlotPages(self.blocks[index], self.groups[index], self.slots[index])
+        return SlotPage(int(self.blocks[index]), int(self.groups[index]), int(self.slots[index]))
+
+    def __iter__(self) -> Iterator[SlotPage]:
+        return map(SlotPage, self.blocks.tolist(), self.groups.tolist(), self.slots.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SlotPages):
+            return NotImplemented
+        return (
+            np.array_equal(self.slots, other.slots)
+            and np.array_equal(self.blocks, other.blocks)
+            and np.array_equal(self.groups, other.groups)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"SlotPages({list(self)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +271,7 @@ class LoadLease:
     id: int
     num_blocks: int
     num_tokens: int
-    pages: tuple[SlotPage, ...]
+    pages: SlotPages = field(default_factory=SlotPages)
     by_tier: dict[str, int] = field(default_factory=dict)
 
 
@@ -235,7 +297,7 @@ class SaveLease:
     """
 
     id: int
-    pages: tuple[SlotPage, ...]
+    pages: SlotPages = field(default_factory=SlotPages)
     skipped: int = 0
 
 

@@ -6,14 +6,14 @@ and nothing can be evicted, the rest of the prompt is skipped and counted.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from itertools import compress
 
 from kvstore.plan.catalog import Catalog
 from kvstore.plan.host import HostSpace
-from kvstore.plan.leases import slot_pages
 from kvstore.plan.lookup import Scout
-from kvstore.plan.records import Request, SaveLease, SlotPage
+from kvstore.plan.records import Request, SaveLease, SlotPages
 from kvstore.plan.state import Block, Page, PageState, Save
 from kvstore.plan.steps import STEP_BLOCKS, STEP_PAGES, Steps
 
@@ -45,7 +45,7 @@ class Saver:
         at = 0 if first < last else last  # blocks before it are done
         above: Block | None = None
         is_cut, skipped = False, 0
-        pages: list[SlotPage] = []
+        blocks, groups, slots = array("q"), array("q"), array("q")  # grown step by step: turning lists takes its time
         while at < last:
             # Blocks before the first are only made known: as quick as a hundredth of the work on the others.
             end = min(max(at, first) + STEP_BLOCKS, last)
@@ -55,8 +55,11 @@ class Saver:
             if above is not None and above.is_removed:
                 at, above = 0, None  # what came before has left meanwhile: find the way anew
             if not is_cut:
+                num_before = len(save.pages)
                 added, num_skipped, above = self.extend(save, above, max(at, first), end)
-                pages += added
+                blocks.extend(added)
+                groups.extend([page.group for page in save.pages[num_before:]])
+                slots.extend([page.slot for page in save.pages[num_before:]])
                 skipped += num_skipped
                 is_cut = above is None
             else:
@@ -65,15 +68,15 @@ class Saver:
             if at < last:
                 yield
                 if save.is_ending or save.id not in self.saves:  # its owner died meanwhile
-                    return SaveLease(save.id, (), skipped)
+                    return SaveLease(save.id, skipped=skipped)
         self.counters["skipped_saves"] += skipped
-        return SaveLease(save.id, tuple(pages), skipped)
+        return SaveLease(save.id, SlotPages(blocks, groups, slots), skipped)
 
-    def extend(self, save: Save, above: Block | None, first: int, end: int) -> tuple[list[SlotPage], int, Block | None]:
+    def extend(self, save: Save, above: Block | None, first: int, end: int) -> tuple[list[int], int, Block | None]:
         """Add to a save what host memory does not have of blocks [first, end), as far as there are slots.
 
-        above: the block before the first that is not made known yet. Returns the pages that were added, how many found
-        no slot, and the last block, None if there is nothing behind which more could come.
+        above: the block before the first that is not made known yet. Returns the blocks of the pages that were
+        added, how many found no slot, and the last block, None if there is nothing behind which more could come.
         """
         request = save.request
         begin = 0 if above is None else above.depth + 1
@@ -94,8 +97,7 @@ class Saver:
         if skipped:
             self._catalog.prune(path[-1])
         is_cut = skipped or begin + len(path) < end  # no room, or a hash collides
-        added = slot_pages(blocks[: len(slots)], wanted[: len(slots)], slots)
-        return added, skipped, None if is_cut or not path else path[-1]
+        return blocks[: len(slots)], skipped, None if is_cut or not path else path[-1]
 
     def count_absent(self, request: Request, first: int, end: int) -> int:
         """How many pages of blocks [first, end) host memory does not have. O(end - first)."""

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 import connectors.base
-from connectors.base import pages_by_group, resume_blocks, tokens_by_tier
-from kvstore.plan.records import SlotPage
+from connectors.base import resume_blocks, tokens_by_tier
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,12 +36,6 @@ def test_a_match_is_cut_to_where_the_engine_can_resume(
     num_blocks: int, num_tokens: int, step: int, expected: int
 ) -> None:
     assert resume_blocks(num_blocks, num_tokens, 16, step) == expected
-
-
-def test_pages_are_sorted_by_group_and_block() -> None:
-    pages = [SlotPage(1, 0, 7), SlotPage(0, 1, 5), SlotPage(0, 0, 9)]
-
-    assert pages_by_group(pages) == {0: [SlotPage(0, 0, 9), SlotPage(1, 0, 7)], 1: [SlotPage(0, 1, 5)]}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from kvstore.service.client.connect import connect
 from kvstore.service.client.connection import DaemonConnection
 from kvstore.service.client.store import RemoteStore
 from kvstore.service.daemon.daemon import Daemon
-from kvstore.service.protocol.frames import Verb
+from kvstore.service.protocol.frames import Kind
 from tests.helpers.stores import LAYOUT, PAGE_BYTES, PATIENCE, namespace
 from tests.helpers.waiting import WAIT_S, wait_until
 
@@ -192,9 +192,9 @@ def counted_calls() -> Iterator[Counter[str]]:
     counted: Counter[str] = Counter()
     call, hello = DaemonConnection.call, DaemonConnection.hello
 
-    def counting(self: DaemonConnection, op: Verb, body: bytes, timeout_s: float) -> Any:
+    def counting(self: DaemonConnection, kind: Kind, body: bytes, timeout_s: float) -> Any:
         counted[threading.current_thread().name] += 1
-        return call(self, op, body, timeout_s)
+        return call(self, kind, body, timeout_s)
 
     def counting_hello(self: DaemonConnection, body: bytes, timeout_s: float, **named: Any) -> Any:
         counted[threading.current_thread().name] += 1

@@ -24,6 +24,7 @@ from kvstore.plan.records import (
     RequestOptions,
     SaveLease,
     SlotPage,
+    SlotPages,
 )
 from radix.hashing import BlockHasher
 from radix.namespace import Namespace
@@ -95,7 +96,11 @@ class DictStore:
                 self._slots[slot][: len(raw)] = raw
             pages.append(SlotPage(block, group, slot))
         lease = LoadLease(
-            self._number(), blocks, blocks * self.layout.block_size, tuple(pages), {"host": blocks} if blocks else {}
+            self._number(),
+            blocks,
+            blocks * self.layout.block_size,
+            SlotPages.of(pages),
+            {"host": blocks} if blocks else {},
         )
         self.open_leases[lease.id] = lease
         self._requests[lease.id] = request
@@ -128,7 +133,7 @@ class DictStore:
             for group in range(len(self.layout.groups))
             if (request.keys[block], group) not in self.pages
         ]
-        pages = tuple(SlotPage(block, group, self._slot()) for block, group in missing[: self.max_slots])
+        pages = SlotPages.of([SlotPage(block, group, self._slot()) for block, group in missing[: self.max_slots]])
         lease = SaveLease(self._number(), pages, len(missing) - len(pages))
         self.open_leases[lease.id] = lease
         self._requests[lease.id] = request

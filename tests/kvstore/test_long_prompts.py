@@ -216,7 +216,8 @@ def test_an_engine_that_dies_while_its_lease_is_prepared_leaves_none(store: Loca
         loading = store.prepare_load(long, BLOCKS, owner="engine")
         saving = store.prepare_save(other, 0, 1000, owner="engine")
 
-    assert loading.pages == saving.pages == ()
+    assert not loading.pages
+    assert not saving.pages
     assert store.stats()["leases"] == 0
     assert store.stats()["slots"]["filling"] == 0
     store.check()

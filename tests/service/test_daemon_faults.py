@@ -160,7 +160,7 @@ def test_sigterm_lets_open_leases_end_and_grants_no_new_ones(tmp_path: Path) -> 
             wait_until(lambda: store.lookup(store.request(prompt(2, seed=5))).num_blocks == 0)
             for page in lease.pages:
                 np.copyto(store.slot_array(page.slot), page_of(request.keys[page.block], 0, 8192))
-            assert store.prepare_save(store.request(prompt(4, seed=6)), 0, 4).pages == ()
+            assert not store.prepare_save(store.request(prompt(4, seed=6)), 0, 4).pages
             store.complete(lease)
             assert daemon.process.wait(WAIT_S) == 0
 

@@ -9,10 +9,12 @@ import json
 import os
 import signal
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -20,12 +22,13 @@ from kvstore.errors import RequestError
 from kvstore.service.client import calls
 from kvstore.service.daemon import clients, patience
 from kvstore.service.protocol import frames, messages
-from kvstore.service.protocol.frames import HEADER, ReplyStatus, Verb, encode_frame, encode_json
+from kvstore.service.protocol.frames import HEADER, Kind, ReplyStatus, encode_frame, encode_json
 from kvstore.service.protocol.namespaces import layout_to_json, namespace_to_json
 from tests.helpers.daemons import LocalDaemon, attach, local_daemon, wait_until
 from tests.helpers.stores import BLOCK, LAYOUT, load, namespace, prompt, save
 
 FALLOC_FL_PUNCH_HOLE_KEEP_SIZE = 3
+STATS = encode_frame(Kind.CALL, messages.encode(messages.Stats()))
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -52,7 +55,7 @@ class Raw:
         self.fd, self.others = -1, list[int]()
         if hello:
             names = {"layout": layout_to_json(LAYOUT), "namespace": namespace_to_json(namespace()), "client": "hostile"}
-            self.socket.sendall(encode_frame(Verb.HELLO, encode_json(names)))
+            self.socket.sendall(encode_frame(Kind.HELLO, encode_json(names)))
             data, fds, _, _ = socket.recv_fds(self.socket, 1 << 16, 4)
             self.fd, self.others = fds[0], fds[1:]
             self.greeting = json.loads(data[HEADER.size :])
@@ -132,7 +135,7 @@ def test_descriptors_that_a_client_sends_are_not_kept(daemon: LocalDaemon, path:
     with Raw(path) as raw:
         read, write = os.pipe()
         junk = array.array("i", [read, write] * 50)
-        frame = encode_frame(Verb.STATS)
+        frame = STATS
         for _ in range(20):
             raw.socket.sendmsg([frame], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, junk)])
             assert raw.answer()[0] is ReplyStatus.OK
@@ -148,7 +151,7 @@ def test_a_frame_that_is_too_large_is_told_and_ends_its_connection_alone(daemon:
     with attach(path, client="neighbour") as store:
         lease = store.prepare_save(store.request(prompt(3)), 0, 3)
         with Raw(path) as raw:
-            raw.socket.sendall(HEADER.pack(frames.MAGIC, frames.VERSION, Verb.LOOKUP, 0, (8 << 20) + 1, 1))
+            raw.socket.sendall(HEADER.pack(frames.MAGIC, frames.VERSION, Kind.CALL, 0, (8 << 20) + 1, 1))
             status, told = raw.answer()
             assert (status, b"more than is allowed" in told) == (ReplyStatus.ERROR, True)
             with pytest.raises(ConnectionError):
@@ -160,7 +163,7 @@ def test_a_frame_that_is_too_large_is_told_and_ends_its_connection_alone(daemon:
 
 def test_a_header_costs_no_memory_for_what_it_announces(daemon: LocalDaemon, path: Path) -> None:
     with Raw(path) as raw:
-        raw.socket.sendall(HEADER.pack(frames.MAGIC, frames.VERSION, Verb.LOOKUP, 0, 8 << 20, 1) + bytes(1000))
+        raw.socket.sendall(HEADER.pack(frames.MAGIC, frames.VERSION, Kind.CALL, 0, 8 << 20, 1) + bytes(1000))
         wait_until(lambda: daemon.look(lambda inside: max(c._end for c in inside.clients._channels)) == 1016)
 
         assert daemon.look(lambda inside: max(len(c._buffer) for c in inside.clients._channels)) == 64 << 10
@@ -170,7 +173,7 @@ def test_what_messages_that_are_not_whole_may_hold_is_bounded(
     daemon: LocalDaemon, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clients, "MAX_HELD_BYTES", 3 << 20)
-    half = HEADER.pack(frames.MAGIC, frames.VERSION, Verb.LOOKUP, 0, 8 << 20, 1) + bytes(1 << 20)
+    half = HEADER.pack(frames.MAGIC, frames.VERSION, Kind.CALL, 0, 8 << 20, 1) + bytes(1 << 20)
     held = [Raw(path) for _ in range(4)]
 
     for raw in held:
@@ -189,7 +192,7 @@ def test_a_frame_that_stays_half_ends_its_connection(
 ) -> None:
     monkeypatch.setattr(patience, "FRAME_TIMEOUT_S", 0.2)
     with Raw(path) as raw:
-        raw.socket.sendall(encode_frame(Verb.STATS)[:-1])
+        raw.socket.sendall(STATS[:-1])
 
         status, told = raw.answer()
 
@@ -203,7 +206,7 @@ def test_whole_frames_one_behind_the_other_are_never_late(
     daemon: LocalDaemon, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patience, "FRAME_TIMEOUT_S", 0.5)
-    frame = encode_frame(Verb.STATS)
+    frame = STATS
     with Raw(path) as raw:
         raw.socket.sendall(frame[:5])
         for _ in range(20):  # for longer than one frame has
@@ -226,7 +229,7 @@ def wait_a_little(raw: Raw) -> bytes:
 def test_a_client_that_takes_no_answers_piles_up_none(daemon: LocalDaemon, path: Path) -> None:
     with Raw(path) as raw:
         raw.socket.settimeout(0.5)
-        many = encode_frame(Verb.STATS) * 1_000_000
+        many = STATS * 1_000_000
         with pytest.raises(TimeoutError):  # the daemon reads no further
             raw.socket.sendall(many)
 
@@ -244,7 +247,7 @@ def test_a_client_that_takes_no_answers_piles_up_none(daemon: LocalDaemon, path:
 
 def test_saying_hello_to_no_session_again_and_again_ends_the_connection(daemon: LocalDaemon, path: Path) -> None:
     with Raw(path, hello=False) as raw:
-        raw.socket.sendall(encode_frame(Verb.ATTACH, b'{"session": "none"}'))
+        raw.socket.sendall(encode_frame(Kind.ATTACH, b'{"session": "none"}'))
 
         assert raw.answer()[0] is ReplyStatus.GONE
         with pytest.raises(ConnectionError):
@@ -254,11 +257,65 @@ def test_saying_hello_to_no_session_again_and_again_ends_the_connection(daemon: 
 def test_a_hello_of_half_a_surrogate_pair_is_refused_by_its_field(daemon: LocalDaemon, path: Path) -> None:
     with Raw(path, hello=False) as raw:
         names = {"layout": layout_to_json(LAYOUT), "namespace": {**namespace_to_json(namespace()), "salt": "\ud800"}}
-        raw.socket.sendall(encode_frame(Verb.HELLO, encode_json(names)))
+        raw.socket.sendall(encode_frame(Kind.HELLO, encode_json(names)))
 
         status, told = raw.answer()
 
         assert (status, b"namespace.salt" in told) == (ReplyStatus.ERROR, True)
+
+
+def test_a_client_of_the_release_before_is_told_in_words_that_it_can_read(daemon: LocalDaemon, path: Path) -> None:
+    names = {"layout": layout_to_json(LAYOUT), "namespace": namespace_to_json(namespace()), "client": "old"}
+    body = encode_json(names)
+    hello, form = 1, struct.Struct("<HBBB3xII")  # as it was packed then
+    with Raw(path, hello=False) as raw:
+        raw.socket.sendall(form.pack(0x564B, 1, hello, 0, len(body), 1) + body)
+
+        magic, version, _, status, num_bytes, _ = form.unpack(raw._exactly(form.size))
+        told = json.loads(raw._exactly(num_bytes))
+
+        assert (magic, version, status) == (0x564B, 1, 2)  # a frame of its version: an error
+        assert "the other side speaks version 1 of the protocol" in told["message"]
+        assert "install the same release" in told["message"]
+        with pytest.raises(ConnectionError):
+            raw.answer()
+    all_is_well(path)
+
+
+CALLS = {
+    "nothing": b"",
+    "an unknown verb": msgspec.msgpack.encode([99]),
+    "no number": msgspec.msgpack.encode(["Lookup"]),
+    "a map": msgspec.msgpack.encode({"lease": 1}),
+    "too few fields": msgspec.msgpack.encode([8]),
+    "too many fields": msgspec.msgpack.encode([8, 1, 2]),
+    "a negative lease": msgspec.msgpack.encode([8, -1]),
+    "a lease of 64 bits": msgspec.msgpack.encode([8, 1 << 63]),
+    "bytes behind the end": msgspec.msgpack.encode([8, 1]) + b"x",
+    "a list that is announced": bytes.fromhex("9307 01 dd ffffffff"),
+    "bytes that are announced": bytes.fromhex("9209 db ffffffff"),
+    "a very deep list": b"\x91" * 100_000,
+    "a text that is too long": msgspec.msgpack.encode([9, "x" * 1025]),
+    "no UTF-8": bytes.fromhex("9209a2c328"),
+    "a wait that is no number": msgspec.msgpack.encode([17, float("nan")]),
+    "a wait without end": msgspec.msgpack.encode([17, 601.0]),
+    "keys of another length": msgspec.msgpack.encode([23, [1, 0, [b"x" * 31], 16, 0, None]]),
+    "more keys than a piece": msgspec.msgpack.encode([23, [1, 0, [b"x" * 32] * ((1 << 14) + 1), 1 << 20, 0, None]]),
+    "options of another type": msgspec.msgpack.encode([23, [1, 0, [], 16, 0, ["s", "high"]]]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_that_is_none_is_told_and_ends_its_connection_alone(daemon: LocalDaemon, path: Path, name: str) -> None:
+    with Raw(path) as raw:
+        raw.socket.sendall(encode_frame(Kind.CALL, CALLS[name]))
+
+        status, told = raw.answer()
+
+        assert (status, b"is not valid" in told) == (ReplyStatus.ERROR, True)
+        with pytest.raises(ConnectionError):
+            raw.answer()
+    all_is_well(path)
 
 
 class TestLongPrompts:

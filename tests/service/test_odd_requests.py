@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvstore.service.protocol import frames as protocol
-from kvstore.service.protocol.frames import Verb
+from kvstore.service.protocol.frames import Kind
 from kvstore.service.protocol.namespaces import layout_to_json, namespace_to_json
 from tests.helpers.daemons import LocalDaemon, attach, local_daemon
 from tests.helpers.odd_requests import SECRET, body_of, everything_logged, odd_requests, status_of, talk
@@ -71,10 +72,15 @@ def names_a_field(answer: bytes) -> bool:
     return problem["status"] == status_of(answer) and (bool(problem.get("field")) or problem["status"] in (401, 403))
 
 
+def odd_calls() -> list[object]:
+    """Messages that have a secret where something else belongs."""
+    return [SECRET, {SECRET: 1}, [SECRET], [9, [SECRET]], [9, {SECRET: SECRET}], [23, [1, 0, [SECRET.encode()], 1, 0]]]
+
+
 def hello(**fields: object) -> bytes:
     """The first frame of a client."""
     right = {"layout": layout_to_json(LAYOUT), "namespace": namespace_to_json(namespace()), "client": "engine"}
-    return protocol.encode_frame(Verb.HELLO, protocol.encode_json(right | fields), 1)
+    return protocol.encode_frame(Kind.HELLO, protocol.encode_json(right | fields), 1)
 
 
 @pytest.mark.parametrize("daemon", ["with tokens"], indirect=True)
@@ -90,11 +96,11 @@ def test_no_field_of_a_frame_reaches_the_log(daemon: LocalDaemon) -> None:
         *(hello(namespace=own | {name: [SECRET]}) for name in own),
         *(hello(namespace=own | {name: SECRET * 100}) for name in own),
         *(hello(layout=layout | {name: SECRET}) for name in layout),
-        protocol.encode_frame(Verb.HELLO, SECRET.encode(), 1),
-        protocol.encode_frame(Verb.ATTACH, protocol.encode_json({"session": SECRET}), 1),
-        protocol.encode_frame(Verb.LOOKUP, SECRET.encode(), 1),
-        hello() + protocol.encode_frame(Verb.LOOKUP, SECRET.encode(), 2),
-        hello() + protocol.encode_frame(Verb.RELEASE_OWNER, SECRET.encode(), 2),
+        protocol.encode_frame(Kind.HELLO, SECRET.encode(), 1),
+        protocol.encode_frame(Kind.ATTACH, protocol.encode_json({"session": SECRET}), 1),
+        protocol.encode_frame(Kind.CALL, SECRET.encode(), 1),
+        hello() + protocol.encode_frame(Kind.CALL, SECRET.encode(), 2),
+        *(hello() + protocol.encode_frame(Kind.CALL, msgspec.msgpack.encode(call), 2) for call in odd_calls()),
         b"VK" + SECRET.encode() * 4,
     ]
     socket = daemon.config.service.socket

@@ -11,7 +11,7 @@ from kvstore.errors import ConfigError, KVStoreError, LayoutMismatch, RequestErr
 from kvstore.service.client.connection import DaemonConnection, Dial
 from kvstore.service.client.split_slab import SplitSlab, map_slab
 from kvstore.service.protocol import frames, messages
-from kvstore.service.protocol.frames import ProtocolError, ReplyStatus, Verb
+from kvstore.service.protocol.frames import Kind, ProtocolError, ReplyStatus
 from kvstore.tiers.host import HostSlab
 
 EPOCH_BITS = 32  # slot numbers of attachment n are n << 32 higher than in the slab: those of two slabs never meet
@@ -76,7 +76,7 @@ class Attachment:
         wire = dial(timeout_s)
         try:
             message = frames.encode_json({"session": self.session})
-            status, _ = wire.call(Verb.ATTACH, message, timeout_s)
+            status, _ = wire.call(Kind.ATTACH, message, timeout_s)
             if status is not ReplyStatus.OK:
                 if status is ReplyStatus.GONE:
                     self.hang_up()
@@ -97,7 +97,7 @@ class Attachment:
         """Release in the daemon what it may hold in vain. Raises OSError or ProtocolError."""
         while self.orphans:
             lease_id = self.orphans[-1]
-            wire.call(Verb.RELEASE, messages.encode_lease(lease_id), timeout_s)
+            wire.call(Kind.CALL, messages.encode(messages.Release(lease_id)), timeout_s)
             self.orphans.remove(lease_id)  # another thread may have appended one meanwhile
 
     def hang_up(self) -> None:

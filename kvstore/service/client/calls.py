@@ -14,8 +14,9 @@ from kvstore.plan.records import Request
 from kvstore.service.client.attachment import Attachment, DaemonDown
 from kvstore.service.client.link import DaemonLink
 from kvstore.service.protocol import messages
-from kvstore.service.protocol.frames import ProtocolError, Reader, ReplyStatus, Verb
-from kvstore.service.protocol.messages import PIECE_KEYS
+from kvstore.service.protocol.answers import NumberAnswer
+from kvstore.service.protocol.frames import ProtocolError, ReplyStatus
+from kvstore.service.protocol.messages import PIECE_KEYS, Call, RequestPart
 
 log = logging.getLogger(__name__)
 
@@ -27,38 +28,42 @@ class Calls:
         self._link = link
 
     def ask(
-        self, op: Verb, request: Request, message: Callable[[bytes], bytes], wait_s: float = 0.0
+        self, request: Request, make: Callable[[RequestPart], Call], wait_s: float = 0.0
     ) -> tuple[Attachment, bytes]:
-        """A call about a request. message: makes the body around the part that names the request."""
-        return self._ask(self._link.attached(), op, request, message, wait_s)
+        """A call about a request. make: gives the call for the part that names the request."""
+        return self._ask(self._link.attached(), request, make, wait_s)
 
     def prepare(
-        self, op: Verb, request: Request, lease_id: int, first: int, end: int, owner: str
+        self,
+        kind: type[messages.PrepareLoad | messages.PrepareSave],
+        request: Request,
+        lease_id: int,
+        first: int,
+        end: int,
+        owner: str,
     ) -> tuple[Attachment, bytes]:
         """Ask for a lease of blocks [first, end)."""
         attachment = self._link.attached()  # the one that may grant: another may have come since the last call
         try:
-            return self._ask(
-                attachment, op, request, lambda part: messages.encode_prepare(part, lease_id, first, end, owner)
-            )
+            return self._ask(attachment, request, lambda part: kind(part, lease_id, first, end, owner))
         except DaemonDown:
             self._link.orphan(attachment, lease_id)
             raise
 
-    def number(self, op: Verb, request: Request, message: Callable[[bytes], bytes] = bytes) -> int:
+    def number(self, request: Request, make: Callable[[RequestPart], Call]) -> int:
         """A call that is answered by a number; 0 if there is no daemon, or no number in the answer."""
         try:
-            _, answer = self.ask(op, request, message)
-            return as_number(answer) if answer else 0
+            _, answer = self.ask(request, make)
+            return NumberAnswer.read(answer).number if answer else 0
         except (DaemonDown, ProtocolError):
             return 0
 
-    def tell(self, op: Verb, message: bytes) -> None:
+    def tell(self, call: Call) -> None:
         """A call whose answer nobody waits for."""
         try:
-            self._link.call(self._link.attached(), op, message)
+            self._link.call(self._link.attached(), call)
         except DaemonDown:
-            log.debug("%s was not told to the daemon", op.name)
+            log.debug("%s was not told to the daemon", type(call).__name__)
 
     def unsend(self, request: Request) -> None:
         """The daemon has forgotten this request: its keys go along if it is named again."""
@@ -67,46 +72,37 @@ class Calls:
             attachment.sent.pop(request.id, None)
 
     def _ask(
-        self, attachment: Attachment, op: Verb, request: Request, message: Callable[[bytes], bytes], wait_s: float = 0.0
+        self, attachment: Attachment, request: Request, make: Callable[[RequestPart], Call], wait_s: float = 0.0
     ) -> tuple[Attachment, bytes]:
         if len(request.keys) > messages.MAX_KEYS:
             raise messages.too_long(len(request.keys))
         base = min(attachment.sent.get(request.id, 0), len(request.keys))
-        status, answer = self._send(attachment, op, request, base, message, wait_s)
+        status, answer = self._send(attachment, request, base, make, wait_s)
         if status is ReplyStatus.RESEND:
-            status, answer = self._send(attachment, op, request, 0, message, wait_s)
+            status, answer = self._send(attachment, request, 0, make, wait_s)
         if status is not ReplyStatus.OK:
-            raise DaemonDown(f"{op.name} was answered {status.name}")
+            raise DaemonDown(f"a call was answered {status.name}")
         return attachment, answer
 
     def _send(
         self,
         attachment: Attachment,
-        op: Verb,
         request: Request,
         base: int,
-        message: Callable[[bytes], bytes],
+        make: Callable[[RequestPart], Call],
         wait_s: float,
     ) -> tuple[ReplyStatus, bytes]:
         """Bring the keys from `base` on, in pieces if there are many, and the call with the last of them."""
         num_keys = len(request.keys)
         while num_keys - base > PIECE_KEYS:
-            part = messages.encode_request(request, base, base + PIECE_KEYS)
-            status, answer = self._link.call(attachment, Verb.KEYS, part)
+            part = messages.part_of(request, base, base + PIECE_KEYS)
+            status, answer = self._link.call(attachment, messages.Keys(part))
             if status is not ReplyStatus.OK:
                 return status, answer
             base += PIECE_KEYS
             attachment.note_sent(request.id, base)
-        part = messages.encode_request(request, base, num_keys)
-        status, answer = self._link.call(attachment, op, message(part), wait_s)
+        part = messages.part_of(request, base, num_keys)
+        status, answer = self._link.call(attachment, make(part), wait_s)
         if status is ReplyStatus.OK:
             attachment.note_sent(request.id, num_keys)
         return status, answer
-
-
-def as_number(answer: bytes) -> int:
-    """The number of an answer. Raises ProtocolError."""
-    reader = Reader(answer)
-    number = messages.read_number(reader)
-    reader.end()
-    return number

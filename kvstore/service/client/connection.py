@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from kvstore.errors import ConfigError
 from kvstore.service.protocol import frames
-from kvstore.service.protocol.frames import HEADER, Frame, ProtocolError, ReplyStatus, Verb
+from kvstore.service.protocol.frames import HEADER, Frame, Kind, ProtocolError, ReplyStatus
 
 MAX_DESCRIPTORS = 2  # the slab's, and that of staging
 RECEIVE_BYTES = 64 << 10  # most answers come whole in one call
@@ -37,29 +37,29 @@ class DaemonConnection:
         self._sequence = 0
         _wires.add(self)
 
-    def call(self, op: Verb, body: bytes, timeout_s: float) -> tuple[ReplyStatus, bytes]:
+    def call(self, kind: Kind, body: bytes, timeout_s: float) -> tuple[ReplyStatus, bytes]:
         """Send a message and return its answer. Raises OSError (TimeoutError after `timeout_s`) or ProtocolError."""
         until = time.monotonic() + timeout_s
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
         self.socket.settimeout(timeout_s)
-        self.socket.sendall(frames.encode_frame(op, body, self._sequence))
+        self.socket.sendall(frames.encode_frame(kind, body, self._sequence))
         data = self._receive(until)
-        frame = self._header(op, data)
+        frame = self._header(kind, data)
         return frame.status, self._rest(data, frame, until)
 
-    def hello(self, body: bytes, timeout_s: float, *, op: Verb = Verb.HELLO) -> tuple[ReplyStatus, bytes, list[int]]:
+    def hello(self, body: bytes, timeout_s: float, *, kind: Kind = Kind.HELLO) -> tuple[ReplyStatus, bytes, list[int]]:
         """Say hello; the answer, and descriptors of memory, which are the caller's to close.
 
-        op: ATTACH for a further anchor of a session, which asks for the slab, too.
+        kind: ATTACH for a further anchor of a session, which asks for the slab, too.
         """
         until = time.monotonic() + timeout_s
         self._sequence += 1
         self.socket.settimeout(timeout_s)
-        self.socket.sendall(frames.encode_frame(op, body, self._sequence))
+        self.socket.sendall(frames.encode_frame(kind, body, self._sequence))
         fds = array.array("i")
         data, ancillary, _, _ = self.socket.recvmsg(RECEIVE_BYTES, socket.CMSG_SPACE(MAX_DESCRIPTORS * fds.itemsize))
-        for level, kind, raw in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+        for level, number, raw in ancillary:
+            if level == socket.SOL_SOCKET and number == socket.SCM_RIGHTS:
                 fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
         try:
             for fd in fds:
@@ -67,7 +67,7 @@ class DaemonConnection:
             received = bytearray(data)
             if not received:
                 raise ConnectionResetError("the daemon closed the connection")
-            frame = self._header(op, received if len(received) >= HEADER.size else self._more(received, until))
+            frame = self._header(kind, received if len(received) >= HEADER.size else self._more(received, until))
             return frame.status, self._rest(received, frame, until), list(fds)
         except BaseException:
             for fd in fds:
@@ -95,10 +95,10 @@ class DaemonConnection:
         with contextlib.suppress(OSError):
             self.socket.close()
 
-    def _header(self, op: Verb, data: bytearray) -> Frame:
+    def _header(self, kind: Kind, data: bytearray) -> Frame:
         frame = frames.decode_header(memoryview(data)[: HEADER.size])
-        if (frame.op, frame.sequence) != (op, self._sequence) and frame.status is not ReplyStatus.ERROR:
-            raise ProtocolError(f"asked {op.name} {self._sequence}, answered {frame.op.name} {frame.sequence}")
+        if (frame.kind, frame.sequence) != (kind, self._sequence) and frame.status is not ReplyStatus.ERROR:
+            raise ProtocolError(f"asked {kind.name} {self._sequence}, answered {frame.kind.name} {frame.sequence}")
         return frame
 
     def _rest(self, data: bytearray, frame: Frame, until: float) -> bytes:

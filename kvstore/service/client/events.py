@@ -19,8 +19,8 @@ from kvstore.service.client.connection import DaemonConnection
 from kvstore.service.client.link import DaemonLink
 from kvstore.service.client.thread import Errand
 from kvstore.service.protocol import messages
-from kvstore.service.protocol.events import decode_events
-from kvstore.service.protocol.frames import ReplyStatus, Verb
+from kvstore.service.protocol.events import EventsAnswer
+from kvstore.service.protocol.frames import Kind, ReplyStatus
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +80,11 @@ class Follower:
 
     def _listen(self, wire: DaemonConnection) -> None:
         while True:
-            message = messages.encode_seconds(LISTEN_S)
-            status, answer = wire.call(Verb.EVENTS, message, LISTEN_S + self._link.call_timeout_s)
+            message = messages.encode(messages.Events(LISTEN_S))
+            status, answer = wire.call(Kind.CALL, message, LISTEN_S + self._link.call_timeout_s)
             if status is not ReplyStatus.OK:
                 raise RequestError(str(error_of(answer)))
-            self._put(decode_events(answer))
+            self._put(EventsAnswer.read(answer).news() if answer else [])
 
     def _put(self, events: list[BlockEvent]) -> None:
         num_keys = sum(1 + len(event.keys) for event in events)

@@ -18,7 +18,8 @@ from kvstore.service.client.link import DaemonLink
 from kvstore.service.client.memory import SharedMemory
 from kvstore.service.client.slab import SlabShare
 from kvstore.service.protocol import messages
-from kvstore.service.protocol.frames import Verb
+from kvstore.service.protocol.answers import StatusAnswer
+from kvstore.service.protocol.frames import Kind
 
 CLOSED = LeaseStatus(LeaseState.CLOSED, 0, 0)
 
@@ -76,12 +77,13 @@ class Leases:
         if held.attachment is not self._link.attachment:
             return CLOSED
         timeout_s = messages.bounded(held.attachment.load_deadline_s if timeout_s is None else timeout_s)
-        message = messages.encode_wait(lease_id, timeout_s)
-        _, answer = self._link.call(held.attachment, Verb.WAIT, message, timeout_s)
-        held.status = messages.decode_status(answer)
+        _, answer = self._link.call(held.attachment, messages.Wait(lease_id, timeout_s), timeout_s)
+        held.status = StatusAnswer.read(answer).status()
         return held.status
 
-    def end(self, lease_id: int, op: Verb, message: bytes, filled: Sequence[bool] | None = None) -> None:
+    def end(
+        self, lease_id: int, call: messages.Complete | messages.Release, filled: Sequence[bool] | None = None
+    ) -> None:
         """End a lease here and there; one that has ended is ignored. filled: which pages of a save are there."""
         with self._lock:
             held = self._held.pop(lease_id, None)
@@ -96,7 +98,7 @@ class Leases:
             with self._link.borrow(held.attachment) as wire:
                 # A daemon that keeps its clients apart copies what was saved before it answers.
                 copying_s = held.attachment.load_deadline_s if held.attachment.is_isolated and filled else 0.0
-                wire.call(op, message, self._link.call_timeout_s + copying_s)
+                wire.call(Kind.CALL, messages.encode(call), self._link.call_timeout_s + copying_s)
         except DaemonDown:
             self._link.orphan(held.attachment, lease_id)
             with self._lock:

@@ -28,7 +28,8 @@ from kvstore.forks import in_child
 from kvstore.service.client.attachment import Attachment, DaemonDown, error_of, greet
 from kvstore.service.client.connection import DaemonConnection, Dial
 from kvstore.service.client.thread import Errand
-from kvstore.service.protocol.frames import ProtocolError, ReplyStatus, Verb
+from kvstore.service.protocol import messages
+from kvstore.service.protocol.frames import Kind, ProtocolError, ReplyStatus
 
 log = logging.getLogger(__name__)
 
@@ -99,13 +100,13 @@ class DaemonLink:
             self._seek(str(error))
             raise DaemonDown(str(error)) from None
 
-    def call(self, attachment: Attachment, op: Verb, body: bytes, wait_s: float = 0.0) -> tuple[ReplyStatus, bytes]:
+    def call(self, attachment: Attachment, call: messages.Call, wait_s: float = 0.0) -> tuple[ReplyStatus, bytes]:
         """One call within `wait_s` and the call timeout.
 
         Raises DaemonDown, or RequestError if the daemon says that the caller is wrong.
         """
         with self.borrow(attachment) as wire:
-            status, answer = wire.call(op, body, wait_s + self.call_timeout_s)
+            status, answer = wire.call(Kind.CALL, messages.encode(call), wait_s + self.call_timeout_s)
         if status is ReplyStatus.ERROR:
             raise error_of(answer)
         return status, answer

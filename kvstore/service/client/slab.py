@@ -30,7 +30,7 @@ from kvstore.errors import ConfigError
 from kvstore.service.client.connection import DaemonConnection, dial_unix
 from kvstore.service.client.split_slab import SplitSlab, map_slab
 from kvstore.service.protocol import frames
-from kvstore.service.protocol.frames import ProtocolError, ReplyStatus, Verb
+from kvstore.service.protocol.frames import Kind, ProtocolError, ReplyStatus
 from kvstore.service.protocol.messages import STAGING
 from kvstore.tiers.host import HostSlab, SlabHandle
 
@@ -128,7 +128,7 @@ def attach_slab(handle: SlabHandle | SlabShare, *, timeout_s: float = 1.0) -> At
 
 def _receive(anchor: DaemonConnection, handle: SlabShare, timeout_s: float) -> HostSlab | SplitSlab:
     message = frames.encode_json({"session": handle.session, "anchor": True, "slab": True})
-    status, answer, fds = anchor.hello(message, timeout_s, op=Verb.ATTACH)
+    status, answer, fds = anchor.hello(message, timeout_s, kind=Kind.ATTACH)
     if not fds:
         if status is ReplyStatus.ERROR:
             raise ConnectionError(str(frames.decode_json(answer).get("message")))

@@ -31,7 +31,8 @@ from kvstore.service.client.link import DaemonLink
 from kvstore.service.client.memory import SharedMemory
 from kvstore.service.client.slab import SlabShare
 from kvstore.service.protocol import messages
-from kvstore.service.protocol.frames import ProtocolError, Verb, decode_json, encode_json
+from kvstore.service.protocol.answers import FlushAnswer, LoadAnswer, MatchAnswer, SaveAnswer, StatsAnswer
+from kvstore.service.protocol.frames import ProtocolError, encode_json
 from kvstore.service.protocol.namespaces import check_pair, layout_to_json, namespace_to_json
 from radix.namespace import Namespace
 
@@ -122,7 +123,7 @@ class RemoteStore(RequestMaker):
         """The match that a lookup would give, without its consequences."""
         self._check_open()
         try:
-            return self._lookup(request, self._lookup_deadline_s if timeout_s is None else timeout_s, Verb.PEEK)
+            return self._lookup(request, self._lookup_deadline_s if timeout_s is None else timeout_s, messages.Peek)
         finally:
             self._calls.unsend(request)
 
@@ -133,12 +134,13 @@ class RemoteStore(RequestMaker):
         self._check_open()
         lease_id = self._leases.next_id()
         try:
-            attachment, answer = self._calls.prepare(Verb.PREPARE_LOAD, request, lease_id, first, num_blocks, owner)
-            lease, status = messages.decode_load(answer, lease_id, attachment.slot_base)
+            attachment, answer = self._calls.prepare(messages.PrepareLoad, request, lease_id, first, num_blocks, owner)
+            granted = LoadAnswer.read(answer)
+            lease = granted.lease(lease_id, attachment.slot_base)
         except (DaemonDown, ProtocolError):
-            return LoadLease(lease_id, 0, 0, ())
-        if not self._leases.hold(lease_id, OpenLease(attachment, owner, status)):
-            return LoadLease(lease_id, 0, 0, ())
+            return LoadLease(lease_id, 0, 0)
+        if not self._leases.hold(lease_id, OpenLease(attachment, owner, granted.status.status())):
+            return LoadLease(lease_id, 0, 0)
         return lease
 
     def wait(self, lease: LoadLease, timeout_s: float | None = None) -> LeaseStatus:
@@ -156,12 +158,12 @@ class RemoteStore(RequestMaker):
     def prefetch(self, request: Request) -> int:
         """Start bringing the known prefix into host memory; returns a ticket, 0 if there is no daemon."""
         self._check_open()
-        return self._calls.number(Verb.PREFETCH, request)
+        return self._calls.number(request, messages.Prefetch)
 
     def cancel(self, ticket: int) -> None:
         """Stop a prefetch."""
         if ticket and not self._is_closed:
-            self._calls.tell(Verb.CANCEL, messages.encode_number(ticket))
+            self._calls.tell(messages.Cancel(ticket))
 
     # ---- saves ------------------------------------------------------------------------------------------------
 
@@ -172,35 +174,35 @@ class RemoteStore(RequestMaker):
         lease_id = self._leases.next_id()
         try:
             attachment, answer = self._calls.prepare(
-                Verb.PREPARE_SAVE, request, lease_id, first, first + num_blocks, owner
+                messages.PrepareSave, request, lease_id, first, first + num_blocks, owner
             )
-            lease = messages.decode_save(answer, lease_id, attachment.slot_base)
+            lease = SaveAnswer.read(answer).lease(lease_id, attachment.slot_base)
         except (DaemonDown, ProtocolError):
-            return SaveLease(lease_id, (), num_blocks * len(self._layout.groups))
+            return SaveLease(lease_id, skipped=num_blocks * len(self._layout.groups))
         if not self._leases.hold(lease_id, OpenLease(attachment, owner)):
-            return SaveLease(lease_id, (), lease.skipped + len(lease.pages))
+            return SaveLease(lease_id, skipped=lease.skipped + len(lease.pages))
         return lease
 
     def complete(self, lease: LoadLease | SaveLease, *, filled: Sequence[bool] | None = None) -> None:
         """End a lease well. A lease that ended already is ignored."""
         if filled is not None and len(filled) != len(lease.pages):
             raise RequestError(f"filled has {len(filled)} entries; the lease has {len(lease.pages)} pages")
-        message = messages.encode_complete(lease.id, filled)
+        call = messages.Complete(lease.id, messages.flags(filled))
         if isinstance(lease, LoadLease):
-            self._leases.end(lease.id, Verb.COMPLETE, message)
+            self._leases.end(lease.id, call)
         else:
-            self._leases.end(lease.id, Verb.COMPLETE, message, [True] * len(lease.pages) if filled is None else filled)
+            self._leases.end(lease.id, call, [True] * len(lease.pages) if filled is None else filled)
 
     def release(self, lease: LoadLease | SaveLease) -> None:
         """End a lease badly. A lease that ended already is ignored."""
-        self._leases.end(lease.id, Verb.RELEASE, messages.encode_lease(lease.id))
+        self._leases.end(lease.id, messages.Release(lease.id))
 
     def release_owner(self, owner: str) -> int:
         """Release every lease of an owner that died."""
         self._check_open()
         mine = self._leases.owned_by(owner)
         for lease_id in mine:
-            self._leases.end(lease_id, Verb.RELEASE, messages.encode_lease(lease_id))
+            self._leases.end(lease_id, messages.Release(lease_id))
         return len(mine)
 
     # ---- retention --------------------------------------------------------------------------------------------
@@ -209,31 +211,30 @@ class RemoteStore(RequestMaker):
         """The request is over."""
         if self._is_closed:
             return
-        self._calls.number(
-            Verb.FINISHED, request, lambda part: messages.encode_finished(part, finish_reason, last_turn)
-        )
+        reason = finish_reason[: messages.MAX_TEXT]
+        self._calls.number(request, lambda part: messages.Finished(part, reason, last_turn))
         self._calls.unsend(request)
 
     def pin(self, request: Request) -> int:
         """Keep the request's resident pages in host memory until unpin; returns the blocks pinned."""
         self._check_open()
-        return self._calls.number(Verb.PIN, request)
+        return self._calls.number(request, messages.Pin)
 
     def unpin(self, request: Request) -> int:
         """Undo pin; returns the blocks that had one."""
         self._check_open()
-        return self._calls.number(Verb.UNPIN, request)
+        return self._calls.number(request, messages.Unpin)
 
     def forget(self, request: Request, first: int = 0) -> int:
         """Delete blocks from `first` on and all that continues them; returns the blocks deleted."""
         check_range("first", first, len(request.keys))
         self._check_open()
-        return self._calls.number(Verb.FORGET, request, lambda part: messages.encode_number(first) + part)
+        return self._calls.number(request, lambda part: messages.Forget(part, first))
 
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """Tell how fast the engine computes."""
-        if num_tokens > 0 and 0 < seconds < float("inf") and not self._is_closed:
-            self._calls.tell(Verb.OBSERVE_PREFILL, messages.encode_prefill(num_tokens, seconds))
+        if 0 < num_tokens < 1 << 32 and 0 < seconds <= messages.MAX_PREFILL_S and not self._is_closed:
+            self._calls.tell(messages.ObservePrefill(num_tokens, seconds))
 
     # ---- bytes ------------------------------------------------------------------------------------------------
 
@@ -297,8 +298,8 @@ class RemoteStore(RequestMaker):
         try:
             attachment = self._link.attached()
             num_pages = self._leases.num_unflushed(attachment)
-            _, answer = self._link.call(attachment, Verb.FLUSH, messages.encode_seconds(timeout_s), timeout_s)
-            result = messages.decode_flush(answer)
+            _, answer = self._link.call(attachment, messages.Flush(timeout_s), timeout_s)
+            result = FlushAnswer.read(answer).result()
         except (DaemonDown, ProtocolError) as error:
             return FlushResult(False, error=f"the daemon does not answer: {error}")
         num_unknown = self._leases.flushed(attachment, num_pages if result else 0)
@@ -309,7 +310,8 @@ class RemoteStore(RequestMaker):
     def stats(self) -> dict[str, Any]:
         """The daemon's counters and gauges of this namespace; empty while there is no daemon."""
         try:
-            return decode_json(self._link.call(self._link.attached(), Verb.STATS, b"")[1])
+            _, answer = self._link.call(self._link.attached(), messages.Stats())
+            return StatsAnswer.read(answer).values
         except (DaemonDown, ProtocolError):
             return {}
 
@@ -341,10 +343,15 @@ class RemoteStore(RequestMaker):
         attachment = self._link.attachment
         return LOOKUP_DEADLINE_S if attachment is None else attachment.lookup_deadline_s
 
-    def _lookup(self, request: Request, timeout_s: float, op: Verb = Verb.LOOKUP) -> Match:
+    def _lookup(
+        self,
+        request: Request,
+        timeout_s: float,
+        kind: type[messages.Lookup | messages.Peek] = messages.Lookup,
+    ) -> Match:
         timeout_s = messages.bounded(timeout_s)
         try:
-            _, answer = self._calls.ask(op, request, lambda part: messages.encode_lookup(part, timeout_s), timeout_s)
-            return messages.decode_match(answer)
+            _, answer = self._calls.ask(request, lambda part: kind(part, timeout_s), timeout_s)
+            return MatchAnswer.read(answer).match()
         except (DaemonDown, ProtocolError):
             return MISS

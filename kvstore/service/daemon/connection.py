@@ -22,7 +22,7 @@ from kvstore.service.daemon.rawsocket import RawSocket
 from kvstore.service.daemon.requests import Resend
 from kvstore.service.daemon.session import ClientSession
 from kvstore.service.protocol import frames
-from kvstore.service.protocol.frames import HEADER, Frame, ProtocolError, ReplyStatus, Verb
+from kvstore.service.protocol.frames import HEADER, Frame, Kind, OtherVersion, ProtocolError, ReplyStatus
 
 log = logs.limited(__name__)
 
@@ -122,10 +122,12 @@ class Channel(asyncio.BufferedProtocol):
             if self._transport.get_write_buffer_size():  # the other side does not take them: not for ever
                 self._loop.call_later(HELLO_TIMEOUT_S, self._transport.abort)
 
-    def answer(self, frame: Frame, body: bytes, status: ReplyStatus = ReplyStatus.OK) -> None:
+    def answer(
+        self, frame: Frame, body: bytes, status: ReplyStatus = ReplyStatus.OK, *, version: int = frames.VERSION
+    ) -> None:
         """Write an answer; go on with the next frame."""
         if self._transport is not None:
-            self._transport.write(frames.encode_frame(frame.op, body, frame.sequence, status))
+            self._transport.write(frames.encode_frame(frame.kind, body, frame.sequence, status, version=version))
 
     def _parse(self) -> None:
         start, frame = 0, None
@@ -135,7 +137,7 @@ class Channel(asyncio.BufferedProtocol):
             try:
                 frame = frames.decode_header(memoryview(self._buffer)[start : start + HEADER.size])
             except ProtocolError as error:
-                return self._refuse(Frame(Verb.HELLO, ReplyStatus.OK, 0, 0), error)
+                return self._refuse(Frame(Kind.HELLO, ReplyStatus.OK, 0, 0), error)
             end = start + HEADER.size + frame.num_bytes
             if end > self._end:
                 break
@@ -158,12 +160,12 @@ class Channel(asyncio.BufferedProtocol):
 
     def _handle(self, frame: Frame, body: bytes) -> None:
         try:
-            if frame.op is Verb.HELLO or frame.op is Verb.ATTACH:
+            if frame.kind is not Kind.CALL:
                 self._meet(frame, frames.decode_json(body))
             elif self.session is None:
-                raise ProtocolError(f"the first frame is {frame.op.name}; it must be HELLO or ATTACH")
+                raise ProtocolError(f"the first frame is {frame.kind.name}; it must be HELLO or ATTACH")
             else:
-                result = self.session.handle(frame.op, body)
+                result = self.session.handle(body)
                 if isinstance(result, Pending):
                     self._wait(frame, result)
                 else:
@@ -176,20 +178,21 @@ class Channel(asyncio.BufferedProtocol):
             self.answer(frame, frames.encode_error(error), ReplyStatus.ERROR)
         except Exception as error:
             # A fault of ours in one message must not cost the other clients their daemon.
-            log.error("client %s: %s failed: %s", self.peer, frame.op.name, logs.where(error))
-            self._refuse(frame, ProtocolError(f"{frame.op.name} failed in the daemon: {type(error).__name__}"))
+            log.error("client %s: %s failed: %s", self.peer, frame.kind.name, logs.where(error))
+            self._refuse(frame, ProtocolError(f"{frame.kind.name} failed in the daemon: {type(error).__name__}"))
 
     def _refuse(self, frame: Frame, error: ProtocolError) -> None:
         log.info("client %s: %s", self.peer, error)
-        self.answer(frame, frames.encode_error(error), ReplyStatus.ERROR)
+        version = error.version if isinstance(error, OtherVersion) else frames.VERSION  # it can read no other
+        self.answer(frame, frames.encode_error(error), ReplyStatus.ERROR, version=version)
         self.close()
 
     # ---- hello --------------------------------------------------------------------------------------------------
 
     def _meet(self, frame: Frame, message: dict[str, Any]) -> None:
         if self.session is not None:
-            raise ProtocolError(f"{frame.op.name} on a connection that has a session")
-        if frame.op is Verb.ATTACH:
+            raise ProtocolError(f"{frame.kind.name} on a connection that has a session")
+        if frame.kind is Kind.ATTACH:
             greeting = self._host.attach(self, message)
             self._stop_waiting()
             if greeting is None:
@@ -213,8 +216,8 @@ class Channel(asyncio.BufferedProtocol):
             log.warning("client %s: no hello: %s", self.peer, error)
             self.close()
         except Exception as error:
-            log.error("client %s: %s failed: %s", self.peer, frame.op.name, logs.where(error))
-            self._refuse(frame, ProtocolError(f"{frame.op.name} failed in the daemon: {type(error).__name__}"))
+            log.error("client %s: %s failed: %s", self.peer, frame.kind.name, logs.where(error))
+            self._refuse(frame, ProtocolError(f"{frame.kind.name} failed in the daemon: {type(error).__name__}"))
         finally:
             self._greeting = None
         self._set_busy(False)
@@ -237,7 +240,7 @@ class Channel(asyncio.BufferedProtocol):
         if not greeting.fds:
             self.answer(frame, body)
         else:
-            self._raw.send_descriptors(frames.encode_frame(frame.op, body, frame.sequence), greeting.fds)
+            self._raw.send_descriptors(frames.encode_frame(frame.kind, body, frame.sequence), greeting.fds)
 
     # ---- waiting ------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """KV events: what came to which tier and what left it, for cache-aware routers and for clients that tell theirs.
 
 The words are those engines use: BlockStored, BlockRemoved, AllBlocksCleared. Stores write them down only while somebody
-listens. Routers get them as server-sent events; clients ask for them again and again (Op.EVENTS, follower.py). Whoever
+listens. Routers get them as server-sent events; clients ask for them again and again (messages.Events). Whoever
 reads too slowly loses the oldest and is told so: `Dropped`; it should then forget what it knows of this daemon.
 
 The daemon's event loop only.
@@ -19,8 +19,8 @@ from kvstore.plan.journal import BlockEvent, Event
 from kvstore.service.daemon.pending import Pending
 from kvstore.service.daemon.stores import OpenStore
 from kvstore.service.protocol import messages
-from kvstore.service.protocol.events import encode_event
-from kvstore.service.protocol.frames import Reader, encode_json
+from kvstore.service.protocol.events import encode_event, encode_events
+from kvstore.service.protocol.frames import encode_json
 
 MAX_QUEUED_BYTES = 8 << 20  # of a listener
 MAX_ANSWER_BYTES = 1 << 20
@@ -28,10 +28,14 @@ POLL_S = 0.05  # news are collected this often: routers need them soon, not at o
 
 
 class Form(NamedTuple):
-    """How a listener is told. event: one event as pieces of bytes; dropped: that so many pieces were lost."""
+    """How a listener is told.
+
+    event: one event as pieces of bytes. dropped: that so many pieces were lost. together: pieces as they are sent.
+    """
 
     event: Callable[[OpenStore, BlockEvent], list[bytes]]
     dropped: Callable[[int], bytes]
+    together: Callable[[list[bytes]], bytes]
 
 
 class EventStream:
@@ -67,7 +71,7 @@ class EventStream:
         self._num_bytes -= num_bytes
         if not self._queue:
             self._ready.clear()
-        return b"".join(pieces)
+        return self.form.together(pieces) if pieces else b""
 
     async def take(self, timeout_s: float) -> bytes:
         """The queued events, as bytes to be sent; a comment that keeps the connection alive after `timeout_s`."""
@@ -156,10 +160,8 @@ class Feed:
             self._stream = self._hub.listen(lambda opened: opened is self._opened, ASKED)
         return self._stream
 
-    def answer(self, reader: Reader) -> bytes | Pending:
+    def answer(self, call: messages.Events) -> bytes | Pending:
         """The new events; waits for them as long as the client says, and gives nothing then."""
-        timeout_s = messages.read_seconds(reader)
-        reader.end()
         stream = self.listen()
         self._num_asked = number = self._num_asked + 1
 
@@ -167,7 +169,7 @@ class Feed:
             # A client that lost its connection asks again: what came since must not go where nobody reads.
             return stream.drain(MAX_ANSWER_BYTES) or None if number == self._num_asked else b""
 
-        return look() or Pending(look, lambda: b"", timeout_s)
+        return look() or Pending(look, lambda: b"", call.timeout_s)
 
     def close(self) -> None:
         """The client is gone. Idempotent."""
@@ -197,8 +199,10 @@ def _line(name: str, data: dict[str, Any]) -> bytes:
 SENT = Form(
     lambda opened, event: [encode(opened, event)],
     lambda num_dropped: _line(Event.DROPPED.value, {"events": num_dropped}),
+    b"".join,
 )
 ASKED = Form(
     lambda opened, event: encode_event(event),
     lambda num_dropped: encode_event(BlockEvent(Event.DROPPED, time.time()))[0],
+    encode_events,
 )

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.errors import ConfigError
-from kvstore.plan.records import SaveLease, SlotPage
+from kvstore.plan.records import SaveLease, SlotPages
 from kvstore.plan.slots import SlotPool
 from kvstore.service.protocol.messages import STAGING
 from kvstore.store import LocalStore
@@ -58,14 +58,13 @@ class StagedSaves:
     def place(self, lease: SaveLease) -> SaveLease:
         """The lease as the client gets it: its first pages in slots of staging, the rest skipped."""
         slots = self._pool.take(len(lease.pages))
-        pages = tuple(
-            SlotPage(page.block, page.group, STAGING + slot) for page, slot in zip(lease.pages, slots, strict=False)
-        )
+        first = lease.pages[: len(slots)]
+        pages = SlotPages(first.blocks, first.groups, [STAGING + slot for slot in slots])
         return replace(lease, pages=pages, skipped=lease.skipped + len(lease.pages) - len(pages))
 
     def give_back(self, told: SaveLease) -> None:
         """A lease ended; told: as the client got it."""
-        self._pool.give(page.slot - STAGING for page in told.pages)
+        self._pool.give((told.pages.slots - STAGING).tolist())
 
     def copy(self, lease: SaveLease, told: SaveLease, filled: Sequence[bool], then: Callable[[bool], None]) -> None:
         """Copy the filled pages into the slab, in a thread; `then` is called in the loop, with whether that went well.
@@ -73,8 +72,8 @@ class StagedSaves:
         The slots of both sides stay taken until then.
         """
         pairs = [
-            (self._store.slot_array(page.slot), self.slab.array(own.slot - STAGING))
-            for page, own, flag in zip(lease.pages, told.pages, filled, strict=False)
+            (self._store.slot_array(slot), self.slab.array(own - STAGING))
+            for slot, own, flag in zip(lease.pages.slots.tolist(), told.pages.slots.tolist(), filled, strict=False)
             if flag
         ]
         loop = asyncio.get_running_loop()

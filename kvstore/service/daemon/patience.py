@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from kvstore.service.protocol.frames import Frame, ProtocolError, ReplyStatus, Verb
+from kvstore.service.protocol.frames import Frame, Kind, ProtocolError, ReplyStatus
 
 FRAME_TIMEOUT_S = 60.0  # a client waits for an answer for much less (a guess)
 SLOWEST_BYTES_S = 100e3
 
-_UNKNOWN = Frame(Verb.HELLO, ReplyStatus.OK, 0, 0)  # of which not even the header has come
+_UNKNOWN = Frame(Kind.HELLO, ReplyStatus.OK, 0, 0)  # of which not even the header has come
 
 
 class Patience:

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 
 from kvstore.errors import RequestError
 from kvstore.plan.records import Request, RequestOptions
+from kvstore.requests import check_options
 from kvstore.service.daemon.stores import OpenStore
+from kvstore.service.protocol import messages
 from kvstore.service.protocol.messages import RequestPart
 
 MAX_REQUEST_TOKENS = (1 << 32) - 1  # answers tell tokens in 32 bits
@@ -41,6 +43,8 @@ class KnownRequests:
 
     def take(self, part: RequestPart) -> Request:
         """The request of a message, brought up to date. Raises Resend, or RequestError for what cannot be."""
+        if part.base + len(part.keys) > messages.MAX_KEYS:
+            raise messages.too_long(part.base + len(part.keys))
         request = self._requests.get(part.id)
         if part.base == 0:
             request = self._whole(part, request)
@@ -114,6 +118,13 @@ class KnownRequests:
         while len(self._requests) >= MAX_REQUESTS:
             self.forget_oldest()
         # Planner ids must differ between clients: this one's number is the store's, not the client's.
-        request = self._opened.new_request(keys, part.num_tokens, part.options or RequestOptions(), self._holder)
+        request = self._opened.new_request(keys, part.num_tokens, _options(part), self._holder)
         self._requests[part.id] = request
         return request
+
+
+def _options(part: RequestPart) -> RequestOptions:
+    """Raises RequestError naming the field."""
+    options = RequestOptions() if part.options is None else part.options.options()
+    check_options(options)
+    return options

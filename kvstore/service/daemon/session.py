@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from kvstore.errors import RequestError
 from kvstore.plan.records import (
@@ -24,7 +24,6 @@ from kvstore.plan.records import (
     LeaseStatus,
     LoadLease,
     Match,
-    Request,
     SaveLease,
 )
 from kvstore.requests import check_blocks
@@ -36,8 +35,17 @@ from kvstore.service.daemon.pending import Pending
 from kvstore.service.daemon.requests import KnownRequests
 from kvstore.service.daemon.stores import OpenStore
 from kvstore.service.daemon.usage import Usage
-from kvstore.service.protocol import frames, messages
-from kvstore.service.protocol.frames import ProtocolError, Reader, Verb
+from kvstore.service.protocol import messages
+from kvstore.service.protocol.answers import (
+    FlushAnswer,
+    LoadAnswer,
+    MatchAnswer,
+    NumberAnswer,
+    SaveAnswer,
+    StatsAnswer,
+    StatusAnswer,
+)
+from kvstore.service.protocol.messages import Call, encode
 
 log = logging.getLogger(__name__)
 
@@ -96,26 +104,26 @@ class ClientSession:
         self._now = now
         self.requests = KnownRequests(opened, self.holder)
         self._tickets: OrderedDict[int, None] = OrderedDict()
-        self._handlers: dict[Verb, Callable[[Reader], bytes | Pending]] = {
-            Verb.LOOKUP: self._lookup,
-            Verb.PEEK: self._peek,
-            Verb.PREPARE_LOAD: self._prepare_load,
-            Verb.WAIT: self._wait,
-            Verb.PREPARE_SAVE: self._prepare_save,
-            Verb.COMPLETE: self._complete,
-            Verb.RELEASE: self._release,
-            Verb.RELEASE_OWNER: self._release_owner,
-            Verb.PREFETCH: self._prefetch,
-            Verb.CANCEL: self._cancel,
-            Verb.FINISHED: self._finished,
-            Verb.PIN: self._pin,
-            Verb.UNPIN: self._unpin,
-            Verb.FORGET: self._forget,
-            Verb.OBSERVE_PREFILL: self._observe_prefill,
-            Verb.FLUSH: self._flush,
-            Verb.STATS: self._stats,
-            Verb.EVENTS: feed.answer,
-            Verb.KEYS: self._keys,
+        self._handlers: dict[type[Call], Callable[[Any], bytes | Pending]] = {
+            messages.Lookup: self._lookup,
+            messages.Peek: self._peek,
+            messages.PrepareLoad: self._prepare_load,
+            messages.Wait: self._wait,
+            messages.PrepareSave: self._prepare_save,
+            messages.Complete: self._complete,
+            messages.Release: self._release,
+            messages.ReleaseOwner: self._release_owner,
+            messages.Prefetch: self._prefetch,
+            messages.Cancel: self._cancel,
+            messages.Finished: self._finished,
+            messages.Pin: self._pin,
+            messages.Unpin: self._unpin,
+            messages.Forget: self._forget,
+            messages.ObservePrefill: self._observe_prefill,
+            messages.Flush: self._flush,
+            messages.Stats: self._stats,
+            messages.Events: feed.answer,
+            messages.Keys: self._keys,
         }
 
     @property
@@ -123,14 +131,12 @@ class ClientSession:
         """How operators are told what is kept on this client's word, also when it is gone."""
         return f"{self.client} (client {self.number})"
 
-    def handle(self, op: Verb, body: bytes) -> bytes | Pending:
+    def handle(self, body: bytes) -> bytes | Pending:
         """Answer a message. Raises Resend, ProtocolError, or a KVStoreError that is the client's own fault."""
-        handler = self._handlers.get(op)
-        if handler is None:
-            raise ProtocolError(f"a session has no {op.name}")
-        if op is not Verb.EVENTS:  # which a client asks for as long as it lives, though it does nothing
+        call = messages.read_call(body)
+        if type(call) is not messages.Events:  # which a client asks for as long as it lives, though it does nothing
             self.heard_at = self._now()
-        return handler(Reader(body))
+        return self._handlers[type(call)](call)
 
     def descriptors(self) -> list[int]:
         """Of the slab, and of the client's staging if it has one: for a connection of its own, which closes them."""
@@ -161,172 +167,146 @@ class ClientSession:
 
     # ---- lookups and loads --------------------------------------------------------------------------------------
 
-    def _keys(self, reader: Reader) -> bytes:
-        self._request(reader)
+    def _keys(self, call: messages.Keys) -> bytes:
+        self.requests.take(call.request)
         return b""
 
-    def _lookup(self, reader: Reader) -> bytes | Pending:
-        timeout_s = messages.read_timeout(reader)
-        request = self._request(reader)
+    def _lookup(self, call: messages.Lookup) -> bytes | Pending:
+        request = self.requests.take(call.request)
         if self.is_draining:
-            return messages.encode_match(Match(0, 0, cut=CutReason.NEVER_STORED))
+            return encode(MatchAnswer.of(Match(0, 0, cut=CutReason.NEVER_STORED)))
         match = self._store.lookup(request)
         self.usage.looked_up(request)
-        if not match.pending or timeout_s <= 0:
-            return messages.encode_match(match)
+        if not match.pending or call.timeout_s <= 0:
+            return encode(MatchAnswer.of(match))
 
         def look() -> bytes | None:
             nonlocal match
             match = self._store.lookup(request)
-            return None if match.pending else messages.encode_match(match)
+            return None if match.pending else encode(MatchAnswer.of(match))
 
-        return Pending(look, lambda: messages.encode_match(match), timeout_s)
+        return Pending(look, lambda: encode(MatchAnswer.of(match)), call.timeout_s)
 
-    def _peek(self, reader: Reader) -> bytes | Pending:
-        timeout_s = messages.read_timeout(reader)
-        part = messages.read_request(reader)
-        reader.end()
-        request = self.requests.take(part)
-        self.requests.drop(part.id)
+    def _peek(self, call: messages.Peek) -> bytes | Pending:
+        request = self.requests.take(call.request)
+        self.requests.drop(call.request.id)
 
         def answer() -> bytes:
-            return messages.encode_match(self._store.peek(request, 0.0))
+            return encode(MatchAnswer.of(self._store.peek(request, 0.0)))
 
         def look() -> bytes | None:
             return None if self._store.ask(request) else answer()
 
-        return look() or Pending(look, answer, timeout_s)
+        return look() or Pending(look, answer, call.timeout_s)
 
-    def _prepare_load(self, reader: Reader) -> bytes:
-        lease_id, first, end, owner = messages.read_prepare(reader)
-        request = self._request(reader)
-        if not self._may_grant(lease_id):
-            return messages.encode_load(LoadLease(0, 0, 0, ()), _CLOSED)
+    def _prepare_load(self, call: messages.PrepareLoad) -> bytes:
+        request = self.requests.take(call.request)
+        if not self._may_grant(call.lease):
+            return encode(LoadAnswer.of(LoadLease(0, 0, 0), _CLOSED))
+        end = call.end
         if end <= len(request.keys):
-            end = min(end, first + self._max_blocks)  # the rest is computed, or asked for once more
-        lease = self._store.prepare_load(request, end, first=first, owner=self._owner(owner))
-        self._holdings.grant(lease_id, lease, owner)
-        return messages.encode_load(lease, self._store.poll(lease))
+            end = min(end, call.first + self._max_blocks)  # the rest is computed, or asked for once more
+        lease = self._store.prepare_load(request, end, first=call.first, owner=self._owner(call.owner))
+        self._holdings.grant(call.lease, lease, call.owner)
+        return encode(LoadAnswer.of(lease, self._store.poll(lease)))
 
-    def _wait(self, reader: Reader) -> bytes | Pending:
-        lease_id, timeout_s = messages.read_wait(reader)
-        reader.end()
-        lease = self._holdings.find(lease_id)
+    def _wait(self, call: messages.Wait) -> bytes | Pending:
+        lease = self._holdings.find(call.lease)
         if not isinstance(lease, LoadLease):
-            return messages.encode_status(_CLOSED)
+            return encode(StatusAnswer.of(_CLOSED))
         status = self._store.poll(lease)
-        if status.state is not LeaseState.WAITING or timeout_s <= 0:
-            return messages.encode_status(status)
+        if status.state is not LeaseState.WAITING or call.timeout_s <= 0:
+            return encode(StatusAnswer.of(status))
 
         def look() -> bytes | None:
             now = self._store.poll(lease)
-            return None if now.state is LeaseState.WAITING else messages.encode_status(now)
+            return None if now.state is LeaseState.WAITING else encode(StatusAnswer.of(now))
 
-        return Pending(look, lambda: messages.encode_status(self._store.poll(lease)), timeout_s)
+        return Pending(look, lambda: encode(StatusAnswer.of(self._store.poll(lease))), call.timeout_s)
 
-    def _prefetch(self, reader: Reader) -> bytes:
-        request = self._request(reader)
-        ticket = self._store.prefetch(request)
+    def _prefetch(self, call: messages.Prefetch) -> bytes:
+        ticket = self._store.prefetch(self.requests.take(call.request))
         self._tickets[ticket] = None
         if len(self._tickets) > MAX_TICKETS:
             self._tickets.popitem(last=False)
-        return messages.encode_number(ticket)
+        return encode(NumberAnswer(ticket))
 
-    def _cancel(self, reader: Reader) -> bytes:
-        ticket = messages.read_number(reader)
-        reader.end()
-        if ticket in self._tickets:  # its own only: tickets count through all clients
-            del self._tickets[ticket]
-            self._store.cancel(ticket)
+    def _cancel(self, call: messages.Cancel) -> bytes:
+        if call.ticket in self._tickets:  # its own only: tickets count through all clients
+            del self._tickets[call.ticket]
+            self._store.cancel(call.ticket)
         return b""
 
     # ---- saves, and the ends of leases --------------------------------------------------------------------------
 
-    def _prepare_save(self, reader: Reader) -> bytes:
-        lease_id, first, end, owner = messages.read_prepare(reader)
-        request = self._request(reader)
+    def _prepare_save(self, call: messages.PrepareSave) -> bytes:
+        first, end = call.first, call.end
+        request = self.requests.take(call.request)
         if end < first:
             raise RequestError(f"blocks [{first}, {end}) is no range")
-        if not self._may_grant(lease_id):
-            return messages.encode_save(SaveLease(0, ()))
+        if not self._may_grant(call.lease):
+            return encode(SaveAnswer.of(SaveLease(0)))
         check_blocks(request, first, end - first)
         num_blocks = min(end - first, self._max_blocks)
-        lease = self._store.prepare_save(request, first, num_blocks, owner=self._owner(owner))
-        lease = self._holdings.grant_save(lease_id, lease, owner)
+        lease = self._store.prepare_save(request, first, num_blocks, owner=self._owner(call.owner))
+        lease = self._holdings.grant_save(call.lease, lease, call.owner)
         too_many = (end - first - num_blocks) * len(self.opened.layout.groups)
-        return messages.encode_save(replace(lease, skipped=lease.skipped + too_many) if too_many else lease)
+        return encode(SaveAnswer.of(replace(lease, skipped=lease.skipped + too_many) if too_many else lease))
 
-    def _complete(self, reader: Reader) -> bytes | Pending:
-        lease_id, filled = messages.read_complete(reader)
-        reader.end()
-        held = self.leases.get(lease_id)
+    def _complete(self, call: messages.Complete) -> bytes | Pending:
+        held = self.leases.get(call.lease)
         if held is None or held.is_ending:
             return b""
         if held.told is not None:
-            return self._holdings.end_save(lease_id, filled, lambda: self._copied(held.lease))
-        self._store.complete(held.lease, filled=filled)  # refuses flags of another length: the lease stays
+            return self._holdings.end_save(call.lease, call.filled, lambda: self._copied(held.lease))
+        self._store.complete(held.lease, filled=call.filled)  # refuses flags of another length: the lease stays
         self.usage.completed(held.lease, self.opened.layout)
-        del self.leases[lease_id]
+        del self.leases[call.lease]
         return b""
 
     def _copied(self, lease: LoadLease | SaveLease) -> None:
         self.usage.completed(lease, self.opened.layout)
         self.opened.watch.wake()
 
-    def _release(self, reader: Reader) -> bytes:
-        lease_id = messages.read_lease(reader)
-        reader.end()
-        self._holdings.release(lease_id)
+    def _release(self, call: messages.Release) -> bytes:
+        self._holdings.release(call.lease)
         return b""
 
-    def _release_owner(self, reader: Reader) -> bytes:
-        owner = reader.text(messages.read_number(reader))
-        reader.end()
-        return messages.encode_number(self.expire(self._holdings.owned_by(owner)))
+    def _release_owner(self, call: messages.ReleaseOwner) -> bytes:
+        return encode(NumberAnswer(self.expire(self._holdings.owned_by(call.owner))))
 
     # ---- retention, and the store as a whole --------------------------------------------------------------------
 
-    def _finished(self, reader: Reader) -> bytes:
-        finish_reason, last_turn = messages.read_finished(reader)
-        part = messages.read_request(reader)
-        reader.end()
-        request = self.requests.take(part)
-        self._store.finished(request, finish_reason=finish_reason, last_turn=last_turn)
-        self.requests.drop(part.id)
+    def _finished(self, call: messages.Finished) -> bytes:
+        request = self.requests.take(call.request)
+        self._store.finished(request, finish_reason=call.finish_reason, last_turn=call.last_turn)
+        self.requests.drop(call.request.id)
         return b""
 
-    def _pin(self, reader: Reader) -> bytes:
-        return messages.encode_number(self._store.pin(self._request(reader)))
+    def _pin(self, call: messages.Pin) -> bytes:
+        return encode(NumberAnswer(self._store.pin(self.requests.take(call.request))))
 
-    def _unpin(self, reader: Reader) -> bytes:
-        return messages.encode_number(self._store.unpin(self._request(reader)))
+    def _unpin(self, call: messages.Unpin) -> bytes:
+        return encode(NumberAnswer(self._store.unpin(self.requests.take(call.request))))
 
-    def _forget(self, reader: Reader) -> bytes:
-        first = messages.read_number(reader)
-        return messages.encode_number(self._store.forget(self._request(reader), first))
+    def _forget(self, call: messages.Forget) -> bytes:
+        return encode(NumberAnswer(self._store.forget(self.requests.take(call.request), call.first)))
 
-    def _observe_prefill(self, reader: Reader) -> bytes:
-        num_tokens, seconds = messages.read_prefill(reader)
-        reader.end()
-        if not 0 < num_tokens < 1 << 32 or not 0 < seconds < float("inf"):
-            raise RequestError(f"observe_prefill of {num_tokens} tokens in {seconds} s; both must be positive")
-        self._store.observe_prefill(num_tokens, seconds)
+    def _observe_prefill(self, call: messages.ObservePrefill) -> bytes:
+        self._store.observe_prefill(call.num_tokens, call.seconds)
         return b""
 
-    def _flush(self, reader: Reader) -> bytes | Pending:
-        timeout_s = messages.read_seconds(reader)
-        reader.end()
+    def _flush(self, call: messages.Flush) -> bytes | Pending:
         flushing = self._store.start_flush()
 
         def look(*, at_once: bool = False) -> bytes | None:
             result = self._store.flush_result(flushing, self._told, at_once=at_once)
-            return None if result is None else messages.encode_flush(result)
+            return None if result is None else encode(FlushAnswer.of(result))
 
-        return look() or Pending(look, lambda: look(at_once=True) or b"", timeout_s)
+        return look() or Pending(look, lambda: look(at_once=True) or b"", call.timeout_s)
 
-    def _stats(self, reader: Reader) -> bytes:
-        reader.end()
-        return frames.encode_json(self._store.stats())
+    def _stats(self, _: messages.Stats) -> bytes:
+        return encode(StatsAnswer(self._store.stats()))
 
     # ---- private ------------------------------------------------------------------------------------------------
 
@@ -335,11 +315,6 @@ class ClientSession:
         for request_id in self.requests.ids:
             with goes_on(log, "client %s: request %d is not abandoned", self.client, request_id):
                 self.requests.end(request_id)
-
-    def _request(self, reader: Reader) -> Request:
-        part = messages.read_request(reader)
-        reader.end()
-        return self.requests.take(part)
 
     def _may_grant(self, lease_id: int) -> bool:
         return self._holdings.may_grant(lease_id) and not self.is_draining

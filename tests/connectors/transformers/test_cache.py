@@ -10,7 +10,7 @@ from connectors.transformers.cache import CacheBridge
 from connectors.transformers.forward import Forward
 from connectors.transformers.layout import cache_shapes, is_sliding, layout_of
 from kvstore.devices.cpu import CpuDevice
-from kvstore.plan.records import SlotPage
+from kvstore.plan.records import SlotPage, SlotPages
 from tests.helpers.tiny_models import random_ids, tiny_model
 
 ARCHITECTURES = ("llama_gqa", "llama_mha", "llama_mqa", "gemma3", "deepseek_v3", "deepseek_v2", "mistral")
@@ -39,17 +39,17 @@ class Engine:
         recorder.finish(len(tokens))
         return cache, recorder.take(len(tokens))
 
-    def stored(self, spans: list[Any], num_blocks: int) -> list[SlotPage]:
+    def stored(self, spans: list[Any], num_blocks: int) -> SlotPages:
         """Copy the spans' blocks into slots; the pages that a load to `num_blocks` needs."""
-        pages = [
+        pages = SlotPages.of(
             SlotPage(block, group, slot)
             for slot, (block, group) in enumerate(
                 (block, group) for block in range(num_blocks) for group in range(len(self.layout.groups))
             )
-        ]
+        )
         self.slots = {page.slot: np.full(self.layout.slot_bytes, 0xA5, np.uint8) for page in pages}
         assert self.bridge.copy_out(spans, pages, self.slots.__getitem__) == [True] * len(pages)
-        return [page for page in pages if page.block >= self.first_needed(page.group, num_blocks)]
+        return SlotPages.of(page for page in pages if page.block >= self.first_needed(page.group, num_blocks))
 
     def first_needed(self, group: int, num_blocks: int) -> int:
         window = self.layout.window_blocks(group)
@@ -150,7 +150,7 @@ def test_a_missing_page_is_an_error_and_never_garbage() -> None:
     pages = engine.stored(spans, 4)
 
     for missing in pages:
-        rest = [page for page in pages if page != missing]
+        rest = SlotPages.of(page for page in pages if page != missing)
         with pytest.raises(LookupError, match=f"group {missing.group} needs blocks"):
             engine.bridge.load(rest, 4, engine.slots.__getitem__)
 
@@ -158,7 +158,7 @@ def test_a_missing_page_is_an_error_and_never_garbage() -> None:
 def test_blocks_that_were_not_recorded_are_said_not_to_be_filled() -> None:
     engine = Engine(tiny_model("llama_gqa"), 16)
     _, spans = engine.live(np.array(random_ids(40), np.uint32))
-    pages = [SlotPage(1, 0, 0), SlotPage(2, 0, 1)]
+    pages = SlotPages([1, 2], [0, 0], [0, 1])
     slots = np.zeros((2, engine.layout.slot_bytes), np.uint8)
 
     assert engine.bridge.copy_out(spans, pages, slots.__getitem__) == [True, False]

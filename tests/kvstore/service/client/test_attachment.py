@@ -9,7 +9,7 @@ import pytest
 from kvstore.service.client.attachment import Attachment
 from kvstore.service.client.connection import DaemonConnection
 from kvstore.service.protocol import messages
-from kvstore.service.protocol.frames import ReplyStatus, Verb
+from kvstore.service.protocol.frames import Kind, ReplyStatus
 
 ANSWER = {"session": "s", "namespace": "n", "lookup_deadline_s": 0.1, "load_deadline_s": 1.0}
 
@@ -18,15 +18,15 @@ class Daemon:
     """The far end of a connection; while it answers the first call another thread finds one more orphan."""
 
     def __init__(self) -> None:
-        self.released: list[bytes] = []
+        self.released: list[messages.Call] = []
         self.attachment: Attachment | None = None
         self.is_silent = False
 
-    def call(self, op: Verb, body: bytes, timeout_s: float) -> tuple[ReplyStatus, bytes]:
-        assert op is Verb.RELEASE
+    def call(self, kind: Kind, body: bytes, timeout_s: float) -> tuple[ReplyStatus, bytes]:
+        assert kind is Kind.CALL
         if self.is_silent:
             raise TimeoutError
-        self.released.append(body)
+        self.released.append(messages.read_call(body))
         if self.attachment is not None:
             self.attachment.orphans.append(3)
             self.attachment = None
@@ -44,7 +44,7 @@ def test_an_orphan_that_is_found_while_another_is_released_is_released_too() -> 
 
     attachment.release_orphans(cast(DaemonConnection, daemon), 1.0)
 
-    assert sorted(daemon.released) == sorted(map(messages.encode_lease, (1, 2, 3)))
+    assert sorted(daemon.released, key=repr) == [messages.Release(number) for number in (1, 2, 3)]
     assert attachment.orphans == []
 
 

@@ -11,7 +11,7 @@ from kvstore.service.client.attachment import Attachment, DaemonDown
 from kvstore.service.client.calls import Calls
 from kvstore.service.client.connection import DaemonConnection
 from kvstore.service.client.link import DaemonLink
-from kvstore.service.protocol.frames import Verb
+from kvstore.service.protocol import messages
 from kvstore.tiers.host import HostSlab
 from radix.hashing import BlockHash
 
@@ -31,7 +31,7 @@ class FrozenDaemon:
         self.attachment = self.made
         return self.made
 
-    def call(self, attachment: Attachment, op: Verb, body: bytes, wait_s: float = 0.0) -> Any:
+    def call(self, attachment: Attachment, call: messages.Call, wait_s: float = 0.0) -> Any:
         raise DaemonDown("no answer in time")
 
     def orphan(self, attachment: Attachment, lease_id: int) -> None:
@@ -44,6 +44,6 @@ def test_a_lease_that_a_new_daemon_may_have_granted_is_its_orphan() -> None:
     request = Request(1, [BlockHash(b"k" * 32)], 17, RequestOptions())
 
     with pytest.raises(DaemonDown):
-        calls.prepare(Verb.PREPARE_LOAD, request, 7, 0, 1, "")
+        calls.prepare(messages.PrepareLoad, request, 7, 0, 1, "")
 
     assert link.orphans == [(link.made, 7)]

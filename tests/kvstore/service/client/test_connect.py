@@ -1,5 +1,9 @@
 """By configuration alone: a daemon's store where one is named, else one in this process."""
 
+import json
+import socket
+import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,31 @@ def test_a_further_process_maps_the_daemons_slab_by_the_clients_handle(tmp_path:
         rank.close()
         store.complete(lease)
         store.close()
+
+
+def test_a_daemon_of_the_release_before_is_told_in_the_log_and_the_store_is_empty(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusal = json.dumps({"type": "ProtocolError", "message": "frame has protocol version 2; this release speaks 1"})
+    answer = struct.pack("<HBBB3xII", 0x564B, 1, 1, 2, len(refusal), 0) + refusal.encode()  # as it was packed then
+
+    def answer_one() -> None:
+        connected, _ = listening.accept()
+        with connected:
+            connected.recv(1 << 16)
+            connected.sendall(answer)
+
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "kv.sock"))
+        listening.listen()
+        daemon = threading.Thread(target=answer_one)
+        daemon.start()
+        with connect(f"unix://{tmp_path / 'kv.sock'}", LAYOUT, namespace(), call_timeout_s=30.0) as store:
+            assert store.lookup(store.request(prompt(3))).num_blocks == 0
+        daemon.join()
+
+    assert "the other side speaks version 1 of the protocol" in caplog.text
+    assert "install the same release of kvtiers for both" in caplog.text
 
 
 @pytest.mark.parametrize("url", ["http://node:8470", "https://kv:hunter2@node:8470"])

@@ -36,7 +36,7 @@ def everything(store: RemoteStore, number: int) -> None:
     request = store.request(prompt(3, number))
     assert store.lookup(request) == MISS
     assert store.prepare_load(request, 3).num_blocks == 0
-    assert store.prepare_save(request, 0, 3).pages == ()
+    assert not store.prepare_save(request, 0, 3).pages
     assert store.prefetch(request) == 0
     store.observe_prefill(100, 1.0)
     store.finished(request)

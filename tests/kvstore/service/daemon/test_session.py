@@ -17,7 +17,8 @@ from kvstore.service.daemon.session import ClientSession
 from kvstore.service.daemon.stores import OpenStore, Stores
 from kvstore.service.daemon.tenants import LOCAL
 from kvstore.service.protocol import messages
-from kvstore.service.protocol.frames import ProtocolError, Verb
+from kvstore.service.protocol.frames import ProtocolError
+from radix.hashing import BlockHash
 from tests.helpers.stores import BLOCK, LAYOUT, PAGE_BYTES, namespace
 
 
@@ -38,16 +39,18 @@ def session(opened: OpenStore) -> ClientSession:
     return ClientSession("secret", opened, "test", Feed(EventHub(lambda: [opened]), opened))
 
 
-def request(number: int, num_blocks: int, *, options: bytes = b"", num_tokens: int | None = None) -> bytes:
-    keys = b"".join(struct.pack("<Q24x", number * 1000 + block) for block in range(num_blocks))
+def request(
+    number: int, num_blocks: int, *, options: messages.Options | None = None, num_tokens: int | None = None
+) -> messages.RequestPart:
+    keys = [BlockHash(struct.pack("<Q24x", number * 1000 + block)) for block in range(num_blocks)]
     tokens = num_blocks * BLOCK if num_tokens is None else num_tokens
-    return struct.pack("<QIIQII", number, 0, num_blocks, tokens, 0, len(options)) + options + keys
+    return messages.RequestPart(number, 0, keys, tokens, 0, options)
 
 
-def save(session: ClientSession, number: int, num_blocks: int, options: bytes = b"") -> None:
+def save(session: ClientSession, number: int, num_blocks: int, options: messages.Options | None = None) -> None:
     """Open a save lease under that number."""
-    message = messages.encode_prepare(request(number, num_blocks, options=options), number, 0, num_blocks, "")
-    session.handle(Verb.PREPARE_SAVE, message)
+    part = request(number, num_blocks, options=options)
+    session.handle(messages.encode(messages.PrepareSave(part, number, 0, num_blocks, "")))
 
 
 async def test_a_lease_that_cannot_be_released_keeps_no_other(
@@ -71,12 +74,12 @@ async def test_a_lease_that_cannot_be_released_keeps_no_other(
     release(bad)
 
 
-@pytest.mark.parametrize("number", ["9" * 400, "1e400", "NaN", "-1", "Infinity", "true"])
+@pytest.mark.parametrize("number", [1e300 * 1e10, float("nan"), -1, float("-inf")])
 async def test_a_promise_that_is_no_time_is_refused_before_anything_is_leased(
-    session: ClientSession, opened: OpenStore, number: str
+    session: ClientSession, opened: OpenStore, number: float
 ) -> None:
     with pytest.raises(RequestError, match=r"options\.retain_until"):
-        save(session, 1, 4, b'{"retain_until": ' + number.encode() + b"}")
+        save(session, 1, 4, messages.Options(retain_until=number))
 
     session.close()
     assert opened.store.stats()["slots"] == {"free": 64, "filling": 0, "resident": 0}
@@ -84,19 +87,30 @@ async def test_a_promise_that_is_no_time_is_refused_before_anything_is_leased(
 
 async def test_numbers_that_answers_cannot_carry_are_refused(session: ClientSession) -> None:
     with pytest.raises(RequestError, match="request has 4294967296 tokens; at most 4294967295"):
-        session.handle(Verb.LOOKUP, messages.encode_lookup(request(1, 2, num_tokens=1 << 32), 0.0))
-    with pytest.raises(ProtocolError):
-        session.handle(Verb.RELEASE_OWNER, messages.encode_number(-3) + b"abc")
-    for first in (-1, 3, 1 << 40):
-        with pytest.raises(RequestError, match="first is"):
-            session.handle(Verb.FORGET, messages.encode_number(first) + request(1, 2))
+        session.handle(messages.encode(messages.Lookup(request(1, 2, num_tokens=1 << 32), 0.0)))
+    with pytest.raises(RequestError, match="first is 3"):
+        session.handle(messages.encode(messages.Forget(request(1, 2), 3)))
+    for first in (-1, 1 << 40):
+        with pytest.raises(ProtocolError):
+            session.handle(messages.encode(messages.Forget(request(1, 2), first)))
+
+
+async def test_a_request_with_too_many_keys_is_refused(session: ClientSession) -> None:
+    part = messages.RequestPart(1, messages.MAX_KEYS, [BlockHash(bytes(32))], 1 << 30, 0)
+
+    with pytest.raises(RequestError, match="request has 1048577 blocks; a daemon takes at most 1048576"):
+        session.handle(messages.encode(messages.Keys(part)))
+
+
+async def test_every_verb_has_a_handler(session: ClientSession) -> None:
+    assert set(session._handlers) == set(messages.Call.__subclasses__())
 
 
 async def test_what_a_client_keeps_is_kept_on_its_word(session: ClientSession, opened: OpenStore) -> None:
-    save(session, 1, 4, b'{"pin": true}')
+    save(session, 1, 4, messages.Options(pin=True))
     lease = session.leases[1].lease
     assert isinstance(lease, SaveLease)
-    session.handle(Verb.COMPLETE, messages.encode_complete(1, None))
+    session.handle(messages.encode(messages.Complete(1, None)))
 
     session.close()
 
