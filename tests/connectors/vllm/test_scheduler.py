@@ -16,7 +16,7 @@ from connectors.vllm.scheduler import SchedulerHalf
 from kvstore.build import open_store
 from kvstore.config.sections import Config
 from kvstore.layout import GroupKind, LayerGroup, Layout
-from kvstore.plan.records import LeaseState, LeaseStatus, Match
+from kvstore.plan.records import LeaseState, LeaseStatus, LoadLease, Match, SlotPages
 from kvstore.store import LocalStore
 from tests.helpers.stores import BLOCK, LAYOUT, PAGE_BYTES, namespace
 
@@ -214,19 +214,12 @@ def test_a_page_vllm_reads_and_the_lease_lacks_makes_the_load_bad(store: LocalSt
         "test:bytes",
         "uint8",
     )
-    lease = SimpleNamespace(
-        id=7,
-        pages=(
-            SimpleNamespace(group=0, block=0, slot=0),
-            SimpleNamespace(group=0, block=1, slot=1),
-            SimpleNamespace(group=1, block=1, slot=2),
-        ),
-    )
+    lease = LoadLease(7, 2, 2 * BLOCK, SlotPages([0, 1, 1], [0, 0, 1], [0, 1, 2]))
     half = World(store, EngineLayout(layout, (0, 1), (("a",), ("b",)), ((8192,), (8192,)))).half
     null, real = SimpleNamespace(block_id=0, is_null=True), SimpleNamespace(block_id=9, is_null=False)
 
-    _, inside = half._loads._copies(lease, [[real, real], [null, real]], 0, 2)  # type: ignore[arg-type]
-    _, outside = half._loads._copies(lease, [[real, real], [real, real]], 0, 2)  # type: ignore[arg-type]
+    _, inside = half._loads._copies(lease, [[real, real], [null, real]], 0, 2)
+    _, outside = half._loads._copies(lease, [[real, real], [real, real]], 0, 2)
 
     assert (inside, outside) == (True, False)
 
