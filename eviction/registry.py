@@ -25,7 +25,7 @@ def register_policy(name: str, factory: PolicyFactory) -> None:
         raise ValueError(f"eviction policy {name!r} is registered already; choose another name")
 
 
-def make_policy(name: str, ttl_s: float | None = None) -> EvictionPolicy[Any]:
+def make_policy(name: str, ttl_s: float | None = None) -> Ttl[Any]:
     """Return a new policy with deadlines on top: `ttl_s` seconds after the last use, None or 0 for never.
 
     Deadlines are there even without `ttl_s`, because a key may bring its own (`Hint.ttl_s`). Raises ValueError for an

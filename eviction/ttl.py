@@ -43,6 +43,8 @@ class Ttl(Generic[K]):
     ttl_s: seconds from a key's last add or touch to its deadline, for keys whose hint has none; None or 0 means never.
            A hint's ttl_s of 0 means never too, and a negative one a deadline that has passed.
 
+    has_deadlines: False while no key has one: then `expired` need not be asked.
+
     `now` may go back between calls, see the module: O(keys) then. Otherwise O(1) per key, and O(log classes) for each
     class that is due.
     """
@@ -52,6 +54,7 @@ class Ttl(Generic[K]):
             raise ValueError(f"ttl_s is {ttl_s}; it must be at least 0 seconds, where 0 or None means never")
         self._inner = inner
         self._ttl_s = NEVER if ttl_s is None or ttl_s == inf else ttl_s
+        self.has_deadlines = False
         self._now = -inf
         self._classes: dict[float, OrderedDict[K, float]] = {}  # by ttl; key -> deadline, earliest first
         self._usual: OrderedDict[K, float] = self._classes.setdefault(self._ttl_s, OrderedDict())
@@ -113,7 +116,9 @@ class Ttl(Generic[K]):
     def expired(self, now: float, limit: int | None = None) -> list[K]:
         """Return the keys whose deadline is `now` or before, earliest first. They stay until discarded."""
         self._seen(now)
-        return self._expired(limit)
+        expired = self._expired(limit)
+        self.has_deadlines = bool(self._due or self._lent_due)
+        return expired
 
     def overdue(self, keys: Iterable[K], now: float, limit: int | None = None) -> list[K]:
         """Return those of `keys` whose deadline is `now` or before, the first `limit` of them."""
@@ -180,6 +185,7 @@ class Ttl(Generic[K]):
         heapify(self._lent_due)
 
     def _lend(self, keys: list[K], now: float, left_s: float, ttl_s: float) -> None:
+        self.has_deadlines = True
         for key in keys:
             loan = self._lent[key] = _Loan(now + left_s, next(self._order), left_s, ttl_s)
             heappush(self._lent_due, (loan.deadline, loan.number, key))
@@ -201,6 +207,7 @@ class Ttl(Generic[K]):
             self._unusual.update(dict.fromkeys(keys, ttl_s))
         untrack([deadlines])  # a dict is tracked again by what is put in
         if ttl_s not in self._in_due:
+            self.has_deadlines = True
             self._in_due.add(ttl_s)
             heappush(self._due, (now + ttl_s, ttl_s))
 

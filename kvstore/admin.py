@@ -12,9 +12,9 @@ from kvstore.errors import ConfigError
 from kvstore.forks import forbid
 from kvstore.move.lane import Lane
 from kvstore.plan.journal import Shortfall
-from kvstore.plan.keeper import Kept
 from kvstore.plan.prefixes import Tour
 from kvstore.plan.records import Explanation, Request
+from kvstore.plan.retention import Kept
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.tiers.base import CLEARED, Sweepable
 
@@ -39,22 +39,22 @@ class Admin:
     def shortfalls(self) -> list[Shortfall]:
         """The last lookups that fell short, oldest first; nothing without a journal."""
         with self._lock:
-            journal = self._planner.catalog.journal
+            journal = self._planner.books.catalog.journal
             return [] if journal is None else list(journal.shortfalls)
 
     def kept(self) -> list[Kept]:
         """The pages that pins and `retain_until` keep in host memory: whose, how many, until when (Unix time)."""
         with self._lock:
             self._dispatcher.settle()
-            clock = self._planner.clock
+            clock = self._planner.books.clock
             ahead_s = clock.wall() - clock.boot()
-            return [replace(one, until=one.until + ahead_s) for one in self._planner.keeper.holders]
+            return [replace(one, until=one.until + ahead_s) for one in self._planner.retention.keeper.holders]
 
     def guide(self, tour: Tour, max_blocks: int = 2048) -> bool:
         """One step of a walk over everything that is stored; True when it is over. See kvstore/plan/prefixes.py."""
         with self._lock:
             self._dispatcher.check_open()
-            return tour.step(self._planner, max_blocks, self._dispatcher.now())
+            return tour.step(self._planner.books, max_blocks, self._dispatcher.now())
 
     # ---- what is changed --------------------------------------------------------------------------------------
 
@@ -72,7 +72,7 @@ class Admin:
         None while some can be done that are not, unless it is asked for `at_once`. Ask after each change (`listen`).
         """
         with self._lock:
-            tiers, now = self._planner.tiers, self._dispatcher.now()
+            tiers, now = self._planner.books.tiers, self._dispatcher.now()
             if not at_once and any(tier.is_deleting(now) for tier in tiers):
                 return None
             return {tier.plan.name: len(tier.deletes) for tier in tiers if len(tier.deletes)}
@@ -84,7 +84,7 @@ class Admin:
 
     def resize_host(self, num_slots: int) -> None:
         """Use `num_slots` of the slots; memory of the others goes back to the system as they come free."""
-        most = self._planner.host.pool.num_slots
+        most = self._planner.books.host.pool.num_slots
         if not 1 <= num_slots <= most:
             raise ConfigError(f"host: {num_slots} slots are asked for; the slab has 1 to {most}")
         self._dispatcher.carry_out(self._planner.in_steps.resize_host(num_slots))

@@ -14,7 +14,7 @@ from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
 from kvstore.move.rows import RowMover
 from kvstore.plan.planner import Planner
-from kvstore.plan.settings import PlanSettings
+from kvstore.plan.records import PlanSettings
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.policies import make_policy
 from kvstore.store import LocalStore

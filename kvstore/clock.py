@@ -18,6 +18,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 log = logging.getLogger(__name__)
 
@@ -25,13 +26,9 @@ log = logging.getLogger(__name__)
 LARGE_STEP_S = 1.0
 
 
-# Where a system has no CLOCK_BOOTTIME (macOS), its monotonic clock goes on in sleep.
-_BOOT = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-def boot_time() -> float:
-    """Seconds since the machine was started, with those that it slept."""
-    return time.clock_gettime(_BOOT)
+# Seconds since the machine was started, with those that it slept. Where a system has no CLOCK_BOOTTIME (macOS), its
+# monotonic clock goes on in sleep.
+boot_time: Callable[[], float] = partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class Clock:

@@ -39,6 +39,7 @@ from kvstore.plan.flushing import Flushing, Told
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import FlushResult, Outcome
 from kvstore.plan.steps import Steps
+from kvstore.plan.transfers import TransferBook
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ class Dispatcher:
 
     def free_retired(self) -> None:
         """Give the memory of slots that are out of use back to the system."""
-        self._discard(self.planner.host.pool.take_retired())
+        self._discard(self.planner.books.host.pool.take_retired())
 
     def is_flushed(self, flushing: Flushing) -> bool:
         """True if a flush has come to its end, or the store to its own."""
@@ -221,7 +222,7 @@ class Dispatcher:
             self.planner.set_tier_up(state.tier, state.is_up, now, state.directions)
 
     def _on_tick(self) -> None:
-        self.planner.clock.look()
+        self.planner.books.clock.look()
         with self.lock:
             self._book_arrived()
         with suppress(StoreClosed):
@@ -239,19 +240,21 @@ class Dispatcher:
             raise StoreClosed("the store is closed")
         if self._is_torn:
             self.settle()
-        self._last_lease = self.planner.last_lease
+        self._last_lease = self.planner.in_steps.last_lease
         self._is_torn = True
 
     def _end(self, *, tell: bool = False, again: bool = False) -> None:
         """Hand the planner's transfers to the lanes, under the lock, so that they go out in the planner's order."""
-        flights = self.planner.flights
-        if flights.outgoing:
-            if not self.is_closed:
-                self.mover.submit(flights.outgoing, again=again)
-            flights.sent()
-        promotions = self.planner.take_promotions()
-        if promotions and not self.is_closed:
-            self.mover.promote(promotions)
+        transfers = self.planner.books.transfers
+        if transfers.outbox or transfers.promoted:
+            self._hand_on(transfers, again=again)
         if tell:
             self.tell()
         self._is_torn = False
+
+    def _hand_on(self, transfers: TransferBook, *, again: bool) -> None:
+        if not self.is_closed:
+            self.mover.submit(transfers.outbox, again=again)
+            if transfers.promoted:
+                self.mover.promote(transfers.promoted)
+        transfers.sent()

@@ -69,6 +69,6 @@ def find_policy(name: str) -> PolicyFactory:
     return found
 
 
-def make_policy(name: str, ttl_s: float | None = None) -> EvictionPolicy[Any]:
+def make_policy(name: str, ttl_s: float | None = None) -> Ttl[Any]:
     """Return a new policy with deadlines on top; see `eviction.registry.make_policy`. Raises ConfigError."""
     return Ttl(find_policy(name)(), ttl_s)

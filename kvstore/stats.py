@@ -16,26 +16,27 @@ REASONS = "down_reasons"  # {tier: {direction: the medium's words}}; the only te
 
 def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
     """Count. Under the store's lock for the planner's part; lanes and tiers are read without theirs."""
-    scout, loader, host, costs = planner.scout, planner.loader, planner.host, planner.costs
-    tiers = {tier.plan.name: tier for tier in planner.tiers}
+    lookups, loader, fetches = planner.lookups, planner.loader, planner.fetches
+    host, costs = planner.books.host, planner.books.costs
+    tiers = {tier.plan.name: tier for tier in planner.books.tiers}
     media = {name: lanes[name].tier.counters if name in lanes else TierCounters() for name in tiers}
     return {
-        "lookups": scout.counters["lookups"],
-        "lookup_pending": scout.counters["pending"],
+        "lookups": lookups.counters["lookups"],
+        "lookup_pending": lookups.counters["pending"],
         "hit_blocks": dict(loader.hit_blocks),
-        "hit_tokens": {name: n * planner.layout.block_size for name, n in loader.hit_blocks.items()},
-        "matched_tokens": scout.counters["matched_tokens"],
-        "miss_tokens": scout.counters["missed_tokens"],
-        "cut": dict(scout.cuts),
-        "probes": dict(scout.probes.counters),
-        "collisions": {HOST: scout.counters["collisions"]} | {name: m.collisions for name, m in media.items()},
-        **planner.turns.counters,
-        "compute_wait_seconds": planner.turns.seconds_waited,
-        "loads": loader.counters["loads"],
-        "loads_incomplete": loader.counters["load_failures"],
-        "load_failures": dict(loader.failures),
-        "shared_fetches": loader.counters["shared_fetches"],
-        "prefetches": loader.counters["prefetches"],
+        "hit_tokens": {name: n * planner.books.layout.block_size for name, n in loader.hit_blocks.items()},
+        "matched_tokens": lookups.counters["matched_tokens"],
+        "miss_tokens": lookups.counters["missed_tokens"],
+        "cut": dict(lookups.cuts),
+        "probes": dict(lookups.probes.counters),
+        "collisions": {HOST: lookups.counters["collisions"]} | {name: m.collisions for name, m in media.items()},
+        **planner.single_flight.counters,
+        "compute_wait_seconds": planner.single_flight.seconds_waited,
+        "loads": loader.num_loads,
+        "loads_incomplete": fetches.counters["load_failures"],
+        "load_failures": dict(fetches.failures),
+        "shared_fetches": fetches.counters["shared_fetches"],
+        "prefetches": fetches.counters["prefetches"],
         "corrupt_pages": {name: m.corrupt_pages for name, m in media.items()},
         **planner.saver.counters,
         "spilled_pages": {name: tier.counters.spilled_pages for name, tier in tiers.items()},
@@ -60,20 +61,20 @@ def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
         }
         | ({"retired": host.pool.num_retired} if host.pool.num_retired else {}),
         "pinned_pages": host.num_resident - len(host.policy),
-        "kept_pages": planner.keeper.num_pages,
-        "keep_refused_pages": planner.keeper.refused_pages,
+        "kept_pages": planner.retention.keeper.num_pages,
+        "keep_refused_pages": planner.retention.keeper.refused_pages,
         "leases": planner.num_leases,
-        "blocks": len(planner.catalog.tree),
+        "blocks": len(planner.books.catalog.tree),
         "pages": {HOST: host.num_resident} | {name: tier.used_pages for name, tier in tiers.items()},
         "capacity_pages": {HOST: host.pool.num_in_use}
         | {name: tier.plan.capacity_pages for name, tier in tiers.items() if tier.plan.capacity_pages is not None},
-        "slot_bytes": planner.layout.slot_bytes,
+        "slot_bytes": planner.books.layout.slot_bytes,
         "prefill_rate": costs.prefill_tokens_per_s or 0.0,
         "tier_bandwidth": {
             name: 1.0 / cost.seconds_per_byte for name, cost in costs.tiers.items() if cost.seconds_per_byte
         },
         "tier_latency": {name: cost.latency_s for name, cost in costs.tiers.items()},
-        "ttft_saved_seconds": planner.endings.seconds_saved,
+        "ttft_saved_seconds": planner.loader.seconds_saved,
     }
 
 

@@ -23,7 +23,7 @@ from kvstore.layout import Layout
 from kvstore.move.lane import Lane
 from kvstore.plan.flushing import Flushing, Told
 from kvstore.plan.journal import BlockEvent, Journal
-from kvstore.plan.leases import load_lease
+from kvstore.plan.loads import load_lease
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import (
     CutReason,
@@ -91,7 +91,7 @@ class LocalStore(RequestMaker):
 
     def wait_lookup(self, request: Request, timeout_s: float | None = None) -> Match:
         """Lookup, waiting for pending tiers, and as long as the planner says for another request's computing."""
-        wait_s = self._planner.settings.lookup_deadline_s if timeout_s is None else timeout_s
+        wait_s = self._planner.books.settings.lookup_deadline_s if timeout_s is None else timeout_s
         until = time.monotonic() + wait_s
         with self._lock:
             while True:
@@ -99,13 +99,13 @@ class LocalStore(RequestMaker):
                     match = self._planner.lookup(request, now)
                 if timeout_s is None and match.cut is CutReason.COMPUTING:
                     until = time.monotonic() + wait_s  # the deadline is that of tiers, which are asked again after it
-                    self._dispatcher.wait(self._planner.settings.compute_wait_s)  # a tick comes long before
+                    self._dispatcher.wait(self._planner.books.settings.compute_wait_s)  # a tick comes long before
                 elif not match.pending or not self._dispatcher.wait_until(until):
                     return match
 
     def peek(self, request: Request, timeout_s: float | None = None) -> Match:
         """The match that a lookup would give, without its consequences."""
-        wait_s = self._planner.settings.lookup_deadline_s if timeout_s is None else timeout_s
+        wait_s = self._planner.books.settings.lookup_deadline_s if timeout_s is None else timeout_s
         until = time.monotonic() + wait_s
         with self._lock:
             while True:
@@ -130,7 +130,7 @@ class LocalStore(RequestMaker):
         """Pin blocks [first, num_blocks) in host slots and start fetching what is not there."""
         check_range("num_blocks", num_blocks, len(request.keys))
         check_range("first", first, num_blocks)
-        lease_id = self._planner.new_lease_id()
+        lease_id = self._in_steps.new_lease_id()
         try:
             steps = self._in_steps.prepare_load(lease_id, request, num_blocks, self._now(), owner, first)
             return load_lease(self._dispatcher.carry_out(steps), self.layout.block_size)
@@ -140,7 +140,7 @@ class LocalStore(RequestMaker):
 
     def wait(self, lease: LoadLease, timeout_s: float | None = None) -> LeaseStatus:
         """Wait until the lease is ready, at most until the load deadline."""
-        wait_s = self._planner.settings.load_deadline_s if timeout_s is None else timeout_s
+        wait_s = self._planner.books.settings.load_deadline_s if timeout_s is None else timeout_s
         until = time.monotonic() + wait_s
         with self._lock:
             while True:
@@ -158,7 +158,7 @@ class LocalStore(RequestMaker):
 
     def prefetch(self, request: Request) -> int:
         """Start bringing the known prefix into host memory; returns a ticket."""
-        ticket = self._planner.new_lease_id()
+        ticket = self._in_steps.new_lease_id()
         return self._dispatcher.carry_out(self._in_steps.prefetch(ticket, request, self._now()))
 
     @silent_after_close
@@ -172,7 +172,7 @@ class LocalStore(RequestMaker):
     def prepare_save(self, request: Request, first: int, num_blocks: int, *, owner: str = "") -> SaveLease:
         """Give slots for those pages of blocks [first, first + num_blocks) that host memory does not have."""
         check_blocks(request, first, num_blocks)
-        lease_id = self._planner.new_lease_id()
+        lease_id = self._in_steps.new_lease_id()
         try:
             steps = self._in_steps.prepare_save(lease_id, request, first, num_blocks, self._now(), owner)
             return self._dispatcher.carry_out(steps)
@@ -238,7 +238,7 @@ class LocalStore(RequestMaker):
     def keep_journal(self, journal: Journal) -> None:
         """Write down from now on what comes and goes, for `take_events` and for operators."""
         with self._lock:
-            self._planner.catalog.journal = journal
+            self._planner.books.catalog.journal = journal
 
     def want_events(self) -> None:
         """Write down from now on what comes and goes, for `take_events` alone."""
@@ -249,7 +249,7 @@ class LocalStore(RequestMaker):
     def take_events(self) -> list[BlockEvent]:
         """The blocks that came and went since the last call; nothing without a journal that wants events."""
         with self._lock:
-            journal = self._planner.catalog.journal
+            journal = self._planner.books.catalog.journal
             return [] if journal is None else journal.take_events()
 
     # ---- bytes ------------------------------------------------------------------------------------------------

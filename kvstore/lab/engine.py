@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import count
 
-from eviction.policy import EvictionPolicy
+from eviction.ttl import Ttl
 from kvstore.clock import Clock
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.planner import Planner
-from kvstore.plan.records import Match, Outcome, Request
-from kvstore.plan.settings import PlanSettings
+from kvstore.plan.records import Match, Outcome, PlanSettings, Request
 from kvstore.plan.state import Page
 from kvstore.plan.tier_plan import TierPlan
 from radix.namespace import BlockHash
@@ -33,7 +32,7 @@ class VirtualEngine:
         self,
         block_size: int,
         settings: PlanSettings,
-        policy: EvictionPolicy[Page],
+        policy: Ttl[Page],
         tiers: Sequence[TierPlan] = (),
     ) -> None:
         """Make an empty store: host memory of `settings.num_slots` blocks and, below it, the tiers that are given."""
@@ -46,7 +45,7 @@ class VirtualEngine:
     def request(self, keys: Sequence[BlockHash]) -> Request:
         """Return a new request for a prompt of these blocks."""
         # One token more than the blocks hold: an engine has to compute at least one.
-        return Request(next(self._ids), list(keys), len(keys) * self.planner.layout.block_size + 1)
+        return Request(next(self._ids), list(keys), len(keys) * self.planner.books.layout.block_size + 1)
 
     def serve(self, request: Request) -> Match:
         """Look up, load what matches, save the rest, finish; return the match."""

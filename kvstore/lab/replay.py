@@ -22,7 +22,7 @@ from typing import Any
 from kvstore.errors import ConfigError
 from kvstore.lab.engine import VirtualEngine
 from kvstore.load.kvt import KvtRequest, next_line, open_lines, read_header, read_kvt
-from kvstore.plan.settings import PlanSettings
+from kvstore.plan.records import PlanSettings
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.policies import make_policy
 from radix.namespace import BlockHash

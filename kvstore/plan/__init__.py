@@ -1,9 +1,9 @@
 """The brain: what is loaded, saved, moved and evicted. No I/O, no thread, no clock of its own.
 
 planner                                                        its verbs
-records                                                        values that cross to callers and lanes
+books, state, records                                          what its parts share; what crosses to callers and lanes
 lookup, match, probes, cost, resume                            what is stored of a prompt, and how much of it pays
-loads, saves, single_flight, claims                            who brings pages, who computes them
+loads, fetches, saves, single_flight, claims                   who brings pages, who computes them
 catalog, host, slots                                           what is known of each page, and host memory
 journal                                                        what came and went
 lower_tier, lower_tiers, transfers, debts, deletes, flushing   what lies below it, and what is owed there

@@ -46,22 +46,23 @@ class Claims:
     """The claims of one store. Under its lock.
 
     lease_s: how long a claim lives without progress.
+    by_step: the claim that each step belongs to.
     """
 
     def __init__(self, lease_s: float) -> None:
         self.lease_s = lease_s
         self._by_request: dict[int, Claim] = {}
-        self._by_step: dict[BlockHash, Claim] = {}
+        self.by_step: dict[BlockHash, Claim] = {}
 
     def make(self, request: Request, steps: Sequence[BlockHash], now: float, *, take_over: bool = False) -> Claim:
         """Claim `steps` for a request, as far as there is room; those of others only by `take_over`."""
         self.end(request)
         if take_over:
             self._remove(steps)
-        room = max(0, MAX_STEPS - len(self._by_step))
-        free = [step for step in steps if step not in self._by_step][:room]
+        room = max(0, MAX_STEPS - len(self.by_step))
+        free = [step for step in steps if step not in self.by_step][:room]
         claim = self._by_request[request.id] = Claim(request, dict.fromkeys(free), now)
-        self._by_step.update(dict.fromkeys(free, claim))
+        self.by_step.update(dict.fromkeys(free, claim))
         return claim
 
     def of(self, request: Request) -> Claim | None:
@@ -70,7 +71,7 @@ class Claims:
 
     def holder(self, step: BlockHash) -> Claim | None:
         """The claim that a step belongs to."""
-        return self._by_step.get(step)
+        return self.by_step.get(step)
 
     def expires_at(self, claim: Claim) -> float:
         """When a claim ends unless there is progress."""
@@ -88,7 +89,7 @@ class Claims:
         claim = self._by_request.pop(request.id, None)
         if claim is not None:
             for step in claim.steps:
-                del self._by_step[step]
+                del self.by_step[step]
         return claim
 
     def expired(self, now: float) -> list[Claim]:
@@ -97,14 +98,14 @@ class Claims:
 
     def rebuild(self) -> None:
         """Make the index by step anew, from the claims there are: an exception may have come between the two."""
-        self._by_step = {step: claim for claim in self._by_request.values() for step in claim.steps}
+        self.by_step = {step: claim for claim in self._by_request.values() for step in claim.steps}
         for claim in self._by_request.values():
-            claim.steps = {step: None for step in claim.steps if self._by_step[step] is claim}
+            claim.steps = {step: None for step in claim.steps if self.by_step[step] is claim}
 
     def check(self) -> None:
         """Assert that the two indexes agree. For tests."""
         listed = {step: claim for claim in self._by_request.values() for step in claim.steps}
-        assert listed == self._by_step, f"{len(listed)} steps in claims, {len(self._by_step)} in the index"
+        assert listed == self.by_step, f"{len(listed)} steps in claims, {len(self.by_step)} in the index"
 
     def __len__(self) -> int:
         return len(self._by_request)
@@ -112,7 +113,7 @@ class Claims:
     def _remove(self, steps: Iterable[BlockHash]) -> list[Claim]:
         changed: dict[Claim, None] = {}
         for step in steps:
-            claim = self._by_step.pop(step, None)
+            claim = self.by_step.pop(step, None)
             if claim is not None:
                 del claim.steps[step]
                 changed[claim] = None

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 
 from kvstore.page import PageKey
 from kvstore.plan.records import Op, Outcome, Priority
-from kvstore.plan.transfers import Flight, Flights
+from kvstore.plan.transfers import InFlight, TransferBook
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +41,14 @@ class Deletes:
     num_dropped: those that will not be done: too many waited, the tier was taken away, or it refuses clears.
     """
 
-    def __init__(self, tier: str, flights: Flights, max_owed: int) -> None:
+    def __init__(self, tier: str, transfers: TransferBook, max_owed: int) -> None:
         self.num_done = 0
         self.num_failed = 0
         self.num_dropped = 0
         self.is_any = False  # anything is owed; the one question that is asked all the time
         self.must_clear = False
         self._tier = tier
-        self._flights = flights
+        self._transfers = transfers
         self._max_owed = max_owed
         self._waiting: OrderedDict[PageKey, None] = OrderedDict()
         self._leaving: set[PageKey] = set()
@@ -120,7 +120,7 @@ class Deletes:
                 del self._waiting[key]
             self._send(Op.DELETE, keys)
 
-    def landed(self, flight: Flight, outcome: Outcome, now: float, *, takes_writes: bool) -> None:
+    def landed(self, flight: InFlight, outcome: Outcome, now: float, *, takes_writes: bool) -> None:
         """Book the outcome of a DELETE or a CLEAR. What failed is owed again.
 
         takes_writes: the tier does. A clear keeps writes back, so one that such a tier goes on refusing is given up.
@@ -153,7 +153,7 @@ class Deletes:
 
         written: the writes under way of pages that are forgotten, by key.
         """
-        flights = [flight for flight in self._flights.under_way() if flight.transfer.tier == self._tier]
+        flights = [flight for flight in self._transfers.under_way() if flight.transfer.tier == self._tier]
         leaving = [flight.transfer for flight in flights if flight.transfer.op is Op.DELETE]
         clearing = sum(flight.transfer.op is Op.CLEAR for flight in flights)
         ended = [key for key in self._written if key not in written]
@@ -205,7 +205,7 @@ class Deletes:
 
     def _send(self, op: Op, keys: Sequence[PageKey]) -> None:
         self._num_under_way += 1
-        self._flights.send(op, self._tier, keys, priority=Priority.SAVE, deadline=float("inf"))
+        self._transfers.send(op, self._tier, keys, priority=Priority.SAVE, deadline=float("inf"))
 
     def _note(self) -> None:
         self.is_any = bool(self._waiting or self._leaving or self._written or self.must_clear)

@@ -88,6 +88,6 @@ def _num_flying_saves(tier: LowerTier) -> int:
         return 0
     return sum(
         len(flight.pages) - (len(flight.context) if isinstance(flight.context, frozenset) else 0)
-        for flight in tier.flights.under_way()
+        for flight in tier.transfers.under_way()
         if flight.transfer.op is Op.SPILL and flight.transfer.tier == tier.plan.name
     )

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from eviction.policy import EvictionPolicy, Hint
+from eviction.policy import Hint
+from eviction.ttl import Ttl
 from kvstore.plan.catalog import Catalog
 from kvstore.plan.journal import Left
 from kvstore.plan.records import HOST
@@ -29,15 +30,13 @@ from radix.hashing import BlockHash
 REUSED = Hint(hits=1)
 
 
-class HostSpace:
+class HostMemory:
     """Slots of host memory and the order in which their pages leave.
 
     boot: clock of times to live, in seconds.
     """
 
-    def __init__(
-        self, num_slots: int, policy: EvictionPolicy[Page], catalog: Catalog, boot: Callable[[], float]
-    ) -> None:
+    def __init__(self, num_slots: int, policy: Ttl[Page], catalog: Catalog, boot: Callable[[], float]) -> None:
         self.pool = SlotPool(num_slots)
         self.policy = policy
         self.num_resident = 0

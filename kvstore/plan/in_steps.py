@@ -7,67 +7,69 @@ carry all steps out at once. Under the store's lock.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import count, islice
 
-from kvstore.layout import Layout
 from kvstore.page import page_key
-from kvstore.plan.catalog import Catalog
-from kvstore.plan.endings import Endings
-from kvstore.plan.host import HostSpace
-from kvstore.plan.keeper import Keeper
+from kvstore.plan.books import Books
+from kvstore.plan.fetches import Fetches
 from kvstore.plan.loads import Loader
-from kvstore.plan.lookup import Scout
+from kvstore.plan.lookup import PrefixLookup
 from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.records import LeaseState, Request, SaveLease
 from kvstore.plan.retention import Retention
 from kvstore.plan.saves import Saver
-from kvstore.plan.single_flight import Turns
+from kvstore.plan.single_flight import SingleFlight
 from kvstore.plan.state import Block, Load, Save
 from kvstore.plan.steps import STEP_BLOCKS, STEP_PAGES, Steps, parts, parts_from_tail
-from kvstore.plan.transfers import Flights
 from radix.hashing import BlockHash
+
+MAX_REASONS = 16
 
 
 class InSteps:
-    """Verbs in steps, over the planner's own parts. last_lease: the highest number of a lease that was made."""
+    """Verbs in steps, over the planner's own parts.
+
+    last_lease:     the highest number of a lease that was made.
+    finish_reasons: how many requests ended with each; it predicts whether a turn follows (tool calls nearly always
+                    bring one), for policies to come. Callers choose the words: those after MAX_REASONS are "other".
+    """
 
     def __init__(
         self,
-        layout: Layout,
-        host: HostSpace,
-        catalog: Catalog,
-        tiers: Sequence[LowerTier],
-        flights: Flights,
-        scout: Scout,
+        books: Books,
+        lookups: PrefixLookup,
+        fetches: Fetches,
         loader: Loader,
         saver: Saver,
-        turns: Turns,
-        keeper: Keeper,
+        single_flight: SingleFlight,
         retention: Retention,
-        endings: Endings,
     ) -> None:
         self.last_lease = 1
-        self._groups = range(len(layout.groups))
-        self._has_full = any(layout.window_blocks(group) is None for group in self._groups)
-        self._host = host
-        self._catalog = catalog
-        self._tiers = tiers
-        self._flights = flights
-        self._scout = scout
+        self.finish_reasons: dict[str, int] = {}
+        self._lease_ids = count(2)
+        self._groups = range(len(books.layout.groups))
+        self._host = books.host
+        self._catalog = books.catalog
+        self._tiers = books.tiers
+        self._transfers = books.transfers
+        self._lookups = lookups
+        self._fetches = fetches
         self._loader = loader
         self._saver = saver
-        self._turns = turns
-        self._keeper = keeper
+        self._single_flight = single_flight
         self._retention = retention
-        self._endings = endings
 
     # ---- leases -----------------------------------------------------------------------------------------------
+
+    def new_lease_id(self) -> int:
+        """A number for a lease or a ticket. Any thread."""
+        return next(self._lease_ids)
 
     def prepare_load(
         self, lease_id: int, request: Request, num_blocks: int, now: float, owner: str, first: int
     ) -> Steps[Load]:
         """Pin blocks [first, num_blocks) that are in host memory, make room for the rest, send the fetches."""
-        self.expire(request)
+        self._lookups.expire(request)
         self.last_lease = max(self.last_lease, lease_id)
         return (yield from self._loader.preparing(lease_id, request, num_blocks, now, owner, first))
 
@@ -75,25 +77,24 @@ class InSteps:
         self, lease_id: int, request: Request, first: int, num_blocks: int, now: float, owner: str
     ) -> Steps[SaveLease]:
         """Slots for the pages of blocks [first, first + num_blocks) that host memory does not have."""
-        self.expire(request)  # else what is over would count as stored, and not be saved again
+        self._lookups.expire(request)  # else what is over would count as stored, and not be saved again
         self.last_lease = max(self.last_lease, lease_id)
         lease = yield from self._saver.preparing(lease_id, request, first, num_blocks, owner)
         if lease.skipped:
-            self._turns.end(request, now)  # nobody should wait for what will not be there
+            self._single_flight.end(request, now)  # nobody should wait for what will not be there
         return lease
 
     def complete(self, lease_id: int, now: float, filled: Sequence[bool] | None = None) -> Steps[None]:
         """End a lease well: unpin after a load, publish after a save."""
-        load = self._loader.close(lease_id, is_well=True)
-        if load is not None:
-            self._endings.loaded(load, now)
+        if lease_id in self._loader.loads:
+            self._loader.close(lease_id, now, is_well=True)
         elif lease_id in self._saver.saves:
             self._saver.close(lease_id, filled)
         yield from self._end(lease_id, now)
 
     def release(self, lease_id: int, now: float) -> Steps[None]:
         """End a lease badly: unpin, or drop what was being filled."""
-        self._loader.close(lease_id, is_well=False)
+        self._loader.close(lease_id, now, is_well=False)
         self._saver.drop(lease_id)
         yield from self._end(lease_id, now)
 
@@ -108,60 +109,77 @@ class InSteps:
                 num_pages = 0
             num_pages += len(lease.pages) + 1
             yield from self.release(lease.id, now)
-            self._turns.end(lease.request, now)
+            self._single_flight.end(lease.request, now)
         return len(own)
 
     def finished(
         self, request: Request, now: float, finish_reason: str = "", *, last_turn: bool = False
     ) -> Steps[None]:
         """Refresh the request's path in every tier, or let its private part go first if no turn will follow."""
-        return self._endings.finished(request, now, finish_reason, last_turn=last_turn)
+        if finish_reason:
+            if finish_reason not in self.finish_reasons and len(self.finish_reasons) >= MAX_REASONS:
+                finish_reason = "other"
+            self.finish_reasons[finish_reason] = self.finish_reasons.get(finish_reason, 0) + 1
+        self._lookups.end(request)
+        self._saver.finished(request, now)
+        path = self._lookups.known_path(request)
+        yield from self._retention.using(path, request, now)
+        if request.options.pin or request.options.retain_until:
+            for part in parts(path):
+                if part is not path:
+                    yield
+                self._retention.promise(part, request)
+        if last_turn:
+            for part in parts(path):  # what comes last is the first to go
+                if part is not path:
+                    yield
+                self._retention.let_go_first(part, request)
 
     def _end(self, lease_id: int, now: float) -> Steps[None]:
         """Carry on with the end of a lease, if it has begun."""
         load = self._loader.loads.get(lease_id)
         if load is not None and load.state is LeaseState.CLOSED:
-            yield from self._endings.loading(load, now)
+            yield from self._loader.end(load, now)
         save = self._saver.saves.get(lease_id)
         if save is not None and save.is_ending:
-            yield from self._endings.saving(save, now)
+            yield from self._saver.end(save, now)
 
     # ---- what is said about blocks ----------------------------------------------------------------------------
 
     def prefetch(self, ticket: int, request: Request, now: float) -> Steps[int]:
         """Start bringing the known prefix into host memory; returns the ticket."""
-        self.expire(request)
-        if self._loader.ask(ticket, request, now):
+        self._lookups.expire(request)
+        if self._fetches.ask(ticket, request, now):
             if len(request.keys) > STEP_PAGES:
                 yield
-            self._loader.bring(ticket, request, now)
+            self._fetches.bring(ticket, request, now)
         return ticket
 
     def pin(self, request: Request) -> Steps[int]:
         """Keep the request's blocks in host memory until unpin, as many as the budget holds and as long as may be."""
-        self.expire(request)
+        self._lookups.expire(request)
         num_kept = 0
-        path = self._scout.known_path(request)
+        path = self._lookups.known_path(request)
         for part in parts(path, STEP_BLOCKS):
             if part is not path:
                 yield
-            num_kept += self._keeper.keep(_alive(part), float("inf"), request.holder)
+            num_kept += self._retention.keeper.keep(_alive(part), float("inf"), request.holder)
         return num_kept
 
     def unpin(self, request: Request) -> Steps[int]:
         """Undo pin."""
         num_ended = 0
-        path = self._scout.known_path(request)
+        path = self._lookups.known_path(request)
         for part in parts_from_tail(path):
             if part is not path:
                 yield
-            num_ended += self._keeper.let_go(part)
+            num_ended += self._retention.keeper.let_go(part)
         return num_ended
 
     def set_ttl(self, request: Request, ttl_s: float, now: float) -> Steps[int]:
         """Give the known blocks of a request a time to live from now on, in every tier; returns how many."""
-        self.expire(request)
-        path = self._scout.known_path(request)
+        self._lookups.expire(request)
+        path = self._lookups.known_path(request)
         for part in parts_from_tail(path, STEP_BLOCKS):
             if part is not path:
                 yield
@@ -170,7 +188,7 @@ class InSteps:
 
     def forget(self, request: Request, first: int, now: float) -> Steps[int]:
         """Delete blocks from `first` on and all that is known to continue them."""
-        self._turns.end(request, now)
+        self._single_flight.end(request, now)
         if first >= len(request.keys):
             return 0
         num_removed = yield from self._trim(request.keys[first], now)
@@ -258,11 +276,11 @@ class InSteps:
 
     def tick(self, now: float) -> Steps[bool]:
         """Do what only time makes due: deadlines, promises that end. True if somebody need not wait any more."""
-        self.expire()
-        while self._is_late:
+        self._lookups.expire()
+        while self._lookups.is_late:
             yield
-            self.expire()
-        while self._keeper.expire():
+            self._lookups.expire()
+        while self._retention.keeper.expire():
             yield
         while self._host.shrink():
             yield
@@ -275,28 +293,8 @@ class InSteps:
             yield from self._end(save.id, now)
         # What had not begun when its tier went down has been answered for by now, and may be on its way from another
         # tier; the rest is inside and may never come back.
-        stalled = [page for flight in self._flights.take_stalled() for page in flight.pages]
-        return self._loader.give_up(stalled, now) | self._turns.tick(now)
-
-    def expire(self, request: Request | None = None) -> None:
-        """Drop what is past its deadline. Called wherever it matters, and not by `tick` alone: ticks may be late.
-
-        As many as a step may take. If there are more, those that the request would find.
-        """
-        self._host.expire()
-        for tier in self._tiers:
-            tier.expire()
-        if request is not None and self._is_late:
-            limit = STEP_BLOCKS if self._has_full else None  # the first that is missing ends a match then
-            path = self._scout.known_path(request)
-            pages = [page for block in path for page in block.pages]
-            self._host.expire_of(pages, limit)
-            for tier in self._tiers:
-                tier.expire_of(pages, limit)
-
-    @property
-    def _is_late(self) -> bool:
-        return self._host.is_late or any([tier.is_late for tier in self._tiers])
+        stalled = [page for flight in self._transfers.take_stalled() for page in flight.pages]
+        return self._fetches.give_up(stalled, now) | self._single_flight.tick(now)
 
 
 def _alive(blocks: Sequence[Block]) -> Sequence[Block]:

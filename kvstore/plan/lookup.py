@@ -1,7 +1,7 @@
 """Lookups: what is stored of a prompt, where, and how much of it is worth loading.
 
-The scout walks the catalog, asks shared tiers by probes, and weighs. It changes nothing but its own notes about
-requests.
+A lookup walks the catalog, asks shared tiers by probes, and weighs. It changes nothing but its own notes about
+requests. What is past its deadline is not stored: the planner has it dropped (`expire`) before it looks.
 """
 
 from __future__ import annotations
@@ -10,46 +10,37 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from eviction.policy import Hint
-from kvstore.layout import Layout
-from kvstore.plan.catalog import Catalog
-from kvstore.plan.cost import CostModel
-from kvstore.plan.lower_tier import LowerTier
+from kvstore.plan.books import Books
 from kvstore.plan.match import FIRST_LOWER, IN_HOST, RequestState, Survey, loadable_blocks, locate, tier_names
 from kvstore.plan.probes import Probes
 from kvstore.plan.records import HOST, CutReason, Explanation, Match, Outcome, Request
 from kvstore.plan.resume import longest_resume, needed_from
-from kvstore.plan.settings import PlanSettings
 from kvstore.plan.state import Block, PageState
-from kvstore.plan.transfers import Flight, Flights
+from kvstore.plan.steps import STEP_BLOCKS
+from kvstore.plan.transfers import InFlight
 
 MAX_REQUESTS = 16_384  # notes kept about requests whose callers never say that they are over
 
 
-class Scout:
+class PrefixLookup:
     """Answers lookups. Under the store's lock."""
 
-    def __init__(
-        self,
-        layout: Layout,
-        settings: PlanSettings,
-        catalog: Catalog,
-        tiers: Sequence[LowerTier],
-        flights: Flights,
-        costs: CostModel,
-    ) -> None:
+    def __init__(self, books: Books) -> None:
         self.requests: dict[int, RequestState] = {}
-        self.names = tier_names([tier.plan.name for tier in tiers])
+        self.names = tier_names([tier.plan.name for tier in books.tiers])
         self.counters = {"lookups": 0, "pending": 0, "collisions": 0, "matched_tokens": 0, "missed_tokens": 0}
         self.cuts = {reason.value: 0 for reason in CutReason}
-        self._block_size = layout.block_size
-        self._windows = [layout.window_blocks(group) for group in range(len(layout.groups))]
-        self.probes = Probes(settings.lookup_deadline_s, catalog, tiers, flights, self._windows, self._block_size)
-        self._page_bytes = [layout.stored_bytes(group) for group in range(len(layout.groups))]
-        self._settings = settings
-        self._catalog = catalog
-        self._tiers = tiers
-        self._flights = flights
-        self._costs = costs
+        self.probes = Probes(books)
+        self._block_size = books.layout.block_size
+        self._windows = books.windows
+        self._has_full = None in books.windows
+        self._page_bytes = books.page_bytes
+        self._settings = books.settings
+        self._catalog = books.catalog
+        self._host = books.host
+        self._tiers = books.tiers
+        self._transfers = books.transfers
+        self._costs = books.costs
 
     def lookup(
         self, request: Request, now: float, judge: Callable[[Request, Match, float], Match] | None = None
@@ -60,7 +51,7 @@ class Scout:
         """
         state = self._state(request)
         survey = self.survey(request)
-        pending = self.probes.ask(state, survey, now)
+        pending = self._ask(state, survey, now)
         match = self._match(survey, pending)
         if judge is not None:
             match = judge(request, match, now)
@@ -82,7 +73,7 @@ class Scout:
         limit = loadable_blocks(request, self._block_size)
         blocks = self.verified(request, self._catalog.match(request.keys[:limit]))
         order = self._readable()
-        stalled = self._flights.stalled
+        stalled = self._transfers.stalled
         survey = Survey(blocks, [locate(blocks, group, order, stalled) for group in range(len(self._windows))])
         state = self.requests.get(request.id)
         if state is not None and state.probes:
@@ -100,7 +91,7 @@ class Scout:
 
     def ask(self, request: Request, now: float) -> bool:
         """Ask shared tiers about what is not known to be here; True until they have answered. Counts nothing."""
-        return self.probes.ask(self._state(request), self.survey(request), now)
+        return self._ask(self._state(request), self.survey(request), now)
 
     def ask_again(self, request: Request, first: int, end: int, now: float) -> bool:
         """Ask shared tiers once more about blocks [first, end); False if there is none to ask."""
@@ -111,6 +102,37 @@ class Scout:
         """Why the match ends where it does. Counts nothing, asks nobody (see `ask`)."""
         survey = self.survey(request)
         return self._explanation(request, survey, self._match(survey, False))
+
+    def expire(self, request: Request | None = None) -> None:
+        """Drop what is past its deadline. Called wherever it matters, and not by `tick` alone: ticks may be late.
+
+        As many as a step may take. If there are more, those that the request would find.
+        """
+        host = self._host
+        if host.is_late or host.policy.has_deadlines:
+            host.expire()
+        for tier in self._tiers:
+            policy = tier.plan.policy
+            if policy is not None and (tier.is_late or policy.has_deadlines):
+                tier.expire()
+        if request is not None and self.is_late:
+            limit = STEP_BLOCKS if self._has_full else None  # the first that is missing ends a match then
+            path = self.known_path(request)
+            pages = [page for block in path for page in block.pages]
+            host.expire_of(pages, limit)
+            for tier in self._tiers:
+                tier.expire_of(pages, limit)
+
+    @property
+    def is_late(self) -> bool:
+        """True if `expire` left some, being as many as a step may take."""
+        return self._host.is_late or any([tier.is_late for tier in self._tiers])
+
+    def _ask(self, state: RequestState, survey: Survey, now: float) -> bool:
+        """Probe shared tiers; True until they have answered. There is nothing to ask about a prompt that is here."""
+        if survey.known >= loadable_blocks(state.request, self._block_size) and not state.probes:
+            return False
+        return self.probes.ask(state, survey, now)
 
     def _match(self, survey: Survey, pending: bool) -> Match:
         worth, by_tier = survey.worth, survey.by_tier(self.names, self._windows)
@@ -211,7 +233,7 @@ class Scout:
                 return blocks[:index]
         return blocks
 
-    def answered(self, flight: Flight, outcome: Outcome) -> None:
+    def answered(self, flight: InFlight, outcome: Outcome) -> None:
         """Book the outcome of a PROBE."""
         assert isinstance(flight.context, tuple)
         self.probes.answered(self.requests.get(flight.context[0].id), flight, outcome)

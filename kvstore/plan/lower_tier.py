@@ -24,7 +24,7 @@ from kvstore.plan.records import Op, Outcome, Priority
 from kvstore.plan.state import Block, Page, PageState
 from kvstore.plan.steps import STEP_BLOCKS, parts
 from kvstore.plan.tier_plan import TierPlan
-from kvstore.plan.transfers import Flight, Flights
+from kvstore.plan.transfers import InFlight, TransferBook
 
 TOUCH_BATCH = 512  # keys; one Redis round trip or one LMDB transaction of a few milliseconds
 MAX_OWED_DELETES = 65_536  # keys that a tier which cannot be reached is owed; about 10 MB
@@ -41,7 +41,7 @@ class LowerTier:
     plan: TierPlan
     bit: int
     batch_pages: int
-    flights: Flights
+    transfers: TransferBook
     catalog: Catalog
     wall: Callable[[], float]
     page_bytes: Sequence[int]
@@ -58,7 +58,7 @@ class LowerTier:
 
     def __post_init__(self) -> None:
         self.debts = Debts(self.max_owed)
-        self.deletes = Deletes(self.plan.name, self.flights, max(MAX_OWED_DELETES, self.plan.capacity_pages or 0))
+        self.deletes = Deletes(self.plan.name, self.transfers, max(MAX_OWED_DELETES, self.plan.capacity_pages or 0))
 
     def owe(self, pages: Sequence[Page], *, used: bool, is_saved: bool = False) -> None:
         """Pages are whole in host memory: remember those this tier should have. is_saved: a save brought them."""
@@ -82,7 +82,7 @@ class LowerTier:
         if self.debts.held and self.takes(Direction.DELETE):
             self.deletes.pump(now, may_clear=False)  # those that writes turned out to wait for
 
-    def spilled(self, flight: Flight, outcome: Outcome, now: float) -> None:
+    def spilled(self, flight: InFlight, outcome: Outcome, now: float) -> None:
         """Book the outcome of a SPILL."""
         self.in_flight -= len(flight.pages)
         num_ok = sum(outcome.ok)
@@ -170,7 +170,7 @@ class LowerTier:
         self.forget_copies(self.copies(pages), Left.DELETED)
         self.debts.settle(pages)
 
-    def deleted(self, flight: Flight, outcome: Outcome, now: float) -> None:
+    def deleted(self, flight: InFlight, outcome: Outcome, now: float) -> None:
         """Book the outcome of a DELETE or a CLEAR."""
         self.deletes.landed(flight, outcome, now, takes_writes=self.takes(Direction.WRITE))
         if self.is_detached:
@@ -195,7 +195,7 @@ class LowerTier:
         copies = [page for block in reversed(fresh) for page in block.pages if page.homes & self.bit]
         for ttl_s, group in groupby(copies, key=self._ttl_s):
             for batch in parts(list(group), TOUCH_BATCH):
-                self.flights.send(
+                self.transfers.send(
                     Op.TOUCH,
                     self.plan.name,
                     [page.key for page in batch],
@@ -218,7 +218,7 @@ class LowerTier:
         self.owe([page for block in blocks for page in block.pages if page.state == PageState.READY], used=False)
         self.pump(now)
 
-    def touched(self, flight: Flight, outcome: Outcome, now: float) -> None:
+    def touched(self, flight: InFlight, outcome: Outcome, now: float) -> None:
         """Book the outcome of a TOUCH: pages that are gone (a flushed Redis) are owed again."""
         if outcome.error is not None:
             return
@@ -275,7 +275,7 @@ class LowerTier:
         copies = {page for page in pages if (page.homes | page.spilling) & self.bit}
         flying = {
             page
-            for flight in self.flights.under_way()
+            for flight in self.transfers.under_way()
             if flight.transfer.op is Op.SPILL and flight.transfer.tier == self.plan.name
             for page in flight.pages
         }
@@ -351,7 +351,7 @@ class LowerTier:
             # touches the path.
             for hint, group in groupby(reversed(pages), key=lambda page: page.block.hint):
                 self.plan.policy.add(list(group), now, hint)
-        self.flights.send(
+        self.transfers.send(
             Op.SPILL,
             self.plan.name,
             [page.key for page in pages],
@@ -394,6 +394,6 @@ def _deadline(now: float, ttl_s: float) -> float:
     return now + ttl_s if ttl_s > 0 else 0.0
 
 
-def _is_saved(flight: Flight, page: Page) -> bool:
+def _is_saved(flight: InFlight, page: Page) -> bool:
     """Whether a save brought a page that was sent; a flight remembers those that none did."""
     return not isinstance(flight.context, frozenset) or page not in flight.context

@@ -1,4 +1,4 @@
-"""The lower tiers of a planner, as they come and go.
+"""The lower tiers of a planner, as they come and go. Their list is in the books.
 
 A tier has one bit in the page's sets of homes and one place in the list, for ever: a tier that is taken away keeps
 both, empty, and gets them back when it returns.
@@ -6,77 +6,54 @@ both, empty, and gets them back when it returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from kvstore.direction import ALL_DIRECTIONS, Direction
 from kvstore.page import PageKey, PageMeta, split_key
-from kvstore.plan.catalog import Catalog
+from kvstore.plan.books import Books
+from kvstore.plan.cost import TierCost
 from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.state import Block, Page
 from kvstore.plan.tier_plan import TierPlan
-from kvstore.plan.transfers import Flights
 from radix.hashing import BlockHash
 
 RESTORE_STEP = 256  # pages; about 5 ms where each costs 20 us
 
 
-class TierBook:
-    """All lower tiers. Under the store's lock.
+class LowerTiers:
+    """Adds lower tiers to the books, and takes them away. Under the store's lock."""
 
-    all:         in the order in which they were given; a list that others hold on to, and that only grows.
-    batch_pages: pages of a transfer.
-    page_bytes:  of each layer group.
-    max_owed:    pages that a tier which is down may be owed.
-    hash_bytes:  length of a block hash.
-    wall:        clock, Unix time.
-    """
-
-    def __init__(
-        self,
-        plans: Sequence[TierPlan],
-        catalog: Catalog,
-        flights: Flights,
-        page_bytes: Sequence[int],
-        *,
-        batch_pages: int,
-        max_owed: int,
-        hash_bytes: int,
-        wall: Callable[[], float],
-    ) -> None:
-        self._catalog = catalog
-        self._flights = flights
-        self._page_bytes = page_bytes
-        self._batch_pages = batch_pages
-        self._max_owed = max_owed
-        self._hash_bytes = hash_bytes
-        self._wall = wall
-        self.all: list[LowerTier] = []
-        catalog.on_prune = self._pruned
+    def __init__(self, books: Books, plans: Sequence[TierPlan]) -> None:
+        self._books = books
+        self._catalog = books.catalog
+        self._catalog.on_prune = self._pruned
         for plan in plans:
             self.add(plan)
 
     def named(self, name: str) -> LowerTier:
         """The tier of that name."""
-        return next(tier for tier in self.all if tier.plan.name == name)
+        return next(tier for tier in self._books.tiers if tier.plan.name == name)
 
     def add(self, plan: TierPlan) -> bool:
         """A tier is there from now on, or is back; True if its name is new."""
-        known = next((tier for tier in self.all if tier.plan.name == plan.name), None)
+        known = next((tier for tier in self._books.tiers if tier.plan.name == plan.name), None)
         if known is not None:
             known.attach(plan)
         else:
-            self.all.append(
+            books = self._books
+            books.tiers.append(
                 LowerTier(
                     plan,
-                    1 << len(self.all),
-                    self._batch_pages,
-                    self._flights,
-                    self._catalog,
-                    self._wall,
-                    self._page_bytes,
-                    self._max_owed,
+                    1 << len(books.tiers),
+                    books.settings.batch_pages,
+                    books.transfers,
+                    books.catalog,
+                    books.clock.wall,
+                    books.page_bytes,
+                    max_owed=2 * books.settings.num_slots,
                 )
             )
+            books.costs.tiers[plan.name] = TierCost(plan.workers)
         self._count_homes()
         return known is None
 
@@ -90,12 +67,12 @@ class TierBook:
         if is_up:
             tier.retry(now)
         if not is_up and Direction.READ in directions:
-            self._flights.stall(name)
+            self._books.transfers.stall(name)
 
     def detach(self, name: str) -> None:
         """A tier is taken away: what it holds is forgotten, and nobody waits for what is under way there."""
         self.named(name).detach()
-        self._flights.stall(name)
+        self._books.transfers.stall(name)
         self._count_homes()
 
     def restoring(self, name: str, stored: Sequence[tuple[PageKey, PageMeta]]) -> Iterator[int]:
@@ -104,7 +81,7 @@ class TierBook:
         Each step yields how many pages it took in; between two of them the books are in order.
         """
         tier = self.named(name)
-        now = self._wall()
+        now = self._books.clock.wall()
         taken: list[Page | None] = [None] * len(stored)
         by_depth = sorted(range(len(stored)), key=lambda i: stored[i][1].depth)
         for start in range(0, len(stored), RESTORE_STEP):
@@ -124,17 +101,20 @@ class TierBook:
     def _place(self, key: PageKey, meta: PageMeta) -> Page | None:
         """The page of a stored key, its block made known; None if this layout has no such group."""
         block_key, group, _ = split_key(key)
-        if group >= len(self._page_bytes):
+        if group >= len(self._books.page_bytes):
             return None
-        parent = BlockHash(meta.parent[: self._hash_bytes]) if meta.depth else None
-        block = self._catalog.attach(BlockHash(block_key[: self._hash_bytes]), parent, meta.depth)
+        hash_bytes = self._books.settings.hash_bytes
+        parent = BlockHash(meta.parent[:hash_bytes]) if meta.depth else None
+        block = self._catalog.attach(BlockHash(block_key[:hash_bytes]), parent, meta.depth)
         block.tokens = meta.tokens
         return block.pages[group]
 
     def _pruned(self, block: Block) -> None:
         """The catalog forgets a block; tiers that are not indexed may well still have it."""
-        for tier in self.all:
+        for tier in self._books.tiers:
             tier.forget_copies(tier.copies(block.pages), None)
 
     def _count_homes(self) -> None:
-        self._catalog.homes_that_count = sum(t.bit for t in self.all if t.plan.is_indexed and not t.is_detached)
+        self._catalog.homes_that_count = sum(
+            t.bit for t in self._books.tiers if t.plan.is_indexed and not t.is_detached
+        )

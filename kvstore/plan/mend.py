@@ -19,24 +19,22 @@ Under the store's lock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import chain
 
 from eviction.policy import EvictionPolicy
-from kvstore.clock import Clock
 from kvstore.page import PageKey
-from kvstore.plan.catalog import Catalog
-from kvstore.plan.host import HostSpace
+from kvstore.plan.books import Books
+from kvstore.plan.fetches import PREFETCH, Fetches
 from kvstore.plan.journal import Left
-from kvstore.plan.keeper import Keeper
-from kvstore.plan.loads import PREFETCH, Loader
-from kvstore.plan.lookup import Scout
+from kvstore.plan.loads import Loader
+from kvstore.plan.lookup import PrefixLookup
 from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.records import HOST, Op
+from kvstore.plan.retention import Keeper
 from kvstore.plan.saves import Saver
-from kvstore.plan.single_flight import Turns
+from kvstore.plan.single_flight import SingleFlight
 from kvstore.plan.state import Block, Load, Page, PageState, Save
-from kvstore.plan.transfers import Flights
 
 
 class Mender:
@@ -44,26 +42,24 @@ class Mender:
 
     def __init__(
         self,
-        catalog: Catalog,
-        flights: Flights,
-        host: HostSpace,
-        tiers: Sequence[LowerTier],
-        clock: Clock,
-        scout: Scout,
+        books: Books,
+        lookups: PrefixLookup,
+        fetches: Fetches,
         loader: Loader,
         saver: Saver,
-        turns: Turns,
+        single_flight: SingleFlight,
         keeper: Keeper,
     ) -> None:
-        self._catalog = catalog
-        self._flights = flights
-        self._host = host
-        self._tiers = tiers
-        self._clock = clock
-        self._scout = scout
+        self._host = books.host
+        self._catalog = books.catalog
+        self._tiers = books.tiers
+        self._transfers = books.transfers
+        self._clock = books.clock
+        self._lookups = lookups
+        self._fetches = fetches
         self._loader = loader
         self._saver = saver
-        self._turns = turns
+        self._single_flight = single_flight
         self._keeper = keeper
 
     def mend(self, last_lease: int, now: float) -> None:
@@ -87,13 +83,13 @@ class Mender:
             self._catalog.prune(block)
         while self._host.shrink():
             pass
-        self._turns.claims.rebuild()
-        self._scout.forget_answers()
-        self._flights.rebuild()
+        self._single_flight.claims.rebuild()
+        self._lookups.forget_answers()
+        self._transfers.rebuild()
 
     def _blocks(self) -> list[Block]:
         """Every block there is, by depth; of one that is forgotten, so is all that continues it."""
-        flights = self._flights.under_way()
+        flights = self._transfers.under_way()
         tiers = self._tiers
         pages = chain(
             self._host.policy.members(),
@@ -119,11 +115,11 @@ class Mender:
         fetching: dict[Page, int] = {}
         spilling: dict[Page, int] = {}
         bits = {tier.plan.name: tier.bit for tier in self._tiers}
-        self._loader.prefetching = 0
-        for flight in self._flights.under_way():
+        self._fetches.prefetching = 0
+        for flight in self._transfers.under_way():
             if flight.transfer.op is Op.FETCH:
                 fetching.update(dict.fromkeys(flight.pages, flight.transfer.id))
-                self._loader.prefetching += len(flight.pages) * (flight.context is PREFETCH)
+                self._fetches.prefetching += len(flight.pages) * (flight.context is PREFETCH)
             elif flight.transfer.op is Op.SPILL:
                 for page in flight.pages:
                     spilling[page] = spilling.get(page, 0) | bits[flight.transfer.tier]
@@ -158,7 +154,7 @@ class Mender:
                 elif page.state == PageState.FILLING:
                     load.waiting += 1
                     page.waiters = [*(page.waiters or ()), load]
-            self._loader.note_progress(load, now)
+            self._fetches.note_progress(load, now)
 
     def _settle_host(self, pages: list[Page]) -> None:
         """Slots, who is resident, and the order in which pages leave."""
@@ -178,7 +174,7 @@ class Mender:
     def _settle_tier(self, tier: LowerTier, pages: list[Page], now: float) -> None:
         """The books of a lower tier: its pages, its debts, and the order in which they leave."""
         bit, policy = tier.bit, tier.plan.policy
-        flights = [flight for flight in self._flights.under_way() if flight.transfer.tier == tier.plan.name]
+        flights = [flight for flight in self._transfers.under_way() if flight.transfer.tier == tier.plan.name]
         held = {page for flight in flights if flight.transfer.op is Op.FETCH for page in flight.pages}
         tier.in_flight = sum(len(flight.pages) for flight in flights if flight.transfer.op is Op.SPILL)
         written: dict[PageKey, int] = {}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvstore.plan.planner import Planner
+from kvstore.plan.books import Books
 from kvstore.plan.records import HOST
 from kvstore.plan.state import NEVER, Block, PageState
 from radix.hashing import BlockHash
@@ -56,10 +56,10 @@ class Tour:
         self._ahead: list[tuple[BlockHash, Prefix | None]] = []
         self._half: Prefix | None = None  # was longer than a step
 
-    def step(self, planner: Planner, max_blocks: int, now: float) -> bool:
+    def step(self, books: Books, max_blocks: int, now: float) -> bool:
         """Visit up to `max_blocks` blocks (at least a prefix or a part of one); True when nothing is left."""
         self.now = now
-        tree = planner.catalog.tree
+        tree = books.catalog.tree
         if not self._has_begun:
             self._has_begun = True
             self._ahead = [(key, None) for key in reversed(tree.children(None))]
@@ -79,7 +79,7 @@ class Tour:
                 depth = 0 if above is None else above.depth + above.num_blocks
                 prefix = Prefix(key, None if above is None else above.key, depth)
                 self.prefixes.append(prefix)
-            _look(planner, prefix, stretch.values)
+            _look(books, prefix, stretch.values)
             left -= len(stretch.values) + len(stretch.children)
             if len(stretch.children) == 1:
                 self._half = prefix
@@ -90,9 +90,9 @@ class Tour:
         return not self._ahead
 
 
-def _look(planner: Planner, prefix: Prefix, blocks: list[Block]) -> None:
+def _look(books: Books, prefix: Prefix, blocks: list[Block]) -> None:
     """Add blocks to what is known of their prefix."""
-    names = {0: HOST} | {tier.bit: tier.plan.name for tier in planner.tiers}
+    names = {0: HOST} | {tier.bit: tier.plan.name for tier in books.tiers}
     held = dict.fromkeys(names, 0)
     bits = [bit for bit in names if bit]
     ready = PageState.READY

@@ -9,39 +9,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvstore.page import page_key
-from kvstore.plan.catalog import Catalog
+from kvstore.plan.books import Books
 from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.match import ABSENT, FIRST_LOWER, Probe, RequestState, Survey, loadable_blocks
 from kvstore.plan.records import Op, Outcome, Priority, Request
 from kvstore.plan.resume import longest_resume, needed_from
 from kvstore.plan.state import PageState
-from kvstore.plan.transfers import Flight, Flights
+from kvstore.plan.transfers import InFlight
 
 
 class Probes:
-    """Questions to shared tiers and their answers. Under the store's lock.
+    """Questions to shared tiers and their answers. Under the store's lock."""
 
-    deadline_s: when an answer stops being useful.
-    tiers:      the planner's own list, which may grow.
-    windows:    of each layer group, in blocks.
-    """
-
-    def __init__(
-        self,
-        deadline_s: float,
-        catalog: Catalog,
-        tiers: Sequence[LowerTier],
-        flights: Flights,
-        windows: Sequence[int | None],
-        block_size: int,
-    ) -> None:
-        self.counters = {tier.plan.name: 0 for tier in tiers}
-        self._deadline_s = deadline_s
-        self._catalog = catalog
-        self._tiers = tiers
-        self._flights = flights
-        self._windows = windows
-        self._block_size = block_size
+    def __init__(self, books: Books) -> None:
+        self.counters = {tier.plan.name: 0 for tier in books.tiers}
+        self._deadline_s = books.settings.lookup_deadline_s
+        self._catalog = books.catalog
+        self._tiers = books.tiers
+        self._transfers = books.transfers
+        self._windows = books.windows
+        self._block_size = books.layout.block_size
 
     def ask(self, state: RequestState, survey: Survey, now: float) -> bool:
         """Ask about what is missing and was not asked before; True while an answer is outstanding."""
@@ -69,7 +56,7 @@ class Probes:
                 asked = True
         return asked
 
-    def answered(self, state: RequestState | None, flight: Flight, outcome: Outcome) -> None:
+    def answered(self, state: RequestState | None, flight: InFlight, outcome: Outcome) -> None:
         """Book the outcome of a PROBE. A tier that did not answer has nothing, as far as this request is concerned."""
         assert isinstance(flight.context, tuple)
         _, index, first = flight.context
@@ -109,7 +96,9 @@ class Probes:
         keys = [page_key(key, group) for key in request.keys[first:end] for group in range(len(self._windows))]
         deadline = now + self._deadline_s
         context = (request, index, first)
-        transfer = self._flights.send(Op.PROBE, tier, keys, priority=Priority.LOAD, deadline=deadline, context=context)
+        transfer = self._transfers.send(
+            Op.PROBE, tier, keys, priority=Priority.LOAD, deadline=deadline, context=context
+        )
         probe.transfer_id = transfer.id
         self.counters[tier] += 1
 

@@ -10,10 +10,11 @@ from array import array
 from collections.abc import Sequence
 from itertools import compress
 
-from kvstore.plan.catalog import Catalog
-from kvstore.plan.host import HostSpace
-from kvstore.plan.lookup import Scout
+from kvstore.plan.books import Books
+from kvstore.plan.lookup import PrefixLookup
 from kvstore.plan.records import Request, SaveLease, SlotPages
+from kvstore.plan.retention import Retention
+from kvstore.plan.single_flight import SingleFlight
 from kvstore.plan.state import Block, Page, PageState, Save
 from kvstore.plan.steps import STEP_BLOCKS, STEP_PAGES, Steps
 
@@ -21,7 +22,7 @@ from kvstore.plan.steps import STEP_BLOCKS, STEP_PAGES, Steps
 class Saver:
     """Save leases. Under the store's lock."""
 
-    def __init__(self, host: HostSpace, catalog: Catalog, scout: Scout) -> None:
+    def __init__(self, books: Books, lookups: PrefixLookup, single_flight: SingleFlight, retention: Retention) -> None:
         self.saves: dict[int, Save] = {}
         self.counters = {
             "saves": 0,
@@ -30,9 +31,13 @@ class Saver:
             "dedup_saves": 0,
             "aborted_saves": 0,
         }
-        self._host = host
-        self._catalog = catalog
-        self._scout = scout
+        self._lookups = lookups
+        self._single_flight = single_flight
+        self._retention = retention
+        self._host = books.host
+        self._catalog = books.catalog
+        self._tiers = books.tiers
+        self._finishing: set[int] = set()  # requests that ended while they were being saved
 
     def preparing(self, lease_id: int, request: Request, first: int, num_blocks: int, owner: str) -> Steps[SaveLease]:
         """Make a save lease over the pages of blocks [first, first + num_blocks) that host memory does not have.
@@ -50,20 +55,20 @@ class Saver:
             # Blocks before the first are only made known: as quick as a hundredth of the work on the others.
             end = min(max(at, first) + STEP_BLOCKS, last)
             if self._host.is_late and not is_cut:  # pages past their deadline would count as stored
-                known = self._scout.known_path(request)[at:end]
+                known = self._lookups.known_path(request)[at:end]
                 self._host.expire_of([page for block in known for page in block.pages], None)
             if above is not None and above.is_removed:
                 at, above = 0, None  # what came before has left meanwhile: find the way anew
             if not is_cut:
                 num_before = len(save.pages)
-                added, num_skipped, above = self.extend(save, above, max(at, first), end)
+                added, num_skipped, above = self._extend(save, above, max(at, first), end)
                 blocks.extend(added)
                 groups.extend([page.group for page in save.pages[num_before:]])
                 slots.extend([page.slot for page in save.pages[num_before:]])
                 skipped += num_skipped
                 is_cut = above is None
             else:
-                skipped += self.count_absent(request, at, end)
+                skipped += self._count_absent(request, at, end)
             at = end
             if at < last:
                 yield
@@ -72,46 +77,8 @@ class Saver:
         self.counters["skipped_saves"] += skipped
         return SaveLease(save.id, SlotPages(blocks, groups, slots), skipped)
 
-    def extend(self, save: Save, above: Block | None, first: int, end: int) -> tuple[list[int], int, Block | None]:
-        """Add to a save what host memory does not have of blocks [first, end), as far as there are slots.
-
-        above: the block before the first that is not made known yet. Returns the blocks of the pages that were
-        added, how many found no slot, and the last block, None if there is nothing behind which more could come.
-        """
-        request = save.request
-        begin = 0 if above is None else above.depth + 1
-        path = self._scout.insert_from(request, above, end)
-        wanted: list[Page] = []
-        blocks: list[int] = []
-        num_pages = 0
-        for index in range(max(first, begin), begin + len(path)):
-            for page in path[index - begin].pages:
-                num_pages += 1
-                if page.state == PageState.ABSENT:
-                    wanted.append(page)
-                    blocks.append(index)
-        self.counters["dedup_saves"] += num_pages - len(wanted)
-        slots = self._host.take_for(wanted, request.keys)
-        save.pages += wanted[: len(slots)]
-        skipped = len(wanted) - len(slots)
-        if skipped:
-            self._catalog.prune(path[-1])
-        is_cut = skipped or begin + len(path) < end  # no room, or a hash collides
-        return blocks[: len(slots)], skipped, None if is_cut or not path else path[-1]
-
-    def count_absent(self, request: Request, first: int, end: int) -> int:
-        """How many pages of blocks [first, end) host memory does not have. O(end - first)."""
-        num_absent, num_groups = 0, self._catalog.num_groups
-        for key in request.keys[first:end]:
-            block = self._catalog.tree.get(key)
-            if block is None:
-                return num_absent + (end - first) * num_groups
-            num_absent += sum(page.state == PageState.ABSENT for page in block.pages)
-            first += 1
-        return num_absent
-
     def close(self, lease_id: int, filled: Sequence[bool] | None) -> Save | None:
-        """A save ends from now on: `publish` until all is, then `let_go` until it is over. None if there is none.
+        """A save ends from now on: `end` until it is over. None if there is none.
 
         filled: which pages are whole, one entry per page of the lease; None means all. Raises ValueError, and ends
                 nothing, if it has another length. Of no effect once the end has begun.
@@ -132,7 +99,86 @@ class Saver:
             save.num_published = save.num_pages
         return save
 
-    def publish(self, save: Save) -> list[Page]:
+    def end(self, save: Save, now: float) -> Steps[None]:
+        """Carry on with the end of a save (see `close`) until it is over."""
+        while save.num_published < save.num_pages:
+            self._publish(save, now)
+            if save.num_pages > STEP_PAGES:
+                yield
+                if save.id not in self.saves:
+                    return  # somebody else has carried it on
+        while not self._let_go(save):
+            yield
+            if save.id not in self.saves:
+                return
+        request = save.request
+        if save.num_whole < save.num_pages:
+            self._single_flight.end(request, now)
+        for tier in self._tiers:
+            tier.pump(now)
+        if request.id in self._finishing:
+            if not self._is_saving(request):
+                self._finishing.discard(request.id)
+                self._single_flight.end(request, now)
+            yield from self._retention.using(self._lookups.known_path(request), request, now)
+
+    def finished(self, request: Request, now: float) -> None:
+        """A request is over: nobody waits any longer for what it computes, unless that is still being saved."""
+        if self._is_saving(request):
+            self._finishing.add(request.id)
+        else:
+            self._single_flight.end(request, now)
+
+    def _extend(self, save: Save, above: Block | None, first: int, end: int) -> tuple[list[int], int, Block | None]:
+        """Add to a save what host memory does not have of blocks [first, end), as far as there are slots.
+
+        above: the block before the first that is not made known yet. Returns the blocks of the pages that were
+        added, how many found no slot, and the last block, None if there is nothing behind which more could come.
+        """
+        request = save.request
+        begin = 0 if above is None else above.depth + 1
+        path = self._lookups.insert_from(request, above, end)
+        wanted: list[Page] = []
+        blocks: list[int] = []
+        num_pages = 0
+        for index in range(max(first, begin), begin + len(path)):
+            for page in path[index - begin].pages:
+                num_pages += 1
+                if page.state == PageState.ABSENT:
+                    wanted.append(page)
+                    blocks.append(index)
+        self.counters["dedup_saves"] += num_pages - len(wanted)
+        slots = self._host.take_for(wanted, request.keys)
+        save.pages += wanted[: len(slots)]
+        skipped = len(wanted) - len(slots)
+        if skipped:
+            self._catalog.prune(path[-1])
+        is_cut = skipped or begin + len(path) < end  # no room, or a hash collides
+        return blocks[: len(slots)], skipped, None if is_cut or not path else path[-1]
+
+    def _count_absent(self, request: Request, first: int, end: int) -> int:
+        """How many pages of blocks [first, end) host memory does not have. O(end - first)."""
+        num_absent, num_groups = 0, self._catalog.num_groups
+        for key in request.keys[first:end]:
+            block = self._catalog.tree.get(key)
+            if block is None:
+                return num_absent + (end - first) * num_groups
+            num_absent += sum(page.state == PageState.ABSENT for page in block.pages)
+            first += 1
+        return num_absent
+
+    def _publish(self, save: Save, now: float) -> None:
+        request = save.request
+        whole = self._make_ready(save)
+        blocks = list(dict.fromkeys(page.block for page in whole))
+        self._retention.note_session(blocks, request)
+        self._retention.promise(blocks, request)
+        self._single_flight.published((block.key for block in blocks), now)
+        for tier in self._tiers:
+            tier.owe(whole, used=False, is_saved=True)
+            tier.pump(now)
+
+    def _make_ready(self, save: Save) -> list[Page]:
         """Publish the next pages of a save, and hold them; returns those that are whole."""
         start = save.num_published
         pages = save.pages[start : start + STEP_PAGES]
@@ -146,7 +192,7 @@ class Saver:
         save.num_whole += len(whole)
         return whole
 
-    def let_go(self, save: Save) -> bool:
+    def _let_go(self, save: Save) -> bool:
         """Unpin the last pages of a save that is published, and drop those that are not whole; True at its end."""
         pages = save.pages[-STEP_PAGES:]
         del save.pages[-STEP_PAGES:]
@@ -164,6 +210,6 @@ class Saver:
         self.counters["saved_pages"] += save.num_whole
         return True
 
-    def is_saving(self, request: Request) -> bool:
+    def _is_saving(self, request: Request) -> bool:
         """True while a save of the request is open."""
         return any(save.request is request for save in self.saves.values())

@@ -21,17 +21,17 @@ tier that fails knows of no claims: then each machine computes for itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from kvstore.direction import Direction
 from kvstore.page import page_key
+from kvstore.plan.books import Books
 from kvstore.plan.claims import Claim, Claims
-from kvstore.plan.cost import CostModel
-from kvstore.plan.lower_tier import LowerTier
+from kvstore.plan.lookup import PrefixLookup
 from kvstore.plan.match import loadable_blocks
 from kvstore.plan.records import CutReason, Match, Op, Outcome, Priority, Request
-from kvstore.plan.transfers import Flight, Flights
+from kvstore.plan.transfers import InFlight
 from radix.hashing import BlockHash
 
 POLL_S = 0.1  # a fraction of a chunk's computing, and ten small questions a second
@@ -64,36 +64,22 @@ class Wait:
     was_told: bool = False
 
 
-class Turns:
-    """Whose turn it is to compute. Under the store's lock.
+class SingleFlight:
+    """Whose turn it is to compute. Under the store's lock."""
 
-    lease_s:   how long a claim lives, and a request waits, without progress; 0 turns all of this off.
-    claimer:   names this store in shared tiers; no two have the same.
-    ask_again: asks shared tiers about blocks [first, end) of a request; False if there is none to ask.
-    """
-
-    def __init__(
-        self,
-        lease_s: float,
-        deadline_s: float,
-        claimer: bytes,
-        block_size: int,
-        tiers: Sequence[LowerTier],
-        flights: Flights,
-        costs: CostModel,
-        ask_again: Callable[[Request, int, int, float], bool],
-    ) -> None:
-        self.claims = Claims(lease_s)
+    def __init__(self, books: Books, lookups: PrefixLookup) -> None:
+        self.claims = Claims(books.settings.compute_wait_s)
         self.counters = {"compute_claims": 0, "compute_waits": 0, "compute_waits_given_up": 0}
         self.seconds_waited = 0.0
-        self._lease_s = lease_s
-        self._deadline_s = deadline_s
-        self._claimer = claimer
-        self._block_size = block_size
-        self._tiers = tiers
-        self._flights = flights
-        self._costs = costs
-        self._ask_again = ask_again
+        # How long a claim lives, and a request waits, without progress; 0 turns all of this off.
+        self._lease_s = books.settings.compute_wait_s
+        self._deadline_s = books.settings.lookup_deadline_s
+        self._claimer = books.settings.claimer
+        self._block_size = books.layout.block_size
+        self._tiers = books.tiers
+        self._transfers = books.transfers
+        self._costs = books.costs
+        self._lookups = lookups
         self._waits: dict[int, tuple[Request, Wait]] = {}
 
     def judge(self, request: Request, match: Match, now: float) -> Match:
@@ -126,12 +112,12 @@ class Turns:
             if wait is not None and not wait.is_fresh:
                 # It has gone without our seeing the blocks: a machine that waited here may have found them elsewhere.
                 wait.is_fresh = True
-                if self._ask_again(request, match.known, len(request.keys), now):
+                if self._lookups.ask_again(request, match.known, len(request.keys), now):
                     return self._computing(match)
             claim = self.claims.make(request, steps, now)
         return self._ask_turn(request, match, claim, steps, wanted, now)
 
-    def answered(self, flight: Flight, outcome: Outcome, now: float) -> None:
+    def answered(self, flight: InFlight, outcome: Outcome, now: float) -> None:
         """Book the outcome of a CLAIM."""
         claim = flight.context
         assert isinstance(claim, Claim)
@@ -149,7 +135,7 @@ class Turns:
 
     def published(self, blocks: Iterable[BlockHash], now: float) -> None:
         """Blocks are stored in this store now."""
-        if not len(self.claims):
+        if not self.claims.by_step:
             return
         for claim in self.claims.published(blocks, now):
             if not claim.steps:
@@ -199,7 +185,7 @@ class Turns:
         elif not (claim.is_refused or claim.asked):
             if wait is not None and match.known >= wait.polled_to > 0:
                 wait.polled_to = len(request.keys)
-                if self._ask_again(request, match.known, len(request.keys), now):
+                if self._lookups.ask_again(request, match.known, len(request.keys), now):
                     return self._computing(match)
             self._say_claim(claim, tier.plan.name, now)
         if claim.is_granted:
@@ -250,7 +236,7 @@ class Turns:
         claim = self.claims.of(request)
         if claim is not None:
             claim.is_refused = False
-        return self._ask_again(request, wait.known, wait.polled_to, now)
+        return self._lookups.ask_again(request, wait.known, wait.polled_to, now)
 
     def _patience_s(self, num_tokens: int) -> float:
         rate = self._costs.prefill_tokens_per_s
@@ -258,7 +244,7 @@ class Turns:
 
     def _say_claim(self, claim: Claim, tier: str, now: float) -> None:
         """Claim on a shared tier what is left of a claim, or renew it there."""
-        transfer = self._flights.send(
+        transfer = self._transfers.send(
             Op.CLAIM,
             tier,
             [page_key(step, 0) for step in claim.steps],
@@ -272,7 +258,7 @@ class Turns:
 
     def _unclaim(self, claim: Claim, now: float) -> None:
         if claim.tier and claim.steps:
-            self._flights.send(
+            self._transfers.send(
                 Op.UNCLAIM,
                 claim.tier,
                 [page_key(step, 0) for step in claim.steps],

@@ -5,7 +5,10 @@
     Load    a load lease: the pages that it holds, and those that it waits for
     Save    a save lease: the pages that its holder fills
 
-They name each other (a page names the loads that wait for it), so they are one file. Records do nothing by themselves:
+A lease is the promise at the boundary: the slots it names stay what they are until it ends. It ends by complete or
+release, whichever comes first; a second end is ignored, so that clean-up code may always release.
+
+The four name each other (a page names the loads that wait for it), so they are one file. They do nothing by themselves:
 the catalog, host memory, loads and saves change them. Under the store's lock.
 """
 

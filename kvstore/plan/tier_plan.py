@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eviction.policy import EvictionPolicy
+from eviction.ttl import Ttl
 from kvstore.plan.state import Page
 
 
@@ -29,7 +29,7 @@ class TierPlan:
 
     name: str
     capacity_pages: int | None
-    policy: EvictionPolicy[Page] | None
+    policy: Ttl[Page] | None
     is_indexed: bool
     is_shared: bool
     admit: str = "always"

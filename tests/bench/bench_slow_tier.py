@@ -27,7 +27,7 @@ def run(model_spec: str | None = None, num_tokens: int = 1024, delay_s: float = 
     from kvstore.demo.models import resolve_model
     from kvstore.move.lane import Lane
     from kvstore.plan.planner import Planner
-    from kvstore.plan.settings import PlanSettings
+    from kvstore.plan.records import PlanSettings
     from kvstore.plan.tier_plan import TierPlan
     from kvstore.store import LocalStore
     from kvstore.tiers.host import HostSlab

@@ -301,3 +301,23 @@ def test_a_hint_that_is_no_number_is_refused_and_nothing_is_added(policy: Ttl[st
         policy.add("a", 0.0, Hint(left_s=nan))
 
     assert len(policy) == 0
+
+
+def test_a_policy_knows_that_no_key_has_a_deadline() -> None:
+    policy = Ttl(Lru[str]())
+    policy.add(["a"], 0.0)
+    assert not policy.has_deadlines
+
+    policy.add(["b"], 0.0, Hint(ttl_s=5.0))
+    assert policy.has_deadlines
+    policy.discard(["b"])
+    assert policy.expired(6.0) == []  # when that is looked at next
+    assert not policy.has_deadlines
+
+    policy.add(["c"], 6.0, Hint(left_s=1.0))
+    assert policy.has_deadlines
+    assert policy.expired(8.0) == ["c"]
+    assert policy.has_deadlines  # it is still there
+    policy.discard(["c"])
+    assert policy.expired(8.0) == []
+    assert not policy.has_deadlines

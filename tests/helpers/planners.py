@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
+import pytest
 
 from eviction.registry import make_policy
 from kvstore.clock import SYSTEM_CLOCK, Clock
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.journal import Journal
 from kvstore.plan.planner import Planner
-from kvstore.plan.records import Outcome, Request, RequestOptions
-from kvstore.plan.settings import PlanSettings
+from kvstore.plan.records import Outcome, PlanSettings, Request, RequestOptions
 from kvstore.plan.tier_plan import TierPlan
 from radix.hashing import BlockHash
 
@@ -35,9 +37,18 @@ def make(
         ]
     settings = PlanSettings(num_slots, load_or_recompute=False)
     planner = Planner(LAYOUT, settings, make_policy("lru", host_ttl_s), tiers, clock)
-    journal = planner.catalog.journal = Journal(lambda: 1000.0)
+    journal = planner.books.catalog.journal = Journal(lambda: 1000.0)
     journal.wants_events = True
     return planner, journal
+
+
+def take_small_steps(patch: pytest.MonkeyPatch, *, blocks: int = 2, pages: int = 2) -> None:
+    """Have every verb take steps of so many pages that need room, or are only booked."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("kvstore.plan."):
+            for size, value in (("STEP_BLOCKS", blocks), ("STEP_PAGES", pages)):
+                if hasattr(module, size):
+                    patch.setattr(module, size, value)
 
 
 def path(seed: int, num_blocks: int) -> Request:

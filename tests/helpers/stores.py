@@ -16,8 +16,7 @@ from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
 from kvstore.plan.planner import Planner
-from kvstore.plan.records import Match, Request, RequestOptions
-from kvstore.plan.settings import PlanSettings
+from kvstore.plan.records import Match, PlanSettings, Request, RequestOptions
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.store import LocalStore
 from kvstore.tiers.base import Tier

@@ -15,7 +15,7 @@ from kvstore.metrics import METRICS, MetricKind, markdown, registry, render, unk
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
 from kvstore.plan.planner import Planner
-from kvstore.plan.settings import PlanSettings
+from kvstore.plan.records import PlanSettings
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.store import LocalStore
 from kvstore.tiers.host import HostSlab

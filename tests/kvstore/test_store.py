@@ -354,7 +354,7 @@ class TestLoadOrRecompute:
             use(store, prompt(8, seed=2))
             assert store.flush(WAIT_S)
             store.observe_prefill(1_000_000, 0.001)  # an engine that computes a billion tokens a second
-            store._planner.costs.tiers["memory"].observe(1.0, PAGE_BYTES, time.monotonic())
+            store._planner.books.costs.tiers["memory"].observe(1.0, PAGE_BYTES, time.monotonic())
 
             match = store.lookup(store.request(prompt(8, seed=1)))
 
@@ -368,7 +368,7 @@ class TestLoadOrRecompute:
             use(store, prompt(16, seed=2))
             assert store.flush(WAIT_S)
             store.observe_prefill(1_000, 1.0)
-            store._planner.costs.tiers["memory"].observe(100.0, PAGE_BYTES, now=0.0)  # long ago
+            store._planner.books.costs.tiers["memory"].observe(100.0, PAGE_BYTES, now=0.0)  # long ago
             request = store.request(prompt(8, seed=1))
 
             assert store.lookup(request).cut is CutReason.NOT_WORTH  # and a sample is fetched in the background

@@ -19,15 +19,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.page import page_key
-from kvstore.plan.leases import load_lease
+from kvstore.plan.loads import load_lease
 from kvstore.plan.planner import Planner
-from kvstore.plan.records import CutReason, LeaseState, Op, Outcome, Request, RequestOptions, Transfer
+from kvstore.plan.records import CutReason, LeaseState, Op, Outcome, PlanSettings, Request, RequestOptions, Transfer
 from kvstore.plan.resume import needed_from
-from kvstore.plan.settings import PlanSettings
 from kvstore.plan.steps import at_once
 from kvstore.plan.tier_plan import TierPlan
 from radix.namespace import BlockHash
 from tests.helpers.clocks import Clocks
+from tests.helpers.planners import take_small_steps
 
 BLOCK = 4
 FULL = Layout(BLOCK, (LayerGroup(GroupKind.FULL, (0,), 4096),), "test", "uint8")
@@ -153,7 +153,7 @@ class PlannerMachine(RuleBasedStateMachine):
         if match.cut is CutReason.COMPUTING:
             assert match.pending
             assert request.options.single_flight
-            claim = self.planner.turns.claims.of(request)
+            claim = self.planner.single_flight.claims.of(request)
             assert claim is None or not claim.is_granted, "it waits, and others wait for it"
         self.collect()
 
@@ -332,9 +332,9 @@ class PlannerMachine(RuleBasedStateMachine):
             self.carry(self.flying.pop(min(self.flying)), [True] * 64)
         self.planner.check()
         assert not self.flying
-        assert self.planner.host.num_filling == 0
-        kept = self.planner.host.num_resident - len(self.planner.host.policy)
-        assert (kept == 0) == (len(self.planner.keeper) == 0)
+        assert self.planner.books.host.num_filling == 0
+        kept = self.planner.books.host.num_resident - len(self.planner.books.host.policy)
+        assert (kept == 0) == (len(self.planner.retention.keeper) == 0)
         self.the_last_request_gets_its_turn()
         self.what_was_forgotten_is_gone_and_a_flush_is_right()
 
@@ -355,7 +355,7 @@ class PlannerMachine(RuleBasedStateMachine):
             assert not match.pending
             self.planner.finished(request, self.now)
         self.planner.tick(self.now + LEASE_S)
-        assert len(self.planner.turns.claims) == 0, "a claim has outlived its maker"
+        assert len(self.planner.single_flight.claims) == 0, "a claim has outlived its maker"
 
     def what_was_forgotten_is_gone_and_a_flush_is_right(self) -> None:
         for name in self.media:
@@ -394,7 +394,6 @@ class PlannerMachine(RuleBasedStateMachine):
             if transfer.op is Op.FETCH:
                 for slot in transfer.slots:
                     self.slots[slot] = None
-        self.planner.take_promotions()
 
     def carry(self, transfer: Transfer, luck: list[bool]) -> None:
         medium = self.media[transfer.tier]
@@ -479,18 +478,13 @@ class SieveMachine(PlannerMachine):
     policy = "sieve"
 
 
-STEPPED = ("endings", "holding", "host", "in_steps", "keeper", "loads", "lower_tier", "retention", "saves", "steps")
-
-
 class SteppedMachine(PlannerMachine):
     """Steps of one or two pages, and anything between two of them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        for module in STEPPED:
-            for name, size in (("STEP_BLOCKS", 1), ("STEP_PAGES", 2)):
-                self.patch.setattr(f"kvstore.plan.{module}.{name}", size, raising=False)
+        take_small_steps(self.patch, blocks=1, pages=2)
         self.running: list[tuple[str, int, Any, Any]] = []  # verb, lease, steps, request
 
     @precondition(lambda self: self.requests)
@@ -499,7 +493,7 @@ class SteppedMachine(PlannerMachine):
     )
     def begin(self, data: Any, verb: str) -> None:
         request = data.draw(st.sampled_from(self.requests))
-        in_steps, lease_id = self.planner.in_steps, self.planner.new_lease_id()
+        in_steps, lease_id = self.planner.in_steps, self.planner.in_steps.new_lease_id()
         owner = f"engine-{request.id % 2}"
         steps: Any
         if verb == "prepare_load":
@@ -566,11 +560,11 @@ class SteppedMachine(PlannerMachine):
                 self.slots[page.slot] = None
             self.saves.append((answer, request))
         elif verb == "forget" and not self.is_written_by_others:
-            for tier in self.planner.tiers:
+            for tier in self.planner.books.tiers:
                 for key in request.keys:
                     names = {page_key(key, group) for group in range(len(self.layout.groups))}
                     left = names & self.media[tier.plan.name]
-                    assert self.planner.catalog.get(key) is None
+                    assert self.planner.books.catalog.get(key) is None
                     assert all(tier.deletes.holds(name) for name in left), "it was forgotten, and is still there"
 
     def teardown(self) -> None:

@@ -316,6 +316,8 @@ class PolicyMachine(RuleBasedStateMachine):
     @rule()
     def expire(self) -> None:
         due = self.model.expired(self.now)
+        assert self.policy.has_deadlines or not self.model.expired(1e300)
+
         expired = self.policy.expired(self.now)
 
         assert {key: due.get(key) for key in expired} == due

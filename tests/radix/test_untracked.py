@@ -17,7 +17,7 @@ NUM_BLOCKS = 2000
 
 def without_journal(num_slots: int) -> Planner:
     planner, _ = make(num_slots)
-    planner.catalog.journal = None  # which remembers what has left
+    planner.books.catalog.journal = None  # which remembers what has left
     return planner
 
 

@@ -11,8 +11,7 @@ import numpy as np
 from eviction.registry import make_policy
 from kvstore.lab.bench import Case, Table, measure
 from kvstore.lab.engine import VirtualEngine
-from kvstore.plan.records import Request
-from kvstore.plan.settings import PlanSettings
+from kvstore.plan.records import PlanSettings, Request
 from kvstore.plan.tier_plan import TierPlan
 from radix.hashing import BlockHash
 

@@ -188,8 +188,8 @@ class ConnectorBench(Bench):
             return
         store = self.engine.half.store
         with store._lock:
-            for page in [page for page in store._planner.catalog.pages() if page.state == PageState.READY]:
-                store._planner.host.drop((page,))
+            for page in [page for page in store._planner.books.catalog.pages() if page.state == PageState.READY]:
+                store._planner.books.host.drop((page,))
 
     def hooks(self) -> tuple[float, int]:
         connector = self.engine.scheduler.connector

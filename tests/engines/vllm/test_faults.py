@@ -44,9 +44,9 @@ def drop_host(engine: Engine) -> None:
     engine.forget_own_cache()
     planner = engine.half.store._planner
     with engine.half.store._lock:
-        for page in list(planner.catalog.pages()):
+        for page in list(planner.books.catalog.pages()):
             if page.state == 2 or getattr(page.state, "name", "") == "READY":
-                planner.host.drop((page,))
+                planner.books.host.drop((page,))
 
 
 class TestRedis:

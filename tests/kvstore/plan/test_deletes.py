@@ -10,10 +10,9 @@ from kvstore.page import page_key
 from kvstore.plan import deletes as module
 from kvstore.plan.deletes import MAX_BACKOFF_S, MAX_CLEAR_TRIES, Deletes
 from kvstore.plan.planner import Planner
-from kvstore.plan.records import Op, Outcome, Request, Transfer
-from kvstore.plan.settings import PlanSettings
+from kvstore.plan.records import Op, Outcome, PlanSettings, Request, Transfer
 from kvstore.plan.tier_plan import TierPlan
-from kvstore.plan.transfers import Flights
+from kvstore.plan.transfers import TransferBook
 from tests.helpers.planners import LAYOUT, land, make, path, publish, save
 
 REDIS = TierPlan("redis", None, None, is_indexed=False, is_shared=True, can_clear=True)
@@ -156,7 +155,7 @@ def test_a_delete_after_a_write_that_is_under_way_wins(world: Medium) -> None:
     world.carry_all()
 
     assert world.has == {"disk": set(), "redis": set()}
-    assert world.planner.host.pool.num_free == 16
+    assert world.planner.books.host.pool.num_free == 16
 
 
 def test_a_write_that_failed_may_have_been_done_and_is_deleted_all_the_same(world: Medium) -> None:
@@ -280,7 +279,7 @@ def test_a_clear_that_is_refused_by_a_tier_that_takes_writes_is_given_up_and_tol
 
 
 def test_a_million_keys_that_a_tier_cannot_be_told_to_delete_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    deletes = Deletes("redis", Flights(), max_owed=1000)
+    deletes = Deletes("redis", TransferBook(), max_owed=1000)
 
     deletes.owe(page_key(key) for key in path(0, 1500).keys)
 
@@ -313,7 +312,7 @@ def test_a_tier_that_is_taken_away_is_owed_no_deletes_and_that_is_told(world: Me
 
 
 def test_deletes_go_in_batches_and_few_at_once() -> None:
-    flights = Flights()
+    flights = TransferBook()
     deletes = Deletes("disk", flights, max_owed=100_000)
     deletes.owe(page_key(key) for key in path(0, 10 * module.DELETE_BATCH).keys)
 
@@ -323,7 +322,7 @@ def test_deletes_go_in_batches_and_few_at_once() -> None:
 
 
 def test_a_delete_that_a_write_waits_for_goes_first() -> None:
-    flights = Flights()
+    flights = TransferBook()
     deletes = Deletes("disk", flights, max_owed=100_000)
     keys = [page_key(key) for key in path(0, 10 * module.DELETE_BATCH).keys]
     deletes.owe(keys)
@@ -342,5 +341,5 @@ def test_nothing_is_left_over_when_all_is_deleted(world: Medium) -> None:
     world.carry_all()
     land(world.planner)
 
-    assert not any(tier.deletes.is_any or len(tier.deletes) for tier in world.planner.tiers)
+    assert not any(tier.deletes.is_any or len(tier.deletes) for tier in world.planner.books.tiers)
     assert world.has == {"disk": set(), "redis": set()}

@@ -6,8 +6,7 @@ import pytest
 
 from eviction.registry import make_policy
 from kvstore.plan.planner import Planner
-from kvstore.plan.records import FlushResult, Op, Outcome, Transfer
-from kvstore.plan.settings import PlanSettings
+from kvstore.plan.records import FlushResult, Op, Outcome, PlanSettings, Transfer
 from kvstore.plan.tier_plan import TierPlan
 from tests.helpers.planners import LAYOUT, land, make, path, publish, save
 

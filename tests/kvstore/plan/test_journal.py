@@ -111,7 +111,7 @@ def test_clear_deletes_everything_and_says_so() -> None:
 
     assert sum(len(t.keys) for t in deletes) == 4
     assert journal.take_events()[-1].event is Event.CLEARED
-    assert planner.host.pool.num_free == 4
+    assert planner.books.host.pool.num_free == 4
     for transfer in deletes:
         planner.outcome(Outcome(transfer.id, (True,) * len(transfer.keys)), 0.0)
     planner.check()
@@ -122,7 +122,7 @@ def test_both_memories_are_bounded() -> None:
     journal = Journal(lambda: 0.0, max_departures=3, max_events=5)
     journal.wants_events = True
     save(planner, path(0, 4))
-    pages = list(planner.catalog.pages())
+    pages = list(planner.books.catalog.pages())
 
     for page in pages:
         journal.removed("host", [page], Left.LOST)

@@ -12,8 +12,7 @@ import pytest
 from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.planner import Planner
-from kvstore.plan.records import Op, Outcome, Request
-from kvstore.plan.settings import PlanSettings
+from kvstore.plan.records import Op, Outcome, PlanSettings, Request
 from kvstore.plan.tier_plan import TierPlan
 from radix.namespace import BlockHash
 
@@ -126,7 +125,7 @@ def test_a_tier_that_recovers_is_used_again() -> None:
 def test_only_what_the_engine_does_not_hold_is_weighed(held: int, expected: int) -> None:
     engine = Engine()
     played(engine, 4)  # prompt 0 is on the tier only
-    tier = engine.planner.costs.tiers["disk"]
+    tier = engine.planner.books.costs.tiers["disk"]
     for _ in range(40):
         tier.observe(0.2, 0, engine.now)  # asking takes long: four blocks are computed in 0.064 s, all of it in 1.024
     request = Request(1000, path(0), PROMPT_BLOCKS * BLOCK + 1, held=held)

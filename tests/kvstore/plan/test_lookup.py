@@ -5,8 +5,7 @@ from __future__ import annotations
 from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.planner import Planner
-from kvstore.plan.records import Op, Outcome, Request, RequestOptions
-from kvstore.plan.settings import PlanSettings
+from kvstore.plan.records import Op, Outcome, PlanSettings, Request, RequestOptions
 from kvstore.plan.tier_plan import TierPlan
 from radix.hashing import BlockHash
 
@@ -24,11 +23,11 @@ def planner_and_request() -> tuple[Planner, Request]:
 def test_a_lookup_given_up_while_redis_is_silent_counts_when_its_request_ends() -> None:
     planner, request = planner_and_request()
     assert planner.lookup(request, 0.0).pending
-    assert planner.scout.counters["lookups"] == 0
+    assert planner.lookups.counters["lookups"] == 0
 
     planner.finished(request, 1.0)
 
-    counters = planner.scout.counters
+    counters = planner.lookups.counters
     assert (counters["lookups"], counters["matched_tokens"], counters["missed_tokens"]) == (1, 0, request.num_tokens)
     planner.finished(request, 2.0)
     assert counters["lookups"] == 1
@@ -44,5 +43,5 @@ def test_a_lookup_that_was_answered_counts_once() -> None:
 
     planner.finished(request, 1.0)
 
-    counters = planner.scout.counters
+    counters = planner.lookups.counters
     assert (counters["lookups"], counters["matched_tokens"]) == (1, 3 * BLOCK)

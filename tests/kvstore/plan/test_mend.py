@@ -17,11 +17,10 @@ from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.journal import Journal
 from kvstore.plan.planner import Planner
-from kvstore.plan.records import Op, Outcome, Request, RequestOptions
-from kvstore.plan.settings import PlanSettings
+from kvstore.plan.records import Op, Outcome, PlanSettings, Request, RequestOptions
 from kvstore.plan.tier_plan import TierPlan
 from tests.helpers.interrupts import interrupted_at
-from tests.helpers.planners import BLOCK, path
+from tests.helpers.planners import BLOCK, path, take_small_steps
 
 WINDOWED = Layout(
     BLOCK,
@@ -43,7 +42,7 @@ class World:
         ]
         settings = PlanSettings(8 * len(layout.groups), load_or_recompute=False, batch_pages=3, compute_wait_s=10.0)
         self.planner = Planner(layout, settings, make_policy(policy, 3600.0), tiers)
-        self.planner.catalog.journal = Journal(lambda: 1000.0)
+        self.planner.books.catalog.journal = Journal(lambda: 1000.0)
         self.now = 1.0
 
     def land(self) -> None:
@@ -83,16 +82,16 @@ class World:
         planner = self.planner
         planner.check()
         assert planner.num_leases == 0
-        assert planner.host.num_filling == 0
-        assert len(planner.flights) == 0
-        assert all(tier.is_settled(self.now) for tier in planner.tiers)
-        disk = planner.tiers[0]
-        booked = {page.key for page in planner.catalog.pages() if disk.has(page)}
+        assert planner.books.host.num_filling == 0
+        assert len(planner.books.transfers) == 0
+        assert all(tier.is_settled(self.now) for tier in planner.books.tiers)
+        disk = planner.books.tiers[0]
+        booked = {page.key for page in planner.books.catalog.pages() if disk.has(page)}
         assert self.media["disk"] == booked, f"{len(self.media['disk'])} on disk, {len(booked)} booked"
         assert disk.plan.policy is not None
         assert len(disk.plan.policy) == len(booked)
-        for block in planner.catalog.blocks():
-            assert block.parent is None or planner.catalog.get(block.parent.key) is block.parent
+        for block in planner.books.catalog.blocks():
+            assert block.parent is None or planner.books.catalog.get(block.parent.key) is block.parent
             assert not block.is_removed
 
 
@@ -145,7 +144,6 @@ def mend(world: World, last_lease: int, where: list[str]) -> None:
         world.planner.check()
 
 
-STEPPED = ("endings", "holding", "host", "in_steps", "keeper", "loads", "lower_tier", "retention", "saves", "steps")
 STEP = 7 if not os.environ.get("KV_EVERY_LINE") else 1  # of each worldly variety another seventh of the lines
 
 
@@ -156,7 +154,7 @@ def test_a_verb_that_is_interrupted_at_any_line_leaves_nothing_behind(name: str,
         first = 1 + (len(policy) + len(layout.groups)) % STEP
         for n in range(first, 100_000, STEP):
             world = made(layout, policy)
-            last_lease = world.planner.last_lease
+            last_lease = world.planner.in_steps.last_lease
             with interrupted_at(n) as where:
                 done: Any = VERBS[name](world)
             try:
@@ -176,13 +174,6 @@ def test_a_verb_that_is_interrupted_at_any_line_leaves_nothing_behind(name: str,
         assert n > 5
 
 
-def take_small_steps(patch: pytest.MonkeyPatch) -> None:
-    """Have every verb take many steps, of two pages each."""
-    for module in STEPPED:
-        for size in ("STEP_BLOCKS", "STEP_PAGES"):
-            patch.setattr(f"kvstore.plan.{module}.{size}", 2, raising=False)
-
-
 @pytest.mark.parametrize(
     "name", sorted(VERBS.keys() - {"lookup", "lookup of what is below", "lookup in single flight"})
 )
@@ -192,7 +183,7 @@ def test_a_verb_of_many_steps_that_is_interrupted_in_any_of_them_leaves_nothing_
     take_small_steps(monkeypatch)
     for n in range(1, 100_000, 3 * STEP):
         world = made(WINDOWED, "lru")
-        last_lease = world.planner.last_lease
+        last_lease = world.planner.in_steps.last_lease
         with interrupted_at(n) as where:
             done: Any = VERBS[name](world)
         try:
@@ -216,7 +207,7 @@ def test_a_lease_whose_end_is_interrupted_is_over_or_can_be_ended_again(prepare:
         lease: Any = VERBS[prepare](world)
         if prepare != "prepare_save":
             world.land()
-        last_lease = world.planner.last_lease
+        last_lease = world.planner.in_steps.last_lease
         with interrupted_at(n) as where:
             ENDS[end](world, lease.id)
         try:
@@ -244,7 +235,7 @@ def test_an_end_of_many_steps_that_is_interrupted_in_any_of_them_goes_on_with_a_
         lease: Any = VERBS[prepare](world)
         if prepare != "prepare_save":
             world.land()
-        last_lease = planner.last_lease
+        last_lease = planner.in_steps.last_lease
         with interrupted_at(n) as where:
             ENDS[end](world, lease.id)
         try:
@@ -282,21 +273,21 @@ def test_an_outcome_whose_booking_is_interrupted_is_not_waited_for(op: Op) -> No
             medium |= set(first.keys)
         elif op is Op.DELETE:
             medium -= set(first.keys)
-        last_lease = planner.last_lease
+        last_lease = planner.in_steps.last_lease
         with interrupted_at(n) as where:
             planner.outcome(Outcome(first.id, (True,) * len(first.keys), 0.001, 1), world.now)
         try:
             mend(world, last_lease, where)
             planner.outcome(Outcome(first.id, (True,) * len(first.keys), 0.001, 1), world.now)  # again, see dispatcher
             rest = [transfer for transfer in transfers if transfer is not first]
-            planner.flights._outbox[:0] = rest
+            planner.books.transfers.outbox[:0] = rest
             world.land()
             if op is Op.FETCH:
                 assert not planner.is_waiting(lease.id)
                 planner.complete(lease.id, world.now)
                 world.land()
             planner.check()
-            assert planner.num_leases == planner.host.num_filling == len(planner.flights) == 0
+            assert planner.num_leases == planner.books.host.num_filling == len(planner.books.transfers) == 0
         except BaseException as error:
             raise AssertionError(f"{op}, interrupted at {where}") from error
         if not where:
@@ -306,7 +297,7 @@ def test_an_outcome_whose_booking_is_interrupted_is_not_waited_for(op: Op) -> No
 def test_mending_that_is_interrupted_itself_begins_anew() -> None:
     for n in range(1, 100_000, 3 * STEP):
         world = made(SIMPLE, "lru")
-        last_lease = world.planner.last_lease
+        last_lease = world.planner.in_steps.last_lease
         with interrupted_at(150) as where:
             world.planner.prepare_save(NEW, 0, 6, world.now)
         assert where
@@ -324,13 +315,13 @@ def test_mending_what_is_whole_changes_nothing_that_matters() -> None:
     planner = world.planner
     lease = planner.prepare_load(KNOWN, 5, world.now)
     world.land()
-    slots = {page.key: page.slot for page in planner.catalog.pages()}
-    order = [page.key for page in planner.host.policy.victims(100)]
+    slots = {page.key: page.slot for page in planner.books.catalog.pages()}
+    order = [page.key for page in planner.books.host.policy.victims(100)]
 
-    planner.mend(planner.last_lease, world.now)
+    planner.mend(planner.in_steps.last_lease, world.now)
 
-    assert {page.key: page.slot for page in planner.catalog.pages()} == slots
-    assert [page.key for page in planner.host.policy.victims(100)] == order
+    assert {page.key: page.slot for page in planner.books.catalog.pages()} == slots
+    assert [page.key for page in planner.books.host.policy.victims(100)] == order
     assert planner.poll(lease.id).num_blocks == 5
     planner.complete(lease.id, world.now)
     world.land()

@@ -9,8 +9,7 @@ import pytest
 from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.planner import Planner
-from kvstore.plan.records import CutReason, Match, Op, Outcome, Request, RequestOptions, Transfer
-from kvstore.plan.settings import PlanSettings
+from kvstore.plan.records import CutReason, Match, Op, Outcome, PlanSettings, Request, RequestOptions, Transfer
 from kvstore.plan.single_flight import PATIENCE, POLL_S
 from kvstore.plan.tier_plan import TierPlan
 from radix.hashing import BlockHash
@@ -118,7 +117,7 @@ def test_of_two_that_miss_at_the_same_moment_the_first_computes(one: Machine) ->
     assert not match.pending
     assert match.num_blocks == 6
     assert match.compute_wait_s == 1.0
-    assert one.planner.turns.counters == {"compute_claims": 1, "compute_waits": 1, "compute_waits_given_up": 0}
+    assert one.planner.single_flight.counters == {"compute_claims": 1, "compute_waits": 1, "compute_waits_given_up": 0}
 
 
 def test_a_request_that_did_not_ask_for_it_neither_waits_nor_is_waited_for(one: Machine) -> None:
@@ -231,7 +230,7 @@ def test_a_request_that_ends_while_its_last_save_is_open_is_waited_for_until_the
     assert waits(one.lookup(b, 1.0))
     one.planner.complete(lease.id, 2.0)
     assert one.lookup(b, 2.0).num_blocks == 6
-    assert len(one.planner.turns.claims) == 0
+    assert len(one.planner.single_flight.claims) == 0
 
 
 def test_who_dies_without_a_word_is_waited_for_no_longer_than_the_lease(one: Machine) -> None:
@@ -255,7 +254,7 @@ def test_a_wait_is_bounded_by_the_time_that_computing_takes(one: Machine) -> Non
     match = one.lookup(b, PATIENCE)
     assert not waits(match)
     assert match.compute_wait_s == PATIENCE
-    assert one.planner.turns.counters["compute_waits_given_up"] == 1
+    assert one.planner.single_flight.counters["compute_waits_given_up"] == 1
 
 
 def test_who_gives_up_waiting_is_waited_for_by_the_others(one: Machine) -> None:
@@ -325,7 +324,7 @@ def test_a_waiting_lookup_is_counted_once_it_has_its_answer(one: Machine) -> Non
     one.save(a, range(6), 1.0)
     one.lookup(b, 1.0)
 
-    counters = one.planner.scout.counters
+    counters = one.planner.lookups.counters
     assert (counters["lookups"], counters["matched_tokens"], counters["missed_tokens"]) == (2, 24, 26)
 
 

@@ -155,12 +155,12 @@ def test_a_page_that_is_being_written_behind_past_its_time_is_not_served() -> No
     assert planner.lookup(request, 61.0).num_blocks == 0
     assert planner.prepare_load(request, 2, 61.0).num_blocks == 0
     planner.check()
-    assert planner.host.expired_pages == 2
+    assert planner.books.host.expired_pages == 2
 
     planner.outcome(Outcome(spill.id, (True, False), 0.001, 1), 61.0)
 
     planner.check()
-    assert planner.host.pool.num_free == 8
+    assert planner.books.host.pool.num_free == 8
     assert found(planner, path(0, 2)) == {"disk": 1}
 
 
@@ -195,7 +195,7 @@ def test_a_page_that_was_expired_while_it_was_written_behind_can_be_forgotten() 
 
     assert {key for t in carry(planner, Op.DELETE) for key in t.keys} == {page_key(key) for key in request.keys}
     planner.check()
-    assert planner.host.pool.num_free == 8
+    assert planner.books.host.pool.num_free == 8
 
 
 @pytest.mark.parametrize("step", [0.0, *STEPS])
@@ -238,10 +238,10 @@ def test_a_promise_until_a_unix_time_ends_then_and_no_step_shifts_it(step: float
 
     clocks.advance(99.0)
     planner.tick(0.0)
-    assert len(planner.keeper) == 4
+    assert len(planner.retention.keeper) == 4
     clocks.advance(2.0)
     planner.tick(0.0)
-    assert len(planner.keeper) == 0
+    assert len(planner.retention.keeper) == 0
 
 
 def test_a_promise_that_the_clock_has_stepped_over_is_over() -> None:
@@ -254,7 +254,7 @@ def test_a_promise_that_the_clock_has_stepped_over_is_over() -> None:
     clocks.set_by(DAY)
     planner.tick(0.0)
 
-    assert len(planner.keeper) == 0
+    assert len(planner.retention.keeper) == 0
     planner.check()
 
 

@@ -275,7 +275,7 @@ def test_a_flush_says_whether_all_is_there_and_each_client_is_told_of_losses(
 
     (opened,) = daemon.daemon.stores.all()
     with attach(socket) as other:
-        opened.store._planner.tiers[0].debts.num_lost_saves += 3
+        opened.store._planner.books.tiers[0].debts.num_lost_saves += 3
 
         assert store.flush(10.0).missing == {"disk": {"lost": 3}}
         assert store.flush(10.0)

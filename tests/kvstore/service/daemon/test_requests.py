@@ -30,7 +30,7 @@ def kept(daemon: LocalDaemon) -> tuple[int, int]:
 
     def read(inside: object) -> tuple[int, int]:
         (opened,) = inside.stores.all()  # type: ignore[attr-defined]
-        return opened.ledger.num_keys, len(opened.store._planner.scout.requests)
+        return opened.ledger.num_keys, len(opened.store._planner.lookups.requests)
 
     return daemon.look(read)
 

@@ -1,61 +1,15 @@
-"""Tiers that are attached, detached and resized while requests run."""
-
-import pytest
+"""Tiers that are attached and detached while requests run."""
 
 from eviction.registry import make_policy
 from kvstore.page import PageMeta, page_key
 from kvstore.plan.planner import Planner
-from kvstore.plan.records import Op, Outcome, Transfer
-from kvstore.plan.settings import PlanSettings
-from kvstore.plan.slots import SlotPool
+from kvstore.plan.records import Op, Outcome, PlanSettings, Transfer
 from kvstore.plan.tier_plan import TierPlan
 from tests.helpers.planners import LAYOUT, land, make, path, save
 
 
 def disk(capacity_pages: int = 8) -> TierPlan:
     return TierPlan("disk", capacity_pages, make_policy("lru"), is_indexed=True, is_shared=False)
-
-
-def test_slots_retire_as_they_come_free_and_come_back() -> None:
-    pool = SlotPool(4)
-    taken = pool.take(3)
-
-    pool.resize(2)
-    assert (pool.num_free, pool.num_retired, pool.num_retiring, pool.num_in_use) == (0, 1, 1, 2)
-    pool.give(taken)
-    assert (pool.num_free, pool.num_retired, pool.num_retiring) == (2, 2, 0)
-    assert len(pool.take_retired()) == 2
-    assert pool.take_retired() == []
-    pool.resize(4)
-    assert (pool.num_free, pool.num_retired) == (4, 0)
-    assert sorted(pool.take(4)) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("wrong", [0, 5])
-def test_a_pool_keeps_at_least_one_slot_and_makes_none(wrong: int) -> None:
-    with pytest.raises(ValueError, match=f"{wrong} slots are asked for"):
-        SlotPool(4).resize(wrong)
-
-
-def test_a_smaller_host_evicts_what_nobody_holds_and_waits_for_the_rest() -> None:
-    planner, _ = make(num_slots=6)
-    held, loose = path(0, 3), path(1, 3)
-    save(planner, held)
-    save(planner, loose)
-    lease = planner.prepare_load(held, 3, 0.0)
-
-    planner.resize_host(2)
-    planner.check()
-    assert planner.lookup(loose, 0.0).num_blocks == 0
-    assert planner.host.num_resident == 3
-    planner.complete(lease.id, 0.0)
-    planner.tick(0.0)
-
-    assert planner.host.num_resident == 2
-    planner.resize_host(6)
-    save(planner, path(3, 4))
-    assert planner.host.num_resident == 6
-    planner.check()
 
 
 def test_a_detached_tier_is_a_miss_and_gets_nothing_more() -> None:
@@ -73,7 +27,7 @@ def test_a_detached_tier_is_a_miss_and_gets_nothing_more() -> None:
     save(planner, path(2, 2))
     assert planner.take_transfers() == []
     planner.set_tier_up("disk", True, 0.0)
-    assert not planner.tiers[0].is_up
+    assert not planner.books.tiers[0].is_up
 
 
 def test_a_spill_that_lands_after_its_tier_was_detached_counts_for_nothing() -> None:
@@ -88,7 +42,7 @@ def test_a_spill_that_lands_after_its_tier_was_detached_counts_for_nothing() -> 
     planner.outcome(Outcome(spill.id, (True, True), 0.001, 1), 0.0)
 
     planner.check()
-    assert planner.tiers[0].used_pages == 0
+    assert planner.books.tiers[0].used_pages == 0
 
 
 def test_a_tier_that_is_back_knows_what_it_holds_and_is_written_to_again() -> None:
@@ -103,7 +57,7 @@ def test_a_tier_that_is_back_knows_what_it_holds_and_is_written_to_again() -> No
     planner.check()
 
     assert planner.lookup(old, 0.0).by_tier == {"disk": 2}
-    assert planner.tiers[0].used_pages == 4
+    assert planner.books.tiers[0].used_pages == 4
 
 
 def test_a_tier_that_was_never_there_can_be_attached() -> None:

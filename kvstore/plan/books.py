@@ -1,0 +1,45 @@
+"""The books that all parts of the planner share: what there is, and where it is.
+
+Made by the planner, and handed to each part instead of its six members. It has no verbs: what is done with a member is
+the member's own, or the part's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvstore.clock import Clock
+from kvstore.layout import Layout
+from kvstore.plan.catalog import Catalog
+from kvstore.plan.cost import CostModel
+from kvstore.plan.host import HostMemory
+from kvstore.plan.lower_tier import LowerTier
+from kvstore.plan.records import PlanSettings
+from kvstore.plan.transfers import TransferBook
+
+
+@dataclass(slots=True)
+class Books:
+    """Under the store's lock.
+
+    transfers:  those under way, and those waiting for the lanes.
+    tiers:      the lower tiers, in the order of their bits; a list that only grows (see lower_tiers.py).
+    windows:    of each layer group, in blocks; None means all.
+    page_bytes: of each layer group.
+    """
+
+    layout: Layout
+    settings: PlanSettings
+    clock: Clock
+    catalog: Catalog
+    host: HostMemory
+    transfers: TransferBook
+    costs: CostModel
+    tiers: list[LowerTier] = field(default_factory=list)
+    windows: list[int | None] = field(init=False)
+    page_bytes: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        groups = range(len(self.layout.groups))
+        self.windows = [self.layout.window_blocks(group) for group in groups]
+        self.page_bytes = [self.layout.stored_bytes(group) for group in groups]

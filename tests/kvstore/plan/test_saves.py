@@ -1,0 +1,113 @@
+"""Save leases, and what their end means to the order in which pages leave."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvstore.plan.planner import Planner
+from kvstore.plan.records import Request
+from tests.helpers.planners import make, path, save
+
+
+def leaving(planner: Planner, *requests: Request) -> list[str]:
+    """Who owns the pages that leave next, the first to leave first."""
+    owners = {key: chr(ord("a") + index) for index, request in enumerate(requests) for key in request.keys}
+    return [owners[page.block.key] for page in planner.books.host.policy.victims(8)]
+
+
+def test_the_pages_of_a_request_that_ended_while_it_was_saved_are_the_most_recent_when_they_are_published() -> None:
+    planner, _ = make(num_slots=8)
+    first, second = path(0, 3), path(1, 2)
+    save(planner, second)
+    lease = planner.prepare_save(first, 0, 3, 1.0)
+
+    planner.finished(first, 2.0)
+    planner.finished(second, 3.0)
+    planner.complete(lease.id, 4.0)
+
+    assert leaving(planner, first, second) == ["b", "b", "a", "a", "a"]
+    planner.check()
+
+
+def test_a_path_that_was_saved_in_parts_after_its_request_ended_leaves_tail_first() -> None:
+    planner, _ = make(num_slots=8)
+    request = path(0, 4)
+    leases = [planner.prepare_save(request, first, 2, 0.0) for first in (0, 2)]
+    planner.finished(request, 1.0)
+
+    for lease in leases:
+        planner.complete(lease.id, 2.0)
+
+    assert [page.block.key for page in planner.books.host.policy.victims(4)] == request.keys[::-1]
+    planner.check()
+
+
+def test_pages_that_find_no_slot_are_skipped_and_counted() -> None:
+    planner, _ = make(num_slots=4)
+    held = planner.prepare_save(path(0, 3), 0, 3, 0.0)
+
+    lease = planner.prepare_save(path(1, 4), 0, 4, 0.0)
+
+    assert [page.block for page in lease.pages] == [0]
+    assert lease.skipped == planner.saver.counters["skipped_saves"] == 3
+    planner.release(held.id, 0.0)
+    planner.release(lease.id, 0.0)
+    planner.check()
+    assert planner.books.host.pool.num_free == 4
+
+
+def test_a_block_that_another_lease_fills_is_not_given_out_again() -> None:
+    planner, _ = make(num_slots=8)
+    first = planner.prepare_save(path(0, 3), 0, 3, 0.0)
+
+    second = planner.prepare_save(path(0, 3), 0, 3, 0.0)
+
+    assert (len(first.pages), len(second.pages), second.skipped) == (3, 0, 0)
+    assert planner.saver.counters["dedup_saves"] == 3
+
+
+def test_only_what_was_filled_is_published() -> None:
+    planner, _ = make(num_slots=8)
+    request = path(0, 4)
+    lease = planner.prepare_save(request, 0, 4, 0.0)
+
+    planner.complete(lease.id, 0.0, [True, True, False, True])
+
+    assert planner.lookup(request, 0.0).num_blocks == 2
+    assert planner.saver.counters["aborted_saves"] == 1
+    planner.check()
+
+
+def test_a_list_of_another_length_ends_nothing() -> None:
+    planner, _ = make(num_slots=8)
+    lease = planner.prepare_save(path(0, 3), 0, 3, 0.0)
+
+    with pytest.raises(ValueError, match="filled has 2 entries, the lease has 3 pages"):
+        planner.complete(lease.id, 0.0, [True, True])
+
+    planner.complete(lease.id, 0.0)
+    assert planner.lookup(path(0, 3), 0.0).num_blocks == 3
+
+
+def test_a_save_that_was_released_leaves_no_block_behind() -> None:
+    planner, _ = make(num_slots=8)
+    lease = planner.prepare_save(path(0, 3), 0, 3, 0.0)
+
+    planner.release(lease.id, 0.0)
+    planner.complete(lease.id, 0.0)  # comes too late
+
+    assert len(planner.books.catalog.tree) == 0
+    assert planner.books.host.pool.num_free == 8
+
+
+def test_blocks_that_were_forgotten_while_they_were_filled_are_not_published() -> None:
+    planner, _ = make(num_slots=8)
+    request = path(0, 4)
+    lease = planner.prepare_save(request, 0, 4, 0.0)
+    planner.forget(request, 2, 0.0)
+
+    planner.complete(lease.id, 0.0)
+
+    assert planner.lookup(request, 0.0).num_blocks == 2
+    assert planner.books.host.pool.num_free == 6
+    planner.check()
