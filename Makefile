@@ -49,7 +49,7 @@ test-long: test  ## the slow tests too
 bench: setup  ## all workloads beside their ceilings; JSON in bench.json
 	@.ci/setup redis
 	@dir=$$(mktemp -d ./bench.XXXXXX) && trap 'rm -rf "$$dir"' EXIT && \
-	.venv/bin/kvstore bench hash planner host disk "$$dir" $$(command -v redis-server >/dev/null && echo redis local) \
+	.venv/bin/kvstore bench hash index planner host device service service-bytes disk "$$dir" $$(command -v redis-server >/dev/null && echo redis local) \
 	    --out bench.json $(ARGS)
 
 clean:  ## remove .venv, caches and what was built

@@ -315,7 +315,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
 }
 # Only the face's own users: the laboratory plays whole models, everything else is below the connectors.
-CONNECTORS_USERS = ("connectors", "kvstore.demo", "kvstore.cluster")
+CONNECTORS_USERS = ("connectors", "kvstore.demo", "kvstore.cluster", "kvstore.lab.workloads.model")
 
 # module from outside -> where it may be imported at all
 ONLY_IN: dict[str, tuple[str, ...]] = {
@@ -336,7 +336,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     ),
     # workloads stand in for a lane; a replica computes on one thread beside its event loop
     "concurrent": ("kvstore.move", "kvstore.tiers", "kvstore.lab.workloads", "kvstore.cluster"),
-    "transformers": ("connectors", "kvstore.demo"),
+    "transformers": ("connectors", "kvstore.demo", "kvstore.lab.workloads.model"),
     "vllm": ("connectors",),
     "sglang": ("connectors",),
     "pytest": ("kvstore.testing.contracts",),  # of what is installed, nothing else needs them

@@ -73,7 +73,10 @@ def parse_plan(words: Sequence[str], needs: Mapping[str, str]) -> list[tuple[str
 
 def _as_table(workload: str, measured: Table) -> object:
     is_bytes = measured.unit == "bytes"
+    has_partner = any(timing.partner_cpu_s is not None for timing in measured.timings)
     numbers = (f"{measured.unit}/s", "of ceiling", "time" if is_bytes else f"µs/{measured.unit.rstrip('s')}", "CPU s")
+    if has_partner:
+        numbers = (*numbers, "daemon's CPU s")
     output = table("case", *numbers, title=f"{workload}: {measured.name}", right=numbers)
     for timing in measured.timings:
         add_row(
@@ -83,5 +86,6 @@ def _as_table(workload: str, measured: Table) -> object:
             f"{timing.ratio:.2f}",
             format_seconds(timing.median_s) if is_bytes else f"{timing.median_s / timing.amount * 1e6:.3g}",
             f"{timing.cpu_s:.4f}",
+            *(["" if timing.partner_cpu_s is None else f"{timing.partner_cpu_s:.4f}"] if has_partner else []),
         )
     return output

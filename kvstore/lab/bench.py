@@ -79,14 +79,21 @@ class BenchWorkload:
     argument: str = ""
 
 
+def _workload(module: str, summary: str, argument: str = "") -> BenchWorkload:
+    return BenchWorkload(summary, f"kvstore.lab.workloads.{module}", argument)
+
+
 WORKLOADS: dict[str, BenchWorkload] = {
-    "hash": BenchWorkload("hash a prompt of 128K tokens into block hashes", "kvstore.lab.workloads.hash"),
-    "planner": BenchWorkload("lookups, saves and evictions per block, no bytes moved", "kvstore.lab.workloads.planner"),
-    "host": BenchWorkload("save and load through a store in host memory, over memcpy", "kvstore.lab.workloads.host"),
-    "disk": BenchWorkload("write and cold read of a disk tier, over raw O_DIRECT", "kvstore.lab.workloads.disk", "DIR"),
-    "redis": BenchWorkload(
-        "SET and GET of a Redis tier, over a bare socket", "kvstore.lab.workloads.redis", "URL|local"
-    ),
+    "hash": _workload("hash", "hash a prompt of 128K tokens into block hashes"),
+    "index": _workload("index", "prefix index and eviction policies per block, over a dict"),
+    "planner": _workload("planner", "lookups, saves and evictions per block, no bytes moved"),
+    "host": _workload("host", "save and load through a store in host memory, over memcpy"),
+    "device": _workload("device", "gather and scatter of an engine's tensors, over memcpy"),
+    "service": _workload("service", "calls of one and of many clients of a daemon, over a bare socket"),
+    "service-bytes": _workload("service_bytes", "save and load through a daemon, over memcpy"),
+    "disk": _workload("disk", "write and cold read of a disk tier, over raw O_DIRECT", "DIR"),
+    "redis": _workload("redis", "SET and GET of a Redis tier, over a bare socket", "URL|local"),
+    "model": _workload("model", "a model with a store that cannot help it, over the model alone", "MODEL|default"),
 }
 
 

@@ -1,6 +1,7 @@
 """How many files of ours a verb of the store goes through, and how many calls it makes: the price of a cut.
 
-    python tests/bench/bench_hops.py
+    python tests/bench/bench_hops.py                       # this tree
+    PYTHONPATH=OTHER_TREE python tests/bench/bench_hops.py # another build, to compare with; the counts are exact
 
 One store with a host and a disk tier, a prompt of 15 blocks that is saved and a hit. The profiler counts the calls of
 this thread alone, so what lanes do beside it is left out. Depth is how many of our functions stand on one another.

@@ -1,6 +1,7 @@
 """How long the one lock is held, how long a lookup of others waits meanwhile, and what the garbage collector stops.
 
     python tests/bench/bench_locks.py [--blocks 200000 1000000] [--prompt 16384] [--json FILE]
+    PYTHONPATH=OTHER_TREE python tests/bench/bench_locks.py ...     # another build, to compare with
 
 A store is filled; then one thread serves short prompts while another calls every verb with long ones. Told for each
 verb: how often it took the lock, its longest hold in CPU and wall milliseconds, and the longest short lookup that

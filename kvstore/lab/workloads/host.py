@@ -1,14 +1,17 @@
 """Save and load through a whole store whose only tier is host memory, over memcpy of the same bytes.
 
 Saving copies engine memory into slots of a lease, loading copies them out again: what is above memcpy is the store's
-own cost.
+own cost. Two tables more compare the kinds of slab, private and shared, with huge pages and without: copies into and
+out of one, and what it costs until its first byte is in place.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from contextlib import closing
+from contextlib import ExitStack, closing
+from functools import partial
 from itertools import count, cycle
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +31,21 @@ PAGE_SIZES = (256 * KiB, 2 * MiB)
 PROMPT_BYTES = 32 * MiB
 PROMPTS_THAT_FIT = 4
 
+SLAB_BYTES = 256 * MiB
+QUICK_SLAB_BYTES = 64 * MiB
+SLABS: dict[str, dict[str, Any]] = {
+    "private, huge pages": {},
+    "private, 4 KiB pages": {"huge_pages": False},
+    "shared, huge pages where the kernel has them": {"shared_name": "bench"},
+}
+
 Pages = npt.NDArray[np.uint8]
 
 
 def run(argument: str, quick: bool) -> list[Table]:
     """Measure pages of 256 KiB and 2 MiB; the store is full, so that every save evicts."""
-    return [_measure(page_bytes, PROMPT_BYTES // page_bytes, quick) for page_bytes in PAGE_SIZES]
+    tables = [_measure(page_bytes, PROMPT_BYTES // page_bytes, quick) for page_bytes in PAGE_SIZES]
+    return [*tables, _copies(PAGE_SIZES[-1], quick), _making(PAGE_SIZES[-1], quick)]
 
 
 def _measure(page_bytes: int, num_pages: int, quick: bool) -> Table:
@@ -96,3 +108,43 @@ def _load(store: LocalStore, request: Request, engine: Pages) -> None:
     for page in lease.pages:
         np.copyto(engine[page.block], store.slot_array(page.slot))
     store.complete(lease)
+
+
+def _copies(page_bytes: int, quick: bool) -> Table:
+    num_pages = (QUICK_SLAB_BYTES if quick else SLAB_BYTES) // page_bytes
+    order = np.random.default_rng(0).permutation(num_pages).tolist()
+    amount = 2 * num_pages * page_bytes
+    with ExitStack() as stack:
+        engine, *slabs = (
+            stack.enter_context(closing(HostSlab(num_pages, page_bytes, **kind))) for kind in ({}, *SLABS.values())
+        )
+
+        def one_memcpy() -> None:
+            np.copyto(slabs[0].buffer, engine.buffer)
+            np.copyto(engine.buffer, slabs[0].buffer)
+
+        def out_and_in(slab: HostSlab) -> None:
+            for slot in order:
+                np.copyto(slab.array(slot), engine.array(slot))
+            for slot in order:
+                np.copyto(engine.array(slot), slab.array(slot))
+
+        cases = [Case("all in one memcpy", one_memcpy, amount)]
+        cases += [Case(name, partial(out_and_in, slab), amount) for name, slab in zip(SLABS, slabs, strict=True)]
+        return measure(f"copy {num_pages} pages of {page_bytes // KiB} KiB in and out", "bytes", cases, quick=quick)
+
+
+def _making(page_bytes: int, quick: bool) -> Table:
+    num_pages = (QUICK_SLAB_BYTES if quick else SLAB_BYTES) // page_bytes
+
+    def make(kind: dict[str, Any]) -> None:
+        HostSlab(num_pages, page_bytes, **kind).close()
+
+    def untouched() -> None:
+        with closing(HostSlab(num_pages, page_bytes, prefault=False, huge_pages=False)) as slab:
+            slab.buffer[::4096] = 1
+
+    amount = num_pages * page_bytes
+    cases = [Case("touched page by page", untouched, amount)]
+    cases += [Case(name, partial(make, kind), amount) for name, kind in SLABS.items()]
+    return measure("make a slab", "bytes", cases, quick=quick)

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.errors import ConfigError, TierUnavailable
+from kvstore.errors import ConfigError, KVStoreError, TierUnavailable
 from kvstore.lab.bench import WORKLOADS, Table
-from kvstore.lab.workloads import disk, hash, host, planner, redis
+from kvstore.lab.daemon_process import daemon_process
+from kvstore.lab.workloads import device, disk, hash, host, index, model, planner, redis, service, service_bytes
 from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.redis.url import parse_redis_url
 from kvstore.units import KiB
 from tests.helpers.redis_server import NEEDS_REDIS
+from tests.helpers.tiny_models import tiny_model
+
+MODULES = (device, disk, hash, host, index, model, planner, redis, service, service_bytes)
 
 
 def check(tables: list[Table], *units: str) -> None:
@@ -24,7 +28,7 @@ def check(tables: list[Table], *units: str) -> None:
 
 
 def test_every_workload_of_the_list_has_its_module() -> None:
-    modules = {module.__name__ for module in (disk, hash, host, planner, redis)}
+    modules = {module.__name__ for module in MODULES}
 
     assert {workload.module for workload in WORKLOADS.values()} == modules
 
@@ -46,8 +50,65 @@ def test_planner_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_host_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "PAGE_SIZES", (4 * KiB, 8 * KiB))
     monkeypatch.setattr(host, "PROMPT_BYTES", 32 * KiB)
+    monkeypatch.setattr(host, "QUICK_SLAB_BYTES", 64 * KiB)
 
-    check(host.run("", True), "bytes", "bytes")
+    check(host.run("", True), "bytes", "bytes", "bytes", "bytes")
+
+
+def test_index_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "QUICK_PROMPTS", 4)
+    monkeypatch.setattr(index, "SYSTEM_BLOCKS", 4)
+    monkeypatch.setattr(index, "OWN_BLOCKS", 6)
+
+    check(index.run("", True), "blocks", "blocks")
+
+
+def test_device_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "QUICK_POOL_BYTES", 256 * KiB)
+    shapes = (device.EngineShape("paged", 4, 1024, 3), device.EngineShape("contiguous", 2, 512, 5, heads=2))
+    monkeypatch.setattr(device, "SHAPES", shapes)
+
+    check(device.run("", True), "bytes", "bytes")
+
+
+def test_service_runs_with_clients_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "NUM_SLOTS", 20)
+    monkeypatch.setattr(service, "PROMPT_BLOCKS", (16, 32))
+    monkeypatch.setattr(service, "QUICK_CALLS", 3)
+    monkeypatch.setattr(service, "CROWD_PROCESSES", 2)
+
+    check(service.run("", True), "calls", "calls")
+
+
+def test_service_bytes_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_bytes, "PAGE_BYTES", 64 * KiB)
+    monkeypatch.setattr(service_bytes, "BATCH_BYTES", 256 * KiB)
+
+    check(service_bytes.run("", True), "bytes", "bytes")
+
+
+def test_a_daemon_that_does_not_come_up_is_told() -> None:
+    with (
+        pytest.raises(KVStoreError, match=r"the daemon did not come up: .*disk\.path is /etc/passwd"),
+        daemon_process(64 * KiB, "disk.path=/etc/passwd"),
+    ):
+        pass
+
+
+@pytest.mark.redis
+def test_model_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tiny_model("llama_gqa").save_pretrained(tmp_path)
+    monkeypatch.setattr(model, "NUM_TOKENS", 64)
+    monkeypatch.setattr(model, "BLOCK_SIZE", 8)
+    monkeypatch.setattr(model, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(model, "DELAY_S", 0.01)
+    monkeypatch.setattr(model, "HOST_BYTES", "8MiB")
+    monkeypatch.setattr(model, "DISK_BYTES", "8MiB")
+
+    tables = model.run(str(tmp_path), True)
+
+    check(tables, "tokens", "tokens")
+    assert tables[0].timings[1].name == "with host, disk, redis, until all is written behind"
 
 
 def test_disk_runs_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
