@@ -74,9 +74,8 @@ def parse_plan(words: Sequence[str], needs: Mapping[str, str]) -> list[tuple[str
 def _as_table(workload: str, measured: Table) -> object:
     is_bytes = measured.unit == "bytes"
     has_partner = any(timing.partner_cpu_s is not None for timing in measured.timings)
-    numbers = (f"{measured.unit}/s", "of ceiling", "time" if is_bytes else f"µs/{measured.unit.rstrip('s')}", "CPU s")
-    if has_partner:
-        numbers = (*numbers, "daemon's CPU s")
+    each = "time" if is_bytes else f"µs/{measured.unit.rstrip('s')}"
+    numbers = (f"{measured.unit}/s", "of ceiling", each, "CPU s", *(["daemon's CPU s"] if has_partner else []))
     output = table("case", *numbers, title=f"{workload}: {measured.name}", right=numbers)
     for timing in measured.timings:
         add_row(

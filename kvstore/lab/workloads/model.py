@@ -25,7 +25,7 @@ from kvstore.lab.bench import Case, Table, measure
 from kvstore.move.lane import Lane
 from kvstore.page import PageKey, PageMeta
 from kvstore.plan.planner import Planner
-from kvstore.plan.settings import PlanSettings
+from kvstore.plan.records import PlanSettings
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.store import LocalStore
 from kvstore.testing.redis_server import LocalRedis, RedisNotInstalled
