@@ -10,12 +10,14 @@ from setuptools import Extension, setup  # type: ignore[import-untyped]
 
 SOURCES = {
     "radix._chain": "radix/_chain.c",
+    "radix._ordered": "radix/_ordered.c",
     "kvstore.devices._copy": "kvstore/devices/_copy.c",
 }
+HEADERS = ["radix/_ordered.h", "radix/_ordered_walk.h"]
 
 setup(
     ext_modules=[
-        Extension(name, [source], extra_compile_args=["-O3"], optional=True)
+        Extension(name, [source], depends=HEADERS, extra_compile_args=["-O3"], optional=True)
         for name, source in SOURCES.items()
         if (Path(__file__).parent / source).exists()
     ]

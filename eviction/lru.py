@@ -6,13 +6,13 @@ then older than its parent, and the order is that of a radix tree which evicts i
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from itertools import islice, repeat
 from typing import Generic
 
 from eviction.policy import K
 from eviction.ranked import Ranked
-from radix.untracked import untrack
+from radix.ordered import OrderedMap
 
 
 class Recency(Generic[K]):
@@ -23,13 +23,12 @@ class Recency(Generic[K]):
     """
 
     def __init__(self) -> None:
-        self._keys: OrderedDict[K, None] = OrderedDict()
+        self._keys: OrderedMap[K, None] = OrderedMap()
 
     def add(self, keys: list[K], hits: int) -> None:
         """Put keys at the recent end, the last of them last."""
         self._keys.update(dict.fromkeys(keys))
         deque(map(self._keys.move_to_end, keys), maxlen=0)
-        untrack([self._keys])  # a dict is tracked again by what is put in
 
     def touch(self, keys: list[K]) -> None:
         """Move known keys to the recent end."""

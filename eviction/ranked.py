@@ -12,12 +12,12 @@ each call here is one call there.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby, islice
 from typing import Generic, Protocol, TypeVar
 
 from eviction.policy import NO_HINT, Hint, K
+from radix.ordered import OrderedMap
 
 KeyT = TypeVar("KeyT")
 
@@ -47,7 +47,7 @@ class Order(Protocol[KeyT]):
 
 def all_new(keys: list[KeyT], *queues: Mapping[KeyT, object]) -> bool:
     """True if none of the queues has one of the keys: nearly always so, and seen in C."""
-    return all(queue.keys().isdisjoint(keys) for queue in queues)
+    return not any(any(map(queue.__contains__, keys)) for queue in queues)
 
 
 class Ranked(Generic[K]):
@@ -56,7 +56,7 @@ class Ranked(Generic[K]):
     def __init__(self, new_order: Callable[[], Order[K]]) -> None:
         self._new_order = new_order
         self._orders: dict[int, Order[K]] = {0: new_order()}  # lowest priority first
-        self._demoted: OrderedDict[K, int] = OrderedDict()  # next to leave first; the priority to come back to
+        self._demoted: OrderedMap[K, int] = OrderedMap()  # next to leave first; the priority to come back to
 
     def add(self, keys: Iterable[K], now: float, hint: Hint = NO_HINT) -> None:
         """Take keys in, in this order. A known key is touched, and gets the priority of this hint."""
@@ -113,7 +113,7 @@ class Ranked(Generic[K]):
         """Hold exactly these keys, in this order; what was told to leave first still does."""
         kept = dict(keys)
         demoted = [key for key in self._demoted if key in kept]
-        self._orders, self._demoted = {0: self._new_order()}, OrderedDict()
+        self._orders, self._demoted = {0: self._new_order()}, OrderedMap()
         for hint, group in groupby(keys, key=lambda item: item[1]):
             self.add([key for key, _ in group], now, hint)
         self.demote(demoted)

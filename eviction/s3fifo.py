@@ -11,12 +11,13 @@ Unlike recency, this order may name a block before one that continues it: the ev
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from itertools import filterfalse, islice, repeat
 from typing import Generic
 
 from eviction.policy import K
 from eviction.ranked import Ranked, all_new
+from radix.ordered import OrderedMap
 
 SMALL_SHARE = 0.1  # of all keys, on trial; the paper's value
 MOST_USES = 3  # two bits of uses, as in the paper: more would let old glory live long
@@ -34,10 +35,10 @@ class S3FifoOrder(Generic[K]):
     """
 
     def __init__(self) -> None:
-        self._small: OrderedDict[K, int] = OrderedDict()  # value: uses since it was added, at most MOST_USES
-        self._main: OrderedDict[K, int] = OrderedDict()
-        self._condemned: OrderedDict[K, bool] = OrderedDict()  # value: came from small
-        self._ghost: OrderedDict[K, None] = OrderedDict()
+        self._small: OrderedMap[K, int] = OrderedMap()  # value: uses since it was added, at most MOST_USES
+        self._main: OrderedMap[K, int] = OrderedMap()
+        self._condemned: OrderedMap[K, bool] = OrderedMap()  # value: came from small
+        self._ghost: OrderedMap[K, None] = OrderedMap()
         self._most_keys = 0  # held at one time: the capacity, as far as can be seen from here; bounds the ghost
 
     def add(self, keys: list[K], hits: int) -> None:

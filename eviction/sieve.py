@@ -9,12 +9,13 @@ Unlike recency, this order may name a block before one that continues it: the ev
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from itertools import islice, repeat
 from typing import Generic
 
 from eviction.policy import K
 from eviction.ranked import Ranked, all_new
+from radix.ordered import OrderedMap
 
 
 class SieveOrder(Generic[K]):
@@ -26,9 +27,9 @@ class SieveOrder(Generic[K]):
     """
 
     def __init__(self) -> None:
-        self._passed: OrderedDict[K, bool] = OrderedDict()  # value: used since the hand passed
-        self._ahead: OrderedDict[K, bool] = OrderedDict()
-        self._condemned: OrderedDict[K, bool] = OrderedDict()
+        self._passed: OrderedMap[K, bool] = OrderedMap()  # value: used since the hand passed
+        self._ahead: OrderedMap[K, bool] = OrderedMap()
+        self._condemned: OrderedMap[K, bool] = OrderedMap()
 
     def add(self, keys: list[K], hits: int) -> None:
         """Put new keys at the newest end, their bit set if they were used before."""

@@ -14,7 +14,7 @@ left than its ttl: when time goes back, deadlines further away than that come ne
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count, groupby, islice, repeat, takewhile
@@ -22,7 +22,7 @@ from math import inf, isnan
 from typing import Generic, NamedTuple
 
 from eviction.policy import NO_HINT, EvictionPolicy, Hint, K
-from radix.untracked import untrack
+from radix.ordered import OrderedMap
 
 NEVER = 0.0  # a ttl that sets no deadline
 SET_BACK_S = 1.0  # time that goes back by less stands still: clocks of several cores, a correction in small steps
@@ -56,8 +56,8 @@ class Ttl(Generic[K]):
         self._ttl_s = NEVER if ttl_s is None or ttl_s == inf else ttl_s
         self.has_deadlines = False
         self._now = -inf
-        self._classes: dict[float, OrderedDict[K, float]] = {}  # by ttl; key -> deadline, earliest first
-        self._usual: OrderedDict[K, float] = self._classes.setdefault(self._ttl_s, OrderedDict())
+        self._classes: dict[float, OrderedMap[K, float]] = {}  # by ttl; key -> deadline, earliest first
+        self._usual: OrderedMap[K, float] = self._classes.setdefault(self._ttl_s, OrderedMap())
         self._unusual: dict[K, float] = {}  # the ttl of keys in other classes
         # One entry per class with keys: (a time not after its earliest deadline, ttl). Uses and discards only move that
         # deadline away, so an entry is looked at again when its time has come, and not before.
@@ -134,7 +134,7 @@ class Ttl(Generic[K]):
         known = {key: deadline for keys in self._classes.values() for key, deadline in keys.items()}
         lent, self._lent, self._lent_due = self._lent, {}, []
         self._classes, self._unusual, self._due, self._in_due = {}, {}, [], set()
-        self._usual = self._classes.setdefault(self._ttl_s, OrderedDict())
+        self._usual = self._classes.setdefault(self._ttl_s, OrderedMap())
         self._inner.rebuild(keys, now)
         now = self._seen(now)
         deadlines: list[tuple[float, K, float]] = []
@@ -200,12 +200,11 @@ class Ttl(Generic[K]):
     def _set_deadlines(self, keys: list[K], now: float, ttl_s: float) -> None:
         if not keys:
             return
-        deadlines = self._classes.setdefault(ttl_s, OrderedDict())
+        deadlines = self._classes.setdefault(ttl_s, OrderedMap())
         deadlines.update(dict.fromkeys(keys, now + ttl_s))
         deque(map(deadlines.move_to_end, keys), maxlen=0)
         if ttl_s != self._ttl_s:
             self._unusual.update(dict.fromkeys(keys, ttl_s))
-        untrack([deadlines])  # a dict is tracked again by what is put in
         if ttl_s not in self._in_due:
             self.has_deadlines = True
             self._in_due.add(ttl_s)

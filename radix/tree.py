@@ -27,6 +27,7 @@ from typing import Generic, NamedTuple, TypeVar
 from radix import soundness
 from radix.namespace import BlockHash
 from radix.node import DEPTH, DEPTH_BITS, SPAN, Run
+from radix.ordered import OrderedMap
 
 V = TypeVar("V")
 
@@ -55,8 +56,9 @@ class RadixTree(Generic[V]):
 
     def __init__(self) -> None:
         self._root: Run[V] = Run(0, 0, [], [], None)
-        self._runs: dict[int, Run[V]] = {0: self._root}  # by number
-        self._places: dict[BlockHash, int] = {}  # run number * SPAN + depth
+        self._runs: OrderedMap[int, Run[V]] = OrderedMap()  # by number
+        self._runs[0] = self._root
+        self._places: OrderedMap[BlockHash, int] = OrderedMap()  # run number * SPAN + depth
         self._next_base = SPAN
 
     # ---- along a path ----
@@ -127,7 +129,7 @@ class RadixTree(Generic[V]):
         """
         if len(keys) != len(values):
             raise ValueError(f"{len(keys)} keys but {len(values)} values; they must be parallel")
-        if not self._places.keys().isdisjoint(keys):
+        if any(map(self._places.__contains__, keys)):
             known = next(key for key in keys if key in self._places)
             raise ValueError(f"block {known.hex()} is known already, at depth {self._places[known] & DEPTH}")
         if len(keys) > 1 and len(set(keys)) < len(keys):
@@ -284,7 +286,8 @@ class RadixTree(Generic[V]):
             run.parent = None  # else a run and its child would keep each other: the collector does not see them
             run.children = {}
         self._root = Run(0, 0, [], [], None)
-        self._runs, self._places = {0: self._root}, {}
+        self._runs, self._places = OrderedMap(), OrderedMap()
+        self._runs[0] = self._root
 
     def __len__(self) -> int:
         """Known blocks."""

@@ -20,7 +20,7 @@ PACKAGES = ("radix", "eviction", "kvstore", "connectors")
 # The longest matching prefix decides; a module with no rule may import anything of ours but connectors.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "radix": ("radix",),
-    "eviction": ("eviction", "radix.untracked"),
+    "eviction": ("eviction", "radix.ordered"),
     "kvstore.errors": (),
     "kvstore.clock": (),
     "kvstore.units": (),

@@ -1,0 +1,5 @@
+"""Types of the optional C extension; `radix.ordered` says what it is for."""
+
+from collections import OrderedDict as OrderedMap
+
+__all__ = ["OrderedMap"]
