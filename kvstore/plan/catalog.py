@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from kvstore.plan.journal import Journal
 from kvstore.plan.state import Block, Page
 from radix.hashing import BlockHash
+from radix.ordered import OrderedMap
 from radix.tree import RadixTree
 from radix.untracked import track_with, untrack_with
 
@@ -38,7 +39,7 @@ class Catalog:
         self.homes_that_count = -1
         self.on_prune: Callable[[Block], None] = lambda block: None
         self.tree: RadixTree[Block] = RadixTree()
-        self.strays: dict[BlockHash, Block] = {}
+        self.strays: OrderedMap[BlockHash, Block] = OrderedMap()
         self.journal: Journal | None = None  # told what comes and goes, where anybody wants to know
 
     def match(self, path: Sequence[BlockHash]) -> list[Block]:
@@ -148,7 +149,8 @@ class Catalog:
     def rebuild(self, blocks: Sequence[Block]) -> None:
         """Know exactly these blocks, given by depth. For the tree nothing is done if it has them, and is whole."""
         placed = {block.key for block in blocks if block.parent is not None or block.depth == 0}
-        self.strays = {block.key: block for block in blocks if block.key not in placed}
+        self.strays.clear()
+        self.strays.update((block.key, block) for block in blocks if block.key not in placed)
         if self.tree.is_sound() and len(self.tree) == len(placed) and all(key in self.tree for key in placed):
             return
         self.tree.clear()

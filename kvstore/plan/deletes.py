@@ -17,12 +17,12 @@ So a key is never in both at once: a delete waits for the write before it, and `
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from kvstore.page import PageKey
 from kvstore.plan.records import Op, Outcome, Priority
 from kvstore.plan.transfers import InFlight, TransferBook
+from radix.ordered import OrderedMap
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Deletes:
         self._tier = tier
         self._transfers = transfers
         self._max_owed = max_owed
-        self._waiting: OrderedDict[PageKey, None] = OrderedDict()
+        self._waiting: OrderedMap[PageKey, None] = OrderedMap()
         self._leaving: set[PageKey] = set()
         self._written: dict[PageKey, int] = {}  # writes of it under way
         self._num_under_way = 0

@@ -55,13 +55,12 @@ def told_of(tiers: Sequence[LowerTier]) -> Told:
 
 
 def report(tiers: Sequence[LowerTier], told: Told) -> FlushResult:
-    """The state now; `told` notes that its caller knows. Under the store's lock; looks at every page that is owed."""
+    """The state now; `told` notes that its caller knows. Under the store's lock; walks over no page."""
     written: dict[str, int] = {}
     missing: dict[str, dict[str, int]] = {}
     undeleted: dict[str, dict[str, int]] = {}
     for tier in tiers:
         name, debts, deletes = tier.plan.name, tier.debts, tier.deletes
-        debts.find_lost()
         owed = "waiting" if tier.takes(Direction.WRITE) else "out"
         pages = {
             owed: debts.num_owed_saves + _num_flying_saves(tier),

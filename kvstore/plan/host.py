@@ -33,7 +33,8 @@ REUSED = Hint(hits=1)
 class HostMemory:
     """Slots of host memory and the order in which their pages leave.
 
-    boot: clock of times to live, in seconds.
+    boot:    clock of times to live, in seconds.
+    on_loss: is told of pages that leave against their will, while they are still known.
     """
 
     def __init__(self, num_slots: int, policy: Ttl[Page], catalog: Catalog, boot: Callable[[], float]) -> None:
@@ -44,6 +45,7 @@ class HostMemory:
         self.evicted_pages = 0
         self.expired_pages = 0
         self.is_late = False  # pages past their deadline may be left, see `expire`
+        self.on_loss: Callable[[Sequence[Page]], None] | None = None
         self._catalog = catalog
         self._boot = boot
 
@@ -90,6 +92,8 @@ class HostMemory:
         if not pages:
             return
         self.policy.discard(pages)
+        if self.on_loss is not None and why is not Left.DELETED:
+            self.on_loss(pages)
         self.num_resident -= len(pages)
         if self._catalog.journal is not None:
             self._catalog.journal.removed(HOST, pages, why)
@@ -155,6 +159,8 @@ class HostMemory:
         reading = [page for page in expired if page.spilling]
         if reading:
             self.policy.discard(reading)
+            if self.on_loss is not None:
+                self.on_loss(reading)
             for page in reading:
                 page.state = PageState.EXPIRED
             if self._catalog.journal is not None:

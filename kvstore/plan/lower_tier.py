@@ -45,7 +45,6 @@ class LowerTier:
     catalog: Catalog
     wall: Callable[[], float]
     page_bytes: Sequence[int]
-    max_owed: int
     out: frozenset[Direction] = frozenset()  # what its breakers keep out
     is_late: bool = False  # copies past their deadline may be left, see `expire`
     is_detached: bool = False  # taken away by an operator: it has nothing, and gets nothing
@@ -57,7 +56,7 @@ class LowerTier:
     deletes: Deletes = field(init=False)
 
     def __post_init__(self) -> None:
-        self.debts = Debts(self.max_owed)
+        self.debts = Debts()
         self.deletes = Deletes(self.plan.name, self.transfers, max(MAX_OWED_DELETES, self.plan.capacity_pages or 0))
 
     def owe(self, pages: Sequence[Page], *, used: bool, is_saved: bool = False) -> None:
@@ -65,7 +64,8 @@ class LowerTier:
         if self.is_detached or (self.plan.admit == "second_use" and not used):
             return
         bit = self.bit
-        self.debts.owe([page for page in pages if not (page.homes | page.spilling) & bit], is_saved=is_saved)
+        wanted = [page for page in pages if not (page.homes | page.spilling) & bit and not page.block.is_removed]
+        self.debts.owe(wanted, is_saved=is_saved)
 
     def pump(self, now: float) -> None:
         """Send what is owed, as far as the window allows: deletes first, since writes may wait for them."""
@@ -111,7 +111,7 @@ class LowerTier:
         if not page.homes & self.bit and not self.is_detached:
             page.homes |= self.bit
             if self.debts.failed:
-                self.debts.failed.pop(page, None)
+                self.debts.failed.pop(page)
             if self.catalog.journal is not None:
                 self.catalog.journal.stored(self.plan.name, (page,))
             if not page.spilling & self.bit:
@@ -282,6 +282,7 @@ class LowerTier:
         assert len(copies | flying) == self.used_pages, (
             f"{self.plan.name}: {len(copies | flying)} copies, {self.used_pages} booked"
         )
+        self.debts.check()
         assert len(flying) == self.in_flight, f"{self.plan.name}: {len(flying)} flying, {self.in_flight} booked"
         if self.plan.capacity_pages is not None and not self.plan.is_shared:  # else others' pages are learned of late
             assert self.used_pages <= self.plan.capacity_pages, f"{self.plan.name}: over capacity"

@@ -27,6 +27,7 @@ class LowerTiers:
         self._books = books
         self._catalog = books.catalog
         self._catalog.on_prune = self._pruned
+        books.host.on_loss = self._lose
         for plan in plans:
             self.add(plan)
 
@@ -50,7 +51,6 @@ class LowerTiers:
                     books.catalog,
                     books.clock.wall,
                     books.page_bytes,
-                    max_owed=2 * books.settings.num_slots,
                 )
             )
             books.costs.tiers[plan.name] = TierCost(plan.workers)
@@ -108,6 +108,12 @@ class LowerTiers:
         block = self._catalog.attach(BlockHash(block_key[:hash_bytes]), parent, meta.depth)
         block.tokens = meta.tokens
         return block.pages[group]
+
+    def _lose(self, pages: Sequence[Page]) -> None:
+        """Pages leave host memory: what tiers are owed of them is lost."""
+        for tier in self._books.tiers:
+            if tier.debts:
+                tier.debts.lose(pages)
 
     def _pruned(self, block: Block) -> None:
         """The catalog forgets a block; tiers that are not indexed may well still have it."""

@@ -94,7 +94,7 @@ class Mender:
         pages = chain(
             self._host.policy.members(),
             *(tier.plan.policy.members() for tier in tiers if tier.plan.policy is not None),
-            *(chain(tier.debts.waiting, tier.debts.held, tier.debts.failed) for tier in tiers),
+            *(tier.debts.pages() for tier in tiers),
             *(load.pages for load in self._loader.loads.values()),
             *(save.pages for save in self._saver.saves.values()),
             *(flight.pages for flight in flights),
@@ -190,7 +190,7 @@ class Mender:
         there = {page.key for page in copies} if tier.dropping else set()
         forgotten = [page for page in copies if page.block.is_removed and page.homes & bit]
         tier.forget_copies(forgotten)
-        tier.debts.settle(page for page in pages if page.block.is_removed)
+        tier.debts.rebuild()
         tier.deletes.owe([*(page.key for page in forgotten), *(key for key in tier.dropping if key not in there)])
         tier.dropping = ()
         # Their books never learned of the pages that were published last; what they have already is not owed.
