@@ -99,7 +99,7 @@ def test_an_eviction_tells_the_tier_that_is_owed_the_page() -> None:
     planner, _ = make(num_slots=4, disk_pages=8)
     planner.set_tier_up("disk", False, 0.0)
     publish(planner, path(1, 4))
-    debts = planner.tiers[0].debts
+    debts = planner.books.tiers[0].debts
     assert len(debts) == 4
 
     publish(planner, path(2, 3))
