@@ -43,7 +43,7 @@ MAX_WAITS = 16_384  # of callers who never say that they have gone
 
 
 @dataclass(slots=True)
-class Wait:
+class ComputeWait:
     """A request that waits for another one to compute.
 
     known:       blocks that were stored when it last looked.
@@ -80,7 +80,7 @@ class SingleFlight:
         self._transfers = books.transfers
         self._costs = books.costs
         self._lookups = lookups
-        self._waits: dict[int, tuple[Request, Wait]] = {}
+        self._waits: dict[int, tuple[Request, ComputeWait]] = {}
 
     def judge(self, request: Request, match: Match, now: float) -> Match:
         """The match, pending if what comes after it is being computed elsewhere; else the request has its turn."""
@@ -208,7 +208,7 @@ class SingleFlight:
         if wait is None:
             while len(self._waits) >= MAX_WAITS:
                 del self._waits[next(iter(self._waits))]
-            wait = Wait(now, match.known, now)
+            wait = ComputeWait(now, match.known, now)
             self._waits[request.id] = (request, wait)
             self.counters["compute_waits"] += 1
         if match.known > wait.known:
@@ -229,7 +229,7 @@ class SingleFlight:
         self._grant(self.claims.make(request, steps, now, take_over=True))
         return self._go_on(request, match, now)
 
-    def _poll(self, request: Request, wait: Wait, now: float) -> bool:
+    def _poll(self, request: Request, wait: ComputeWait, now: float) -> bool:
         """Ask shared tiers whether there is more by now; its next look asks for the turn. False if there is no tier."""
         wait.poll_at = float("inf")
         wait.polled_to = min(wait.known + POLL_BLOCKS, len(request.keys))

@@ -52,12 +52,12 @@ def test_the_tail_of_a_path_leaves_before_its_head(host: Host) -> None:
 
 def test_a_path_larger_than_host_memory_keeps_its_head(host: Host) -> None:
     host.put(0, 2)
+    head = host.put(1, 3)  # pushes out one of the others
 
-    pages = host.put(1, 7)
+    tail = host.put(1, 7)
 
-    assert len(pages) == 4  # the others left; its own did not
-    assert [page.block.depth for page in pages] == [0, 1, 2, 3]
-    assert [page.state for page in pages] == [PageState.READY] * 4
+    assert [page.block.depth for page in [*head, *tail]] == [0, 1, 2, 3]
+    assert [page.state for page in [*head, *tail]] == [PageState.READY] * 4
     host.check()
 
 

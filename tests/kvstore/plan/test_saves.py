@@ -101,7 +101,7 @@ def test_a_save_that_was_released_leaves_no_block_behind() -> None:
 
 
 def test_blocks_that_were_forgotten_while_they_were_filled_are_not_published() -> None:
-    planner, _ = make(num_slots=8)
+    planner, _ = make(num_slots=8, disk_pages=8)
     request = path(0, 4)
     lease = planner.prepare_save(request, 0, 4, 0.0)
     planner.forget(request, 2, 0.0)
@@ -109,5 +109,7 @@ def test_blocks_that_were_forgotten_while_they_were_filled_are_not_published() -
     planner.complete(lease.id, 0.0)
 
     assert planner.lookup(request, 0.0).num_blocks == 2
+    assert planner.saver.counters["saved_pages"] == 2
+    assert [len(spill.keys) for spill in planner.take_transfers()] == [2]
     assert planner.books.host.pool.num_free == 6
     planner.check()
