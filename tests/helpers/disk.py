@@ -21,6 +21,11 @@ def open_disk(path: Path, pages: int = 8, *, layout: str = "layout", **options: 
     return DiskTier.open(path, layout, SLOT_BYTES, pages * SLOT_BYTES, **options)
 
 
+def stored_keys(tier: DiskTier) -> list[PageKey]:
+    """The keys of what is stored and unexpired, least recently used first."""
+    return [page.key for page in tier.scan()]
+
+
 def index_of(tier: DiskTier) -> DiskIndex:
     index = tier._directory._index
     assert index is not None

@@ -11,6 +11,11 @@ To store a page a caller claims a slot (one short transaction), writes the bytes
 needed. Stamps and generations come from one counter that only grows, so a slot that was given away and filled again is
 told from what it was.
 
+Room is made by whoever asks for it: `claim` first takes what the caller names (`evict`). The order of use that is kept
+here is for those who have no order of their own in memory: a planner that starts anew (`scan`), an engine's own tier,
+which has no planner, and a directory that several processes fill, of which each planner knows its own pages only.
+There, and only there, `claim` evicts by that order (docs/design.md, "One ruler of the disk").
+
 Transactions are short and none is held across I/O: a reader that stays keeps writers waiting (index_snapshots.py). Any
 thread; writers wait for each other, and for readers, with a deadline.
 """
@@ -348,7 +353,7 @@ class DiskIndex:
         if len(slots) < count and state.leaked:
             self._repair(txn, state)
             slots += self._slots.take(txn, state, count - len(slots))
-        # Only needed when somebody else stores here too: a planner alone names its victims and knows what fits.
+        # Nobody named enough: others store here too, or there is no planner. A planner alone knows what fits.
         victims: list[PageKey] = []
         if len(slots) < count:
             victims, damaged = self._pages.oldest(txn, count - len(slots), keep, now)

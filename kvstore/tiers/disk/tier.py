@@ -8,6 +8,9 @@ So no transaction is held while bytes move, a page is visible whole or not at al
 overtaken notices twice: the bytes do not fit the checksum, which is bound to the key, and the record is gone or names
 another generation.
 
+Who leaves when there is no room: a planner names its victims (`evict`), and the index evicts by its own order only what
+no planner can have named: pages of others in a shared directory, and any where there is no planner.
+
 Deadlines are kept for everything that waits for other processes; a file that hangs in the kernel cannot be interrupted.
 Any thread, several at once: no threads of its own.
 """
@@ -38,6 +41,8 @@ from kvstore.tiers.disk.record import PageRecord
 from kvstore.tiers.disk.slots import Reservation
 
 T = TypeVar("T")
+
+_SCAN_TIMEOUT_S = 2.0  # for a batch of expired pages; what is not dropped in time stays, and is evicted first
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -196,12 +201,16 @@ class DiskTier:
         self._change(lambda index: index.delete(keys, deadline=deadline))
 
     def scan(self) -> Iterator[StoredPage]:
-        """Yield what is stored and unexpired, least recently used first; holds no transaction between batches."""
+        """Yield what is stored and unexpired, least recently used first; holds no transaction between batches.
+
+        What has expired is dropped, unless the directory is only read: a planner that books what this yields counts the
+        other slots as free, and the index must not have to find room for it by its own order.
+        """
         now = self._now()
         position: ScanPosition | None = None
         while True:
             self._check_open()
-            records, position = self._with_index(functools.partial(DiskIndex.scan, position=position))
+            records, position = self._with_index(functools.partial(self._scan, position=position, now=now))
             for record in records:
                 if not record.is_expired(now):
                     yield StoredPage(record.header.key, record.meta)
@@ -229,6 +238,14 @@ class DiskTier:
     def _check_open(self) -> None:
         if self._is_closed:
             raise TierUnavailable("disk tier: used after close")
+
+    def _scan(
+        self, index: DiskIndex, *, position: ScanPosition | None, now: float
+    ) -> tuple[list[PageRecord], ScanPosition | None]:
+        records, following = index.scan(position)
+        expired = [record for record in records if record.is_expired(now)]
+        self._drop(index, expired, [], time.monotonic() + _SCAN_TIMEOUT_S)
+        return records, following
 
     def _read(
         self,

@@ -35,6 +35,7 @@ from tests.helpers.disk import (
     put_raw_record,
     raw_record,
     record_of,
+    stored_keys,
 )
 from tests.helpers.stores import open_small
 
@@ -77,10 +78,6 @@ def check_slots_after_damage(tier: DiskTier) -> None:
         if state.leaked:
             index._repair(txn, state)
     check_slots(tier)
-
-
-def stored_keys(tier: DiskTier) -> list[PageKey]:
-    return [page.key for page in tier.scan()]
 
 
 class TestReopening:
