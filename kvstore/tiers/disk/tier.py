@@ -282,7 +282,7 @@ class DiskTier:
 
         # Another process may have given a slot away while we read it. What no longer has its record is lost, not
         # corrupt, and is not served even where the bytes were still whole.
-        still = index.still_there([record for _, record, _ in reads])
+        still = index.still_there([record for _, record, _ in reads], found.snapshot)
         for (i, record, read), is_there in zip(reads, still, strict=True):
             if not is_there or read is _Read.SHORT:
                 self.counters.lost_pages += 1
