@@ -1,7 +1,5 @@
 """A tier of one's own: a file for each page, in a directory for one process. `pip install` it, and set shelf.path."""
 
-from pathlib import Path
-
 from pydantic import Field
 
 from kvstore.config.section import Section
@@ -11,8 +9,6 @@ from kvstore.tiers.kind import TierContext, TierKind, TierTraits
 
 
 class ShelfConfig(Section):
-    """Files on any file system."""
-
     path: PathOrNone = Field(default=None, description="Directory of the files; none turns the tier off.")
     capacity_bytes: Bytes = Field(default=1 << 30, description="Most that the files may hold.")
 
@@ -20,10 +16,11 @@ class ShelfConfig(Section):
 class Shelf:
     name = "shelf"
 
-    def __init__(self, directory: Path, capacity_pages: int) -> None:
-        self.counters, self.capacity_pages, self._directory = TierCounters(), capacity_pages, directory
-        directory.mkdir(parents=True, exist_ok=True)
-        self.delete([bytes.fromhex(file.name) for file in directory.iterdir() if not file.is_dir()], timeout_s=0)
+    def __init__(self, section: ShelfConfig, context: TierContext) -> None:
+        self.counters, self._directory = TierCounters(), section.path / context.place.rstrip(":")
+        self.capacity_pages = max(1, section.capacity_bytes // context.layout.slot_bytes)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self.delete([bytes.fromhex(file.name) for file in self._directory.iterdir() if not file.is_dir()], timeout_s=0)
 
     def contains(self, keys, *, timeout_s):
         return [self._file(key).exists() for key in keys]
@@ -52,19 +49,11 @@ class Shelf:
     def ping(self, *, timeout_s):
         self._directory.stat()
 
-    def close(self):
-        pass
+    def close(self): ...
 
     def _file(self, key):
         return self._directory / bytes(key).hex()
 
 
-def _open(section: ShelfConfig, context: TierContext) -> Shelf:
-    directory = section.path / context.place.rstrip(":")
-    return Shelf(directory, max(1, section.capacity_bytes // context.layout.slot_bytes))
-
-
-KIND = TierKind(
-    "shelf", ShelfConfig, _open, switch="path", capacity="capacity_bytes",
-    traits=lambda section: TierTraits(is_verified=False),  # the store checks what it reads
-)  # fmt: skip
+UNVERIFIED = TierTraits(is_verified=False)  # so the store checks what it reads
+KIND = TierKind("shelf", ShelfConfig, Shelf, switch="path", capacity="capacity_bytes", traits=lambda _: UNVERIFIED)
