@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Protocol, TypeVar
 
+from kvstore.base import HOST, Request
 from kvstore.errors import KVStoreError
-from kvstore.plan.records import HOST, Request
 
 Source = TypeVar("Source", contravariant=True)
 Target = TypeVar("Target", covariant=True)

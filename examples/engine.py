@@ -27,15 +27,15 @@ def prefill(store, tokens: np.ndarray) -> tuple[int, list[np.ndarray]]:
     lease: LoadLease = store.prepare_load(request, match.num_blocks)
     try:
         loaded = store.wait(lease).num_blocks  # fewer than matched, if a tier was too slow
-        pages += [store.slot_array(slot)[:PAGE_BYTES].copy() for block, _, slot in lease.pages if block < loaded]
+        pages += [store.slots.array(slot)[:PAGE_BYTES].copy() for block, _, slot in lease.pages if block < loaded]
     finally:
         store.complete(lease)
     pages += [compute(tokens, block) for block in range(loaded, len(request.keys))]
     save = store.prepare_save(request, loaded, len(request.keys) - loaded)
     for block, _, slot in save.pages:
-        np.copyto(store.slot_array(slot)[:PAGE_BYTES], pages[block])
+        np.copyto(store.slots.array(slot)[:PAGE_BYTES], pages[block])
     store.complete(save)
-    store.finished(request)
+    store.keep.finished(request)
     return loaded, pages
 
 

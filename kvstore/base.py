@@ -1,13 +1,13 @@
-"""The face of the store: what connectors call, in process or through a node daemon.
+"""The face of the store: what connectors call, in process or through a node daemon, and the values that they exchange.
 
 `LocalStore` (store.py) keeps the pages in this process. Whatever implements `KVStore` gives out slots of one host
-slab by number; the caller copies between `slot_view(slot)` and the engine's pages, so the same protocol serves one
-process, several ranks over shared memory and remote peers.
+slab by number; the caller copies between `slots.array(slot)` and the engine's pages, so the same protocol serves one
+process, several ranks over shared memory and the clients of a daemon.
 
 The walk of one request:
 
     request = store.request(tokens)
-    match = store.wait_lookup(request, timeout_s)          # or poll lookup() until not pending
+    match = store.wait_lookup(request, timeout_s)          # or ask lookup() again until it is not pending
     lease = store.prepare_load(request, match.num_blocks)  # pins, allocates, starts fetching
     status = store.wait(lease, timeout_s)                  # or poll(lease)
     ...copy slots of lease.pages -> engine...              # blocks [0, status.num_blocks) only
@@ -16,7 +16,11 @@ The walk of one request:
     lease = store.prepare_save(request, first, num_blocks)
     ...copy engine -> slots of lease.pages...
     store.complete(lease)                                  # publishes; written behind to the lower tiers
-    store.finished(request)
+    store.keep.finished(request)
+
+The face has parts. `KVStore` itself is the core, no verb of which waits; requests are made by `Requests`, and what
+waits is in `Waits` (waits.py), written once for all stores. `store.slots` concerns bytes, `store.keep` how long pages
+stay.
 
 No method raises for a failing tier: what cannot be loaded is a miss, what cannot be saved is skipped and counted.
 Methods raise RequestError for misuse and StoreClosed after close. Any thread.
@@ -31,24 +35,56 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.layout import Layout
+from kvstore.plan.journal import BlockEvent, Event
 from kvstore.plan.records import (
+    HOST,
+    CutReason,
     FlushResult,
+    LeaseState,
     LeaseStatus,
     LoadLease,
     Match,
     Request,
     RequestOptions,
     SaveLease,
+    SlotPage,
+    SlotPages,
 )
+from kvstore.waits import Waits
+
+__all__ = [
+    "HOST",
+    "BlockEvent",
+    "CutReason",
+    "Event",
+    "FlushResult",
+    "KVStore",
+    "Keep",
+    "LeaseState",
+    "LeaseStatus",
+    "LoadLease",
+    "Match",
+    "Request",
+    "RequestOptions",
+    "Requests",
+    "SaveLease",
+    "Slab",
+    "SlotPage",
+    "SlotPages",
+    "Slots",
+    "Tokens",
+    "Waits",
+]
 
 Tokens = npt.ArrayLike | memoryview
 
 
-class KVStore(Protocol):
-    """A tiered store of KV pages of one namespace."""
+class Requests(Protocol):
+    """The making of requests: prompts of one namespace, hashed block by block."""
 
     @property
-    def layout(self) -> Layout: ...
+    def layout(self) -> Layout:
+        """The geometry of the namespace's pages."""
 
     def request(self, tokens: Tokens, options: RequestOptions | None = None) -> Request:
         """Hash the full blocks of `tokens` (any 1-D integer array or buffer) into a new request."""
@@ -64,24 +100,86 @@ class KVStore(Protocol):
     def extend_hashes(self, request: Request, hashes: Sequence[bytes], num_tokens: int) -> None:
         """Append hashes an engine made for further blocks; the prompt is `num_tokens` long then."""
 
+
+class Slab(Protocol):
+    """The name of memory that slots lie in, for other processes of the engine (`opening.attach_slab`). Plain data."""
+
+    @property
+    def num_slots(self) -> int:
+        """Slots in it."""
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of each."""
+
+    def holds(self, slot: int) -> bool:
+        """Whether a slot, by its number in a lease, lies in this slab."""
+
+
+class Slots(Protocol):
+    """The bytes of slots."""
+
+    def view(self, slot: int) -> memoryview:
+        """The bytes of a slot, `layout.slot_bytes` long, writable. Valid while a lease holds the slot."""
+
+    def array(self, slot: int) -> npt.NDArray[np.uint8]:
+        """The same bytes as an array: use np.copyto, which releases the GIL (memoryview assignment holds it)."""
+
+    @property
+    def slabs(self) -> Sequence[Slab]:
+        """The slabs that slots of open leases lie in, the newest last; none while there is no daemon.
+
+        Ask for each step of an engine: there is another one after a daemon has started again.
+        """
+
+    @property
+    def buffer(self) -> npt.NDArray[np.uint8] | None:
+        """The whole of the newest slab, for a device to page-lock; None while there is no daemon."""
+
+
+class Keep(Protocol):
+    """How long the pages of requests stay."""
+
+    def pin(self, request: Request) -> int:
+        """Keep the request's resident pages in host memory until `unpin`; return how many blocks are pinned.
+
+        Fewer than are resident where the budget for it ends (`store.max_pinned_fraction` of the host slots, of all pins
+        together). A pin that nobody undoes ends after `store.pin_max_s`.
+        """
+
+    def unpin(self, request: Request) -> int:
+        """Undo `pin`; return how many blocks had one."""
+
+    def set_ttl(self, request: Request, ttl_s: float) -> int:
+        """Give the request's known blocks a time to live from now on; return how many."""
+
+    def forget(self, request: Request, first: int = 0) -> int:
+        """Delete blocks from `first` on and all that is known to continue them; return how many.
+
+        They are gone from host memory at once, and no lookup finds them any more. On lower tiers a delete is owed as a
+        write is: it is acknowledged by the next true `flush`, and tried again where a tier cannot be reached.
+        """
+
+    def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
+        """The request is over: refresh its path in every tier, or let it go first if no turn will follow."""
+
+
+class KVStore(Requests, Waits, Protocol):
+    """A tiered store of KV pages of one namespace."""
+
+    @property
+    def slots(self) -> Slots:
+        """The bytes of the slots that leases name."""
+
+    @property
+    def keep(self) -> Keep:
+        """How long pages stay."""
+
     def lookup(self, request: Request) -> Match:
         """The longest prefix worth loading. Never blocks and does no I/O; `pending` means ask again.
 
         With `RequestOptions.single_flight`, an answer that is not pending makes this request the one that computes what
-        it misses, until that is saved or `finished` is called.
-        """
-
-    def wait_lookup(self, request: Request, timeout_s: float | None = None) -> Match:
-        """Lookup, waiting while it is pending, at most `timeout_s`.
-
-        None: at most the configured lookup deadline for tiers; for another request's computing (single flight) until
-        that is done, has ended, or has made no progress for longer than computing here would take.
-        """
-
-    def peek(self, request: Request, timeout_s: float | None = None) -> Match:
-        """The match that a lookup would give, for callers that only ask: nothing is counted, claimed or remembered.
-
-        Waits at most `timeout_s` for tiers (default: the configured lookup deadline). The request is over afterwards.
+        it misses, until that is saved or `keep.finished` is called.
         """
 
     def prepare_load(self, request: Request, num_blocks: int, *, first: int = 0, owner: str = "") -> LoadLease:
@@ -89,9 +187,6 @@ class KVStore(Protocol):
 
         first: the blocks before it are in the engine's own memory already.
         """
-
-    def wait(self, lease: LoadLease, timeout_s: float | None = None) -> LeaseStatus:
-        """Wait until the lease is ready, at most `timeout_s` (default: the configured load deadline)."""
 
     def poll(self, lease: LoadLease) -> LeaseStatus:
         """The progress of a load lease, at once."""
@@ -114,42 +209,14 @@ class KVStore(Protocol):
     def cancel(self, ticket: int) -> None:
         """Stop a prefetch: queued transfers are dropped, those under way become resident."""
 
-    def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
-        """The request is over: refresh its path in every tier, or let it go first if no turn will follow."""
-
-    def pin(self, request: Request) -> int:
-        """Keep the request's resident pages in host memory until `unpin`; return how many blocks are pinned.
-
-        Fewer than are resident where the budget for it ends (`store.max_pinned_fraction` of the host slots, of all pins
-        together). A pin that nobody undoes ends after `store.pin_max_s`.
-        """
-
-    def unpin(self, request: Request) -> int:
-        """Undo `pin`."""
-
-    def forget(self, request: Request, first: int = 0) -> int:
-        """Delete blocks from `first` on and all that is known to continue them; return how many.
-
-        They are gone from host memory at once, and no lookup finds them any more. On lower tiers a delete is owed as a
-        write is: it is acknowledged by the next true `flush`, and tried again where a tier cannot be reached.
-        """
-
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """Tell how fast the engine computes, so that lookups can weigh loading against recomputing."""
 
-    def slot_view(self, slot: int) -> memoryview:
-        """The bytes of a slot, `layout.slot_bytes` long, writable. Valid while a lease holds the slot."""
+    def want_events(self) -> None:
+        """Write down from now on what comes and goes, for `take_events`. Idempotent."""
 
-    def slot_array(self, slot: int) -> npt.NDArray[np.uint8]:
-        """The same bytes as an array: use np.copyto, which releases the GIL (memoryview assignment holds it)."""
-
-    def flush(self, timeout_s: float) -> FlushResult:
-        """Wait until everything saved, and everything deleted, so far is so on every tier that should have it.
-
-        The result is true if it is, and says what is missing if not: because the time ran out, because a tier is out or
-        refuses it (then without waiting: a later flush tries again), or because it was lost. Only a true result is an
-        acknowledgement. What a caller was told to be lost for good is not told again.
-        """
+    def take_events(self) -> list[BlockEvent]:
+        """The blocks that came and went since the last call; `DROPPED` where not all is known that left."""
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges as plain numbers."""

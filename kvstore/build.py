@@ -36,7 +36,7 @@ def open_store(
 ) -> LocalStore:
     """Open a store with the tiers that `config` turns on; what the disk holds is known when this returns.
 
-    shared_name: put the slab into memory that other processes can map (`LocalStore.slab_handle`), under this name.
+    shared_name: put the slab into memory that other processes can map (`store.slots.slabs`), under this name.
     is_guarded:  those can only read it.
 
     Raises ConfigError if something cannot be had (memory, disk space, a URL), LayoutMismatch if the directory holds
@@ -103,10 +103,10 @@ def attach_tier(store: LocalStore, config: Config, name: str) -> None:
     kind, section = registry.kind_of(name), config.tier(name)
     if not kind.is_on(section):
         raise ConfigError(f"{name}.{kind.switch} is none; without it there is no tier to attach")
-    num_slots = store.slab_array.nbytes // store.layout.slot_bytes
+    num_slots = store.slots.buffer.nbytes // store.layout.slot_bytes
     lower = _open_tier(kind, section, config, store.layout, num_slots, store.namespace)
     try:
-        store.admin.attach_tier(lower.lane(config, store.slot_view), lower.plan)
+        store.admin.attach_tier(lower.lane(config, store.slots.view), lower.plan)
     except BaseException:
         lower.tier.close()
         raise

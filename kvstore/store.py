@@ -7,18 +7,15 @@ that ends something is silent after close; any other raises StoreClosed then.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from kvstore.admin import Admin
 from kvstore.dispatcher import Dispatcher, silent_after_close
 from kvstore.errors import RequestError
 from kvstore.forks import forbid, harmless
+from kvstore.keep import LocalKeep
 from kvstore.layout import Layout
 from kvstore.move.lane import Lane
 from kvstore.plan.flushing import Flushing, Told
@@ -35,21 +32,22 @@ from kvstore.plan.records import (
     Request,
     SaveLease,
 )
-from kvstore.requests import RequestMaker, check_blocks, check_range, check_ttl
+from kvstore.requests import RequestMaker, check_blocks, check_range
 from kvstore.stats import snapshot
-from kvstore.tiers.host import HostSlab, SlabHandle
+from kvstore.tiers.host import HostSlab
+from kvstore.waits import Deadlines, Waits
 from radix.namespace import Namespace
 
 log = logging.getLogger(__name__)
 
 
-class LocalStore(RequestMaker):
+class LocalStore(RequestMaker, Waits):
     """A KVStore (see base.py) that plans and keeps its pages in this process. Any thread.
 
     Made by `kvstore.build.open_store`, which owns the choice of tiers and policies. Use it as a context manager, or
     close it. In a forked child every call raises StoreForked (see forks.py).
 
-    admin: what operators ask and change, while requests run.
+    slots: the bytes. keep: how long pages stay. admin: what operators ask and change, while requests run.
     """
 
     def __init__(
@@ -68,12 +66,13 @@ class LocalStore(RequestMaker):
         self.namespace = namespace
         self._planner = planner
         self._in_steps = planner.in_steps
-        self._slab = slab
+        self.slots = slab
         self._now = now
         self._close_timeout_s = close_timeout_s
         self._told = planner.told()
         self._dispatcher = Dispatcher(planner, lanes, slab.discard, now)
         self._lock = self._dispatcher.lock
+        self.keep = LocalKeep(self._dispatcher, self._in_steps, now)
         self.admin = Admin(self._dispatcher)
         forbid(self)
 
@@ -88,35 +87,6 @@ class LocalStore(RequestMaker):
         """The longest prefix worth loading, at once."""
         with self._lock, self._dispatcher.step() as now:
             return self._planner.lookup(request, now)
-
-    def wait_lookup(self, request: Request, timeout_s: float | None = None) -> Match:
-        """Lookup, waiting for pending tiers, and as long as the planner says for another request's computing."""
-        wait_s = self._planner.books.settings.lookup_deadline_s if timeout_s is None else timeout_s
-        until = time.monotonic() + wait_s
-        with self._lock:
-            while True:
-                with self._dispatcher.step() as now:
-                    match = self._planner.lookup(request, now)
-                if timeout_s is None and match.cut is CutReason.COMPUTING:
-                    until = time.monotonic() + wait_s  # the deadline is that of tiers, which are asked again after it
-                    self._dispatcher.wait(self._planner.books.settings.compute_wait_s)  # a tick comes long before
-                elif not match.pending or not self._dispatcher.wait_until(until):
-                    return match
-
-    def peek(self, request: Request, timeout_s: float | None = None) -> Match:
-        """The match that a lookup would give, without its consequences."""
-        wait_s = self._planner.books.settings.lookup_deadline_s if timeout_s is None else timeout_s
-        until = time.monotonic() + wait_s
-        with self._lock:
-            while True:
-                with self._dispatcher.step() as now:
-                    is_pending = self._planner.ask(request, now)
-                if not is_pending or not self._dispatcher.wait_until(until):
-                    break
-            with self._dispatcher.step() as now:
-                match = self._planner.explain(request).match
-                self._planner.abandon(request, now)
-                return match
 
     def ask(self, request: Request) -> bool:
         """Ask shared tiers about a request, without looking it up; True until they have answered.
@@ -137,16 +107,6 @@ class LocalStore(RequestMaker):
         except BaseException:
             self._end_badly(lease_id)  # of no effect if there is no such lease
             raise
-
-    def wait(self, lease: LoadLease, timeout_s: float | None = None) -> LeaseStatus:
-        """Wait until the lease is ready, at most until the load deadline."""
-        wait_s = self._planner.books.settings.load_deadline_s if timeout_s is None else timeout_s
-        until = time.monotonic() + wait_s
-        with self._lock:
-            while True:
-                self._dispatcher.check_open()
-                if not self._planner.is_waiting(lease.id) or not self._dispatcher.wait_until(until):
-                    return self._planner.poll(lease.id)
 
     def poll(self, lease: LoadLease) -> LeaseStatus:
         """The progress of a load lease, at once."""
@@ -195,14 +155,6 @@ class LocalStore(RequestMaker):
         """Release every lease of an owner that died."""
         return self._dispatcher.carry_out(self._in_steps.release_owner(owner, self._now()), tell=True)
 
-    # ---- retention --------------------------------------------------------------------------------------------
-
-    @silent_after_close
-    def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
-        """The request is over."""
-        steps = self._in_steps.finished(request, self._now(), finish_reason, last_turn=last_turn)
-        self._dispatcher.carry_out(steps, tell=True)
-
     @silent_after_close
     def abandon(self, request: Request) -> None:
         """Drop a request whose maker is gone: the blocks it was going to compute are for others to compute."""
@@ -210,28 +162,10 @@ class LocalStore(RequestMaker):
             if self._planner.abandon(request, now):
                 self._dispatcher.tell()
 
-    def pin(self, request: Request) -> int:
-        """Keep the request's resident pages in host memory until unpin; returns the blocks pinned."""
-        return self._dispatcher.carry_out(self._in_steps.pin(request))
-
-    def unpin(self, request: Request) -> int:
-        """Undo pin; returns the blocks that had one."""
-        return self._dispatcher.carry_out(self._in_steps.unpin(request))
-
-    def forget(self, request: Request, first: int = 0) -> int:
-        """Delete blocks from `first` on and all that continues them; returns the blocks deleted."""
-        check_range("first", first, len(request.keys))
-        return self._dispatcher.carry_out(self._in_steps.forget(request, first, self._now()), tell=True)
-
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """Tell how fast the engine computes."""
         with self._lock:
             self._planner.observe_prefill(num_tokens, seconds)
-
-    def set_ttl(self, request: Request, ttl_s: float) -> int:
-        """Give the request's known blocks a time to live from now on; returns how many."""
-        check_ttl("ttl_s", ttl_s)
-        return self._dispatcher.carry_out(self._in_steps.set_ttl(request, ttl_s, self._now()))
 
     # ---- what comes and goes ----------------------------------------------------------------------------------
 
@@ -241,49 +175,17 @@ class LocalStore(RequestMaker):
             self._planner.books.catalog.journal = journal
 
     def want_events(self) -> None:
-        """Write down from now on what comes and goes, for `take_events` alone."""
-        journal = Journal(time.time)
-        journal.wants_events = True
-        self.keep_journal(journal)
+        """Write down from now on what comes and goes, for `take_events`. Idempotent."""
+        with self._lock:
+            if self._planner.books.catalog.journal is None:
+                self._planner.books.catalog.journal = Journal(time.time)
+            self._planner.books.catalog.journal.wants_events = True
 
     def take_events(self) -> list[BlockEvent]:
         """The blocks that came and went since the last call; nothing without a journal that wants events."""
         with self._lock:
             journal = self._planner.books.catalog.journal
             return [] if journal is None else journal.take_events()
-
-    # ---- bytes ------------------------------------------------------------------------------------------------
-
-    def slot_view(self, slot: int) -> memoryview:
-        """The bytes of a slot."""
-        return self._slab.view(slot)
-
-    def slot_array(self, slot: int) -> npt.NDArray[np.uint8]:
-        """The bytes of a slot as an array."""
-        return self._slab.array(slot)
-
-    @property
-    def slab_handle(self) -> SlabHandle:
-        """How the slab is attached to; by another process only if the store was opened with a shared one."""
-        return self._slab.handle
-
-    def slab_descriptor(self) -> int:
-        """A descriptor of the shared slab for another process, the caller's to close; ValueError if it is private.
-
-        A duplicate, not one that is opened anew: a process that was given one may hold a lease on it (F_SETLEASE),
-        and opening it would wait until the kernel has taken that away, 45 s.
-        """
-        return os.dup(self._slab.fileno())
-
-    @property
-    def slabs(self) -> tuple[SlabHandle, ...]:
-        """The slabs that slots may lie in: one for ever, see RemoteStore."""
-        return (self._slab.handle,)
-
-    @property
-    def slab_array(self) -> npt.NDArray[np.uint8]:
-        """The whole slab, for a device to page-lock."""
-        return self._slab.buffer
 
     # ---- the store as a whole ---------------------------------------------------------------------------------
 
@@ -348,13 +250,52 @@ class LocalStore(RequestMaker):
         if mover.num_hung:
             log.warning("close: %d transfers hang in their tier; the slab stays mapped for them", mover.num_hung)
         else:
-            self._slab.close()
+            self.slots.close()
 
     def __enter__(self) -> LocalStore:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    # ---- the looks that waits are made of (waits.py) ----------------------------------------------------------
+
+    @property
+    def _deadlines(self) -> Deadlines:
+        settings = self._planner.books.settings
+        return Deadlines(settings.lookup_deadline_s, settings.load_deadline_s)
+
+    def _lookup_within(self, request: Request, wait_s: float) -> Match:
+        until = time.monotonic() + wait_s
+        cut: CutReason | None = None
+        with self._lock:
+            while True:
+                with self._dispatcher.step() as now:
+                    match = self._planner.lookup(request, now)
+                is_another, cut = cut not in (None, match.cut), match.cut
+                if is_another or not match.pending or not self._dispatcher.wait_until(until):
+                    return match
+
+    def _peek_within(self, request: Request, wait_s: float) -> Match:
+        until = time.monotonic() + wait_s
+        with self._lock:
+            while True:
+                with self._dispatcher.step() as now:
+                    is_pending = self._planner.ask(request, now)
+                if not is_pending or not self._dispatcher.wait_until(until):
+                    break
+            with self._dispatcher.step() as now:
+                match = self._planner.explain(request).match
+                self._planner.abandon(request, now)
+                return match
+
+    def _poll_within(self, lease: LoadLease, wait_s: float) -> LeaseStatus:
+        until = time.monotonic() + wait_s
+        with self._lock:
+            while True:
+                self._dispatcher.check_open()
+                if not self._planner.is_waiting(lease.id) or not self._dispatcher.wait_until(until):
+                    return self._planner.poll(lease.id)
 
     @silent_after_close
     def _end_badly(self, lease_id: int) -> None:

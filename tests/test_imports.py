@@ -64,7 +64,23 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.units",
     ),
     "kvstore.metrics": (),
-    "kvstore.base": ("kvstore.layout", "kvstore.plan.records", "kvstore.errors"),
+    "kvstore.base": (  # the face, with the values that go over it
+        "kvstore.errors",
+        "kvstore.layout",
+        "kvstore.plan.journal",
+        "kvstore.plan.records",
+        "kvstore.waits",
+    ),
+    "kvstore.waits": ("kvstore.plan.records",),
+    "kvstore.keep": ("kvstore.dispatcher", "kvstore.plan.in_steps", "kvstore.plan.records", "kvstore.requests"),
+    "kvstore.opening": (
+        "kvstore.base",
+        "kvstore.build",  # the store in this process, where no daemon is named
+        "kvstore.config.sections",
+        "kvstore.layout",
+        "kvstore.service.client",
+        "radix.namespace",
+    ),
     "kvstore.dispatcher": ("kvstore.errors", "kvstore.forks", "kvstore.move", "kvstore.plan"),
     "kvstore.admin": (
         "kvstore.dispatcher",
@@ -165,6 +181,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "radix",
     ),
     "kvstore.service.client": (
+        "kvstore.base",
         "kvstore.errors",
         "kvstore.forks",
         "kvstore.layout",
@@ -174,11 +191,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.service.client",
         "kvstore.service.protocol",
         "kvstore.tiers.host",
+        "kvstore.waits",
         "radix",
     ),
     "kvstore.service.client.connect": (
-        "kvstore.base",
-        "kvstore.build",  # the store in this process, where no daemon is named
         "kvstore.config",
         "kvstore.errors",
         "kvstore.layout",
@@ -291,27 +307,37 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.page",
         "kvstore.move",
     ),
+    # The face, and what is opened by configuration; no room behind them.
     "connectors": (
         "kvstore.base",
+        "kvstore.opening",
         "kvstore.requests",  # what a request's options may be
         "kvstore.layout",
-        "kvstore.plan.records",
-        "kvstore.plan.journal",  # what came and went, for routers
         "kvstore.errors",
         "kvstore.forks",
         "kvstore.devices",
         "kvstore.tiers.kind",  # which tiers there are, in an engine's words
         "kvstore.tiers.registry",
-        "kvstore.tiers.host",  # a worker process maps the slab,
-        "kvstore.service.client",  # and a daemon's, or opens the store that the configuration asks for
-        "kvstore.move.worker",
-        "kvstore.move.rows",  # an engine that owns its host memory,
-        "kvstore.page",  # and so names pages itself
-        "kvstore.build",
+        "kvstore.move.worker",  # a thread that copies
         "kvstore.config.sections",
         "radix.namespace",  # the values of the store's face: a connector knows what makes its pages different,
         "radix.tokens",  # and takes tokens as the store does
         "connectors",
+    ),
+    # An engine that owns its host memory has no store: it moves pages itself, and names them.
+    "connectors.vllm_tier": (
+        "connectors",
+        "kvstore.base",
+        "kvstore.build",
+        "kvstore.config.sections",
+        "kvstore.errors",
+        "kvstore.forks",
+        "kvstore.layout",
+        "kvstore.move.rows",
+        "kvstore.page",
+        "kvstore.plan.records",
+        "kvstore.tiers.registry",
+        "radix.namespace",
     ),
 }
 # Only the face's own users: the laboratory plays whole models, everything else is below the connectors.

@@ -22,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from connectors.transformers.layout import LayerShape, is_sliding, model_device, new_cache
+from kvstore.base import SlotPages
 from kvstore.devices.base import Device
 from kvstore.devices.tables import token_table
 from kvstore.layout import Layout
-from kvstore.plan.records import SlotPages
 
 if TYPE_CHECKING:
     import torch

@@ -18,10 +18,10 @@ import numpy as np
 from connectors.transformers.cache import CacheBridge, Span
 from connectors.transformers.forward import Forward
 from connectors.transformers.layout import cache_shapes, default_device, layout_of
+from kvstore.base import SlotPages
 from kvstore.devices.base import Device
 from kvstore.errors import UnsupportedModel
 from kvstore.layout import Layout
-from kvstore.plan.records import SlotPages
 
 # Model types that this package's own tests run through the store or this check; others are checked once when they are
 # opened.

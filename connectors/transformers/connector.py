@@ -30,10 +30,9 @@ from connectors.transformers.layout import cache_shapes, default_device, layout_
 from connectors.transformers.loads import Loaded, RunLoads
 from connectors.transformers.saves import CLOSE_TIMEOUT_S, RunSaves
 from connectors.transformers.watch import ModelWatch
-from kvstore.base import KVStore
+from kvstore.base import KVStore, Request, RequestOptions
 from kvstore.devices.base import Device
 from kvstore.errors import ConfigError, LayoutMismatch, RequestError
-from kvstore.plan.records import Request, RequestOptions
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ class TransformersConnector:
         self._owned_device: Device | None = None
         if device is None:
             device = self._owned_device = default_device(model)
-            if (slab := getattr(store, "slab_array", None)) is not None:
+            if (slab := store.slots.buffer) is not None:
                 device.register(slab)
         self._bridge = CacheBridge(model, shapes, layout, device)
         self.loads = RunLoads(store, self._bridge, self._step_blocks, self.counters, load_deadline_s)
@@ -189,7 +188,7 @@ class TransformersConnector:
     def forget(self, request: Request) -> int:
         """Delete the prompt's blocks and all that continue them. Saves still queued are waited for first."""
         self.saves.flush(CLOSE_TIMEOUT_S)
-        return self._store.forget(request)
+        return self._store.keep.forget(request)
 
     def close(self) -> None:
         """Finish the queued saves and stop. The store stays open: it is the caller's. Idempotent."""

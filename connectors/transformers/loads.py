@@ -18,9 +18,8 @@ from typing import Any
 
 from connectors.base import ConnectorCounters, log_failure, resume_blocks, tokens_by_tier
 from connectors.transformers.cache import CacheBridge
-from kvstore.base import KVStore
+from kvstore.base import CutReason, KVStore, LeaseState, LeaseStatus, LoadLease, Request, RequestOptions
 from kvstore.errors import RequestError
-from kvstore.plan.records import CutReason, LeaseState, LeaseStatus, LoadLease, Request, RequestOptions
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +137,7 @@ class RunLoads:
                 status = yield from self._wait(lease, self._time_left(began, attempt), may_block)
                 usable = self._resumable(status.num_blocks, request)
                 if usable and (usable == status.num_blocks or not self._bridge.has_sliding):
-                    cache = self._bridge.load(lease.pages, usable, self._store.slot_array)
+                    cache = self._bridge.load(lease.pages, usable, self._store.slots.array)
                     by_tier = tokens_by_tier(lease.by_tier, usable, self._block_size)
                     self._store.complete(lease)
                     return Loaded(cache, usable * self._block_size, by_tier)

@@ -21,10 +21,9 @@ from connectors.transformers.layout import model_layout, new_cache
 from connectors.transformers.report import Found, Generation, Piece, Prefill, Report
 from connectors.transformers.run import GenerationRun, PromptRun
 from connectors.transformers.text import Sampler, Sampling, TextStream
-from kvstore.base import KVStore
+from kvstore.base import KVStore, RequestOptions
 from kvstore.errors import RequestError, UnsupportedModel
 from kvstore.forks import forbid, harmless
-from kvstore.plan.records import RequestOptions
 from radix.tokens import TokenArray
 
 if TYPE_CHECKING:
@@ -282,7 +281,7 @@ def open_store_for(
     revision: str | None = None,
 ) -> KVStore:
     """Open the configured tiers, or attach to the configured daemon, for the pages of `model` under its namespace."""
-    from kvstore.service.client.connect import open_configured
+    from kvstore.opening import open_configured
 
     check_chunk(prefill_chunk, config.store.block_size)
     layout = model_layout(model, config.store.block_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvstore.plan.records import HOST
+from kvstore.base import HOST
 from kvstore.tiers import registry
 
 if TYPE_CHECKING:

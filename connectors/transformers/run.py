@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from connectors.transformers.connector import TransformersConnector
-    from kvstore.plan.records import RequestOptions
+    from kvstore.base import RequestOptions
     from radix.tokens import TokenArray
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from connectors.transformers.loading import chat_ids, load_model
+from kvstore.base import RequestOptions
 from kvstore.config.sections import Config
-from kvstore.plan.records import RequestOptions
 
 if TYPE_CHECKING:
     from connectors.transformers.report import Found, Report

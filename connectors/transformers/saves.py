@@ -13,9 +13,8 @@ from typing import Any
 
 from connectors.base import ConnectorCounters, log_failure
 from connectors.transformers.cache import CacheBridge, Span
-from kvstore.base import KVStore
+from kvstore.base import KVStore, Request
 from kvstore.move.worker import Worker
-from kvstore.plan.records import Request
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ class RunSaves:
         lease = self._store.prepare_save(request, first, num_blocks)
         try:
             self._counters.skipped_pages += lease.skipped
-            filled = self._bridge.copy_out(spans, lease.pages, self._store.slot_array)
+            filled = self._bridge.copy_out(spans, lease.pages, self._store.slots.array)
             self._store.complete(lease, filled=filled)
             self._counters.saved_pages += sum(filled)
         finally:
@@ -97,6 +96,6 @@ class RunSaves:
 
     def _finish(self, request: Request, finish_reason: str, last_turn: bool) -> None:
         try:
-            self._store.finished(request, finish_reason=finish_reason, last_turn=last_turn)
+            self._store.keep.finished(request, finish_reason=finish_reason, last_turn=last_turn)
         except Exception as error:
             log_failure(log, "the end of a request was not told", error)

@@ -16,7 +16,7 @@ from typing import Any
 
 from connectors.transformers.connector import TransformersConnector
 from connectors.transformers.loads import Loaded
-from kvstore.plan.records import Request, RequestOptions
+from kvstore.base import Request, RequestOptions
 from radix.tokens import TokenArray
 
 log = logging.getLogger(__name__)

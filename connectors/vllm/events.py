@@ -19,8 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvstore.plan.journal import BlockEvent, Event
-from kvstore.plan.records import HOST
+from kvstore.base import HOST, BlockEvent, Event
 from kvstore.tiers import registry
 
 CPU, STORAGE = "CPU", "STORAGE"  # vLLM's words

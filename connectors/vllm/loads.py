@@ -23,8 +23,7 @@ from connectors.vllm.config import ConnectorConfig
 from connectors.vllm.layout import EngineLayout
 from connectors.vllm.messages import LoadJob, PageCopies
 from connectors.vllm.requests import Requests, Tracked
-from kvstore.base import KVStore
-from kvstore.plan.records import CutReason, LeaseState, LoadLease
+from kvstore.base import CutReason, KVStore, LeaseState, LoadLease
 
 log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from kvstore.service.client.slab import SlabShare
-from kvstore.tiers.host import SlabHandle
+from kvstore.base import Slab
 
 # What either half waits for its threads in a step that computes nothing; no longer, as new requests come between steps.
 IDLE_WAIT_S = 0.002
@@ -70,7 +69,7 @@ class StepPlan:
     num_tokens: int = 0
     layout: str = ""
     half: str = ""
-    slabs: tuple[SlabHandle | SlabShare, ...] | None = None
+    slabs: tuple[Slab, ...] | None = None
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
     heard: tuple[int, ...] = ()

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from connectors.vllm.layout import EngineLayout
-from kvstore.base import KVStore
+from kvstore.base import KVStore, LoadLease, Request, RequestOptions
 from kvstore.errors import RequestError
-from kvstore.plan.records import LoadLease, Request, RequestOptions
 from kvstore.requests import check_options
 
 log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
@@ -104,7 +103,7 @@ class Requests:
         end = len(hashes) // per_block * per_block
         is_same = end >= tracked.num_hashed
         if not is_same:  # a streaming session took back its last tokens
-            self._store.finished(tracked.store)
+            self._store.keep.finished(tracked.store)
             tracked.store = self._store.request_from_hashes([], tracked.engine.num_tokens, tracked.store.options)
             tracked.num_saved = min(tracked.num_saved, end // per_block)
             tracked.num_hashed = 0

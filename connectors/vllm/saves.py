@@ -18,8 +18,7 @@ from connectors.vllm.config import ConnectorConfig
 from connectors.vllm.layout import EngineLayout
 from connectors.vllm.messages import PageCopies, SaveJob
 from connectors.vllm.requests import NEVER, Requests, Tracked
-from kvstore.base import KVStore
-from kvstore.plan.records import SaveLease
+from kvstore.base import KVStore, SaveLease
 
 log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 

@@ -12,7 +12,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from connectors.vllm import loads, saves
 from connectors.vllm.config import ConnectorConfig
@@ -22,10 +22,7 @@ from connectors.vllm.loads import SchedulerLoads
 from connectors.vllm.messages import IDLE_WAIT_S, StepPlan, StepReport
 from connectors.vllm.requests import Requests
 from connectors.vllm.saves import SchedulerSaves
-from kvstore.base import KVStore
-from kvstore.plan.journal import BlockEvent
-from kvstore.service.client.slab import SlabShare
-from kvstore.tiers.host import SlabHandle
+from kvstore.base import KVStore, Slab
 
 log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 
@@ -40,20 +37,6 @@ COUNTERS = (
 )
 
 
-class SharedStore(KVStore, Protocol):
-    """A store whose slots other processes of this machine can map, and which tells what comes and goes."""
-
-    @property
-    def slabs(self) -> tuple[SlabHandle | SlabShare, ...]:
-        """The slabs of the pages; none while a daemon is away and nothing of it is leased."""
-
-    def want_events(self) -> None:
-        """Write down from now on what comes and goes."""
-
-    def take_events(self) -> list[BlockEvent]:
-        """The news since the last call; `DROPPED` where not all is known that left."""
-
-
 class SchedulerHalf:
     """Decides for one engine. The scheduler's thread, but for `saved`.
 
@@ -66,7 +49,7 @@ class SchedulerHalf:
 
     def __init__(
         self,
-        store: SharedStore,
+        store: KVStore,
         engine: EngineLayout,
         config: ConnectorConfig,
         *,
@@ -87,7 +70,7 @@ class SchedulerHalf:
         self._loads = SchedulerLoads(store, engine, config, self._requests, self.counters, now, is_beside)
         self._saves = SchedulerSaves(store, engine, config, self._requests, self.counters, world)
         self._announcer = Announcer(engine.group_ids)
-        self._slabs: tuple[SlabHandle | SlabShare, ...] = ()
+        self._slabs: tuple[Slab, ...] = ()
         self._ranks: dict[int, int] = {}
         self._broken: set[int] = set()
         self._heard: tuple[int, ...] = ()
@@ -135,7 +118,7 @@ class SchedulerHalf:
             return
         self._loads.let_go(tracked)
         status = getattr(getattr(request, "status", None), "name", "")
-        self.store.finished(tracked.store, finish_reason=status.removeprefix("FINISHED_").lower())
+        self.store.keep.finished(tracked.store, finish_reason=status.removeprefix("FINISHED_").lower())
 
     # ---- one step ---------------------------------------------------------------------------------------------
 
@@ -192,7 +175,7 @@ class SchedulerHalf:
 
     def _add_slabs(self, plan: StepPlan) -> None:
         """Tell the workers where slots lie, if they need to know."""
-        slabs = self.store.slabs
+        slabs = tuple(self.store.slots.slabs)
         if plan.loads or plan.saves or slabs != self._slabs:
             plan.slabs = slabs
         if slabs != self._slabs:
@@ -228,7 +211,7 @@ class SchedulerHalf:
         for tracked in self._requests:
             self._loads.let_go(tracked)
             self._requests.end(tracked.engine.request_id)
-            self.store.finished(tracked.store)  # nobody waits for what it would have computed
+            self.store.keep.finished(tracked.store)  # nobody waits for what it would have computed
         self._saves.spoil()
         self._announcer.forget()
 

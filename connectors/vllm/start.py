@@ -10,15 +10,15 @@ import os
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from connectors.vllm.config import ConnectorConfig
 from connectors.vllm.identity import adapter_name, engine_namespace
 from connectors.vllm.layout import EngineLayout
-from connectors.vllm.scheduler import SchedulerHalf, SharedStore
+from connectors.vllm.scheduler import SchedulerHalf
 from kvstore.base import KVStore
 from kvstore.errors import ConfigError
-from kvstore.service.client.connect import open_configured
+from kvstore.opening import open_configured
 from kvstore.tiers.kind import TierKind
 
 log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
@@ -43,8 +43,7 @@ def open_half(
     # where a worker is another process.
     is_alone = vllm_config.parallel_config.distributed_executor_backend == "uni"
     shared_name = None if is_alone else f"kvstore-{os.getpid()}"
-    # Both kinds that this can be have slabs that workers can map.
-    store = cast(SharedStore, open_configured(config.store, engine.layout, namespace, shared_name=shared_name))
+    store = open_configured(config.store, engine.layout, namespace, shared_name=shared_name)
     try:
         check_service(store, config)
         warn_of_hash(vllm_config, config)
@@ -58,7 +57,8 @@ def open_half(
     )
     log.info(
         "kvstore: %s, blocks of %d tokens, %d layer groups, namespace %s, tiers %s, daemon %s",
-        ", ".join(f"{slab.num_slots} host slots of {slab.slot_bytes >> 10} KiB" for slab in store.slabs) or "no daemon",
+        ", ".join(f"{slab.num_slots} host slots of {slab.slot_bytes >> 10} KiB" for slab in store.slots.slabs)
+        or "no daemon",
         engine.layout.block_size,
         len(engine.layout.groups),
         namespace.root().hex()[:12],
@@ -68,9 +68,9 @@ def open_half(
     return half
 
 
-def check_service(store: SharedStore, config: ConnectorConfig) -> None:
+def check_service(store: KVStore, config: ConnectorConfig) -> None:
     """Raise ConfigError if a daemon is configured and not there, unless that is allowed."""
-    if config.store.service.url is not None and config.fields.require_daemon and not store.slabs:
+    if config.store.service.url is not None and config.fields.require_daemon and not store.slots.slabs:
         raise ConfigError(
             f"service.url is {config.store.service.url!r}, and no daemon answers there; start it (kvstore serve) or "
             'set "require_daemon": false in kv_connector_extra_config to start without it'
@@ -93,7 +93,7 @@ def _check_server(store: KVStore, kind: TierKind[Any], wait_s: float, block_size
     match = store.wait_lookup(nobody, wait_s)
     while match.pending and time.monotonic() < until:
         match = store.wait_lookup(nobody, until - time.monotonic())
-    store.finished(nobody)
+    store.keep.finished(nobody)
     errors = store.stats().get("lane_errors", {}).get(kind.name, {})
     if match.pending or any(errors.values()):
         raise ConfigError(

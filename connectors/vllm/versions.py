@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from connectors.vllm.events import News
+from kvstore.base import HOST
 from kvstore.errors import ConfigError
 from kvstore.layout import Layout
-from kvstore.plan.records import HOST
 from kvstore.tiers import registry
 
 SUPPORTED = ("0.32", "0.33")  # minor releases the engine tests have run with

@@ -27,11 +27,11 @@ from connectors.vllm.cpus import copy_cpus
 from connectors.vllm.layers import LayeredLoads
 from connectors.vllm.layout import EngineLayout
 from connectors.vllm.messages import IDLE_WAIT_S, LoadJob, PageCopies, SaveJob, StepPlan, StepReport
+from kvstore.base import Slab
 from kvstore.devices.base import CopyEvent, Device, PageTable
 from kvstore.errors import ConfigError
 from kvstore.move.worker import Worker
-from kvstore.service.client.slab import AttachedSlab, SlabShare, attach_slab
-from kvstore.tiers.host import SlabHandle
+from kvstore.opening import AttachedSlab, attach_slab
 
 log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 
@@ -69,8 +69,8 @@ class WorkerHalf:
         self._on_saved = on_saved
         self._layers: LayeredLoads | None = None
         self._tables: list[PageTable] = []
-        self._handles: tuple[SlabHandle | SlabShare, ...] = ()
-        self._slabs: dict[SlabHandle | SlabShare, AttachedSlab] = {}
+        self._handles: tuple[Slab, ...] = ()
+        self._slabs: dict[Slab, AttachedSlab] = {}
         cpus = copy_cpus() if device.name == "cpu" else None
         self._loads = Worker("vllm-load", MAX_JOBS, cpus=cpus)
         self._saves = Worker("vllm-save", MAX_JOBS, cpus=cpus)
@@ -282,7 +282,7 @@ class WorkerHalf:
                 return slab if slab is not None else self._map(handle)
         raise ConfigError(f"slot {slot} lies in none of the {len(self._handles)} slabs of the plan")
 
-    def _map(self, handle: SlabHandle | SlabShare) -> AttachedSlab:
+    def _map(self, handle: Slab) -> AttachedSlab:
         # Two threads may get here at once: both map it, one mapping is kept, and the other must be closed. Nothing
         # else would: it has a descriptor, and with a daemon a connection.
         slab = attach_slab(handle)
@@ -293,7 +293,7 @@ class WorkerHalf:
             slab.close()
         return kept
 
-    def _use(self, handles: tuple[SlabHandle | SlabShare, ...]) -> None:
+    def _use(self, handles: tuple[Slab, ...]) -> None:
         """Slots lie in these slabs. No copy of ours is under way in others: their leases have ended."""
         self._handles = handles
         for handle in [known for known in list(self._slabs) if known not in handles]:

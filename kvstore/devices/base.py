@@ -96,7 +96,7 @@ class CopyEvent(Protocol):
 class Device(Protocol):
     """Engine memory on one side, host slots on the other.
 
-    `slots[i]` is a whole slot (from `KVStore.slot_array`) for the page `page_ids[i]`. Raises ValueError if a page id is
+    `slots[i]` is a whole slot (from `store.slots.array`) for the page `page_ids[i]`. Raises ValueError if a page id is
     out of range or a page does not fit its slot, before anything is copied.
     """
 

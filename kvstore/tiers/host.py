@@ -203,6 +203,11 @@ class HostSlab:
             _private[path] = self
         return SlabHandle(path, self.num_slots, self.slot_bytes)
 
+    @property
+    def slabs(self) -> tuple[SlabHandle, ...]:
+        """The slabs that a store's slots may lie in: this one, for ever."""
+        return (self.handle,)
+
     def view(self, slot: int) -> memoryview:
         """The bytes of a slot, writable: to be read into or received into; slice assignment would hold the GIL."""
         if not 0 <= slot < len(self._arrays):

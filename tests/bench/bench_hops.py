@@ -75,16 +75,16 @@ def run(directory: Path) -> list[tuple[str, int, list[str], int]]:
             store.lookup(request)
             save = measure("prepare_save", lambda request=request: store.prepare_save(request, 0, NUM_BLOCKS))
             measure("complete of a save", lambda save=save: store.complete(save))
-            store.finished(request)
+            store.keep.finished(request)
             store.flush(10.0)
             request = store.request(tokens)
             match = measure("lookup, a hit in host memory", lambda request=request: store.lookup(request))
             assert match.num_blocks == NUM_BLOCKS
             lease = measure("prepare_load", lambda request=request: store.prepare_load(request, NUM_BLOCKS))
             slot = lease.pages[0].slot
-            measure("slot_array", lambda slot=slot: store.slot_array(slot))
+            measure("slot_array", lambda slot=slot: store.slots.array(slot))
             measure("complete of a load", lambda lease=lease: store.complete(lease))
-            measure("finished", lambda request=request: store.finished(request))
+            measure("finished", lambda request=request: store.keep.finished(request))
     return rows
 
 

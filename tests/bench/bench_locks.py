@@ -110,7 +110,7 @@ def serve(store: LocalStore, known: Request, waits: Waits, is_over: threading.Ev
         lease = call("short prepare_save", store.prepare_save, short, 0, 64)
         call("short complete", store.complete, lease)
         waits.lookup(store, short)
-        call("short finished", store.finished, short)
+        call("short finished", store.keep.finished, short)
 
 
 def call_all(store: LocalStore, rng: np.random.Generator, num_blocks: int, waits: Waits, rounds: int) -> None:
@@ -137,17 +137,17 @@ def call_all(store: LocalStore, rng: np.random.Generator, num_blocks: int, waits
         long_call("release_owner", store.release_owner, "engine")
         ticket = long_call("prefetch", store.prefetch, long)
         long_call("cancel", store.cancel, ticket)
-        long_call("pin", store.pin, long)
-        long_call("unpin", store.unpin, long)
-        long_call("set_ttl", store.set_ttl, long, 3600.0)
-        long_call("finished", store.finished, long)
-        long_call("finished, last turn", store.finished, long, last_turn=True)
+        long_call("pin", store.keep.pin, long)
+        long_call("unpin", store.keep.unpin, long)
+        long_call("set_ttl", store.keep.set_ttl, long, 3600.0)
+        long_call("finished", store.keep.finished, long)
+        long_call("finished, last turn", store.keep.finished, long, last_turn=True)
         long_call("abandon", store.abandon, long)
-        long_call("forget", store.forget, long)
+        long_call("forget", store.keep.forget, long)
     for _ in range(EXPIRING):
         long = request(store, rng, num_blocks)
         store.complete(store.prepare_save(long, 0, num_blocks))
-        store.set_ttl(long, 2.0)
+        store.keep.set_ttl(long, 2.0)
     waits.now = f"{EXPIRING * num_blocks} pages expire"
     until = time.monotonic() + 6.0
     while time.monotonic() < until:

@@ -123,7 +123,7 @@ def test_misses_say_why_and_can_be_filtered(browser: Browser, daemon: LocalDaemo
     with attach(socket(daemon)) as store:
         use(store, fork(0), RequestOptions(session="chat 0"))
         assert store.flush(WAIT_S)
-        store.forget(store.request(fork(0)))
+        store.keep.forget(store.request(fork(0)))
         use(store, fork(0))
         browser.look(url(daemon))
         browser.wait(lambda: len(browser.texts("#misses tbody tr")) == 2)

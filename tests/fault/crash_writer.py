@@ -37,7 +37,7 @@ def write_until_killed(store: LocalStore, journal: int, first_seed: int) -> None
             _note(journal, "try", seed, blocks)
             request = store.request(prompt(blocks, seed))
             save(store, request)
-            store.finished(request)
+            store.keep.finished(request)
         flushed = store.flush(FLUSH_S)
         assert flushed, str(flushed)
         for seed, blocks in batch:

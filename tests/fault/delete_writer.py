@@ -28,7 +28,7 @@ def main() -> None:
         store.admin.clear()
     else:
         for seed in (0, 1):
-            assert store.forget(store.request(prompt(4, seed))) == 4
+            assert store.keep.forget(store.request(prompt(4, seed))) == 4
     save(store, store.request(prompt(4, 1)))
     result = store.flush(FLUSH_S)
     print(json.dumps({"ok": result.ok, "undeleted": result.undeleted, "missing": result.missing}), flush=True)

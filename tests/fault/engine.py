@@ -141,7 +141,7 @@ class Engine:
         try:
             status = self._timed("wait", store.wait, lease)
             answer = [
-                store.slot_array(page.slot)[: store.layout.stored_bytes(page.group)].copy()
+                store.slots.array(page.slot)[: store.layout.stored_bytes(page.group)].copy()
                 for page in lease.pages
                 if page.block < status.num_blocks
             ]
@@ -153,7 +153,7 @@ class Engine:
             num_tokens = request.num_tokens - loaded * store.layout.block_size
             store.observe_prefill(num_tokens, num_tokens / self._tokens_per_s)
         self._save(request, loaded)
-        self._timed("finished", store.finished, request)
+        self._timed("finished", store.keep.finished, request)
         is_right = all(
             np.array_equal(bytes_, self._compute(request, block)) for block, bytes_ in enumerate(answer[:loaded])
         )
@@ -165,7 +165,7 @@ class Engine:
         try:
             for page in lease.pages:
                 data = self._compute(request, page.block)
-                np.copyto(store.slot_array(page.slot)[: len(data)], data)
+                np.copyto(store.slots.array(page.slot)[: len(data)], data)
             self._timed("complete", store.complete, lease)
         finally:
             store.release(lease)  # nothing after complete

@@ -491,7 +491,7 @@ def host_pinned(stack: ExitStack, path: Path) -> Scene:
         for seed in range(1000, 2000):
             request = store.request(prompt(NUM_SLOTS, seed), RequestOptions(pin=True))
             save(store, request)
-            store.finished(request)
+            store.keep.finished(request)
             pinned.append(request)
             if store.stats()["pinned_pages"] == NUM_SLOTS:
                 return
@@ -499,7 +499,7 @@ def host_pinned(stack: ExitStack, path: Path) -> Scene:
 
     def lift() -> None:
         for request in pinned:
-            store.unpin(request)
+            store.keep.unpin(request)
 
     return Scene(
         store,

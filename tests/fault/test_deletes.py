@@ -79,7 +79,7 @@ def test_what_redis_could_not_be_told_to_delete_is_said_and_done_when_it_is_back
         if verb == "clear":
             store.admin.clear()
         else:
-            store.forget(store.request(prompt(4, 0)))
+            store.keep.forget(store.request(prompt(4, 0)))
         result = store.flush(5.0)
 
         assert not result
@@ -153,7 +153,7 @@ def test_closing_says_what_was_not_written_and_not_deleted(caplog: pytest.LogCap
     use(store, prompt(4, 0))
     assert store.flush(10.0)
     tier.hang(only=("delete",))
-    store.forget(store.request(prompt(4, 0)))
+    store.keep.forget(store.request(prompt(4, 0)))
     tier.wait_for_hanging()
 
     with caplog.at_level(logging.WARNING):
@@ -167,7 +167,7 @@ def test_closing_waits_for_deletes_that_can_be_done(tmp_path: Path) -> None:
     store = open_small(tmp_path / "kv")
     for seed in range(4):
         use(store, prompt(4, seed))
-    store.forget(store.request(prompt(4, 0)))
+    store.keep.forget(store.request(prompt(4, 0)))
     store.close()
 
     with open_small(tmp_path / "kv") as store:
@@ -178,7 +178,7 @@ def test_a_prompt_that_is_saved_again_after_it_was_forgotten_is_there_after_a_re
     with open_small(tmp_path / "kv") as store:
         for _ in range(20):
             save(store, store.request(prompt(8, 0)))
-            store.forget(store.request(prompt(8, 0)), 2)
+            store.keep.forget(store.request(prompt(8, 0)), 2)
         save(store, store.request(prompt(8, 0)))
         assert store.flush(10.0)
 

@@ -169,7 +169,7 @@ def check_that_one_bad_page_is_a_miss(store: LocalStore, tier: str, damage: Call
     assert load(store, request)[0] == DAMAGED
     assert store.stats()["corrupt_pages"][tier] == before + 1
     assert save(store, request, DAMAGED) == 1  # the pages behind it came whole
-    store.finished(request)
+    store.keep.finished(request)
     push_out(store, seed=3)
     assert load(store, store.request(prompt(6, seed=1)))[0] == 6
     assert store.stats()["corrupt_pages"][tier] == before + 1

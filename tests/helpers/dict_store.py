@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,8 @@ class DictStore:
         self._requests: dict[int, Request] = {}
         self._slots: dict[int, npt.NDArray[np.uint8]] = {}
         self._next = 0
+        self.slots = SimpleNamespace(array=self._slots.__getitem__, slabs=(), buffer=None)
+        self.keep = self
 
     def request(self, tokens: Any, options: RequestOptions | None = None) -> Request:
         self._call("request")
@@ -163,9 +166,6 @@ class DictStore:
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         self._call("observe_prefill")
         self.prefills.append(num_tokens)
-
-    def slot_array(self, slot: int) -> npt.NDArray[np.uint8]:
-        return self._slots[slot]
 
     def close(self, timeout_s: float | None = None) -> None:
         self._call("close")

@@ -102,7 +102,7 @@ def save(store: KVStore, request: Request, first: int = 0, num_blocks: int | Non
     lease = store.prepare_save(request, first, len(request.keys) - first if num_blocks is None else num_blocks)
     for page in lease.pages:
         stored = store.layout.stored_bytes(page.group)
-        np.copyto(store.slot_array(page.slot)[:stored], page_of(request.keys[page.block], page.group, stored))
+        np.copyto(store.slots.array(page.slot)[:stored], page_of(request.keys[page.block], page.group, stored))
     store.complete(lease)
     return len(lease.pages)
 
@@ -117,7 +117,7 @@ def load(store: KVStore, request: Request, timeout_s: float = 5.0) -> tuple[int,
             if page.block < status.num_blocks:
                 stored = store.layout.stored_bytes(page.group)
                 expected = page_of(request.keys[page.block], page.group, stored)
-                assert np.array_equal(store.slot_array(page.slot)[:stored], expected), f"wrong bytes in {page}"
+                assert np.array_equal(store.slots.array(page.slot)[:stored], expected), f"wrong bytes in {page}"
     finally:
         store.complete(lease)
     return status.num_blocks, match
@@ -128,5 +128,5 @@ def use(store: KVStore, tokens: Any, options: RequestOptions | None = None) -> i
     request = store.request(tokens, options)
     loaded, _ = load(store, request)
     save(store, request, loaded)
-    store.finished(request)
+    store.keep.finished(request)
     return loaded

@@ -18,7 +18,7 @@ from tests.helpers.waiting import WAIT_S
 
 def attach(store: LocalStore, tier: MemoryTier) -> None:
     plan = TierPlan(tier.name, tier.capacity_pages, make_policy("lru"), is_indexed=True, is_shared=False)
-    store.admin.attach_tier(Lane(tier, store.slot_view, breaker=Breaker(3, 0.1, 0.2), timeout_s=1.0), plan)
+    store.admin.attach_tier(Lane(tier, store.slots.view, breaker=Breaker(3, 0.1, 0.2), timeout_s=1.0), plan)
 
 
 def test_what_was_cleared_is_explained_as_cleared() -> None:

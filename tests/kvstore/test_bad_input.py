@@ -121,7 +121,7 @@ def test_a_prompt_without_a_block_before_its_last_token_is_a_plain_miss(store: L
     assert (match.num_blocks, match.num_tokens, match.pending, match.cut) == (0, 0, False, CutReason.TOO_SHORT)
     assert load(store, request)[0] == 0
     save(store, request)
-    store.finished(request)
+    store.keep.finished(request)
 
 
 # ---- what else a request is given ------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_block_numbers_that_the_request_does_not_have_are_refused_with_those_it_
     with pytest.raises(RequestError, match=f"num_blocks {told}"):
         store.prepare_save(request, 0, value)
     with pytest.raises(RequestError, match=f"first {told}"):
-        store.forget(request, value)
+        store.keep.forget(request, value)
 
 
 def test_a_save_beyond_the_prompt_is_refused(store: LocalStore) -> None:
@@ -233,7 +233,7 @@ def test_a_closed_store_says_so_and_lets_clean_up_code_run() -> None:
     store.close()
     store.close()
 
-    for call in (store.lookup, store.wait_lookup, store.pin, store.unpin, store.prefetch, store.forget):
+    for call in (store.lookup, store.wait_lookup, store.keep.pin, store.keep.unpin, store.prefetch, store.keep.forget):
         with pytest.raises(StoreClosed):
             call(request)
     for number in (store.prepare_load, lambda of, n: store.prepare_save(of, 0, n)):
@@ -241,7 +241,7 @@ def test_a_closed_store_says_so_and_lets_clean_up_code_run() -> None:
             number(request, 1)
     store.complete(save_lease)
     store.release(save_lease)
-    store.finished(request)
+    store.keep.finished(request)
 
 
 # ---- configuration and opening ---------------------------------------------------------------------------------------

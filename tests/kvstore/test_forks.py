@@ -112,16 +112,16 @@ class TestTheStore:
             "complete": lambda: store.complete(lease),
             "release": lambda: store.release(lease),
             "release_owner": lambda: store.release_owner(""),
-            "finished": lambda: store.finished(request),
+            "finished": lambda: store.keep.finished(request),
             "abandon": lambda: store.abandon(request),
-            "pin": lambda: store.pin(request),
-            "forget": lambda: store.forget(request),
-            "set_ttl": lambda: store.set_ttl(request, 1.0),
+            "pin": lambda: store.keep.pin(request),
+            "forget": lambda: store.keep.forget(request),
+            "set_ttl": lambda: store.keep.set_ttl(request, 1.0),
             "take_events": lambda: store.take_events(),
-            "slot_view": lambda: store.slot_view(0),
-            "slot_array": lambda: store.slot_array(0),
-            "slab_handle": lambda: store.slab_handle,
-            "slab_array": lambda: store.slab_array,
+            "slot_view": lambda: store.slots.view(0),
+            "slot_array": lambda: store.slots.array(0),
+            "slab_handle": lambda: store.slots.slabs[-1],
+            "slab_array": lambda: store.slots.buffer,
             "flush": lambda: store.flush(1.0),
             "stats": store.stats,
             "clear": lambda: admin.clear(),
@@ -182,7 +182,7 @@ class TestTheBytes:
     def test_a_child_neither_sees_nor_changes_them_through_views_from_before_the_fork(self, store: LocalStore) -> None:
         lease = store.prepare_load(store.request(prompt(4)), 4)
         slot = lease.pages[0].slot
-        view, array, whole = store.slot_view(slot), store.slot_array(slot), store.slab_array
+        view, array, whole = store.slots.view(slot), store.slots.array(slot), store.slots.buffer
         before = whole.copy()
         assert array.any()
 
@@ -266,7 +266,7 @@ class TestTheOthers:
             request = store.request(prompt(3))
             save(store, request)
             lease = store.prepare_load(request, 3)
-            view = store.slot_view(lease.pages[0].slot)
+            view = store.slots.view(lease.pages[0].slot)
 
             def use_it() -> None:
                 assert not any(view)

@@ -47,7 +47,7 @@ VERBS: dict[str, Callable[[LocalStore], Any]] = {
     "lookup": lambda store: store.wait_lookup(store.request(prompt(5, seed=9)), 0.1),
     "prepare_save": lambda store: store.prepare_save(store.request(prompt(4, seed=8)), 0, 4),
     "prepare_load": lambda store: store.prepare_load(store.request(prompt(5, seed=1)), 5),
-    "forget": lambda store: store.forget(store.request(prompt(5)), 2),
+    "forget": lambda store: store.keep.forget(store.request(prompt(5)), 2),
 }
 
 
@@ -97,7 +97,7 @@ def test_an_exception_that_another_thread_sets_again_and_again_leaves_the_store_
                 lease = store.prepare_save(request, 0, 4)
                 store.release(lease)
             with contextlib.suppress(Stop):
-                store.finished(store.request(prompt(3, seed=seed % 7)))
+                store.keep.finished(store.request(prompt(3, seed=seed % 7)))
         with contextlib.suppress(Stop):
             is_over.set()
         is_over.set()

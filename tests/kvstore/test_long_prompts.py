@@ -92,12 +92,12 @@ VERBS: dict[str, tuple[int, Callable[[LocalStore, Request], Any]]] = {
     "prepare_save": (ROOM, lambda s, r: s.prepare_save(s.request(prompt(1000, seed=9)), 0, 1000)),
     "prepare_load": (PAGES, lambda s, r: s.prepare_load(r, BLOCKS)),
     "prefetch": (BLOCKS // 2, lambda s, r: s.prefetch(r)),
-    "finished": (2 * PAGES, lambda s, r: s.finished(r)),
-    "finished for good": (PAGES, lambda s, r: s.finished(r, last_turn=True)),
-    "pin": (ROOM, lambda s, r: s.pin(r)),
-    "unpin": (PAGES, lambda s, r: s.unpin(r)),
-    "set_ttl": (ROOM, lambda s, r: s.set_ttl(r, 60.0)),
-    "forget": (ROOM, lambda s, r: s.forget(r)),
+    "finished": (2 * PAGES, lambda s, r: s.keep.finished(r)),
+    "finished for good": (PAGES, lambda s, r: s.keep.finished(r, last_turn=True)),
+    "pin": (ROOM, lambda s, r: s.keep.pin(r)),
+    "unpin": (PAGES, lambda s, r: s.keep.unpin(r)),
+    "set_ttl": (ROOM, lambda s, r: s.keep.set_ttl(r, 60.0)),
+    "forget": (ROOM, lambda s, r: s.keep.forget(r)),
     "clear": (ROOM, lambda s, r: s.admin.clear()),
     "resize_host": (ROOM, lambda s, r: s.admin.resize_host(1)),
 }
@@ -129,7 +129,7 @@ def test_others_use_the_store_while_a_long_lease_ends(store: LocalStore, long: R
     if kind == "load":
         lease: Any = store.prepare_load(request, BLOCKS)
     else:
-        store.forget(long)
+        store.keep.forget(long)
         lease = store.prepare_save(request, 0, BLOCKS)
     lock = turnstile(store)
 
@@ -201,11 +201,11 @@ def test_short_prompts_take_one_step(store: LocalStore) -> None:
     loads: list[Any] = []
     assert holds(lambda: loads.append(store.prepare_load(request, ROOM))) == 1
     assert holds(lambda: store.complete(loads[0])) == 1
-    assert holds(lambda: store.finished(request)) == 1
-    assert holds(lambda: store.pin(request)) == 1
-    assert holds(lambda: store.unpin(request)) == 1
-    assert holds(lambda: store.set_ttl(request, 60.0)) == 1
-    assert holds(lambda: store.forget(request)) <= 2  # it is not known before that nothing else is left
+    assert holds(lambda: store.keep.finished(request)) == 1
+    assert holds(lambda: store.keep.pin(request)) == 1
+    assert holds(lambda: store.keep.unpin(request)) == 1
+    assert holds(lambda: store.keep.set_ttl(request, 60.0)) == 1
+    assert holds(lambda: store.keep.forget(request)) <= 2  # it is not known before that nothing else is left
 
 
 def test_an_engine_that_dies_while_its_lease_is_prepared_leaves_none(store: LocalStore, long: Request) -> None:
@@ -225,7 +225,7 @@ def test_an_engine_that_dies_while_its_lease_is_prepared_leaves_none(store: Loca
 
 def test_a_prompt_that_is_forgotten_while_it_is_loaded_is_cut(store: LocalStore, long: Request) -> None:
     lock = turnstile(store)
-    comes = iter([lambda: None, lambda: store.forget(long)])
+    comes = iter([lambda: None, lambda: store.keep.forget(long)])
 
     with lock.letting_in(lambda: next(comes, lambda: None)()):
         lease = store.prepare_load(long, BLOCKS)
@@ -294,7 +294,7 @@ def test_a_store_that_closes_between_two_steps_ends_the_call(store: LocalStore, 
 
     with lock.letting_in(store._dispatcher.close):
         with pytest.raises(StoreClosed):
-            store.forget(long)
+            store.keep.forget(long)
         store.complete(loading)  # silent, as any end after close
 
 

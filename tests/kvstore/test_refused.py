@@ -176,7 +176,7 @@ def test_one_kind_of_command_that_is_denied_leaves_the_others(warm: LocalRedis, 
         assert rounds(store, 0) == 12
         if way == "delete":
             for seed in range(4):
-                store.forget(store.request(prompt(BLOCKS, seed=1000 + seed)))
+                store.keep.forget(store.request(prompt(BLOCKS, seed=1000 + seed)))
         stats = store.stats()
 
     others = {name: is_open for name, is_open in stats["direction_open"]["redis"].items() if name != way}

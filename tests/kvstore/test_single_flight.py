@@ -97,7 +97,7 @@ def test_the_end_of_a_request_that_saved_nothing_ends_the_wait(store: KVStore) -
     store.wait_lookup(first)
     asking = waiting(store, prompt(8))
 
-    store.finished(first)
+    store.keep.finished(first)
 
     assert asking.answer().num_blocks == 0
 
@@ -204,7 +204,7 @@ class TestTwoStoresOnOneRedis:
         here.wait_lookup(first)
         asking = waiting(there, prompt(8))
 
-        here.finished(first)
+        here.keep.finished(first)
 
         assert asking.answer().num_blocks == 0
         assert there.stats()["compute_claims"] == 1

@@ -105,14 +105,14 @@ class TestSavingAndLoading:
         with open_small(store={"max_pinned_fraction": 1.0}) as store:
             request = store.request(prompt(64))
             save(store, request)
-            assert store.pin(request) == 64
+            assert store.keep.pin(request) == 64
 
             lease = store.prepare_save(store.request(prompt(3, seed=1)), 0, 3)
             store.release(lease)
 
             assert (len(lease.pages), lease.skipped) == (0, 3)
             assert load(store, request)[0] == 64
-            assert store.unpin(request) == 64
+            assert store.keep.unpin(request) == 64
             assert save(store, store.request(prompt(3, seed=1))) == 3
 
     def test_the_oldest_tail_leaves_first(self, store: LocalStore) -> None:
@@ -281,7 +281,7 @@ class TestLowerTiers:
             use(store, prompt(8, seed=1))
             assert store.flush(WAIT_S)
 
-            store.forget(store.request(prompt(8, seed=0)), 2)
+            store.keep.forget(store.request(prompt(8, seed=0)), 2)
             wait_until(lambda: len(list(tier.scan())) <= 10)
 
             assert store.wait_lookup(store.request(prompt(8, seed=0)), 5.0).num_blocks == 2

@@ -55,7 +55,7 @@ def engine(socket_path: str, number: int, counts_path: str) -> None:
         request = store.request(tokens)
         loaded, _ = load(store, request)  # compares every byte
         save(store, request, loaded)
-        store.finished(request, last_turn=rng.random() < 0.1)
+        store.keep.finished(request, last_turn=rng.random() < 0.1)
         num_requests, num_loaded = num_requests + 1, num_loaded + loaded
         os.pwrite(counts, COUNTS.pack(num_requests, num_loaded), number * COUNTS.size)
     store.close()

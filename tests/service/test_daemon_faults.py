@@ -29,7 +29,7 @@ store = attach(Path(sys.argv[1]))
 save(store, store.request(prompt(4, seed=7)))
 reading = store.prepare_load(store.request(prompt(4, seed=7)), 4)
 writing = store.prepare_save(store.request(prompt(8, seed=8)), 0, 8)
-store.slot_array(writing.pages[0].slot)[:] = 255
+store.slots.array(writing.pages[0].slot)[:] = 255
 print(len(reading.pages), len(writing.pages), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -101,9 +101,9 @@ def test_a_lease_of_a_daemon_that_died_can_still_be_copied_and_harms_nobody(daem
         save(store, store.request(prompt(64, seed=3)))  # every slot of the new slab
 
         for page in reading.pages:
-            assert np.array_equal(store.slot_array(page.slot), page_of(request.keys[page.block], 0, 8192))
+            assert np.array_equal(store.slots.array(page.slot), page_of(request.keys[page.block], 0, 8192))
         for page in writing.pages:
-            store.slot_array(page.slot)[:] = 1
+            store.slots.array(page.slot)[:] = 1
         store.complete(writing)
         store.complete(reading)
         store.release(unread)
@@ -111,7 +111,7 @@ def test_a_lease_of_a_daemon_that_died_can_still_be_copied_and_harms_nobody(daem
         assert load(store, store.request(prompt(64, seed=3)))[0] == 64
         assert store.lookup(store.request(prompt(3, seed=1))).num_blocks == 0
         assert store.stats()["leases"] == 0
-        assert len(store.slabs) == 1
+        assert len(store.slots.slabs) == 1
 
 
 def test_a_frozen_daemon_costs_each_client_one_deadline_and_is_used_again_afterwards(daemon: DaemonProcess) -> None:
@@ -130,7 +130,7 @@ def test_a_frozen_daemon_costs_each_client_one_deadline_and_is_used_again_afterw
         wait_until(lambda: store.lookup(request).num_blocks == 5)
 
         assert store.num_attached == 1  # the session, and with it the lease, was never given up
-        assert np.array_equal(store.slot_array(lease.pages[0].slot), page_of(request.keys[0], 0, 8192))
+        assert np.array_equal(store.slots.array(lease.pages[0].slot), page_of(request.keys[0], 0, 8192))
         store.complete(lease)
         assert store.stats()["leases"] == 0
 
@@ -159,7 +159,7 @@ def test_sigterm_lets_open_leases_end_and_grants_no_new_ones(tmp_path: Path) -> 
             daemon.process.terminate()
             wait_until(lambda: store.lookup(store.request(prompt(2, seed=5))).num_blocks == 0)
             for page in lease.pages:
-                np.copyto(store.slot_array(page.slot), page_of(request.keys[page.block], 0, 8192))
+                np.copyto(store.slots.array(page.slot), page_of(request.keys[page.block], 0, 8192))
             assert not store.prepare_save(store.request(prompt(4, seed=6)), 0, 4).pages
             store.complete(lease)
             assert daemon.process.wait(WAIT_S) == 0

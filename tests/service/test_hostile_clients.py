@@ -293,10 +293,10 @@ CALLS = {
     "a lease of 64 bits": msgspec.msgpack.encode([8, 1 << 63]),
     "bytes behind the end": msgspec.msgpack.encode([8, 1]) + b"x",
     "a list that is announced": bytes.fromhex("9307 01 dd ffffffff"),
-    "bytes that are announced": bytes.fromhex("9209 db ffffffff"),
+    "bytes that are announced": bytes.fromhex("940c 95010090 1000 dbffffffff c2"),
     "a very deep list": b"\x91" * 100_000,
-    "a text that is too long": msgspec.msgpack.encode([9, "x" * 1025]),
-    "no UTF-8": bytes.fromhex("9209a2c328"),
+    "a text that is too long": msgspec.msgpack.encode([12, [1, 0, [], 16, 0], "x" * 1025, False]),
+    "no UTF-8": bytes.fromhex("940c 95010090 1000 a2c328 c2"),
     "a wait that is no number": msgspec.msgpack.encode([17, float("nan")]),
     "a wait without end": msgspec.msgpack.encode([17, 601.0]),
     "keys of another length": msgspec.msgpack.encode([23, [1, 0, [b"x" * 31], 16, 0, None]]),
@@ -330,7 +330,7 @@ class TestLongPrompts:
 
             assert load(store, request)[0] == 10
             assert save(store, request, 10, 5) == 5
-            store.finished(request)
+            store.keep.finished(request)
 
             assert load(store, store.request(long[: 20 * BLOCK + 1]))[0] == 15
             neighbour.complete(lease)
@@ -343,7 +343,7 @@ class TestLongPrompts:
         with attach(path) as store:
             lease = store.prepare_save(store.request(prompt(3)), 0, 3)
             request = store.request(prompt(101))
-            for ask in (store.lookup, store.peek, store.prefetch, store.pin, store.finished):
+            for ask in (store.lookup, store.peek, store.prefetch, store.keep.pin, store.keep.finished):
                 with pytest.raises(RequestError, match="request has 101 blocks; a daemon takes at most 100"):
                     ask(request)
             with pytest.raises(RequestError, match="101 blocks"):

@@ -37,7 +37,7 @@ reading = store.prepare_load(store.request(prompt(4, seed=7)), 4)
 request = store.request(prompt(8, seed=8))
 writing = store.prepare_save(request, 0, 8)
 for page in writing.pages[:5]:
-    np.copyto(store.slot_array(page.slot), page_of(request.keys[page.block], 0, 8192))
+    np.copyto(store.slots.array(page.slot), page_of(request.keys[page.block], 0, 8192))
 print(len(writing.pages), flush=True)
 sys.stdin.readline()
 """
@@ -111,11 +111,11 @@ def test_what_a_client_writes_after_it_has_completed_reaches_nobody(store: Remot
     request = store.request(prompt(8, seed=1))
     lease = store.prepare_save(request, 0, 8)
     for page in lease.pages:
-        np.copyto(store.slot_array(page.slot), page_of(request.keys[page.block], 0, PAGE_BYTES))
+        np.copyto(store.slots.array(page.slot), page_of(request.keys[page.block], 0, PAGE_BYTES))
     store.complete(lease)
 
     for page in lease.pages:
-        store.slot_array(page.slot)[:] = 0xEE
+        store.slots.array(page.slot)[:] = 0xEE
 
     assert load(store, request)[0] == 8
 
@@ -128,11 +128,11 @@ def test_pages_of_a_load_are_read_only_and_of_a_save_are_the_clients_own(store: 
     save(store, request)
 
     reading = store.prepare_load(request, 2)
-    page = store.slot_array(reading.pages[0].slot)
+    page = store.slots.array(reading.pages[0].slot)
 
     with pytest.raises(ValueError, match="read-only"):
         page[:] = 1
-    assert store.slot_view(reading.pages[0].slot).readonly
+    assert store.slots.view(reading.pages[0].slot).readonly
     store.complete(reading)
 
 
@@ -160,7 +160,7 @@ def test_staging_is_bounded_and_what_finds_no_room_is_told(store: RemoteStore, d
     store.release(second)
 
     for page in first.pages:
-        np.copyto(store.slot_array(page.slot), page_of(request.keys[page.block], 0, PAGE_BYTES))
+        np.copyto(store.slots.array(page.slot), page_of(request.keys[page.block], 0, PAGE_BYTES))
     store.complete(first)
 
     assert load(store, request)[0] == 16
@@ -180,7 +180,7 @@ def test_flags_of_another_length_are_refused_and_the_lease_stays(store: RemoteSt
 
 
 def test_a_rank_maps_both_and_saves_and_loads_by_the_leases_numbers(store: RemoteStore) -> None:
-    share = store.slab_handle
+    share = store.slots.slabs[-1]
     assert isinstance(share, SlabShare)
     assert share.num_staging == 16
     rank = attach_slab(share)
@@ -221,7 +221,7 @@ def test_a_session_that_ends_while_its_pages_are_copied_gives_their_slots_to_nob
     request = leaving.request(prompt(8, seed=3))
     lease = leaving.prepare_save(request, 0, 8)
     for page in lease.pages:
-        np.copyto(leaving.slot_array(page.slot), page_of(request.keys[page.block], 0, PAGE_BYTES))
+        np.copyto(leaving.slots.array(page.slot), page_of(request.keys[page.block], 0, PAGE_BYTES))
     ending = threading.Thread(target=lambda: leaving.complete(lease))
     ending.start()
     wait_until(
@@ -250,7 +250,7 @@ def test_a_save_is_stored_where_no_thread_can_be_started_and_is_not_copied_again
     with monkeypatch.context() as patch:
         patch.setattr(ThreadPoolExecutor, "submit", submit)
         save(store, store.request(prompt(8, seed=3)))
-    assert store.forget(store.request(prompt(8, seed=3))) == 8
+    assert store.keep.forget(store.request(prompt(8, seed=3))) == 8
     others = [prompt(16, seed=seed) for seed in (4, 5, 6, 7)]  # all slots there are
     for tokens in others:
         save(store, store.request(tokens))

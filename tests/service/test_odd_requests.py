@@ -74,7 +74,14 @@ def names_a_field(answer: bytes) -> bool:
 
 def odd_calls() -> list[object]:
     """Messages that have a secret where something else belongs."""
-    return [SECRET, {SECRET: 1}, [SECRET], [9, [SECRET]], [9, {SECRET: SECRET}], [23, [1, 0, [SECRET.encode()], 1, 0]]]
+    return [
+        SECRET,
+        {SECRET: 1},
+        [SECRET],
+        [11, [SECRET]],
+        [11, {SECRET: SECRET}],
+        [23, [1, 0, [SECRET.encode()], 1, 0]],
+    ]
 
 
 def hello(**fields: object) -> bytes:

@@ -96,7 +96,7 @@ def _save(store: LocalStore, request: Request, engine: Pages) -> None:
     if len(lease.pages) != len(engine):
         raise RuntimeError(f"bench host: {len(lease.pages)} of {len(engine)} pages found a slot")
     for page in lease.pages:
-        np.copyto(store.slot_array(page.slot), engine[page.block])
+        np.copyto(store.slots.array(page.slot), engine[page.block])
     store.complete(lease)
 
 
@@ -106,7 +106,7 @@ def _load(store: LocalStore, request: Request, engine: Pages) -> None:
     if len(lease.pages) != len(engine):
         raise RuntimeError(f"bench host: {len(lease.pages)} of {len(engine)} pages were found again")
     for page in lease.pages:
-        np.copyto(engine[page.block], store.slot_array(page.slot))
+        np.copyto(engine[page.block], store.slots.array(page.slot))
     store.complete(lease)
 
 

@@ -81,7 +81,7 @@ def crowd(url: str, calls: str) -> None:
             for _ in range(int(calls)):
                 if store.lookup(request).num_blocks != LEASED_BLOCKS:
                     raise RuntimeError("bench service: a prompt that is stored was not found")
-            store.finished(request)
+            store.keep.finished(request)
 
         print(flush=True)
         for _ in sys.stdin:
@@ -100,7 +100,7 @@ def _lookups(store: RemoteStore, num_blocks: int, calls: int, daemon: int) -> li
 
     def meet() -> None:
         for request in fresh:
-            store.finished(request)
+            store.keep.finished(request)
         fresh[:] = [store.request(_tokens(num_blocks, next(seeds))) for _ in range(calls)]
 
     def first() -> None:

@@ -121,7 +121,7 @@ class _Client:
         lease = self._store.prepare_save(self._fresh, 0, self._num_pages)
         if len(lease.pages) != self._num_pages:
             raise RuntimeError(f"bench service-bytes: {len(lease.pages)} of {self._num_pages} pages found a slot")
-        copy([self._store.slot_array(page.slot) for page in lease.pages])
+        copy([self._store.slots.array(page.slot) for page in lease.pages])
         self._store.complete(lease)
         self._stored = [*self._stored, self._fresh][-NUM_BATCHES:]
 
@@ -132,7 +132,7 @@ class _Client:
         lease = self._store.prepare_load(self._stored[-1], match.num_blocks)
         if self._store.wait(lease, CALL_TIMEOUT_S).num_blocks != self._num_pages:
             raise RuntimeError(f"bench service-bytes: {len(lease.pages)} of {self._num_pages} pages were found again")
-        copy([self._store.slot_array(page.slot) for page in lease.pages])
+        copy([self._store.slots.array(page.slot) for page in lease.pages])
         self._store.complete(lease)
 
     def slots(self) -> Iterator[npt.NDArray[np.uint8]]:
@@ -140,7 +140,7 @@ class _Client:
         num_blocks = NUM_BATCHES * self._num_pages
         request = self._store.request(np.full(num_blocks * BLOCK_SIZE + 1, 1 << 31, np.uint32))
         lease = self._store.prepare_save(request, 0, num_blocks)
-        return cycle([self._store.slot_array(page.slot) for page in lease.pages])
+        return cycle([self._store.slots.array(page.slot) for page in lease.pages])
 
 
 def _copy_nothing(slots: Slots) -> None:

@@ -1,4 +1,4 @@
-"""From a URL to a RemoteStore, and from a configuration to the store that it asks for."""
+"""From a URL to a RemoteStore."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from kvstore.base import KVStore
 from kvstore.config.secret import mask_url
-from kvstore.config.sections import Config
 from kvstore.config.values import daemon_url
 from kvstore.errors import ConfigError
 from kvstore.layout import Layout
@@ -59,23 +57,3 @@ def _own_name() -> str:
     program = Path(sys.argv[0])
     name = program.parent.name if program.name == "__main__.py" else program.name
     return f"{name or 'python'} {os.getpid()}"
-
-
-def open_configured(config: Config, layout: Layout, namespace: Namespace, *, shared_name: str | None = None) -> KVStore:
-    """The store that the configuration asks for: that of a daemon where `service.url` names one, else one in here.
-
-    shared_name: for one in here, see `open_store`; the slab of a daemon on this machine is shared anyway.
-    """
-    service = config.service
-    if service.url is None:
-        from kvstore.build import open_store  # tiers and policies, which a client of a daemon needs none of
-
-        return open_store(config, layout, namespace, shared_name=shared_name)
-    return connect(
-        service.url,
-        layout,
-        namespace,
-        call_timeout_s=service.call_timeout_s,
-        retry_max_s=service.retry_max_s,
-        client=service.client_name or "",
-    )

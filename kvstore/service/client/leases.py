@@ -67,8 +67,8 @@ class Leases:
         with self._lock:
             return [lease_id for lease_id, held in self._held.items() if held.owner == owner]
 
-    def wait(self, lease_id: int, timeout_s: float | None) -> LeaseStatus:
-        """Wait until a load is ready; None: at most until the daemon's load deadline."""
+    def wait(self, lease_id: int, timeout_s: float) -> LeaseStatus:
+        """Wait until a load is ready, at most `timeout_s`."""
         held = self._held.get(lease_id)
         if held is None or held.status is None:
             return CLOSED
@@ -76,7 +76,7 @@ class Leases:
             return held.status  # final: no need to ask
         if held.attachment is not self._link.attachment:
             return CLOSED
-        timeout_s = messages.bounded(held.attachment.load_deadline_s if timeout_s is None else timeout_s)
+        timeout_s = messages.bounded(timeout_s)
         _, answer = self._link.call(held.attachment, messages.Wait(lease_id, timeout_s), timeout_s)
         held.status = StatusAnswer.read(answer).status()
         return held.status

@@ -3,7 +3,7 @@
 The scheduler's process has the store; it plans, and says in each step which slots to copy. A rank needs no store: it
 maps the slab by a handle that travels with the step, and keeps the mapping until a step brings another handle.
 
-    scheduler:   step.slab = store.slab_handle                  # a new one after the daemon was restarted
+    scheduler:   step.slab = store.slots.slabs[-1]              # a new one after the daemon was restarted
     rank:        if mapped is None or step.slab != mapped.handle:
                      ...wait for the copies under way, let `mapped` go: mapped.close()...
                      mapped = attach_slab(step.slab)
@@ -16,7 +16,7 @@ or dies, and with the last anchor the leases are released.
 
 The hard thing: a slot number of one attachment must not reach memory of another. Those of attachment n begin at
 n << 32, and `array` refuses every number that is not of the slab that is mapped. A step that has copies of leases from
-before the daemon started again needs both slabs: `store.slabs` names all that a lease can lie in.
+before the daemon started again needs both slabs: `store.slots.slabs` names all that a lease can lie in.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.base import Slab
 from kvstore.errors import ConfigError
 from kvstore.service.client.connection import DaemonConnection, dial_unix
 from kvstore.service.client.split_slab import SplitSlab, map_slab
@@ -106,14 +107,16 @@ class AttachedSlab:
         return index
 
 
-def attach_slab(handle: SlabHandle | SlabShare, *, timeout_s: float = 1.0) -> AttachedSlab:
-    """Map the slab that `store.slab_handle` names, of a store in process or of a daemon's client. Any process.
+def attach_slab(handle: Slab, *, timeout_s: float = 1.0) -> AttachedSlab:
+    """Map the slab that `store.slots.slabs` names, of a store in process or of a daemon's client. Any process.
 
     Raises OSError if it is gone (the store is closed, its process or the daemon ended), ConfigError if it is not what
     the handle says.
     """
     if isinstance(handle, SlabHandle):
         return AttachedSlab(handle, HostSlab.attach(handle), 0, None)
+    if not isinstance(handle, SlabShare):
+        raise ConfigError(f"a {type(handle).__name__} names no slab")
     anchor = dial_unix(handle.path)(timeout_s)
     try:
         slab = _receive(anchor, handle, timeout_s)

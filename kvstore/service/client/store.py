@@ -13,9 +13,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from kvstore.errors import RequestError, StoreClosed
 from kvstore.forks import harmless
 from kvstore.layout import Layout
@@ -26,24 +23,25 @@ from kvstore.service.client.attachment import DaemonDown
 from kvstore.service.client.calls import Calls
 from kvstore.service.client.connection import Dial
 from kvstore.service.client.events import Follower
+from kvstore.service.client.keep import ClientKeep
 from kvstore.service.client.leases import CLOSED, Leases, OpenLease
 from kvstore.service.client.link import DaemonLink
 from kvstore.service.client.memory import SharedMemory
-from kvstore.service.client.slab import SlabShare
+from kvstore.service.client.slots import ClientSlots
 from kvstore.service.protocol import messages
 from kvstore.service.protocol.answers import FlushAnswer, LoadAnswer, MatchAnswer, SaveAnswer, StatsAnswer
 from kvstore.service.protocol.frames import ProtocolError, encode_json
 from kvstore.service.protocol.namespaces import check_pair, layout_to_json, namespace_to_json
+from kvstore.waits import Deadlines, Waits
 from radix.namespace import Namespace
 
 log = logging.getLogger(__name__)
 
 MISS = Match(0, 0, cut=CutReason.NEVER_STORED)
 LOOKUP_DEADLINE_S = 0.05  # while no daemon has told its own
-COMPUTING_CALL_S = 5.0  # how long one call waits for another request's computing
 
 
-class RemoteStore(RequestMaker):
+class RemoteStore(RequestMaker, Waits):
     """A KVStore (see base.py) kept by a daemon on this machine. Any thread.
 
     Made by `kvstore.connect`. A daemon that cannot be reached is no error: the store is empty until it can.
@@ -66,7 +64,6 @@ class RemoteStore(RequestMaker):
         super().__init__(namespace)
         self._layout = layout
         self.namespace = namespace
-        self._memory = memory
         self._is_closed = False
         self._greeting = {"layout": layout_to_json(layout), "namespace": namespace_to_json(namespace), "client": client}
         self._link = DaemonLink(
@@ -78,6 +75,8 @@ class RemoteStore(RequestMaker):
         )
         self._leases = Leases(self._link, memory)
         self._calls = Calls(self._link)
+        self.slots = ClientSlots(self._link, memory, self._leases)
+        self.keep = ClientKeep(self._calls, self._check_open)
         self._follower: Follower | None = None
         try:
             self._link.attach()
@@ -107,25 +106,7 @@ class RemoteStore(RequestMaker):
 
     def lookup(self, request: Request) -> Match:
         """The longest prefix worth loading."""
-        return self.wait_lookup(request, 0.0)
-
-    def wait_lookup(self, request: Request, timeout_s: float | None = None) -> Match:
-        """Lookup, waiting for pending tiers, and as long as the daemon says for another request's computing."""
-        self._check_open()
-        if timeout_s is not None:
-            return self._lookup(request, timeout_s)
-        match = self._lookup(request, self._lookup_deadline_s)
-        while match.cut is CutReason.COMPUTING:  # the daemon ends that in good time
-            match = self._lookup(request, COMPUTING_CALL_S)
-        return match
-
-    def peek(self, request: Request, timeout_s: float | None = None) -> Match:
-        """The match that a lookup would give, without its consequences."""
-        self._check_open()
-        try:
-            return self._lookup(request, self._lookup_deadline_s if timeout_s is None else timeout_s, messages.Peek)
-        finally:
-            self._calls.unsend(request)
+        return self._lookup_within(request, 0.0)
 
     def prepare_load(self, request: Request, num_blocks: int, *, first: int = 0, owner: str = "") -> LoadLease:
         """Pin blocks [first, num_blocks) in host slots and start fetching what is not there."""
@@ -143,17 +124,9 @@ class RemoteStore(RequestMaker):
             return LoadLease(lease_id, 0, 0)
         return lease
 
-    def wait(self, lease: LoadLease, timeout_s: float | None = None) -> LeaseStatus:
-        """Wait until the lease is ready, at most until the load deadline."""
-        self._check_open()
-        try:
-            return self._leases.wait(lease.id, timeout_s)
-        except (DaemonDown, ProtocolError):
-            return CLOSED
-
     def poll(self, lease: LoadLease) -> LeaseStatus:
         """The progress of a load lease."""
-        return self.wait(lease, 0.0) if not self._is_closed else CLOSED
+        return self._poll_within(lease, 0.0) if not self._is_closed else CLOSED
 
     def prefetch(self, request: Request) -> int:
         """Start bringing the known prefix into host memory; returns a ticket, 0 if there is no daemon."""
@@ -205,69 +178,10 @@ class RemoteStore(RequestMaker):
             self._leases.end(lease_id, messages.Release(lease_id))
         return len(mine)
 
-    # ---- retention --------------------------------------------------------------------------------------------
-
-    def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
-        """The request is over."""
-        if self._is_closed:
-            return
-        reason = finish_reason[: messages.MAX_TEXT]
-        self._calls.number(request, lambda part: messages.Finished(part, reason, last_turn))
-        self._calls.unsend(request)
-
-    def pin(self, request: Request) -> int:
-        """Keep the request's resident pages in host memory until unpin; returns the blocks pinned."""
-        self._check_open()
-        return self._calls.number(request, messages.Pin)
-
-    def unpin(self, request: Request) -> int:
-        """Undo pin; returns the blocks that had one."""
-        self._check_open()
-        return self._calls.number(request, messages.Unpin)
-
-    def forget(self, request: Request, first: int = 0) -> int:
-        """Delete blocks from `first` on and all that continues them; returns the blocks deleted."""
-        check_range("first", first, len(request.keys))
-        self._check_open()
-        return self._calls.number(request, lambda part: messages.Forget(part, first))
-
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """Tell how fast the engine computes."""
         if 0 < num_tokens < 1 << 32 and 0 < seconds <= messages.MAX_PREFILL_S and not self._is_closed:
             self._calls.tell(messages.ObservePrefill(num_tokens, seconds))
-
-    # ---- bytes ------------------------------------------------------------------------------------------------
-
-    def slot_view(self, slot: int) -> memoryview:
-        """The bytes of a slot."""
-        return self._memory.view(slot)
-
-    def slot_array(self, slot: int) -> npt.NDArray[np.uint8]:
-        """The bytes of a slot as an array."""
-        return self._memory.array(slot)
-
-    @property
-    def slab_array(self) -> npt.NDArray[np.uint8] | None:
-        """The whole slab, for a device to page-lock; None while there is no daemon."""
-        attachment = self._link.attachment
-        return None if attachment is None else attachment.slab.buffer
-
-    @property
-    def slab_handle(self) -> SlabShare | None:
-        """By what another process of this engine maps the slab (`attach_slab`); None while there is no daemon.
-
-        Ask for each step: it is another one after the daemon has started again.
-        """
-        handles = self.slabs
-        return handles[-1] if handles and self.is_attached else None
-
-    @property
-    def slabs(self) -> tuple[SlabShare, ...]:
-        """The slabs that slots may lie in, oldest first: the daemon's, and those of daemons before it with leases.
-
-        Whoever maps them in another process maps no others: memory of a daemon that died stays taken until all let go.
-        """
-        return self._leases.slabs
 
     # ---- events -----------------------------------------------------------------------------------------------
 
@@ -332,26 +246,44 @@ class RemoteStore(RequestMaker):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    # ---- the looks that waits are made of (waits.py) ----------------------------------------------------------
+
+    @property
+    def _deadlines(self) -> Deadlines:
+        attachment = self._link.attachment
+        if attachment is None:
+            return Deadlines(LOOKUP_DEADLINE_S, 0.0)  # there is nothing to load
+        return Deadlines(attachment.lookup_deadline_s, attachment.load_deadline_s)
+
+    def _lookup_within(self, request: Request, wait_s: float) -> Match:
+        self._check_open()
+        return self._look(messages.Lookup, request, wait_s)
+
+    def _peek_within(self, request: Request, wait_s: float) -> Match:
+        self._check_open()
+        try:
+            return self._look(messages.Peek, request, wait_s)
+        finally:
+            self._calls.unsend(request)
+
+    def _poll_within(self, lease: LoadLease, wait_s: float) -> LeaseStatus:
+        self._check_open()
+        try:
+            return self._leases.wait(lease.id, wait_s)
+        except (DaemonDown, ProtocolError):
+            return CLOSED
+
     # ---- private ----------------------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise StoreClosed("the store is closed")
 
-    @property
-    def _lookup_deadline_s(self) -> float:
-        attachment = self._link.attachment
-        return LOOKUP_DEADLINE_S if attachment is None else attachment.lookup_deadline_s
-
-    def _lookup(
-        self,
-        request: Request,
-        timeout_s: float,
-        kind: type[messages.Lookup | messages.Peek] = messages.Lookup,
-    ) -> Match:
-        timeout_s = messages.bounded(timeout_s)
+    def _look(self, kind: type[messages.Lookup | messages.Peek], request: Request, wait_s: float) -> Match:
+        """Ask, and let the daemon wait: it knows when something has changed."""
+        wait_s = messages.bounded(wait_s)
         try:
-            _, answer = self._calls.ask(request, lambda part: kind(part, timeout_s), timeout_s)
+            _, answer = self._calls.ask(request, lambda part: kind(part, wait_s), wait_s)
             return MatchAnswer.read(answer).match()
         except (DaemonDown, ProtocolError):
             return MISS

@@ -32,13 +32,11 @@ MAX_TOMBSTONES = 1024
 class ClientLease:
     """A lease of the client.
 
-    owner:    its own word for who holds it.
     told:     of a save whose pages lie in the client's staging: the lease as the client got it.
     is_ending: those pages are being copied, and the lease ends with that.
     """
 
     lease: LoadLease | SaveLease
-    owner: str
     granted_at: float
     told: SaveLease | None = None
     is_ending: bool = False
@@ -63,13 +61,13 @@ class Holdings:
             raise RequestError(f"this client holds {len(self.leases)} leases; it may hold {MAX_LEASES}")
         return self._tombstones.pop(lease_id, self) is self
 
-    def grant(self, lease_id: int, lease: LoadLease | SaveLease, owner: str) -> None:
+    def grant(self, lease_id: int, lease: LoadLease | SaveLease) -> None:
         """Hold a lease."""
-        self.leases[lease_id] = ClientLease(lease, owner, self._now())
+        self.leases[lease_id] = ClientLease(lease, self._now())
 
-    def grant_save(self, lease_id: int, lease: SaveLease, owner: str) -> SaveLease:
+    def grant_save(self, lease_id: int, lease: SaveLease) -> SaveLease:
         """Hold a lease; returns it as the client is told."""
-        self.grant(lease_id, lease, owner)
+        self.grant(lease_id, lease)
         if self._staged is None:
             return lease
         told = self.leases[lease_id].told = self._staged.place(lease)
@@ -121,10 +119,6 @@ class Holdings:
         self._tombstones[lease_id] = None
         if len(self._tombstones) > MAX_TOMBSTONES:
             self._tombstones.popitem(last=False)
-
-    def owned_by(self, owner: str) -> list[int]:
-        """The leases of an owner."""
-        return [lease_id for lease_id, held in self.leases.items() if held.owner == owner]
 
     def overdue(self, before: float) -> list[int]:
         """The leases that were granted before that time."""

@@ -72,7 +72,7 @@ class StagedSaves:
         The slots of both sides stay taken until then.
         """
         pairs = [
-            (self._store.slot_array(slot), self.slab.array(own - STAGING))
+            (self._store.slots.array(slot), self.slab.array(own - STAGING))
             for slot, own, flag in zip(lease.pages.slots.tolist(), told.pages.slots.tolist(), filled, strict=False)
             if flag
         ]

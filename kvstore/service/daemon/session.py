@@ -112,13 +112,13 @@ class ClientSession:
             messages.PrepareSave: self._prepare_save,
             messages.Complete: self._complete,
             messages.Release: self._release,
-            messages.ReleaseOwner: self._release_owner,
             messages.Prefetch: self._prefetch,
             messages.Cancel: self._cancel,
             messages.Finished: self._finished,
             messages.Pin: self._pin,
             messages.Unpin: self._unpin,
             messages.Forget: self._forget,
+            messages.SetTtl: self._set_ttl,
             messages.ObservePrefill: self._observe_prefill,
             messages.Flush: self._flush,
             messages.Stats: self._stats,
@@ -141,7 +141,9 @@ class ClientSession:
     def descriptors(self) -> list[int]:
         """Of the slab, and of the client's staging if it has one: for a connection of its own, which closes them."""
         own = [] if self.staged is None else [os.dup(self.staged.slab.fileno())]
-        return [self._store.slab_descriptor(), *own]
+        # A duplicate, not one that is opened anew: a process that was given one may hold a lease on it (F_SETLEASE),
+        # and opening it would wait until the kernel has taken that away, 45 s.
+        return [os.dup(self._store.slots.fileno()), *own]
 
     def orphan(self) -> None:
         """The client is gone, ranks of its engine are not: nothing is granted any more, and nothing released yet."""
@@ -207,7 +209,7 @@ class ClientSession:
         if end <= len(request.keys):
             end = min(end, call.first + self._max_blocks)  # the rest is computed, or asked for once more
         lease = self._store.prepare_load(request, end, first=call.first, owner=self._owner(call.owner))
-        self._holdings.grant(call.lease, lease, call.owner)
+        self._holdings.grant(call.lease, lease)
         return encode(LoadAnswer.of(lease, self._store.poll(lease)))
 
     def _wait(self, call: messages.Wait) -> bytes | Pending:
@@ -249,7 +251,7 @@ class ClientSession:
         check_blocks(request, first, end - first)
         num_blocks = min(end - first, self._max_blocks)
         lease = self._store.prepare_save(request, first, num_blocks, owner=self._owner(call.owner))
-        lease = self._holdings.grant_save(call.lease, lease, call.owner)
+        lease = self._holdings.grant_save(call.lease, lease)
         too_many = (end - first - num_blocks) * len(self.opened.layout.groups)
         return encode(SaveAnswer.of(replace(lease, skipped=lease.skipped + too_many) if too_many else lease))
 
@@ -272,25 +274,25 @@ class ClientSession:
         self._holdings.release(call.lease)
         return b""
 
-    def _release_owner(self, call: messages.ReleaseOwner) -> bytes:
-        return encode(NumberAnswer(self.expire(self._holdings.owned_by(call.owner))))
-
     # ---- retention, and the store as a whole --------------------------------------------------------------------
 
     def _finished(self, call: messages.Finished) -> bytes:
         request = self.requests.take(call.request)
-        self._store.finished(request, finish_reason=call.finish_reason, last_turn=call.last_turn)
+        self._store.keep.finished(request, finish_reason=call.finish_reason, last_turn=call.last_turn)
         self.requests.drop(call.request.id)
         return b""
 
     def _pin(self, call: messages.Pin) -> bytes:
-        return encode(NumberAnswer(self._store.pin(self.requests.take(call.request))))
+        return encode(NumberAnswer(self._store.keep.pin(self.requests.take(call.request))))
 
     def _unpin(self, call: messages.Unpin) -> bytes:
-        return encode(NumberAnswer(self._store.unpin(self.requests.take(call.request))))
+        return encode(NumberAnswer(self._store.keep.unpin(self.requests.take(call.request))))
 
     def _forget(self, call: messages.Forget) -> bytes:
-        return encode(NumberAnswer(self._store.forget(self.requests.take(call.request), call.first)))
+        return encode(NumberAnswer(self._store.keep.forget(self.requests.take(call.request), call.first)))
+
+    def _set_ttl(self, call: messages.SetTtl) -> bytes:
+        return encode(NumberAnswer(self._store.keep.set_ttl(self.requests.take(call.request), call.ttl_s)))
 
     def _observe_prefill(self, call: messages.ObservePrefill) -> bytes:
         self._store.observe_prefill(call.num_tokens, call.seconds)

@@ -241,7 +241,7 @@ class Stores:
                 layout,
                 namespace,
                 store,
-                store.slab_handle,
+                store.slots.handle,
                 watch,
                 journal,
                 root,

@@ -211,17 +211,17 @@ class Api:
 
     async def pin(self, call: Call) -> PinAnswer:
         async with self._asked(call) as (opened, request):
-            blocks = opened.store.pin(request)
+            blocks = opened.store.keep.pin(request)
         until = time.time() + self._state.config.store.pin_max_s
         return PinAnswer(blocks=blocks, until=until if blocks else None)
 
     async def unpin(self, call: Call) -> BlocksAnswer:
         async with self._asked(call) as (opened, request):
-            return BlocksAnswer(blocks=opened.store.unpin(request))
+            return BlocksAnswer(blocks=opened.store.keep.unpin(request))
 
     async def ttl(self, call: Call) -> BlocksAnswer:
         async with self._asked(call) as (opened, request):
-            return BlocksAnswer(blocks=opened.store.set_ttl(request, call.body.ttl_s))
+            return BlocksAnswer(blocks=opened.store.keep.set_ttl(request, call.body.ttl_s))
 
     async def flush(self, call: Call) -> FlushAnswer:
         body: Flush = call.body
@@ -238,7 +238,7 @@ class Api:
         async with self._asked(call) as (opened, request):
             if body.first > len(request.keys):
                 raise Problem(409, "there is no such block", f"the prompt has {len(request.keys)} full blocks", "first")
-            blocks = opened.store.forget(request, body.first)
+            blocks = opened.store.keep.forget(request, body.first)
             return DeleteAnswer(blocks=blocks, owed=await _deleted(opened, DELETE_TIMEOUT_S))
 
     # ---- bytes and events -------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ async def send(request: web.Request, transfer: PageTransfer, prompt: Request, bo
     await response.prepare(request)
     for page, size in zip(pages, sizes, strict=True):
         transfer.check()
-        view = store.slot_view(page.slot)[:size]
+        view = store.slots.view(page.slot)[:size]
         checksum = xxhash.xxh3_64_intdigest(view)
         await response.write(FRAME.pack(page.block, page.group, 0, size, 0, checksum))
         for at in range(0, size, PIECE_BYTES):
@@ -126,7 +126,7 @@ class _Saving:
         if index is None or index in filling.have:
             await body.skip(size)
             return
-        view = self._opened.store.slot_array(filling.lease.pages[index].slot)[:size]
+        view = self._opened.store.slots.array(filling.lease.pages[index].slot)[:size]
         await body.into(view, self._transfer)
         if xxhash.xxh3_64_intdigest(view.data) != checksum:
             raise Problem(400, "the body is not valid", f"block {block}: the bytes have another checksum", "checksum")

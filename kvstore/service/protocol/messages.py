@@ -161,12 +161,6 @@ class Release(Call, tag=8):
     lease: Number
 
 
-class ReleaseOwner(Call, tag=9):
-    """Release every lease of an owner: NumberAnswer."""
-
-    owner: Text
-
-
 class Prefetch(Call, tag=10):
     """Start bringing the known prefix into host memory: NumberAnswer, a ticket."""
 
@@ -234,6 +228,13 @@ class Events(Call, tag=22):
     """Ask what came and went since the last answer, and wait for it: EventsAnswer (events.py), or nothing."""
 
     timeout_s: TimeoutS
+
+
+class SetTtl(Call, tag=24):
+    """Give known blocks a time to live: NumberAnswer, of blocks."""
+
+    request: RequestPart
+    ttl_s: float
 
 
 class Keys(Call, tag=23):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +15,13 @@ import torch
 from connectors.vllm.config import parse_extra_config
 from connectors.vllm.layout import EngineLayout
 from connectors.vllm.messages import StepReport
-from connectors.vllm.scheduler import SchedulerHalf, SharedStore
+from connectors.vllm.scheduler import SchedulerHalf
 from connectors.vllm.worker import WorkerHalf, page_tables
+from kvstore.base import KVStore
 from kvstore.config.sections import Config
 from kvstore.devices.cpu import CpuDevice
 from kvstore.layout import GroupKind, LayerGroup, Layout
-from kvstore.service.client.connect import open_configured
+from kvstore.opening import open_configured
 from radix.namespace import Namespace
 from tests.helpers.daemons import local_daemon
 from tests.helpers.waiting import WAIT_S
@@ -35,12 +36,12 @@ HOST = {"capacity_bytes": 64 * LAYOUT.slot_bytes, "huge_pages": False}
 
 
 @contextmanager
-def opened(where: str, folder: Path) -> Iterator[SharedStore]:
+def opened(where: str, folder: Path) -> Iterator[KVStore]:
     """A store in this process, or one that a daemon keeps."""
     if where == "daemon":
         with local_daemon(folder / "kv.sock", host=HOST):
             store = open_configured(Config(service={"url": f"unix://{folder}/kv.sock"}), LAYOUT, NAMESPACE)
-            yield cast(SharedStore, store)
+            yield store
             store.close()
         return
     with open_configured(Config(host=HOST), LAYOUT, NAMESPACE, shared_name="kvstore-test") as store:  # type: ignore[attr-defined]
@@ -50,7 +51,7 @@ def opened(where: str, folder: Path) -> Iterator[SharedStore]:
 class Pair:
     """An engine of two ranks, its processes played by objects of this one."""
 
-    def __init__(self, store: SharedStore) -> None:
+    def __init__(self, store: KVStore) -> None:
         self.half = SchedulerHalf(store, ENGINE, parse_extra_config({}, "kv_both"), world=2)
         self.half.bind_pool(
             SimpleNamespace(blocks=[None] * NUM_BLOCKS, touch=lambda _: None, free_blocks=lambda _: None)

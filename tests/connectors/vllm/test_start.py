@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from connectors.vllm.config import parse_extra_config
-from connectors.vllm.scheduler import SharedStore
 from connectors.vllm.start import check_servers, check_service, warn_of_hash
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError
+from kvstore.opening import open_configured
 from kvstore.ports import free_port
-from kvstore.service.client.connect import open_configured
 from tests.helpers.daemons import local_daemon
 from tests.helpers.stores import BLOCK, LAYOUT, namespace, open_small
 
@@ -32,7 +31,7 @@ def test_a_redis_server_that_does_not_answer_is_refused_unless_that_is_allowed()
 def test_a_daemon_that_does_not_answer_is_refused_unless_that_is_allowed(tmp_path: Path) -> None:
     url = f"unix://{tmp_path / 'kv.sock'}"
     wanted: dict[str, Any] = {"service": {"url": url}}
-    store = cast(SharedStore, open_configured(Config(**wanted), LAYOUT, namespace()))
+    store = open_configured(Config(**wanted), LAYOUT, namespace())
 
     with pytest.raises(ConfigError, match=r"no daemon answers there; start it \(kvstore serve\)"):
         check_service(store, parse_extra_config(wanted, "kv_both"))
@@ -44,7 +43,7 @@ def test_a_daemon_that_does_not_answer_is_refused_unless_that_is_allowed(tmp_pat
 def test_a_daemon_that_answers_is_accepted(tmp_path: Path) -> None:
     wanted: dict[str, Any] = {"service": {"url": f"unix://{tmp_path / 'kv.sock'}"}}
     with local_daemon(tmp_path / "kv.sock"):
-        store = cast(SharedStore, open_configured(Config(**wanted), LAYOUT, namespace()))
+        store = open_configured(Config(**wanted), LAYOUT, namespace())
 
         check_service(store, parse_extra_config(wanted, "kv_both"))
         store.close()

@@ -62,7 +62,7 @@ class Rank:
     ) -> None:
         loads = [job for job in jobs if isinstance(job, LoadJob)]
         saves = [job for job in jobs if isinstance(job, SaveJob)]
-        handles = self.slab.slabs if isinstance(self.slab, RemoteStore) else (self.slab.handle,)
+        handles = self.slab.slots.slabs if isinstance(self.slab, RemoteStore) else self.slab.slabs
         plan = StepPlan(num_tokens, layout or self.engine.layout.fingerprint, "", handles, loads, saves)
         plan.heard = heard
         self.half.begin(plan)

@@ -135,7 +135,7 @@ class Engine:
             core.step()
             time.sleep(0.002)
         store = self.half.store
-        while _is_writing(store.flush(1.0)) and store.slabs:  # none: its daemon is gone
+        while _is_writing(store.flush(1.0)) and store.slots.slabs:  # none: its daemon is gone
             assert time.monotonic() < until
             time.sleep(0.01)  # a daemon that was killed may only seem silent for a moment
 

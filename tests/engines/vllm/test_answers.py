@@ -26,7 +26,7 @@ def ask_with(engine: Engine, prompt: list[int], change: Callable[[Pages], None])
 
     def prepare(*arguments: Any, **named: Any) -> Any:
         lease = prepare_load(*arguments, **named)
-        pages = {(page.group, page.block): store.slot_array(page.slot) for page in lease.pages}
+        pages = {(page.group, page.block): store.slots.array(page.slot) for page in lease.pages}
         kept.extend((page, page.copy()) for page in pages.values())
         change(pages)
         return lease

@@ -55,7 +55,7 @@ def test_a_request_may_pin_what_it_saves(store: LocalStore) -> None:
     use(store, prompt(60, seed=2))
 
     assert store.lookup(store.request(prompt(20, seed=1))).num_blocks == 20
-    assert store.unpin(store.request(prompt(20, seed=1))) == 20
+    assert store.keep.unpin(store.request(prompt(20, seed=1))) == 20
 
 
 def test_after_the_last_turn_only_the_shared_part_keeps_its_place(store: LocalStore) -> None:
@@ -65,7 +65,7 @@ def test_after_the_last_turn_only_the_shared_part_keeps_its_place(store: LocalSt
     request = store.request(whole, RequestOptions(session="mine"))
     load(store, request)
     save(store, request)
-    store.finished(request, finish_reason="stop", last_turn=True)
+    store.keep.finished(request, finish_reason="stop", last_turn=True)
 
     use(store, prompt(44, seed=4))  # 20 too many: exactly the private part of the session that is over
 
@@ -81,7 +81,7 @@ def test_forgotten_blocks_are_gone_from_every_tier() -> None:
         save(store, request)
         assert store.flush(WAIT_S)
 
-        assert store.forget(request, 2) == 4
+        assert store.keep.forget(request, 2) == 4
         assert store.lookup(request).num_blocks == 2
         wait_until(lambda: len(list(tier[0].scan())) <= 2)
         store.check()
@@ -96,10 +96,10 @@ def test_a_lookup_right_after_forgetting_finds_nothing() -> None:
         request = store.request(prompt(6))
         save(store, request)
         assert store.flush(WAIT_S)
-        store.finished(request)
+        store.keep.finished(request)
         faulty.hang(only=("delete",))
 
-        store.forget(request)
+        store.keep.forget(request)
         found = store.wait_lookup(store.request(prompt(6)), 5.0).num_blocks
         faulty.recover()
 

@@ -12,7 +12,8 @@ import pytest
 import kvstore
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError
-from kvstore.service.client.connect import connect, open_configured
+from kvstore.opening import open_configured
+from kvstore.service.client.connect import connect
 from kvstore.service.client.slab import attach_slab
 from kvstore.service.client.store import RemoteStore
 from kvstore.store import LocalStore
@@ -45,8 +46,8 @@ def test_a_further_process_maps_the_daemons_slab_by_the_clients_handle(tmp_path:
         save(store, request)
         lease = store.prepare_load(request, 2)
 
-        assert store.slab_handle is not None
-        rank = attach_slab(store.slab_handle)  # what a worker of the same engine does
+        assert store.slots.slabs[-1] is not None
+        rank = attach_slab(store.slots.slabs[-1])  # what a worker of the same engine does
 
         expected = page_of(request.keys[0], 0, PAGE_BYTES)
         assert rank.array(lease.pages[0].slot).tolist() == expected.tolist()

@@ -155,7 +155,7 @@ def test_a_client_that_never_takes_is_told_that_it_missed_something(
         wait_until(lambda: len(believer.blocks("host")) == 4)
 
         save(store, store.request(prompt(6, 2)))
-        store.forget(first)
+        store.keep.forget(first)
         save(store, last)
         follower = store._follower
         assert follower is not None

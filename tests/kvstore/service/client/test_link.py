@@ -39,7 +39,7 @@ def everything(store: RemoteStore, number: int) -> None:
     assert not store.prepare_save(request, 0, 3).pages
     assert store.prefetch(request) == 0
     store.observe_prefill(100, 1.0)
-    store.finished(request)
+    store.keep.finished(request)
 
 
 def test_a_frozen_daemon_costs_one_call_per_thread_and_releases_what_it_granted(
@@ -142,10 +142,10 @@ def test_the_memory_of_a_dead_daemon_is_let_go_when_its_loss_is_seen_unless_it_i
         daemon.kill()
 
         assert store.lookup(request) == MISS
-        handles = [store._memory.handles]
+        slabs = [store.slots.slabs]
         store.release(lease)
-        handles.append(store._memory.handles)
-        assert [len(some) for some in handles] == [1, 0]
+        slabs.append(store.slots.slabs)
+        assert [len(some) for some in slabs] == [1, 0]
 
 
 def test_a_store_is_closed_at_once_while_its_daemon_is_frozen(daemon: DaemonProcess) -> None:

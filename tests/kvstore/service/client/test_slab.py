@@ -64,7 +64,7 @@ from tests.kvstore.service.client.test_slab import PAIR
 
 store = connect("unix://" + sys.argv[1], PAIR, namespace(PAIR))
 lease = store.prepare_save(store.request(prompt(8, seed=8)), 0, 8)
-pickle.dump((store.slab_handle, [page.slot for page in lease.pages]), sys.stdout.buffer)
+pickle.dump((store.slots.slabs[-1], [page.slot for page in lease.pages]), sys.stdout.buffer)
 sys.stdout.buffer.flush()
 sys.stdin.buffer.read(1)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -131,7 +131,7 @@ def test_two_ranks_save_and_load_their_shards_also_after_the_daemon_has_started_
 def test_a_slot_of_another_daemon_is_refused_by_a_rank(daemon: DaemonProcess, ranks: list[Rank]) -> None:
     with _scheduler(daemon.socket) as store:
         rank = ranks[0]
-        rank.ask("map", store.slab_handle)
+        rank.ask("map", store.slots.slabs[-1])
         before = store.prepare_save(store.request(prompt(2)), 0, 2).pages
         daemon.kill()
         daemon.start()
@@ -140,7 +140,7 @@ def test_a_slot_of_another_daemon_is_refused_by_a_rank(daemon: DaemonProcess, ra
 
         with pytest.raises(IndexError, match="another daemon"):
             rank.ask("read", [after[0].slot])
-        rank.ask("map", store.slab_handle)
+        rank.ask("map", store.slots.slabs[-1])
         assert len(rank.ask("read", [after[0].slot])) == 1
         with pytest.raises(IndexError, match="another daemon"):
             rank.ask("read", [before[0].slot])
@@ -212,8 +212,8 @@ def test_a_forked_child_of_a_rank_does_not_keep_its_anchor(tmp_path: Path) -> No
 
 def test_no_daemon_no_handle(tmp_path: Path) -> None:
     with attach(tmp_path / "nobody.sock") as store:
-        assert store.slab_handle is None
-        assert store.slabs == ()
+        assert store.slots.slabs[-1] is None
+        assert store.slots.slabs == ()
 
 
 def _python(code: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -230,8 +230,8 @@ def _scheduler(socket: Path) -> RemoteStore:
 
 
 def _attached(store: RemoteStore) -> AttachedSlab:
-    assert store.slab_handle is not None
-    return attach_slab(store.slab_handle)
+    assert store.slots.slabs[-1] is not None
+    return attach_slab(store.slots.slabs[-1])
 
 
 def _page(request: Request, page: SlotPage) -> Any:
@@ -241,7 +241,7 @@ def _page(request: Request, page: SlotPage) -> Any:
 def _save_by_ranks(store: RemoteStore, ranks: list[Rank], request: Request) -> None:
     lease = store.prepare_save(request, 0, len(request.keys))
     for rank in ranks:
-        rank.ask("map", store.slab_handle)
+        rank.ask("map", store.slots.slabs[-1])
         rank.ask("write", [(page.slot, _page(request, page)) for page in lease.pages])
     store.complete(lease)
 
@@ -250,7 +250,7 @@ def _load_by_ranks(store: RemoteStore, ranks: list[Rank], request: Request) -> i
     lease = store.prepare_load(request, store.wait_lookup(request).num_blocks)
     num_blocks = store.wait(lease, 5.0).num_blocks
     for rank in ranks:
-        rank.ask("map", store.slab_handle)
+        rank.ask("map", store.slots.slabs[-1])
         parts = rank.ask("read", [page.slot for page in lease.pages])
         own = slice(rank.shard * SHARD_BYTES, (rank.shard + 1) * SHARD_BYTES)
         for page, part in zip(lease.pages, parts, strict=True):

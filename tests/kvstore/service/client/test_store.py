@@ -55,9 +55,9 @@ def test_both_clients_see_the_same_memory(store: RemoteStore, socket: Path) -> N
         lease = other.prepare_load(other.request(prompt(2)), 2)
         page = lease.pages[0]
 
-        assert np.array_equal(store.slot_array(page.slot), other.slot_array(page.slot))
-        assert store.slot_view(page.slot) == other.slot_view(page.slot)
-        assert store.slot_array(page.slot).ctypes.data != other.slot_array(page.slot).ctypes.data
+        assert np.array_equal(store.slots.array(page.slot), other.slots.array(page.slot))
+        assert store.slots.view(page.slot) == other.slots.view(page.slot)
+        assert store.slots.array(page.slot).ctypes.data != other.slots.array(page.slot).ctypes.data
         other.complete(lease)
 
 
@@ -143,11 +143,11 @@ def test_pin_unpin_forget_prefetch_and_cancel_reach_the_planner(store: RemoteSto
     request = store.request(prompt(5))
     save(store, request)
 
-    assert store.pin(request) == 5
+    assert store.keep.pin(request) == 5
     assert store.stats()["pinned_pages"] == 5
-    assert store.unpin(request) == 5
+    assert store.keep.unpin(request) == 5
     store.cancel(store.prefetch(request))
-    assert store.forget(request, 2) == 3
+    assert store.keep.forget(request, 2) == 3
     assert store.lookup(store.request(prompt(5))).num_blocks == 2
 
 
@@ -215,10 +215,16 @@ def test_without_a_daemon_everything_is_a_miss(tmp_path: Path) -> None:
         save_lease = store.prepare_save(request, 0, 4)
         assert (len(save_lease.pages), save_lease.skipped) == (0, 4)
         store.complete(save_lease, filled=[])
-        assert store.pin(request) == store.unpin(request) == store.forget(request) == store.prefetch(request) == 0
+        assert (
+            store.keep.pin(request)
+            == store.keep.unpin(request)
+            == store.keep.forget(request)
+            == store.prefetch(request)
+            == 0
+        )
         assert store.stats() == {}
         assert not store.flush(0.1)
-        store.finished(request)
+        store.keep.finished(request)
 
 
 def test_a_namespace_the_daemon_has_no_room_for_is_refused_at_once(store: RemoteStore, socket: Path) -> None:
@@ -289,7 +295,7 @@ def test_what_was_forgotten_is_deleted_when_a_flush_is_true(store: RemoteStore, 
     use(store, prompt(4))
     assert store.flush(10.0)
 
-    assert store.forget(store.request(prompt(4)), 1) == 3
+    assert store.keep.forget(store.request(prompt(4)), 1) == 3
 
     assert store.flush(10.0)
     (opened,) = daemon.daemon.stores.all()

@@ -33,7 +33,7 @@ writing = store.prepare_save(request, 0, 6)
 print("held", flush=True)
 sys.stdin.readline()
 for page in writing.pages:
-    np.copyto(store.slot_array(page.slot), page_of(request.keys[page.block], 0, 8192))
+    np.copyto(store.slots.array(page.slot), page_of(request.keys[page.block], 0, 8192))
 store.complete(writing)
 print(store.wait(reading).num_blocks, flush=True)
 store.complete(reading)
@@ -184,7 +184,7 @@ def test_the_connections_of_a_client_are_bounded(socket: Path, monkeypatch: pyte
     monkeypatch.setattr(clients, "MAX_CONNECTIONS", 4)
     with attach(socket) as store:
         store.lookup(store.request(prompt(1)))  # its anchor and a connection for calls
-        handle = store.slab_handle
+        handle = store.slots.slabs[-1]
         assert handle is not None
         ranks = [attach_slab(handle), attach_slab(handle)]
 

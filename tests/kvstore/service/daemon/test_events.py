@@ -79,7 +79,7 @@ def test_news_that_a_listener_left_behind_are_not_told_to_the_next(daemon: Local
             gone = inside.events.listen(lambda opened: True)
             save(opened.store, opened.new_request(list(first.keys), first.num_tokens, first.options))
             inside.events.leave(gone)
-            opened.store.forget(first)  # while nobody listens
+            opened.store.keep.forget(first)  # while nobody listens
             return inside.events.listen(lambda opened: True)
 
         stream = daemon.look(listen_twice)

@@ -112,7 +112,7 @@ def test_misses_carry_the_reason_that_held_then(daemon: LocalDaemon, http: Http)
     with attach(daemon.config.service.socket) as store:
         use(store, prompt(4), RequestOptions(session="chat 1"))
         assert store.flush(WAIT_S)
-        store.forget(store.request(prompt(4)), 2)
+        store.keep.forget(store.request(prompt(4)), 2)
         use(store, prompt(4), RequestOptions(session="chat 2"))
     sample(daemon)
 
