@@ -687,7 +687,7 @@ class Broken:
 def test_a_plan_that_cannot_be_finished_goes_out_as_one_that_no_worker_copies(
     store: LocalStore, is_beside: bool
 ) -> None:
-    broken = Broken(store, "slabs")
+    broken = Broken(store, "slots")
     world = World(broken, is_beside=is_beside)
     asked = request("a", 4 * BLOCK + 1)
     world.stored(asked)
