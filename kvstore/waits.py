@@ -32,16 +32,15 @@ class Waits(Protocol):
         """
         deadline_s = self._deadlines.lookup_s if timeout_s is None else timeout_s
         until = time.monotonic() + deadline_s
-        wait_s = deadline_s
+        wait_s, was_computing = deadline_s, False
         while True:
             match = self._lookup_within(request, wait_s)
             if not match.pending:
                 return match
-            if timeout_s is None and match.cut is CutReason.COMPUTING:  # the store ends that in good time
-                wait_s = COMPUTING_CALL_S
+            is_computing = timeout_s is None and match.cut is CutReason.COMPUTING  # the store ends that in good time
+            if was_computing and not is_computing:
                 until = time.monotonic() + deadline_s  # the deadline is that of tiers, which are asked again after it
-                continue
-            wait_s = until - time.monotonic()
+            wait_s, was_computing = COMPUTING_CALL_S if is_computing else until - time.monotonic(), is_computing
             if wait_s <= 0:
                 return match
 

@@ -139,16 +139,22 @@ def test_pages_come_from_disk_after_they_left_host_memory(store: RemoteStore) ->
     assert match.by_tier == {"disk": 10}
 
 
-def test_pin_unpin_forget_prefetch_and_cancel_reach_the_planner(store: RemoteStore) -> None:
+def test_what_is_kept_and_prefetched_reaches_the_planner(store: RemoteStore) -> None:
     request = store.request(prompt(5))
     save(store, request)
 
     assert store.keep.pin(request) == 5
     assert store.stats()["pinned_pages"] == 5
     assert store.keep.unpin(request) == 5
+    assert store.keep.set_ttl(request, 3600.0) == 5
     store.cancel(store.prefetch(request))
     assert store.keep.forget(request, 2) == 3
     assert store.lookup(store.request(prompt(5))).num_blocks == 2
+
+
+def test_a_time_to_live_that_is_none_is_refused_before_it_is_sent(store: RemoteStore) -> None:
+    with pytest.raises(RequestError, match="ttl_s is nan"):
+        store.keep.set_ttl(store.request(prompt(2)), float("nan"))
 
 
 def test_observed_prefill_rate_reaches_the_planner(store: RemoteStore) -> None:
