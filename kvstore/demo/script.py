@@ -26,7 +26,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from kvstore.console import console
 from kvstore.demo.explain import ReuseExplanation
@@ -178,12 +178,12 @@ class Narrator:
         with self._out.status(escape(title)) as status:
             step = Step(lambda text: status.update(f"{escape(title)} [dim]{escape(text)}[/]"))
             yield step
-        line = Table.grid(padding=(0, 1))
-        for width in (1, 32, 7):
-            line.add_column(min_width=width, max_width=width, no_wrap=True)
-        line.add_column(overflow="ellipsis", no_wrap=True)
-        line.add_row("[green]✓[/]", escape(title), f"{time.monotonic() - began:5.1f} s", f"[dim]{escape(step.text)}[/]")
-        self._out.print(line)
+        head = f" {title:32} {time.monotonic() - began:5.1f} s "
+        line = Text.assemble(("✓", "green"), head, (step.text, "dim"))
+        if self._out.is_terminal:
+            self._out.print(line, no_wrap=True, overflow="ellipsis")
+        else:
+            self._out.print(line, soft_wrap=True)  # a log has room for all of it
 
 
 class Play:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from kvstore.cli.app import app
@@ -44,6 +46,18 @@ def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     return ["demo", "--model", str(tmp_path / "model"), "--png", str(tmp_path / "demo.png")]
+
+
+@pytest.mark.parametrize(("is_terminal", "is_cut"), [(False, False), (True, True)])
+def test_a_log_has_the_whole_answer_and_a_terminal_one_line(is_terminal: bool, is_cut: bool) -> None:
+    file = io.StringIO()
+    words = "The Petrel takes cars. " * 10
+
+    with demo_module.Narrator(Console(file=file, width=100, force_terminal=is_terminal)).step("cold") as step:
+        step.note(words)
+
+    shown = file.getvalue().rstrip("\n").rpartition("\n")[2]
+    assert (words.strip() not in shown, "\N{HORIZONTAL ELLIPSIS}" in shown) == (is_cut, is_cut)
 
 
 @pytest.mark.redis
