@@ -18,18 +18,19 @@ V = TypeVar("V")
 DEPTH_BITS = 32  # more than a path has blocks
 SPAN = 1 << DEPTH_BITS
 DEPTH = SPAN - 1  # place & DEPTH is the depth, place >> DEPTH_BITS the run's number
+LONGEST = 4096  # blocks of a run: what a branch in its middle has to move, in one go, is a millisecond's work at most
 
 
 class Run(Generic[V]):
-    """A stretch of a path.
+    """A stretch of a path, at most LONGEST blocks.
 
     base:     number of this run times SPAN: what its blocks' addresses have in common.
     depth:    blocks before keys[0]; the root run, which holds no block, has 0.
     keys:     block hashes in path order.
     values:   parallel to keys.
     parent:   the run that ends where this one begins; None only for the root run.
-    children: runs that continue this one, by their first key. A run with one child is merged with it, so the number is
-              never 1, except at the root.
+    children: runs that continue this one, by their first key. A run with one child is merged with it if it may, so
+              the number is 1 at the root and where a prompt is longer than a run alone.
     """
 
     __slots__ = ("base", "children", "depth", "keys", "parent", "values")
@@ -71,4 +72,4 @@ class Run(Generic[V]):
             assert self.keys, "a run without blocks"
             assert self.depth == self.parent.end
             assert self.parent.children.get(self.keys[0]) is self
-            assert len(self.children) != 1, "a run with a single child, not merged"
+        assert len(self.keys) <= LONGEST, "a run that is too long"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from radix.namespace import BlockHash
-from radix.node import DEPTH, DEPTH_BITS, Run
+from radix.node import DEPTH, DEPTH_BITS, LONGEST, Run
 
 V = TypeVar("V")
 
@@ -42,7 +42,7 @@ def is_sound(root: Run[V], runs: Mapping[int, Run[V]], places: Mapping[BlockHash
         above = run.parent
         if above is None or not run.keys or above.children.get(run.keys[0]) is not run or above.end != run.depth:
             return False
-        if runs.get(above.base >> DEPTH_BITS) is not above or len(run.children) == 1:
+        if runs.get(above.base >> DEPTH_BITS) is not above or len(run.keys) > LONGEST:
             return False
         # Places of a run are written in one go, first to last.
         if any(places.get(run.keys[at]) != run.base + run.depth + at for at in (0, len(run.keys) - 1)):

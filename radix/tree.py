@@ -26,7 +26,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from radix import soundness
 from radix.namespace import BlockHash
-from radix.node import DEPTH, DEPTH_BITS, SPAN, Run
+from radix.node import DEPTH, DEPTH_BITS, LONGEST, SPAN, Run
 from radix.ordered import OrderedMap
 
 V = TypeVar("V")
@@ -137,16 +137,20 @@ class RadixTree(Generic[V]):
         if not keys:
             return
         run = self._root if parent is None else self._cut_after(parent)
-        if run.children or run is self._root:
-            below: Run[V] = Run(self._new_base(), run.end, list(keys), list(values), run)
+        room = 0
+        if run is not self._root and not run.children:
+            room = LONGEST - len(run.keys)
+            ahead, start = keys[:room], run.base + run.end
+            run.keys += ahead
+            run.values += values[:room]
+            self._places.update(zip(ahead, range(start, start + len(ahead)), strict=True))
+        for at in range(room, len(keys), LONGEST):
+            end = at + LONGEST
+            below: Run[V] = Run(self._new_base(), run.end, list(keys[at:end]), list(values[at:end]), run)
             self._runs[below.base >> DEPTH_BITS] = below
-            run.children[keys[0]] = below
+            run.children[keys[at]] = below
             self._place(below)
-        else:
-            start = run.base + run.end
-            run.keys += keys
-            run.values += values
-            self._places.update(zip(keys, range(start, start + len(keys)), strict=True))
+            run = below
 
     # ---- one block ----
 
@@ -357,7 +361,9 @@ class RadixTree(Generic[V]):
         del above.children[first]
         del self._runs[run.base >> DEPTH_BITS]
         if len(above.children) == 1 and above is not self._root:
-            self._join(above)
+            (last,) = above.children.values()
+            if len(above.keys) + len(last.keys) <= LONGEST:
+                self._join(above)
 
     def _join(self, upper: Run[V]) -> None:
         """Merge a run with its only child.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from radix import node, soundness, tree
 from radix.namespace import BlockHash
 from radix.tree import RadixTree
 
@@ -143,3 +145,25 @@ class TreeMachine(RuleBasedStateMachine):
 
 TestTreeModel = TreeMachine.TestCase
 TestTreeModel.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+class ShortRuns(TreeMachine):
+    """The same where a run has at most three blocks, so that most paths are longer than one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        for module in (node, soundness, tree):
+            self.patch.setattr(module, "LONGEST", 3)
+
+    @invariant()
+    def runs_are_as_long_as_can_be(self) -> None:
+        assert all(0 < len(run.keys) <= 3 for run in self.tree.runs())
+        assert soundness.is_sound(self.tree._root, self.tree._runs, self.tree._places)
+
+    def teardown(self) -> None:
+        self.patch.undo()
+
+
+TestShortRuns = ShortRuns.TestCase
+TestShortRuns.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from radix.namespace import BlockHash
+from radix.node import LONGEST
 from radix.tree import RadixTree, Stretch
 
 
@@ -353,6 +354,30 @@ def test_long_paths_cut_and_joined_at_random_places_stay_right() -> None:
 
     assert [len(run.keys) for run in tree.runs()] == [300]
     assert tree.match(trunk) == trunk
+
+
+def test_a_branch_in_a_long_path_moves_the_blocks_of_one_run_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk = [BlockHash(b"%032d" % number) for number in range(5 * LONGEST + 7)]
+    tree: RadixTree[BlockHash] = RadixTree()
+    for start in range(0, len(trunk), 1000):
+        tree.extend(trunk[: start + 1000], start, trunk[start : start + 1000])
+    branch = [*trunk[: 2 * LONGEST + LONGEST // 2], BlockHash(b"x" * 32)]
+    moved: list[int] = []
+    place = RadixTree._place
+    monkeypatch.setattr(RadixTree, "_place", lambda tree, run: (moved.append(len(run.keys)), place(tree, run)))
+
+    tree.insert(branch, branch)
+    assert tree.match(trunk) == trunk
+    assert tree.match(branch) == branch
+    tree.check()
+    assert tree.prune(branch[-1])
+
+    tree.check()
+    assert tree.match(trunk) == trunk
+    assert tree.path(trunk[-1]) == trunk
+    assert sum(moved) <= LONGEST + 1
+    assert tree.remove(trunk[1]) == trunk[1:]
+    tree.check()
 
 
 def test_a_stretch_ends_at_the_next_branch_or_at_the_limit() -> None:
