@@ -91,6 +91,12 @@ def prompt(num_blocks: int, seed: int = 0, tail: int = 1) -> np.ndarray[Any, np.
     return np.random.default_rng(seed).integers(0, 50_000, num_blocks * BLOCK + tail)
 
 
+def ids(num_blocks: int, seed: int = 0) -> list[int]:
+    """The same tokens as a plain list, for JSON."""
+    tokens: list[int] = prompt(num_blocks, seed).tolist()
+    return tokens
+
+
 def page_of(key: bytes, group: int, num_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Bytes that only the page of this block and group has."""
     seed = int.from_bytes(key[:8], "little") + group

@@ -49,11 +49,6 @@ def daemon(tmp_path: Path) -> Iterator[LocalDaemon]:
 
 
 @pytest.fixture
-def http(daemon: LocalDaemon) -> Http:
-    return Http(daemon.daemon.app.port)
-
-
-@pytest.fixture
 def socket(daemon: LocalDaemon) -> Path:
     assert daemon.config.service.socket is not None
     return daemon.config.service.socket

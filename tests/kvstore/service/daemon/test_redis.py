@@ -11,10 +11,10 @@ import pytest
 from kvstore.service.client.connect import connect
 from kvstore.service.client.store import RemoteStore
 from kvstore.testing.redis_server import LocalRedis
-from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon
+from tests.helpers.daemons import Http, LocalDaemon, local_daemon
 from tests.helpers.http_pages import HttpPages
 from tests.helpers.redis_server import NEEDS_REDIS
-from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, open_small, prompt, save, use
+from tests.helpers.stores import LAYOUT, PAGE_BYTES, ids, load, namespace, open_small, prompt, save, use
 from tests.helpers.waiting import WAIT_S, wait_until
 
 pytestmark = NEEDS_REDIS
@@ -35,23 +35,6 @@ def daemon(tmp_path: Path, server: LocalRedis) -> Iterator[LocalDaemon]:
         store={"load_or_recompute": False, "lookup_deadline_s": 0.5},
     ) as daemon:
         yield daemon
-
-
-@pytest.fixture
-def http(daemon: LocalDaemon) -> Http:
-    return Http(daemon.daemon.app.port)
-
-
-@pytest.fixture
-def store(daemon: LocalDaemon) -> Iterator[RemoteStore]:
-    assert daemon.config.service.socket is not None
-    with attach(daemon.config.service.socket) as store:
-        yield store
-
-
-def ids(num_blocks: int, seed: int = 0) -> list[int]:
-    tokens: list[int] = prompt(num_blocks, seed).tolist()
-    return tokens
 
 
 def elsewhere(server: LocalRedis, num_blocks: int, seed: int) -> None:

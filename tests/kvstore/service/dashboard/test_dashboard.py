@@ -35,11 +35,6 @@ def daemon(tmp_path: Path) -> Iterator[LocalDaemon]:
         yield daemon
 
 
-@pytest.fixture
-def http(daemon: LocalDaemon) -> Http:
-    return Http(daemon.daemon.app.port)
-
-
 def fork(shared: int, tail: int, seed: int) -> list[int]:
     return [*prompt(shared, 1, tail=0).tolist(), *prompt(tail, 100 + seed).tolist()]
 

@@ -16,7 +16,7 @@ from kvstore.service.http.routes import Route
 from kvstore.service.protocol.namespaces import layout_to_json, namespace_to_json
 from tests.helpers.daemons import Http, LocalDaemon, attach, local_daemon
 from tests.helpers.http_pages import framed, unframed
-from tests.helpers.stores import LAYOUT, PAGE_BYTES, load, namespace, page_of, prompt, save, use
+from tests.helpers.stores import LAYOUT, PAGE_BYTES, ids, load, namespace, page_of, prompt, save, use
 from tests.helpers.waiting import WAIT_S, wait_until
 
 
@@ -31,23 +31,6 @@ def daemon(tmp_path: Path) -> Iterator[LocalDaemon]:
         yield daemon
         for opened in daemon.daemon.stores.all():
             opened.store.check()
-
-
-@pytest.fixture
-def http(daemon: LocalDaemon) -> Http:
-    return Http(daemon.daemon.app.port)
-
-
-@pytest.fixture
-def store(daemon: LocalDaemon) -> Iterator[RemoteStore]:
-    assert daemon.config.service.socket is not None
-    with attach(daemon.config.service.socket) as store:
-        yield store
-
-
-def ids(num_blocks: int, seed: int = 0) -> list[int]:
-    tokens: list[int] = prompt(num_blocks, seed).tolist()
-    return tokens
 
 
 # ---- health, metrics, statistics
