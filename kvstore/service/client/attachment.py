@@ -13,6 +13,7 @@ from kvstore.service.client.split_slab import SplitSlab, map_slab
 from kvstore.service.protocol import frames, messages
 from kvstore.service.protocol.frames import Kind, ProtocolError, ReplyStatus
 from kvstore.tiers.host import HostSlab
+from kvstore.waits import Deadlines
 
 EPOCH_BITS = 32  # slot numbers of attachment n are n << 32 higher than in the slab: those of two slabs never meet
 MAX_IDLE_WIRES = 64
@@ -41,8 +42,7 @@ class Attachment:
     ) -> None:
         self.session = str(answer["session"])
         self.namespace_id = str(answer["namespace"])
-        self.lookup_deadline_s = float(answer["lookup_deadline_s"])
-        self.load_deadline_s = float(answer["load_deadline_s"])
+        self.deadlines = Deadlines(float(answer["lookup_deadline_s"]), float(answer["load_deadline_s"]))
         self.slot_base = epoch << EPOCH_BITS
         self.anchor = anchor
         self.slab = slab

@@ -97,7 +97,7 @@ class Leases:
         try:
             with self._link.borrow(held.attachment) as wire:
                 # A daemon that keeps its clients apart copies what was saved before it answers.
-                copying_s = held.attachment.load_deadline_s if held.attachment.is_isolated and filled else 0.0
+                copying_s = held.attachment.deadlines.load_s if held.attachment.is_isolated and filled else 0.0
                 wire.call(Kind.CALL, messages.encode(call), self._link.call_timeout_s + copying_s)
         except DaemonDown:
             self._link.orphan(held.attachment, lease_id)

@@ -38,7 +38,7 @@ from radix.namespace import Namespace
 log = logging.getLogger(__name__)
 
 MISS = Match(0, 0, cut=CutReason.NEVER_STORED)
-LOOKUP_DEADLINE_S = 0.05  # while no daemon has told its own
+NO_DAEMON = Deadlines(0.05, 0.0)  # while none has told its own
 
 
 class RemoteStore(RequestMaker, Waits):
@@ -251,9 +251,7 @@ class RemoteStore(RequestMaker, Waits):
     @property
     def _deadlines(self) -> Deadlines:
         attachment = self._link.attachment
-        if attachment is None:
-            return Deadlines(LOOKUP_DEADLINE_S, 0.0)  # there is nothing to load
-        return Deadlines(attachment.lookup_deadline_s, attachment.load_deadline_s)
+        return NO_DAEMON if attachment is None else attachment.deadlines
 
     def _lookup_within(self, request: Request, wait_s: float) -> Match:
         self._check_open()
