@@ -63,9 +63,8 @@ def test_version_is_the_package_version_and_says_which_twins_are_at_work() -> No
     result = runner.invoke(app, ["--version"])
 
     assert result.exit_code == 0
-    assert re.fullmatch(
-        rf"kvstore {re.escape(package_version())} \(hashing in (C|Python), copying in (C|Python)\)\n", result.stdout
-    )
+    twins = ", ".join(f"{what} in (C|Python)" for what in ("hashing", "ordering", "copying"))
+    assert re.fullmatch(rf"kvstore {re.escape(package_version())} \({twins}\)\n", result.stdout)
 
 
 def test_tables_in_a_pipe_end_where_their_text_ends(tmp_path: Path) -> None:
