@@ -18,7 +18,7 @@ The walk of one request:
     store.complete(lease)                                  # publishes; written behind to the lower tiers
     store.keep.finished(request)
 
-The face has parts. `KVStore` itself is the core, no verb of which waits; requests are made by `Requests`, and what
+The face has parts. `KVStore` itself is the core, no verb of which waits; `RequestFactory` makes requests; and what
 waits is in `Waits` (waits.py), written once for all stores. `store.slots` concerns bytes, `store.keep` how long pages
 stay.
 
@@ -65,8 +65,8 @@ __all__ = [
     "LoadLease",
     "Match",
     "Request",
+    "RequestFactory",
     "RequestOptions",
-    "Requests",
     "SaveLease",
     "Slab",
     "SlotPage",
@@ -79,7 +79,7 @@ __all__ = [
 Tokens = npt.ArrayLike | memoryview
 
 
-class Requests(Protocol):
+class RequestFactory(Protocol):
     """The making of requests: prompts of one namespace, hashed block by block."""
 
     @property
@@ -164,7 +164,7 @@ class Keep(Protocol):
         """The request is over: refresh its path in every tier, or let it go first if no turn will follow."""
 
 
-class KVStore(Requests, Waits, Protocol):
+class KVStore(RequestFactory, Waits, Protocol):
     """A tiered store of KV pages of one namespace."""
 
     @property

@@ -28,7 +28,7 @@ from tests.helpers.daemons import LocalDaemon, attach, local_daemon, wait_until
 from tests.helpers.stores import BLOCK, LAYOUT, load, namespace, prompt, save
 
 FALLOC_FL_PUNCH_HOLE_KEEP_SIZE = 3
-STATS = encode_frame(Kind.CALL, messages.encode(messages.Stats()))
+STATS = encode_frame(Kind.CALL, messages.encode(messages.StatsCall()))
 _libc = ctypes.CDLL(None, use_errno=True)
 
 

@@ -97,7 +97,7 @@ class Attachment:
         """Release in the daemon what it may hold in vain. Raises OSError or ProtocolError."""
         while self.orphans:
             lease_id = self.orphans[-1]
-            wire.call(Kind.CALL, messages.encode(messages.Release(lease_id)), timeout_s)
+            wire.call(Kind.CALL, messages.encode(messages.ReleaseCall(lease_id)), timeout_s)
             self.orphans.remove(lease_id)  # another thread may have appended one meanwhile
 
     def hang_up(self) -> None:

@@ -14,9 +14,9 @@ from kvstore.plan.records import Request
 from kvstore.service.client.attachment import Attachment, DaemonDown
 from kvstore.service.client.link import DaemonLink
 from kvstore.service.protocol import messages
-from kvstore.service.protocol.answers import NumberAnswer
 from kvstore.service.protocol.frames import ProtocolError, ReplyStatus
 from kvstore.service.protocol.messages import PIECE_KEYS, Call, RequestPart
+from kvstore.service.protocol.replies import NumberReply
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Calls:
 
     def prepare(
         self,
-        kind: type[messages.PrepareLoad | messages.PrepareSave],
+        kind: type[messages.PrepareLoadCall | messages.PrepareSaveCall],
         request: Request,
         lease_id: int,
         first: int,
@@ -54,7 +54,7 @@ class Calls:
         """A call that is answered by a number; 0 if there is no daemon, or no number in the answer."""
         try:
             _, answer = self.ask(request, make)
-            return NumberAnswer.read(answer).number if answer else 0
+            return NumberReply.read(answer).number if answer else 0
         except (DaemonDown, ProtocolError):
             return 0
 
@@ -96,7 +96,7 @@ class Calls:
         num_keys = len(request.keys)
         while num_keys - base > PIECE_KEYS:
             part = messages.part_of(request, base, base + PIECE_KEYS)
-            status, answer = self._link.call(attachment, messages.Keys(part))
+            status, answer = self._link.call(attachment, messages.KeysCall(part))
             if status is not ReplyStatus.OK:
                 return status, answer
             base += PIECE_KEYS

@@ -19,7 +19,7 @@ from kvstore.service.client.connection import DaemonConnection
 from kvstore.service.client.link import DaemonLink
 from kvstore.service.client.thread import Errand
 from kvstore.service.protocol import messages
-from kvstore.service.protocol.events import EventsAnswer
+from kvstore.service.protocol.events import EventsReply
 from kvstore.service.protocol.frames import Kind, ReplyStatus
 
 log = logging.getLogger(__name__)
@@ -80,11 +80,11 @@ class Follower:
 
     def _listen(self, wire: DaemonConnection) -> None:
         while True:
-            message = messages.encode(messages.Events(LISTEN_S))
+            message = messages.encode(messages.EventsCall(LISTEN_S))
             status, answer = wire.call(Kind.CALL, message, LISTEN_S + self._link.call_timeout_s)
             if status is not ReplyStatus.OK:
                 raise RequestError(str(error_of(answer)))
-            self._put(EventsAnswer.read(answer).news() if answer else [])
+            self._put(EventsReply.read(answer).news() if answer else [])
 
     def _put(self, events: list[BlockEvent]) -> None:
         num_keys = sum(1 + len(event.keys) for event in events)

@@ -24,24 +24,24 @@ class ClientKeep:
     def pin(self, request: Request) -> int:
         """Keep the request's resident pages in host memory until unpin; returns the blocks pinned."""
         self._check_open()
-        return self._calls.number(request, messages.Pin)
+        return self._calls.number(request, messages.PinCall)
 
     def unpin(self, request: Request) -> int:
         """Undo pin; returns the blocks that had one."""
         self._check_open()
-        return self._calls.number(request, messages.Unpin)
+        return self._calls.number(request, messages.UnpinCall)
 
     def set_ttl(self, request: Request, ttl_s: float) -> int:
         """Give the request's known blocks a time to live from now on; returns how many."""
         check_ttl("ttl_s", ttl_s)
         self._check_open()
-        return self._calls.number(request, lambda part: messages.SetTtl(part, ttl_s))
+        return self._calls.number(request, lambda part: messages.SetTtlCall(part, ttl_s))
 
     def forget(self, request: Request, first: int = 0) -> int:
         """Delete blocks from `first` on and all that continues them; returns the blocks deleted."""
         check_range("first", first, len(request.keys))
         self._check_open()
-        return self._calls.number(request, lambda part: messages.Forget(part, first))
+        return self._calls.number(request, lambda part: messages.ForgetCall(part, first))
 
     def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
         """The request is over."""
@@ -50,5 +50,5 @@ class ClientKeep:
         except StoreClosed:
             return
         reason = finish_reason[: messages.MAX_TEXT]
-        self._calls.number(request, lambda part: messages.Finished(part, reason, last_turn))
+        self._calls.number(request, lambda part: messages.FinishedCall(part, reason, last_turn))
         self._calls.unsend(request)

@@ -18,8 +18,8 @@ from kvstore.service.client.link import DaemonLink
 from kvstore.service.client.memory import SharedMemory
 from kvstore.service.client.slab import SlabShare
 from kvstore.service.protocol import messages
-from kvstore.service.protocol.answers import StatusAnswer
 from kvstore.service.protocol.frames import Kind
+from kvstore.service.protocol.replies import StatusReply
 
 CLOSED = LeaseStatus(LeaseState.CLOSED, 0, 0)
 
@@ -77,12 +77,12 @@ class Leases:
         if held.attachment is not self._link.attachment:
             return CLOSED
         timeout_s = messages.bounded(timeout_s)
-        _, answer = self._link.call(held.attachment, messages.Wait(lease_id, timeout_s), timeout_s)
-        held.status = StatusAnswer.read(answer).status()
+        _, answer = self._link.call(held.attachment, messages.WaitCall(lease_id, timeout_s), timeout_s)
+        held.status = StatusReply.read(answer).status()
         return held.status
 
     def end(
-        self, lease_id: int, call: messages.Complete | messages.Release, filled: Sequence[bool] | None = None
+        self, lease_id: int, call: messages.CompleteCall | messages.ReleaseCall, filled: Sequence[bool] | None = None
     ) -> None:
         """End a lease here and there; one that has ended is ignored. filled: which pages of a save are there."""
         with self._lock:

@@ -29,9 +29,9 @@ from kvstore.service.client.link import DaemonLink
 from kvstore.service.client.memory import SharedMemory
 from kvstore.service.client.slots import ClientSlots
 from kvstore.service.protocol import messages
-from kvstore.service.protocol.answers import FlushAnswer, LoadAnswer, MatchAnswer, SaveAnswer, StatsAnswer
 from kvstore.service.protocol.frames import ProtocolError, encode_json
 from kvstore.service.protocol.namespaces import check_pair, layout_to_json, namespace_to_json
+from kvstore.service.protocol.replies import FlushReply, LoadReply, MatchReply, SaveReply, StatsReply
 from kvstore.waits import Deadlines, Waits
 from radix.namespace import Namespace
 
@@ -115,8 +115,10 @@ class RemoteStore(RequestMaker, Waits):
         self._check_open()
         lease_id = self._leases.next_id()
         try:
-            attachment, answer = self._calls.prepare(messages.PrepareLoad, request, lease_id, first, num_blocks, owner)
-            granted = LoadAnswer.read(answer)
+            attachment, answer = self._calls.prepare(
+                messages.PrepareLoadCall, request, lease_id, first, num_blocks, owner
+            )
+            granted = LoadReply.read(answer)
             lease = granted.lease(lease_id, attachment.slot_base)
         except (DaemonDown, ProtocolError):
             return LoadLease(lease_id, 0, 0)
@@ -131,12 +133,12 @@ class RemoteStore(RequestMaker, Waits):
     def prefetch(self, request: Request) -> int:
         """Start bringing the known prefix into host memory; returns a ticket, 0 if there is no daemon."""
         self._check_open()
-        return self._calls.number(request, messages.Prefetch)
+        return self._calls.number(request, messages.PrefetchCall)
 
     def cancel(self, ticket: int) -> None:
         """Stop a prefetch."""
         if ticket and not self._is_closed:
-            self._calls.tell(messages.Cancel(ticket))
+            self._calls.tell(messages.CancelCall(ticket))
 
     # ---- saves ------------------------------------------------------------------------------------------------
 
@@ -147,9 +149,9 @@ class RemoteStore(RequestMaker, Waits):
         lease_id = self._leases.next_id()
         try:
             attachment, answer = self._calls.prepare(
-                messages.PrepareSave, request, lease_id, first, first + num_blocks, owner
+                messages.PrepareSaveCall, request, lease_id, first, first + num_blocks, owner
             )
-            lease = SaveAnswer.read(answer).lease(lease_id, attachment.slot_base)
+            lease = SaveReply.read(answer).lease(lease_id, attachment.slot_base)
         except (DaemonDown, ProtocolError):
             return SaveLease(lease_id, skipped=num_blocks * len(self._layout.groups))
         if not self._leases.hold(lease_id, OpenLease(attachment, owner)):
@@ -160,7 +162,7 @@ class RemoteStore(RequestMaker, Waits):
         """End a lease well. A lease that ended already is ignored."""
         if filled is not None and len(filled) != len(lease.pages):
             raise RequestError(f"filled has {len(filled)} entries; the lease has {len(lease.pages)} pages")
-        call = messages.Complete(lease.id, messages.flags(filled))
+        call = messages.CompleteCall(lease.id, messages.flags(filled))
         if isinstance(lease, LoadLease):
             self._leases.end(lease.id, call)
         else:
@@ -168,20 +170,20 @@ class RemoteStore(RequestMaker, Waits):
 
     def release(self, lease: LoadLease | SaveLease) -> None:
         """End a lease badly. A lease that ended already is ignored."""
-        self._leases.end(lease.id, messages.Release(lease.id))
+        self._leases.end(lease.id, messages.ReleaseCall(lease.id))
 
     def release_owner(self, owner: str) -> int:
         """Release every lease of an owner that died."""
         self._check_open()
         mine = self._leases.owned_by(owner)
         for lease_id in mine:
-            self._leases.end(lease_id, messages.Release(lease_id))
+            self._leases.end(lease_id, messages.ReleaseCall(lease_id))
         return len(mine)
 
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """Tell how fast the engine computes."""
         if 0 < num_tokens < 1 << 32 and 0 < seconds <= messages.MAX_PREFILL_S and not self._is_closed:
-            self._calls.tell(messages.ObservePrefill(num_tokens, seconds))
+            self._calls.tell(messages.ObservePrefillCall(num_tokens, seconds))
 
     # ---- events -----------------------------------------------------------------------------------------------
 
@@ -212,8 +214,8 @@ class RemoteStore(RequestMaker, Waits):
         try:
             attachment = self._link.attached()
             num_pages = self._leases.num_unflushed(attachment)
-            _, answer = self._link.call(attachment, messages.Flush(timeout_s), timeout_s)
-            result = FlushAnswer.read(answer).result()
+            _, answer = self._link.call(attachment, messages.FlushCall(timeout_s), timeout_s)
+            result = FlushReply.read(answer).result()
         except (DaemonDown, ProtocolError) as error:
             return FlushResult(False, error=f"the daemon does not answer: {error}")
         num_unknown = self._leases.flushed(attachment, num_pages if result else 0)
@@ -224,8 +226,8 @@ class RemoteStore(RequestMaker, Waits):
     def stats(self) -> dict[str, Any]:
         """The daemon's counters and gauges of this namespace; empty while there is no daemon."""
         try:
-            _, answer = self._link.call(self._link.attached(), messages.Stats())
-            return StatsAnswer.read(answer).values
+            _, answer = self._link.call(self._link.attached(), messages.StatsCall())
+            return StatsReply.read(answer).values
         except (DaemonDown, ProtocolError):
             return {}
 
@@ -255,12 +257,12 @@ class RemoteStore(RequestMaker, Waits):
 
     def _lookup_within(self, request: Request, wait_s: float) -> Match:
         self._check_open()
-        return self._look(messages.Lookup, request, wait_s)
+        return self._look(messages.LookupCall, request, wait_s)
 
     def _peek_within(self, request: Request, wait_s: float) -> Match:
         self._check_open()
         try:
-            return self._look(messages.Peek, request, wait_s)
+            return self._look(messages.PeekCall, request, wait_s)
         finally:
             self._calls.unsend(request)
 
@@ -277,11 +279,11 @@ class RemoteStore(RequestMaker, Waits):
         if self._is_closed:
             raise StoreClosed("the store is closed")
 
-    def _look(self, kind: type[messages.Lookup | messages.Peek], request: Request, wait_s: float) -> Match:
+    def _look(self, kind: type[messages.LookupCall | messages.PeekCall], request: Request, wait_s: float) -> Match:
         """Ask, and let the daemon wait: it knows when something has changed."""
         wait_s = messages.bounded(wait_s)
         try:
             _, answer = self._calls.ask(request, lambda part: kind(part, wait_s), wait_s)
-            return MatchAnswer.read(answer).match()
+            return MatchReply.read(answer).match()
         except (DaemonDown, ProtocolError):
             return MISS

@@ -160,7 +160,7 @@ class Feed:
             self._stream = self._hub.listen(lambda opened: opened is self._opened, ASKED)
         return self._stream
 
-    def answer(self, call: messages.Events) -> bytes | Pending:
+    def answer(self, call: messages.EventsCall) -> bytes | Pending:
         """The new events; waits for them as long as the client says, and gives nothing then."""
         stream = self.listen()
         self._num_asked = number = self._num_asked + 1

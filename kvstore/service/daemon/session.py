@@ -36,16 +36,16 @@ from kvstore.service.daemon.requests import KnownRequests
 from kvstore.service.daemon.stores import OpenStore
 from kvstore.service.daemon.usage import Usage
 from kvstore.service.protocol import messages
-from kvstore.service.protocol.answers import (
-    FlushAnswer,
-    LoadAnswer,
-    MatchAnswer,
-    NumberAnswer,
-    SaveAnswer,
-    StatsAnswer,
-    StatusAnswer,
-)
 from kvstore.service.protocol.messages import Call, encode
+from kvstore.service.protocol.replies import (
+    FlushReply,
+    LoadReply,
+    MatchReply,
+    NumberReply,
+    SaveReply,
+    StatsReply,
+    StatusReply,
+)
 
 log = logging.getLogger(__name__)
 
@@ -105,25 +105,25 @@ class ClientSession:
         self.requests = KnownRequests(opened, self.holder)
         self._tickets: OrderedDict[int, None] = OrderedDict()
         self._handlers: dict[type[Call], Callable[[Any], bytes | Pending]] = {
-            messages.Lookup: self._lookup,
-            messages.Peek: self._peek,
-            messages.PrepareLoad: self._prepare_load,
-            messages.Wait: self._wait,
-            messages.PrepareSave: self._prepare_save,
-            messages.Complete: self._complete,
-            messages.Release: self._release,
-            messages.Prefetch: self._prefetch,
-            messages.Cancel: self._cancel,
-            messages.Finished: self._finished,
-            messages.Pin: self._pin,
-            messages.Unpin: self._unpin,
-            messages.Forget: self._forget,
-            messages.SetTtl: self._set_ttl,
-            messages.ObservePrefill: self._observe_prefill,
-            messages.Flush: self._flush,
-            messages.Stats: self._stats,
-            messages.Events: feed.answer,
-            messages.Keys: self._keys,
+            messages.LookupCall: self._lookup,
+            messages.PeekCall: self._peek,
+            messages.PrepareLoadCall: self._prepare_load,
+            messages.WaitCall: self._wait,
+            messages.PrepareSaveCall: self._prepare_save,
+            messages.CompleteCall: self._complete,
+            messages.ReleaseCall: self._release,
+            messages.PrefetchCall: self._prefetch,
+            messages.CancelCall: self._cancel,
+            messages.FinishedCall: self._finished,
+            messages.PinCall: self._pin,
+            messages.UnpinCall: self._unpin,
+            messages.ForgetCall: self._forget,
+            messages.SetTtlCall: self._set_ttl,
+            messages.ObservePrefillCall: self._observe_prefill,
+            messages.FlushCall: self._flush,
+            messages.StatsCall: self._stats,
+            messages.EventsCall: feed.answer,
+            messages.KeysCall: self._keys,
         }
 
     @property
@@ -134,7 +134,7 @@ class ClientSession:
     def handle(self, body: bytes) -> bytes | Pending:
         """Answer a message. Raises Resend, ProtocolError, or a KVStoreError that is the client's own fault."""
         call = messages.read_call(body)
-        if type(call) is not messages.Events:  # which a client asks for as long as it lives, though it does nothing
+        if type(call) is not messages.EventsCall:  # which a client asks for as long as it lives, though it does nothing
             self.heard_at = self._now()
         return self._handlers[type(call)](call)
 
@@ -169,71 +169,71 @@ class ClientSession:
 
     # ---- lookups and loads --------------------------------------------------------------------------------------
 
-    def _keys(self, call: messages.Keys) -> bytes:
+    def _keys(self, call: messages.KeysCall) -> bytes:
         self.requests.take(call.request)
         return b""
 
-    def _lookup(self, call: messages.Lookup) -> bytes | Pending:
+    def _lookup(self, call: messages.LookupCall) -> bytes | Pending:
         request = self.requests.take(call.request)
         if self.is_draining:
-            return encode(MatchAnswer.of(Match(0, 0, cut=CutReason.NEVER_STORED)))
+            return encode(MatchReply.of(Match(0, 0, cut=CutReason.NEVER_STORED)))
         match = self._store.lookup(request)
         self.usage.looked_up(request)
         if not match.pending or call.timeout_s <= 0:
-            return encode(MatchAnswer.of(match))
+            return encode(MatchReply.of(match))
 
         def look() -> bytes | None:
             nonlocal match
             match = self._store.lookup(request)
-            return None if match.pending else encode(MatchAnswer.of(match))
+            return None if match.pending else encode(MatchReply.of(match))
 
-        return Pending(look, lambda: encode(MatchAnswer.of(match)), call.timeout_s)
+        return Pending(look, lambda: encode(MatchReply.of(match)), call.timeout_s)
 
-    def _peek(self, call: messages.Peek) -> bytes | Pending:
+    def _peek(self, call: messages.PeekCall) -> bytes | Pending:
         request = self.requests.take(call.request)
         self.requests.drop(call.request.id)
 
         def answer() -> bytes:
-            return encode(MatchAnswer.of(self._store.peek(request, 0.0)))
+            return encode(MatchReply.of(self._store.peek(request, 0.0)))
 
         def look() -> bytes | None:
             return None if self._store.ask(request) else answer()
 
         return look() or Pending(look, answer, call.timeout_s)
 
-    def _prepare_load(self, call: messages.PrepareLoad) -> bytes:
+    def _prepare_load(self, call: messages.PrepareLoadCall) -> bytes:
         request = self.requests.take(call.request)
         if not self._may_grant(call.lease):
-            return encode(LoadAnswer.of(LoadLease(0, 0, 0), _CLOSED))
+            return encode(LoadReply.of(LoadLease(0, 0, 0), _CLOSED))
         end = call.end
         if end <= len(request.keys):
             end = min(end, call.first + self._max_blocks)  # the rest is computed, or asked for once more
         lease = self._store.prepare_load(request, end, first=call.first, owner=self._owner(call.owner))
         self._holdings.grant(call.lease, lease)
-        return encode(LoadAnswer.of(lease, self._store.poll(lease)))
+        return encode(LoadReply.of(lease, self._store.poll(lease)))
 
-    def _wait(self, call: messages.Wait) -> bytes | Pending:
+    def _wait(self, call: messages.WaitCall) -> bytes | Pending:
         lease = self._holdings.find(call.lease)
         if not isinstance(lease, LoadLease):
-            return encode(StatusAnswer.of(_CLOSED))
+            return encode(StatusReply.of(_CLOSED))
         status = self._store.poll(lease)
         if status.state is not LeaseState.WAITING or call.timeout_s <= 0:
-            return encode(StatusAnswer.of(status))
+            return encode(StatusReply.of(status))
 
         def look() -> bytes | None:
             now = self._store.poll(lease)
-            return None if now.state is LeaseState.WAITING else encode(StatusAnswer.of(now))
+            return None if now.state is LeaseState.WAITING else encode(StatusReply.of(now))
 
-        return Pending(look, lambda: encode(StatusAnswer.of(self._store.poll(lease))), call.timeout_s)
+        return Pending(look, lambda: encode(StatusReply.of(self._store.poll(lease))), call.timeout_s)
 
-    def _prefetch(self, call: messages.Prefetch) -> bytes:
+    def _prefetch(self, call: messages.PrefetchCall) -> bytes:
         ticket = self._store.prefetch(self.requests.take(call.request))
         self._tickets[ticket] = None
         if len(self._tickets) > MAX_TICKETS:
             self._tickets.popitem(last=False)
-        return encode(NumberAnswer(ticket))
+        return encode(NumberReply(ticket))
 
-    def _cancel(self, call: messages.Cancel) -> bytes:
+    def _cancel(self, call: messages.CancelCall) -> bytes:
         if call.ticket in self._tickets:  # its own only: tickets count through all clients
             del self._tickets[call.ticket]
             self._store.cancel(call.ticket)
@@ -241,21 +241,21 @@ class ClientSession:
 
     # ---- saves, and the ends of leases --------------------------------------------------------------------------
 
-    def _prepare_save(self, call: messages.PrepareSave) -> bytes:
+    def _prepare_save(self, call: messages.PrepareSaveCall) -> bytes:
         first, end = call.first, call.end
         request = self.requests.take(call.request)
         if end < first:
             raise RequestError(f"blocks [{first}, {end}) is no range")
         if not self._may_grant(call.lease):
-            return encode(SaveAnswer.of(SaveLease(0)))
+            return encode(SaveReply.of(SaveLease(0)))
         check_blocks(request, first, end - first)
         num_blocks = min(end - first, self._max_blocks)
         lease = self._store.prepare_save(request, first, num_blocks, owner=self._owner(call.owner))
         lease = self._holdings.grant_save(call.lease, lease)
         too_many = (end - first - num_blocks) * len(self.opened.layout.groups)
-        return encode(SaveAnswer.of(replace(lease, skipped=lease.skipped + too_many) if too_many else lease))
+        return encode(SaveReply.of(replace(lease, skipped=lease.skipped + too_many) if too_many else lease))
 
-    def _complete(self, call: messages.Complete) -> bytes | Pending:
+    def _complete(self, call: messages.CompleteCall) -> bytes | Pending:
         held = self.leases.get(call.lease)
         if held is None or held.is_ending:
             return b""
@@ -270,45 +270,45 @@ class ClientSession:
         self.usage.completed(lease, self.opened.layout)
         self.opened.watch.wake()
 
-    def _release(self, call: messages.Release) -> bytes:
+    def _release(self, call: messages.ReleaseCall) -> bytes:
         self._holdings.release(call.lease)
         return b""
 
     # ---- retention, and the store as a whole --------------------------------------------------------------------
 
-    def _finished(self, call: messages.Finished) -> bytes:
+    def _finished(self, call: messages.FinishedCall) -> bytes:
         request = self.requests.take(call.request)
         self._store.keep.finished(request, finish_reason=call.finish_reason, last_turn=call.last_turn)
         self.requests.drop(call.request.id)
         return b""
 
-    def _pin(self, call: messages.Pin) -> bytes:
-        return encode(NumberAnswer(self._store.keep.pin(self.requests.take(call.request))))
+    def _pin(self, call: messages.PinCall) -> bytes:
+        return encode(NumberReply(self._store.keep.pin(self.requests.take(call.request))))
 
-    def _unpin(self, call: messages.Unpin) -> bytes:
-        return encode(NumberAnswer(self._store.keep.unpin(self.requests.take(call.request))))
+    def _unpin(self, call: messages.UnpinCall) -> bytes:
+        return encode(NumberReply(self._store.keep.unpin(self.requests.take(call.request))))
 
-    def _forget(self, call: messages.Forget) -> bytes:
-        return encode(NumberAnswer(self._store.keep.forget(self.requests.take(call.request), call.first)))
+    def _forget(self, call: messages.ForgetCall) -> bytes:
+        return encode(NumberReply(self._store.keep.forget(self.requests.take(call.request), call.first)))
 
-    def _set_ttl(self, call: messages.SetTtl) -> bytes:
-        return encode(NumberAnswer(self._store.keep.set_ttl(self.requests.take(call.request), call.ttl_s)))
+    def _set_ttl(self, call: messages.SetTtlCall) -> bytes:
+        return encode(NumberReply(self._store.keep.set_ttl(self.requests.take(call.request), call.ttl_s)))
 
-    def _observe_prefill(self, call: messages.ObservePrefill) -> bytes:
+    def _observe_prefill(self, call: messages.ObservePrefillCall) -> bytes:
         self._store.observe_prefill(call.num_tokens, call.seconds)
         return b""
 
-    def _flush(self, call: messages.Flush) -> bytes | Pending:
+    def _flush(self, call: messages.FlushCall) -> bytes | Pending:
         flushing = self._store.start_flush()
 
         def look(*, at_once: bool = False) -> bytes | None:
             result = self._store.flush_result(flushing, self._told, at_once=at_once)
-            return None if result is None else encode(FlushAnswer.of(result))
+            return None if result is None else encode(FlushReply.of(result))
 
         return look() or Pending(look, lambda: look(at_once=True) or b"", call.timeout_s)
 
-    def _stats(self, _: messages.Stats) -> bytes:
-        return encode(StatsAnswer(self._store.stats()))
+    def _stats(self, _: messages.StatsCall) -> bytes:
+        return encode(StatsReply(self._store.stats()))
 
     # ---- private ------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ from kvstore.service.dashboard.models import (
 from kvstore.service.dashboard.prefixes import Looks, merged
 from kvstore.service.http.explain import in_words
 from kvstore.service.http.problems import Problem
-from kvstore.service.http.routes import Call, Route
+from kvstore.service.http.routes import ApiCall, Route
 
 if TYPE_CHECKING:
     from kvstore.service.daemon.session import ClientSession
@@ -121,7 +121,7 @@ class Dashboard:
 
     # ---- operations -----------------------------------------------------------------------------------------------
 
-    async def now(self, call: Call) -> NowAnswer:
+    async def now(self, call: ApiCall) -> NowAnswer:
         stores = self._visible(call, call.body)
         places = [_place(one) for one in stores]
         sessions = [s for s in self._state.sessions.values() if _place(s.opened) in set(places)]
@@ -148,7 +148,7 @@ class Dashboard:
             incidents=self._incidents.of(set(places)),
         )
 
-    async def series(self, call: Call) -> SeriesAnswer:
+    async def series(self, call: ApiCall) -> SeriesAnswer:
         body: TimeSpan = call.body
         stores = self._visible(call, body)
         columns = self._history.span([_place(one) for one in stores], body.span_s, body.since)
@@ -168,7 +168,7 @@ class Dashboard:
             spilled_bytes={tier: rate(f"spilled_bytes.{tier}") for tier in LOWER},
         )
 
-    async def prefixes(self, call: Call) -> PrefixesAnswer:
+    async def prefixes(self, call: ApiCall) -> PrefixesAnswer:
         body: Branches = call.body
         looks = [await self._looks.at(one) for one in self._visible(call, body)]
         levels = {}
@@ -196,7 +196,7 @@ class Dashboard:
             except Exception:
                 log.exception("dashboard: no sample this second")
 
-    def _visible(self, call: Call, shown: Shown) -> list[OpenStore]:
+    def _visible(self, call: ApiCall, shown: Shown) -> list[OpenStore]:
         """The stores that the tenant may see, of those that are asked for."""
         stores = self._state.stores
         seen = [

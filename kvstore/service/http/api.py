@@ -51,7 +51,7 @@ from kvstore.service.http.models import (
 )
 from kvstore.service.http.parsing import Parser
 from kvstore.service.http.problems import Problem
-from kvstore.service.http.routes import Call, Route
+from kvstore.service.http.routes import ApiCall, Route
 from kvstore.service.http.tiers_api import TiersApi
 from kvstore.service.protocol.namespaces import layout_from_json, namespace_from_json
 from radix.hashing import BlockHash, hash_blocks
@@ -115,10 +115,10 @@ class Api:
 
     # ---- the daemon ---------------------------------------------------------------------------------------------
 
-    async def health(self, call: Call) -> HealthAnswer:
+    async def health(self, call: ApiCall) -> HealthAnswer:
         return HealthAnswer()
 
-    async def ready(self, call: Call) -> StatusAnswer:
+    async def ready(self, call: ApiCall) -> StatusAnswer:
         if not self._state.progress.is_ready:
             raise Problem(503, "draining" if self._state.progress.is_draining else "starting", Retry_After="1")
         unable, without = self._state.reasons()
@@ -128,14 +128,14 @@ class Api:
             raise problem
         return StatusAnswer(status="ready", reasons=without)
 
-    async def metrics(self, call: Call) -> web.Response:
+    async def metrics(self, call: ApiCall) -> web.Response:
         if call.tenant.is_operator:
             body = metrics.render(self._state.stores.all(), self._state.own_metrics())
         else:
             body = metrics.render(self._state.stores.of(call.tenant), {})
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
-    async def stats(self, call: Call) -> StatsAnswer:
+    async def stats(self, call: ApiCall) -> StatsAnswer:
         own = self._state.own_metrics() if call.tenant.is_operator else {}
         return StatsAnswer(
             namespaces={opened.id: opened.store.stats() for opened in scope.some(self._state.stores, call)},
@@ -144,10 +144,10 @@ class Api:
 
     # ---- namespaces -----------------------------------------------------------------------------------------------
 
-    async def namespaces(self, call: Call) -> NamespacesAnswer:
+    async def namespaces(self, call: ApiCall) -> NamespacesAnswer:
         return NamespacesAnswer(namespaces=[_namespace(opened) for opened in self._state.stores.of(call.tenant)])
 
-    async def open_namespace(self, call: Call) -> NamespaceAnswer:
+    async def open_namespace(self, call: ApiCall) -> NamespaceAnswer:
         body: NewNamespace = call.body
         if not self._state.progress.is_ready:
             raise Problem(503, "draining", Retry_After="1")
@@ -155,7 +155,7 @@ class Api:
         namespace = namespace_from_json(body.namespace.model_dump())
         return _namespace(await self._state.stores.open(call.tenant, layout, namespace))
 
-    async def clear(self, call: Call) -> ClearAnswer:
+    async def clear(self, call: ApiCall) -> ClearAnswer:
         opened = scope.one(self._state.stores, call, call.request.match_info["namespace"])
         admin = opened.store.admin
         before = admin.cleared_keys()
@@ -173,16 +173,16 @@ class Api:
 
     # ---- prefixes -------------------------------------------------------------------------------------------------
 
-    async def lookup(self, call: Call) -> MatchAnswer:
+    async def lookup(self, call: ApiCall) -> MatchAnswer:
         body: Lookup = call.body
         async with self._asked(call) as (opened, request):
             return _match(await opened.wait_lookup(request, body.timeout_s))
 
-    async def explain(self, call: Call) -> ExplainAnswer:
+    async def explain(self, call: ApiCall) -> ExplainAnswer:
         async with self._asked(call) as (opened, request):
             return await self._explain(call, opened, request)
 
-    async def _explain(self, call: Call, opened: OpenStore, request: Request) -> ExplainAnswer:
+    async def _explain(self, call: ApiCall, opened: OpenStore, request: Request) -> ExplainAnswer:
         others: list[tuple[OpenStore, Request]] = []
         body: Explain = call.body
         if body.tokens is not None:  # hashes of one namespace say nothing in another
@@ -200,30 +200,30 @@ class Api:
             for other, same in others:
                 other.store.abandon(same)
 
-    async def prefetch(self, call: Call) -> TicketAnswer:
+    async def prefetch(self, call: ApiCall) -> TicketAnswer:
         async with self._asked(call) as (opened, request):
             return TicketAnswer(ticket=opened.store.prefetch(request))
 
-    async def cancel(self, call: Call) -> BlocksAnswer:
+    async def cancel(self, call: ApiCall) -> BlocksAnswer:
         body: Cancel = call.body
         scope.one(self._state.stores, call, body.namespace).store.cancel(body.ticket)
         return BlocksAnswer(blocks=0)
 
-    async def pin(self, call: Call) -> PinAnswer:
+    async def pin(self, call: ApiCall) -> PinAnswer:
         async with self._asked(call) as (opened, request):
             blocks = opened.store.keep.pin(request)
         until = time.time() + self._state.config.store.pin_max_s
         return PinAnswer(blocks=blocks, until=until if blocks else None)
 
-    async def unpin(self, call: Call) -> BlocksAnswer:
+    async def unpin(self, call: ApiCall) -> BlocksAnswer:
         async with self._asked(call) as (opened, request):
             return BlocksAnswer(blocks=opened.store.keep.unpin(request))
 
-    async def ttl(self, call: Call) -> BlocksAnswer:
+    async def ttl(self, call: ApiCall) -> BlocksAnswer:
         async with self._asked(call) as (opened, request):
             return BlocksAnswer(blocks=opened.store.keep.set_ttl(request, call.body.ttl_s))
 
-    async def flush(self, call: Call) -> FlushAnswer:
+    async def flush(self, call: ApiCall) -> FlushAnswer:
         body: Flush = call.body
         opened = scope.one(self._state.stores, call, body.namespace)
         store, flushing = opened.store, opened.store.start_flush()
@@ -233,7 +233,7 @@ class Api:
         assert result is not None
         return FlushAnswer(ok=result.ok, written=result.written, missing=result.missing, undeleted=result.undeleted)
 
-    async def delete(self, call: Call) -> DeleteAnswer:
+    async def delete(self, call: ApiCall) -> DeleteAnswer:
         body: Delete = call.body
         async with self._asked(call) as (opened, request):
             if body.first > len(request.keys):
@@ -243,18 +243,18 @@ class Api:
 
     # ---- bytes and events -------------------------------------------------------------------------------------------
 
-    async def read_pages(self, call: Call) -> web.StreamResponse:
+    async def read_pages(self, call: ApiCall) -> web.StreamResponse:
         async with self._asked(call) as (opened, request):
             with self._state.transfers.begin(call.request, opened, "read by") as transfer:
                 return await pages.send(call.request, transfer, request, call.body)
 
-    async def write_pages(self, call: Call) -> BlocksAnswer:
+    async def write_pages(self, call: ApiCall) -> BlocksAnswer:
         async def opened_for(body: Prompt) -> tuple[OpenStore, Request]:
-            return await self._request(Call(call.request, call.tenant, body))
+            return await self._request(ApiCall(call.request, call.tenant, body))
 
         return BlocksAnswer(blocks=await pages.receive(call.request, opened_for, self._state.transfers, self._parser))
 
-    async def events(self, call: Call) -> web.StreamResponse:
+    async def events(self, call: ApiCall) -> web.StreamResponse:
         hub, name = self._state.events, call.tenant.name
         if not shares.has_room(name, self._listening, MAX_EVENT_STREAMS, len(self._state.tenants)):
             told = f"this tenant has {self._listening[name]}, and {sum(self._listening.values())} are open"
@@ -277,12 +277,12 @@ class Api:
 
     # ---- private ----------------------------------------------------------------------------------------------------
 
-    async def _request(self, call: Call) -> tuple[OpenStore, Request]:
+    async def _request(self, call: ApiCall) -> tuple[OpenStore, Request]:
         opened = scope.one(self._state.stores, call, call.body.namespace)
         return opened, await _hashed(opened, call.body)
 
     @contextlib.asynccontextmanager
-    async def _asked(self, call: Call) -> AsyncIterator[tuple[OpenStore, Request]]:
+    async def _asked(self, call: ApiCall) -> AsyncIterator[tuple[OpenStore, Request]]:
         """The request that a call is about. It is over when it is answered: the store keeps no note of the prompt."""
         opened, request = await self._request(call)
         try:

@@ -22,7 +22,7 @@ from kvstore.service.http import problems
 from kvstore.service.http.api import Api
 from kvstore.service.http.parsing import Parser
 from kvstore.service.http.problems import Problem
-from kvstore.service.http.routes import Call, Route, document
+from kvstore.service.http.routes import ApiCall, Route, document
 from kvstore.service.protocol.frames import encode_json
 from kvstore.web.bodies import Bodies, BodyError, bad_body
 from kvstore.web.connections import Connection, Connections
@@ -98,7 +98,7 @@ class App:
             tenant = LOCAL if route.is_open else self._tenant(request)
             if route.needs_operator and not tenant.is_operator:
                 raise Problem(403, "this is for operators", "the tenant's entry in the tokens file says who is one")
-            answer = await route.handler(Call(request, tenant, await self._body(route, request)))
+            answer = await route.handler(ApiCall(request, tenant, await self._body(route, request)))
             if isinstance(answer, web.StreamResponse):
                 return answer
             return web.Response(body=answer.model_dump_json().encode(), content_type="application/json")

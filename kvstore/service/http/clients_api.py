@@ -9,7 +9,7 @@ from kvstore.service.daemon.state import DaemonState
 from kvstore.service.daemon.transfers import PageTransfer
 from kvstore.service.http.answers import ClientAnswer, ClientsAnswer, KeptAnswer
 from kvstore.service.http.problems import Problem
-from kvstore.service.http.routes import Call, Route
+from kvstore.service.http.routes import ApiCall, Route
 
 
 class ClientsApi:
@@ -26,7 +26,7 @@ class ClientsApi:
                   answer=ClientsAnswer, needs_operator=True, errors=(404, 409)),
         ]  # fmt: skip
 
-    async def clients(self, call: Call) -> ClientsAnswer:
+    async def clients(self, call: ApiCall) -> ClientsAnswer:
         sessions = self._state.sessions.values()
         mine = [one for one in sessions if call.tenant.is_operator or one.opened.tenant == call.tenant]
         stores = self._state.stores
@@ -47,7 +47,7 @@ class ClientsApi:
         clients = [*(self._client(session, kept) for session in mine), *map(self._transfer, transfers)]
         return ClientsAnswer(clients=clients, kept=kept)
 
-    async def disconnect(self, call: Call) -> ClientsAnswer:
+    async def disconnect(self, call: ApiCall) -> ClientsAnswer:
         number = call.request.match_info["client"]
         session, transfer = self._state.clients.find(number), self._state.transfers.find(number)
         if transfer is not None:

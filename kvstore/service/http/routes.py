@@ -20,7 +20,7 @@ from kvstore.tiers import registry
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ApiCall:
     """One request that was let in. body: an instance of the route's body or query model; None if it has none."""
 
     request: web.Request
@@ -28,7 +28,7 @@ class Call:
     body: Any
 
 
-Handler = Callable[[Call], Awaitable[Answer | web.StreamResponse]]
+Handler = Callable[[ApiCall], Awaitable[Answer | web.StreamResponse]]
 
 
 @dataclass(frozen=True, slots=True)

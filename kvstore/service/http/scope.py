@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from kvstore.service.daemon.stores import OpenStore, Stores
 from kvstore.service.http.problems import Problem
-from kvstore.service.http.routes import Call
+from kvstore.service.http.routes import ApiCall
 
 
-def one(stores: Stores, call: Call, namespace: str | None) -> OpenStore:
+def one(stores: Stores, call: ApiCall, namespace: str | None) -> OpenStore:
     """The namespace that is meant. Problem 404 if there is none such, 409 if it is not clear."""
     if namespace is not None:
         opened = stores.find(call.tenant, namespace)
@@ -24,7 +24,7 @@ def one(stores: Stores, call: Call, namespace: str | None) -> OpenStore:
     raise Problem(409, "it is not clear which namespace", detail, "namespace")
 
 
-def some(stores: Stores, call: Call) -> list[OpenStore]:
+def some(stores: Stores, call: ApiCall) -> list[OpenStore]:
     """The namespace of a query, or all of the tenant's."""
     wanted: str | None = call.body.namespace
     return stores.of(call.tenant) if wanted is None else [one(stores, call, wanted)]

@@ -15,7 +15,7 @@ from kvstore.service.http import scope
 from kvstore.service.http.answers import TierAnswer, TiersAnswer
 from kvstore.service.http.models import Attach, InNamespace, Resize
 from kvstore.service.http.problems import Problem
-from kvstore.service.http.routes import Call, Route
+from kvstore.service.http.routes import ApiCall, Route
 from kvstore.tiers import registry
 
 DETACH_TIMEOUT_S = 5.0
@@ -40,10 +40,10 @@ class TiersApi:
                   answer=TiersAnswer, needs_operator=True, errors=(403, 404, 409)),
         ]  # fmt: skip
 
-    async def tiers(self, call: Call) -> TiersAnswer:
+    async def tiers(self, call: ApiCall) -> TiersAnswer:
         return _tiers(scope.some(self._state.stores, call))
 
-    async def attach(self, call: Call) -> TiersAnswer:
+    async def attach(self, call: ApiCall) -> TiersAnswer:
         body: Attach = call.body
         opened, tier = self._tier(call)
         if (body.path or body.url) and self._state.tokens is None:
@@ -54,14 +54,14 @@ class TiersApi:
             await asyncio.to_thread(attach_tier, opened.store, config, tier)
         return _tiers([opened])
 
-    async def detach(self, call: Call) -> TiersAnswer:
+    async def detach(self, call: ApiCall) -> TiersAnswer:
         opened, tier = self._tier(call)
         with self._change(opened, tier):
             if not await asyncio.to_thread(opened.store.admin.detach_tier, tier, DETACH_TIMEOUT_S):
                 raise Problem(409, "a transfer hangs in the tier", "it is out of use, but not closed; call again")
         return _tiers([opened])
 
-    async def resize(self, call: Call) -> TiersAnswer:
+    async def resize(self, call: ApiCall) -> TiersAnswer:
         body: Resize = call.body
         opened, tier = self._tier(call, may_be_host=True)
         if tier == HOST:
@@ -79,7 +79,7 @@ class TiersApi:
 
     # ---- private ----------------------------------------------------------------------------------------------------
 
-    def _tier(self, call: Call, *, may_be_host: bool = False) -> tuple[OpenStore, str]:
+    def _tier(self, call: ApiCall, *, may_be_host: bool = False) -> tuple[OpenStore, str]:
         tier = call.request.match_info["tier"]
         if tier not in registry.names() and not (may_be_host and tier == HOST):
             raise Problem(404, "there is no such tier", registry.unknown(tier), field="tier")

@@ -12,13 +12,13 @@ import msgspec
 from msgspec import Meta
 
 from kvstore.plan.journal import BlockEvent, Event
-from kvstore.service.protocol.answers import Answer
-from kvstore.service.protocol.messages import Count, Key, Message, Text, encode
+from kvstore.service.protocol.messages import Count, FrameContent, Key, Text, encode
+from kvstore.service.protocol.replies import CallReply
 
 KEYS_PER_PIECE = 4096  # an event of a million keys is sent in pieces, so that answers and queues have a bound
 
 
-class EventPiece(Message):
+class EventPiece(FrameContent):
     """An event, or a piece of one: pieces mean what the whole does. at: Unix time."""
 
     event: Event
@@ -28,7 +28,7 @@ class EventPiece(Message):
     keys: Annotated[list[Key], Meta(max_length=KEYS_PER_PIECE)]
 
 
-class EventsAnswer(Answer):
+class EventsReply(CallReply):
     """Any number of events, oldest first."""
 
     events: list[EventPiece]
@@ -38,8 +38,8 @@ class EventsAnswer(Answer):
         return [BlockEvent(one.event, one.at, one.tier, one.group, tuple(one.keys)) for one in self.events]
 
 
-class _Pieces(Message):
-    """An EventsAnswer of pieces that are written down already."""
+class _Pieces(FrameContent):
+    """An EventsReply of pieces that are written down already."""
 
     events: list[msgspec.Raw]
 

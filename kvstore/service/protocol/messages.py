@@ -1,14 +1,15 @@
 """The content of frames: calls of a client. Each is one struct, and its schema is the check.
 
-A message is an array in MessagePack; a call's first element is its number. `encode` writes whatever is one, `read_call`
-and `Answer.read` (answers.py) take apart what came and raise ProtocolError for anything else: another number of fields,
-another type, a value out of its range, a text or list beyond its length, bytes behind the end. Lengths are looked at
-before memory is taken for them. A new verb is one more subclass of `Call`, and a handler in the daemon's session.
+A message is an array in MessagePack; a call's first element is its number. `encode` writes whatever is one,
+`read_call` and `CallReply.read` (replies.py) take apart what came and raise ProtocolError for anything else: another
+number of fields, another type, a value out of its range, a text or list beyond its length, bytes behind the end.
+Lengths are looked at before memory is taken for them. A new verb is one more subclass of `Call`, and a handler in the
+daemon's session.
 
 A message about a request names it by a number of the client's, and brings only the keys that the daemon has not seen:
 `base` says how many the client believes are there. A daemon that knows another number answers RESEND, and the
 message comes again with all keys. So the daemon may forget, restart or be another one, and nothing is out of step.
-Where there are more than PIECE_KEYS to bring, messages of `Keys` bring all but the last of them before.
+Where there are more than PIECE_KEYS to bring, messages of `KeysCall` bring all but the last of them before.
 
 Leases are numbered by the client, too: a call whose answer never came can still be undone.
 """
@@ -46,14 +47,14 @@ Key = Annotated[BlockHash, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 TimeoutS = Annotated[float, Meta(ge=0, le=MAX_TIMEOUT_S)]  # NaN is in no range
 
 
-class Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+class FrameContent(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """What has a place in a frame: a call, an answer, or a part of one."""
 
 
 # ---- requests -------------------------------------------------------------------------------------------------------
 
 
-class Options(Message):
+class Options(FrameContent):
     """The options of a request, but for the tenant, which is part of the keys already (see RequestOptions)."""
 
     session: Text = ""
@@ -82,7 +83,7 @@ _OPTIONS = tuple(field.name for field in fields(RequestOptions) if field.name !=
 _USUAL = Options()
 
 
-class RequestPart(Message):
+class RequestPart(FrameContent):
     """The request that a call is about (see Request), with its keys from `base` on.
 
     options: only where base is 0; None are the usual ones.
@@ -110,18 +111,18 @@ def too_long(num_keys: int) -> RequestError:
 # ---- calls, as the client makes them and the daemon reads them ------------------------------------------------------
 
 
-class Call(Message):
+class Call(FrameContent):
     """A message of a client. Numbers of verbs that are gone are not given again."""
 
 
-class Lookup(Call, tag=3):
+class LookupCall(Call, tag=3):
     """Ask for the longest prefix, waiting for pending tiers: MatchAnswer."""
 
     request: RequestPart
     timeout_s: TimeoutS
 
 
-class PrepareLoad(Call, tag=4):
+class PrepareLoadCall(Call, tag=4):
     """Lease blocks [first, end) for reading, under a number of the client's: LoadAnswer."""
 
     request: RequestPart
@@ -131,14 +132,14 @@ class PrepareLoad(Call, tag=4):
     owner: Text
 
 
-class Wait(Call, tag=5):
+class WaitCall(Call, tag=5):
     """Wait until a load is ready: StatusAnswer."""
 
     lease: Number
     timeout_s: TimeoutS
 
 
-class PrepareSave(Call, tag=6):
+class PrepareSaveCall(Call, tag=6):
     """Lease slots for what is not stored of blocks [first, end): SaveAnswer."""
 
     request: RequestPart
@@ -148,32 +149,32 @@ class PrepareSave(Call, tag=6):
     owner: Text
 
 
-class Complete(Call, tag=7):
+class CompleteCall(Call, tag=7):
     """End a lease well; filled: which of its pages are whole, None for all."""
 
     lease: Number
     filled: Annotated[list[bool], Meta(max_length=MAX_LEASE_PAGES)] | None
 
 
-class Release(Call, tag=8):
+class ReleaseCall(Call, tag=8):
     """End a lease badly, now or before it is granted."""
 
     lease: Number
 
 
-class Prefetch(Call, tag=10):
+class PrefetchCall(Call, tag=10):
     """Start bringing the known prefix into host memory: NumberAnswer, a ticket."""
 
     request: RequestPart
 
 
-class Cancel(Call, tag=11):
+class CancelCall(Call, tag=11):
     """Stop a prefetch."""
 
     ticket: int
 
 
-class Finished(Call, tag=12):
+class FinishedCall(Call, tag=12):
     """The request is over."""
 
     request: RequestPart
@@ -181,63 +182,63 @@ class Finished(Call, tag=12):
     last_turn: bool
 
 
-class Pin(Call, tag=13):
+class PinCall(Call, tag=13):
     """Keep resident pages in host memory: NumberAnswer, of blocks."""
 
     request: RequestPart
 
 
-class Unpin(Call, tag=14):
+class UnpinCall(Call, tag=14):
     """Undo Pin: NumberAnswer, of blocks."""
 
     request: RequestPart
 
 
-class Forget(Call, tag=15):
+class ForgetCall(Call, tag=15):
     """Delete blocks from `first` on: NumberAnswer, of blocks."""
 
     request: RequestPart
     first: Count
 
 
-class ObservePrefill(Call, tag=16):
+class ObservePrefillCall(Call, tag=16):
     """Tell how fast the engine computes."""
 
     num_tokens: Annotated[int, Meta(gt=0, lt=1 << 32)]
     seconds: Annotated[float, Meta(gt=0, le=MAX_PREFILL_S)]
 
 
-class Flush(Call, tag=17):
+class FlushCall(Call, tag=17):
     """Wait until all is on its tiers: FlushAnswer."""
 
     timeout_s: TimeoutS
 
 
-class Stats(Call, tag=18):
+class StatsCall(Call, tag=18):
     """Ask for counters and gauges: StatsAnswer."""
 
 
-class Peek(Call, tag=21):
+class PeekCall(Call, tag=21):
     """As Lookup, without its consequences: MatchAnswer."""
 
     request: RequestPart
     timeout_s: TimeoutS
 
 
-class Events(Call, tag=22):
+class EventsCall(Call, tag=22):
     """Ask what came and went since the last answer, and wait for it: EventsAnswer (events.py), or nothing."""
 
     timeout_s: TimeoutS
 
 
-class SetTtl(Call, tag=24):
+class SetTtlCall(Call, tag=24):
     """Give known blocks a time to live: NumberAnswer, of blocks."""
 
     request: RequestPart
     ttl_s: float
 
 
-class Keys(Call, tag=23):
+class KeysCall(Call, tag=23):
     """Bring keys of a request that is too long for one message, before the call about it."""
 
     request: RequestPart
@@ -251,7 +252,7 @@ def bounded(timeout_s: float) -> float:
 # ---- bytes ----------------------------------------------------------------------------------------------------------
 
 
-def encode(message: Message) -> bytes:
+def encode(message: FrameContent) -> bytes:
     """Write a message down."""
     return _encoder.encode(message)
 

@@ -29,7 +29,7 @@ ENVIRONMENT = {
 }
 BLOCK = 32
 # Engines compute in float32 unless a test says otherwise: there, answers to one prompt that was cut at other places, in
-# chunks or among others differ by 1e-5, and nothing hides in rounding (answers.py). bfloat16 has tests of its own.
+# chunks or among others differ by 1e-5, and nothing hides in rounding (replies.py). bfloat16 has tests of its own.
 DTYPE = "float32"
 PAGE_BYTES = 4 * 2 * 2 * 64 * 4 * BLOCK  # of the "gqa" model: 4 layers of K and V of 2 heads of 64, in float32
 LIKELY = 5  # of how many tokens at each place the log probability is told

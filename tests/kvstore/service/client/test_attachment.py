@@ -44,7 +44,7 @@ def test_an_orphan_that_is_found_while_another_is_released_is_released_too() -> 
 
     attachment.release_orphans(cast(DaemonConnection, daemon), 1.0)
 
-    assert sorted(daemon.released, key=repr) == [messages.Release(number) for number in (1, 2, 3)]
+    assert sorted(daemon.released, key=repr) == [messages.ReleaseCall(number) for number in (1, 2, 3)]
     assert attachment.orphans == []
 
 

@@ -44,6 +44,6 @@ def test_a_lease_that_a_new_daemon_may_have_granted_is_its_orphan() -> None:
     request = Request(1, [BlockHash(b"k" * 32)], 17, RequestOptions())
 
     with pytest.raises(DaemonDown):
-        calls.prepare(messages.PrepareLoad, request, 7, 0, 1, "")
+        calls.prepare(messages.PrepareLoadCall, request, 7, 0, 1, "")
 
     assert link.orphans == [(link.made, 7)]

@@ -18,7 +18,7 @@ from kvstore.service.client.store import MISS, RemoteStore
 from kvstore.service.daemon import events as daemon_side
 from kvstore.service.daemon.events import Feed
 from kvstore.service.protocol.frames import ProtocolError
-from kvstore.service.protocol.messages import Events
+from kvstore.service.protocol.messages import EventsCall
 from tests.helpers.daemons import DaemonProcess, Http, LocalDaemon, attach, local_daemon
 from tests.helpers.stores import LAYOUT, namespace, prompt, save, use
 from tests.helpers.waiting import WAIT_S, wait_until
@@ -240,7 +240,7 @@ def test_closing_does_not_wait_for_news(process: DaemonProcess) -> None:
 def test_a_daemon_that_tells_no_events_is_left_in_peace(
     daemon: LocalDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Feed, call: Events) -> bytes:
+    def refuse(self: Feed, call: EventsCall) -> bytes:
         asked.append(1)
         raise ProtocolError("this release does not know EVENTS")
 

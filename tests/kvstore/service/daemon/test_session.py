@@ -50,7 +50,7 @@ def request(
 def save(session: ClientSession, number: int, num_blocks: int, options: messages.Options | None = None) -> None:
     """Open a save lease under that number."""
     part = request(number, num_blocks, options=options)
-    session.handle(messages.encode(messages.PrepareSave(part, number, 0, num_blocks, "")))
+    session.handle(messages.encode(messages.PrepareSaveCall(part, number, 0, num_blocks, "")))
 
 
 async def test_a_lease_that_cannot_be_released_keeps_no_other(
@@ -87,19 +87,19 @@ async def test_a_promise_that_is_no_time_is_refused_before_anything_is_leased(
 
 async def test_numbers_that_answers_cannot_carry_are_refused(session: ClientSession) -> None:
     with pytest.raises(RequestError, match="request has 4294967296 tokens; at most 4294967295"):
-        session.handle(messages.encode(messages.Lookup(request(1, 2, num_tokens=1 << 32), 0.0)))
+        session.handle(messages.encode(messages.LookupCall(request(1, 2, num_tokens=1 << 32), 0.0)))
     with pytest.raises(RequestError, match="first is 3"):
-        session.handle(messages.encode(messages.Forget(request(1, 2), 3)))
+        session.handle(messages.encode(messages.ForgetCall(request(1, 2), 3)))
     for first in (-1, 1 << 40):
         with pytest.raises(ProtocolError):
-            session.handle(messages.encode(messages.Forget(request(1, 2), first)))
+            session.handle(messages.encode(messages.ForgetCall(request(1, 2), first)))
 
 
 async def test_a_request_with_too_many_keys_is_refused(session: ClientSession) -> None:
     part = messages.RequestPart(1, messages.MAX_KEYS, [BlockHash(bytes(32))], 1 << 30, 0)
 
     with pytest.raises(RequestError, match="request has 1048577 blocks; a daemon takes at most 1048576"):
-        session.handle(messages.encode(messages.Keys(part)))
+        session.handle(messages.encode(messages.KeysCall(part)))
 
 
 async def test_every_verb_has_a_handler(session: ClientSession) -> None:
@@ -110,7 +110,7 @@ async def test_what_a_client_keeps_is_kept_on_its_word(session: ClientSession, o
     save(session, 1, 4, messages.Options(pin=True))
     lease = session.leases[1].lease
     assert isinstance(lease, SaveLease)
-    session.handle(messages.encode(messages.Complete(1, None)))
+    session.handle(messages.encode(messages.CompleteCall(1, None)))
 
     session.close()
 

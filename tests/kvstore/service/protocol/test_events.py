@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvstore.plan.journal import BlockEvent, Event
-from kvstore.service.protocol.events import KEYS_PER_PIECE, EventsAnswer, encode_event, encode_events
+from kvstore.service.protocol.events import KEYS_PER_PIECE, EventsReply, encode_event, encode_events
 from kvstore.service.protocol.frames import ProtocolError
 from radix.hashing import BlockHash
 
@@ -24,8 +24,8 @@ def test_events_arrive_as_they_were_sent() -> None:
 
     raw = encode_events([piece for event in events for piece in encode_event(event)])
 
-    assert EventsAnswer.read(raw).news() == events
-    assert EventsAnswer.read(encode_events([])).news() == []
+    assert EventsReply.read(raw).news() == events
+    assert EventsReply.read(encode_events([])).news() == []
 
 
 def test_an_event_of_many_keys_comes_in_pieces_that_mean_the_same() -> None:
@@ -33,7 +33,7 @@ def test_an_event_of_many_keys_comes_in_pieces_that_mean_the_same() -> None:
 
     pieces = encode_event(event)
 
-    decoded = [EventsAnswer.read(encode_events([piece])).news() for piece in pieces]
+    decoded = [EventsReply.read(encode_events([piece])).news() for piece in pieces]
     assert [len(one.keys) for (one,) in decoded] == [KEYS_PER_PIECE, KEYS_PER_PIECE, 1]
     assert sum((one.keys for (one,) in decoded), ()) == event.keys
     assert {(one.event, one.tier, one.group) for (one,) in decoded} == {(Event.REMOVED, "host", 2)}
@@ -44,6 +44,6 @@ def test_what_is_no_answer_is_refused(cut: int) -> None:
     raw = encode_events(encode_event(BlockEvent(Event.STORED, 1.0, "host", 0, keys(1))))
 
     with pytest.raises(ProtocolError):
-        EventsAnswer.read(raw[:cut])
+        EventsReply.read(raw[:cut])
     with pytest.raises(ProtocolError, match="Invalid enum value 'BlockEaten!'"):
-        EventsAnswer.read(raw.replace(b"BlockStored", b"BlockEaten!"))
+        EventsReply.read(raw.replace(b"BlockStored", b"BlockEaten!"))

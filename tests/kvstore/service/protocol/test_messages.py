@@ -29,17 +29,17 @@ from kvstore.plan.records import (
 )
 from kvstore.requests import check_options
 from kvstore.service.protocol import events, messages
-from kvstore.service.protocol.answers import (
-    Answer,
-    FlushAnswer,
-    LoadAnswer,
-    MatchAnswer,
-    PageColumns,
-    SaveAnswer,
-    StatusAnswer,
-)
 from kvstore.service.protocol.frames import MAX_BODY_BYTES, ProtocolError
 from kvstore.service.protocol.messages import encode, read_call
+from kvstore.service.protocol.replies import (
+    CallReply,
+    FlushReply,
+    LoadReply,
+    MatchReply,
+    PageColumns,
+    SaveReply,
+    StatusReply,
+)
 from radix.hashing import BlockHash
 
 COUNTS = st.integers(0, 2**32 - 1)
@@ -49,25 +49,25 @@ PAGES = st.lists(
 TIERS = st.dictionaries(st.sampled_from(["host", "disk", "redis"]), COUNTS)
 STATUS = st.builds(LeaseStatus, st.sampled_from(LeaseState), COUNTS, COUNTS)
 KEYS = st.lists(st.binary(min_size=32, max_size=32).map(BlockHash), max_size=20)
-ANSWERS = [*Answer.__subclasses__()]
+ANSWERS = [*CallReply.__subclasses__()]
 PART = messages.RequestPart(1, 0, [], 16, 0)
 
 
 @given(st.builds(Match, COUNTS, COUNTS, st.booleans(), TIERS, COUNTS, st.sampled_from(CutReason)))
 def test_a_match_comes_back(match: Match) -> None:
-    assert MatchAnswer.read(encode(MatchAnswer.of(match))).match() == match
+    assert MatchReply.read(encode(MatchReply.of(match))).match() == match
 
 
 @given(st.builds(LoadLease, st.just(7), COUNTS, COUNTS, PAGES, TIERS), STATUS)
 def test_a_load_lease_comes_back(lease: LoadLease, status: LeaseStatus) -> None:
-    back = LoadAnswer.read(encode(LoadAnswer.of(lease, status)))
+    back = LoadReply.read(encode(LoadReply.of(lease, status)))
 
     assert (back.lease(7, 0), back.status.status()) == (lease, status)
 
 
 @given(st.builds(SaveLease, st.just(7), PAGES, COUNTS))
 def test_a_save_lease_comes_back_with_its_slots_in_the_right_slab(lease: SaveLease) -> None:
-    back = SaveAnswer.read(encode(SaveAnswer.of(lease))).lease(7, 1 << 32)
+    back = SaveReply.read(encode(SaveReply.of(lease))).lease(7, 1 << 32)
 
     assert [(p.block, p.group, p.slot - (1 << 32)) for p in back.pages] == [
         (p.block, p.group, p.slot) for p in lease.pages
@@ -77,13 +77,13 @@ def test_a_save_lease_comes_back_with_its_slots_in_the_right_slab(lease: SaveLea
 
 @given(STATUS)
 def test_a_status_comes_back(status: LeaseStatus) -> None:
-    assert StatusAnswer.read(encode(StatusAnswer.of(status))).status() == status
+    assert StatusReply.read(encode(StatusReply.of(status))).status() == status
 
 
 def test_the_result_of_a_flush_comes_back() -> None:
     result = FlushResult(False, {"disk": 3}, {"disk": {"waiting": 1}}, {"redis": {"out": 2}})
 
-    assert FlushAnswer.read(encode(FlushAnswer.of(result))).result() == result
+    assert FlushReply.read(encode(FlushReply.of(result))).result() == result
 
 
 @given(KEYS, st.integers(0, 20), st.integers(1, 2**40))
@@ -94,9 +94,9 @@ def test_a_request_comes_back_from_its_base(keys: list[BlockHash], base: int, nu
     )
     request = Request(9, keys, num_tokens, options)
 
-    call = read_call(encode(messages.Pin(messages.part_of(request, base, len(keys)))))
+    call = read_call(encode(messages.PinCall(messages.part_of(request, base, len(keys)))))
 
-    assert isinstance(call, messages.Pin)
+    assert isinstance(call, messages.PinCall)
     part = call.request
     assert (part.id, part.base, part.keys, part.num_tokens) == (9, base, keys[base:], num_tokens)
     assert (part.options and part.options.options()) == (options if base == 0 else None)
@@ -108,7 +108,7 @@ def test_usual_options_are_not_sent() -> None:
 
 @given(st.one_of(st.none(), st.lists(st.booleans(), max_size=30)))
 def test_filled_flags_come_back(filled: list[bool] | None) -> None:
-    assert read_call(encode(messages.Complete(5, messages.flags(filled)))) == messages.Complete(5, filled)
+    assert read_call(encode(messages.CompleteCall(5, messages.flags(filled)))) == messages.CompleteCall(5, filled)
 
 
 def test_numbers_of_numpy_are_sent_as_what_they_are() -> None:
@@ -116,33 +116,33 @@ def test_numbers_of_numpy_are_sent_as_what_they_are() -> None:
     flags = messages.flags(np.array([True, False]))  # type: ignore[arg-type]
 
     part = messages.part_of(request, 0, 0)
-    call = read_call(encode(messages.PrepareLoad(part, 1, np.int64(1), np.uint32(2), "")))  # type: ignore[arg-type]
+    call = read_call(encode(messages.PrepareLoadCall(part, 1, np.int64(1), np.uint32(2), "")))  # type: ignore[arg-type]
 
-    assert isinstance(call, messages.PrepareLoad)
+    assert isinstance(call, messages.PrepareLoadCall)
     assert (call.first, call.end, call.request.num_tokens) == (1, 2, 32)
     assert call.request.options == messages.Options(priority=2, ttl_s=1.5)
-    assert read_call(encode(messages.Complete(1, flags))) == messages.Complete(1, [True, False])
+    assert read_call(encode(messages.CompleteCall(1, flags))) == messages.CompleteCall(1, [True, False])
 
 
 def test_a_promise_of_more_digits_than_a_message_takes_is_sent_as_a_float() -> None:
     part = messages.part_of(Request(1, [], 16, RequestOptions(retain_until=10**30)), 0, 0)
 
-    call = read_call(encode(messages.Pin(part)))
+    call = read_call(encode(messages.PinCall(part)))
 
-    assert isinstance(call, messages.Pin)
+    assert isinstance(call, messages.PinCall)
     assert call.request.options == messages.Options(retain_until=1e30)
 
 
 SAMPLES = [
-    messages.Lookup(PART, 1.0),
-    messages.PrepareSave(
+    messages.LookupCall(PART, 1.0),
+    messages.PrepareSaveCall(
         messages.RequestPart(1, 0, [BlockHash(b"k" * 32)], 16, 0, messages.Options("s")), 1, 0, 1, "o"
     ),
-    messages.Complete(1, [True, False]),
-    messages.Finished(PART, "stop", True),
-    messages.ObservePrefill(10, 0.5),
-    messages.Flush(1.0),
-    messages.Stats(),
+    messages.CompleteCall(1, [True, False]),
+    messages.FinishedCall(PART, "stop", True),
+    messages.ObservePrefillCall(10, 0.5),
+    messages.FlushCall(1.0),
+    messages.StatsCall(),
 ]
 
 
@@ -227,11 +227,11 @@ def test_every_number_and_length_is_bounded(name: str) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda timeout_s: messages.Lookup(PART, timeout_s),
-        lambda timeout_s: messages.Peek(PART, timeout_s),
-        lambda timeout_s: messages.Wait(1, timeout_s),
-        messages.Flush,
-        messages.Events,
+        lambda timeout_s: messages.LookupCall(PART, timeout_s),
+        lambda timeout_s: messages.PeekCall(PART, timeout_s),
+        lambda timeout_s: messages.WaitCall(1, timeout_s),
+        messages.FlushCall,
+        messages.EventsCall,
     ],
 )
 def test_a_wait_is_bounded(make: Callable[[float], messages.Call], timeout_s: float) -> None:
@@ -257,9 +257,9 @@ def test_a_wait_is_bounded(make: Callable[[float], messages.Call], timeout_s: fl
 def test_options_that_a_message_can_carry_are_checked_as_all_are(options: dict[str, Any], told: str) -> None:
     sent = messages.Options(**options)
 
-    call = read_call(encode(messages.Pin(messages.RequestPart(1, 0, [], 16, 0, sent))))
+    call = read_call(encode(messages.PinCall(messages.RequestPart(1, 0, [], 16, 0, sent))))
 
-    assert isinstance(call, messages.Pin)
+    assert isinstance(call, messages.PinCall)
     assert call.request.options is not None
     with pytest.raises(RequestError, match=told):
         check_options(call.request.options.options())
@@ -281,7 +281,7 @@ def test_a_column_that_ends_within_a_number_is_refused() -> None:
 def test_pages_are_packed_tightly_and_the_most_of_them_fit_into_one_answer() -> None:
     def size(num_pages: int) -> int:
         numbers = np.arange(num_pages)
-        return len(encode(SaveAnswer.of(SaveLease(1, SlotPages(numbers, numbers % 7, numbers)))))
+        return len(encode(SaveReply.of(SaveLease(1, SlotPages(numbers, numbers % 7, numbers)))))
 
     assert size(1000) < 10 * 1000 + 32
     assert size(messages.MAX_LEASE_PAGES) < MAX_BODY_BYTES
@@ -290,5 +290,5 @@ def test_pages_are_packed_tightly_and_the_most_of_them_fit_into_one_answer() -> 
 def test_the_most_keys_of_a_message_fit_into_one() -> None:
     keys = [BlockHash(bytes(32))] * messages.PIECE_KEYS
 
-    assert len(encode(messages.Keys(messages.RequestPart(1, 0, keys, 1, 0)))) < MAX_BODY_BYTES
+    assert len(encode(messages.KeysCall(messages.RequestPart(1, 0, keys, 1, 0)))) < MAX_BODY_BYTES
     assert len(encode(events.EventPiece(events.Event.STORED, 0.0, "", 0, keys[: events.KEYS_PER_PIECE]))) < 1 << 20

@@ -22,14 +22,14 @@ from kvstore.plan.records import (
     SlotPages,
 )
 from kvstore.service.protocol.frames import ProtocolError
-from kvstore.service.protocol.messages import MAX_LEASE_PAGES, Count, Message, Number, Text, read
+from kvstore.service.protocol.messages import MAX_LEASE_PAGES, Count, FrameContent, Number, Text, read
 
 ByTier = Annotated[dict[Text, Count], Meta(max_length=64)]
 
 _BLOCK, _GROUP, _SLOT = np.dtype("<i4"), np.dtype("<i2"), np.dtype("<u4")
 
 
-class Answer(Message):
+class CallReply(FrameContent):
     """A message of the daemon. The call it answers says which one it is."""
 
     @classmethod
@@ -42,11 +42,11 @@ class Answer(Message):
         return answer
 
 
-A = TypeVar("A", bound=Answer)
-_decoders: dict[type[Answer], msgspec.msgpack.Decoder[Any]] = {}
+A = TypeVar("A", bound=CallReply)
+_decoders: dict[type[CallReply], msgspec.msgpack.Decoder[Any]] = {}
 
 
-class MatchAnswer(Answer):
+class MatchReply(CallReply):
     """A Match."""
 
     num_blocks: Count
@@ -58,9 +58,9 @@ class MatchAnswer(Answer):
     compute_wait_s: float
 
     @staticmethod
-    def of(match: Match) -> MatchAnswer:
+    def of(match: Match) -> MatchReply:
         """Return the match as it is sent."""
-        return MatchAnswer(
+        return MatchReply(
             match.num_blocks,
             match.num_tokens,
             match.pending,
@@ -77,7 +77,7 @@ class MatchAnswer(Answer):
         )
 
 
-class StatusAnswer(Answer):
+class StatusReply(CallReply):
     """A LeaseStatus."""
 
     state: LeaseState
@@ -85,16 +85,16 @@ class StatusAnswer(Answer):
     num_tokens: Count
 
     @staticmethod
-    def of(status: LeaseStatus) -> StatusAnswer:
+    def of(status: LeaseStatus) -> StatusReply:
         """Return the status as it is sent."""
-        return StatusAnswer(status.state, status.num_blocks, status.num_tokens)
+        return StatusReply(status.state, status.num_blocks, status.num_tokens)
 
     def status(self) -> LeaseStatus:
         """Return the status that was sent."""
         return LeaseStatus(self.state, self.num_blocks, self.num_tokens)
 
 
-class PageColumns(Message):
+class PageColumns(FrameContent):
     """The pages of a lease: their blocks, groups and slots, each as one run of little-endian numbers."""
 
     blocks: Annotated[bytes, Meta(max_length=MAX_LEASE_PAGES * _BLOCK.itemsize)]
@@ -124,43 +124,43 @@ class PageColumns(Message):
         return SlotPages(np.frombuffer(self.blocks, _BLOCK), np.frombuffer(self.groups, _GROUP), slots)
 
 
-class LoadAnswer(Answer):
+class LoadReply(CallReply):
     """A LoadLease and its status."""
 
     num_blocks: Count
     num_tokens: Count
     by_tier: ByTier
     pages: PageColumns
-    status: StatusAnswer
+    status: StatusReply
 
     @staticmethod
-    def of(lease: LoadLease, status: LeaseStatus) -> LoadAnswer:
+    def of(lease: LoadLease, status: LeaseStatus) -> LoadReply:
         """Return the lease as it is sent."""
         pages = PageColumns.of(lease.pages)
-        return LoadAnswer(lease.num_blocks, lease.num_tokens, lease.by_tier, pages, StatusAnswer.of(status))
+        return LoadReply(lease.num_blocks, lease.num_tokens, lease.by_tier, pages, StatusReply.of(status))
 
     def lease(self, lease_id: int, slot_base: int) -> LoadLease:
         """Return the lease that was granted under a number of the client's."""
         return LoadLease(lease_id, self.num_blocks, self.num_tokens, self.pages.pages(slot_base), self.by_tier)
 
 
-class SaveAnswer(Answer):
+class SaveReply(CallReply):
     """A SaveLease."""
 
     pages: PageColumns
     skipped: Count
 
     @staticmethod
-    def of(lease: SaveLease) -> SaveAnswer:
+    def of(lease: SaveLease) -> SaveReply:
         """Return the lease as it is sent."""
-        return SaveAnswer(PageColumns.of(lease.pages), lease.skipped)
+        return SaveReply(PageColumns.of(lease.pages), lease.skipped)
 
     def lease(self, lease_id: int, slot_base: int) -> SaveLease:
         """Return the lease that was granted under a number of the client's."""
         return SaveLease(lease_id, self.pages.pages(slot_base), self.skipped)
 
 
-class NumberAnswer(Answer):
+class NumberReply(CallReply):
     """A ticket, or how many blocks or leases a call was about."""
 
     number: Number
@@ -169,7 +169,7 @@ class NumberAnswer(Answer):
 Counts = dict[str, int]
 
 
-class FlushAnswer(Answer):
+class FlushReply(CallReply):
     """A FlushResult."""
 
     ok: bool
@@ -178,16 +178,16 @@ class FlushAnswer(Answer):
     undeleted: dict[str, Counts]
 
     @staticmethod
-    def of(result: FlushResult) -> FlushAnswer:
+    def of(result: FlushResult) -> FlushReply:
         """Return the result as it is sent."""
-        return FlushAnswer(result.ok, result.written, result.missing, result.undeleted)
+        return FlushReply(result.ok, result.written, result.missing, result.undeleted)
 
     def result(self) -> FlushResult:
         """Return the result that was sent."""
         return FlushResult(self.ok, self.written, self.missing, self.undeleted)
 
 
-class StatsAnswer(Answer):
+class StatsReply(CallReply):
     """Counters and gauges."""
 
     values: dict[str, Any]
