@@ -180,14 +180,15 @@ static PyObject *map_popitem(PyObject *self, PyObject *const *args, Py_ssize_t n
     int last = last_of(args, num_args, names);
     if (last < 0)
         return NULL;
+    PyObject *pair = PyTuple_New(2); /* first: it may collect garbage, and so run code that changes the map */
+    if (pair == NULL)
+        return NULL;
     Entry *entry = last ? map->newest : map->oldest;
     if (entry == NULL) {
+        Py_DECREF(pair);
         PyErr_SetString(PyExc_KeyError, "the map is empty");
         return NULL;
     }
-    PyObject *pair = PyTuple_New(2);
-    if (pair == NULL)
-        return NULL;
     Entry **place = bucket_of(map, entry->hash);
     while (*place != entry)
         place = &(*place)->chain;

@@ -56,8 +56,13 @@ static PyObject *walk_next(PyObject *self)
         return NULL;
     }
     walk->next = walk->is_reversed ? entry->older : entry->newer;
-    if (walk->what == ITEMS)
-        return PyTuple_Pack(2, entry->key, entry->value);
+    if (walk->what == ITEMS) {
+        PyObject *key = Py_NewRef(entry->key), *value = Py_NewRef(entry->value);
+        PyObject *pair = PyTuple_Pack(2, key, value); /* may collect garbage, and so run code that removes the entry */
+        Py_DECREF(key);
+        Py_DECREF(value);
+        return pair;
+    }
     return Py_NewRef(walk->what == KEYS ? entry->key : entry->value);
 }
 

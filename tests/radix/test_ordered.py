@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import sys
@@ -133,6 +134,35 @@ def test_every_reference_is_given_back() -> None:
     gc.collect()
 
     assert (sys.getrefcount(key), sys.getrefcount(value)) == before
+
+
+class Breaker:
+    """Garbage in a cycle, which empties the map when it is collected."""
+
+    def __init__(self, one: Any) -> None:
+        self.one, self.me = one, self
+
+    def __del__(self) -> None:
+        self.one.clear()
+
+
+@needs_extension
+def test_garbage_that_is_collected_in_a_call_may_change_the_map() -> None:
+    """Making a pair may collect; with a threshold of 1 it does so at once."""
+    before = gc.get_threshold()
+    try:
+        for call in (lambda one: one.popitem(), lambda one: list(one.items())):
+            one: OrderedMap[object, object] = OrderedMap()
+            one.update([(object(), object()) for _ in range(9)])
+            Breaker(one)
+            gc.set_threshold(1)
+            with contextlib.suppress(KeyError, RuntimeError):
+                call(one)
+            gc.set_threshold(*before)
+            gc.collect()
+            assert list(one) == []
+    finally:
+        gc.set_threshold(*before)
 
 
 @needs_extension
