@@ -150,19 +150,23 @@ class Breaker:
 def test_garbage_that_is_collected_in_a_call_may_change_the_map() -> None:
     """Making a pair may collect; with a threshold of 1 it does so at once."""
     before = gc.get_threshold()
-    try:
-        for call in (lambda one: one.popitem(), lambda one: list(one.items())):
-            one: OrderedMap[object, object] = OrderedMap()
-            one.update([(object(), object()) for _ in range(9)])
+    for is_walk in (False, True):
+        one: OrderedMap[object, object] = OrderedMap()
+        one.update([(object(), object()) for _ in range(9)])
+        call = one.items().__next__ if is_walk else one.popitem
+        kept = [tuple([number, 0]) for number in range(5000)]  # none is left over that could be used again
+        gc.disable()
+        try:
             Breaker(one)
             gc.set_threshold(1)
             with contextlib.suppress(KeyError, RuntimeError):
-                call(one)
+                gc.enable()
+                kept += [call(), call(), call(), call()]
+        finally:
             gc.set_threshold(*before)
-            gc.collect()
-            assert list(one) == []
-    finally:
-        gc.set_threshold(*before)
+            gc.enable()
+        gc.collect()
+        assert list(one) == []
 
 
 @needs_extension
