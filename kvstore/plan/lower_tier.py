@@ -372,8 +372,7 @@ class LowerTier:
         if self.plan.capacity_pages is None:
             return []
         victims = self._victims(self.used_pages + n - self.plan.capacity_pages)
-        keys = [page.key for page in victims]
-        self.dropping = keys
+        keys = self.dropping = [page.key for page in victims]
         self.forget_copies(victims, Left.EVICTED)
         for page in victims:
             self.catalog.prune(page.block)

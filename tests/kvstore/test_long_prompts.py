@@ -155,7 +155,8 @@ def test_others_use_the_store_while_the_leases_of_a_dead_engine_end(store: Local
 
 @pytest.fixture
 def expired(store: LocalStore, long: Request) -> Request:
-    """A long prompt all of whose times to live are over, and no tick has come since."""
+    """A long prompt all of whose times to live are over, and no tick has come since, nor will one."""
+    store._dispatcher.mover.close(5.0)
     store._planner.books.host._boot = lambda: 1e9
     return long
 
