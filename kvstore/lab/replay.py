@@ -1,10 +1,11 @@
 """Replay of a trace: what share of its prompt tokens would have been hits, by policy and capacity.
 
-    report = replay(read_trace(path), capacity=0.05, policy="lru")
+    trace = read_trace(path)
+    report = replay(trace, trace.blocks_of(0.05), policy="lru")
     print(report.hit_rate, report.us_per_block)
 
 The planner and the policies are those of a server, under the trace's own times; only the bytes are missing. A trace is
-what a kvt1 file says (kvstore/load/kvt.py): each request's blocks, of which an id means a content.
+each request's blocks (traces.py), of which an id means a content.
 
 A trace's last block counts as a hit although it may be filled in part only, and although an engine would compute at
 least one token of it; so the rates are those of the trace, a little above an engine's.
@@ -14,40 +15,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from kvstore.errors import ConfigError
 from kvstore.lab.engine import VirtualEngine
-from kvstore.load.kvt import KvtRequest, next_line, open_lines, read_header, read_kvt
+from kvstore.lab.traces import ReplayTrace
+from kvstore.load.kvt import KvtRequest
 from kvstore.plan.records import PlanSettings
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.policies import make_policy
 from radix.namespace import BlockHash
 
 KEY_BYTES = 32
-
-
-@dataclass(frozen=True, slots=True)
-class ReplayTrace:
-    """A trace in memory."""
-
-    name: str
-    block_tokens: int
-    requests: tuple[KvtRequest, ...]
-
-    @property
-    def num_distinct(self) -> int:
-        """How many different blocks there are: a store of so many never evicts."""
-        return len({block for request in self.requests for block in request.blocks})
-
-    def blocks_of(self, capacity: float) -> int:
-        """Return how many blocks a store of this share of all different ones has, at least one."""
-        if not capacity > 0:
-            raise ConfigError(f"capacity is {capacity}; it must be above 0: a share of the trace's different blocks")
-        return max(1, int(self.num_distinct * capacity))
 
 
 @dataclass(slots=True)
@@ -83,36 +62,23 @@ class ReplayReport:
         return record | {"hit_rate": self.hit_rate, "us_per_block": self.us_per_block}
 
 
-def read_trace(path: Path, max_requests: int | None = None) -> ReplayTrace:
-    """Read a kvt1 file, or its first requests. Raises ConfigError for a file that is none, OSError for no file."""
-    with closing(open_lines(path)) as lines:
-        header = read_header(path, next_line(path, lines))
-        requests: list[KvtRequest] = []
-        for request in read_kvt(path, lines):
-            if len(requests) == max_requests:
-                break
-            requests.append(request)
-    return ReplayTrace(str(header.get("name", path.name)), int(header["block_tokens"]), tuple(requests))
-
-
 def replay(
     trace: ReplayTrace,
+    num_slots: int,
     *,
-    capacity: float,
     policy: str = "lru",
     ttl_s: float | None = None,
     tiers: Sequence[TierPlan] = (),
 ) -> ReplayReport:
     """Play a whole trace through a store that is empty at first.
 
-    capacity: of host memory, as a share of the trace's different blocks.
-    policy:   of host memory: a name, or "package.module:Class".
-    ttl_s:    how long a page lives unused, by the trace's own times; None for ever.
-    tiers:    below host memory; each has its own policy.
+    num_slots: blocks that host memory has room for.
+    policy:    of host memory: a name, or "package.module:Class".
+    ttl_s:     how long a page lives unused, by the trace's own times; None for ever.
+    tiers:     below host memory; each has its own policy.
 
-    Raises ConfigError for a capacity or a policy that is none.
+    Raises ConfigError for a policy that is none.
     """
-    num_slots = trace.blocks_of(capacity)
     engine = VirtualEngine(trace.block_tokens, PlanSettings(num_slots), make_policy(policy, ttl_s), tiers)
     report = ReplayReport(trace.name, policy, num_slots)
     for request in trace.requests:

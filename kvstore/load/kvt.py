@@ -10,12 +10,14 @@ told with file, line and what was expected.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from kvstore.errors import ConfigError
 from kvstore.extras import how_to_install
@@ -56,6 +58,8 @@ def read_kvt(path: Path, lines: io.TextIOBase) -> Iterator[KvtRequest]:
 
 def open_lines(path: Path) -> io.TextIOWrapper:
     """Open a trace, compressed or not. Raises ConfigError if zstandard is missing."""
+    if path.suffix == ".gz":
+        return io.TextIOWrapper(cast(IO[bytes], gzip.open(path)), encoding="utf-8", errors="replace", newline="")
     if path.suffix != ".zst":
         return path.open(encoding="utf-8", errors="replace", newline="")
     try:
@@ -71,7 +75,7 @@ def next_line(path: Path, lines: io.TextIOBase) -> str:
     try:
         return lines.readline()
     except Exception as error:  # zstandard's error is its own class, and the module may not be there
-        if type(error).__name__ != "ZstdError":
+        if not isinstance(error, (gzip.BadGzipFile, EOFError, zlib.error)) and type(error).__name__ != "ZstdError":
             raise
         raise ConfigError(f"{path} does not decompress: {error}; is it whole?") from error
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import random
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import pytest
-import zstandard
 
 from eviction.registry import make_policy
-from kvstore.errors import ConfigError
-from kvstore.lab.replay import ReplayTrace, read_trace, replay
+from kvstore.lab.replay import ReplayReport
+from kvstore.lab.replay import replay as replay_blocks
+from kvstore.lab.traces import ReplayTrace
 from kvstore.load.kvt import KvtRequest
 from kvstore.plan.tier_plan import TierPlan
 
@@ -26,6 +25,10 @@ def trace_of(*prompts: tuple[int, ...], at_s: tuple[float, ...] = ()) -> ReplayT
         KvtRequest(now, -1, -1, BLOCK * len(blocks), 1, blocks) for now, blocks in zip(times, prompts, strict=True)
     )
     return ReplayTrace("made up", BLOCK, tuple(requests))
+
+
+def replay(trace: ReplayTrace, *, capacity: float, **options: Any) -> ReplayReport:
+    return replay_blocks(trace, trace.blocks_of(capacity), **options)
 
 
 def chat_traffic(seed: int, num_requests: int) -> list[tuple[int, ...]]:
@@ -111,33 +114,6 @@ def test_the_last_block_counts_with_the_tokens_that_are_in_it() -> None:
 
     assert report.hit_tokens == {"host": 2 * BLOCK + 1}
     assert report.hit_rate == 0.5
-
-
-def test_a_trace_is_read_from_a_compressed_file(tmp_path: Path) -> None:
-    lines: list[dict[str, Any]] = [
-        {"format": "kvt1", "block_tokens": 4, "name": "made up"},
-        {"t": 1.0, "s": 5, "in": 10, "out": 3, "p": -1, "k": 0, "h": [[0, 3]]},
-        {"t": 1.5, "s": 6, "in": 8, "out": 2, "p": 0, "k": 1, "h": [[3, 1]]},
-        {"t": 2.5, "s": 5, "in": 19, "out": 9, "p": 0, "k": 2, "h": [[7, 1], [20, 2]]},
-    ]
-    path = tmp_path / "made.kvt.zst"
-    path.write_bytes(zstandard.compress("\n".join(map(json.dumps, lines)).encode()))
-
-    trace = read_trace(path)
-
-    assert (trace.name, trace.block_tokens, trace.num_distinct) == ("made up", 4, 7)
-    assert [request.blocks for request in trace.requests] == [(0, 1, 2), (0, 3), (0, 1, 7, 20, 21)]
-    assert read_trace(path, 2).requests == trace.requests[:2]
-
-
-def test_what_is_no_trace_and_what_is_no_capacity_is_told(tmp_path: Path) -> None:
-    path = tmp_path / "a.kvt"
-    path.write_text('{"format": "other"}\n')
-
-    with pytest.raises(ConfigError, match=r"a\.kvt:1: expected a kvt1 header"):
-        read_trace(path)
-    with pytest.raises(ConfigError, match="capacity is 0"):
-        replay(trace_of((1,)), capacity=0)
 
 
 def test_a_report_is_plain_data() -> None:

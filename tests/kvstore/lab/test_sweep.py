@@ -1,0 +1,73 @@
+"""Cells of a sweep stand between LRU and the optimum; capacities are read as people write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvstore.errors import ConfigError
+from kvstore.lab.optimum import optimal_hit_tokens
+from kvstore.lab.sweep import parse_capacity, sweep
+from kvstore.lab.sweep_plot import draw_rates
+from tests.kvstore.lab.test_optimum import trace_of, tree_traffic
+
+TRACE = trace_of(*tree_traffic(7, num_requests=400, width=5, depth=6))
+
+
+def test_cells_come_by_capacity_and_policy_with_floor_and_ceiling() -> None:
+    steps: list[str] = []
+    cells = list(sweep(TRACE, [30, 100], ["lru", "s3fifo"], on_step=steps.append))
+
+    assert [(cell.capacity, cell.policy) for cell in cells] == [
+        (30, "lru"),
+        (30, "s3fifo"),
+        (100, "lru"),
+        (100, "s3fifo"),
+    ]
+    for cell in cells:
+        assert cell.min == optimal_hit_tokens(TRACE, cell.capacity) / TRACE.prompt_tokens
+        assert cell.computed_tokens == round((1 - cell.token_hit_rate) * TRACE.prompt_tokens)
+        assert cell.lru_gap_closed == pytest.approx((cell.token_hit_rate - cell.lru) / (cell.min - cell.lru))
+        assert sum(cell.hit_rate_by_tier.values()) == pytest.approx(cell.token_hit_rate)
+        assert json.loads(json.dumps(cell.as_record()))["requests"] == 400
+    assert cells[0].lru_gap_closed == 0.0
+    assert len(steps) == 6
+
+
+def test_where_floor_and_ceiling_meet_nothing_is_closed() -> None:
+    (cell,) = sweep(TRACE, [TRACE.num_distinct], ["lru"])
+
+    assert (cell.share, cell.lru, cell.lru_gap_closed) == (1.0, cell.min, None)
+
+
+def test_a_time_to_live_is_the_policys_and_not_the_floors() -> None:
+    (cell,) = sweep(TRACE, [TRACE.num_distinct], ["lru"], ttl_s=5.0)
+
+    assert cell.token_hit_rate < cell.lru
+
+
+def test_capacities_are_shares_blocks_or_sizes() -> None:
+    assert parse_capacity("10%", TRACE, None) == TRACE.num_distinct // 10
+    assert parse_capacity(" 250 ", TRACE, None) == 250
+    assert parse_capacity("1MiB", TRACE, 1024) == 256  # 4 tokens a block
+
+
+@pytest.mark.parametrize("text", ["0%", "-5%", "0", "x", "5 apples", "%", "1KiB"])
+def test_capacities_that_make_no_sense_are_told(text: str) -> None:
+    with pytest.raises(ConfigError, match="capacity"):
+        parse_capacity(text, TRACE, 1024)
+
+
+def test_a_size_needs_to_know_how_large_a_token_is() -> None:
+    with pytest.raises(ConfigError, match="--bytes-per-token"):
+        parse_capacity("64GiB", TRACE, None)
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+
+    draw_rates(list(sweep(TRACE, [30, 100], ["lru", "sieve"])), tmp_path / "new" / "rates.png")
+
+    assert (tmp_path / "new" / "rates.png").read_bytes().startswith(b"\x89PNG")
