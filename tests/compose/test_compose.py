@@ -124,7 +124,7 @@ def test_a_prompt_is_computed_once_and_served_by_both_replicas(project: Project)
 
 
 def test_the_nodes_api_is_reached_from_this_machine(project: Project) -> None:
-    assert project.call(project.node, "GET", "/readyz") == {"status": "ready"}
+    assert project.call(project.node, "GET", "/readyz") == {"status": "ready", "reasons": []}
     assert "<html" in project.call(project.node, "GET", "/").lower()
 
 
