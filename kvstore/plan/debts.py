@@ -94,11 +94,12 @@ class Debts:
 
     def owe(self, pages: Iterable[Page], *, is_saved: bool) -> None:
         """Pages are owed from now on."""
-        if not self.failed:
+        if not self.failed and not self.held:
             self.waiting.put(pages, is_saved=is_saved)
             return
         for page in pages:
-            self.waiting.put((page,), is_saved=is_saved or bool(self.failed.pop(page)))
+            queue = self.held if page in self.held else self.waiting
+            queue.put((page,), is_saved=is_saved or bool(self.failed.pop(page)))
 
     def take(self, n: int, holds: Callable[[PageKey], bool] | None) -> dict[Page, bool]:
         """Take up to `n` pages whose turn it is. holds: which keys must not be written yet; None if all may be."""
@@ -153,11 +154,16 @@ class Debts:
             queue.clear()
 
     def rebuild(self) -> None:
-        """Put right what an exception in the middle of another call has left. Walks over all."""
+        """Put right what an exception in the middle of another call has left. Walks over all.
+
+        All have their turn again: a page may be in two queues, or be held for a delete that is done.
+        """
         for queue in (self.waiting, self.held, self.failed):
             queue.rebuild()
-            self.lose([page for page in queue.pages if page.state != PageState.READY])
-            self.settle([page for page in queue.pages if page.block.is_removed])
+        self.let_go()
+        self.retry()
+        self.lose([page for page in self.waiting.pages if page.state != PageState.READY])
+        self.settle([page for page in self.waiting.pages if page.block.is_removed])
 
     def pages(self) -> list[Page]:
         """Every page that is owed."""
@@ -165,7 +171,9 @@ class Debts:
 
     def check(self) -> None:
         """Assert that what is owed can be paid. For tests."""
-        for page in self.pages():
+        pages = self.pages()
+        assert len(set(pages)) == len(pages), "a page is owed twice"
+        for page in pages:
             assert page.state == PageState.READY, f"a page that is {page.state.name} is owed"
             assert not page.block.is_removed, "a page of a forgotten block is owed"
         for queue in (self.waiting, self.held, self.failed):

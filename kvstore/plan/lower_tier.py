@@ -214,9 +214,10 @@ class LowerTier:
                 if page in self.plan.policy:
                     self.plan.policy.add((page,), now, page.block.hint)
 
-    def make_up(self, blocks: Sequence[Block], now: float) -> None:
+    def make_up(self, blocks: Sequence[Block], now: float, *, is_saved: bool = False) -> None:
         """Owe what the tier should have had for some time: a write may have failed, or the copy turned out bad."""
-        self.owe([page for block in blocks for page in block.pages if page.state == PageState.READY], used=False)
+        pages = [page for block in blocks for page in block.pages if page.state == PageState.READY]
+        self.owe(pages, used=False, is_saved=is_saved)
         self.pump(now)
 
     def touched(self, flight: InFlight, outcome: Outcome, now: float) -> None:

@@ -193,8 +193,10 @@ class Mender:
         tier.debts.rebuild()
         tier.deletes.owe([*(page.key for page in forgotten), *(key for key in tier.dropping if key not in there)])
         tier.dropping = ()
-        # Their books never learned of the pages that were published last; what they have already is not owed.
-        tier.make_up(list(dict.fromkeys(page.block for page in pages if not page.block.is_removed)), now)
+        # Their books never learned of the pages that were published last; what they have already is not owed. Nobody
+        # knows which of them saves brought: no flush passes any over.
+        blocks = list(dict.fromkeys(page.block for page in pages if not page.block.is_removed))
+        tier.make_up(blocks, now, is_saved=True)
 
 
 def _holders(loads: Iterable[Load], saves: Iterable[Save]) -> dict[Page, int]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kvstore.plan.debts import Debts
 from kvstore.plan.state import Block, Page, PageState
 from radix.hashing import BlockHash
+from tests.helpers.interrupts import interrupted_at
 from tests.helpers.planners import make, path, publish
 
 
@@ -42,6 +45,18 @@ def test_a_page_waits_for_the_delete_of_its_key() -> None:
     assert debts.num_owed_saves == 1
     debts.let_go()
     assert debts.take(2, None) == {pages[0]: True}
+
+
+def test_a_page_that_is_held_and_owed_again_is_owed_once() -> None:
+    debts, pages = Debts(), ready(2)
+    debts.owe(pages, is_saved=False)
+    debts.take(1, lambda _: True)
+    debts.owe(pages, is_saved=True)  # its path was used meanwhile
+
+    debts.check()
+    assert (len(debts), debts.num_owed_saves) == (2, 2)
+    debts.lose(pages)
+    assert (debts.num_lost, debts.num_lost_saves) == (2, 2)
 
 
 def test_what_failed_is_tried_again_with_what_waits_whichever_is_more() -> None:
@@ -93,6 +108,25 @@ def test_a_cut_short_change_is_counted_anew() -> None:
 
     debts.check()
     assert (debts.num_lost, debts.num_owed_saves) == (1, 1)
+
+
+def test_a_page_is_owed_once_after_an_exception_at_any_line_of_a_move() -> None:
+    moves: list[Callable[[Debts], object]] = [Debts.retry, Debts.let_go, lambda debts: debts.take(3, lambda _: True)]
+    for move in moves:
+        for n in range(1, 1000):
+            debts, pages = Debts(), ready(6)
+            debts.owe(pages, is_saved=True)
+            debts.take(2, lambda _: True)
+            for page in debts.take(2, None):
+                debts.fail(page, is_saved=True)
+            with interrupted_at(n) as where:
+                move(debts)
+            debts.rebuild()
+            debts.check()
+            assert debts.num_failed_saves == 0
+            if not where:
+                break
+        assert 5 < n < 999
 
 
 def test_an_eviction_tells_the_tier_that_is_owed_the_page() -> None:

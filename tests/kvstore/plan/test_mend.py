@@ -15,12 +15,13 @@ import pytest
 
 from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
+from kvstore.plan.flushing import Flushing, Told, report, told_of
 from kvstore.plan.journal import Journal
 from kvstore.plan.planner import Planner
-from kvstore.plan.records import Op, Outcome, PlanSettings, Request, RequestOptions
+from kvstore.plan.records import FlushResult, Op, Outcome, PlanSettings, Request, RequestOptions
 from kvstore.plan.tier_plan import TierPlan
 from tests.helpers.interrupts import interrupted_at
-from tests.helpers.planners import BLOCK, path, take_small_steps
+from tests.helpers.planners import BLOCK, land, make, path, publish, save, take_small_steps
 
 WINDOWED = Layout(
     BLOCK,
@@ -326,3 +327,54 @@ def test_mending_what_is_whole_changes_nothing_that_matters() -> None:
     planner.complete(lease.id, world.now)
     world.land()
     world.look()
+
+
+def flushed(planner: Planner, told: Told) -> FlushResult:
+    """What a flush says when its transfers have landed."""
+    flushing = Flushing(planner.books.tiers)
+    for _ in range(5):
+        if flushing.is_over(0.0):
+            break
+        land(planner)
+    return report(planner.books.tiers, told)
+
+
+def test_a_flush_does_not_pass_over_a_save_whose_end_was_interrupted() -> None:
+    for n in range(1, 100_000, STEP):
+        planner, _ = make(num_slots=16, disk_pages=16)
+        planner.set_tier_up("disk", False, 0.0)
+        told = told_of(planner.books.tiers)
+        lease = planner.prepare_save(KNOWN, 0, 5, 0.0)
+        last_lease = planner.in_steps.last_lease
+        with interrupted_at(n) as where:
+            planner.complete(lease.id, 0.0)
+        if where:
+            planner.mend(last_lease, 0.0)
+            planner.complete(lease.id, 0.0)
+        is_there = len(planner.books.catalog.match(KNOWN.keys)) > 0
+        assert bool(flushed(planner, told)) is not is_there, f"interrupted at {where}"
+        if not where:
+            break
+    assert n > 5
+
+
+def test_a_flush_misses_nothing_that_is_there_after_the_booking_of_a_delete_was_interrupted() -> None:
+    for n in range(1, 100_000):
+        planner, _ = make(num_slots=16, disk_pages=16)
+        save(planner, KNOWN)
+        planner.forget(KNOWN, 0, 0.0)
+        publish(planner, KNOWN)  # its pages are held until the delete is done
+        told = told_of(planner.books.tiers)
+        (delete,) = planner.take_transfers()
+        done = Outcome(delete.id, (True,) * len(delete.keys), 0.001, 1)
+        with interrupted_at(n) as where:
+            planner.outcome(done, 0.0)
+        if where:
+            planner.mend(planner.in_steps.last_lease, 0.0)
+            planner.outcome(done, 0.0)  # again, see dispatcher
+        land(planner)
+        result = flushed(planner, told)
+        assert result, f"{result}, interrupted at {where}"
+        if not where:
+            break
+    assert n > 5
