@@ -99,7 +99,7 @@ def parse_capacity(text: str, trace: ReplayTrace, bytes_per_token: int | None) -
     written = text.strip()
     try:
         share = float(written[:-1]) / 100 if written.endswith("%") else None
-        num_bytes = 0 if share is not None or written.isdigit() else parse_bytes(written)
+        num_bytes = 0 if share is not None or written.isdecimal() else parse_bytes(written)
     except ValueError:
         raise ConfigError(
             f"capacity is {text!r}; write a share of the trace's blocks (5%), blocks (20000) or a size (64GiB)"

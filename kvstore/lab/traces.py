@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -48,8 +49,8 @@ class ReplayTrace:
 
     def blocks_of(self, share: float) -> int:
         """Return how many blocks a store of this share of all different ones has, at least one."""
-        if not share > 0:
-            raise ConfigError(f"capacity is {share}; it must be above 0: a share of the trace's different blocks")
+        if not 0 < share < math.inf:
+            raise ConfigError(f"capacity is {share}; it must be a share above 0 of the trace's different blocks")
         return max(1, int(self.num_distinct * share))
 
 
@@ -96,7 +97,7 @@ def _kind(path: Path, line: str) -> str:
             return "kvt1"
         if "hash_ids" in fields:
             return "bailian" if "chat_id" in fields else "mooncake"
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         pass
     raise broken_line(
         path, 1, f"the first line of a trace ({', '.join(BLOCK_TOKENS)}): a header, or a request with hash_ids", line
@@ -112,15 +113,28 @@ def _read_lines(
     skipped: list[int] | None,
 ) -> Iterator[KvtRequest]:
     number = 1
+    before: dict[int, int | None] = {}  # by id: that of the block before it
     while line:
         if line.strip():
             try:
-                yield read(_checked(json.loads(line), block_tokens), block_tokens)
-            except (ValueError, KeyError, TypeError) as error:
+                request = read(_checked(json.loads(line), block_tokens), block_tokens)
+                _place(request.blocks, before)
+                yield request
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 if skipped is None:
                     raise broken_line(path, number, f"a request ({_why(error)})", line) from None
                 skipped[0] += 1
         line, number = next_line(path, lines), number + 1
+
+
+def _place(ids: tuple[int, ...], before: dict[int, int | None]) -> None:
+    """Note what each block continues. Raises ValueError for one that continues another elsewhere."""
+    found = dict(zip(ids, (None, *ids), strict=False))
+    wrong = next((id_ for id_, above in found.items() if before.get(id_, above) != above), None)
+    if wrong is not None or len(found) < len(ids):
+        told = "an id twice" if wrong is None else f"{wrong} behind another block than in a line above"
+        raise ValueError(f"hash_ids have {told}; an id names its block and all before it")
+    before.update(found)
 
 
 def _why(error: Exception) -> str:
@@ -143,7 +157,8 @@ def _checked(fields: Any, block_tokens: int) -> dict[str, Any]:
             f"{len(ids)} hash_ids for input_length {fields['input_length']}; blocks of {block_tokens} tokens are "
             f"{-(-fields['input_length'] // block_tokens)}: is the block size another one?"
         )
-    if isinstance(fields["timestamp"], bool) or not isinstance(fields["timestamp"], (int, float)):
+    at = fields["timestamp"]
+    if isinstance(at, bool) or not isinstance(at, (int, float)) or not math.isfinite(at):
         raise TypeError(f"timestamp is {fields['timestamp']!r:.40}; it must be a number")
     return dict(fields)
 

@@ -54,7 +54,7 @@ def test_capacities_are_shares_blocks_or_sizes() -> None:
     assert parse_capacity("1MiB", TRACE, 1024) == 256  # 4 tokens a block
 
 
-@pytest.mark.parametrize("text", ["0%", "-5%", "0", "x", "5 apples", "%", "1KiB"])
+@pytest.mark.parametrize("text", ["0%", "-5%", "0", "x", "5 apples", "%", "1KiB", "inf%", "\u00b2"])
 def test_capacities_that_make_no_sense_are_told(text: str) -> None:
     with pytest.raises(ConfigError, match="capacity"):
         parse_capacity(text, TRACE, 1024)

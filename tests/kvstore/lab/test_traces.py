@@ -107,6 +107,28 @@ def test_a_broken_line_is_told_or_left_out_and_counted(tmp_path: Path, broken: s
     assert (len(trace.requests), trace.num_skipped) == (3, 1)
 
 
+@pytest.mark.parametrize(
+    ("ids", "timestamp", "told"),
+    [
+        ([7, 7, 8], "0", "an id twice"),
+        ([5, 1, 2], "0", "1 behind another block"),
+        ([1, 5, 6], "0", "1 behind another block"),
+        ([0, 1, 2], "NaN", "timestamp is nan"),
+        ([0, 1, 2], "1" + 400 * "0", "too large"),
+    ],
+)
+def test_a_line_that_no_store_can_have_seen_is_told(tmp_path: Path, ids: list[int], timestamp: str, told: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    line = json.dumps({**MOONCAKE[0], "timestamp": 0, "hash_ids": ids}).replace(
+        '"timestamp": 0', f'"timestamp": {timestamp}'
+    )
+    path.write_bytes(lines(MOONCAKE[:1]) + line.encode() + b"\n")
+
+    with pytest.raises(ConfigError, match=told):
+        read_trace(path)
+    assert read_trace(path, skip_bad=True).num_skipped == 1
+
+
 def test_a_file_that_is_no_trace_is_told(tmp_path: Path) -> None:
     path = tmp_path / "a.kvt"
     for content, told in (
