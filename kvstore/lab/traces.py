@@ -6,9 +6,9 @@
               16 tokens a block
 
 Any may be compressed with gzip or zstd; the first line says which of them it is. In the two without a header an id
-names the content of a block and of all before it. That of a last block which is filled in part names that part: a
-prompt that grows has another id there, so what an id says is right as it stands. Its tokens are counted as many as
-they are.
+names the content of a block, and mostly of all before it; here it counts together with those. That of a last block
+which is filled in part names that part: a prompt that grows has another id there, so what an id says is right as it
+stands. Its tokens are counted as many as they are.
 """
 
 from __future__ import annotations
@@ -108,18 +108,17 @@ def _read_lines(
     path: Path,
     line: str,
     lines: io.TextIOBase,
-    read: Callable[[dict[str, Any], int], KvtRequest],
+    read: Callable[[dict[str, Any], tuple[int, ...]], KvtRequest],
     block_tokens: int,
     skipped: list[int] | None,
 ) -> Iterator[KvtRequest]:
     number = 1
-    before: dict[int, int | None] = {}  # by id: that of the block before it
+    numbers: dict[tuple[int, int], int] = {}  # of a block, by the number of the one before it and its own id
     while line:
         if line.strip():
             try:
-                request = read(_checked(json.loads(line), block_tokens), block_tokens)
-                _place(request.blocks, before)
-                yield request
+                fields = _checked(json.loads(line), block_tokens)
+                yield read(fields, _chained(fields["hash_ids"], numbers))
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 if skipped is None:
                     raise broken_line(path, number, f"a request ({_why(error)})", line) from None
@@ -127,14 +126,13 @@ def _read_lines(
         line, number = next_line(path, lines), number + 1
 
 
-def _place(ids: tuple[int, ...], before: dict[int, int | None]) -> None:
-    """Note what each block continues. Raises ValueError for one that continues another elsewhere."""
-    found = dict(zip(ids, (None, *ids), strict=False))
-    wrong = next((id_ for id_, above in found.items() if before.get(id_, above) != above), None)
-    if wrong is not None or len(found) < len(ids):
-        told = "an id twice" if wrong is None else f"{wrong} behind another block than in a line above"
-        raise ValueError(f"hash_ids have {told}; an id names its block and all before it")
-    before.update(found)
+def _chained(ids: list[int], numbers: dict[tuple[int, int], int]) -> tuple[int, ...]:
+    """The numbers of a path's blocks: an id counts together with all before it, whether it names them itself or not."""
+    above, path = -1, []
+    for id_ in ids:
+        above = numbers.setdefault((above, id_), len(numbers))
+        path.append(above)
+    return tuple(path)
 
 
 def _why(error: Exception) -> str:
@@ -163,17 +161,17 @@ def _checked(fields: Any, block_tokens: int) -> dict[str, Any]:
     return dict(fields)
 
 
-def _mooncake(fields: dict[str, Any], block_tokens: int) -> KvtRequest:
-    return _request(fields, fields["timestamp"] / 1000, -1)
+def _mooncake(fields: dict[str, Any], blocks: tuple[int, ...]) -> KvtRequest:
+    return _request(fields, blocks, fields["timestamp"] / 1000, -1)
 
 
-def _bailian(fields: dict[str, Any], block_tokens: int) -> KvtRequest:
+def _bailian(fields: dict[str, Any], blocks: tuple[int, ...]) -> KvtRequest:
     chat = fields["chat_id"]
-    return _request(fields, float(fields["timestamp"]), chat if type(chat) is int else -1)
+    return _request(fields, blocks, float(fields["timestamp"]), chat if type(chat) is int else -1)
 
 
-def _request(fields: dict[str, Any], at_s: float, session: int) -> KvtRequest:
-    return KvtRequest(at_s, session, -1, fields["input_length"], fields["output_length"], tuple(fields["hash_ids"]))
+def _request(fields: dict[str, Any], blocks: tuple[int, ...], at_s: float, session: int) -> KvtRequest:
+    return KvtRequest(at_s, session, -1, fields["input_length"], fields["output_length"], blocks)
 
 
 _READERS = {"mooncake": _mooncake, "bailian": _bailian}

@@ -73,7 +73,19 @@ def test_a_bailian_file_counts_in_seconds_and_blocks_of_16(tmp_path: Path) -> No
     trace = read_trace(path)
 
     (request,) = trace.requests
-    assert (trace.block_tokens, request.at_s, request.session, request.blocks) == (16, 61.5, 159, (8, 2**40, 10))
+    assert (trace.block_tokens, request.at_s, request.session, request.blocks) == (16, 61.5, 159, (0, 1, 2))
+
+
+def test_an_id_that_names_its_block_alone_counts_with_those_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "by_content.jsonl"
+    prompts = ([7, 7, 8], [7, 8], [8, 7], [7, 7, 8])
+    path.write_bytes(
+        lines(
+            [{"timestamp": 0, "input_length": 512 * len(ids), "output_length": 1, "hash_ids": ids} for ids in prompts]
+        )
+    )
+
+    assert [request.blocks for request in read_trace(path).requests] == [(0, 1, 2), (0, 3), (4, 5), (0, 1, 2)]
 
 
 def test_another_block_size_is_given_by_hand(tmp_path: Path) -> None:
@@ -110,9 +122,6 @@ def test_a_broken_line_is_told_or_left_out_and_counted(tmp_path: Path, broken: s
 @pytest.mark.parametrize(
     ("ids", "timestamp", "told"),
     [
-        ([7, 7, 8], "0", "an id twice"),
-        ([5, 1, 2], "0", "1 behind another block"),
-        ([1, 5, 6], "0", "1 behind another block"),
         ([0, 1, 2], "NaN", "timestamp is nan"),
         ([0, 1, 2], "1" + 400 * "0", "too large"),
     ],
