@@ -41,7 +41,7 @@ class Waits(Protocol):
             if was_computing and not is_computing:
                 until = time.monotonic() + deadline_s  # the deadline is that of tiers, which are asked again after it
             wait_s, was_computing = COMPUTING_CALL_S if is_computing else until - time.monotonic(), is_computing
-            if wait_s <= 0:
+            if not wait_s > 0:  # nor if it is no number
                 return match
 
     def peek(self, request: Request, timeout_s: float | None = None) -> Match:

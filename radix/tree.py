@@ -289,9 +289,10 @@ class RadixTree(Generic[V]):
         for run in self._runs.values():
             run.parent = None  # else a run and its child would keep each other: the collector does not see them
             run.children = {}
-        self._root = Run(0, 0, [], [], None)
-        self._runs, self._places = OrderedMap(), OrderedMap()
-        self._runs[0] = self._root
+        root: Run[V] = Run(0, 0, [], [], None)
+        runs: OrderedMap[int, Run[V]] = OrderedMap()
+        runs[0] = root
+        self._root, self._runs, self._places = root, runs, OrderedMap()  # at once, whatever interrupts
 
     def __len__(self) -> int:
         """Known blocks."""

@@ -1,12 +1,11 @@
 """A tier below host memory as the planner sees it: what it holds, what it is owed, and who leaves it.
 
-What it is owed is kept in two books: pages to be written (debts.py) and pages to be deleted (deletes.py).
-
-Pages are written behind: soon after they are whole in host memory they are *owed* to every lower tier that admits
-them, and leave the queue in batches as fast as the lane takes them. So eviction from host memory is a plain drop.
-Only the batches under way hold their slots; a page that is merely owed may still be evicted, and is then lost to
-that tier and counted. A tier that is down, or refuses writes, keeps its queue and is paid when that is over. Each write
-names its victims, by the plan's policy, whatever order the medium has (docs/design.md, "One ruler of the disk").
+What it is owed is kept in two books: pages to be written (debts.py) and pages to be deleted (deletes.py). Pages are
+written behind: soon after they are whole in host memory they are *owed* to every lower tier that admits them, and
+leave the queue in batches as fast as the lane takes them. So eviction from host memory is a plain drop. Only the
+batches under way hold their slots; a page that is merely owed may still be evicted, and is then lost to that tier and
+counted. One that is down, or refuses writes, keeps its queue and is paid later. Each write names its victims, by the
+plan's policy, whatever order the medium has (docs/design.md, "One ruler of the disk").
 """
 
 from __future__ import annotations

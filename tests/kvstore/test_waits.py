@@ -56,6 +56,13 @@ class Scripted(Waits):
         return FlushResult(True)
 
 
+def test_a_time_that_is_no_number_is_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Scripted([TIERS], monkeypatch)
+
+    assert store.wait_lookup(REQUEST, float("nan")) == TIERS
+    assert len(store.waited) == 1
+
+
 def test_a_lookup_waits_for_tiers_until_the_configured_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Scripted([TIERS], monkeypatch)
 
