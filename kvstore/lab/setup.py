@@ -1,0 +1,55 @@
+"""A setup: the stores whose hits the laboratory wants to know, as the two engines of replay take it.
+
+Both engines answer with the same `Played`: the one that runs the planner and the policies of a server (replay.py), and
+the compiled one for sweeps. What hits are worth in seconds and money is figured out from that, elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+HOST, DISK, REDIS = "host", "disk", "redis"  # nearest first
+ROUTINGS = ("round_robin", "prefix")
+ADMISSIONS = ("always", "second_use", "predicted")
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Stores that serve one trace together; empty at first.
+
+    tiers:        names, nearest first, with the blocks that each has room for; host memory is always the first.
+    policy:       of every tier: a name, or "package.module:Class".
+    ttl_s:        how long a block lives unused, by the trace's own times; None for ever.
+    is_exclusive: a block is in one tier at a time; else lower tiers have a copy of what is above.
+    admit:        of lower tiers, one of ADMISSIONS.
+    writes_per_day: blocks that may be written to disk in 86,400 s of the trace; None for any number.
+    replicas:     stores, each with tiers of these sizes. routing: how requests are spread over them.
+    is_pooled:    the replicas are one store of all their room, instead.
+    """
+
+    tiers: tuple[tuple[str, int], ...]
+    policy: str = "lru"
+    ttl_s: float | None = None
+    is_exclusive: bool = False
+    admit: str = "always"
+    writes_per_day: int | None = None
+    replicas: int = 1
+    routing: str = "prefix"
+    is_pooled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """The outcome of a trace played through a setup.
+
+    hit_blocks: int32, shape (num_requests, num_tiers): blocks of each prompt's hit by the tier that had them.
+    written:    blocks written to each tier, parallel to the setup's tiers.
+    cpu_s:      of the playing alone.
+    """
+
+    hit_blocks: npt.NDArray[np.int32]
+    written: tuple[int, ...]
+    cpu_s: float
