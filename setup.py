@@ -12,13 +12,20 @@ SOURCES = {
     "radix._chain": "radix/_chain.c",
     "radix._ordered": "radix/_ordered.c",
     "kvstore.devices._copy": "kvstore/devices/_copy.c",
+    "kvstore.lab._sweep": "kvstore/lab/_sweep.c",
 }
-HEADERS = ["radix/_ordered.h", "radix/_ordered_walk.h"]
+ROOT = Path(__file__).parent
+
+
+def headers_of(source: str) -> list[str]:
+    """Return the headers beside a source: if one of them changes, it is compiled anew."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / source).parent.glob("*.h"))
+
 
 setup(
     ext_modules=[
-        Extension(name, [source], depends=HEADERS, extra_compile_args=["-O3"], optional=True)
+        Extension(name, [source], depends=headers_of(source), extra_compile_args=["-O3"], optional=True)
         for name, source in SOURCES.items()
-        if (Path(__file__).parent / source).exists()
+        if (ROOT / source).exists()
     ]
 )

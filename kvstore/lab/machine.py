@@ -35,7 +35,12 @@ def machine() -> dict[str, object]:
 
 def native() -> dict[str, bool]:
     """Which of the optional C extensions are at work; where one is not, its Python twin does the same, slower."""
-    names = {"hashing": "radix._chain", "ordering": "radix._ordered", "copying": "kvstore.devices._copy"}
+    names = {
+        "hashing": "radix._chain",
+        "ordering": "radix._ordered",
+        "copying": "kvstore.devices._copy",
+        "sweeping": "kvstore.lab._sweep",
+    }
     return {what: find_spec(name) is not None for what, name in names.items()}
 
 

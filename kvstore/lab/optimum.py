@@ -3,6 +3,8 @@
 Belady's MIN over blocks of one size: whatever is used again last leaves first. A block's next use is never before that
 of what continues it, so with ties going to the deeper block the optimum keeps prefixes whole by itself: it is the bound
 of every policy that evicts leaves first. As in a store below an engine, any block may leave, the request's own too.
+
+The compiled engine finds the same (compiled.py), and sweeps ask it where it is built; here it is said in few lines.
 """
 
 from __future__ import annotations

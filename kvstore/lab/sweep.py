@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvstore.errors import ConfigError
+from kvstore.lab import compiled
 from kvstore.lab.optimum import optimal_hit_tokens
 from kvstore.lab.replay import replay
+from kvstore.lab.setup import HOST, Setup
 from kvstore.lab.traces import ReplayTrace
 from kvstore.units import parse_bytes
 
@@ -60,35 +62,67 @@ def sweep(
 
     LRU without a time to live is the floor, and is replayed though it be not among the policies.
     """
+    player = _Player(trace)
     prompt_tokens = trace.prompt_tokens or 1
     num_distinct = trace.num_distinct or 1
     for capacity in capacities:
         on_step(f"{trace.name}: the optimum at {capacity} blocks")
-        ceiling = optimal_hit_tokens(trace, capacity) / prompt_tokens
+        ceiling = player.optimal_tokens(capacity) / prompt_tokens
         on_step(f"{trace.name}: {LRU} at {capacity} blocks")
-        floor = replay(trace, capacity, policy=LRU)
+        floor = player.play(capacity, LRU, None)
+        floor_rate = sum(floor.hit_tokens.values()) / prompt_tokens
         for policy in policies:
+            played = floor
             if policy != LRU or ttl_s is not None:
                 on_step(f"{trace.name}: {policy} at {capacity} blocks")
-                report = replay(trace, capacity, policy=policy, ttl_s=ttl_s)
-            else:
-                report = floor
-            gap = ceiling - floor.hit_rate
+                played = player.play(capacity, policy, ttl_s)
+            hit_tokens = sum(played.hit_tokens.values())
+            rate, gap = hit_tokens / prompt_tokens, ceiling - floor_rate
             yield ReplayCell(
                 trace.name,
                 policy,
                 capacity,
                 capacity / num_distinct,
-                report.hit_rate,
-                {tier: tokens / prompt_tokens for tier, tokens in report.hit_tokens.items()},
-                report.prompt_tokens - sum(report.hit_tokens.values()),
-                floor.hit_rate,
+                rate,
+                {tier: tokens / prompt_tokens for tier, tokens in played.hit_tokens.items()},
+                trace.prompt_tokens - hit_tokens,
+                floor_rate,
                 ceiling,
-                (report.hit_rate - floor.hit_rate) / gap if gap >= LEAST_GAP else None,
-                report.num_requests,
-                report.cpu_s,
+                (rate - floor_rate) / gap if gap >= LEAST_GAP else None,
+                len(trace.requests),
+                played.cpu_s,
                 ttl_s,
             )
+
+
+@dataclass(frozen=True, slots=True)
+class _Hits:
+    hit_tokens: dict[str, int]
+    cpu_s: float
+
+
+class _Player:
+    """Plays one trace by the compiled engine, where that is built and knows the policy, else by the planner's."""
+
+    def __init__(self, trace: ReplayTrace) -> None:
+        self._trace = trace
+        self._arrays = compiled.TraceArrays.of(trace) if compiled.is_built else None
+
+    def play(self, capacity: int, policy: str, ttl_s: float | None) -> _Hits:
+        setup = Setup(((HOST, capacity),), policy, ttl_s)
+        if self._arrays is None or not compiled.can_play(setup):
+            report = replay(self._trace, capacity, policy=policy, ttl_s=ttl_s)
+            return _Hits(report.hit_tokens, report.cpu_s)
+        played = compiled.play(self._arrays, setup)
+        tokens = self._arrays.hit_tokens(played.hit_blocks).sum(axis=0)
+        names = [name for name, _ in setup.tiers]
+        return _Hits({name: int(num) for name, num in zip(names, tokens, strict=True) if num}, played.cpu_s)
+
+    def optimal_tokens(self, capacity: int) -> int:
+        if self._arrays is None:
+            return optimal_hit_tokens(self._trace, capacity)
+        played = compiled.optimum(self._arrays, capacity)
+        return int(self._arrays.hit_tokens(played.hit_blocks).sum())
 
 
 def parse_capacity(text: str, trace: ReplayTrace, bytes_per_token: int | None) -> int:
