@@ -25,6 +25,7 @@ from eviction.policy import NO_HINT, EvictionPolicy, Hint, K
 from radix.ordered import OrderedMap
 
 NEVER = 0.0  # a ttl that sets no deadline
+MAX_OVER = 1024  # loans that are over and still in the heap, beside as many as there are
 SET_BACK_S = 1.0  # time that goes back by less stands still: clocks of several cores, a correction in small steps
 
 
@@ -94,6 +95,16 @@ class Ttl(Generic[K]):
             unusual = filter(self._unusual.__contains__, keys)
             for ttl_s, group in groupby(unusual, key=self._unusual.__getitem__):
                 self._set_deadlines(list(group), now, ttl_s)
+
+    def shorten(self, keys: Iterable[K], now: float, left_s: float) -> None:
+        """Let keys live for `left_s` from now at most, until their next use; that is none. Unknown keys are ignored."""
+        now = self._seen(now)
+        for key in filter(self._inner.__contains__, keys):
+            loan = self._lent.get(key)
+            ttl_s = self._unusual.get(key, self._ttl_s) if loan is None else loan.ttl_s
+            left = min(left_s, self._deadline(key) - now)
+            self._leave_classes([key])
+            self._lend([key], now, left, ttl_s)
 
     def demote(self, keys: Iterable[K]) -> None:
         """Make keys the next victims after the expired ones."""
@@ -189,6 +200,9 @@ class Ttl(Generic[K]):
         for key in keys:
             loan = self._lent[key] = _Loan(now + left_s, next(self._order), left_s, ttl_s)
             heappush(self._lent_due, (loan.deadline, loan.number, key))
+        if len(self._lent_due) > 2 * len(self._lent) + MAX_OVER:  # the same keys, lent again and again
+            self._lent_due = [(loan.deadline, loan.number, key) for key, loan in self._lent.items()]
+            heapify(self._lent_due)
 
     def _take_back(self, keys: list[K], now: float) -> None:
         """Keys with a rest are used: from now on they live as long as others of their ttl."""

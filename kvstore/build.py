@@ -13,6 +13,7 @@ from kvstore.layout import Layout
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
 from kvstore.move.rows import RowMover
+from kvstore.plan.endings import one_word
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import PlanSettings
 from kvstore.plan.tier_plan import TierPlan
@@ -190,6 +191,7 @@ def _settings(config: Config, num_slots: int) -> PlanSettings:
         compute_wait_s=store.compute_wait_s,
         max_pinned_fraction=store.max_pinned_fraction,
         pin_max_s=store.pin_max_s,
+        ttl_after={one_word(reason): seconds for reason, seconds in store.ttl_after.items()},
         claimer=uuid4().bytes,
     )
 

@@ -119,7 +119,7 @@ def check_options(options: RequestOptions) -> None:
     if not (_is_finite(options.retain_until) and options.retain_until >= 0):
         told = _show(options.retain_until)
         raise RequestError(f"options.retain_until is {told}; it must be a Unix time, or 0 for no promise")
-    for name in ("pin", "single_flight", "whole"):
+    for name in ("pin", "single_flight", "whole", "last_turn"):
         if not isinstance(getattr(options, name), bool):
             raise RequestError(f"options.{name} is {_show(getattr(options, name))}; it must be a bool")
 

@@ -136,6 +136,7 @@ def _options(request: Any, plain: RequestOptions) -> RequestOptions:
             priority=int(hints.get("priority", 0)),
             ttl_s=float(ttl_s) if ttl_s is not None and float(ttl_s) > 0 else None,
             retain_until=max(0.0, float(hints.get("retain_until", 0.0))),
+            last_turn=hints.get("last_turn", False),
         )
         check_options(options)  # not every text that JSON can spell is one, nor is every number
     except (AttributeError, TypeError, ValueError, OverflowError, RequestError) as error:

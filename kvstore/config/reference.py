@@ -33,7 +33,7 @@ class Row:
     @property
     def json_value(self) -> Any:
         """The value as JSON has it: bytes and seconds as numbers; never a password."""
-        return self.value if isinstance(self.value, (bool, int, float, type(None))) else shown(str(self.value))
+        return self.value if isinstance(self.value, (bool, int, float, dict, type(None))) else shown(str(self.value))
 
     @property
     def text(self) -> str:
@@ -72,6 +72,8 @@ def markdown() -> str:
 def _readable(field: str, value: Any) -> str:
     if value is None:
         return "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{word}={format_seconds(seconds)}" for word, seconds in value.items()) or "none"
     if isinstance(value, bool):
         return str(value).lower()
     if field.endswith("_bytes"):
@@ -91,6 +93,8 @@ def _allowed(name: str, info: FieldInfo) -> str:
         from kvstore.policies import names
 
         return ", ".join(f"`{policy}`" for policy in (*names(), "package.module:Class"))
+    if get_origin(info.annotation) is dict:
+        return "times by word"
     bounds = []
     for mark in info.metadata:
         for kind, sign in ((Ge, "≥"), (Gt, ">"), (Le, "≤"), (Lt, "<")):

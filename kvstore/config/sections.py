@@ -44,6 +44,7 @@ from kvstore.config.values import (
     Policy,
     Seconds,
     SocketOrNone,
+    TimesByWord,
 )
 from kvstore.errors import ConfigError
 from kvstore.tiers import registry
@@ -104,6 +105,11 @@ class StoreConfig(Section):
         default=86400.0,
         gt=0,
         description="Longest time a pin or a retain_until keeps pages in host memory, whoever asked for it.",
+    )
+    ttl_after: TimesByWord = Field(
+        default={},
+        description="Pages that one session alone has used live no longer than this after its reply ended so, until "
+        "their next use: by finish reason (tool_use, end_turn, length, cancelled, or an engine's own word).",
     )
     lane_batch_pages: Count = Field(default=8, ge=1, le=1024, description="Pages a lane moves in one batch (a guess).")
     touch_interval_s: Seconds = Field(

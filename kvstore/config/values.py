@@ -7,6 +7,8 @@ A validator raises ValueError with the end of a sentence that begins with the fi
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -52,6 +54,24 @@ def _host_names(names: str | None) -> str | None:
         if not re.fullmatch(r"[A-Za-z0-9.:_-]+", name):
             raise ValueError("it must be names or addresses without ports, by commas, such as node,10.0.0.5")
     return names
+
+
+def _times_by_word(given: object) -> object:
+    """Read {"tool_use": "5min"}, or the same as text: "tool_use=5min, end_turn=1h"."""
+    right = 'it must be times by word, such as { tool_use = "5min", end_turn = "1h" } or "tool_use=5min, end_turn=1h"'
+    if given is None or (isinstance(given, str) and given.strip().lower() in ("", "none", "off", "{}")):
+        return {}
+    if isinstance(given, str):
+        pairs = [part.partition("=") for part in given.split(",") if part.strip()]
+        if not all(equals for _, equals, _ in pairs):
+            raise ValueError(right)
+        given = {word.strip(): time.strip() for word, _, time in pairs}
+    if not isinstance(given, Mapping) or not all(isinstance(word, str) and word for word in given):
+        raise ValueError(right)
+    times = {word: parse_seconds(time) for word, time in given.items()}
+    if not all(0 < seconds < inf for seconds in times.values()):
+        raise ValueError(f"{right}; each of them more than 0 s")
+    return times
 
 
 def daemon_url(url: str) -> str:
@@ -105,6 +125,7 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Ge(4096)]  # at least one a
 Count = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(allow_inf_nan=False)]
+TimesByWord = Annotated[dict[str, float], BeforeValidator(_times_by_word)]
 Policy = Annotated[str, AfterValidator(known_policy)]
 Admit = Literal["always", "second_use"]
 OrNone = BeforeValidator(_off_when_empty)  # "none", "off" and "" stand for None

@@ -140,6 +140,10 @@ class HostMemory:
         """Note a use of a path, given root first."""
         self.policy.touch((page for block in reversed(blocks) for page in block.pages), self._boot())
 
+    def shorten(self, pages: Sequence[Page], left_s: float) -> None:
+        """Pages, given tail first, live for `left_s` from now at most, until their next use."""
+        self.policy.shorten(pages, self._boot(), left_s)
+
     def expire(self) -> None:
         """Drop pages past their deadline, as many as a step may take; `is_late` says whether there may be more."""
         expired = self.policy.expired(self._boot(), STEP_BLOCKS)

@@ -11,6 +11,7 @@ from itertools import count, islice
 
 from kvstore.page import page_key
 from kvstore.plan.books import Books
+from kvstore.plan.endings import Ending, one_word
 from kvstore.plan.fetches import Fetches
 from kvstore.plan.loads import Loader
 from kvstore.plan.lookup import PrefixLookup
@@ -31,7 +32,7 @@ class InSteps:
 
     last_lease:     the highest number of a lease that was made.
     finish_reasons: how many requests ended with each; it predicts whether a turn follows (tool calls nearly always
-                    bring one), for policies to come. Callers choose the words: those after MAX_REASONS are "other".
+                    bring one). Callers choose the words: those after MAX_REASONS are "other".
     """
 
     def __init__(
@@ -116,24 +117,15 @@ class InSteps:
         self, request: Request, now: float, finish_reason: str = "", *, last_turn: bool = False
     ) -> Steps[None]:
         """Refresh the request's path in every tier, or let its private part go first if no turn will follow."""
+        reason = one_word(finish_reason)
         if finish_reason:
             if finish_reason not in self.finish_reasons and len(self.finish_reasons) >= MAX_REASONS:
                 finish_reason = "other"
             self.finish_reasons[finish_reason] = self.finish_reasons.get(finish_reason, 0) + 1
+        ending = Ending(reason, last_turn or request.options.last_turn)
         self._lookups.end(request)
-        self._saver.finished(request, now)
-        path = self._lookups.known_path(request)
-        yield from self._retention.using(path, request, now)
-        if request.options.pin or request.options.retain_until:
-            for part in parts(path):
-                if part is not path:
-                    yield
-                self._retention.promise(part, request)
-        if last_turn:
-            for part in parts(path):  # what comes last is the first to go
-                if part is not path:
-                    yield
-                self._retention.let_go_first(part, request)
+        self._saver.finished(request, ending, now)
+        yield from self._retention.ending(self._lookups.known_path(request), request, ending, now)
 
     def _end(self, lease_id: int, now: float) -> Steps[None]:
         """Carry on with the end of a lease, if it has begun."""

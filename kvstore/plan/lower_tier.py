@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from math import inf
 
 from kvstore.direction import Direction
 from kvstore.page import PageKey
@@ -27,6 +28,7 @@ from kvstore.plan.tier_plan import TierPlan
 from kvstore.plan.transfers import InFlight, TransferBook
 
 TOUCH_BATCH = 512  # keys; one Redis round trip or one LMDB transaction of a few milliseconds
+FOR_EVER_S = 10 * 365 * 86400.0  # a medium is told of no deadline by none at all, which leaves the one it has
 MAX_OWED_DELETES = 65_536  # keys that a tier which cannot be reached is owed; about 10 MB
 
 
@@ -188,8 +190,11 @@ class LowerTier:
         if self.plan.policy is not None and page.homes & self.bit:
             self.plan.policy.add((page,), self.wall(), page.block.hint)
 
-    def touch(self, blocks: Sequence[Block], fresh: Sequence[Block], now: float) -> None:
-        """Note a use of a path (root first); tell the medium about the blocks it was not told of lately (`fresh`)."""
+    def touch(self, blocks: Sequence[Block], fresh: Sequence[Block], now: float, *, is_limited: bool = False) -> None:
+        """Note a use of a path (root first); tell the medium about the blocks it was not told of lately (`fresh`).
+
+        is_limited: it may have been told of a time to live that they do not have any more.
+        """
         if self.plan.policy is not None:
             self.plan.policy.touch((page for block in reversed(blocks) for page in block.pages), self.wall())
         copies = [page for block in reversed(fresh) for page in block.pages if page.homes & self.bit]
@@ -202,8 +207,13 @@ class LowerTier:
                     batch,
                     priority=Priority.SAVE,
                     deadline=now + 60.0,
-                    expires_at=_deadline(self.wall(), ttl_s),
+                    expires_at=_deadline(self.wall(), ttl_s or (FOR_EVER_S if is_limited else 0.0)),
                 )
+
+    def shorten(self, pages: Sequence[Page], left_s: float) -> None:
+        """Pages, given tail first, live for `left_s` from now at most, until their next use."""
+        if self.plan.policy is not None:
+            self.plan.policy.shorten(pages, self.wall(), left_s)
 
     def set_ttl(self, pages: Sequence[Page]) -> None:
         """The hints of pages, given in path order, have another time to live, which begins now."""
@@ -353,6 +363,9 @@ class LowerTier:
             # touches the path.
             for hint, group in groupby(reversed(pages), key=lambda page: page.block.hint):
                 self.plan.policy.add(list(group), now, hint)
+            for page in pages:
+                if page.block.left_s != inf:
+                    self.plan.policy.shorten((page,), now, page.block.left_s)
         self.transfers.send(
             Op.SPILL,
             self.plan.name,
@@ -388,7 +401,8 @@ class LowerTier:
 
     def _ttl_s(self, page: Page) -> float:
         own = page.block.hint.ttl_s
-        return self.plan.ttl_s if own is None else own
+        ttl_s = self.plan.ttl_s if own is None else own
+        return ttl_s if page.block.left_s == inf else min(ttl_s or inf, page.block.left_s)
 
 
 def _deadline(now: float, ttl_s: float) -> float:

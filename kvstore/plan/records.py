@@ -6,7 +6,7 @@ travel. Times are seconds of the planner's clock unless a name says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import NamedTuple, overload
@@ -97,6 +97,7 @@ class RequestOptions:
     step_blocks:  blocks the engine computes and saves at once, counted from the root; single flight goes by them.
     whole:        a prompt that ends on the border of a block may be matched whole: the engine can take its last block
                   too, and computes the last token once more itself.
+    last_turn:    no turn of its session will follow, whatever is said at its end.
     """
 
     tenant: str = ""
@@ -108,6 +109,7 @@ class RequestOptions:
     single_flight: bool = False
     step_blocks: int = 1
     whole: bool = False
+    last_turn: bool = False
 
 
 @dataclass(slots=True)
@@ -344,6 +346,8 @@ class PlanSettings:
     compute_wait_s: longest wait without progress for another request's computing (single flight); 0 never waits.
     max_pinned_fraction: share of the host slots that pins and promises of `retain_until` may hold, all together.
     pin_max_s:   after so long each of them ends.
+    ttl_after:   seconds that pages of one session alone live on at most, by the word (endings.py) of why its last reply
+                 ended; until their next use.
     claimer:     names this store among those that share a tier; no two have the same.
     """
 
@@ -360,4 +364,5 @@ class PlanSettings:
     compute_wait_s: float = 10.0
     max_pinned_fraction: float = 0.5
     pin_max_s: float = 86400.0
+    ttl_after: Mapping[str, float] = field(default_factory=dict)
     claimer: bytes = b""

@@ -1,8 +1,8 @@
 """Retention: the effect of a path's use on every tier's order, and of callers' wishes to keep it.
 
-Retention has four words on all tiers: recency (`use`), time to live (`set_ttl`), promises to keep in host memory
-(`promise`), and the opposite (`let_go_first`, `leave`). The planner finds the blocks; here it is said to whom it
-matters.
+Retention has four words on all tiers: recency and how a use ends (`ending`), time to live (`set_ttl`), promises to keep
+in host memory (`promise`), and the opposite (`let_go_first`, `leave`). The planner finds the blocks; here it is said to
+whom it matters.
 
 Promises, the keeper's part, are pins of an operator and "retain until" of a request. A kept block holds one pin on
 each of its resident pages, whatever the number of reasons; the latest deadline counts, and the word of who gave it. A
@@ -21,10 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import count
+from math import inf
 
 from eviction.policy import Hint
 from kvstore.clock import LARGE_STEP_S
 from kvstore.plan.books import Books
+from kvstore.plan.endings import Ending
 from kvstore.plan.records import Request
 from kvstore.plan.state import SHARED_SESSION, Block, Page, PageState
 from kvstore.plan.steps import STEP_PAGES, Steps, parts, parts_from_tail
@@ -63,15 +65,33 @@ class Retention:
         self._host = books.host
         self._tiers = books.tiers
         self._touch_interval_s = books.settings.touch_interval_s  # media are told of a use at most this often
+        self._ttl_after = books.settings.ttl_after
 
-    def using(self, path: Sequence[Block], request: Request, now: float) -> Steps[None]:
-        """Refresh a path: in the policies always, at the media not more often than every touch_interval_s."""
+    def ending(self, path: Sequence[Block], request: Request, ending: Ending, now: float) -> Steps[None]:
+        """A request is over: refresh its path, promise what it asked for, let go of what no turn will come back to."""
+        yield from self._using(path, request, self._ttl_after.get(ending.reason, inf), now)
+        if request.options.pin or request.options.retain_until:
+            for part in parts(path):
+                if part is not path:
+                    yield
+                self.promise(part, request)
+        if ending.last_turn:
+            for part in parts(path):  # what comes last is the first to go
+                if part is not path:
+                    yield
+                self.let_go_first(part, request)
+
+    def _using(self, path: Sequence[Block], request: Request, left_s: float, now: float) -> Steps[None]:
+        """Refresh a path: in the policies always, at the media not more often than every touch_interval_s.
+
+        left_s: the longest that what only this session has used lives from now on, until its next use.
+        """
         used_before: list[Block] = []
         for part in parts_from_tail(path, 2 * STEP_PAGES):  # a use costs half of what other bookings do
             if part is not path:
                 yield
                 part = [block for block in part if not block.is_removed]
-            used_before[:0] = self._use(part, request, now)
+            used_before[:0] = self._use(part, request, left_s, now)
         for part in parts(used_before):
             if part is not used_before:
                 yield
@@ -79,17 +99,39 @@ class Retention:
             for tier in self._tiers:
                 tier.make_up(part, now)
 
-    def _use(self, path: Sequence[Block], request: Request, now: float) -> list[Block]:
+    def _use(self, path: Sequence[Block], request: Request, left_s: float, now: float) -> list[Block]:
         """The same of a part of a path; returns the blocks that a medium should have had for some time."""
         self.note_session(path, request)
         self._host.touch(path)
+        ending = self._limit(path, request, left_s, now) if self._ttl_after else ()
         fresh = [block for block in path if now - block.touched_at > self._touch_interval_s]
         used_before = [block for block in fresh if block.touched_at > float("-inf")]
         for block in fresh:
             block.touched_at = now
         for tier in self._tiers:
-            tier.touch(path, fresh, now)
+            tier.touch(path, fresh, now, is_limited=bool(self._ttl_after))
+        if ending:
+            pages = [page for block in reversed(ending) for page in block.pages]
+            self._host.shorten(pages, left_s)
+            for tier in self._tiers:
+                tier.shorten(pages, left_s)
         return used_before
+
+    def _limit(self, path: Sequence[Block], request: Request, left_s: float, now: float) -> list[Block]:
+        """Note with blocks how long they live from this use on; returns those whose time is limited by the session's.
+
+        The media are told of those where that is another time than before, however lately they were told of a use.
+        """
+        session, long_ago = _session(request), now - self._touch_interval_s - 1.0
+        ending: list[Block] = []
+        for block in path:
+            own_s = left_s if block.session == session else inf
+            if own_s != block.left_s:
+                block.left_s = own_s
+                block.touched_at = min(block.touched_at, long_ago)
+            if own_s != inf:
+                ending.append(block)
+        return ending
 
     def note_session(self, blocks: Sequence[Block], request: Request) -> None:
         """Remember whose blocks these are, for `let_go_first`."""

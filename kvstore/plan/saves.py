@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import compress
 
 from kvstore.plan.books import Books
+from kvstore.plan.endings import Ending
 from kvstore.plan.lookup import PrefixLookup
 from kvstore.plan.records import Request, SaveLease, SlotPages
 from kvstore.plan.retention import Retention
@@ -37,7 +38,7 @@ class Saver:
         self._host = books.host
         self._catalog = books.catalog
         self._tiers = books.tiers
-        self._finishing: set[int] = set()  # requests that ended while they were being saved
+        self._finishing: dict[int, Ending] = {}  # requests that ended while they were being saved
 
     def preparing(self, lease_id: int, request: Request, first: int, num_blocks: int, owner: str) -> Steps[SaveLease]:
         """Make a save lease over the pages of blocks [first, first + num_blocks) that host memory does not have.
@@ -116,16 +117,17 @@ class Saver:
             self._single_flight.end(request, now)
         for tier in self._tiers:
             tier.pump(now)
-        if request.id in self._finishing:
+        ending = self._finishing.get(request.id)
+        if ending is not None:
             if not self._is_saving(request):
-                self._finishing.discard(request.id)
+                self._finishing.pop(request.id, None)
                 self._single_flight.end(request, now)
-            yield from self._retention.using(self._lookups.known_path(request), request, now)
+            yield from self._retention.ending(self._lookups.known_path(request), request, ending, now)
 
-    def finished(self, request: Request, now: float) -> None:
+    def finished(self, request: Request, ending: Ending, now: float) -> None:
         """A request is over: nobody waits any longer for what it computes, unless that is still being saved."""
         if self._is_saving(request):
-            self._finishing.add(request.id)
+            self._finishing[request.id] = ending
         else:
             self._single_flight.end(request, now)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from math import inf
 
 from eviction.policy import NO_HINT, Hint
 from kvstore.page import PageKey, PageMeta, page_key
@@ -71,6 +72,7 @@ class Block:
     """One known block of tokens.
 
     session:    name of the only session that used it, SHARED_SESSION after a second one came.
+    left_s:     seconds that it lives from its last use on, where that is less than its time to live; else inf.
     touched_at: when the lower tiers were last told of a use (planner's clock).
     num_loads:  loads that ended with this block, or with one that continued it and was pruned since. So what was loaded
                 through a block is a sum over all that continues it, and a load counts in one place.
@@ -83,6 +85,7 @@ class Block:
         "hint",
         "is_removed",
         "key",
+        "left_s",
         "loaded_at",
         "num_loads",
         "pages",
@@ -101,6 +104,7 @@ class Block:
         self.hint: Hint = NO_HINT
         self.session = ""
         self.tokens = b""
+        self.left_s = inf
         self.touched_at = NEVER
         self.num_loads = 0
         self.loaded_at = NEVER

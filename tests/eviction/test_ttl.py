@@ -321,3 +321,44 @@ def test_a_policy_knows_that_no_key_has_a_deadline() -> None:
     policy.discard(["c"])
     assert policy.expired(8.0) == []
     assert not policy.has_deadlines
+
+
+def test_a_key_whose_time_is_shortened_has_its_own_again_from_its_next_use_on(policy: Ttl[str]) -> None:
+    policy.add("ab", 0.0)
+
+    policy.shorten("ab", 1.0, 2.0)
+    policy.touch("b", 2.0)
+
+    assert policy.expired(3.0) == ["a"]
+    assert policy.expired(11.9) == ["a"]
+    assert policy.expired(12.0) == ["a", "b"]
+
+
+def test_no_key_lives_longer_because_its_time_is_shortened(policy: Ttl[str]) -> None:
+    policy.add("a", 0.0)
+
+    policy.shorten("ab", 5.0, 60.0)
+
+    assert policy.expired(10.0) == ["a"]
+    assert "b" not in policy
+
+
+def test_shortening_is_no_use() -> None:
+    policy: Ttl[str] = Ttl(Lru())
+    policy.add("ab", 0.0)
+
+    policy.shorten("a", 1.0, 60.0)
+
+    assert policy.victims(1) == ["a"]
+
+
+def test_a_key_that_is_shortened_again_and_again_is_remembered_once(policy: Ttl[str]) -> None:
+    policy.add("a", 0.0)
+
+    for second in range(10_000):
+        policy.touch("a", second)
+        policy.shorten("a", second, 5.0)
+
+    assert len(policy._lent_due) < 2000
+    assert policy.expired(10_003.9) == []
+    assert policy.expired(10_004.0) == ["a"]

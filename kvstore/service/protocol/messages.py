@@ -65,6 +65,7 @@ class Options(FrameContent):
     single_flight: bool = False
     step_blocks: int = 1
     whole: bool = False
+    last_turn: bool = False
 
     @staticmethod
     def of(options: RequestOptions) -> Options | None:

@@ -347,6 +347,7 @@ def test_hints_of_a_request_reach_the_store(world: World) -> None:
         {"priority": "high"},
         {"ttl_s": [60]},
         {"retain_until": "soon"},
+        {"last_turn": "yes"},
         {"session": "\ud800"},
         {"session": "s" * 2000},
         {"priority": 1 << 40},
