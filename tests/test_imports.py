@@ -282,6 +282,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.tiers.registry",
         "kvstore.web",
     ),
+    # Texts and tokens: knows no store.
+    "kvstore.prefix": ("kvstore.errors", "kvstore.extras", "kvstore.prefix", "radix"),
+    "kvstore.prefix.child": (),  # a process of its own, which loads nothing of ours
     "kvstore.devices": ("kvstore.layout", "kvstore.page", "kvstore.codec", "kvstore.errors", "kvstore.devices"),
     "kvstore.extras": ("kvstore.errors",),
     "kvstore.palette": (),
@@ -362,7 +365,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     ),
     # workloads stand in for a lane; a replica computes on one thread beside its event loop
     "concurrent": ("kvstore.move", "kvstore.tiers", "kvstore.lab.workloads", "kvstore.cluster"),
-    "transformers": ("connectors", "kvstore.demo", "kvstore.lab.workloads.model"),
+    "transformers": ("connectors", "kvstore.demo", "kvstore.lab.workloads.model", "kvstore.prefix.template"),
     "vllm": ("connectors",),
     "sglang": ("connectors",),
     "pytest": ("kvstore.testing.contracts",),  # of what is installed, nothing else needs them

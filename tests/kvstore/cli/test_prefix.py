@@ -1,0 +1,64 @@
+"""`kvstore prefix` tells, in words, in JSON and by its exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvstore.cli.app import app
+from tests.kvstore.prefix import templates
+
+
+def run(*arguments: str, code: int) -> str:
+    result = CliRunner().invoke(app, ["prefix", *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("STABLE", "TOOLS_MOVE", "REFUSES_ALL", "NO_TEMPLATE"):
+        (tmp_path / f"{name}.jinja").write_text(getattr(templates, name))
+    return tmp_path
+
+
+def test_a_stable_template_ends_with_0_and_says_that_tokens_are_estimates(folder: Path) -> None:
+    printed = run(str(folder / "STABLE.jinja"), code=0)
+
+    assert "stable: every turn begins with the prompt before it" in printed
+    assert "Tokens are estimates of a stand-in" in printed
+
+
+def test_an_unstable_one_ends_with_1_names_why_and_writes_json(folder: Path) -> None:
+    printed = run(str(folder / "TOOLS_MOVE.jinja"), "--json", str(folder / "out.json"), "--block-size", "16", code=1)
+
+    assert "tool list moves" in printed
+    assert json.loads((folder / "out.json").read_text())["stable"] is False
+
+
+@pytest.mark.parametrize("name", ["REFUSES_ALL.jinja", "NO_TEMPLATE.jinja", "nowhere.jinja"])
+def test_what_cannot_be_told_ends_with_2(folder: Path, name: str) -> None:
+    run(str(folder / name), code=2)
+
+
+@pytest.mark.parametrize(
+    "option", [("--block-size", "0"), ("--block-size", "x"), ("--kwargs", "[1]"), ("--kwargs", "{")]
+)
+def test_a_wrong_option_is_told(folder: Path, option: tuple[str, str]) -> None:
+    assert option[0] in run(str(folder / "STABLE.jinja"), *option, code=2)
+
+
+def test_a_model_directory_counts_with_its_own_tokenizer(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from kvstore.demo.random_model import byte_tokenizer
+
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(templates.STABLE)
+
+    printed = run(str(tmp_path), "--json", str(tmp_path / "out.json"), code=0)
+
+    assert "estimates" not in printed
+    assert json.loads((tmp_path / "out.json").read_text())["tokens_are_estimates"] is False
