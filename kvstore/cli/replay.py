@@ -35,6 +35,15 @@ def replay(
     ] = None,
     max_requests: Annotated[int | None, typer.Option(min=1, help="Read the first ones only.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave broken lines out, and count them.")] = False,
+    format_name: Annotated[
+        str | None, typer.Option("--format", metavar="NAME", help="Of the traces, where the first line is not to say.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_ID", help="For traces that hold prompts as text.")
+    ] = None,
+    write_kvt: Annotated[
+        Path | None, typer.Option("--write-kvt", metavar="FILE", help="Only write the trace as kvt1 (.zst, .gz too).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one record for each row.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the JSON to this file.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw hit rate over capacity (PNG).")] = None,
@@ -61,7 +70,20 @@ def replay(
     with progress.status("") as status:
         for path in traces:
             status.update(f"reading {path}")
-            trace = read_trace(path, block_tokens=block_size, max_requests=max_requests, skip_bad=skip_bad)
+            trace = read_trace(
+                path,
+                format_name=format_name,
+                block_tokens=block_size,
+                max_requests=max_requests,
+                skip_bad=skip_bad,
+                tokenizer=tokenizer,
+                on_progress=status.update,
+            )
+            for note in trace.notes:
+                progress.print(f"{path}: {note}", markup=False, soft_wrap=True)
+            if write_kvt is not None:
+                _write(trace, write_kvt, len(traces))
+                continue
             capacities = sorted({parse_capacity(text, trace, bytes_per_token) for text in _words(capacity)})
             found = list(sweep(trace, capacities, policies, ttl_s, on_step=status.update))
             cells += found
@@ -77,6 +99,15 @@ def replay(
         progress.print(f"plot: {plot}")
     if as_json:
         print_json(records)
+
+
+def _write(trace: ReplayTrace, path: Path, num_traces: int) -> None:
+    from kvstore.lab.traces.kvt1 import write_kvt
+
+    if num_traces > 1:
+        raise ConfigError(f"--write-kvt {path} takes one trace; {num_traces} are given")
+    write_kvt(trace, path)
+    console(stderr=True).print(f"{path}: {len(trace.requests)} requests, {path.stat().st_size} bytes", markup=False)
 
 
 def _check_policy(name: str) -> None:

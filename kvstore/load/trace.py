@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.errors import ConfigError
-from kvstore.load.kvt import HEADER, broken_line, next_line, open_lines, read_header, read_kvt
+from kvstore.load.kvt import HEADER, read_header, read_kvt
+from kvstore.load.lines import broken_line, next_line, open_lines, rest_of
 from kvstore.load.requests import COMPLETIONS, VOCAB_SIZE, Blocks, PlannedRequest, Workload
 
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -63,7 +64,7 @@ class Trace:
         size = self.block_tokens or own
         sessions: list[int] = []
         requests: list[PlannedRequest] = []
-        for number, read in enumerate(islice(read_kvt(self.path, lines), self.requests)):
+        for number, read in enumerate(islice(read_kvt(self.path, rest_of(self.path, lines)), self.requests)):
             sessions.append(read.session)
             num_tokens = min(max(1, round(read.num_prompt_tokens * size / own)), self.max_prompt_tokens)
             # Whoever continues a session's request has read its answer; what merely shares a prefix has not.

@@ -141,9 +141,10 @@ def test_a_line_that_no_store_can_have_seen_is_told(tmp_path: Path, ids: list[in
 def test_a_file_that_is_no_trace_is_told(tmp_path: Path) -> None:
     path = tmp_path / "a.kvt"
     for content, told in (
-        (b'{"format": "other"}\n', "a.kvt:1: expected a kvt1 header"),
+        (b'{"format": "other"}\n', "a.kvt:1: expected the first line of a trace .kvt1: .*; mooncake: .*; bailian: "),
         (b"hello\n", "a.kvt:1: expected the first line of a trace"),
-        (b"", "a.kvt:1: expected the first line of a trace"),
+        (b"", "a.kvt is empty"),
+        (b"\n", "a.kvt is empty"),
         (lines(KVT[:1]), "no request in it"),
         (lines([MOONCAKE[1], MOONCAKE[0]]), "request 2 came at 0 s, before the one above it at 2.5 s"),
     ):
