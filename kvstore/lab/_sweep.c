@@ -3,7 +3,7 @@
  *   next_uses(offsets, ids, num_blocks, out)
  *   play(offsets, ids, times, num_blocks, policy, capacities, ttl_s, options, hits, on_progress) -> written
  *   optimum(offsets, ids, next_uses, num_blocks, capacity, must_keep, hits, on_progress)
- *   access(ids, num_blocks, policy, capacity) -> hits
+ *   access(offsets, ids, num_blocks, policy, capacity) -> hits
  *   POLICIES: the names that it knows
  *
  * offsets: int64, one more than requests; ids: int32, the blocks of all requests, each in [0, num_blocks). times: double.
@@ -14,95 +14,17 @@
 #include <Python.h>
 
 #include "_sweep_arc.h"
+#include "_sweep_arguments.h"
+#include "_sweep_flat.h"
 #include "_sweep_fleet.h"
 #include "_sweep_lfu.h"
 #include "_sweep_lru.h"
 #include "_sweep_min.h"
+#include "_sweep_s3fifo.h"
+#include "_sweep_sieve.h"
 
-static const PolicyKind *const KINDS[] = {&LRU, &FIFO, &LFU, &ARC};
+static const PolicyKind *const KINDS[] = {&LRU, &FIFO, &LFU, &ARC, &SIEVE, &S3FIFO, &TOLD_S3FIFO};
 enum { NUM_KINDS = sizeof KINDS / sizeof *KINDS, STEP_REFERENCES = 1 << 20 };
-
-/* ---- arguments ---- */
-
-typedef struct {
-    Py_buffer offsets, ids;
-    const int64_t *starts;
-    const int32_t *blocks;
-    int32_t num_requests, longest;
-    int64_t num_blocks;
-} Trace;
-
-/* A contiguous array of `item_bytes` each; -1 with an exception if it is none. */
-static int get_array(PyObject *object, Py_buffer *view, Py_ssize_t item_bytes, int is_writable, const char *name)
-{
-    if (PyObject_GetBuffer(object, view, is_writable ? PyBUF_CONTIG : PyBUF_CONTIG_RO) < 0)
-        return -1;
-    if (view->itemsize == item_bytes)
-        return 0;
-    PyErr_Format(PyExc_ValueError, "%s has items of %zd bytes, not %zd", name, view->itemsize, item_bytes);
-    PyBuffer_Release(view);
-    return -1;
-}
-
-static void release_trace(Trace *trace)
-{
-    PyBuffer_Release(&trace->offsets);
-    PyBuffer_Release(&trace->ids);
-}
-
-static int check_trace(Trace *trace)
-{
-    int64_t num_requests = trace->offsets.len / 8 - 1, num_ids = trace->ids.len / 4, longest = 0;
-    if (num_requests < 0 || num_requests >= INT32_MAX || trace->num_blocks < 0 || trace->num_blocks >= INT32_MAX / 2)
-        return -1;
-    trace->starts = trace->offsets.buf;
-    trace->blocks = trace->ids.buf;
-    if (trace->starts[0] != 0 || trace->starts[num_requests] != num_ids)
-        return -1;
-    for (int64_t i = 0; i < num_requests; i++) {
-        int64_t length = trace->starts[i + 1] - trace->starts[i];
-        if (length < 0 || length > num_ids)
-            return -1;
-        longest = length > longest ? length : longest;
-    }
-    for (int64_t i = 0; i < num_ids; i++)
-        if (trace->blocks[i] < 0 || trace->blocks[i] >= trace->num_blocks)
-            return -1;
-    trace->num_requests = (int32_t)num_requests;
-    trace->longest = (int32_t)longest;
-    return longest >= INT32_MAX ? -1 : 0;
-}
-
-static int get_trace(PyObject *offsets, PyObject *ids, Py_ssize_t num_blocks, Trace *trace)
-{
-    memset(trace, 0, sizeof *trace);
-    trace->num_blocks = num_blocks;
-    if (get_array(offsets, &trace->offsets, 8, 0, "offsets") < 0)
-        return -1;
-    if (get_array(ids, &trace->ids, 4, 0, "ids") < 0) {
-        PyBuffer_Release(&trace->offsets);
-        return -1;
-    }
-    if (check_trace(trace) < 0) {
-        PyErr_SetString(PyExc_ValueError, "offsets and ids are not those of a trace of so many blocks");
-        release_trace(trace);
-        return -1;
-    }
-    return 0;
-}
-
-/* An array with `num_items` items, which belong to the trace's requests or references. */
-static int get_parallel(PyObject *object, Py_buffer *view, Py_ssize_t item_bytes, int64_t num_items, int is_writable,
-                        const char *name)
-{
-    if (get_array(object, view, item_bytes, is_writable, name) < 0)
-        return -1;
-    if (view->len == num_items * item_bytes)
-        return 0;
-    PyErr_Format(PyExc_ValueError, "%s has %zd items, not %lld", name, view->len / item_bytes, (long long)num_items);
-    PyBuffer_Release(view);
-    return -1;
-}
 
 static const PolicyKind *find_kind(const char *name)
 {
@@ -357,10 +279,56 @@ no_uses:
     return done;
 }
 
+/* ---- a cache of single blocks ---- */
+
+static int access_all(FlatCache *cache, const Trace *trace)
+{
+    for (int32_t first = 0; first < trace->num_requests;) {
+        int32_t end = step_end(trace, first);
+        Py_BEGIN_ALLOW_THREADS
+        for (int64_t i = trace->starts[first]; i < trace->starts[end]; i++)
+            flat_access(cache, trace->blocks[i]);
+        Py_END_ALLOW_THREADS
+        first = end;
+        if (PyErr_CheckSignals() < 0)
+            return -1;
+    }
+    return 0;
+}
+
+static PyObject *sweep_access(PyObject *module, PyObject *args)
+{
+    PyObject *offsets, *ids, *hits = NULL;
+    Py_ssize_t num_blocks;
+    const char *policy;
+    long long capacity;
+    Trace trace;
+    if (!PyArg_ParseTuple(args, "OOnsL", &offsets, &ids, &num_blocks, &policy, &capacity))
+        return NULL;
+    const PolicyKind *kind = find_kind(policy);
+    if (kind == NULL)
+        return NULL;
+    if (capacity < 1)
+        return PyErr_Format(PyExc_ValueError, "a cache of %lld blocks", capacity);
+    if (get_trace(offsets, ids, num_blocks, &trace) < 0)
+        return NULL;
+    Memory memory = {0};
+    FlatCache cache = {0};
+    make_flat(&cache, &memory, kind, (int32_t)num_blocks, capacity);
+    if (memory.has_failed)
+        PyErr_NoMemory();
+    else if (access_all(&cache, &trace) == 0)
+        hits = PyLong_FromLongLong(cache.hits);
+    free_memory(&memory);
+    release_trace(&trace);
+    return hits;
+}
+
 static PyMethodDef METHODS[] = {
     {"next_uses", sweep_next_uses, METH_VARARGS, "Fill in for each reference the number of the next request with its block."},
     {"play", sweep_play, METH_VARARGS, "Play a trace through stores; return the blocks written to each tier."},
     {"optimum", sweep_optimum, METH_VARARGS, "Fill in how many blocks of each request the offline optimum hits."},
+    {"access", sweep_access, METH_VARARGS, "Give a cache of single blocks one after the other; return how many it had."},
     {NULL, NULL, 0, NULL},
 };
 

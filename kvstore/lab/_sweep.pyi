@@ -32,3 +32,6 @@ def optimum(
     on_progress: Callable[[int], object] | None,
     /,
 ) -> None: ...
+def access(
+    offsets: npt.NDArray[np.int64], ids: npt.NDArray[np.int32], num_blocks: int, policy: str, capacity: int, /
+) -> int: ...

@@ -17,7 +17,7 @@ typedef struct {
     uint8_t *place;
     int64_t length[ARC_LISTS];
     int64_t capacity;
-    int64_t target;
+    double target;
     int32_t first_list;
     int is_from_again; /* the block that comes had left `again` */
 } Arc;
@@ -63,12 +63,12 @@ static void arc_expect(void *order, int32_t block)
     int64_t *length = arc->length;
     arc->is_from_again = arc->place[block] == ARC_AGAIN_LEFT;
     if (arc->place[block] == ARC_ONCE_LEFT) {
-        int64_t step = length[ARC_AGAIN_LEFT] / length[ARC_ONCE_LEFT]; /* whole blocks, as libCacheSim has it */
+        double step = (double)length[ARC_AGAIN_LEFT] / (double)length[ARC_ONCE_LEFT];
         arc->target += step > 1 ? step : 1;
-        if (arc->target > arc->capacity)
-            arc->target = arc->capacity;
+        if (arc->target > (double)arc->capacity)
+            arc->target = (double)arc->capacity;
     } else if (arc->is_from_again) {
-        int64_t step = length[ARC_ONCE_LEFT] / length[ARC_AGAIN_LEFT];
+        double step = (double)length[ARC_ONCE_LEFT] / (double)length[ARC_AGAIN_LEFT];
         arc->target -= step > 1 ? step : 1;
         if (arc->target < 0)
             arc->target = 0;
@@ -82,7 +82,7 @@ static int64_t arc_victims(void *order, int64_t n, int32_t *out)
     int32_t end_once = arc->first_list + ARC_ONCE, end_again = arc->first_list + ARC_AGAIN;
     int32_t once = arc->links[end_once].next, again = arc->links[end_again].next;
     while (found < n && (once != end_once || again != end_again)) {
-        int is_over = left > arc->target || (arc->is_from_again && left == arc->target);
+        int is_over = (double)left > arc->target || (arc->is_from_again && (double)left == arc->target);
         if (once != end_once && (is_over || again == end_again)) {
             out[found++] = once;
             once = arc->links[once].next;
@@ -118,6 +118,15 @@ static void arc_touch(void *order, int32_t block) { arc_put(order, block, ARC_AG
 
 static void arc_discard(void *order, int32_t block) { arc_take(order, block); }
 
-static const PolicyKind ARC = {"arc", 0, make_arc, arc_expect, arc_add, arc_touch, arc_victims, arc_leave, arc_discard};
+static const PolicyKind ARC = {
+    .name = "arc",
+    .make = make_arc,
+    .expect = arc_expect,
+    .add = arc_add,
+    .touch = arc_touch,
+    .victims = arc_victims,
+    .leave = arc_leave,
+    .discard = arc_discard,
+};
 
 #endif

@@ -72,7 +72,13 @@ static int64_t frequency_victims(void *order, int64_t n, int32_t *out)
 static void frequency_discard(void *order, int32_t block) { frequency_take(order, block); }
 
 static const PolicyKind LFU = {
-    "lfu",           0, make_frequency, NULL, frequency_add, frequency_touch, frequency_victims, frequency_discard,
-    frequency_discard};
+    .name = "lfu",
+    .make = make_frequency,
+    .add = frequency_add,
+    .touch = frequency_touch,
+    .victims = frequency_victims,
+    .leave = frequency_discard,
+    .discard = frequency_discard,
+};
 
 #endif

@@ -47,8 +47,22 @@ static void recency_discard(void *order, int32_t block)
 }
 
 static const PolicyKind LRU = {
-    "lru", 1, make_recency, NULL, recency_add, recency_touch, recency_victims, recency_discard, recency_discard};
+    .name = "lru",
+    .touches_new = 1,
+    .make = make_recency,
+    .add = recency_add,
+    .touch = recency_touch,
+    .victims = recency_victims,
+    .leave = recency_discard,
+    .discard = recency_discard,
+};
 static const PolicyKind FIFO = {
-    "fifo", 0, make_recency, NULL, recency_add, NULL, recency_victims, recency_discard, recency_discard};
+    .name = "fifo",
+    .make = make_recency,
+    .add = recency_add,
+    .victims = recency_victims,
+    .leave = recency_discard,
+    .discard = recency_discard,
+};
 
 #endif

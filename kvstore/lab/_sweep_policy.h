@@ -3,9 +3,11 @@
  * It follows eviction/policy.py: a policy orders what its tier holds, and is told what comes, is used and leaves. Paths
  * are told tail first. A policy that has nothing to do for one of the verbs leaves it NULL.
  *
- *   expect   a block that is not held will be added; called before room is made for it
+ *   expect   a block that is not in the tier will be added; called before room is made for it
  *   add      a block comes; is_hit: the request that brings it found it in a tier below
- *   touch    a block that is held is used: it was on the path of a request
+ *   touch    a block that is in the tier is used: it was on the path of a request
+ *   hold     a block is in use, and no victim, until `release`, which counts the use; where the two are NULL a touch at
+ *            the end of the request says all
  *   victims  names up to n blocks, the next to leave first, and changes no membership
  *   leave    a victim leaves
  *   discard  a block leaves that is none: it is over, or moved to another tier
@@ -24,6 +26,8 @@ typedef struct {
     void (*expect)(void *order, int32_t block);
     void (*add)(void *order, int32_t block, int is_hit);
     void (*touch)(void *order, int32_t block);
+    void (*hold)(void *order, int32_t block);
+    void (*release)(void *order, int32_t block);
     int64_t (*victims)(void *order, int64_t n, int32_t *out);
     void (*leave)(void *order, int32_t block);
     void (*discard)(void *order, int32_t block);

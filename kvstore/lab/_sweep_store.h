@@ -229,8 +229,15 @@ static void serve(Store *store, const int32_t *path, int32_t length, double now,
         spot->fresh = 0;
         spot->flags |= USED_AGAIN;
     }
+    const Tier *host = &store->tiers[HOST];
+    for (int32_t i = 0; host->kind->hold != NULL && i < known; i++)
+        if (store->spots[path[i]].places & host->bit)
+            host->kind->hold(host->order, path[i]);
     if (known > hits[HOST])
         bring(store, path, 0, known, 1, now);
+    for (int32_t i = known - 1; host->kind->release != NULL && i >= 0; i--)
+        if ((store->spots[path[i]].places & host->bit) && !(store->spots[path[i]].fresh & host->bit))
+            host->kind->release(host->order, path[i]);
     for (int32_t i = known; i < length; i++) {
         store->spots[path[i]].turn = store->turn;
         store->spots[path[i]].fresh = 0;

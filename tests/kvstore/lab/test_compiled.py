@@ -63,12 +63,13 @@ def planned(trace: ReplayTrace, setup: Setup) -> tuple[np.ndarray[Any, Any], lis
     return hits, [tier.counters.spilled_pages for tier in engine.planner.books.tiers]
 
 
+@pytest.mark.parametrize("policy", sorted({"lru", "sieve", "s3fifo"} - set(compiled.AWAITED)))
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("ttl_s", [None, 30.0])
 @pytest.mark.parametrize("num_blocks", [3, 20, 60, 10_000])
-def test_host_memory_hits_what_the_planner_hits(seed: int, ttl_s: float | None, num_blocks: int) -> None:
+def test_host_memory_hits_what_the_planner_hits(policy: str, seed: int, ttl_s: float | None, num_blocks: int) -> None:
     trace = forest_traffic(seed)
-    setup = Setup(((HOST, num_blocks),), "lru", ttl_s)
+    setup = Setup(((HOST, num_blocks),), policy, ttl_s)
 
     played = compiled.play(TraceArrays.of(trace), setup)
 
