@@ -13,6 +13,8 @@ from kvstore.errors import ConfigError
 from kvstore.extras import require
 
 MAX_BLOCK = 1 << 20
+MAX_BAD_LINES = 20  # told each; the others are counted
+CANNOT_TELL = 2
 
 
 def prefix(
@@ -91,6 +93,10 @@ def _run(
     from kvstore.prefix.rendering import TemplateRefused
     from kvstore.prefix.template import load
 
+    if log is not None:
+        return _of_log(log, words, tokenizer, process, sizes)
+    if words[:1] == ["diff"]:
+        return _of_diff(words[1:], template, tokenizer, process, sizes)
     if len(words) != 1:
         raise ConfigError("name one model, directory or template; see kvstore prefix --help")
     model = load(words[0], tokenizer)
@@ -100,6 +106,75 @@ def _run(
         raise ConfigError(f"{words[0]} is no chat template: {refused}") from None
     view.print_diagnosis(console(), diagnosis)
     return diagnosis.exit_code, diagnosis.as_json()
+
+
+def _of_log(
+    log: Path, words: list[str], tokenizer: str | None, process: Any, sizes: tuple[int, ...]
+) -> tuple[int, dict[str, Any]]:
+    from kvstore.cli import prefix_view as view
+    from kvstore.prefix.requests import Request, read_log
+    from kvstore.prefix.traffic import Traffic
+
+    if len(words) > 1:
+        raise ConfigError("--log takes one template, or none")
+    traffic = Traffic(_model(words[0] if words else None, tokenizer), process, block_sizes=sizes)
+    bad: list[dict[str, Any]] = []
+    num_bad = 0
+    with log.open("rb") as lines:
+        for number, request in read_log(lines):
+            if isinstance(request, Request):
+                traffic.observe(request, f"line {number}")
+            else:
+                num_bad += 1
+                bad += [{"line": number, "reason": request}] if len(bad) < MAX_BAD_LINES else []
+    report = {**traffic.report(), "bad_lines": num_bad, "first_bad_lines": bad}
+    view.print_traffic(console(), report)
+    if not report["turns"]:
+        return CANNOT_TELL, report
+    return int(report["lost_tokens"] > 0), report
+
+
+def _of_diff(
+    files: list[str], template: str | None, tokenizer: str | None, process: Any, sizes: tuple[int, ...]
+) -> tuple[int, dict[str, Any]]:
+    from dataclasses import asdict
+
+    from kvstore.cli import prefix_view as view
+    from kvstore.errors import RequestError
+    from kvstore.prefix.rendering import TemplateRefused
+    from kvstore.prefix.requests import parse
+    from kvstore.prefix.traffic import Traffic
+
+    if len(files) != 2:
+        raise ConfigError("write kvstore prefix diff A.json B.json")
+    model = _model(template, tokenizer)
+    traffic = Traffic(model, process, block_sizes=sizes)
+
+    def render(file: str) -> Any:
+        try:
+            return traffic.render(parse(json.loads(Path(file).read_bytes())))
+        except (RequestError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{file} is no request: {str(error)[:200]}") from None
+        except TemplateRefused as error:
+            raise ConfigError(f"{file}: the template refuses it: {error}") from None
+
+    turn = traffic.compare(*map(render, files))
+    view.print_turn(console(), model, turn)
+    made = {
+        "mechanism": turn.mechanism.key if turn.mechanism else None,
+        "advice": turn.mechanism.advice if turn.mechanism else "",
+        "place": turn.explanation.place if turn.explanation else "",
+        "answer_reused": turn.explanation.answer if turn.explanation else None,
+        "lost_tokens": turn.difference.lost_tokens,
+        **asdict(turn.difference),
+    }
+    return int(turn.difference.lost_tokens > 0), made
+
+
+def _model(source: str | None, tokenizer: str | None) -> Any:
+    from kvstore.prefix.template import load, plain
+
+    return plain(tokenizer) if source is None else load(source, tokenizer)
 
 
 def _sizes(text: str) -> tuple[int, ...]:

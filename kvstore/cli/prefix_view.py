@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvstore.console import add_row, table
+from kvstore.prefix.difference import Window
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from kvstore.prefix.diagnosis import Diagnosis, ShapeReport
-    from kvstore.prefix.difference import Window
+    from kvstore.prefix.template import ModelTemplate
+    from kvstore.prefix.traffic import Turn
 
 VERDICTS = {0: "stable: every turn begins with the prompt before it", 1: "not stable", 2: "cannot tell"}
 OUTCOMES = {"kept": "yes", "tail": "no, its end", "inside": "no, inside"}
@@ -42,6 +44,67 @@ def print_diagnosis(output: Console, diagnosis: Diagnosis) -> None:
             output.print(f"  here: {finding.detail}", markup=False)
         _print_example(output, diagnosis, mechanism.key)
         output.print(f"  do: {mechanism.advice}", markup=False)
+
+
+def print_traffic(output: Console, report: dict[str, Any]) -> None:
+    """Print what a log's sessions lost: a row for each shape and mechanism, an example of each, and advice."""
+    from rich.text import Text
+
+    from kvstore.prefix.mechanisms import BY_KEY
+
+    head = f"{report['requests']} requests, {report['sessions']} sessions, {report['turns']} turns that follow another"
+    output.print(Text(head, style="bold"))
+    estimates = " (estimates of a stand-in)" if report["tokens_are_estimates"] else ""
+    output.print(f"template {report['template']}, tokens by {report['tokenizer']}{estimates}", markup=False)
+    output.print(
+        f"{report['prompt_tokens']} prompt tokens: {report['prefix_tokens']} begin as a prompt before them; "
+        f"{report['repeated_elsewhere_tokens']} repeat one elsewhere, where no prefix cache reaches them",
+        markup=False,
+    )
+    numbers = ("turns", "tokens lost", "per turn")
+    rows = table("conversation", "prefix", *numbers, right=numbers)
+    for group in report["groups"]:
+        title = "kept" if group["mechanism"] == "kept" else BY_KEY[group["mechanism"]].title
+        each = f"{group['lost_tokens'] / group['turns']:.0f}"
+        add_row(rows, group["shape"], title, str(group["turns"]), str(group["lost_tokens"]), each)
+    output.print(rows)
+    for key, found in report["examples"].items():
+        if key in BY_KEY:
+            output.print(Text(BY_KEY[key].title, style="bold red" if BY_KEY[key].breaks else "bold yellow"))
+            for one in found[:1]:
+                where = f", {one['place']}" if one["place"] else ""
+                output.print(f"  {one['at']}{where}: {one['lost_tokens']} tokens", markup=False)
+                print_window(output, Window(one["shared"], one["old"], one["new"]))
+            output.print(f"  do: {BY_KEY[key].advice}", markup=False)
+    if report["refused"]:
+        output.print(f"{report['refused']} requests were refused by the template", markup=False)
+    for bad in report["first_bad_lines"]:
+        output.print(f"line {bad['line']} is no request: {bad['reason']}", markup=False)
+    if report["bad_lines"] > len(report["first_bad_lines"]):
+        output.print(f"{report['bad_lines']} lines are no requests", markup=False)
+
+
+def print_turn(output: Console, model: ModelTemplate, turn: Turn) -> None:
+    """Print where the second of two requests leaves the first."""
+    from rich.text import Text
+
+    difference = turn.difference
+    estimates = " (estimates of a stand-in)" if model.tokenizer.is_stand_in else ""
+    pages = ", ".join(f"{lost} of {size}" for size, lost in difference.lost_pages.items())
+    title = turn.mechanism.title if turn.mechanism else "the second prompt begins with the first"
+    output.print(Text(title, style="bold"))
+    output.print(
+        f"{difference.common_tokens} of {difference.old_tokens} tokens are shared{estimates}; lost pages: {pages}",
+        markup=False,
+    )
+    if turn.explanation and turn.explanation.place:
+        output.print(f"first difference: {turn.explanation.place}", markup=False)
+    if turn.explanation and turn.explanation.between:
+        output.print(f"between prompt and answer: {visible(turn.explanation.between[:120])}", markup=False)
+    if difference.lost_tokens:
+        print_window(output, difference.window)
+    if turn.mechanism:
+        output.print(f"do: {turn.mechanism.advice}", markup=False)
 
 
 def print_window(output: Console, window: Window) -> None:

@@ -70,6 +70,17 @@ def load(source: str, tokenizer: str | None = None) -> ModelTemplate:
     return ModelTemplate(found.name, Template(found.template.text, own[1]), own[0])
 
 
+def plain(tokenizer: str | None = None) -> ModelTemplate:
+    """Return the template in the place of one that is not at hand: it keeps every prefix that a client keeps."""
+    note = "no template named: messages are put one after another, so only what clients change is seen"
+    found = ModelTemplate("plain", PLAIN, StandIn(), (note,))
+    if tokenizer is None:
+        return found
+    other = Path(tokenizer).expanduser()
+    own = _tokens_of_directory(other) if other.is_dir() else _tokens_of_hub(tokenizer)
+    return ModelTemplate("plain", PLAIN, own[0], (note,))
+
+
 def _of_directory(path: Path) -> ModelTemplate:
     settings = _settings(path)
     file = path / "chat_template.jinja"

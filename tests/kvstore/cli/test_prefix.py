@@ -62,3 +62,45 @@ def test_a_model_directory_counts_with_its_own_tokenizer(tmp_path: Path) -> None
 
     assert "estimates" not in printed
     assert json.loads((tmp_path / "out.json").read_text())["tokens_are_estimates"] is False
+
+
+QUESTION = {"role": "user", "content": "When does the ferry leave the island?"}
+ANSWER = {"role": "assistant", "content": "It leaves at seven."}
+
+
+def test_a_log_is_read_line_by_line_and_bad_lines_are_told(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    second = [
+        {"role": "system", "content": "Be brief."},
+        QUESTION,
+        ANSWER,
+        {"role": "user", "content": "And tomorrow?"},
+    ]
+    log.write_text("\n".join([json.dumps({"messages": [QUESTION]}), "nonsense", json.dumps({"messages": second})]))
+
+    printed = run("--log", str(log), code=1)
+
+    assert "2 requests, 1 sessions, 1 turns" in printed
+    assert "client changed the system message" in printed
+    assert "line 2 is no request: it is not JSON" in printed
+
+
+def test_a_log_without_a_second_turn_leaves_it_open(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text(json.dumps({"messages": [QUESTION]}))
+
+    run("--log", str(tmp_path / "log.jsonl"), code=2)
+
+
+@pytest.mark.parametrize(("name", "code", "told"), [("STABLE", 0, "begins with"), ("TOOLS_MOVE", 1, "tool list moves")])
+def test_two_requests_are_compared(folder: Path, name: str, code: int, told: str) -> None:
+    tools = [{"type": "function", "function": {"name": "read_timetable", "parameters": {}}}]
+    more = [QUESTION, ANSWER, {"role": "user", "content": "And how long does it take?"}]
+    (folder / "TOOLS_MOVE.jinja").write_text(templates.TOOLS_MOVE)
+    for file, messages in (("a.json", [QUESTION]), ("b.json", more)):
+        (folder / file).write_text(json.dumps({"messages": messages, "tools": tools}))
+
+    printed = run(
+        "diff", str(folder / "a.json"), str(folder / "b.json"), "--template", str(folder / f"{name}.jinja"), code=code
+    )
+
+    assert told in printed
