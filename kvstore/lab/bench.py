@@ -87,6 +87,7 @@ WORKLOADS: dict[str, BenchWorkload] = {
     "hash": _workload("hash", "hash a prompt of 128K tokens into block hashes"),
     "index": _workload("index", "prefix index and eviction policies per block, over a dict"),
     "planner": _workload("planner", "lookups, saves and evictions per block, no bytes moved"),
+    "sweep": _workload("sweep", "the compiled engine of kvstore replay per block reference, over libcachesim's LRU"),
     "host": _workload("host", "save and load through a store in host memory, over memcpy"),
     "device": _workload("device", "gather and scatter of an engine's tensors, over memcpy"),
     "service": _workload("service", "calls of one and of many clients of a daemon, over a bare socket"),

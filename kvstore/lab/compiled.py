@@ -99,10 +99,14 @@ class TraceArrays:
         return np.diff(reached, axis=1, prepend=0)
 
 
+def policies() -> tuple[str, ...]:
+    """Return the names of the policies that `play` knows; none where the engine is not built."""
+    return tuple(name for name in _sweep.POLICIES if name not in AWAITED) if is_built else ()
+
+
 def can_play(setup: Setup) -> bool:
     """True if the engine is built and knows what the setup asks for."""
-    is_known = is_built and setup.policy in _sweep.POLICIES and setup.policy not in AWAITED
-    return is_known and setup.admit in ("always", "second_use")
+    return setup.policy in policies() and setup.admit in ("always", "second_use")
 
 
 def play(trace: TraceArrays, setup: Setup, on_progress: OnProgress | None = None) -> Played:

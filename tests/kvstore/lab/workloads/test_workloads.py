@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 
 from kvstore.errors import ConfigError, KVStoreError, TierUnavailable
+from kvstore.lab import compiled
 from kvstore.lab.bench import WORKLOADS, Table
 from kvstore.lab.daemon_process import daemon_process
-from kvstore.lab.workloads import device, disk, hash, host, index, model, planner, redis, service, service_bytes
+from kvstore.lab.workloads import device, disk, hash, host, index, model, planner, redis, service, service_bytes, sweep
 from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.redis.url import parse_redis_url
 from kvstore.units import KiB
 from tests.helpers.redis_server import NEEDS_REDIS
 from tests.helpers.tiny_models import tiny_model
 
-MODULES = (device, disk, hash, host, index, model, planner, redis, service, service_bytes)
+MODULES = (device, disk, hash, host, index, model, planner, redis, service, service_bytes, sweep)
 
 
 def check(tables: list[Table], *units: str) -> None:
@@ -61,6 +62,13 @@ def test_index_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "OWN_BLOCKS", 6)
 
     check(index.run("", True), "blocks", "blocks")
+
+
+@pytest.mark.skipif(not compiled.is_built, reason="kvstore.lab._sweep is not built")
+def test_sweep_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "QUICK_REQUESTS", 40)
+
+    check(sweep.run("", True), "references")
 
 
 def test_device_runs(monkeypatch: pytest.MonkeyPatch) -> None:
