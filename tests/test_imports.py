@@ -277,6 +277,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.logs",
         "kvstore.metrics",
         "kvstore.plan.records",
+        "kvstore.prefix",
         "kvstore.service.protocol.frames",
         "kvstore.testing",
         "kvstore.tiers.registry",
@@ -314,6 +315,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "connectors": (
         "kvstore.base",
         "kvstore.opening",
+        "kvstore.prefix.fingerprint",  # how a tokenizer renders, told by a replica
         "kvstore.requests",  # what a request's options may be
         "kvstore.layout",
         "kvstore.errors",

@@ -7,11 +7,13 @@ costs nothing; constructing a `Runner` loads torch, transformers and the model.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from connectors.transformers.loading import chat_ids, load_model
 from kvstore.base import RequestOptions
 from kvstore.config.sections import Config
+from kvstore.prefix.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from connectors.transformers.report import Found, Report
@@ -95,6 +97,19 @@ class Runner:
         if isinstance(prompt, str):
             return [int(token) for token in self.tokenizer(prompt).input_ids]
         return chat_ids(self.tokenizer, prompt)
+
+    def rendering(self) -> str:
+        """The fingerprint of how this tokenizer makes prompts of conversations; "" where it has no chat template."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return ""
+
+        def render(messages: Any, tools: Any) -> str:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=True
+            )
+            return str(text)
+
+        return fingerprint(render, datetime.now())
 
     def start(self, job: Job) -> GenerationRun:
         """Check a job; nothing is looked up or computed yet. Raises RequestError for what the model cannot do."""

@@ -68,6 +68,10 @@ def replica(
     drain_s: Annotated[
         float, typer.Option("--drain-s", min=0, help="At SIGTERM, longest wait in seconds for requests under way.")
     ] = 30.0,
+    watch_prefixes: Annotated[
+        bool,
+        typer.Option("--watch-prefixes", help="Follow where sessions leave their prefix: GET /v1/prefix, metrics."),
+    ] = False,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="TOML file, instead of $KVSTORE_CONFIG or ./kvstore.toml.")
     ] = None,
@@ -96,6 +100,8 @@ def replica(
     logs.setup(verbose=verbose)
     raise_limit()
     require("cluster", "a replica")
+    if watch_prefixes:
+        require("prefix", "--watch-prefixes")
     config = Config.load(file, **overrides(setting or []))
     if config.service.client_name is None:
         named = config.service.model_copy(update={"client_name": name[:64]})
@@ -117,7 +123,9 @@ def replica(
         reuse.value,
         single_flight,
     )
-    settings = ReplicaSettings(name, host, port, spec, max_queue, max_running, max_tokens_queued, drain_s)
+    settings = ReplicaSettings(
+        name, host, port, spec, max_queue, max_running, max_tokens_queued, drain_s, watch_prefixes
+    )
     try:
         serve(settings, config, announce)
     except ImportError as error:

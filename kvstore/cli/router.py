@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from kvstore.console import console
+from kvstore.extras import require
 
 
 def router(
@@ -25,6 +26,14 @@ def router(
     health_interval_s: Annotated[
         float, typer.Option("--health-interval-s", min=0.01, help="Between two questions whether a replica is ready.")
     ] = 0.5,
+    watch_prefixes: Annotated[
+        str,
+        typer.Option(
+            "--watch-prefixes",
+            metavar="MODEL|plain",
+            help="Follow where sessions leave their prefix (GET /v1/prefix, metrics), rendered by its template.",
+        ),
+    ] = "",
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Log replicas that come and go, and retries.")
     ] = False,
@@ -44,6 +53,8 @@ def router(
 
     logs.setup(verbose=verbose)
     raise_limit()
+    if watch_prefixes:
+        require("prefix", "--watch-prefixes")
     errors = console(stderr=True)
-    settings = RouterSettings(replica or [], policy, host, port, lookup_deadline_s, health_interval_s)
+    settings = RouterSettings(replica or [], policy, host, port, lookup_deadline_s, health_interval_s, watch_prefixes)
     serve(settings, lambda line: errors.print(line, markup=False, soft_wrap=True))

@@ -103,6 +103,10 @@ class Engine:
         """Token ids of a text or a conversation."""
         return await asyncio.get_running_loop().run_in_executor(self._reading, self.runner.encode, prompt)
 
+    async def rendering(self) -> str:
+        """The fingerprint of how conversations become prompts here."""
+        return await asyncio.get_running_loop().run_in_executor(self._reading, self.runner.rendering)
+
     async def lookup(self, job: Job) -> Found:
         """The part of a prompt that the tiers have. Loads nothing."""
         return await asyncio.get_running_loop().run_in_executor(self._reading, self.runner.lookup, job)

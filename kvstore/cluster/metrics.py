@@ -169,7 +169,12 @@ class _Links(Collector):
     def collect(self) -> Iterator[Metric]:
         ready = GaugeMetricFamily("kvstore_router_replica_ready", "1 if a replica takes requests.", labels=["replica"])
         flying = GaugeMetricFamily("kvstore_router_in_flight_requests", "Requests a replica has.", labels=["replica"])
+        different = {link.rendering for link in self._links if link.is_ready and link.rendering}
+        renderings = GaugeMetricFamily(
+            "kvstore_router_renderings", "Ways in which ready replicas render chats; above 1 they share no pages."
+        )
+        renderings.add_metric([], len(different))
         for link in self._links:
             ready.add_metric([link.name], float(link.is_ready))
             flying.add_metric([link.name], link.in_flight)
-        yield from (ready, flying)
+        yield from (ready, flying, renderings)

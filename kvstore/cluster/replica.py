@@ -27,6 +27,7 @@ from kvstore.cluster.answer import ReplicaAnswer
 from kvstore.cluster.engine import Engine
 from kvstore.cluster.http import Site, error_response, json_response, of_library, read_body
 from kvstore.cluster.openai import ApiError, Ask, ChatAsk, CompletionAsk, Reply, check_model, event, models, parse
+from kvstore.cluster.watch import PrefixWatch, WatchCollector
 from kvstore.config.sections import Config
 from kvstore.errors import KVStoreError, RequestError, StoreClosed
 from kvstore.metrics import CONTENT_TYPE
@@ -53,6 +54,7 @@ class ReplicaSettings:
     max_running: requests computed in turns, each with a KV cache of its own.
     max_tokens:  prompt and answer tokens of all requests inside.
     drain_s:     at the end, longest wait for those inside.
+    watches:     whether it follows where sessions leave their prefix.
     """
 
     name: str
@@ -63,6 +65,7 @@ class ReplicaSettings:
     max_running: int = 8
     max_tokens: int = 65536
     drain_s: float = 30.0
+    watches: bool = False
 
 
 class ReplicaServer:
@@ -78,6 +81,8 @@ class ReplicaServer:
         self._created = int(time.time())
         self._stop = asyncio.Event()
         self._bodies = Bodies()
+        self.rendering = ""  # the fingerprint of its chat template's engine; once it is ready
+        self.watch = PrefixWatch(settings.model.source) if settings.watches else None
         app = web.Application(middlewares=[self._middleware])
         app.on_response_prepare.append(self._sign)
         app.router.add_get("/v1/models", self._models)
@@ -85,6 +90,9 @@ class ReplicaServer:
             app.router.add_post(path, self._answer(kind))
         app.router.add_post("/v1/lookup", self._lookup)
         app.router.add_get("/v1/stats", self._stats)
+        if self.watch is not None:
+            app.router.add_get("/v1/prefix", self._prefix)
+            WatchCollector(self.watch, "kvstore_replica").register(self.engine.metrics.registry)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._metrics)
@@ -101,6 +109,7 @@ class ReplicaServer:
             announce(f"{self.settings.name} on {self.site.url}: loading {spec.name} ({spec.dtype})")
             began = time.monotonic()
             await self.engine.open()
+            self.rendering = await self.engine.rendering()
             self.is_ready = True
             announce(f"{self.settings.name} on {self.site.url}: ready after {time.monotonic() - began:.1f} s")
             await self._stop.wait()
@@ -116,6 +125,8 @@ class ReplicaServer:
         self.is_draining, self.is_ready = True, False
         await self.engine.close(self.settings.drain_s)
         await self.site.close()
+        if self.watch is not None:
+            await asyncio.to_thread(self.watch.close)
 
     # ---- answers ----------------------------------------------------------------------------------------------------
 
@@ -123,8 +134,11 @@ class ReplicaServer:
         async def handle(request: web.Request) -> web.StreamResponse:
             arrived = time.monotonic()
             self._check_open()
-            ask = parse(await read_body(request, self._bodies), kind)
+            raw = await read_body(request, self._bodies)
+            ask = parse(raw, kind)
             check_model(ask.model, self.settings.model.name)
+            if self.watch is not None:
+                self.watch.saw(raw)
             self.engine.admission.check_queue(self.engine.num_queued)
             job = await self._job(ask)
             self._check_open()
@@ -248,6 +262,7 @@ class ReplicaServer:
             {
                 "replica": self.settings.name,
                 "model": self.settings.model.name,
+                "rendering": self.rendering,
                 "running": engine.num_running,
                 "queued": engine.num_queued,
                 "held_tokens": admission.tokens,
@@ -266,7 +281,12 @@ class ReplicaServer:
     async def _readyz(self, request: web.Request) -> web.Response:
         is_ready = self.is_ready and self.engine.is_alive
         state = "ready" if is_ready else "closing" if self.is_draining else "loading"
-        return json_response({"name": self.settings.name, "state": state}, status=200 if is_ready else 503)
+        body = {"name": self.settings.name, "state": state, "rendering": self.rendering}
+        return json_response(body, status=200 if is_ready else 503)
+
+    async def _prefix(self, request: web.Request) -> web.Response:
+        assert self.watch is not None
+        return json_response(self.watch.as_json())
 
     async def _metrics(self, request: web.Request) -> web.Response:
         body = await asyncio.to_thread(self.engine.metrics.render)

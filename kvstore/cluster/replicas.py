@@ -47,15 +47,16 @@ class ReplicaLink:
         self.num_silent_lookups = 0
         self.hit_tokens = 0
         self.silences = 0
+        self.rendering = ""  # the fingerprint of how it makes prompts; "" until it has said
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def up(self, name: str) -> None:
+    def up(self, name: str, rendering: str = "") -> None:
         """It is ready."""
         if not self.is_ready:
             log.info("replica %s (%s) is ready", name, self.shown)
         if self.lost.done():
             self.lost = asyncio.get_running_loop().create_future()
-        self.name, self.is_ready, self.silences = name, True, 0
+        self.name, self.is_ready, self.silences, self.rendering = name, True, 0, rendering
 
     def down(self, why: str) -> None:
         """Send it nothing until it is ready again. Requests it has go on."""
@@ -83,6 +84,7 @@ class ReplicaLink:
             "refusals": self.num_refusals,
             "silent_lookups": self.num_silent_lookups,
             "hit_tokens": self.hit_tokens,
+            "rendering": self.rendering,
         }
 
 
@@ -94,6 +96,7 @@ class Replicas:
         self._interval_s = interval_s
         self._session: aiohttp.ClientSession | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._told: set[str] = set()
 
     @property
     def session(self) -> aiohttp.ClientSession:
@@ -105,6 +108,11 @@ class Replicas:
     def ready(self) -> list[ReplicaLink]:
         """Those that take requests, in the order they were given."""
         return [link for link in self.links if link.is_ready]
+
+    @property
+    def renderings(self) -> set[str]:
+        """The fingerprints of those that are ready. More than one: they make different prompts of a conversation."""
+        return {link.rendering for link in self.ready if link.rendering}
 
     async def start(self) -> None:
         """Ask everybody once, then again and again."""
@@ -146,9 +154,18 @@ class Replicas:
         else:
             link.silences = 0
             if answer.status == 200:
-                link.up(_name(body) or link.shown)
+                link.up(_said(body, "name") or link.shown, _said(body, "rendering"))
+                self._check_renderings()
             else:
                 link.down(f"it answers {answer.status}")
+
+    def _check_renderings(self) -> None:
+        """Warn, once for each set of them, of replicas that render differently."""
+        found = self.renderings
+        if len(found) > 1 and found != self._told:
+            told = ", ".join(f"{link.name} {link.rendering}" for link in self.ready)
+            log.warning("replicas render chats differently, so that they cannot use each other's pages: %s", told)
+        self._told = found
 
 
 def check_urls(urls: Sequence[str]) -> list[str]:
@@ -165,9 +182,9 @@ def check_urls(urls: Sequence[str]) -> list[str]:
     return checked
 
 
-def _name(body: bytes) -> str:
+def _said(body: bytes, field: str) -> str:
     try:
         answer = json.loads(body)
     except ValueError:
         return ""
-    return str(answer.get("name", ""))[:64] if isinstance(answer, dict) else ""
+    return str(answer.get(field, ""))[:64] if isinstance(answer, dict) else ""

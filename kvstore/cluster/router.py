@@ -23,6 +23,7 @@ from kvstore.cluster.openai import ApiError
 from kvstore.cluster.relay import ClientGone, Relay, TryNext
 from kvstore.cluster.replicas import NOT_THERE, ReplicaLink, Replicas, check_urls
 from kvstore.cluster.routing import Policy, ReplicaView, make_policy
+from kvstore.cluster.watch import PrefixWatch, WatchCollector
 from kvstore.metrics import CONTENT_TYPE
 from kvstore.web.bodies import Bodies
 
@@ -36,6 +37,7 @@ class RouterSettings:
     port:              0 takes any free one.
     lookup_deadline_s: longest wait for the replicas' views of a request; who has not answered by then comes last.
     health_interval_s: between two questions to a replica whether it is ready.
+    watch:             model or template by which to follow where sessions leave their prefix, or "plain"; "" is off.
     """
 
     replicas: Sequence[str]
@@ -44,6 +46,7 @@ class RouterSettings:
     port: int
     lookup_deadline_s: float = 0.5
     health_interval_s: float = 0.5
+    watch: str = ""
 
 
 class Router:
@@ -56,11 +59,15 @@ class Router:
         self.metrics = RouterMetrics(self.replicas.links)
         self._stop = asyncio.Event()
         self._bodies = Bodies()
+        self.watch = PrefixWatch(settings.watch) if settings.watch else None
         app = web.Application(middlewares=[self._middleware])
         app.router.add_post("/v1/completions", self._forward)
         app.router.add_post("/v1/chat/completions", self._forward)
         app.router.add_get("/v1/models", self._forward)
         app.router.add_get("/v1/replicas", self._replicas)
+        if self.watch is not None:
+            app.router.add_get("/v1/prefix", self._prefix)
+            WatchCollector(self.watch, "kvstore_router").register(self.metrics.registry)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._metrics)
@@ -94,12 +101,16 @@ class Router:
         """Hang up. Idempotent."""
         await self.site.close()
         await self.replicas.close()
+        if self.watch is not None:
+            await asyncio.to_thread(self.watch.close)
 
     # ---- forwarding -------------------------------------------------------------------------------------------------
 
     async def _forward(self, request: web.Request) -> web.StreamResponse:
         began = time.monotonic()
         raw = await read_body(request, self._bodies) if request.can_read_body else b""
+        if self.watch is not None and raw:
+            self.watch.saw(raw)
         relay = Relay(request, raw, self.replicas.session)
         links = await self._order(request.path, raw)
         why = f"none of the {len(self.replicas.links)} replicas is ready" if not links else ""
@@ -152,6 +163,10 @@ class Router:
 
     async def _replicas(self, request: web.Request) -> web.Response:
         return json_response([link.as_json() for link in self.replicas.links])
+
+    async def _prefix(self, request: web.Request) -> web.Response:
+        assert self.watch is not None
+        return json_response(self.watch.as_json())
 
     async def _healthz(self, request: web.Request) -> web.Response:
         return json_response({"policy": self.policy.name})

@@ -100,6 +100,16 @@ class Client:
         self.model = listed[0]
         return self.model
 
+    async def renderings(self) -> dict[str, str]:
+        """The fingerprints by which a router's replicas render chats, by replica; {} where the server tells none."""
+        try:
+            url = f"{self.url}/v1/replicas"
+            async with self._session.get(url, timeout=aiohttp.ClientTimeout(total=10)) as answer:
+                listed = json.loads(await answer.read()) if answer.status == 200 else []
+            return {str(one["name"]): str(one["rendering"]) for one in listed if one.get("rendering")}
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, TypeError, KeyError, AttributeError):
+            return {}  # a server of another make
+
     async def ask(self, record: Record, api: str, body: Mapping[str, Any], began_s: float) -> None:
         """Send one request and fill `record`; every failure ends up in it, only cancellation is raised.
 

@@ -49,6 +49,7 @@ class HttpSession:
     warmup: int = 0
     runs: list[tuple[PlayedWorkload, Summary]] = field(default_factory=list)
     comparison: Comparison | None = None
+    renderings: Mapping[str, str] = field(default_factory=dict)
 
     def play(self, progress: Console) -> None:
         """Play everything, or until Ctrl-C. Raises KVStoreError if a server cannot be asked at all."""
@@ -78,7 +79,7 @@ class HttpSession:
         content = {
             "workload": {"name": self.workload.name, "seed": self.workload.seed, **self.workload.parameters},
             "arrivals": str(self.arrivals),
-            "server": {"url": self.server.url, "model": self.server.model},
+            "server": {"url": self.server.url, "model": self.server.model, "renderings": dict(self.renderings)},
             "load_generator": dict(about),
             "runs": [
                 {**summary.to_json(), "records": [record.to_json() for record in run.records]}
@@ -113,6 +114,14 @@ class HttpSession:
         async with self.server:
             model = await self.server.choose_model()
             progress.print(f"{self.what}\n{self.server.url}, model {model}", markup=False, soft_wrap=True)
+            self.renderings = await self.server.renderings()
+            if len(set(self.renderings.values())) > 1:
+                told = ", ".join(f"{name} {rendering}" for name, rendering in self.renderings.items())
+                progress.print(
+                    f"warning: replicas render chats differently, so they cannot use each other's pages: {told}",
+                    markup=False,
+                    soft_wrap=True,
+                )
             name = WITH if self.baseline else self.workload.name
             await self._run(name, self.server, self.asking, stop, progress)
             if self.baseline and self.other is None and not stop.is_set():
