@@ -7,6 +7,7 @@ then older than its parent, and the order is that of a radix tree which evicts i
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Hashable
 from itertools import islice, repeat
 from typing import Generic
 
@@ -38,6 +39,21 @@ class Recency(Generic[K]):
         """Forget keys."""
         deque(map(self._keys.pop, keys, repeat(None)), maxlen=0)
 
+    def hold(self, keys: list[K]) -> None:
+        """Forget keys: they come back as the most recent ones."""
+        self.discard(keys)
+
+    def release(self, keys: list[K], hits: int) -> None:
+        """Put keys at the recent end."""
+        self.add(keys, hits)
+
+    def renew(self, keys: list[K]) -> None:
+        """Move known keys to the recent end."""
+        self.touch(keys)
+
+    def name_by(self, name_of: Callable[[K], Hashable]) -> None:
+        """Nothing here outlives a key."""
+
     def victims(self, n: int) -> list[K]:
         """Return the `n` keys used longest ago."""
         return list(islice(self._keys, n))
@@ -45,6 +61,10 @@ class Recency(Generic[K]):
     def members(self) -> list[K]:
         """Return every key."""
         return list(self._keys)
+
+    def is_empty(self) -> bool:
+        """True if it has no key, not even a held one."""
+        return not self._keys
 
     def __len__(self) -> int:
         return len(self._keys)

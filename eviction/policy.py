@@ -1,13 +1,15 @@
 """The interface of an eviction policy: an order over keys, holding no data.
 
-The planner owns one policy per bounded tier. A pinned page is simply not in its policy, so no policy knows about pins.
-Paths are handed over *tail first*: a leaf then looks older than its parent, and plain recency evicts leaves before what
-they hang on. Not thread-safe; called under the store's lock. Time is passed in.
+The planner owns one policy per bounded tier. A page that is pinned is *held*: it is no member, so no victim, but the
+policy may remember its place and what it learned of it. A key is an object of its owner's, and another one when a page
+comes back; what outlives a key goes by its name. Paths are handed over *tail first*: a leaf then looks older than its
+parent, and plain recency evicts leaves before what they hang on. Not thread-safe; called under the store's lock. Time
+is passed in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -18,8 +20,7 @@ class Hint(NamedTuple):
 
     priority: higher stays longer; all keys of a lower priority leave first.
     ttl_s:    time to live, overriding the policy's own; None keeps the policy's.
-    hits:     uses since the key was stored; lets a frequency-aware policy keep what it learned while the key was
-              pinned.
+    hits:     uses before the key came here, for a policy that counts them; of a held key the policy knows itself.
     left_s:   seconds until the deadline of a key that has lived before; from its next use on it has its ttl again.
               None: the key begins to live now.
     """
@@ -31,6 +32,32 @@ class Hint(NamedTuple):
 
 
 NO_HINT = Hint()
+
+
+class Use(NamedTuple):
+    """A request, as a policy is told of it.
+
+    id:        its number, by which `ended` names it.
+    path:      names of all blocks of the prompt, root first, whether their keys are members or not.
+    session:   "" if unknown.
+    last_turn: the caller knows whether its session will go on; None if it does not.
+    """
+
+    id: int
+    path: Sequence[Hashable]
+    session: str = ""
+    last_turn: bool | None = None
+
+
+class Ending(NamedTuple):
+    """The end of a request's answer.
+
+    finish_reason: the engine's word for it, such as "stop" or "tool_calls"; "" if unknown.
+    last_turn:     as in `Use`, where it became known later.
+    """
+
+    finish_reason: str = ""
+    last_turn: bool | None = None
 
 
 class EvictionPolicy(Protocol[K]):
@@ -75,3 +102,31 @@ class EvictionPolicy(Protocol[K]):
     def __len__(self) -> int: ...
 
     def __contains__(self, key: object) -> bool: ...
+
+
+class Listener(Protocol[K]):
+    """The parts of a policy that it may have or lack, each by itself; `Ttl` makes up for those that are not there."""
+
+    def hold(self, keys: Iterable[K]) -> None:
+        """Keys are in use: no members until they are released. Unknown keys are ignored. Lacking: `discard`."""
+
+    def release(self, keys: Iterable[K], now: float, hint: Hint = NO_HINT) -> None:
+        """Make held keys members again; add those that are not held. Lacking: `add`.
+
+        That they were used is told at the end of the request, by `touch`.
+        """
+
+    def renew(self, keys: Iterable[K], now: float) -> None:
+        """The request that brought these keys ends: they are new, and nothing has used them. Lacking: `touch`."""
+
+    def name_by(self, name_of: Callable[[K], Hashable]) -> None:
+        """Take what names a key for longer than it lives; called before any key comes. Without it a key is its name.
+
+        Keys may share a name: pages of one block do. Lacking: nothing is said.
+        """
+
+    def used(self, use: Use, now: float) -> None:
+        """A request has come; told once, before any of its keys is touched, held or added. Lacking: nothing is said."""
+
+    def ended(self, request_id: int, ending: Ending, now: float) -> None:
+        """Its answer has ended; ids that were never told of are ignored. Lacking: nothing is said."""

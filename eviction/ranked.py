@@ -12,7 +12,7 @@ each call here is one call there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import groupby, islice
 from typing import Generic, Protocol, TypeVar
 
@@ -34,11 +34,26 @@ class Order(Protocol[KeyT]):
     def discard(self, keys: list[KeyT]) -> None:
         """Forget keys. Unknown keys are ignored."""
 
+    def hold(self, keys: list[KeyT]) -> None:
+        """Known keys are in use: no members until released."""
+
+    def release(self, keys: list[KeyT], hits: int) -> None:
+        """Make held keys members again; add the others."""
+
+    def renew(self, keys: list[KeyT]) -> None:
+        """Make known keys as young as if they came now, without counting a use."""
+
+    def name_by(self, name_of: Callable[[KeyT], Hashable]) -> None:
+        """Take what names keys for longer than they live."""
+
     def victims(self, n: int) -> list[KeyT]:
         """Return up to `n` keys in the order in which they should leave; asking again gives the same."""
 
     def members(self) -> list[KeyT]:
         """Return every key, roughly the next to leave first."""
+
+    def is_empty(self) -> bool:
+        """True if it has no key, not even a held one."""
 
     def __len__(self) -> int: ...
 
@@ -55,6 +70,7 @@ class Ranked(Generic[K]):
 
     def __init__(self, new_order: Callable[[], Order[K]]) -> None:
         self._new_order = new_order
+        self._name_of: Callable[[K], Hashable] | None = None
         self._orders: dict[int, Order[K]] = {0: new_order()}  # lowest priority first
         self._demoted: OrderedMap[K, int] = OrderedMap()  # next to leave first; the priority to come back to
 
@@ -96,6 +112,36 @@ class Ranked(Generic[K]):
             order.discard(keys)
         self._drop_empty()
 
+    def hold(self, keys: Iterable[K]) -> None:
+        """Keys are in use: no members until released. Demoted ones are forgotten: it is a use."""
+        keys = list(keys)
+        for key in keys if self._demoted else ():
+            self._demoted.pop(key, None)
+        for order in self._orders.values():
+            order.hold(keys)
+
+    def release(self, keys: Iterable[K], now: float, hint: Hint = NO_HINT) -> None:
+        """Make held keys members again, with the priority of this hint; add those that are not held."""
+        keys = list(keys)
+        order = self._order(hint.priority)
+        if self._demoted or len(self._orders) > 1:
+            self._leave_others(keys, order)
+        order.release(keys, hint.hits)
+
+    def renew(self, keys: Iterable[K], now: float) -> None:
+        """Make known keys as young as if they came now, without counting a use."""
+        keys = list(keys)
+        if self._demoted:
+            self.touch(list(filter(self._demoted.__contains__, keys)), now)
+        for order in self._orders.values():
+            order.renew(keys)
+
+    def name_by(self, name_of: Callable[[K], Hashable]) -> None:
+        """Take what names keys for longer than they live; before any key comes."""
+        self._name_of = name_of
+        for order in self._orders.values():
+            order.name_by(name_of)
+
     def victims(self, n: int) -> list[K]:
         """Return up to `n` keys in the order in which they should leave; membership does not change."""
         found = list(islice(self._demoted, max(n, 0)))
@@ -113,7 +159,7 @@ class Ranked(Generic[K]):
         """Hold exactly these keys, in this order; what was told to leave first still does."""
         kept = dict(keys)
         demoted = [key for key in self._demoted if key in kept]
-        self._orders, self._demoted = {0: self._new_order()}, OrderedMap()
+        self._orders, self._demoted = {0: self._make_order()}, OrderedMap()
         for hint, group in groupby(keys, key=lambda item: item[1]):
             self.add([key for key, _ in group], now, hint)
         self.demote(demoted)
@@ -135,8 +181,14 @@ class Ranked(Generic[K]):
     def _order(self, priority: int) -> Order[K]:
         order = self._orders.get(priority)
         if order is None:
-            order = self._new_order()
+            order = self._make_order()
             self._orders = dict(sorted([*self._orders.items(), (priority, order)], key=lambda item: item[0]))
+        return order
+
+    def _make_order(self) -> Order[K]:
+        order = self._new_order()
+        if self._name_of is not None:
+            order.name_by(self._name_of)
         return order
 
     def _leave_others(self, keys: list[K], target: Order[K]) -> None:
@@ -148,4 +200,4 @@ class Ranked(Generic[K]):
 
     def _drop_empty(self) -> None:
         if len(self._orders) > 1:
-            self._orders = {p: order for p, order in self._orders.items() if p == 0 or len(order)}
+            self._orders = {p: order for p, order in self._orders.items() if p == 0 or not order.is_empty()}

@@ -1,8 +1,10 @@
 """SIEVE: one queue, one bit, one hand. Resists scans; keeps what is used again and again.
 
 Zhang et al., "SIEVE is Simpler than LRU: an Efficient Turn-Key Eviction Algorithm for Web Caches", NSDI 2024. A use
-sets a bit and moves nothing. The hand goes from the oldest key to the newest: a set bit is cleared and the key stays in
-its place, a clear one condemns it; past the newest key it starts again at the oldest.
+sets a bit and moves nothing; a key that is held keeps its place too, and the hand passes it as a used one. The hand
+goes from the oldest key to the newest: a set bit is cleared and the key stays in its place, a clear one condemns it;
+past the newest key it starts again at the oldest.
+
 
 Unlike recency, this order may name a block before one that continues it: the evicting side has to cope with that.
 """
@@ -10,6 +12,7 @@ Unlike recency, this order may name a block before one that continues it: the ev
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Hashable
 from itertools import islice, repeat
 from typing import Generic
 
@@ -30,12 +33,14 @@ class SieveOrder(Generic[K]):
         self._passed: OrderedMap[K, bool] = OrderedMap()  # value: used since the hand passed
         self._ahead: OrderedMap[K, bool] = OrderedMap()
         self._condemned: OrderedMap[K, bool] = OrderedMap()
+        self._held: set[K] = set()  # of passed and ahead
 
     def add(self, keys: list[K], hits: int) -> None:
         """Put new keys at the newest end, their bit set if they were used before."""
         if all_new(keys, self._ahead, self._passed, self._condemned):
             self._ahead.update(dict.fromkeys(keys, hits > 0))
             return
+        self._held.difference_update(keys)
         for key in keys:
             if key in self:
                 self.touch([key])
@@ -47,34 +52,74 @@ class SieveOrder(Generic[K]):
         for queue in (self._ahead, self._passed):
             queue.update(dict.fromkeys(filter(queue.__contains__, keys), True))
         if self._condemned:
-            for key in filter(self._condemned.__contains__, keys):
-                del self._condemned[key]
-                self._passed[key] = False  # as if the hand had met the bit set, and cleared it
-                self._wrap()
+            self._pardon(keys)
 
     def discard(self, keys: list[K]) -> None:
         """Forget keys."""
         for queue in (self._ahead, self._passed, self._condemned):
             deque(map(queue.pop, keys, repeat(None)), maxlen=0)
+        self._held.difference_update(keys)
         self._wrap()
 
+    def hold(self, keys: list[K]) -> None:
+        """Known keys are in use: they keep their place and their bit."""
+        if self._condemned:
+            self._pardon(keys)
+        self._held.update(key for key in keys if key in self._ahead or key in self._passed)
+
+    def release(self, keys: list[K], hits: int) -> None:
+        """Make held keys members again, where they are; the others are new."""
+        if self._held.isdisjoint(keys):
+            self.add(keys, hits)
+            return
+        for key in keys:
+            if key in self._held:
+                self._held.remove(key)
+            else:
+                self.add([key], hits)
+
+    def renew(self, keys: list[K]) -> None:
+        """Change nothing: the order is by arrival."""
+
+    def name_by(self, name_of: Callable[[K], Hashable]) -> None:
+        """Nothing here outlives a key."""
+
     def victims(self, n: int) -> list[K]:
-        """Move the hand until `n` keys are condemned. Amortised O(n): every step ahead clears a bit or condemns."""
-        while len(self._condemned) < n and self._ahead:
+        """Move the hand until `n` keys are condemned.
+
+        Amortised O(n) as long as most are not held: every step ahead clears a bit, condemns, or passes a held key.
+        """
+        n = min(n, len(self))
+        while len(self._condemned) < n:
             key, used = self._ahead.popitem(last=False)
-            (self._passed if used else self._condemned)[key] = False
+            if key in self._held:
+                self._passed[key] = used  # a key in use is a used one; its bit is for what was before
+            else:
+                (self._passed if used else self._condemned)[key] = False
             self._wrap()
-        return list(islice(self._condemned, n))
+        return list(islice(self._condemned, max(n, 0)))
 
     def members(self) -> list[K]:
         """Return every key."""
-        return [*self._condemned, *self._ahead, *self._passed]
+        keys = [*self._condemned, *self._ahead, *self._passed]
+        return [key for key in keys if key not in self._held] if self._held else keys
+
+    def is_empty(self) -> bool:
+        """True if it has no key, not even a held one."""
+        return not (self._ahead or self._passed or self._condemned)
 
     def __len__(self) -> int:
-        return len(self._ahead) + len(self._passed) + len(self._condemned)
+        return len(self._ahead) + len(self._passed) + len(self._condemned) - len(self._held)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._ahead or key in self._passed or key in self._condemned
+        known = key in self._ahead or key in self._passed or key in self._condemned
+        return known and key not in self._held
+
+    def _pardon(self, keys: list[K]) -> None:
+        for key in filter(self._condemned.__contains__, keys):
+            del self._condemned[key]
+            self._passed[key] = False  # as if the hand had met the bit set, and cleared it
+            self._wrap()
 
     def _wrap(self) -> None:
         # At once, not when the hand moves next: what is added meanwhile is newer than all, and must be met last.

@@ -15,13 +15,13 @@ left than its ttl: when time goes back, deadlines further away than that come ne
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count, groupby, islice, repeat, takewhile
 from math import inf, isnan
 from typing import Generic, NamedTuple
 
-from eviction.policy import NO_HINT, EvictionPolicy, Hint, K
+from eviction.policy import NO_HINT, Ending, EvictionPolicy, Hint, K, Use
 from radix.ordered import OrderedMap
 
 NEVER = 0.0  # a ttl that sets no deadline
@@ -46,6 +46,8 @@ class Ttl(Generic[K]):
 
     has_deadlines: False while no key has one: then `expired` need not be asked.
 
+    hold, release, renew, name_by, used and ended are passed on where the inner policy has them, see `Listener`.
+
     `now` may go back between calls, see the module: O(keys) then. Otherwise O(1) per key, and O(log classes) for each
     class that is due.
     """
@@ -54,6 +56,9 @@ class Ttl(Generic[K]):
         if ttl_s is not None and not ttl_s >= 0:
             raise ValueError(f"ttl_s is {ttl_s}; it must be at least 0 seconds, where 0 or None means never")
         self._inner = inner
+        self._hold: Callable[[Iterable[K]], None] = getattr(inner, "hold", inner.discard)
+        self._release: Callable[[Iterable[K], float, Hint], None] = getattr(inner, "release", inner.add)
+        self._renew: Callable[[Iterable[K], float], None] = getattr(inner, "renew", inner.touch)
         self._ttl_s = NEVER if ttl_s is None or ttl_s == inf else ttl_s
         self.has_deadlines = False
         self._now = -inf
@@ -71,30 +76,46 @@ class Ttl(Generic[K]):
     def add(self, keys: Iterable[K], now: float, hint: Hint = NO_HINT) -> None:
         """Take keys in and set their deadlines by this hint. A known key is touched."""
         keys = list(keys)
-        ttl_s = self._ttl_of(hint)
-        if hint.left_s is not None and isnan(hint.left_s):
-            raise ValueError("hint: left_s is nan; it must be a number of seconds or None")
+        ttl_s = self._checked_ttl(hint)
         self._inner.add(keys, now, hint)
-        if self._unusual or self._lent or ttl_s != self._ttl_s or hint.left_s is not None:
-            self._leave_classes(keys)
-        if hint.left_s is not None:
-            self._lend(keys, self._seen(now), hint.left_s, ttl_s)
-        elif ttl_s != NEVER:
-            self._set_deadlines(keys, self._seen(now), ttl_s)
+        self._begin_life(keys, now, hint, ttl_s)
+
+    def hold(self, keys: Iterable[K]) -> None:
+        """Keys are in use: no members, and without a deadline, until they are released. Unknown keys are ignored."""
+        keys = list(keys)
+        self._hold(keys)
+        self._leave_classes(keys)
+
+    def release(self, keys: Iterable[K], now: float, hint: Hint = NO_HINT) -> None:
+        """Make held keys members again, and set their deadlines by this hint. Keys that are not held are added."""
+        keys = list(keys)
+        ttl_s = self._checked_ttl(hint)
+        self._release(keys, now, hint)
+        self._begin_life(keys, now, hint, ttl_s)
+
+    def name_by(self, name_of: Callable[[K], Hashable]) -> None:
+        """Tell the inner policy, if it cares, how keys are named."""
+        getattr(self._inner, "name_by", _unheard)(name_of)
+
+    def used(self, use: Use, now: float) -> None:
+        """Tell the inner policy, if it cares, of a request."""
+        getattr(self._inner, "used", _unheard)(use, now)
+
+    def ended(self, request_id: int, ending: Ending, now: float) -> None:
+        """Tell the inner policy, if it cares, of the end of an answer."""
+        getattr(self._inner, "ended", _unheard)(request_id, ending, now)
 
     def touch(self, keys: Iterable[K], now: float) -> None:
         """Note a use of keys and move their deadlines. Unknown keys are ignored."""
         keys = list(keys)
         self._inner.touch(keys, now)
-        now = self._seen(now)
-        if self._lent:
-            self._take_back(keys, now)
-        if self._usual:
-            self._set_deadlines(list(filter(self._usual.__contains__, keys)), now, self._ttl_s)
-        if self._unusual:
-            unusual = filter(self._unusual.__contains__, keys)
-            for ttl_s, group in groupby(unusual, key=self._unusual.__getitem__):
-                self._set_deadlines(list(group), now, ttl_s)
+        self._move_deadlines(keys, now)
+
+    def renew(self, keys: Iterable[K], now: float) -> None:
+        """The request that brought these keys ends: their deadlines move, but it is no use."""
+        keys = list(keys)
+        self._renew(keys, now)
+        self._move_deadlines(keys, now)
 
     def shorten(self, keys: Iterable[K], now: float, left_s: float) -> None:
         """Let keys live for `left_s` from now at most, until their next use; that is none. Unknown keys are ignored."""
@@ -164,6 +185,19 @@ class Ttl(Generic[K]):
     def __contains__(self, key: object) -> bool:
         return key in self._inner
 
+    def _begin_life(self, keys: list[K], now: float, hint: Hint, ttl_s: float) -> None:
+        if self._unusual or self._lent or ttl_s != self._ttl_s or hint.left_s is not None:
+            self._leave_classes(keys)
+        if hint.left_s is not None:
+            self._lend(keys, self._seen(now), hint.left_s, ttl_s)
+        elif ttl_s != NEVER:
+            self._set_deadlines(keys, self._seen(now), ttl_s)
+
+    def _checked_ttl(self, hint: Hint) -> float:
+        if hint.left_s is not None and isnan(hint.left_s):
+            raise ValueError("hint: left_s is nan; it must be a number of seconds or None")
+        return self._ttl_of(hint)
+
     def _ttl_of(self, hint: Hint) -> float:
         ttl_s = self._ttl_s if hint.ttl_s is None else hint.ttl_s
         if isnan(ttl_s):
@@ -224,6 +258,17 @@ class Ttl(Generic[K]):
             self._in_due.add(ttl_s)
             heappush(self._due, (now + ttl_s, ttl_s))
 
+    def _move_deadlines(self, keys: list[K], now: float) -> None:
+        now = self._seen(now)
+        if self._lent:
+            self._take_back(keys, now)
+        if self._usual:
+            self._set_deadlines(list(filter(self._usual.__contains__, keys)), now, self._ttl_s)
+        if self._unusual:
+            unusual = filter(self._unusual.__contains__, keys)
+            for ttl_s, group in groupby(unusual, key=self._unusual.__getitem__):
+                self._set_deadlines(list(group), now, ttl_s)
+
     def _leave_classes(self, keys: list[K]) -> None:
         if self._lent:
             deque(map(self._lent.pop, keys, repeat(None)), maxlen=0)
@@ -281,3 +326,7 @@ class Ttl(Generic[K]):
         for entry in kept:
             heappush(self._lent_due, entry)
         return found
+
+
+def _unheard(*_: object) -> None:
+    """The inner policy does not care."""

@@ -4,7 +4,7 @@ Every slot is in one of three states, and `check` holds the sum to the capacity:
 
     free        in the pool
     filling     a fetch or a save lease writes it
-    resident    holds a page: either pinned (in no policy) or in the policy
+    resident    holds a page: either pinned (held by the policy, no member of it) or a member of the policy
 
 A page under way to a lower tier stays in the policy, so that the order of its path is kept, but is passed over when
 victims are taken: its bytes are being read. If it outlives its time to live meanwhile, it leaves the policy and is
@@ -15,6 +15,7 @@ Times to live are counted by a clock that goes on while the machine sleeps and i
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 
 from eviction.policy import Hint
@@ -23,7 +24,7 @@ from kvstore.plan.catalog import Catalog
 from kvstore.plan.journal import Left
 from kvstore.plan.records import HOST
 from kvstore.plan.slots import SlotPool
-from kvstore.plan.state import Block, Page, PageState
+from kvstore.plan.state import NEVER, Block, Page, PageState
 from kvstore.plan.steps import STEP_BLOCKS
 from radix.hashing import BlockHash
 
@@ -40,6 +41,7 @@ class HostMemory:
     def __init__(self, num_slots: int, policy: Ttl[Page], catalog: Catalog, boot: Callable[[], float]) -> None:
         self.pool = SlotPool(num_slots)
         self.policy = policy
+        policy.name_by(name_of)
         self.num_resident = 0
         self.num_filling = 0
         self.evicted_pages = 0
@@ -106,7 +108,7 @@ class HostMemory:
 
     def pin(self, pages: Sequence[Page]) -> None:
         """Hold resident pages."""
-        self.policy.discard([page for page in pages if not page.pins])
+        self.policy.hold([page for page in pages if not page.pins])
         for page in pages:
             page.pins += 1
 
@@ -130,15 +132,21 @@ class HostMemory:
         for page in reversed(pages):
             if page.block.hint is not hint:
                 if group and hint is not None:
-                    self.policy.add(group, now, _with_use(hint, used))
+                    self.policy.release(group, now, _with_use(hint, used))
                 group, hint = [], page.block.hint
             group.append(page)
         if group and hint is not None:
-            self.policy.add(group, now, _with_use(hint, used))
+            self.policy.release(group, now, _with_use(hint, used))
 
     def touch(self, blocks: Sequence[Block]) -> None:
-        """Note a use of a path, given root first."""
-        self.policy.touch((page for block in reversed(blocks) for page in block.pages), self._boot())
+        """Note a use of a path, given root first, at the end of a request; what it brought itself is not used."""
+        now = self._boot()
+        # What continues a block is not known for longer than the block itself.
+        num_known = bisect_left(blocks, True, key=_is_new)
+        if num_known < len(blocks):
+            self.policy.renew((page for block in reversed(blocks[num_known:]) for page in block.pages), now)
+            blocks = blocks[:num_known]
+        self.policy.touch((page for block in reversed(blocks) for page in block.pages), now)
 
     def shorten(self, pages: Sequence[Page], left_s: float) -> None:
         """Pages, given tail first, live for `left_s` from now at most, until their next use."""
@@ -246,6 +254,15 @@ class HostMemory:
         for page in pages:
             page.slot = -1
             page.state = PageState.ABSENT
+
+
+def name_of(page: Page) -> BlockHash:
+    """The name of a page in policies: it stays when the page is gone and comes back as another object."""
+    return page.block.key
+
+
+def _is_new(block: Block) -> bool:
+    return block.touched_at == NEVER
 
 
 def _is_on(path: Sequence[BlockHash], block: Block) -> bool:

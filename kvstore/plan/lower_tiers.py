@@ -12,6 +12,7 @@ from kvstore.direction import ALL_DIRECTIONS, Direction
 from kvstore.page import PageKey, PageMeta, split_key
 from kvstore.plan.books import Books
 from kvstore.plan.cost import TierCost
+from kvstore.plan.host import name_of
 from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.state import Block, Page
 from kvstore.plan.tier_plan import TierPlan
@@ -37,6 +38,8 @@ class LowerTiers:
 
     def add(self, plan: TierPlan) -> bool:
         """A tier is there from now on, or is back; True if its name is new."""
+        if plan.policy is not None:
+            plan.policy.name_by(name_of)
         known = next((tier for tier in self._books.tiers if tier.plan.name == plan.name), None)
         if known is not None:
             known.attach(plan)

@@ -43,7 +43,7 @@ class Page:
 
     homes:    bit set of lower tiers that hold a copy; spilling: those a copy is under way to. A page under way to
               a tier is not evicted from host memory.
-    pins:     leases and promises that hold the host copy; a pinned page is in no policy.
+    pins:     leases and promises that hold the host copy; a pinned page is held by its policy.
     flight:   number of the FETCH that fills the slot; 0 if none does (a save lease may).
     waiters:  load leases to be told when that fetch ends.
     """

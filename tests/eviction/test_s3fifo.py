@@ -119,3 +119,29 @@ def test_a_scan_does_not_disturb_what_came_back_from_a_pin(hits: int) -> None:
     add_scan(policy, "scan", 1000, room=40)
 
     assert all(key in policy for key in hot)
+
+
+def test_holding_a_key_keeps_its_uses() -> None:
+    policy: S3Fifo[str] = S3Fifo()
+    policy.add("abc", 0.0)
+    for _ in range(2):
+        policy.hold("a")
+        policy.release("a", 1.0)
+        policy.touch("a", 1.0)
+
+    assert evict(policy, 3) == ["b", "c", "a"]
+
+
+def test_a_key_that_comes_back_as_another_object_is_known_by_its_name() -> None:
+    policy: S3Fifo[tuple[str, int]] = S3Fifo()
+    policy.name_by(lambda key: key[0])
+    policy.add([("filler", i) for i in range(20)], 0.0)
+    policy.add([("again", 1)], 0.0)
+    policy.discard(policy.victims(21))
+
+    policy.add([("again", 2)], 1.0)
+    for i in range(100):
+        policy.add([(f"scan{i}", 0)], 2.0)
+        policy.discard(policy.victims(max(len(policy) - 20, 0)))
+
+    assert ("again", 2) in policy

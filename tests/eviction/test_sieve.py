@@ -70,3 +70,24 @@ def test_a_scan_does_not_disturb_what_is_used() -> None:
             evict(policy, 1)
 
     assert all(key in policy for key in hot)
+
+
+def test_a_held_key_that_the_hand_passes_keeps_its_place() -> None:
+    policy: Sieve[str] = Sieve()
+    policy.add("abc", 0.0)
+    policy.hold("a")
+    assert evict(policy, 1) == ["b"]
+
+    policy.release("a", 1.0)
+
+    assert evict(policy, 2) == ["c", "a"]  # the oldest, but the hand is past it
+
+
+def test_a_release_and_a_renewal_set_no_bit_and_move_nothing() -> None:
+    policy: Sieve[str] = Sieve()
+    policy.add("abc", 0.0)
+    policy.hold("a")
+    policy.release("a", 1.0)
+    policy.renew("b", 1.0)
+
+    assert evict(policy, 3) == ["a", "b", "c"]

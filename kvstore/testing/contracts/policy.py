@@ -9,14 +9,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eviction.policy import EvictionPolicy, Hint
+from eviction.policy import Ending, EvictionPolicy, Hint, Use
+from eviction.ttl import Ttl
 
 Keys = list[str]
 
 # One step of a history: what is done, and to which keys.
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["add", "add", "used", "urgent", "touch", "demote", "discard", "evict"]),
+        st.sampled_from(["add", "add", "used", "urgent", "touch", "demote", "discard", "evict", "hold", "release"]),
         st.lists(st.sampled_from("abcdefgh"), max_size=5, unique=True),
     ),
     max_size=25,
@@ -36,7 +37,11 @@ class EvictionPolicyContract:
     def policy(self) -> EvictionPolicy[str]:
         return self.new_policy()
 
-    def play(self, policy: EvictionPolicy[str], step: str, keys: Keys) -> None:
+    def new_whole(self) -> Ttl[str]:
+        """One as the planner has it: what a policy lacks of `Listener` is made up for."""
+        return Ttl(self.new_policy())
+
+    def play(self, policy: Ttl[str], step: str, keys: Keys) -> None:
         """One step at time 0."""
         if step in HINTS:
             policy.add(keys, 0.0, HINTS[step])
@@ -44,6 +49,10 @@ class EvictionPolicyContract:
             policy.touch(keys, 0.0)
         elif step == "demote":
             policy.demote(keys)
+        elif step == "hold":
+            policy.hold(keys)
+        elif step == "release":
+            policy.release(keys, 0.0, Hint(hits=1))
         elif step == "discard":
             policy.discard(keys)
         else:
@@ -103,13 +112,13 @@ class EvictionPolicyContract:
     @inherited
     @given(history=steps)
     def test_membership_is_what_was_added_and_not_discarded(self, history: list[tuple[str, Keys]]) -> None:
-        policy = self.new_policy()
+        policy = self.new_whole()
         members: set[str] = set()
 
         for step, keys in history:
-            if step in HINTS:
+            if step in HINTS or step == "release":
                 members |= set(keys)
-            elif step == "discard":
+            elif step in ("discard", "hold"):
                 members -= set(keys)
             elif step == "evict":
                 members -= set(policy.victims(len(keys)))
@@ -126,7 +135,7 @@ class EvictionPolicyContract:
     def test_asking_for_victims_changes_no_membership_and_asking_again_gives_the_same(
         self, history: list[tuple[str, Keys]], n: int
     ) -> None:
-        policy = self.new_policy()
+        policy = self.new_whole()
         for step, keys in history:
             self.play(policy, step, keys)
         before = len(policy)
@@ -143,7 +152,7 @@ class EvictionPolicyContract:
     @inherited
     @given(history=steps)
     def test_a_batch_is_the_same_as_its_keys_one_by_one(self, history: list[tuple[str, Keys]]) -> None:
-        batched, single = self.new_policy(), self.new_policy()
+        batched, single = self.new_whole(), self.new_whole()
 
         for step, keys in history:
             if step == "evict":
@@ -173,6 +182,78 @@ class EvictionPolicyContract:
         policy.add(["pinned"], 1.0, Hint(hits=1))
 
         assert policy.victims(1) == ["idle"]
+
+    # Holding.
+
+    def test_a_held_key_is_no_victim_until_it_is_released(self) -> None:
+        policy = self.new_whole()
+        policy.add(["a", "b", "c"], 0.0)
+
+        policy.hold(["a", "x"])
+
+        assert "a" not in policy
+        assert len(policy) == 2
+        assert sorted(policy.members()) == ["b", "c"]
+        assert policy.victims(3) == ["b", "c"]
+        policy.release(["a"], 1.0, Hint(hits=1))
+        assert sorted(policy.victims(9)) == ["a", "b", "c"]
+
+    def test_a_condemned_key_that_is_held_is_no_victim(self) -> None:
+        policy = self.new_whole()
+        policy.add(["a", "b", "c"], 0.0)
+        first = policy.victims(1)
+
+        policy.hold(first)
+
+        assert first[0] not in policy.victims(3)
+        assert len(policy.victims(3)) == 2
+
+    def test_with_all_keys_held_there_is_no_victim(self) -> None:
+        policy = self.new_whole()
+        policy.add(["a", "b"], 0.0)
+        policy.touch(["a"], 0.0)
+
+        policy.hold(["a", "b"])
+
+        assert policy.victims(2) == []
+
+    def test_a_held_key_that_is_discarded_is_forgotten(self) -> None:
+        policy = self.new_whole()
+        policy.add(["a"], 0.0)
+        policy.hold(["a"])
+        policy.discard(["a"])
+
+        assert policy.members() == []
+        policy.release(["a"], 1.0)
+        assert policy.members() == ["a"]
+
+    def test_a_key_held_and_used_outlives_one_never_used(self) -> None:
+        policy = self.new_whole()
+        policy.add(["held", "idle"], 0.0)
+        for now in (1.0, 2.0):
+            policy.hold(["held"])
+            policy.release(["held"], now)
+            policy.touch(["held"], now)
+
+        assert policy.victims(1) == ["idle"]
+
+    def test_renewed_keys_are_members_as_before(self) -> None:
+        policy = self.new_whole()
+        policy.add(["a", "b"], 0.0)
+
+        policy.renew(["a", "x"], 1.0)
+
+        assert sorted(policy.members()) == ["a", "b"]
+
+    def test_being_told_of_requests_changes_no_membership(self) -> None:
+        policy = self.new_whole()
+        policy.add(["a", "b"], 0.0)
+
+        policy.used(Use(1, ["a", "b", "never seen"], "session", last_turn=False), 1.0)
+        policy.ended(1, Ending("stop"), 2.0)
+        policy.ended(2, Ending(), 2.0)
+
+        assert sorted(policy.members()) == ["a", "b"]
 
     # Demotion.
 
