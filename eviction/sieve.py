@@ -5,7 +5,6 @@ sets a bit and moves nothing; a key that is held keeps its place too, and the ha
 goes from the oldest key to the newest: a set bit is cleared and the key stays in its place, a clear one condemns it;
 past the newest key it starts again at the oldest.
 
-
 Unlike recency, this order may name a block before one that continues it: the evicting side has to cope with that.
 """
 

@@ -159,6 +159,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.testing.pages": ("kvstore.page", "kvstore.tiers.base"),
     "kvstore.testing.contracts": (
         "eviction.policy",
+        "eviction.ttl",  # makes up for what a policy lacks, as in a planner
         "kvstore.codec",
         "kvstore.devices",
         "kvstore.errors",

@@ -24,7 +24,7 @@ from kvstore.plan.catalog import Catalog
 from kvstore.plan.journal import Left
 from kvstore.plan.records import HOST
 from kvstore.plan.slots import SlotPool
-from kvstore.plan.state import NEVER, Block, Page, PageState
+from kvstore.plan.state import NEVER, Block, Page, PageState, name_of
 from kvstore.plan.steps import STEP_BLOCKS
 from radix.hashing import BlockHash
 
@@ -254,11 +254,6 @@ class HostMemory:
         for page in pages:
             page.slot = -1
             page.state = PageState.ABSENT
-
-
-def name_of(page: Page) -> BlockHash:
-    """The name of a page in policies: it stays when the page is gone and comes back as another object."""
-    return page.block.key
 
 
 def _is_new(block: Block) -> bool:

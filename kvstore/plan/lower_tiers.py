@@ -12,9 +12,8 @@ from kvstore.direction import ALL_DIRECTIONS, Direction
 from kvstore.page import PageKey, PageMeta, split_key
 from kvstore.plan.books import Books
 from kvstore.plan.cost import TierCost
-from kvstore.plan.host import name_of
 from kvstore.plan.lower_tier import LowerTier
-from kvstore.plan.state import Block, Page
+from kvstore.plan.state import Block, Page, name_of
 from kvstore.plan.tier_plan import TierPlan
 from radix.hashing import BlockHash
 

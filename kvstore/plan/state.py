@@ -123,6 +123,11 @@ class Block:
         return PageMeta(num_bytes, parent, self.depth, expires_at, self.tokens)
 
 
+def name_of(page: Page) -> BlockHash:
+    """The name of a page in policies: it stays when the page is gone and comes back as another object."""
+    return page.block.key
+
+
 @dataclass(slots=True, eq=False)
 class Load:
     """A load lease.
