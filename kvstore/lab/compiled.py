@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.errors import ConfigError
-from kvstore.lab.setup import DISK, Played, Setup
+from kvstore.lab.setup import DISK, PREFILL_TOKENS_PER_S, Played, Setup
 from kvstore.lab.traces import ReplayTrace
 
 try:
@@ -29,10 +29,6 @@ except ImportError:  # not built on this machine
     is_built = False
 else:
     is_built = True
-
-# What a replica computes in a second, where requests go to the one that has least to do: an 8B model on one H100 takes
-# 40 us a token at the head of a prompt. It says how soon a queue is worked off, nothing else.
-PREFILL_TOKENS_PER_S = 25_000.0
 
 # These have places that outlive a pin, which the planner's own are about to get: till then theirs are other orders.
 AWAITED = ("s3fifo", "sieve")

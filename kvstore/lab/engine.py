@@ -13,7 +13,7 @@ from eviction.ttl import Ttl
 from kvstore.clock import Clock
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.planner import Planner
-from kvstore.plan.records import Match, Outcome, PlanSettings, Request
+from kvstore.plan.records import Match, Op, Outcome, PlanSettings, Request
 from kvstore.plan.state import Page
 from kvstore.plan.tier_plan import TierPlan
 from radix.namespace import BlockHash
@@ -25,7 +25,8 @@ CARRIED_IN_S = 0.001  # a batch, as lanes are said to take
 class VirtualEngine:
     """One engine, and the planner of its store.
 
-    now: seconds, as all of the planner's clocks tell it; the caller moves it, never back.
+    now:         seconds, as all of the planner's clocks tell it; the caller moves it, never back.
+    num_fetched: pages brought from lower tiers.
     """
 
     def __init__(
@@ -40,12 +41,20 @@ class VirtualEngine:
         self.now = 0.0
         clock = Clock(wall=self._time, steady=self._time, boot=self._time)
         self.planner = Planner(layout, settings, policy, tiers, clock)
+        self.num_fetched = 0
         self._ids = count(1)
 
     def request(self, keys: Sequence[BlockHash]) -> Request:
         """Return a new request for a prompt of these blocks."""
         # One token more than the blocks hold: an engine has to compute at least one.
         return Request(next(self._ids), list(keys), len(keys) * self.planner.books.layout.block_size + 1)
+
+    def num_stored(self, keys: Sequence[BlockHash]) -> int:
+        """Return how many leading blocks of a prompt the store has; asking is no use of them."""
+        request = self.request(keys)
+        match = self.planner.lookup(request, self.now)
+        self.planner.abandon(request, self.now)
+        return match.num_blocks
 
     def serve(self, request: Request) -> Match:
         """Look up, load what matches, save the rest, finish; return the match."""
@@ -65,6 +74,8 @@ class VirtualEngine:
         while transfers := self.planner.take_transfers():
             for transfer in transfers:
                 num_pages = len(transfer.keys)
+                if transfer.op is Op.FETCH:
+                    self.num_fetched += num_pages
                 outcome = Outcome(transfer.id, (True,) * num_pages, CARRIED_IN_S, PAGE_BYTES * num_pages)
                 self.planner.outcome(outcome, self.now)
 

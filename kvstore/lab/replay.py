@@ -1,11 +1,9 @@
-"""Replay of a trace: what share of its prompt tokens would have been hits, by policy and capacity.
+"""The planner's engine of replay: a trace played through the planner and the policies of a server.
 
-    trace = read_trace(path)
-    report = replay(trace, trace.blocks_of(0.05), policy="lru")
-    print(report.hit_rate, report.us_per_block)
+    played = play(read_trace(path), Setup((("host", 10_000),), "lru"))
 
-The planner and the policies are those of a server, under the trace's own times; only the bytes are missing. A trace is
-each request's blocks (traces.py), of which an id means a content.
+Only the bytes are missing: the clock is the trace's own, and what lanes carry is there at once. It knows every policy,
+one's own too, at about 10 us a block reference; sweeps ask the compiled engine (compiled.py), which hits the same.
 
 A trace's last block counts as a hit although it may be filled in part only, and although an engine would compute at
 least one token of it; so the rates are those of the trace, a little above an engine's.
@@ -14,82 +12,52 @@ least one token of it; so the rates are those of the trace, a little above an en
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
 
+import numpy as np
+
+from kvstore.errors import ConfigError
 from kvstore.lab.engine import VirtualEngine
+from kvstore.lab.setup import PREFILL_TOKENS_PER_S, Played, Setup
 from kvstore.lab.traces import ReplayTrace
-from kvstore.load.kvt import KvtRequest
 from kvstore.plan.records import PlanSettings
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.policies import make_policy
 from radix.namespace import BlockHash
 
 KEY_BYTES = 32
+PROGRESS_EVERY = 64  # requests
 
 
-@dataclass(slots=True)
-class ReplayReport:
-    """What a replay counted.
+def play(trace: ReplayTrace, setup: Setup, on_progress: Callable[[int], object] | None = None) -> Played:
+    """Play a whole trace through stores that are empty at first.
 
-    hit_tokens: by the tier that they came from.
-    cpu_s:      of the planning, all of it.
+    on_progress: is told now and then how many references are done; what it raises ends the play.
+
+    Raises ConfigError for a policy that is none, and for what the planner has no words for.
     """
-
-    trace: str
-    policy: str
-    num_slots: int
-    num_requests: int = 0
-    num_blocks: int = 0
-    prompt_tokens: int = 0
-    hit_tokens: dict[str, int] = field(default_factory=dict)
-    cpu_s: float = 0.0
-
-    @property
-    def hit_rate(self) -> float:
-        """Hit tokens over prompt tokens; 0 of a trace without any."""
-        return sum(self.hit_tokens.values()) / self.prompt_tokens if self.prompt_tokens else 0.0
-
-    @property
-    def us_per_block(self) -> float:
-        """Microseconds of CPU time per block of a prompt."""
-        return self.cpu_s / self.num_blocks * 1e6 if self.num_blocks else 0.0
-
-    def as_record(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        record = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return record | {"hit_rate": self.hit_rate, "us_per_block": self.us_per_block}
-
-
-def replay(
-    trace: ReplayTrace,
-    num_slots: int,
-    *,
-    policy: str = "lru",
-    ttl_s: float | None = None,
-    tiers: Sequence[TierPlan] = (),
-) -> ReplayReport:
-    """Play a whole trace through a store that is empty at first.
-
-    num_slots: blocks that host memory has room for.
-    policy:    of host memory: a name, or "package.module:Class".
-    ttl_s:     how long a page lives unused, by the trace's own times; None for ever.
-    tiers:     below host memory; each has its own policy.
-
-    Raises ConfigError for a policy that is none.
-    """
-    engine = VirtualEngine(trace.block_tokens, PlanSettings(num_slots), make_policy(policy, ttl_s), tiers)
-    report = ReplayReport(trace.name, policy, num_slots)
-    for request in trace.requests:
-        engine.now = max(engine.now, request.at_s)
-        asked = engine.request([key_of(block) for block in request.blocks])
-        began = time.thread_time()
-        match = engine.serve(asked)
-        report.cpu_s += time.thread_time() - began
-        _count(report, request, match.by_tier, trace.block_tokens)
-    engine.planner.check()
-    return report
+    scale, num_stores = (setup.replicas, 1) if setup.is_pooled else (1, setup.replicas)
+    fleet = _Fleet(
+        [_engine(trace, setup, scale) for _ in range(num_stores)],
+        by_prefix=setup.routing == "prefix",
+        blocks_per_s=PREFILL_TOKENS_PER_S / trace.block_tokens,
+    )
+    names = [name for name, _ in setup.tiers]
+    hits = np.zeros((len(trace.requests), len(names)), np.int32)
+    began, num_done = time.thread_time(), 0
+    for number, request in enumerate(trace.requests):
+        by_tier = fleet.serve([key_of(block) for block in request.blocks], request.at_s)
+        hits[number] = [by_tier.get(name, 0) for name in names]
+        num_done += len(request.blocks)
+        if on_progress is not None and number % PROGRESS_EVERY == 0:
+            on_progress(num_done)
+    cpu_s = time.thread_time() - began
+    written = np.zeros(len(names), np.int64)
+    for engine in fleet.engines:
+        engine.planner.check()
+        to_host = engine.planner.saver.counters["saved_pages"] + engine.num_fetched
+        written += [to_host, *(tier.counters.spilled_pages for tier in engine.planner.books.tiers)]
+    return Played(hits, tuple(map(int, written)), cpu_s)
 
 
 def key_of(block: int) -> BlockHash:
@@ -97,12 +65,61 @@ def key_of(block: int) -> BlockHash:
     return BlockHash(block.to_bytes(KEY_BYTES, "big"))
 
 
-def _count(report: ReplayReport, request: KvtRequest, by_tier: dict[str, int], block_tokens: int) -> None:
-    report.num_requests += 1
-    report.num_blocks += len(request.blocks)
-    report.prompt_tokens += request.num_prompt_tokens
-    left = request.num_prompt_tokens  # the last block may be filled in part only
-    for tier, num_blocks in by_tier.items():
-        num_tokens = min(num_blocks * block_tokens, left)
-        report.hit_tokens[tier] = report.hit_tokens.get(tier, 0) + num_tokens
-        left -= num_tokens
+def _engine(trace: ReplayTrace, setup: Setup, scale: int) -> VirtualEngine:
+    host = make_policy(setup.policy, setup.ttl_s)
+    (_, num_slots), *lower = setup.tiers
+    return VirtualEngine(
+        trace.block_tokens, PlanSettings(scale * num_slots), host, [_plan(setup, *tier, scale) for tier in lower]
+    )
+
+
+def _plan(setup: Setup, name: str, num_blocks: int, scale: int) -> TierPlan:
+    lacking = [
+        option
+        for option, is_asked in (
+            ("exclusive tiers", setup.is_exclusive),
+            ("admission by prediction", setup.admit == "predicted"),
+            ("a budget of writes", setup.writes_per_day is not None),
+        )
+        if is_asked
+    ]
+    if lacking:
+        raise ConfigError(f"the planner's engine does not play {', '.join(lacking)}; the compiled one may")
+    policy = make_policy(setup.policy, setup.ttl_s)
+    return TierPlan(name, scale * num_blocks, policy, is_indexed=True, is_shared=False, admit=setup.admit)
+
+
+class _Fleet:
+    """Replicas, and how requests are spread over them; see kvstore/cluster/routing.py, which this follows.
+
+    A queue is worked off at a stated rate; of replicas with equally much to compute the next in turn is taken.
+    """
+
+    def __init__(self, engines: list[VirtualEngine], *, by_prefix: bool, blocks_per_s: float) -> None:
+        self.engines = engines
+        self._by_prefix = by_prefix and len(engines) > 1
+        self._blocks_per_s = blocks_per_s
+        self._queued = [0.0] * len(engines)
+        self._now = 0.0
+        self._turn = 0
+
+    def serve(self, keys: list[BlockHash], at_s: float) -> dict[str, int]:
+        """Have one replica serve a prompt; return its hit blocks by tier."""
+        passed, self._now = max(0.0, at_s - self._now), max(self._now, at_s)
+        for engine in self.engines:
+            engine.now = self._now
+        engine = self.engines[self._choose(keys, passed)]
+        return engine.serve(engine.request(keys)).by_tier
+
+    def _choose(self, keys: list[BlockHash], passed: float) -> int:
+        num = len(self.engines)
+        turn, self._turn = self._turn % num, self._turn + 1
+        if not self._by_prefix:
+            return turn
+        done = self._blocks_per_s * passed
+        self._queued = [max(0.0, queued - done) for queued in self._queued]
+        order = [(turn + step) % num for step in range(num)]
+        work = {i: self._queued[i] + (len(keys) - self.engines[i].num_stored(keys)) for i in order}
+        best = min(order, key=work.__getitem__)
+        self._queued[best] = work[best]
+        return best

@@ -11,9 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvstore.errors import ConfigError
-from kvstore.lab import compiled
-from kvstore.lab.optimum import optimal_hit_tokens
-from kvstore.lab.replay import replay
+from kvstore.lab.player import Player
 from kvstore.lab.setup import HOST, Setup
 from kvstore.lab.traces import ReplayTrace
 from kvstore.units import parse_bytes
@@ -62,21 +60,21 @@ def sweep(
 
     LRU without a time to live is the floor, and is replayed though it be not among the policies.
     """
-    player = _Player(trace)
+    player = Player(trace)
     prompt_tokens = trace.prompt_tokens or 1
     num_distinct = trace.num_distinct or 1
     for capacity in capacities:
         on_step(f"{trace.name}: the optimum at {capacity} blocks")
         ceiling = player.optimal_tokens(capacity) / prompt_tokens
         on_step(f"{trace.name}: {LRU} at {capacity} blocks")
-        floor = player.play(capacity, LRU, None)
-        floor_rate = sum(floor.hit_tokens.values()) / prompt_tokens
+        floor = _played(player, Setup(((HOST, capacity),)))
+        floor_rate = sum(floor[0].values()) / prompt_tokens
         for policy in policies:
             played = floor
             if policy != LRU or ttl_s is not None:
                 on_step(f"{trace.name}: {policy} at {capacity} blocks")
-                played = player.play(capacity, policy, ttl_s)
-            hit_tokens = sum(played.hit_tokens.values())
+                played = _played(player, Setup(((HOST, capacity),), policy, ttl_s))
+            hit_tokens = sum(played[0].values())
             rate, gap = hit_tokens / prompt_tokens, ceiling - floor_rate
             yield ReplayCell(
                 trace.name,
@@ -84,45 +82,15 @@ def sweep(
                 capacity,
                 capacity / num_distinct,
                 rate,
-                {tier: tokens / prompt_tokens for tier, tokens in played.hit_tokens.items()},
+                {tier: tokens / prompt_tokens for tier, tokens in played[0].items()},
                 trace.prompt_tokens - hit_tokens,
                 floor_rate,
                 ceiling,
                 (rate - floor_rate) / gap if gap >= LEAST_GAP else None,
                 len(trace.requests),
-                played.cpu_s,
+                played[1],
                 ttl_s,
             )
-
-
-@dataclass(frozen=True, slots=True)
-class _Hits:
-    hit_tokens: dict[str, int]
-    cpu_s: float
-
-
-class _Player:
-    """Plays one trace by the compiled engine, where that is built and knows the policy, else by the planner's."""
-
-    def __init__(self, trace: ReplayTrace) -> None:
-        self._trace = trace
-        self._arrays = compiled.TraceArrays.of(trace) if compiled.is_built else None
-
-    def play(self, capacity: int, policy: str, ttl_s: float | None) -> _Hits:
-        setup = Setup(((HOST, capacity),), policy, ttl_s)
-        if self._arrays is None or not compiled.can_play(setup):
-            report = replay(self._trace, capacity, policy=policy, ttl_s=ttl_s)
-            return _Hits(report.hit_tokens, report.cpu_s)
-        played = compiled.play(self._arrays, setup)
-        tokens = self._arrays.hit_tokens(played.hit_blocks).sum(axis=0)
-        names = [name for name, _ in setup.tiers]
-        return _Hits({name: int(num) for name, num in zip(names, tokens, strict=True) if num}, played.cpu_s)
-
-    def optimal_tokens(self, capacity: int) -> int:
-        if self._arrays is None:
-            return optimal_hit_tokens(self._trace, capacity)
-        played = compiled.optimum(self._arrays, capacity)
-        return int(self._arrays.hit_tokens(played.hit_blocks).sum())
 
 
 def parse_capacity(text: str, trace: ReplayTrace, bytes_per_token: int | None) -> int:
@@ -146,3 +114,9 @@ def parse_capacity(text: str, trace: ReplayTrace, bytes_per_token: int | None) -
     if num_blocks < 1:
         raise ConfigError(f"capacity {text!r} is less than one block of {trace.block_tokens} tokens")
     return num_blocks
+
+
+def _played(player: Player, setup: Setup) -> tuple[dict[str, int], float]:
+    played = player.play(setup)
+    tokens = player.hit_tokens(played).sum(axis=0)
+    return {name: int(num) for (name, _), num in zip(setup.tiers, tokens, strict=True) if num}, played.cpu_s

@@ -8,17 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eviction.registry import make_policy
-from kvstore.lab import compiled
+from kvstore.lab import compiled, replay
 from kvstore.lab.compiled import TraceArrays
-from kvstore.lab.engine import VirtualEngine
 from kvstore.lab.optimum import optimal_hit_tokens
-from kvstore.lab.replay import key_of
 from kvstore.lab.setup import DISK, HOST, REDIS, Setup
 from kvstore.lab.traces import ReplayTrace
 from kvstore.load.kvt import KvtRequest
-from kvstore.plan.records import PlanSettings
-from kvstore.plan.tier_plan import TierPlan
 
 pytestmark = pytest.mark.skipif(not compiled.is_built, reason="kvstore.lab._sweep is not built")
 
@@ -46,21 +41,8 @@ def forest_traffic(seed: int, num_requests: int = 400, width: int = 3, depth: in
 
 def planned(trace: ReplayTrace, setup: Setup) -> tuple[np.ndarray[Any, Any], list[int]]:
     """Return the hit blocks of each request by tier, and the blocks written to lower tiers, as the planner has them."""
-    lower = [
-        TierPlan(
-            name, size, make_policy(setup.policy, setup.ttl_s), is_indexed=True, is_shared=False, admit=setup.admit
-        )
-        for name, size in setup.tiers[1:]
-    ]
-    host = make_policy(setup.policy, setup.ttl_s)
-    engine = VirtualEngine(trace.block_tokens, PlanSettings(setup.tiers[0][1]), host, lower)
-    hits = np.zeros((len(trace.requests), len(setup.tiers)), np.int32)
-    for row, request in zip(hits, trace.requests, strict=True):
-        engine.now = max(engine.now, request.at_s)
-        match = engine.serve(engine.request([key_of(block) for block in request.blocks]))
-        row[:] = [match.by_tier.get(name, 0) for name, _ in setup.tiers]
-    engine.planner.check()
-    return hits, [tier.counters.spilled_pages for tier in engine.planner.books.tiers]
+    played = replay.play(trace, setup)
+    return played.hit_blocks, list(played.written[1:])
 
 
 @pytest.mark.parametrize("policy", sorted({"lru", "sieve", "s3fifo"} - set(compiled.AWAITED)))

@@ -9,7 +9,9 @@ from itertools import combinations
 import pytest
 
 from kvstore.lab.optimum import optimal_hit_tokens
-from kvstore.lab.replay import replay
+from kvstore.lab.player import Player
+from kvstore.lab.replay import play
+from kvstore.lab.setup import HOST, Setup
 from kvstore.lab.traces import ReplayTrace
 from kvstore.load.kvt import KvtRequest
 
@@ -75,7 +77,8 @@ def test_no_policy_beats_it(policy: str) -> None:
     trace = trace_of(*tree_traffic(3, num_requests=300, width=4, depth=6))
 
     for num_slots in (1, 8, 40, 200, trace.num_distinct):
-        hits = sum(replay(trace, num_slots, policy=policy).hit_tokens.values())
+        played = play(trace, Setup(((HOST, num_slots),), policy))
+        hits = int(Player(trace).hit_tokens(played).sum())
         assert hits <= optimal_hit_tokens(trace, num_slots)
     assert hits == optimal_hit_tokens(trace, trace.num_distinct)
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import OrderedDict
 from typing import Any
 
 import pytest
 
-from eviction.registry import make_policy
-from kvstore.lab.replay import ReplayReport
-from kvstore.lab.replay import replay as replay_blocks
+from kvstore.errors import ConfigError
+from kvstore.lab import compiled
+from kvstore.lab.player import Player
+from kvstore.lab.replay import play
+from kvstore.lab.setup import DISK, HOST, Setup
 from kvstore.lab.traces import ReplayTrace
 from kvstore.load.kvt import KvtRequest
-from kvstore.plan.tier_plan import TierPlan
 
 BLOCK = 4
 
@@ -27,8 +27,12 @@ def trace_of(*prompts: tuple[int, ...], at_s: tuple[float, ...] = ()) -> ReplayT
     return ReplayTrace("made up", BLOCK, tuple(requests))
 
 
-def replay(trace: ReplayTrace, *, capacity: float, **options: Any) -> ReplayReport:
-    return replay_blocks(trace, trace.blocks_of(capacity), **options)
+def hits_of(trace: ReplayTrace, *, capacity: float, disk: int = 0, **options: Any) -> dict[str, int]:
+    """The hit tokens of a trace by tier; capacity: share of its blocks."""
+    tiers = ((HOST, trace.blocks_of(capacity)), *([(DISK, disk)] if disk else []))
+    setup = Setup(tiers, **options)
+    tokens = Player(trace, "planner").hit_tokens(play(trace, setup)).sum(axis=0)
+    return {name: int(num) for (name, _), num in zip(tiers, tokens, strict=True) if num}
 
 
 def chat_traffic(seed: int, num_requests: int) -> list[tuple[int, ...]]:
@@ -65,11 +69,7 @@ def lru_hits(prompts: list[tuple[int, ...]], capacity: int) -> int:
 
 
 def test_what_was_asked_before_is_a_hit_up_to_where_prompts_differ() -> None:
-    report = replay(trace_of((1, 2, 3), (1, 2, 4), (1, 2, 3)), capacity=1.0)
-
-    assert report.hit_tokens == {"host": BLOCK * (2 + 3)}
-    assert (report.num_requests, report.num_blocks, report.prompt_tokens) == (3, 9, 9 * BLOCK)
-    assert report.hit_rate == 5 / 9
+    assert hits_of(trace_of((1, 2, 3), (1, 2, 4), (1, 2, 3)), capacity=1.0) == {"host": BLOCK * (2 + 3)}
 
 
 @pytest.mark.parametrize("capacity", [0.05, 0.2, 0.6])
@@ -77,47 +77,68 @@ def test_lru_hits_as_often_as_another_simulator_says(capacity: float) -> None:
     prompts = chat_traffic(3, 400)
     trace = trace_of(*prompts)
 
-    report = replay(trace, capacity=capacity)
+    hits = hits_of(trace, capacity=capacity)
 
-    assert 0 < report.hit_rate < 1
-    assert report.hit_tokens["host"] == BLOCK * lru_hits(prompts, trace.blocks_of(capacity))
+    assert 0 < hits["host"] < trace.prompt_tokens
+    assert hits["host"] == BLOCK * lru_hits(prompts, trace.blocks_of(capacity))
 
 
 def test_policies_differ_where_there_is_no_room_for_all() -> None:
     trace = trace_of(*chat_traffic(5, 400))
 
-    rates = {policy: replay(trace, capacity=0.1, policy=policy).hit_rate for policy in ("lru", "sieve", "s3fifo")}
+    hits = {policy: hits_of(trace, capacity=0.1, policy=policy)["host"] for policy in ("lru", "sieve", "s3fifo")}
 
-    assert len(set(rates.values())) > 1
-    assert replay(trace, capacity=1.0).hit_rate == replay(trace, capacity=1.0, policy="sieve").hit_rate
+    assert len(set(hits.values())) > 1
+    assert hits_of(trace, capacity=1.0) == hits_of(trace, capacity=1.0, policy="sieve")
 
 
 def test_a_page_lives_by_the_traces_own_times() -> None:
     trace = trace_of((1, 2), (1, 2), (1, 2), at_s=(0.0, 50.0, 200.0))
 
-    assert replay(trace, capacity=1.0, ttl_s=100.0).hit_tokens == {"host": 2 * BLOCK}
-    assert replay(trace, capacity=1.0).hit_tokens == {"host": 4 * BLOCK}
+    assert hits_of(trace, capacity=1.0, ttl_s=100.0) == {"host": 2 * BLOCK}
+    assert hits_of(trace, capacity=1.0) == {"host": 4 * BLOCK}
 
 
 def test_what_host_memory_has_no_room_for_is_a_hit_of_the_tier_below() -> None:
-    disk = TierPlan("disk", 100, make_policy("lru"), is_indexed=True, is_shared=False)
+    trace = trace_of((1, 2, 3), (4, 5, 6), (1, 2, 3))
 
-    report = replay(trace_of((1, 2, 3), (4, 5, 6), (1, 2, 3)), capacity=0.5, tiers=[disk])
-
-    assert report.hit_tokens == {"disk": 3 * BLOCK}
+    assert hits_of(trace, capacity=0.5, disk=100) == {"disk": 3 * BLOCK}
+    assert play(trace, Setup(((HOST, 3), (DISK, 100)))).written == (9, 6)
 
 
 def test_the_last_block_counts_with_the_tokens_that_are_in_it() -> None:
     request = KvtRequest(0.0, -1, -1, 2 * BLOCK + 1, 1, (1, 2, 3))
 
-    report = replay(ReplayTrace("tail", BLOCK, (request, request)), capacity=1.0)
-
-    assert report.hit_tokens == {"host": 2 * BLOCK + 1}
-    assert report.hit_rate == 0.5
+    assert hits_of(ReplayTrace("tail", BLOCK, (request, request)), capacity=1.0) == {"host": 2 * BLOCK + 1}
 
 
-def test_a_report_is_plain_data() -> None:
-    record = json.loads(json.dumps(replay(trace_of((1, 2), (1, 2)), capacity=1.0).as_record()))
+@pytest.mark.parametrize("routing", ["round_robin", "prefix"])
+@pytest.mark.parametrize("is_pooled", [False, True])
+@pytest.mark.skipif(not compiled.is_built, reason="kvstore.lab._sweep is not built")
+def test_replicas_hit_what_the_compiled_engine_hits(routing: str, is_pooled: bool) -> None:
+    trace = trace_of(*chat_traffic(7, 400))
+    setup = Setup(((HOST, 60), (DISK, 120)), replicas=3, routing=routing, is_pooled=is_pooled)
 
-    assert (record["trace"], record["policy"], record["num_slots"], record["hit_rate"]) == ("made up", "lru", 2, 0.5)
-    assert record["us_per_block"] >= 0
+    planned, swept = play(trace, setup), compiled.play(compiled.TraceArrays.of(trace), setup)
+
+    assert planned.hit_blocks.tolist() == swept.hit_blocks.tolist()
+    assert planned.written == swept.written
+
+
+def test_private_caches_hit_less_than_pooled_ones_where_requests_go_in_turn() -> None:
+    trace = trace_of(*chat_traffic(7, 400))
+
+    private = hits_of(trace, capacity=0.2, replicas=3, routing="round_robin")["host"]
+
+    assert private < hits_of(trace, capacity=0.2, replicas=3, routing="round_robin", is_pooled=True)["host"]
+
+
+@pytest.mark.parametrize("asked", [{"is_exclusive": True}, {"admit": "predicted"}, {"writes_per_day": 5}])
+def test_what_the_planner_has_no_words_for_is_told(asked: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="the planner's engine does not play"):
+        hits_of(trace_of((1, 2)), capacity=1.0, disk=5, **asked)
+
+
+def test_an_engine_that_is_none_is_told_with_the_list() -> None:
+    with pytest.raises(ConfigError, match="one of auto, planner, compiled"):
+        Player(trace_of((1, 2)), "fast")
