@@ -6,6 +6,7 @@ hit rate: where nearly all is hit, a fall of 0.2 points is 5 % more to compute.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -94,17 +95,25 @@ def sweep(
 
 
 def parse_capacity(text: str, trace: ReplayTrace, bytes_per_token: int | None) -> int:
-    """Read a capacity as blocks of a trace: "5%" of its different blocks, "20000" blocks, or "64GiB" of memory.
+    """Read a capacity as blocks of a trace.
+
+    "5%" of its different blocks, "20000" blocks, "3Mtokens" or "500Ktokens", or "64GiB" of memory.
 
     Raises ConfigError, with what would be right.
     """
     written = text.strip()
+    if tokens := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMG]?) ?tokens", written, re.ASCII):
+        num_tokens = float(tokens[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[tokens[2]]
+        if num_tokens >= trace.block_tokens:
+            return int(num_tokens / trace.block_tokens)
+        raise ConfigError(f"capacity {text!r} is less than one block of {trace.block_tokens} tokens")
     try:
         share = float(written[:-1]) / 100 if written.endswith("%") else None
         num_bytes = 0 if share is not None or written.isdecimal() else parse_bytes(written)
     except ValueError:
         raise ConfigError(
-            f"capacity is {text!r}; write a share of the trace's blocks (5%), blocks (20000) or a size (64GiB)"
+            f"capacity is {text!r}; write a share of the trace's blocks (5%), blocks (20000), tokens (3Mtokens) or a "
+            "size (64GiB)"
         ) from None
     if share is not None:
         return trace.blocks_of(share)

@@ -51,10 +51,13 @@ def test_a_time_to_live_is_the_policys_and_not_the_floors() -> None:
 def test_capacities_are_shares_blocks_or_sizes() -> None:
     assert parse_capacity("10%", TRACE, None) == TRACE.num_distinct // 10
     assert parse_capacity(" 250 ", TRACE, None) == 250
+    assert parse_capacity("4Ktokens", TRACE, None) == parse_capacity("0.004M tokens", TRACE, None) == 1000
     assert parse_capacity("1MiB", TRACE, 1024) == 256  # 4 tokens a block
 
 
-@pytest.mark.parametrize("text", ["0%", "-5%", "0", "x", "5 apples", "%", "1KiB", "inf%", "\u00b2"])
+@pytest.mark.parametrize(
+    "text", ["0%", "-5%", "0", "x", "5 apples", "%", "1KiB", "3tokens", "Mtokens", "inf%", "\u00b2"]
+)
 def test_capacities_that_make_no_sense_are_told(text: str) -> None:
     with pytest.raises(ConfigError, match="capacity"):
         parse_capacity(text, TRACE, 1024)
