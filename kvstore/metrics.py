@@ -113,6 +113,9 @@ METRICS: tuple[MetricSpec, ...] = (
     _gauge("direction_open", "direction_open", "1 while a tier is left out in one direction.", "tier", "direction"),
     _counter("breaker_opens", "breaker_opens", "Times a tier, or a direction of it, was taken out.", "tier"),
     _counter("refusals", "refusals", "Batches that a medium answered with an error.", "tier", "direction", "reason"),
+    # The store's own recording, where there is one.
+    _counter("recorded", "recorded_requests", "Requests written to the recording."),
+    _counter("record_dropped", "record_dropped_requests", "Requests not recorded: queue full, or file not writable."),
     # What is there now.
     _gauge("slots", "slots", "Host slots by state; the sum is the capacity.", "state"),
     _gauge("pinned_pages", "pinned_pages", "Resident pages that nothing may evict now."),

@@ -18,6 +18,7 @@ from kvstore.forks import forbid, harmless
 from kvstore.keep import LocalKeep
 from kvstore.layout import Layout
 from kvstore.move.lane import Lane
+from kvstore.move.recorder import Recorder
 from kvstore.plan.flushing import Flushing, Told
 from kvstore.plan.journal import BlockEvent, Journal
 from kvstore.plan.loads import load_lease
@@ -58,6 +59,7 @@ class LocalStore(RequestMaker, Waits):
         slab: HostSlab,
         lanes: Sequence[Lane] = (),
         *,
+        recorder: Recorder | None = None,
         close_timeout_s: float = 5.0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -72,6 +74,9 @@ class LocalStore(RequestMaker, Waits):
         self._told = planner.told()
         self._dispatcher = Dispatcher(planner, lanes, slab.discard, now)
         self._lock = self._dispatcher.lock
+        self._recorder = recorder
+        if recorder is not None:
+            planner.lookups.observer = recorder.put
         self.keep = LocalKeep(self._dispatcher, self._in_steps, now)
         self.admin = Admin(self._dispatcher)
         forbid(self)
@@ -216,7 +221,10 @@ class LocalStore(RequestMaker, Waits):
         """Counters and gauges as plain numbers; kvstore/metrics.py documents them."""
         with self._lock:
             self._dispatcher.settle()
-            return snapshot(self._planner, self._dispatcher.lanes)
+            counted = snapshot(self._planner, self._dispatcher.lanes)
+        if self._recorder is not None:
+            counted |= {"recorded": self._recorder.num_written, "record_dropped": self._recorder.num_dropped}
+        return counted
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Register `listener`, called whenever a wait may be over: an outcome, a tier's state, the end of a lease.
@@ -247,6 +255,8 @@ class LocalStore(RequestMaker, Waits):
         mover.close(max(0.5, until - time.monotonic()))
         for lane in mover.lanes.values():
             lane.tier.close()
+        if self._recorder is not None:
+            self._recorder.close()
         if mover.num_hung:
             log.warning("close: %d transfers hang in their tier; the slab stays mapped for them", mover.num_hung)
         else:

@@ -301,6 +301,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.units",
         "kvstore.web.sse",
     ),
+    "kvstore.recording": ("kvstore.plan.ended",),
+    "kvstore.move.recorder": (  # of what the planner tells, it makes lines
+        "kvstore.errors",
+        "kvstore.forks",
+        "kvstore.move.threads",
+        "kvstore.plan.ended",
+        "kvstore.recording",
+    ),
     "kvstore.move": (
         "kvstore.tiers.base",
         "kvstore.tiers.host",  # what lanes read into for rows of an engine is made as the slab is

@@ -16,6 +16,9 @@ def serve(
         Path | None, typer.Option("--file", "-f", help="TOML file, instead of $KVSTORE_CONFIG or ./kvstore.toml.")
     ] = None,
     socket: Annotated[Path | None, typer.Option("--socket", help="Unix socket to listen on.")] = None,
+    record: Annotated[
+        Path | None, typer.Option("--record", help="File to record requests in, for `kvstore replay`; no text.")
+    ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Set a value, e.g. host.capacity_bytes=8GiB."),
@@ -44,5 +47,7 @@ def serve(
     values = overrides(setting or [])
     if socket is not None:
         values["service.socket"] = Setting(socket, "--socket")
+    if record is not None:
+        values["store.record"] = Setting(record, "--record")
     errors = console(stderr=True)
     run(Config.load(file, **values), lambda line: errors.print(line, markup=False, soft_wrap=True))

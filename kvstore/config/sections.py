@@ -49,7 +49,7 @@ from kvstore.config.values import (
 from kvstore.errors import ConfigError
 from kvstore.tiers import registry
 from kvstore.tiers.kind import TierKind
-from kvstore.units import GiB, format_seconds
+from kvstore.units import GiB, MiB, format_seconds
 
 
 class StoreConfig(Section):
@@ -116,6 +116,13 @@ class StoreConfig(Section):
         default=60.0,
         ge=0,
         description="Lower tiers are told of a page's use at most this often; 0 tells every use.",
+    )
+    record: PathOrNone = Field(
+        default=None,
+        description="File to record requests in, for `kvstore replay`: hashes, times and hits, no text; none: no file.",
+    )
+    record_bytes: Bytes = Field(
+        default=256 * MiB, ge=1 << 16, description="Size of the recording, of which the oldest quarter goes first."
     )
 
 

@@ -118,12 +118,12 @@ class InSteps:
     ) -> Steps[None]:
         """Refresh the request's path in every tier, or let its private part go first if no turn will follow."""
         reason = one_word(finish_reason)
+        self._lookups.end(request, now, finish_reason)
         if finish_reason:
             if finish_reason not in self.finish_reasons and len(self.finish_reasons) >= MAX_REASONS:
                 finish_reason = "other"
             self.finish_reasons[finish_reason] = self.finish_reasons.get(finish_reason, 0) + 1
         ending = Ending(reason, last_turn or request.options.last_turn)
-        self._lookups.end(request)
         self._saver.finished(request, ending, now)
         yield from self._retention.ending(self._lookups.known_path(request), request, ending, now)
 

@@ -11,6 +11,7 @@ from itertools import groupby
 
 from eviction.policy import Hint
 from kvstore.plan.books import Books
+from kvstore.plan.ended import Ended, Observer
 from kvstore.plan.match import FIRST_LOWER, IN_HOST, RequestState, Survey, loadable_blocks, locate, tier_names
 from kvstore.plan.probes import Probes
 from kvstore.plan.records import HOST, CutReason, Explanation, Match, Outcome, Request
@@ -31,6 +32,7 @@ class PrefixLookup:
         self.counters = {"lookups": 0, "pending": 0, "collisions": 0, "matched_tokens": 0, "missed_tokens": 0}
         self.cuts = {reason.value: 0 for reason in CutReason}
         self.probes = Probes(books)
+        self.observer: Observer | None = None  # told of every request that was looked up and is over
         self._block_size = books.layout.block_size
         self._windows = books.windows
         self._has_full = None in books.windows
@@ -50,6 +52,8 @@ class PrefixLookup:
         judge: may make the match pending; a lookup is counted when it is not.
         """
         state = self._state(request)
+        if not state.asked_at:
+            state.asked_at = now
         survey = self.survey(request)
         pending = self._ask(state, survey, now)
         match = self._match(survey, pending)
@@ -62,11 +66,20 @@ class PrefixLookup:
             self._settle(state, survey, match)
         return match, self._stale_tier(survey, now)
 
-    def end(self, request: Request) -> None:
-        """Forget the request. A lookup that was given up while it was pending counts as what it had found by then."""
+    def end(self, request: Request, now: float, reason: str) -> None:
+        """Forget the request. A lookup that was given up while it was pending counts as what it had found by then.
+
+        reason: for the observer.
+        """
         state = self.requests.pop(request.id, None)
-        if state is not None and state.unsettled is not None:
+        if state is None:
+            return
+        if state.unsettled is not None:
             self._settle(state, *state.unsettled)
+        if self.observer is not None and state.first is not None:
+            num_tokens, match = state.first
+            hits = {tier: num_blocks * self._block_size for tier, num_blocks in match.by_tier.items()}
+            self.observer(Ended(request, num_tokens, hits, now - state.asked_at, reason))
 
     def survey(self, request: Request) -> Survey:
         """The place of every page of the request, as far as is known now."""
@@ -300,6 +313,7 @@ class PrefixLookup:
         state.unsettled = None
         if state.num_counted != state.request.num_tokens:
             state.num_counted = state.request.num_tokens
+            state.first = state.first or (state.num_counted, match)
             self._count(state.request, survey, match)
 
     def _count(self, request: Request, survey: Survey, match: Match) -> None:

@@ -47,6 +47,8 @@ class RequestState:
     request: Request
     probes: dict[int, Probe] = field(default_factory=dict)  # by index of the lower tier
     num_counted: int = -1  # prompt length at the last lookup that was counted in the statistics
+    asked_at: float = 0.0
+    first: tuple[int, Match] | None = None  # prompt length at the first lookup that was counted, and its answer
     unsettled: tuple[Survey, Match] | None = None  # the last answer, while it is pending
 
 

@@ -24,6 +24,7 @@ from kvstore.page import PageKey, PageMeta
 from kvstore.plan.books import Books
 from kvstore.plan.catalog import Catalog
 from kvstore.plan.cost import CostModel
+from kvstore.plan.ended import ABANDONED
 from kvstore.plan.fetches import Fetches
 from kvstore.plan.flushing import Flushing, Told, report, told_of
 from kvstore.plan.host import HostMemory
@@ -172,7 +173,7 @@ class Planner:
 
     def abandon(self, request: Request, now: float) -> bool:
         """Nobody will go on with the request; True if others waited, or might have waited, for it to compute."""
-        self.lookups.end(request)
+        self.lookups.end(request, now, ABANDONED)
         return self.single_flight.end(request, now)
 
     def pin(self, request: Request, now: float) -> int:

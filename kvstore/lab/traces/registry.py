@@ -8,10 +8,11 @@ from pathlib import Path
 from kvstore.errors import ConfigError
 from kvstore.lab.traces.hash_ids import BAILIAN, MOONCAKE
 from kvstore.lab.traces.kvt1 import KVT1
+from kvstore.lab.traces.recording import RECORDING
 from kvstore.lab.traces.source import Format
 from kvstore.load.lines import broken_line
 
-FORMATS = {one.name: one for one in (KVT1, MOONCAKE, BAILIAN)}
+FORMATS = {one.name: one for one in (KVT1, MOONCAKE, BAILIAN, RECORDING)}
 
 
 def find_format(name: str) -> Format:

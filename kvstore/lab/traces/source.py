@@ -76,19 +76,28 @@ class Source:
             yield line
 
     def objects(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield each line with the JSON object in it. A line that has none is a bad one."""
+        """Yield each line with the JSON object in it. A line that has none is a bad one.
+
+        Where the format may be cut off, so may be the last line, and the last before a header: there was a crash.
+        """
+        broken: tuple[int, str] | None = None
         for line in self.lines():
-            try:
-                found = json.loads(line)
-                if not isinstance(found, dict):
-                    raise ValueError("one JSON object a line")
-            except (ValueError, RecursionError):
-                if self.may_be_cut and not line.endswith("\n"):
-                    self.notes.append(f"line {self.number} is cut off in the middle, as by a crash, and left out")
-                    continue
-                self.bad("one JSON object a line", line)
-                continue
-            yield line, found
+            found = _object(line)
+            if broken is not None:
+                self._cut_or_bad(*broken, is_cut=found is not None and "format" in found)
+                broken = None
+            if found is None:
+                broken = self.number, line
+            else:
+                yield line, found
+        if broken is not None:
+            self._cut_or_bad(*broken, is_cut=not broken[1].endswith("\n"))
+
+    def _cut_or_bad(self, number: int, line: str, *, is_cut: bool) -> None:
+        if self.may_be_cut and is_cut:
+            self.notes.append(f"line {number} is cut off in the middle, as by a crash, and left out")
+        else:
+            self.left_out(broken_line(self.path, number, "one JSON object a line", line))
 
     def bad(self, expected: str, line: str) -> None:
         """Raise ConfigError for the line that was read last, or count it."""
@@ -108,6 +117,14 @@ class Source:
                 raise
             self.notes.append(f"the file ends after line {self.number}: {error}")
             return ""
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def why(error: Exception) -> str:
