@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 import secrets
-import time
 from base64 import b64encode
 from bisect import bisect_left
 from hashlib import blake2b
@@ -45,8 +44,8 @@ class RecordWriter:
         self._known.clear()
         return _line({"format": FORMAT, "w": self._writer, "block_tokens": self._block_tokens})
 
-    def line(self, ended: Ended) -> bytes:
-        """The line of one request. O(blocks that are new, times the hash of each)."""
+    def line(self, ended_at: float, ended: Ended) -> bytes:
+        """The line of one request that was over at that Unix time. O(blocks that are new, times the hash of each)."""
         keys, options = ended.request.keys, ended.request.options
         num_blocks = min(len(keys), ended.num_tokens // self._block_tokens)
         if len(self._known) + num_blocks > MAX_KNOWN:
@@ -56,8 +55,8 @@ class RecordWriter:
         self._known.update(keys[known:num_blocks])
         record: dict[str, Any] = {
             "w": self._writer,
-            "t": round(time.time() - ended.took_s, 4),
-            "d": round(ended.took_s, 4),
+            "t": round(ended_at - ended.took_s, 6),
+            "d": round(ended.took_s, 6),
             "in": ended.num_tokens,
             "out": max(0, ended.request.num_tokens - ended.num_tokens),
             "h": b64encode(b"".join(self._name(key) for key in keys[known:num_blocks])).decode(),

@@ -16,6 +16,7 @@ import logging
 import os
 import secrets
 import threading
+import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
@@ -46,7 +47,7 @@ class Recorder:
         """Open the file. max_bytes: of all its parts. Raises ConfigError if it cannot be written."""
         self._path = path
         self._part_bytes = max(1, max_bytes // NUM_FILES)
-        self._queue: deque[Ended] = deque()
+        self._queue: deque[tuple[float, Ended]] = deque()
         self._fd = -1
         self._is_failing = False
         self.num_written = self.num_dropped = 0
@@ -65,7 +66,7 @@ class Recorder:
     def put(self, ended: Ended) -> None:
         """Have a request written, or count it as dropped. Never waits."""
         if len(self._queue) < MAX_QUEUED:
-            self._queue.append(ended)
+            self._queue.append((time.time(), ended))
         else:
             self.num_dropped += 1
 
@@ -91,7 +92,7 @@ class Recorder:
                     batch = bytearray()
                     while self._queue and len(batch) < min(room, WRITE_BYTES):
                         num_taken += 1
-                        batch += self._lines.line(self._queue.popleft())
+                        batch += self._lines.line(*self._queue.popleft())
                     _write(self._fd, batch)
                 finally:
                     fcntl.flock(self._fd, fcntl.LOCK_UN)

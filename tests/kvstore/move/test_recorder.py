@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -120,6 +121,21 @@ def test_two_stores_write_to_one_file_and_each_is_read(path: Path) -> None:
         own.close()
 
     assert len(read_trace(path).requests) == 1000
+
+
+def test_requests_are_in_the_order_in_which_they_were_asked_however_late_they_are_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WRITE_EVERY_S", 3600)
+    clock = iter([100.0, 101.0, 102.0])
+    monkeypatch.setattr(module.time, "time", lambda: next(clock))
+    made = Recorder(path, SIZE, MANY)
+
+    for first, took_s in ((1, 0.25), (2, 1.5), (3, 0.5)):
+        made.put(replace(ended([first]), took_s=took_s))
+    made.close()
+
+    assert [request.at_s for request in read_trace(path).requests] == [99.5, 99.75, 101.5]
 
 
 def test_where_the_queue_is_full_requests_are_counted_and_not_waited_for(
