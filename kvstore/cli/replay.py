@@ -11,7 +11,7 @@ import typer
 from kvstore.console import add_row, console, print_json, table
 from kvstore.errors import ConfigError
 from kvstore.extras import require
-from kvstore.units import parse_seconds
+from kvstore.units import format_seconds, parse_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from kvstore.lab.sweep import ReplayCell
     from kvstore.lab.traces import ReplayTrace
 
-NUMBERS = ("blocks", "of all", "token hit rate", "computed tokens", "of LRU's", "gap closed")
+TIERS, COST = "Tiers and replicas", "Cost model"
+NUMBERS = (
+    "blocks",
+    "of all",
+    "token hit rate",
+    "computed tokens",
+    "of LRU's",
+    "gap closed",
+    "time saved",
+    "TTFT p50",
+    "p95",
+)
 
 
 def replay(
@@ -44,6 +55,32 @@ def replay(
     write_kvt: Annotated[
         Path | None, typer.Option("--write-kvt", metavar="FILE", help="Only write the trace as kvt1 (.zst, .gz too).")
     ] = None,
+    disk: Annotated[
+        str | None, typer.Option(help="Room of a disk tier, as of --capacity.", rich_help_panel=TIERS)
+    ] = None,
+    redis: Annotated[str | None, typer.Option(help="Room of a Redis tier.", rich_help_panel=TIERS)] = None,
+    exclusive: Annotated[bool, typer.Option(help="A block is in one tier at a time.", rich_help_panel=TIERS)] = False,
+    admit: Annotated[str, typer.Option(help="Of lower tiers: always, second_use.", rich_help_panel=TIERS)] = "always",
+    writes_per_day: Annotated[
+        str | None, typer.Option(help="Most that is written to disk a day, as of --capacity.", rich_help_panel=TIERS)
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Stores, each with such tiers.", rich_help_panel=TIERS)] = 1,
+    routing: Annotated[
+        str, typer.Option(help="Of requests to replicas: prefix, round_robin.", rich_help_panel=TIERS)
+    ] = "prefix",
+    pooled: Annotated[bool, typer.Option(help="The replicas share one store.", rich_help_panel=TIERS)] = False,
+    model: Annotated[
+        str, typer.Option(help="A preset, or a config.json; a wrong name shows the list.", rich_help_panel=COST)
+    ] = "llama-3-8b",
+    gpu: Annotated[str, typer.Option(help="a100, l40s, h100, h200, b200.", rich_help_panel=COST)] = "h100",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of one replica.", rich_help_panel=COST)] = 1,
+    media: Annotated[
+        str | None,
+        typer.Option(
+            help="As host=dram,disk=2nvme,redis=redis-100g; a wrong name shows the list.", rich_help_panel=COST
+        ),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="auto, planner (every policy) or compiled (fast).")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one record for each row.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the JSON to this file.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw hit rate over capacity (PNG).")] = None,
@@ -57,13 +94,26 @@ def replay(
     For example: kvstore replay conversation_trace.jsonl --capacity 1%,5%,25% --policy sieve,s3fifo --plot rates.png
     """
     from kvstore.lab import compiled
+    from kvstore.lab.geometry import find_geometry
+    from kvstore.lab.hardware import find_gpu, media_of
+    from kvstore.lab.player import Player
+    from kvstore.lab.setup import ADMISSIONS, DISK, HOST, REDIS, ROUTINGS, Setup
     from kvstore.lab.sweep import LRU, parse_capacity, sweep
+    from kvstore.lab.timing import CostModel
     from kvstore.lab.traces import read_trace
 
     ttl_s = None if ttl is None else _seconds(ttl)
     policies = list(dict.fromkeys([LRU, *_words(policy)]))
     for name in policies:
         _check_policy(name)
+    _check_word("--admit", admit, ADMISSIONS)
+    _check_word("--routing", routing, ROUTINGS)
+    if disk is None and redis is None and (exclusive or writes_per_day is not None):
+        raise ConfigError("--exclusive and --writes-per-day are about tiers below host memory; give --disk or --redis")
+    geometry, lower = find_geometry(model), {DISK: disk, REDIS: redis}
+    names = (HOST, *(name for name, room in lower.items() if room is not None))
+    costs = CostModel(geometry, find_gpu(gpu), media_of(names, media or ""), gpus)
+    token_bytes = bytes_per_token or geometry.token_bytes
     if plot is not None:
         require("demo", "--plot")
     cells: list[ReplayCell] = []
@@ -87,8 +137,20 @@ def replay(
             if write_kvt is not None:
                 _write(trace, write_kvt, len(traces))
                 continue
-            capacities = sorted({parse_capacity(text, trace, bytes_per_token) for text in _words(capacity)})
-            found = list(sweep(trace, capacities, policies, ttl_s, on_step=status.update))
+            capacities = sorted({parse_capacity(text, trace, token_bytes) for text in _words(capacity)})
+            rooms = [(n, parse_capacity(room, trace, token_bytes)) for n, room in lower.items() if room is not None]
+            base = Setup(
+                ((HOST, 1), *rooms),
+                ttl_s=ttl_s,
+                is_exclusive=exclusive,
+                admit=admit,
+                writes_per_day=None if writes_per_day is None else parse_capacity(writes_per_day, trace, token_bytes),
+                replicas=replicas,
+                routing=routing,
+                is_pooled=pooled,
+            )
+            player = Player(trace, engine)
+            found = list(sweep(player, costs, capacities, policies, base, on_step=status.update))
             cells += found
             if not as_json:
                 _print(trace, found)
@@ -124,6 +186,11 @@ def _check_policy(name: str) -> None:
         raise ConfigError(f"--policy {name}: {error}") from None
 
 
+def _check_word(option: str, word: str, words: tuple[str, ...]) -> None:
+    if word not in words:
+        raise ConfigError(f"{option} is {word!r}; it must be one of {', '.join(words)}")
+
+
 def _words(text: str) -> list[str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
@@ -152,13 +219,22 @@ def _print(trace: ReplayTrace, cells: list[ReplayCell]) -> None:
             num_slots = cell.capacity
             best = round((1 - cell.min) * trace.prompt_tokens)
             _add(rows, cell, "optimum", cell.min, best, None if cell.lru_gap_closed is None else 1.0)
-        _add(rows, cell, cell.policy, cell.token_hit_rate, cell.computed_tokens, cell.lru_gap_closed)
+        times = (f"{cell.prefill_time_saved:.2%}", *(format_seconds(cell.ttft_s[name]) for name in ("p50", "p95")))
+        _add(rows, cell, cell.policy, cell.token_hit_rate, cell.computed_tokens, cell.lru_gap_closed, times)
     console().print(rows)
 
 
-def _add(rows: Table, cell: ReplayCell, name: str, rate: float, computed: int, closed: float | None) -> None:
+def _add(
+    rows: Table,
+    cell: ReplayCell,
+    name: str,
+    rate: float,
+    computed: int,
+    closed: float | None,
+    times: tuple[str, ...] = ("", "", ""),
+) -> None:
     prompt_tokens = computed / (1 - rate) if rate < 1 else 0.0
     floor = (1 - cell.lru) * prompt_tokens
     numbers = [f"{cell.capacity:,}", f"{cell.share:.2%}", f"{rate:.2%}", f"{computed:,}"]
     numbers += [f"{computed / floor:.3f}x" if floor else "", "" if closed is None else f"{closed:.0%}"]
-    add_row(rows, name, *numbers)
+    add_row(rows, name, *numbers, *times)

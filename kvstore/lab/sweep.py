@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from kvstore.errors import ConfigError
 from kvstore.lab.player import Player
 from kvstore.lab.setup import HOST, Setup
+from kvstore.lab.timing import CostModel, time_of
 from kvstore.lab.traces import ReplayTrace
 from kvstore.units import parse_bytes
 
 LRU = "lru"
+BASE = Setup(((HOST, 1),))
+PERCENTILES = (50, 95, 99)  # of TTFT
 LEAST_GAP = 0.005  # between floor and ceiling; a share of less says nothing
 
 
@@ -29,6 +34,9 @@ class ReplayCell:
     lru, min:       token hit rates of the floor and the ceiling at this capacity.
     lru_gap_closed: of the way from one to the other; None where that is too short to say.
     seconds:        CPU time of the replay.
+    min is that of one store as large as the largest tier of all replicas, or as all of them if they are exclusive.
+    prefill_time_saved: share of all prompts' prefill seconds, after loading; ttft_s: by percentile (timing.py).
+    tiers, written: blocks of room, and blocks written, by tier.
     """
 
     trace: str
@@ -44,6 +52,12 @@ class ReplayCell:
     requests: int
     seconds: float
     ttl_s: float | None = None
+    engine: str = ""
+    tiers: dict[str, int] = field(default_factory=dict)
+    written: dict[str, int] = field(default_factory=dict)
+    prefill_time_saved: float = 0.0
+    ttft_s: dict[str, float] = field(default_factory=dict)
+    busy: float = 0.0
 
     def as_record(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -51,46 +65,62 @@ class ReplayCell:
 
 
 def sweep(
-    trace: ReplayTrace,
+    player: Player,
+    model: CostModel,
     capacities: Sequence[int],
     policies: Sequence[str],
-    ttl_s: float | None = None,
+    base: Setup = BASE,
     on_step: Callable[[str], None] = lambda what: None,
 ) -> Iterator[ReplayCell]:
-    """Yield a cell for each capacity and policy, capacity by capacity. on_step: is told what is computed next.
+    """Yield a cell for each capacity of host memory and policy, capacity by capacity.
+
+    base:    all else of the setups. on_step: is told what is computed next.
 
     LRU without a time to live is the floor, and is replayed though it be not among the policies.
     """
-    player = Player(trace)
-    prompt_tokens = trace.prompt_tokens or 1
-    num_distinct = trace.num_distinct or 1
+    trace = player.trace
+    prompt_tokens, num_distinct = trace.prompt_tokens or 1, trace.num_distinct or 1
+    at_s = np.array([request.at_s for request in trace.requests], np.float64)
     for capacity in capacities:
-        on_step(f"{trace.name}: the optimum at {capacity} blocks")
-        ceiling = player.optimal_tokens(capacity) / prompt_tokens
+        floor_setup = replace(base, tiers=((HOST, capacity), *base.tiers[1:]), policy=LRU, ttl_s=None)
+        sizes = [num_blocks for _, num_blocks in floor_setup.tiers]
+        room = base.replicas * (sum(sizes) if base.is_exclusive else max(sizes))
+        on_step(f"{trace.name}: the optimum at {room} blocks")
+        ceiling = player.optimal_tokens(room) / prompt_tokens
         on_step(f"{trace.name}: {LRU} at {capacity} blocks")
-        floor = _played(player, Setup(((HOST, capacity),)))
-        floor_rate = sum(floor[0].values()) / prompt_tokens
+        floor = player.play(floor_setup)
+        floor_rate = int(player.hit_tokens(floor).sum()) / prompt_tokens
         for policy in policies:
+            setup = replace(floor_setup, policy=policy, ttl_s=base.ttl_s)
             played = floor
-            if policy != LRU or ttl_s is not None:
+            if setup != floor_setup:
                 on_step(f"{trace.name}: {policy} at {capacity} blocks")
-                played = _played(player, Setup(((HOST, capacity),), policy, ttl_s))
-            hit_tokens = sum(played[0].values())
+                played = player.play(setup)
+            tokens = player.hit_tokens(played)
+            hit_tokens = int(tokens.sum())
+            timing = time_of(model, at_s, player.prompt_tokens, tokens, base.replicas)
             rate, gap = hit_tokens / prompt_tokens, ceiling - floor_rate
+            names = [name for name, _ in setup.tiers]
             yield ReplayCell(
                 trace.name,
                 policy,
                 capacity,
                 capacity / num_distinct,
                 rate,
-                {tier: tokens / prompt_tokens for tier, tokens in played[0].items()},
+                {name: int(num) / prompt_tokens for name, num in zip(names, tokens.sum(axis=0), strict=True)},
                 trace.prompt_tokens - hit_tokens,
                 floor_rate,
                 ceiling,
                 (rate - floor_rate) / gap if gap >= LEAST_GAP else None,
                 len(trace.requests),
-                played[1],
-                ttl_s,
+                played.cpu_s,
+                base.ttl_s,
+                player.engine_of(setup),
+                dict(setup.tiers),
+                dict(zip(names, played.written, strict=True)),
+                timing.saved,
+                {f"p{percent}": timing.percentile(percent) for percent in PERCENTILES},
+                timing.busy,
             )
 
 
@@ -123,9 +153,3 @@ def parse_capacity(text: str, trace: ReplayTrace, bytes_per_token: int | None) -
     if num_blocks < 1:
         raise ConfigError(f"capacity {text!r} is less than one block of {trace.block_tokens} tokens")
     return num_blocks
-
-
-def _played(player: Player, setup: Setup) -> tuple[dict[str, int], float]:
-    played = player.play(setup)
-    tokens = player.hit_tokens(played).sum(axis=0)
-    return {name: int(num) for (name, _), num in zip(setup.tiers, tokens, strict=True) if num}, played.cpu_s

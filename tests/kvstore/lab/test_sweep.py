@@ -8,17 +8,24 @@ from pathlib import Path
 import pytest
 
 from kvstore.errors import ConfigError
+from kvstore.lab.geometry import PRESETS
+from kvstore.lab.hardware import GPUS, MEDIA
 from kvstore.lab.optimum import optimal_hit_tokens
+from kvstore.lab.player import Player
+from kvstore.lab.setup import DISK, HOST, Setup
 from kvstore.lab.sweep import parse_capacity, sweep
 from kvstore.lab.sweep_plot import draw_rates
+from kvstore.lab.timing import CostModel
 from tests.kvstore.lab.test_optimum import trace_of, tree_traffic
 
 TRACE = trace_of(*tree_traffic(7, num_requests=400, width=5, depth=6))
+PLAYER = Player(TRACE)
+MODEL = CostModel(PRESETS["llama-3-8b"], GPUS["h100"], (MEDIA["pinned"], MEDIA["nvme"]))
 
 
 def test_cells_come_by_capacity_and_policy_with_floor_and_ceiling() -> None:
     steps: list[str] = []
-    cells = list(sweep(TRACE, [30, 100], ["lru", "s3fifo"], on_step=steps.append))
+    cells = list(sweep(PLAYER, MODEL, [30, 100], ["lru", "s3fifo"], on_step=steps.append))
 
     assert [(cell.capacity, cell.policy) for cell in cells] == [
         (30, "lru"),
@@ -37,15 +44,26 @@ def test_cells_come_by_capacity_and_policy_with_floor_and_ceiling() -> None:
 
 
 def test_where_floor_and_ceiling_meet_nothing_is_closed() -> None:
-    (cell,) = sweep(TRACE, [TRACE.num_distinct], ["lru"])
+    (cell,) = sweep(PLAYER, MODEL, [TRACE.num_distinct], ["lru"])
 
     assert (cell.share, cell.lru, cell.lru_gap_closed) == (1.0, cell.min, None)
 
 
 def test_a_time_to_live_is_the_policys_and_not_the_floors() -> None:
-    (cell,) = sweep(TRACE, [TRACE.num_distinct], ["lru"], ttl_s=5.0)
+    (cell,) = sweep(PLAYER, MODEL, [TRACE.num_distinct], ["lru"], Setup(((HOST, 1),), ttl_s=5.0))
 
     assert cell.token_hit_rate < cell.lru
+
+
+def test_a_tier_below_adds_hits_of_its_own_and_what_is_written_is_told() -> None:
+    (alone,) = sweep(PLAYER, MODEL, [30], ["lru"])
+    (cell,) = sweep(PLAYER, MODEL, [30], ["lru"], Setup(((HOST, 1), (DISK, 200))))
+
+    assert cell.tiers == {"host": 30, "disk": 200}
+    assert cell.hit_rate_by_tier["host"] == pytest.approx(alone.token_hit_rate)
+    assert cell.hit_rate_by_tier["disk"] > 0 < cell.written["disk"]
+    assert cell.min >= cell.token_hit_rate > alone.token_hit_rate
+    assert sorted(cell.ttft_s) == ["p50", "p95", "p99"]
 
 
 def test_capacities_are_shares_blocks_or_sizes() -> None:
@@ -71,6 +89,6 @@ def test_a_size_needs_to_know_how_large_a_token_is() -> None:
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
 
-    draw_rates(list(sweep(TRACE, [30, 100], ["lru", "sieve"])), tmp_path / "new" / "rates.png")
+    draw_rates(list(sweep(PLAYER, MODEL, [30, 100], ["lru", "sieve"])), tmp_path / "new" / "rates.png")
 
     assert (tmp_path / "new" / "rates.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,111 @@
+"""Seconds of prefill and of loading, and the time to first token of a trace: a model, stated.
+
+prefill   floating-point operations of the tokens (geometry.py) over what the GPUs give (hardware.py)
+load      latency of each tier that is asked, plus its bytes over its rate; tiers one after the other
+cut       of a hit, the leading part is loaded whose prefill would take longest beyond its load; or none of it
+TTFT      waiting + load + prefill of the rest. A replica serves one prompt at a time, first come, first served, and
+          arrivals are the trace's own whatever happened before (open loop). Decoding, batching and the engine's own
+          overhead are left out, so differences mean more than the figures themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.lab.geometry import Geometry
+from kvstore.lab.hardware import Gpu, Medium
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of a trace under a setup.
+
+    prefill_s: of all prompts without a store. spent_s: with it, loading included.
+    ttft_s:    float64, shape (num_requests,). busy: share of the replicas' time; above 1 their queues only grow.
+    """
+
+    prefill_s: float
+    spent_s: float
+    ttft_s: Floats
+    busy: float
+
+    @property
+    def saved(self) -> float:
+        """Return the share of prefill time that is saved after loading."""
+        return 1 - self.spent_s / self.prefill_s if self.prefill_s else 0.0
+
+    def percentile(self, percent: float) -> float:
+        """Return a percentile of TTFT, in seconds."""
+        return float(np.percentile(self.ttft_s, percent))
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """What a prompt costs in seconds. media: of the tiers of a setup, nearest first. num_gpus: of one replica."""
+
+    geometry: Geometry
+    gpu: Gpu
+    media: tuple[Medium, ...]
+    num_gpus: int = 1
+
+    def prefill_s(self, first: float, end: float) -> float:
+        """Seconds of the prefill of tokens [first, end) of a prompt."""
+        return self.geometry.prefill_flops(first, end) / (self.gpu.prefill_flops * self.num_gpus)
+
+    def load_s(self, tier: int, num_tokens: int) -> float:
+        """Seconds of loading so many tokens from a tier; the state of linear layers is not in it."""
+        if not num_tokens:
+            return 0.0
+        shape = self.geometry
+        num_bytes = num_tokens * (shape.token_bytes - shape.window_bytes) + min(num_tokens, shape.window) * (
+            shape.window_bytes
+        )
+        return self.media[tier].latency_s + num_bytes / self.media[tier].bytes_per_s
+
+    def serve_s(self, num_prompt_tokens: int, hits: list[int]) -> float:
+        """Return the seconds of a prompt of which the tiers hit so many tokens, with the best cut.
+
+        Tiers are taken in the order of the prompt as nearest first; a cut inside a tier's part is never the best but at
+        its ends, or where a token's prefill begins to take as long as its load.
+        """
+        best, loading, reached = self.prefill_s(0, num_prompt_tokens), 0.0, 0
+        for tier, num_tokens in enumerate(hits):
+            if not num_tokens:
+                continue
+            loading += self.load_s(tier, num_tokens)
+            reached += num_tokens
+            state_s = self.geometry.state_bytes / self.media[tier].bytes_per_s
+            best = min(best, loading + state_s + self.prefill_s(reached, num_prompt_tokens))
+        return best
+
+
+def time_of(
+    model: CostModel,
+    at_s: Floats,
+    prompt_tokens: npt.NDArray[np.int64],
+    hit_tokens: npt.NDArray[np.int64],
+    replicas: int = 1,
+) -> Timing:
+    """Return the seconds of a trace. hit_tokens: shape (num_requests, num_tiers).
+
+    A request goes to the replica that is free first.
+    """
+    free = [0.0] * replicas
+    ttft = np.empty(len(at_s))
+    whole = spent = 0.0
+    for number, (now, length, hits) in enumerate(
+        zip(at_s.tolist(), prompt_tokens.tolist(), hit_tokens.tolist(), strict=True)
+    ):
+        seconds = model.serve_s(length, hits)
+        replica = min(range(replicas), key=free.__getitem__)
+        free[replica] = max(free[replica], now) + seconds
+        ttft[number] = free[replica] - now
+        whole += model.prefill_s(0, length)
+        spent += seconds
+    span_s = float(at_s[-1] - at_s[0]) if len(at_s) > 1 else 0.0
+    return Timing(whole, spent, ttft, spent / (span_s * replicas) if span_s else 0.0)
