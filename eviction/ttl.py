@@ -19,8 +19,9 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count, groupby, islice, repeat, takewhile
 from math import inf, isnan
-from typing import Generic, NamedTuple
+from typing import Any, Generic, NamedTuple
 
+from eviction.forecast import has_forecast
 from eviction.policy import NO_HINT, Ending, EvictionPolicy, Hint, K, Use
 from radix.ordered import OrderedMap
 
@@ -126,6 +127,18 @@ class Ttl(Generic[K]):
             left = min(left_s, self._deadline(key) - now)
             self._leave_classes([key])
             self._lend([key], now, left, ttl_s)
+
+    def promote(self, keys: Sequence[K], now: float) -> None:
+        """Make keys as recent as if they were used, with the deadlines they have. Unknown keys are ignored."""
+        self._inner.touch(keys, now)
+
+    def worth(self, keys: Sequence[K], now: float) -> list[float]:
+        """Return what copies are worth by the inner policy's forecast; all alike where it has none."""
+        if not has_forecast(self._inner):
+            return [0.0] * len(keys)
+        inner: Any = self._inner
+        worth: list[float] = inner.worth(keys, now)
+        return worth
 
     def demote(self, keys: Iterable[K]) -> None:
         """Make keys the next victims after the expired ones."""

@@ -173,6 +173,8 @@ def _open_tier(
         window_pages=min(window, 4 * workers * batch_pages),
         workers=workers,
         can_claim=traits.can_claim,
+        exclusive=kind.value(section, "exclusive", False),
+        max_writes_per_day=kind.value(section, "max_writes_per_day", None) or 0,
         can_clear=namespace is not None and isinstance(tier, Sweepable),  # what has its place is the namespace's own
     )
     return OpenedTier(tier, plan, kind.value(section, "timeout_s", 2.0))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from eviction.forecast import has_forecast
 from eviction.policy import EvictionPolicy
 from eviction.registry import POLICIES, PolicyFactory
 from eviction.ttl import Ttl
@@ -67,6 +68,16 @@ def find_policy(name: str) -> PolicyFactory:
     if found is None:
         raise ConfigError(f"it must be one of {', '.join(names())}, or package.module:Class")
     return found
+
+
+def forecasting() -> list[str]:
+    """Return the names of the policies that can tell what a copy is worth (eviction/forecast.py)."""
+    return list(filter(can_forecast, names()))
+
+
+def can_forecast(name: str) -> bool:
+    """True if policies of this name can tell what a copy is worth. Raises ConfigError as `find_policy` does."""
+    return has_forecast(find_policy(name)())
 
 
 def make_policy(name: str, ttl_s: float | None = None) -> Ttl[Any]:

@@ -87,6 +87,11 @@ def _check_store(store: Config) -> None:
         ("store.hash", store.store.hash, "sha256"),
         *((f"{kind.name}.policy", kind.value(section, "policy", "lru"), "lru") for kind, section in tiers),
         *((f"{kind.name}.admit", kind.value(section, "admit", "always"), "always") for kind, section in tiers),
+        *((f"{kind.name}.exclusive", kind.value(section, "exclusive", False), False) for kind, section in tiers),
+        *(
+            (f"{kind.name}.max_writes_per_day", kind.value(section, "max_writes_per_day", None), None)
+            for kind, section in tiers
+        ),
     ):
         if value != only:
             raise ConfigError(f"{WHERE}: {name} is {value!r}; a secondary tier of vLLM can only do {only!r}")

@@ -43,6 +43,16 @@ def known_policy(name: str) -> str:
     return name
 
 
+def check_admit(admit: str, policy: str) -> str:
+    """Refuse admission by forecast where the tier's policy has none."""
+    from kvstore.policies import can_forecast, forecasting
+
+    if admit == "predicted" and not can_forecast(policy):
+        found = ", ".join(forecasting()) or "none that is installed"
+        raise ValueError(f"policy {policy} has no forecast; it needs one that has: {found}")
+    return admit
+
+
 def _plain_word(text: str) -> str:
     if not re.fullmatch(r"[!-z|~]{1,64}", text):
         raise ValueError("it must be 1 to 64 printable ASCII characters, without spaces and braces")
@@ -127,7 +137,8 @@ Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(allow_inf_nan=False)]
 TimesByWord = Annotated[dict[str, float], BeforeValidator(_times_by_word)]
 Policy = Annotated[str, AfterValidator(known_policy)]
-Admit = Literal["always", "second_use"]
+AdmitByUse = Literal["always", "second_use"]  # of a medium that makes room by itself
+Admit = Literal["always", "second_use", "predicted"]
 OrNone = BeforeValidator(_off_when_empty)  # "none", "off" and "" stand for None
 PathOrNone = Annotated[Path | None, AfterValidator(_absolute), OrNone]
 SocketOrNone = Annotated[Path | None, AfterValidator(_absolute), AfterValidator(_socket), OrNone]

@@ -3,6 +3,7 @@
     waiting   to be sent, in order
     held      to be sent when a delete of the same key, which came first, is done
     failed    tried and not taken; tried again when its path is used, or by a flush
+    aside     of an exclusive tier: to be written when they are about to leave host memory, or by a flush
 
 A page owes its place here to its host copy: once that has left, it is *lost* to the tier, which host memory tells at
 once (`lose`). Losses of pages that a save brought are counted apart: a flush must not pass them over, whereas a page
@@ -30,6 +31,7 @@ class SpillCounters:
     failed_pages: int = 0
     evicted_pages: int = 0
     expired_pages: int = 0
+    refused_pages: int = 0  # worth less, by the policy's forecast, than what would have left for them
 
 
 class Queue:
@@ -88,18 +90,34 @@ class Debts:
     """
 
     def __init__(self) -> None:
-        self.waiting, self.held, self.failed = Queue(), Queue(), Queue()
+        self.waiting, self.held, self.failed, self.aside = Queue(), Queue(), Queue(), Queue()
         self.num_lost = 0
         self.num_lost_saves = 0
 
     def owe(self, pages: Iterable[Page], *, is_saved: bool) -> None:
         """Pages are owed from now on."""
-        if not self.failed and not self.held:
+        if not self.failed and not self.held and not self.aside:
             self.waiting.put(pages, is_saved=is_saved)
             return
         for page in pages:
+            was_saved = bool(self.failed.pop(page)) | bool(self.aside.pop(page))
             queue = self.held if page in self.held else self.waiting
-            queue.put((page,), is_saved=is_saved or bool(self.failed.pop(page)))
+            queue.put((page,), is_saved=is_saved or was_saved)
+
+    def set_aside(self, pages: Iterable[Page], *, is_saved: bool) -> None:
+        """Pages are owed as soon as they are about to leave host memory; those that are owed already stay so."""
+        queues = [queue for queue in (self.waiting, self.held, self.failed) if queue]
+        self.aside.put([page for page in pages if not any(page in queue for queue in queues)], is_saved=is_saved)
+
+    def hurry(self, pages: Iterable[Page] | None = None) -> None:
+        """Those of `pages` that were set aside have their turn; all that were for None."""
+        if pages is None:
+            self.waiting.pour(self.aside)
+            return
+        for page in pages:
+            is_saved = self.aside.pop(page)
+            if is_saved is not None:
+                self.waiting.put((page,), is_saved=is_saved)
 
     def take(self, n: int, holds: Callable[[PageKey], bool] | None) -> dict[Page, bool]:
         """Take up to `n` pages whose turn it is. holds: which keys must not be written yet; None if all may be."""
@@ -150,7 +168,7 @@ class Debts:
 
     def clear(self) -> None:
         """The tier is taken away."""
-        for queue in (self.waiting, self.held, self.failed):
+        for queue in self._all():
             queue.clear()
 
     def rebuild(self) -> None:
@@ -158,16 +176,18 @@ class Debts:
 
         All have their turn again: a page may be in two queues, or be held for a delete that is done.
         """
-        for queue in (self.waiting, self.held, self.failed):
+        for queue in self._all():
             queue.rebuild()
         self.let_go()
         self.retry()
-        self.lose([page for page in self.waiting.pages if page.state != PageState.READY])
-        self.settle([page for page in self.waiting.pages if page.block.is_removed])
+        for page in self.waiting.pages:
+            self.aside.pop(page)
+        self.lose([page for page in self.pages() if page.state != PageState.READY])
+        self.settle([page for page in self.pages() if page.block.is_removed])
 
     def pages(self) -> list[Page]:
         """Every page that is owed."""
-        return [*self.waiting.pages, *self.held.pages, *self.failed.pages]
+        return [*self.waiting.pages, *self.held.pages, *self.failed.pages, *self.aside.pages]
 
     def check(self) -> None:
         """Assert that what is owed can be paid. For tests."""
@@ -176,7 +196,7 @@ class Debts:
         for page in pages:
             assert page.state == PageState.READY, f"a page that is {page.state.name} is owed"
             assert not page.block.is_removed, "a page of a forgotten block is owed"
-        for queue in (self.waiting, self.held, self.failed):
+        for queue in self._all():
             assert queue.num_saves == sum(queue.pages.values()), "pages of saves are miscounted"
 
     @property
@@ -190,10 +210,13 @@ class Debts:
         return self.failed.num_saves
 
     def __len__(self) -> int:
-        return len(self.waiting) + len(self.held) + len(self.failed)
+        return len(self.waiting) + len(self.held) + len(self.failed) + len(self.aside)
 
     def _in_use(self) -> list[Queue]:
-        return [queue for queue in (self.waiting, self.held, self.failed) if queue]
+        return [queue for queue in self._all() if queue]
+
+    def _all(self) -> tuple[Queue, ...]:
+        return self.waiting, self.held, self.failed, self.aside
 
     def _count_lost(self, is_saved: bool) -> None:
         self.num_lost += 1

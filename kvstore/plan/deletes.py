@@ -99,6 +99,13 @@ class Deletes:
         """True if what the tier has of a key is to go, so that it counts as gone, and is not to be written yet."""
         return self.must_clear or key in self._waiting or key in self._leaving or key in self._written
 
+    def keeps_back(self, key: PageKey) -> bool:
+        """The same for a write that is due: where it has to wait, the delete that it waits for goes first."""
+        is_held = self.holds(key)
+        if is_held:
+            self.hurry(key)
+        return is_held
+
     def hurry(self, key: PageKey) -> None:
         """A write waits for this delete."""
         if key in self._waiting:

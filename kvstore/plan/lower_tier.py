@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from math import inf
 
 from kvstore.direction import Direction
 from kvstore.page import PageKey
+from kvstore.plan.admission import worthier
 from kvstore.plan.catalog import Catalog
+from kvstore.plan.deadlines import begin_life, deadline, time_to_live
 from kvstore.plan.debts import Debts, SpillCounters
 from kvstore.plan.deletes import Deletes
 from kvstore.plan.journal import Left
@@ -26,9 +27,9 @@ from kvstore.plan.state import Block, Page, PageState
 from kvstore.plan.steps import STEP_BLOCKS, parts
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.plan.transfers import InFlight, TransferBook
+from kvstore.plan.write_budget import WriteBudget
 
 TOUCH_BATCH = 512  # keys; one Redis round trip or one LMDB transaction of a few milliseconds
-FOR_EVER_S = 10 * 365 * 86400.0  # a medium is told of no deadline by none at all, which leaves the one it has
 MAX_OWED_DELETES = 65_536  # keys that a tier which cannot be reached is owed; about 10 MB
 
 
@@ -56,10 +57,12 @@ class LowerTier:
     counters: SpillCounters = field(default_factory=SpillCounters)
     debts: Debts = field(init=False)
     deletes: Deletes = field(init=False)
+    budget: WriteBudget | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.debts = Debts()
         self.deletes = Deletes(self.plan.name, self.transfers, max(MAX_OWED_DELETES, self.plan.capacity_pages or 0))
+        self.budget = WriteBudget(self.plan.max_writes_per_day) if self.plan.max_writes_per_day else None
 
     def owe(self, pages: Sequence[Page], *, used: bool, is_saved: bool = False) -> None:
         """Pages are whole in host memory: remember those this tier should have. is_saved: a save brought them."""
@@ -67,7 +70,10 @@ class LowerTier:
             return
         bit = self.bit
         wanted = [page for page in pages if not (page.homes | page.spilling) & bit and not page.block.is_removed]
-        self.debts.owe(wanted, is_saved=is_saved)
+        if self.plan.exclusive:
+            self.debts.set_aside(wanted, is_saved=is_saved)
+        else:
+            self.debts.owe(wanted, is_saved=is_saved)
 
     def pump(self, now: float) -> None:
         """Send what is owed, as far as the window allows: deletes first, since writes may wait for them."""
@@ -76,9 +82,15 @@ class LowerTier:
         if not self.takes(Direction.WRITE):
             return
         while self.debts.waiting and self.in_flight < self.plan.window_pages and not self.deletes.must_clear:
-            batch = self.debts.take(self.batch_pages, self._holds if self.deletes.is_any else None)
+            if self.budget is not None and not self.budget.may_write(now):
+                break
+            batch = self.debts.take(self.batch_pages, self.deletes.keeps_back if self.deletes.is_any else None)
             for page in [page for page in batch if (page.homes | page.spilling) & self.bit]:
                 del batch[page]  # it is there by now
+            if self.plan.admit == "predicted":
+                num_owed, victims = len(batch), self._victims(self._excess(len(batch)))
+                batch = worthier(batch, victims, self.plan.policy, self.wall())
+                self.counters.refused_pages += num_owed - len(batch)
             if batch and not self._spill(batch):
                 break
         if self.debts.held and self.takes(Direction.DELETE):
@@ -121,7 +133,10 @@ class LowerTier:
             if self.plan.policy is not None:
                 hint = page.block.hint if left_s is None else page.block.hint._replace(left_s=left_s)
                 self.plan.policy.add((page,), self.wall(), hint)
-            self._forget_excess()
+            if victims := self._victims(self._excess(0)):  # others have written there, and what is oldest made room
+                self.forget_copies(victims, Left.EVICTED)
+                for page in victims:
+                    self.catalog.prune(page.block)
 
     def forget_copies(self, pages: Sequence[Page], why: Left | None = Left.LOST) -> None:
         """The tier no longer holds pages, or the spill of them failed. why: None if it may well still hold them."""
@@ -191,12 +206,14 @@ class LowerTier:
             self.plan.policy.add((page,), self.wall(), page.block.hint)
 
     def touch(self, blocks: Sequence[Block], fresh: Sequence[Block], now: float, *, is_limited: bool = False) -> None:
-        """Note a use of a path (root first); tell the medium about the blocks it was not told of lately (`fresh`).
+        """Note a use of a path (root first); tell the medium of the blocks it was not told of lately (`fresh`).
 
-        is_limited: it may have been told of a time to live that they do not have any more.
-        """
+        is_limited: it may have been told of a time to live that they do not have any more."""
         if self.plan.policy is not None:
-            self.plan.policy.touch((page for block in reversed(blocks) for page in block.pages), self.wall())
+            pages = [page for block in reversed(blocks) for page in block.pages]
+            self.plan.policy.touch(pages, self.wall())
+            if self.plan.exclusive:
+                self.plan.policy.demote([page for page in pages if page.state is PageState.READY and not page.kept])
         copies = [page for block in reversed(fresh) for page in block.pages if page.homes & self.bit]
         for ttl_s, group in groupby(copies, key=self._ttl_s):
             for batch in parts(list(group), TOUCH_BATCH):
@@ -207,7 +224,7 @@ class LowerTier:
                     batch,
                     priority=Priority.SAVE,
                     deadline=now + 60.0,
-                    expires_at=_deadline(self.wall(), ttl_s or (FOR_EVER_S if is_limited else 0.0)),
+                    expires_at=deadline(self.wall(), ttl_s, is_limited=is_limited),
                 )
 
     def shorten(self, pages: Sequence[Page], left_s: float) -> None:
@@ -281,23 +298,6 @@ class LowerTier:
         self.plan = plan
         self.out, self.is_detached = frozenset(), False
 
-    def check(self, pages: set[Page]) -> None:
-        """Assert that the books agree with the pages. For tests."""
-        copies = {page for page in pages if (page.homes | page.spilling) & self.bit}
-        flying = {
-            page
-            for flight in self.transfers.under_way()
-            if flight.transfer.op is Op.SPILL and flight.transfer.tier == self.plan.name
-            for page in flight.pages
-        }
-        assert len(copies | flying) == self.used_pages, (
-            f"{self.plan.name}: {len(copies | flying)} copies, {self.used_pages} booked"
-        )
-        self.debts.check()
-        assert len(flying) == self.in_flight, f"{self.plan.name}: {len(flying)} flying, {self.in_flight} booked"
-        if self.plan.capacity_pages is not None and not self.plan.is_shared:  # else others' pages are learned of late
-            assert self.used_pages <= self.plan.capacity_pages, f"{self.plan.name}: over capacity"
-
     def retry(self, now: float) -> None:
         """Try again, at once, what failed: somebody wants to know, or the tier is back."""
         self.debts.retry()
@@ -309,7 +309,7 @@ class LowerTier:
         if self.in_flight or self.is_deleting(now):
             return False
         # What is left waits for a delete that cannot be done, or can be written.
-        is_ready = self.debts.waiting and not self.deletes.must_clear
+        is_ready = self.debts.waiting and not self.deletes.must_clear and not self.is_spent
         return not (is_ready and self.takes(Direction.WRITE))
 
     def is_deleting(self, now: float) -> bool:
@@ -323,24 +323,14 @@ class LowerTier:
         return way not in self.out and not self.is_detached
 
     @property
+    def is_spent(self) -> bool:
+        """True if its write budget keeps writes back."""
+        return self.budget is not None and self.budget.is_spent
+
+    @property
     def is_up(self) -> bool:
         """True if lookups may count on its pages."""
         return self.takes(Direction.READ)
-
-    def _forget_excess(self) -> None:
-        """More is booked than the tier can hold: others have written there, and what is oldest has made room."""
-        if self.plan.capacity_pages is None or self.used_pages <= self.plan.capacity_pages:
-            return
-        victims = self._victims(self.used_pages - self.plan.capacity_pages)
-        self.forget_copies(victims, Left.EVICTED)
-        for page in victims:
-            self.catalog.prune(page.block)
-
-    def _holds(self, key: PageKey) -> bool:
-        is_held = self.deletes.holds(key)
-        if is_held:
-            self.deletes.hurry(key)
-        return is_held
 
     def _spill(self, batch: dict[Page, bool]) -> bool:
         """Send a batch, pages with whether a save brought them; what finds no room stays owed, and False returns."""
@@ -358,14 +348,11 @@ class LowerTier:
             page.spilling |= self.bit
         self.used_pages += len(pages)
         self.in_flight += len(pages)
+        if self.budget is not None:
+            self.budget.spend(sum([self.page_bytes[page.group] for page in pages]))
         if self.plan.policy is not None:
-            # Entered now, not when the outcome arrives: outcomes come in any order, and the end of the request
-            # touches the path.
-            for hint, group in groupby(reversed(pages), key=lambda page: page.block.hint):
-                self.plan.policy.add(list(group), now, hint)
-            for page in pages:
-                if page.block.left_s != inf:
-                    self.plan.policy.shorten((page,), now, page.block.left_s)
+            # Now, not when the outcome arrives: they come in any order, and the end of the request touches the path.
+            begin_life(self.plan.policy, pages, now)
         self.transfers.send(
             Op.SPILL,
             self.plan.name,
@@ -374,7 +361,7 @@ class LowerTier:
             priority=Priority.SAVE,
             deadline=float("inf"),
             slots=[page.slot for page in pages],
-            metas=[page.block.meta(self.page_bytes[page.group], _deadline(now, self._ttl_s(page))) for page in pages],
+            metas=[page.block.meta(self.page_bytes[page.group], deadline(now, self._ttl_s(page))) for page in pages],
             evict=evict,
             context=None if all(batch.values()) else frozenset(page for page in pages if not batch[page]),
         )
@@ -382,31 +369,30 @@ class LowerTier:
         return True
 
     def _make_room(self, n: int) -> list[PageKey]:
-        if self.plan.capacity_pages is None:
-            return []
-        victims = self._victims(self.used_pages + n - self.plan.capacity_pages)
+        victims = self._victims(self._excess(n))
         keys = self.dropping = [page.key for page in victims]
         self.forget_copies(victims, Left.EVICTED)
         for page in victims:
             self.catalog.prune(page.block)
         self.counters.evicted_pages += len(victims)
+        if self.plan.exclusive:
+            self.owe([page for page in victims if page.state is PageState.READY], used=True, is_saved=True)
         return keys
+
+    def _excess(self, n: int) -> int:
+        """How many copies are too many if `n` more come."""
+        capacity = self.plan.capacity_pages
+        return 0 if capacity is None else max(0, self.used_pages + n - capacity)
 
     def _victims(self, n: int) -> list[Page]:
         """Up to `n` copies that may leave, the first to go first."""
-        if n <= 0 or self.plan.policy is None:
+        if not n or self.plan.policy is None:
             return []
         ranked = self.plan.policy.victims(n + self.in_flight)
         return [page for page in ranked if not page.spilling & self.bit][:n]
 
     def _ttl_s(self, page: Page) -> float:
-        own = page.block.hint.ttl_s
-        ttl_s = self.plan.ttl_s if own is None else own
-        return ttl_s if page.block.left_s == inf else min(ttl_s or inf, page.block.left_s)
-
-
-def _deadline(now: float, ttl_s: float) -> float:
-    return now + ttl_s if ttl_s > 0 else 0.0
+        return time_to_live(page.block, self.plan.ttl_s)
 
 
 def _is_saved(flight: InFlight, page: Page) -> bool:

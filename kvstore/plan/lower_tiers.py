@@ -116,6 +116,8 @@ class LowerTiers:
         for tier in self._books.tiers:
             if tier.debts:
                 tier.debts.lose(pages)
+            if tier.plan.exclusive and tier.plan.policy is not None:  # their copies are not the first to leave any more
+                tier.plan.policy.promote(tier.copies(pages), tier.wall())
 
     def _pruned(self, block: Block) -> None:
         """The catalog forgets a block; tiers that are not indexed may well still have it."""

@@ -33,6 +33,7 @@ from kvstore.plan.loads import Loader, load_lease
 from kvstore.plan.lookup import PrefixLookup
 from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.lower_tiers import LowerTiers
+from kvstore.plan.margin import Margin
 from kvstore.plan.mend import Mender
 from kvstore.plan.records import (
     Explanation,
@@ -53,6 +54,7 @@ from kvstore.plan.saves import Saver
 from kvstore.plan.single_flight import SingleFlight
 from kvstore.plan.state import Page, PageState
 from kvstore.plan.steps import Steps, at_once
+from kvstore.plan.tier_check import check_tier
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.plan.transfers import InFlight, TransferBook
 
@@ -85,7 +87,8 @@ class Planner:
         self.loader = Loader(books, self.lookups, self.fetches)
         self.single_flight = SingleFlight(books, self.lookups)
         self.retention = Retention(books)
-        self.saver = Saver(books, self.lookups, self.single_flight, self.retention)
+        self.margin = Margin(books)
+        self.saver = Saver(books, self.lookups, self.single_flight, self.retention, self.margin)
         self.in_steps = InSteps(
             books, self.lookups, self.fetches, self.loader, self.saver, self.single_flight, self.retention
         )
@@ -211,6 +214,7 @@ class Planner:
                 self._fetched(tier, flight, outcome, now)
             case Op.SPILL:
                 tier.spilled(flight, outcome, now)
+                self.margin.keep(now)
                 self.retention.drop_idle(flight.pages)
             case Op.PROBE:
                 self.lookups.answered(flight, outcome)
@@ -226,6 +230,7 @@ class Planner:
 
     def _fetched(self, tier: LowerTier, flight: InFlight, outcome: Outcome, now: float) -> None:
         self.fetches.fetched(tier, flight, outcome, now)
+        self.margin.keep(now)
         arrived = [page for page in flight.pages if page.state == PageState.READY and not page.block.is_removed]
         for other in self.books.tiers:
             if other is not tier and arrived:
@@ -311,7 +316,7 @@ class Planner:
             expected = pins.get(page, 0) + page.kept
             assert page.pins == expected, f"page has {page.pins} pins, {expected} holders"
         for tier in self.books.tiers:
-            tier.check(known)
+            check_tier(tier, known)
         self.books.catalog.tree.check()
         self.single_flight.claims.check()
         self.retention.keeper.check()

@@ -312,7 +312,8 @@ class FlushResult:
     written:   pages written to each tier since the caller's last flush.
     missing:   pages of saves that are not on a tier, and why. "waiting": the time ran out; "out": the tier is taken
                out, and gets them when it is back; "refused": tried in vain, to be tried again while they are in host
-               memory; "lost": gone from host memory before they were written, for good.
+               memory; "budget": kept back by the tier's write budget; "lost": gone from host memory before they were
+               written, for good.
     undeleted: pages that a tier may still have though they were deleted. "waiting", "out": as above; "dropped": for
                good. A clear that is owed counts as one.
     error:     why nothing is known, where that is so: the daemon is away.

@@ -13,6 +13,7 @@ from itertools import compress
 from kvstore.plan.books import Books
 from kvstore.plan.endings import Ending
 from kvstore.plan.lookup import PrefixLookup
+from kvstore.plan.margin import Margin
 from kvstore.plan.records import Request, SaveLease, SlotPages
 from kvstore.plan.retention import Retention
 from kvstore.plan.single_flight import SingleFlight
@@ -23,7 +24,14 @@ from kvstore.plan.steps import STEP_BLOCKS, STEP_PAGES, Steps
 class Saver:
     """Save leases. Under the store's lock."""
 
-    def __init__(self, books: Books, lookups: PrefixLookup, single_flight: SingleFlight, retention: Retention) -> None:
+    def __init__(
+        self,
+        books: Books,
+        lookups: PrefixLookup,
+        single_flight: SingleFlight,
+        retention: Retention,
+        margin: Margin,
+    ) -> None:
         self.saves: dict[int, Save] = {}
         self.counters = {
             "saves": 0,
@@ -35,6 +43,7 @@ class Saver:
         self._lookups = lookups
         self._single_flight = single_flight
         self._retention = retention
+        self._margin = margin
         self._host = books.host
         self._catalog = books.catalog
         self._tiers = books.tiers
@@ -117,6 +126,7 @@ class Saver:
             self._single_flight.end(request, now)
         for tier in self._tiers:
             tier.pump(now)
+        self._margin.keep(now)
         ending = self._finishing.get(request.id)
         if ending is not None:
             if not self._is_saving(request):

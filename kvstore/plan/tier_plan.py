@@ -20,7 +20,10 @@ class TierPlan:
     is_indexed:     what the catalog says of this tier is good enough for a lookup (disk); else only an answered
                     probe is (Redis).
     is_shared:      others write to it too, so a lookup probes it for what the catalog does not know.
-    admit:          "always", or "second_use": only pages that were used again.
+    admit:          "always"; "second_use": only pages that were used again; "predicted": where a page would leave for
+                    another, only if the policy's forecast says that this one is worth more.
+    exclusive:      pages are written when they are about to leave host memory, and copies of those it has leave first.
+    max_writes_per_day: bytes; 0 for no bound.
     window_pages:   pages that may be on their way to it at once.
     workers:        batches its lane works on at the same time.
     can_claim:      machines that share it can tell each other there what they are computing.
@@ -38,3 +41,5 @@ class TierPlan:
     workers: int = 1
     can_claim: bool = False
     can_clear: bool = False
+    exclusive: bool = False
+    max_writes_per_day: int = 0

@@ -15,6 +15,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from tests.helpers.stores import PAGE_BYTES, prompt, save
 
 PROMPTS_AT_ONCE = 3
 FLUSH_S = 30.0
+EXCLUSIVE: dict[str, Any] = {"exclusive": True, "shared": False}
 
 
 def write_until_killed(store: LocalStore, journal: int, first_seed: int) -> None:
@@ -61,8 +63,9 @@ def _note(journal: int, verb: str, seed: int, blocks: int) -> None:
 def main() -> None:
     mode, directory, pages, *rest = sys.argv[1:]
     with ExitStack() as stack:
-        store = disk_store(stack, Path(directory), capacity_bytes=int(pages) * PAGE_BYTES)
-        if mode == "save":
+        disk = EXCLUSIVE if mode == "save-exclusive" else {}
+        store = disk_store(stack, Path(directory), capacity_bytes=int(pages) * PAGE_BYTES, **disk)
+        if mode.startswith("save"):
             write_until_killed(store, os.open(rest[0], os.O_WRONLY | os.O_APPEND | os.O_CREAT), int(rest[1]))
         else:
             run_engine(store, float(rest[0]), int(rest[1]))

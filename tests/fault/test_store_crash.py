@@ -21,6 +21,7 @@ import pytest
 
 from kvstore.page import split_key
 from kvstore.store import LocalStore
+from tests.fault.crash_writer import EXCLUSIVE
 from tests.fault.faults import PROMPTS, disk_store
 from tests.helpers.stores import PAGE_BYTES, load, prompt
 
@@ -59,23 +60,27 @@ class Journal:
             (self.tried if verb == "try" else self.acknowledged)[int(seed)] = int(blocks)
 
 
-def rounds(directory: Path, count: int, seed: int, pages: int) -> Iterator[tuple[Journal, LocalStore, float]]:
+def rounds(
+    directory: Path, count: int, seed: int, pages: int, *, exclusive: bool = False
+) -> Iterator[tuple[Journal, LocalStore, float]]:
     """Kill a writer `count` times on one directory; after each, yield its journal and a new store on the directory."""
     rng = random.Random(seed)
     journal = Journal(directory / "journal")
     for number in range(count):
-        kill_a_writer(directory, pages, journal.path, 1_000_000 * seed + 10_000 * number, rng)
+        first_seed = 1_000_000 * seed + 10_000 * number
+        kill_a_writer(directory, pages, journal.path, first_seed, rng, "save-exclusive" if exclusive else "save")
         journal.read()
         with ExitStack() as stack:
             began = time.monotonic()
-            store = disk_store(stack, directory / "kv", capacity_bytes=pages * PAGE_BYTES)
+            disk = EXCLUSIVE if exclusive else {}
+            store = disk_store(stack, directory / "kv", capacity_bytes=pages * PAGE_BYTES, **disk)
             yield journal, store, time.monotonic() - began
             store.check()
 
 
-def kill_a_writer(directory: Path, pages: int, journal: Path, first_seed: int, rng: random.Random) -> None:
+def kill_a_writer(directory: Path, pages: int, journal: Path, first_seed: int, rng: random.Random, mode: str) -> None:
     """Let a writer run for a random while: mostly from its first line on, sometimes before it has opened anything."""
-    command = [sys.executable, "-m", "tests.fault.crash_writer", "save", str(directory / "kv"), str(pages)]
+    command = [sys.executable, "-m", "tests.fault.crash_writer", mode, str(directory / "kv"), str(pages)]
     size = journal.stat().st_size if journal.exists() else 0
     with subprocess.Popen([*command, str(journal), str(first_seed)], cwd=ROOT) as writer:
         if rng.random() < 0.1:
@@ -106,11 +111,11 @@ def check(journal: Journal, store: LocalStore, figures: Figures, *, must_be_ther
     figures.corrupt += store.stats()["corrupt_pages"]["disk"]
 
 
-def play(directory: Path, count: int, seed: int) -> Figures:
+def play(directory: Path, count: int, seed: int, *, exclusive: bool = False) -> Figures:
     """Rounds on a directory where everything fits."""
     figures = Figures()
     known: set[int] = set()
-    for journal, store, ready_s in rounds(directory, count, seed, ROOMY_PAGES):
+    for journal, store, ready_s in rounds(directory, count, seed, ROOMY_PAGES, exclusive=exclusive):
         check(journal, store, figures, must_be_there=journal.acknowledged)
         figures.acknowledged += sum(blocks for at, blocks in journal.acknowledged.items() if at not in known)
         known = set(journal.acknowledged)
@@ -142,6 +147,13 @@ def assert_nothing_lost(figures: Figures) -> None:
 
 def test_after_kills_every_acknowledged_page_is_there_and_no_other(tmp_path: Path) -> None:
     figures = play(tmp_path, count=3, seed=1)
+
+    assert_nothing_lost(figures)
+    assert figures.acknowledged > 0
+
+
+def test_after_kills_an_exclusive_disk_has_every_page_that_a_flush_acknowledged_and_no_other(tmp_path: Path) -> None:
+    figures = play(tmp_path, count=3, seed=3, exclusive=True)
 
     assert_nothing_lost(figures)
     assert figures.acknowledged > 0

@@ -16,7 +16,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from eviction.lru import Lru
 from eviction.registry import make_policy
+from eviction.ttl import Ttl
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.page import page_key
 from kvstore.plan.loads import load_lease
@@ -56,10 +58,19 @@ def hashes(prompt: list[int]) -> list[BlockHash]:
     return keys
 
 
+class Guessing(Lru[Any]):
+    """A policy with a forecast, as good as any."""
+
+    def worth(self, keys: list[Any], now: float) -> list[float]:
+        return [float(page.block.key[0]) for page in keys]
+
+
 class PlannerMachine(RuleBasedStateMachine):
     layout = FULL
     policy = "lru"
     all_single_flight = False
+    exclusive = False
+    max_writes_per_day = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,9 +96,12 @@ class PlannerMachine(RuleBasedStateMachine):
         return self.clocks.now
 
     @initialize(
-        num_slots=st.integers(2, 9), disk_pages=st.integers(2, 7), admit=st.sampled_from(["always", "second_use"])
+        num_slots=st.integers(2, 9),
+        disk_pages=st.integers(2, 7),
+        admit=st.sampled_from(["always", "second_use", "predicted"]),
+        ttl_after=st.sampled_from([{}, {"tool_use": 20.0}]),
     )
-    def build(self, num_slots: int, disk_pages: int, admit: str) -> None:
+    def build(self, num_slots: int, disk_pages: int, admit: str, ttl_after: dict[str, float]) -> None:
         self.num_slots = num_slots
         self.planner = Planner(
             self.layout,
@@ -98,10 +112,22 @@ class PlannerMachine(RuleBasedStateMachine):
                 touch_interval_s=5.0,
                 compute_wait_s=LEASE_S,
                 claimer=b"us",
+                ttl_after=ttl_after,
             ),
             make_policy(self.policy, 300.0),
             [
-                TierPlan("disk", disk_pages, make_policy("lru", 500.0), True, True, admit, ttl_s=500.0, window_pages=3),
+                TierPlan(
+                    "disk",
+                    disk_pages,
+                    Ttl(Guessing(), 500.0),
+                    True,
+                    True,
+                    admit,
+                    ttl_s=500.0,
+                    window_pages=3,
+                    exclusive=self.exclusive,
+                    max_writes_per_day=self.max_writes_per_day,
+                ),
                 TierPlan("redis", None, None, False, True, window_pages=3, can_claim=True, can_clear=True),
             ],
             self.clocks,
@@ -211,10 +237,10 @@ class PlannerMachine(RuleBasedStateMachine):
         self.collect()
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data(), last_turn=st.booleans())
-    def finish(self, data: Any, last_turn: bool) -> None:
+    @rule(data=st.data(), last_turn=st.booleans(), reason=st.sampled_from(["", "tool_calls", "stop"]))
+    def finish(self, data: Any, last_turn: bool, reason: str) -> None:
         request = self.requests.pop(data.draw(st.integers(0, len(self.requests) - 1)))
-        self.planner.finished(request, self.now, last_turn=last_turn)
+        self.planner.finished(request, self.now, finish_reason=reason, last_turn=last_turn)
         self.collect()
 
     @precondition(lambda self: self.requests)
@@ -374,7 +400,8 @@ class PlannerMachine(RuleBasedStateMachine):
         assert self.doomed == {"disk": set(), "redis": set()}, "a delete was forgotten"
         result = self.planner.flush_result(self.told)
         assert result.undeleted == {}
-        assert {why for counts in result.missing.values() for why in counts} <= {"lost"}
+        whys = {"lost", "budget"} if self.max_writes_per_day else {"lost"}
+        assert {why for counts in result.missing.values() for why in counts} <= whys
         if self.is_lossless and "redis" not in result.missing:
             names = {page_key(key, group) for key, group in self.published}
             assert names <= self.media["redis"], "a flush passed over what was not written"
@@ -476,6 +503,14 @@ class SingleFlightMachine(PlannerMachine):
 
 class SieveMachine(PlannerMachine):
     policy = "sieve"
+
+
+class ExclusiveMachine(PlannerMachine):
+    exclusive = True
+
+
+class BudgetMachine(PlannerMachine):
+    max_writes_per_day = 24 * 4096 * 8
 
 
 class SteppedMachine(PlannerMachine):
@@ -596,6 +631,8 @@ TestPlannerOfWindowsOnly = _case(SlidingMachine, 100)
 TestPlannerOfSingleFlights = _case(SingleFlightMachine, 100)
 TestPlannerInSteps = _case(SteppedMachine, 150)
 TestPlannerWithSieve = _case(SieveMachine, 50)
+TestPlannerOfAnExclusiveTier = _case(ExclusiveMachine, 100)
+TestPlannerWithWriteBudget = _case(BudgetMachine, 50)
 
 
 @pytest.mark.slow

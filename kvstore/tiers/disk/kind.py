@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from kvstore.config.section import Section
-from kvstore.config.values import Admit, Bytes, Count, PathOrNone, Policy, Seconds
+from kvstore.config.values import Admit, Bytes, Count, OrNone, PathOrNone, Policy, Seconds, check_admit
 from kvstore.tiers.kind import TierContext, TierKind, TierTraits
 from kvstore.units import GiB
 
@@ -28,9 +28,33 @@ class DiskConfig(Section):
     direct_io: bool = Field(default=True, description="Bypass the page cache (O_DIRECT) where the file system can.")
     shared: bool = Field(default=True, description="Other processes may store there too; false keeps them out.")
     admit: Admit = Field(
-        default="always", description="Which saved pages are written: all, or only from their second use on."
+        default="always",
+        description="Which pages are written: all; only from their second use on; or, where one leaves for another, "
+        "those that the policy's forecast finds worth more.",
+    )
+    exclusive: bool = Field(
+        default=False,
+        description="Write pages when they are about to leave host memory; for room, those that it has leave first: "
+        "more room, but a crash loses what only host memory had. A flush writes all. Needs shared = false.",
+    )
+    max_writes_per_day: Annotated[Bytes | None, OrNone] = Field(
+        default=None,
+        description="Bytes that may be written in a day, an hour's share of it at once; what is beyond waits while "
+        "it is in host memory. None sets no bound.",
     )
     timeout_s: Seconds = Field(default=2.0, gt=0, le=600, description="Longest time for one batch of reads or writes.")
+
+    @field_validator("admit")
+    @classmethod
+    def _by_a_forecast_that_there_is(cls, admit: str, info: ValidationInfo) -> str:
+        return check_admit(admit, info.data.get("policy", "lru"))
+
+    @field_validator("exclusive")
+    @classmethod
+    def _of_one_store(cls, exclusive: bool, info: ValidationInfo) -> bool:
+        if exclusive and info.data.get("shared", True):
+            raise ValueError("it needs disk.shared = false: what is used leaves the disk, and others may want it")
+        return exclusive
 
 
 def _open(section: DiskConfig, context: TierContext) -> Tier:

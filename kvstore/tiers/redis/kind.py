@@ -9,7 +9,7 @@ from pydantic import Field
 
 from kvstore.config.secret import SecretUrl
 from kvstore.config.section import Section
-from kvstore.config.values import Admit, Bytes, Count, OrNone, PlainWord, Seconds
+from kvstore.config.values import AdmitByUse, Bytes, Count, OrNone, PlainWord, Seconds
 from kvstore.tiers.kind import Asked, TierContext, TierKind, TierTraits
 from kvstore.tiers.redis.url import parse_redis_url
 from kvstore.units import format_bytes
@@ -42,7 +42,7 @@ class RedisConfig(Section):
         ge=4096,
         description="Most a namespace keeps on the server, all its writers together; none leaves it to maxmemory.",
     )
-    admit: Admit = Field(
+    admit: AdmitByUse = Field(
         default="always", description="Which saved pages are written: all, or only from their second use on."
     )
     codec: Literal["raw", "planes"] = Field(
