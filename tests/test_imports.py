@@ -376,16 +376,23 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     ),
     # workloads stand in for a lane; a replica computes on one thread beside its event loop
     "concurrent": ("kvstore.move", "kvstore.tiers", "kvstore.lab.workloads", "kvstore.cluster"),
-    "transformers": ("connectors", "kvstore.demo", "kvstore.lab.workloads.model", "kvstore.prefix.template"),
+    "transformers": (
+        "connectors",
+        "kvstore.demo",
+        "kvstore.lab.workloads.model",
+        "kvstore.prefix.template",
+        "kvstore.lab.traces.prompts",
+    ),
     "vllm": ("connectors",),
     "sglang": ("connectors",),
     "pytest": ("kvstore.testing.contracts",),  # of what is installed, nothing else needs them
     "hypothesis": ("kvstore.testing.contracts",),
     "torch": ("connectors", "kvstore.demo", "kvstore.lab", "kvstore.devices"),
-    "msgspec": ("kvstore.service.protocol",),
+    "msgspec": ("kvstore.service.protocol", "kvstore.lab.traces.event_log"),
+    "zmq": ("kvstore.lab.traces.event_recorder",),
 }
 # module from outside -> imported inside functions only, so that importing our packages stays cheap and engines optional
-LAZY = ("torch", "transformers", "vllm", "sglang", "triton", "matplotlib", "gguf")
+LAZY = ("torch", "transformers", "vllm", "sglang", "triton", "matplotlib", "gguf", "zmq")
 LAZY_EXCEPT = (
     "connectors.transformers",
     "connectors.vllm",

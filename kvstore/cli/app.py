@@ -21,6 +21,7 @@ from kvstore.cli.doctor import doctor
 from kvstore.cli.inspect import inspect
 from kvstore.cli.load import LoadCommand, load
 from kvstore.cli.prefix import prefix
+from kvstore.cli.record_events import record_events
 from kvstore.cli.replay import replay
 from kvstore.cli.replica import replica
 from kvstore.cli.router import router
@@ -116,6 +117,7 @@ app.command(cls=Command, rich_help_panel=CLUSTER)(router)
 app.add_typer(cluster, name="cluster", rich_help_panel=CLUSTER)
 app.command(cls=LoadCommand, rich_help_panel=CLUSTER)(load)
 app.command(cls=Command, no_args_is_help=True, rich_help_panel=CLUSTER)(replay)
+app.command("record-events", cls=Command, no_args_is_help=True, rich_help_panel=CLUSTER)(record_events)
 app.command(cls=Command, no_args_is_help=True, rich_help_panel=CLUSTER)(prefix)
 app.command(cls=Command, no_args_is_help=True, rich_help_panel=DISK)(inspect)
 app.command(cls=Command, no_args_is_help=True, rich_help_panel=DISK)(verify)

@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 
 from kvstore.errors import ConfigError
+from kvstore.lab.traces.event_log import EVENT_LOG
 from kvstore.lab.traces.hash_ids import BAILIAN, MOONCAKE
 from kvstore.lab.traces.kvt1 import KVT1
+from kvstore.lab.traces.prompts import PROMPT_LOG
 from kvstore.lab.traces.recording import RECORDING
 from kvstore.lab.traces.source import Format
 from kvstore.load.lines import broken_line
 
-FORMATS = {one.name: one for one in (KVT1, MOONCAKE, BAILIAN, RECORDING)}
+FORMATS = {one.name: one for one in (KVT1, MOONCAKE, BAILIAN, RECORDING, EVENT_LOG, PROMPT_LOG)}
 
 
 def find_format(name: str) -> Format:

@@ -98,6 +98,7 @@ JSON = st.recursive(
 )
 FIELDS = [
     *("t", "s", "in", "out", "p", "k", "h", "y", "x", "n", "u", "format"),
+    *("w", "hit", "l", "s", "block_tokens", "topic", "seq", "b", "prompt", "messages", "token_ids", "session"),
     *("timestamp", "input_length", "output_length", "hash_ids", "chat_id", "parent_chat_id", "turn", "type"),
 ]
 LINES = (
@@ -120,7 +121,14 @@ def test_nothing_but_a_config_error_comes_of_any_line(name: str, lines: list[str
     assert "made.jsonl" in told
 
 
-HEADERS: dict[str, list[str]] = {"kvt1": ['{"format": "kvt1", "block_tokens": 4}']}
+HEADERS: dict[str, list[str]] = {
+    "kvt1": ['{"format": "kvt1", "block_tokens": 4}'],
+    "recording": [
+        '{"format": "kvr1", "w": "a", "block_tokens": 4}',
+        '{"w": "a", "t": 0, "in": 4, "out": 0, "h": "AAAAAAAAAAA="}',
+    ],
+    "events": ['{"format": "kve1"}'],
+}
 OPTIONS: dict[str, dict[str, Any]] = {}
 
 
