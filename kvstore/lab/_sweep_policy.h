@@ -6,8 +6,8 @@
  *   expect   a block that is not in the tier will be added; called before room is made for it
  *   add      a block comes; is_hit: the request that brings it found it in a tier below
  *   touch    a block that is in the tier is used: it was on the path of a request
- *   hold     a block is in use, and no victim, until `release`, which counts the use; where the two are NULL a touch at
- *            the end of the request says all
+ *   hold     a block is in use, and no victim, until `release`; at the end of the request it is touched. Where the two
+ *            are NULL that says all
  *   victims  names up to n blocks, the next to leave first, and changes no membership
  *   leave    a victim leaves
  *   discard  a block leaves that is none: it is over, or moved to another tier

@@ -131,7 +131,6 @@ static void s3fifo_release(void *order, int32_t block)
     S3Fifo *fifo = order;
     fifo->is_held[block] = 0;
     fifo->num_held--;
-    s3fifo_touch(fifo, block);
 }
 
 static int s3fifo_is_smalls_turn(const S3Fifo *fifo)
@@ -199,7 +198,6 @@ static void s3fifo_leave(void *order, int32_t block)
 
 static const PolicyKind S3FIFO = {
     .name = "s3fifo",
-    .touches_new = 1,
     .make = make_s3fifo,
     .add = s3fifo_add,
     .touch = s3fifo_touch,

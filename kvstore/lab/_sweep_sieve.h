@@ -74,7 +74,7 @@ static void sieve_hold(void *order, int32_t block)
 static void sieve_release(void *order, int32_t block)
 {
     Sieve *sieve = order;
-    sieve->flags[block] = SIEVE_USED;
+    sieve->flags[block] &= (uint8_t)~SIEVE_HELD;
     sieve->num_free++;
 }
 
@@ -110,7 +110,6 @@ static void sieve_discard(void *order, int32_t block)
 
 static const PolicyKind SIEVE = {
     .name = "sieve",
-    .touches_new = 1,
     .make = make_sieve,
     .add = sieve_add,
     .touch = sieve_touch,

@@ -13,7 +13,9 @@
 #include "_sweep_tier.h"
 
 enum { MAX_TIERS = 3, HOST = 0 };
-enum { USED_AGAIN = 1 };              /* a flag of a block: hit since it was stored */
+/* Flags of a block. The catalog knows it as long as something of it, or of what continues it, is stored; where a request
+ * has ended since it came to be known, another one that brings it again counts as a use. */
+enum { USED_AGAIN = 1 /* hit since it was stored */, KNOWN = 2, ENDED = 4 };
 #define BUDGET_S 3600.0               /* what is not written of a budget may be made up for this long */
 #define DAY_S 86400.0
 
@@ -31,6 +33,7 @@ typedef struct {
     Tier tiers[MAX_TIERS];
     Spot *spots;
     int32_t *victims, *wanted;
+    int32_t *parents, *num_children; /* of known blocks; NULL where no policy minds what is known */
     uint32_t turn;
 } Store;
 
@@ -43,6 +46,10 @@ static void make_store(Store *store, Memory *memory, const PolicyKind *kind, int
     store->spots = new_array(memory, (size_t)num_blocks, sizeof(Spot));
     store->victims = new_array(memory, (size_t)num_blocks, sizeof(int32_t));
     store->wanted = new_array(memory, (size_t)longest, sizeof(int32_t));
+    if (kind->hold != NULL) {
+        store->parents = new_array(memory, (size_t)num_blocks, sizeof(int32_t));
+        store->num_children = new_array(memory, (size_t)num_blocks, sizeof(int32_t));
+    }
 }
 
 static int32_t stored_prefix(const Store *store, const int32_t *path, int32_t length)
@@ -57,12 +64,43 @@ static int32_t stored_prefix(const Store *store, const int32_t *path, int32_t le
 
 static void demote(Store *store, int number, int32_t block, double now);
 
+/* Forget blocks that are nowhere, from one upwards; never those on the path of the request that is being served. */
+static void prune(Store *store, int32_t block)
+{
+    while (block >= 0 && (store->spots[block].flags & KNOWN) && !store->spots[block].places && !store->num_children[block] &&
+           store->spots[block].turn != store->turn) {
+        store->spots[block].flags = 0;
+        block = store->parents[block];
+        if (block >= 0)
+            store->num_children[block]--;
+    }
+}
+
+/* A request ends: its path is known, as far as anything of it is stored. */
+static void note_end(Store *store, const int32_t *path, int32_t length)
+{
+    for (int32_t i = 0; i < length; i++) {
+        Spot *spot = &store->spots[path[i]];
+        if (!(spot->flags & KNOWN)) {
+            store->parents[path[i]] = i ? path[i - 1] : -1;
+            if (i)
+                store->num_children[path[i - 1]]++;
+        }
+        spot->flags |= KNOWN | ENDED;
+    }
+    store->turn++; /* the path is no longer safe */
+    prune(store, length ? path[length - 1] : -1);
+}
+
 static void forget_copy(Store *store, Tier *tier, int32_t block)
 {
     Spot *spot = &store->spots[block];
     spot->places &= (uint8_t)~tier->bit;
-    if (!spot->places)
-        spot->flags = 0;
+    if (!spot->places) {
+        spot->flags &= (uint8_t)~USED_AGAIN;
+        if (store->num_children != NULL)
+            prune(store, block);
+    }
 }
 
 /* Drop what is past its deadline. */
@@ -99,14 +137,12 @@ static void evict(Store *store, int number, int64_t n, double now)
         n--;
         tier_leave(tier, block);
         if (store->is_exclusive && number + 1 < store->num_tiers) {
-            uint8_t flags = store->spots[block].flags;
-            forget_copy(store, tier, block);
-            store->spots[block].flags = flags;
+            store->spots[block].places &= (uint8_t)~tier->bit;
             store->victims = named + found; /* of the tier below, behind these; together they are not more than all */
             demote(store, number + 1, block, now);
             store->victims = named;
             if (!store->spots[block].places)
-                store->spots[block].flags = 0;
+                forget_copy(store, tier, block);
         } else
             forget_copy(store, tier, block);
     }
@@ -246,14 +282,21 @@ static void serve(Store *store, const int32_t *path, int32_t length, double now,
         bring(store, path, known, length, 0, now);
     for (int number = 1; number < store->num_tiers && !store->is_exclusive; number++)
         copy_down(store, number, path, length, now);
+    int32_t num_ended = length; /* the blocks of the path that an earlier request has ended with */
+    if (store->num_children != NULL)
+        for (num_ended = 0; num_ended < length && (store->spots[path[num_ended]].flags & ENDED);)
+            num_ended++;
     for (int number = 0; number < store->num_tiers; number++) {
         Tier *tier = &store->tiers[number];
         for (int32_t i = length - 1; i >= 0; i--) {
             const Spot *spot = &store->spots[path[i]];
-            if ((spot->places & tier->bit) && (tier->kind->touches_new || !(spot->fresh & tier->bit)))
+            int is_new = store->num_children != NULL ? i >= num_ended : (spot->fresh & tier->bit) && !tier->kind->touches_new;
+            if ((spot->places & tier->bit) && !is_new)
                 tier_touch(tier, path[i], now);
         }
     }
+    if (store->num_children != NULL)
+        note_end(store, path, length);
 }
 
 #endif

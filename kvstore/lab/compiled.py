@@ -30,9 +30,6 @@ except ImportError:  # not built on this machine
 else:
     is_built = True
 
-# These have places that outlive a pin, which the planner's own are about to get: till then theirs are other orders.
-AWAITED = ("s3fifo", "sieve")
-
 OnProgress = Callable[[int], object]
 
 
@@ -97,7 +94,7 @@ class TraceArrays:
 
 def policies() -> tuple[str, ...]:
     """Return the names of the policies that `play` knows; none where the engine is not built."""
-    return tuple(name for name in _sweep.POLICIES if name not in AWAITED) if is_built else ()
+    return _sweep.POLICIES if is_built else ()
 
 
 def can_play(setup: Setup) -> bool:
