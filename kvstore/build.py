@@ -16,7 +16,7 @@ from kvstore.move.recorder import Recorder
 from kvstore.move.rows import RowMover
 from kvstore.plan.endings import one_word
 from kvstore.plan.planner import Planner
-from kvstore.plan.records import PlanSettings
+from kvstore.plan.records import PlanSettings, SpeculationSettings
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.policies import make_policy
 from kvstore.store import LocalStore
@@ -198,7 +198,16 @@ def _settings(config: Config, num_slots: int) -> PlanSettings:
         pin_max_s=store.pin_max_s,
         ttl_after={one_word(reason): seconds for reason, seconds in store.ttl_after.items()},
         claimer=uuid4().bytes,
+        speculation=_speculation(config, num_slots),
     )
+
+
+def _speculation(config: Config, num_slots: int) -> SpeculationSettings | None:
+    section = config.speculation
+    if section.mode == "off":
+        return None
+    num_pages = int(section.max_slots_fraction * num_slots)
+    return SpeculationSettings(section.mode, num_pages, float(section.bandwidth_bytes), section.max_waste)
 
 
 def _breaker(config: BreakerConfig) -> Breaker:

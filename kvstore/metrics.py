@@ -83,6 +83,9 @@ METRICS: tuple[MetricSpec, ...] = (
     _counter("shared_fetches", "shared_fetch_pages", "Pages a load found already under way for another."),
     _counter("load_failures", "load_failed_pages", "Pages of a hit that could not be loaded.", "tier"),
     _counter("prefetches", "prefetches", "Prefetches started."),
+    _counter("speculated_pages", "speculated_pages", "Pages brought for idle sessions, by their fate.", "fate"),
+    _gauge("speculated_held", "speculated_held_pages", "Pages brought for idle sessions that nothing has used yet."),
+    _counter("speculation_stops", "speculation_stops", "Times speculation stopped itself: it wasted too much."),
     _counter("corrupt_pages", "corrupt_pages", "Copies that failed verification and were dropped.", "tier"),
     # Saving and writing behind.
     _counter("saves", "saves", "Save leases prepared."),

@@ -37,6 +37,7 @@ def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
         "load_failures": dict(fetches.failures),
         "shared_fetches": fetches.counters["shared_fetches"],
         "prefetches": fetches.counters["prefetches"],
+        **_speculation_stats(planner),
         "corrupt_pages": {name: m.corrupt_pages for name, m in media.items()},
         **planner.saver.counters,
         "spilled_pages": {name: tier.counters.spilled_pages for name, tier in tiers.items()},
@@ -78,6 +79,17 @@ def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
         },
         "tier_latency": {name: cost.latency_s for name, cost in costs.tiers.items()},
         "ttft_saved_seconds": planner.loader.seconds_saved,
+    }
+
+
+def _speculation_stats(planner: Planner) -> dict[str, Any]:
+    speculation = planner.speculation
+    if speculation is None:
+        return {}
+    return {
+        "speculated_pages": dict(speculation.counters),
+        "speculated_held": speculation.num_held,
+        "speculation_stops": speculation.verdict.num_stopped,
     }
 
 

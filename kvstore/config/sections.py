@@ -135,6 +135,23 @@ class HostConfig(Section):
     huge_pages: bool = Field(default=True, description="Ask for huge pages; first touch is 3.5 times cheaper.")
 
 
+class SpeculationConfig(Section):
+    """Bringing the pages of idle sessions to host memory before their next request is likely."""
+
+    mode: Literal["off", "auto", "on"] = Field(
+        default="off", description="auto stops itself, and tries again now and then, where it wastes too much; on does not."
+    )
+    max_slots_fraction: Number = Field(
+        default=0.1, ge=0, le=1, description="Share of the host slots for pages that were brought and not used yet."
+    )
+    bandwidth_bytes: Bytes = Field(
+        default=256 * MiB, ge=1, description="Bytes a second that are read from lower tiers for it (a guess)."
+    )
+    max_waste: Number = Field(
+        default=1.0, gt=0, le=100, description="Bytes brought in vain for each that is used, at most."
+    )
+
+
 class BreakerConfig(Section):
     """When a failing tier is taken out, and how it comes back."""
 
@@ -241,6 +258,7 @@ class Config(BaseSettings):
     store: StoreConfig = Field(default_factory=StoreConfig)
     host: HostConfig = Field(default_factory=HostConfig)
     breaker: BreakerConfig = Field(default_factory=BreakerConfig)
+    speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
     service: ServiceConfig = Field(default_factory=ServiceConfig)
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 

@@ -162,7 +162,13 @@ class Fetches:
     def bring(self, ticket: int, request: Request, now: float) -> None:
         """Fetch what is worth loading of a request, within the prefetch bound."""
         survey = self._lookups.survey(request)
-        self._tickets[ticket] = self._bring(request, survey, survey.worth, self._settings.max_prefetch_slots, now)
+        _, sent = self._bring(request, survey, survey.worth, self._settings.max_prefetch_slots, now)
+        self._tickets[ticket] = sent
+
+    def bring_ahead(self, request: Request, bound: int, now: float) -> list[Page]:
+        """Fetch up to `bound` pages of what is worth loading, though nobody asked; returns those on their way."""
+        survey = self._lookups.survey(request)
+        return self._bring(request, survey, survey.worth, bound, now)[0]
 
     def resume_prefetches(self, now: float) -> None:
         """A probe was answered: go on with the prefetches that waited for one."""
@@ -191,8 +197,10 @@ class Fetches:
         """One more lower tier; the list of tiers is the planner's."""
         self.failures[name] = 0
 
-    def _bring(self, request: Request, survey: Survey, end: int, bound: int, now: float) -> list[int]:
-        """Prefetch pages of blocks [0, end) that lie below host memory."""
+    def _bring(
+        self, request: Request, survey: Survey, end: int, bound: int, now: float
+    ) -> tuple[list[Page], list[int]]:
+        """Prefetch pages of blocks [0, end) that lie below host memory; returns them, and the transfers."""
         end = longest_resume(survey.sources, self._windows, end)
         room = max(0, min(bound, self._settings.max_prefetch_slots - self.prefetching))
         starts = [needed_from(end, window) for window in self._windows]
@@ -208,7 +216,8 @@ class Fetches:
         wanted = wanted[: len(slots)]
         self.prefetching += len(wanted)
         self.counters["prefetches"] += bool(wanted)
-        return self.fetch([p for p, _ in wanted], [c for _, c in wanted], now, PREFETCH)
+        pages = [page for page, _ in wanted]
+        return pages, self.fetch(pages, [code for _, code in wanted], now, PREFETCH)
 
     def _tell(self, page: Page, now: float) -> None:
         waiters, page.waiters = page.waiters, None

@@ -20,6 +20,7 @@ from kvstore.plan.records import LeaseState, Request, SaveLease
 from kvstore.plan.retention import Retention
 from kvstore.plan.saves import Saver
 from kvstore.plan.single_flight import SingleFlight
+from kvstore.plan.speculation import Speculation
 from kvstore.plan.state import Block, Load, Save
 from kvstore.plan.steps import STEP_BLOCKS, STEP_PAGES, Steps, parts, parts_from_tail
 from radix.hashing import BlockHash
@@ -31,6 +32,7 @@ class InSteps:
     """Verbs in steps, over the planner's own parts.
 
     last_lease:     the highest number of a lease that was made.
+    speculation:    is told of ends and ticks; None where nothing is brought ahead of need.
     finish_reasons: how many requests ended with each; it predicts whether a turn follows (tool calls nearly always
                     bring one). Callers choose the words: those after MAX_REASONS are "other".
     """
@@ -46,6 +48,7 @@ class InSteps:
         retention: Retention,
     ) -> None:
         self.last_lease = 1
+        self.speculation: Speculation | None = None
         self.finish_reasons: dict[str, int] = {}
         self._lease_ids = count(2)
         self._groups = range(len(books.layout.groups))
@@ -126,6 +129,8 @@ class InSteps:
         ending = Ending(reason, last_turn or request.options.last_turn)
         self._saver.finished(request, ending, now)
         yield from self._retention.ending(self._lookups.known_path(request), request, ending, now)
+        if self.speculation is not None:
+            self.speculation.ended(request, now, ending)
 
     def _end(self, lease_id: int, now: float) -> Steps[None]:
         """Carry on with the end of a lease, if it has begun."""
@@ -278,6 +283,8 @@ class InSteps:
             yield
         for tier in self._tiers:
             tier.pump(now)
+        if self.speculation is not None:
+            self.speculation.tick(now)
         # Ends whose callers were interrupted between two steps.
         for load in [load for load in self._loader.loads.values() if load.state is LeaseState.CLOSED]:
             yield from self._end(load.id, now)

@@ -25,7 +25,7 @@ from kvstore.plan.books import Books
 from kvstore.plan.catalog import Catalog
 from kvstore.plan.cost import CostModel
 from kvstore.plan.ended import ABANDONED
-from kvstore.plan.fetches import Fetches
+from kvstore.plan.fetches import PREFETCH, Fetches
 from kvstore.plan.flushing import Flushing, Told, report, told_of
 from kvstore.plan.host import HostMemory
 from kvstore.plan.in_steps import InSteps
@@ -52,6 +52,7 @@ from kvstore.plan.records import (
 from kvstore.plan.retention import Retention
 from kvstore.plan.saves import Saver
 from kvstore.plan.single_flight import SingleFlight
+from kvstore.plan.speculation import Speculation
 from kvstore.plan.state import Page, PageState
 from kvstore.plan.steps import Steps, at_once
 from kvstore.plan.tier_check import check_tier
@@ -92,6 +93,10 @@ class Planner:
         self.in_steps = InSteps(
             books, self.lookups, self.fetches, self.loader, self.saver, self.single_flight, self.retention
         )
+        self.speculation: Speculation | None = None
+        if settings.speculation is not None:
+            self.speculation = Speculation(books, self.lookups, self.fetches, settings.speculation)
+            self.in_steps.speculation = self.speculation
         self._mender = Mender(
             books, self.lookups, self.fetches, self.loader, self.saver, self.single_flight, self.retention.keeper
         )
@@ -103,6 +108,8 @@ class Planner:
         self.lookups.expire(request)
         judge = self.single_flight.judge if request.options.single_flight else None
         match, stale = self.lookups.lookup(request, now, judge)
+        if self.speculation is not None:
+            self.speculation.came(request, now)
         if stale is not None:
             self.fetches.sample(request, stale, now)
         return match
@@ -237,6 +244,8 @@ class Planner:
                 other.owe(arrived, used=True)
                 other.pump(now)
         self.retention.drop_idle(flight.pages)
+        if self.speculation is not None and flight.context is PREFETCH:
+            self.speculation.arrived(flight.pages, now)
         if len(arrived) < len(flight.pages):
             for page in reversed(flight.pages):
                 self.books.catalog.prune(page.block)
@@ -320,7 +329,11 @@ class Planner:
         self.books.catalog.tree.check()
         self.single_flight.claims.check()
         self.retention.keeper.check()
+        if self.speculation is not None:
+            self.speculation.check()
 
     def mend(self, last_lease: int, now: float) -> None:
         """Put the books right after an exception in the middle of a call of one of these methods (see mend.py)."""
         self._mender.mend(last_lease, now)
+        if self.speculation is not None:
+            self.speculation.clear()

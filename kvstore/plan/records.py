@@ -339,6 +339,22 @@ class FlushResult:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculationSettings:
+    """Budgets of speculation (speculation.py).
+
+    mode:        "auto" stops itself where it wastes too much; "on" does not.
+    max_slots:   pages in host memory that were brought and not used yet.
+    bytes_per_s: read from lower tiers for it.
+    max_waste:   bytes brought in vain for each that is used.
+    """
+
+    mode: str = "auto"
+    max_slots: int = 64
+    bytes_per_s: float = 256e6
+    max_waste: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class PlanSettings:
     """Made by `kvstore.build` from the configuration.
 
@@ -350,6 +366,7 @@ class PlanSettings:
     ttl_after:   seconds that pages of one session alone live on at most, by the word (endings.py) of why its last reply
                  ended; until their next use.
     claimer:     names this store among those that share a tier; no two have the same.
+    speculation: of prefetching for idle sessions; None for none.
     """
 
     num_slots: int
@@ -367,3 +384,4 @@ class PlanSettings:
     pin_max_s: float = 86400.0
     ttl_after: Mapping[str, float] = field(default_factory=dict)
     claimer: bytes = b""
+    speculation: SpeculationSettings | None = None

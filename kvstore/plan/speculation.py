@@ -24,19 +24,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
 from math import exp, inf
 
 from kvstore.plan.books import Books
+from kvstore.plan.endings import Ending
 from kvstore.plan.fetches import Fetches
 from kvstore.plan.lookup import PrefixLookup
 from kvstore.plan.match import IN_HOST
 from kvstore.plan.records import Op, Priority, Request, RequestOptions, SpeculationSettings
 from kvstore.plan.returns import EDGES_S, NUM_BUCKETS, Leaving, ReturnTable, bucket_of
 from kvstore.plan.state import Block, Page, PageState
-from kvstore.plan.worth import Verdict
+from kvstore.plan.worth import Worth
 from radix.hashing import BlockHash
 
 MAX_SESSIONS = 8192
@@ -80,7 +81,7 @@ class Speculation:
     def __init__(self, books: Books, lookups: PrefixLookup, fetches: Fetches, settings: SpeculationSettings) -> None:
         self.counters = {"brought": 0, "used": 0, "wasted": 0}
         self.table = ReturnTable()
-        self.verdict = Verdict(settings.max_waste, may_stop=settings.mode == "auto")
+        self.verdict = Worth(settings.max_waste, may_stop=settings.mode == "auto")
         self._settings = settings
         self._books = books
         self._host = books.host
@@ -120,7 +121,7 @@ class Speculation:
             del self._running[next(iter(self._running))]
         self._running[request.id] = (_key(request) if idle is None else idle.key), gap
 
-    def ended(self, request: Request, now: float, finish_reason: str = "", *, last_turn: bool = False) -> None:
+    def ended(self, request: Request, now: float, ending: Ending) -> None:
         """A request is over; its session is idle from now on."""
         key, gap = self._running.pop(request.id, (None, None))
         if not request.keys:
@@ -130,13 +131,14 @@ class Speculation:
         if before is not None:  # two requests of the session at the same time
             self._judge(before, now)
             self._drop(before)
-        if last_turn or len(request.keys) > MAX_HASHES:
+        if ending.last_turn or len(request.keys) > MAX_HASHES:
             return
         keys = list(request.keys)
-        own = Request(-next(self._order) - 1, keys, request.num_tokens, RequestOptions(session=request.options.session))
-        if request.token_bytes is not None:
-            own = replace(own, token_bytes=request.token_bytes)
-        idle = Idle(key, own, self.table.leaving(finish_reason, gap), now)
+        # One token more than the blocks hold, as the next turn will have; a number that no caller's request has.
+        num_tokens = len(keys) * self._books.layout.block_size + 1
+        options = RequestOptions(session=request.options.session)
+        own = Request(-next(self._order) - 1, keys, num_tokens, options, request.tokens)
+        idle = Idle(key, own, self.table.leaving(ending.reason, gap), now)
         self.table.stayed(idle.leaving, 0, 1)
         self._idle[key] = idle
         self._num_hashes += len(keys)

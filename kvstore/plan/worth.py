@@ -13,7 +13,7 @@ FIRST_PAUSE_S = 60.0
 LONGEST_PAUSE_S = 3600.0
 
 
-class Verdict:
+class Worth:
     """Whether speculation may go on.
 
     num_stopped: how often it was stopped.
