@@ -139,7 +139,8 @@ class SpeculationConfig(Section):
     """Bringing the pages of idle sessions to host memory before their next request is likely."""
 
     mode: Literal["off", "auto", "on"] = Field(
-        default="off", description="auto stops itself, and tries again now and then, where it wastes too much; on does not."
+        default="off",
+        description="auto stops itself, and tries again now and then, where it wastes too much; on does not.",
     )
     max_slots_fraction: Number = Field(
         default=0.1, ge=0, le=1, description="Share of the host slots for pages that were brought and not used yet."

@@ -116,7 +116,7 @@ class Speculation:
             self.table.stayed(idle.leaving, idle.bucket + 1, bucket + 1)
             self.table.returned(idle.leaving, max(bucket, idle.bucket))
             self._judge(idle, now)
-            self._drop(idle)
+            self._drop(idle, now)
         while len(self._running) >= MAX_SESSIONS:
             del self._running[next(iter(self._running))]
         self._running[request.id] = (_key(request) if idle is None else idle.key), gap
@@ -130,7 +130,7 @@ class Speculation:
         before = self._idle.get(key)
         if before is not None:  # two requests of the session at the same time
             self._judge(before, now)
-            self._drop(before)
+            self._drop(before, now)
         if ending.last_turn or len(request.keys) > MAX_HASHES:
             return
         keys = list(request.keys)
@@ -151,7 +151,7 @@ class Speculation:
         while self._num_hashes > MAX_HASHES or len(self._idle) > MAX_SESSIONS:
             oldest = next(iter(self._idle.values()))
             self._judge(oldest, now)
-            self._drop(oldest)
+            self._drop(oldest, now)
 
     def arrived(self, pages: Sequence[Page], now: float) -> None:
         """Pages that were prefetched are there, or not. What is above them must not leave before them."""
@@ -210,7 +210,7 @@ class Speculation:
                     return idle
         return None
 
-    def _drop(self, idle: Idle) -> None:
+    def _drop(self, idle: Idle, now: float) -> None:
         del self._idle[idle.key]
         self._num_hashes -= len(idle.request.keys)
         for key in idle.tails:
@@ -220,7 +220,7 @@ class Speculation:
         if self._by_name.get(name) is idle:
             del self._by_name[name]
         if idle.asked:
-            self._lookups.end(idle.request)
+            self._lookups.end(idle.request, now, "")
 
     def _look(self, idle: Idle, now: float) -> None:
         """A session has come to the next bucket: see what became of what was brought, and whether to bring more."""
@@ -230,7 +230,7 @@ class Speculation:
         self._book_wasted(idle, [page for page in idle.brought if page.state is PageState.ABSENT], now)
         if bucket + 1 >= NUM_BUCKETS:
             self._book_wasted(idle, list(idle.brought), now)
-            self._drop(idle)
+            self._drop(idle, now)
             return
         heappush(self._due, (idle.ended_at + EDGES_S[bucket + 1], next(self._order), idle))
         if self.verdict.may_bring(now) and self._chance(idle, now) >= self._least and idle not in self._wanted:
