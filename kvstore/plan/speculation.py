@@ -338,6 +338,9 @@ class Speculation:
         if room <= 0:
             return 0
         pages = self._fetches.bring_ahead(request, room, now)
+        for page in pages:  # brought before, for this session or another, and evicted since the last look at that
+            if page in self._held:
+                self._book_wasted(self._held[page], [page], now)
         if pages and not idle.brought:
             self.verdict.began()
         idle.brought += pages

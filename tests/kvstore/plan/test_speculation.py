@@ -276,6 +276,22 @@ def test_what_is_remembered_is_bounded() -> None:
     world.speculation.check()
 
 
+def test_a_page_of_two_sessions_that_was_evicted_and_brought_again_is_held_for_one_of_them() -> None:
+    world = World(SpeculationSettings("on", max_slots=16, bytes_per_s=1e9, max_waste=1.0))
+    world.learn()
+    world.turn(world.request("shared", session="first"))
+    world.wait(10.0)
+    world.turn(world.request("shared", session="second"))
+
+    for _ in range(80):  # evicted each time, before the next look at the session it was brought for
+        world.push_out()
+        world.wait(1.0)
+
+    assert world.speculation.counters["brought"] > 8
+    counters = world.speculation.counters
+    assert counters["brought"] == counters["used"] + counters["wasted"] + world.speculation.num_held
+
+
 def test_against_a_dumb_model_books_and_budgets_hold_whatever_happens() -> None:
     for seed in range(6):
         rng = random.Random(seed)
