@@ -98,6 +98,11 @@ class Ttl(Generic[K]):
         """Tell the inner policy, if it cares, how keys are named."""
         getattr(self._inner, "name_by", _unheard)(name_of)
 
+    @property
+    def listens(self) -> bool:
+        """True if the inner policy wants to know of requests or of their ends."""
+        return hasattr(self._inner, "used") or hasattr(self._inner, "ended")
+
     def used(self, use: Use, now: float) -> None:
         """Tell the inner policy, if it cares, of a request."""
         getattr(self._inner, "used", _unheard)(use, now)

@@ -1,12 +1,10 @@
-"""The end of a request, as far as an engine tells it: the reason why the reply ended, and whether a turn will follow.
+"""The end of a request, as far as an engine tells it: the reason why the reply ended.
 
 Engines and gateways have many words for few reasons. What is decided by them (`store.ttl_after`, policies) goes by one
 word each, those of TURN_ENDS; a word that is none of theirs stands for itself.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 # One word per reason -> the others that mean it: Anthropic's, OpenAI's, vLLM's (its states in small letters), ours.
 TURN_ENDS = {
@@ -16,20 +14,6 @@ TURN_ENDS = {
     "cancelled": ("abort", "aborted", "canceled"),
 }
 _ONE_WORD = {other: word for word, others in TURN_ENDS.items() for other in others}
-
-
-class Ending(NamedTuple):
-    """How a request ended.
-
-    reason:    in the words of TURN_ENDS; "" where nobody said.
-    last_turn: no turn of its session will follow.
-    """
-
-    reason: str = ""
-    last_turn: bool = False
-
-
-UNTOLD = Ending()
 
 
 def one_word(finish_reason: str) -> str:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import count, islice
 
+from eviction.policy import Ending
 from kvstore.page import page_key
+from kvstore.plan.audience import Audience
 from kvstore.plan.books import Books
-from kvstore.plan.endings import Ending, one_word
+from kvstore.plan.endings import one_word
 from kvstore.plan.fetches import Fetches
 from kvstore.plan.loads import Loader
 from kvstore.plan.lookup import PrefixLookup
@@ -46,6 +48,7 @@ class InSteps:
         saver: Saver,
         single_flight: SingleFlight,
         retention: Retention,
+        audience: Audience,
     ) -> None:
         self.last_lease = 1
         self.speculation: Speculation | None = None
@@ -62,6 +65,7 @@ class InSteps:
         self._saver = saver
         self._single_flight = single_flight
         self._retention = retention
+        self._audience = audience
 
     # ---- leases -----------------------------------------------------------------------------------------------
 
@@ -83,6 +87,7 @@ class InSteps:
         """Slots for the pages of blocks [first, first + num_blocks) that host memory does not have."""
         self._lookups.expire(request)  # else what is over would count as stored, and not be saved again
         self.last_lease = max(self.last_lease, lease_id)
+        self._audience.tell(request)
         lease = yield from self._saver.preparing(lease_id, request, first, num_blocks, owner)
         if lease.skipped:
             self._single_flight.end(request, now)  # nobody should wait for what will not be there
@@ -126,7 +131,9 @@ class InSteps:
             if finish_reason not in self.finish_reasons and len(self.finish_reasons) >= MAX_REASONS:
                 finish_reason = "other"
             self.finish_reasons[finish_reason] = self.finish_reasons.get(finish_reason, 0) + 1
-        ending = Ending(reason, last_turn or request.options.last_turn)
+        ending = Ending(reason, True if last_turn or request.options.last_turn else None)
+        self._audience.tell(request)
+        self._audience.tell_end(request, ending)
         self._saver.finished(request, ending, now)
         yield from self._retention.ending(self._lookups.known_path(request), request, ending, now)
         if self.speculation is not None:

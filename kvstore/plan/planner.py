@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
+from eviction.policy import Ending
 from eviction.ttl import Ttl
 from kvstore.clock import SYSTEM_CLOCK, Clock
 from kvstore.direction import ALL_DIRECTIONS, Direction
 from kvstore.layout import Layout
 from kvstore.page import PageKey, PageMeta
+from kvstore.plan.audience import Audience
 from kvstore.plan.books import Books
 from kvstore.plan.catalog import Catalog
 from kvstore.plan.cost import CostModel
@@ -90,8 +92,16 @@ class Planner:
         self.retention = Retention(books)
         self.margin = Margin(books)
         self.saver = Saver(books, self.lookups, self.single_flight, self.retention, self.margin)
+        self.audience = Audience(books)
         self.in_steps = InSteps(
-            books, self.lookups, self.fetches, self.loader, self.saver, self.single_flight, self.retention
+            books,
+            self.lookups,
+            self.fetches,
+            self.loader,
+            self.saver,
+            self.single_flight,
+            self.retention,
+            self.audience,
         )
         self.speculation: Speculation | None = None
         if settings.speculation is not None:
@@ -105,6 +115,8 @@ class Planner:
 
     def lookup(self, request: Request, now: float) -> Match:
         """The longest prefix worth loading, and whether asking again may show more."""
+        if self.audience.listeners:
+            self.audience.tell(request)
         self.lookups.expire(request)
         judge = self.single_flight.judge if request.options.single_flight else None
         match, stale = self.lookups.lookup(request, now, judge)
@@ -184,6 +196,7 @@ class Planner:
     def abandon(self, request: Request, now: float) -> bool:
         """Nobody will go on with the request; True if others waited, or might have waited, for it to compute."""
         self.lookups.end(request, now, ABANDONED)
+        self.audience.tell_end(request, Ending("cancelled"))
         return self.single_flight.end(request, now)
 
     def pin(self, request: Request, now: float) -> int:
@@ -262,6 +275,7 @@ class Planner:
             self.lookups.add_tier(plan.name)
             self.fetches.add_tier(plan.name)
             self.loader.add_tier(plan.name)
+        self.audience.gather()
 
     def detach_tier(self, name: str) -> None:
         """A tier is taken away: what it holds is forgotten, and nothing is sent there any more."""

@@ -123,6 +123,7 @@ class Request:
     held:       leading blocks that the engine has in memory of its own: a lookup weighs only what comes after them.
                 Set by the engine's connector, before a lookup.
     holder:     on whose word its pages are kept, for operators; "" in a store of one process.
+    is_told:    policies know of it, and not yet of its end (see audience.py).
     """
 
     id: int
@@ -133,6 +134,7 @@ class Request:
     hasher: BlockHasher | None = None
     held: int = 0
     holder: str = ""
+    is_told: bool = False
 
 
 class CutReason(Enum):

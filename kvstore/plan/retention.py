@@ -23,10 +23,9 @@ from heapq import heapify, heappop, heappush
 from itertools import count
 from math import inf
 
-from eviction.policy import Hint
+from eviction.policy import Ending, Hint
 from kvstore.clock import LARGE_STEP_S
 from kvstore.plan.books import Books
-from kvstore.plan.endings import Ending
 from kvstore.plan.records import Request
 from kvstore.plan.state import SHARED_SESSION, Block, Page, PageState
 from kvstore.plan.steps import STEP_PAGES, Steps, parts, parts_from_tail
@@ -69,7 +68,7 @@ class Retention:
 
     def ending(self, path: Sequence[Block], request: Request, ending: Ending, now: float) -> Steps[None]:
         """A request is over: refresh its path, promise what it asked for, let go of what no turn will come back to."""
-        yield from self._using(path, request, self._ttl_after.get(ending.reason, inf), now)
+        yield from self._using(path, request, self._ttl_after.get(ending.finish_reason, inf), now)
         if request.options.pin or request.options.retain_until:
             for part in parts(path):
                 if part is not path:

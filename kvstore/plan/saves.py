@@ -10,8 +10,8 @@ from array import array
 from collections.abc import Sequence
 from itertools import compress
 
+from eviction.policy import Ending
 from kvstore.plan.books import Books
-from kvstore.plan.endings import Ending
 from kvstore.plan.lookup import PrefixLookup
 from kvstore.plan.margin import Margin
 from kvstore.plan.records import Request, SaveLease, SlotPages

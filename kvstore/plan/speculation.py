@@ -29,8 +29,8 @@ from heapq import heappop, heappush
 from itertools import count
 from math import exp, inf
 
+from eviction.policy import Ending
 from kvstore.plan.books import Books
-from kvstore.plan.endings import Ending
 from kvstore.plan.fetches import Fetches
 from kvstore.plan.lookup import PrefixLookup
 from kvstore.plan.match import IN_HOST
@@ -138,7 +138,7 @@ class Speculation:
         num_tokens = len(keys) * self._books.layout.block_size + 1
         options = RequestOptions(session=request.options.session)
         own = Request(-next(self._order) - 1, keys, num_tokens, options, request.tokens)
-        idle = Idle(key, own, self.table.leaving(ending.reason, gap), now)
+        idle = Idle(key, own, self.table.leaving(ending.finish_reason, gap), now)
         self.table.stayed(idle.leaving, 0, 1)
         self._idle[key] = idle
         self._num_hashes += len(keys)

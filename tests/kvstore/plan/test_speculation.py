@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
+from eviction.policy import Ending
 from eviction.registry import make_policy
 from kvstore.clock import Clock
-from kvstore.plan.endings import Ending
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Op, Outcome, PlanSettings, Priority, Request, RequestOptions, SpeculationSettings
 from kvstore.plan.speculation import MAX_HASHES, MAX_SESSIONS, Speculation
