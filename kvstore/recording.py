@@ -18,7 +18,7 @@ from bisect import bisect_left
 from hashlib import blake2b
 from typing import Any
 
-from kvstore.plan.ended import ABANDONED, Ended
+from kvstore.plan.ended import ABANDONED, EndedRequest
 
 FORMAT = "kvr1"
 ID_BYTES = 8
@@ -44,7 +44,7 @@ class RecordWriter:
         self._known.clear()
         return _line({"format": FORMAT, "w": self._writer, "block_tokens": self._block_tokens})
 
-    def line(self, ended_at: float, ended: Ended) -> bytes:
+    def line(self, ended_at: float, ended: EndedRequest) -> bytes:
         """The line of one request that was over at that Unix time. O(blocks that are new, times the hash of each)."""
         keys, options = ended.request.keys, ended.request.options
         num_blocks = min(len(keys), ended.num_tokens // self._block_tokens)

@@ -14,7 +14,9 @@ from kvstore.units import parse_seconds
 
 
 def record_events(
-    endpoint: Annotated[str, typer.Argument(help="The publisher's address, such as tcp://127.0.0.1:5557.")],
+    endpoint: Annotated[
+        str, typer.Argument(help="Such as tcp://127.0.0.1:5557; tcp://*:5557 if the publisher connects.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="File to write to the end of.")],
     topic: Annotated[str, typer.Option(help="Only messages whose topic begins so.")] = "",
     duration: Annotated[str | None, typer.Option("--for", help="Stop after this time, such as 1h.")] = None,
@@ -43,6 +45,12 @@ def record_events(
 
     with progress.status(f"listening to {endpoint}") as status, suppress(KeyboardInterrupt):
         counted = record(listen(endpoint, topic, lambda: time.monotonic() >= end), out, endpoint, tell)
+    if not counted.num_messages:
+        progress.print(
+            "nothing came: does the engine publish there? vLLM waits for listeners at tcp://*:PORT only; to any other "
+            "address it connects, and tcp://*:PORT has to be given here",
+            soft_wrap=True,
+        )
     progress.print(
         f"{out}: {counted.num_messages} messages, {counted.num_missed} missed, {counted.num_bad} of another kind",
         markup=False,

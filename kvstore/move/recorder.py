@@ -24,7 +24,7 @@ from pathlib import Path
 from kvstore.errors import ConfigError
 from kvstore.forks import forbid
 from kvstore.move.threads import start_all
-from kvstore.plan.ended import Ended
+from kvstore.plan.ended import EndedRequest
 from kvstore.recording import KEY_BYTES, RecordWriter
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Recorder:
         """Open the file. max_bytes: of all its parts. Raises ConfigError if it cannot be written."""
         self._path = path
         self._part_bytes = max(1, max_bytes // NUM_FILES)
-        self._queue: deque[tuple[float, Ended]] = deque()
+        self._queue: deque[tuple[float, EndedRequest]] = deque()
         self._fd = -1
         self._is_failing = False
         self.num_written = self.num_dropped = 0
@@ -63,7 +63,7 @@ class Recorder:
         forbid(self)
         start_all([self._thread], self._close_file)
 
-    def put(self, ended: Ended) -> None:
+    def put(self, ended: EndedRequest) -> None:
         """Have a request written, or count it as dropped. Never waits."""
         if len(self._queue) < MAX_QUEUED:
             self._queue.append((time.time(), ended))

@@ -11,7 +11,7 @@ ABANDONED = "abandoned"  # dropped by its maker, or its maker is gone
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class EndedRequest:
     """One request. Plain values; `request` is not written to any more.
 
     num_tokens: of the prompt when it was looked up first; what came after is the answer.
@@ -27,4 +27,4 @@ class Ended:
     reason: str
 
 
-Observer = Callable[[Ended], None]
+Observer = Callable[[EndedRequest], None]

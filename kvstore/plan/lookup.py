@@ -11,7 +11,7 @@ from itertools import groupby
 
 from eviction.policy import Hint
 from kvstore.plan.books import Books
-from kvstore.plan.ended import Ended, Observer
+from kvstore.plan.ended import EndedRequest, Observer
 from kvstore.plan.match import FIRST_LOWER, IN_HOST, RequestState, Survey, loadable_blocks, locate, tier_names
 from kvstore.plan.probes import Probes
 from kvstore.plan.records import HOST, CutReason, Explanation, Match, Outcome, Request
@@ -79,7 +79,7 @@ class PrefixLookup:
         if self.observer is not None and state.first is not None:
             num_tokens, match = state.first
             hits = {tier: num_blocks * self._block_size for tier, num_blocks in match.by_tier.items()}
-            self.observer(Ended(request, num_tokens, hits, now - state.asked_at, reason))
+            self.observer(EndedRequest(request, num_tokens, hits, now - state.asked_at, reason))
 
     def survey(self, request: Request) -> Survey:
         """The place of every page of the request, as far as is known now."""

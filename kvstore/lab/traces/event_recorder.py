@@ -42,9 +42,14 @@ def listen(endpoint: str, topic: str, until: Callable[[], bool]) -> Iterator[Seq
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt_string(zmq.SUBSCRIBE, topic)
         try:
-            socket.connect(endpoint)
+            if "*" in endpoint:  # vLLM's own rule: where its address has none, it is the publisher that connects
+                socket.bind(endpoint)
+            else:
+                socket.connect(endpoint)
         except zmq.ZMQError as error:
-            raise ConfigError(f"{endpoint} is no address to listen to: {error}; write tcp://HOST:PORT") from error
+            raise ConfigError(
+                f"{endpoint} is no address to listen to: {error}; write tcp://HOST:PORT, or tcp://*:PORT"
+            ) from error
         while not until():
             if socket.poll(WAIT_MS):
                 yield socket.recv_multipart()

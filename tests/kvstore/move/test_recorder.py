@@ -17,7 +17,7 @@ from kvstore.errors import ConfigError
 from kvstore.lab.traces import read_trace
 from kvstore.move import recorder as module
 from kvstore.move.recorder import NUM_FILES, Recorder
-from kvstore.plan.ended import ABANDONED, Ended
+from kvstore.plan.ended import ABANDONED, EndedRequest
 from kvstore.plan.records import Request, RequestOptions
 from radix.namespace import BlockHash
 
@@ -25,12 +25,12 @@ SIZE = 4
 MANY = 1 << 24
 
 
-def ended(path: list[int], *, reason: str = "stop", session: str = "", hits: int = 0, answer: int = 0) -> Ended:
+def ended(path: list[int], *, reason: str = "stop", session: str = "", hits: int = 0, answer: int = 0) -> EndedRequest:
     """A request over blocks that are named by all before them."""
     keys = [BlockHash(sha256(bytes(path[: end + 1])).digest()) for end in range(len(path))]
     num_tokens = len(path) * SIZE + 1
     request = Request(1, keys, num_tokens + answer, RequestOptions(session=session, tenant=session))
-    return Ended(request, num_tokens, {"host": hits} if hits else {}, 0.5, reason)
+    return EndedRequest(request, num_tokens, {"host": hits} if hits else {}, 0.5, reason)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from base64 import b64decode
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,15 +137,20 @@ def test_a_batch_keeps_its_time_and_its_rank() -> None:
     assert msgpack.decode(stripped(msgpack.encode([1.5, [], 3]))) == [1.5, [], 3]
 
 
-def test_listening_to_a_publisher(tmp_path: Path) -> None:
+@pytest.mark.parametrize("who_binds", ["publisher", "listener"])
+def test_listening_to_a_publisher(tmp_path: Path, who_binds: str) -> None:
     zmq = pytest.importorskip("zmq")
+    taken: list[Any] = []
     with zmq.Context() as context, context.socket(zmq.XPUB) as publisher:
         port = publisher.bind_to_random_port("tcp://127.0.0.1")
-        messages = listen(f"tcp://127.0.0.1:{port}", "", lambda: False)
-        taken: list[Any] = []
+        endpoint = f"tcp://127.0.0.1:{port}"
+        if who_binds == "listener":
+            publisher.unbind(endpoint)
+            publisher.connect(endpoint)
+            endpoint = f"tcp://*:{port}"
 
-        def take() -> Any:
-            for frames in messages:
+        def take() -> Iterator[Any]:
+            for frames in listen(endpoint, "", lambda: False):
                 taken.append(frames)
                 yield frames
                 if len(taken) == 3:
