@@ -54,10 +54,12 @@ class Ending(NamedTuple):
 
     finish_reason: the engine's word for it, such as "stop" or "tool_calls"; "" if unknown.
     last_turn:     as in `Use`, where it became known later.
+    reply_tokens:  tokens of the answer; -1 if unknown.
     """
 
     finish_reason: str = ""
     last_turn: bool | None = None
+    reply_tokens: int = -1
 
 
 class EvictionPolicy(Protocol[K]):

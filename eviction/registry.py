@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from eviction.lru import Lru
+from eviction.outlook import Outlook
 from eviction.policy import EvictionPolicy
 from eviction.s3fifo import S3Fifo
 from eviction.sieve import Sieve
@@ -13,7 +14,7 @@ from eviction.ttl import Ttl
 
 PolicyFactory = Callable[[], EvictionPolicy[Any]]
 
-POLICIES: dict[str, PolicyFactory] = {"lru": Lru, "s3fifo": S3Fifo, "sieve": Sieve}
+POLICIES: dict[str, PolicyFactory] = {"lru": Lru, "outlook": Outlook, "s3fifo": S3Fifo, "sieve": Sieve}
 
 
 def register_policy(name: str, factory: PolicyFactory) -> None:

@@ -160,8 +160,13 @@ class Keep(Protocol):
         write is: it is acknowledged by the next true `flush`, and tried again where a tier cannot be reached.
         """
 
-    def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
-        """The request is over: refresh its path in every tier, or let it go first if no turn will follow."""
+    def finished(
+        self, request: Request, *, finish_reason: str = "", last_turn: bool = False, reply_tokens: int = -1
+    ) -> None:
+        """The request is over: refresh its path in every tier, or let it go first if no turn will follow.
+
+        reply_tokens: tokens of the answer, -1 if unknown; policies that learn go by it.
+        """
 
 
 class KVStore(RequestFactory, Waits, Protocol):

@@ -37,7 +37,11 @@ class LocalKeep:
         return self._dispatcher.carry_out(self._in_steps.forget(request, first, self._now()), tell=True)
 
     @silent_after_close
-    def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
+    def finished(
+        self, request: Request, *, finish_reason: str = "", last_turn: bool = False, reply_tokens: int = -1
+    ) -> None:
         """The request is over."""
-        steps = self._in_steps.finished(request, self._now(), finish_reason, last_turn=last_turn)
+        steps = self._in_steps.finished(
+            request, self._now(), finish_reason, last_turn=last_turn, reply_tokens=reply_tokens
+        )
         self._dispatcher.carry_out(steps, tell=True)

@@ -1,6 +1,6 @@
 """Eviction policies by name, of ours and of whoever brings one.
 
-    lru, s3fifo, sieve         our own (eviction/)
+    lru, outlook, s3fifo, sieve  our own (eviction/)
     a name                     an entry point of the group `kvtiers.policies`, or `register_policy` in this process
     package.module:Class       a class, or a function without arguments that returns a new policy
 
@@ -22,7 +22,12 @@ from kvstore.plugins import Plugin, Plugins, missing_members
 
 GROUP = "kvtiers.policies"
 # As pyproject.toml has them.
-OURS = {"lru": "eviction.lru:Lru", "s3fifo": "eviction.s3fifo:S3Fifo", "sieve": "eviction.sieve:Sieve"}
+OURS = {
+    "lru": "eviction.lru:Lru",
+    "outlook": "eviction.outlook:Outlook",
+    "s3fifo": "eviction.s3fifo:S3Fifo",
+    "sieve": "eviction.sieve:Sieve",
+}
 
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 

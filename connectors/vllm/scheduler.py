@@ -118,7 +118,10 @@ class SchedulerHalf:
             return
         self._loads.let_go(tracked)
         status = getattr(getattr(request, "status", None), "name", "")
-        self.store.keep.finished(tracked.store, finish_reason=status.removeprefix("FINISHED_").lower())
+        reply_tokens = getattr(request, "num_output_tokens", -1)
+        self.store.keep.finished(
+            tracked.store, finish_reason=status.removeprefix("FINISHED_").lower(), reply_tokens=reply_tokens
+        )
 
     # ---- one step ---------------------------------------------------------------------------------------------
 

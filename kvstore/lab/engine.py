@@ -56,7 +56,7 @@ class VirtualEngine:
         self.planner.abandon(request, self.now)
         return match.num_blocks
 
-    def serve(self, request: Request) -> Match:
+    def serve(self, request: Request, finish_reason: str = "", reply_tokens: int = -1) -> Match:
         """Look up, load what matches, save the rest, finish; return the match."""
         planner, now = self.planner, self.now
         match = planner.lookup(request, now)
@@ -65,7 +65,7 @@ class VirtualEngine:
             self.carry()  # pages of lower tiers
             planner.complete(lease.id, now)
         planner.complete(planner.prepare_save(request, match.num_blocks, len(request.keys), now).id, now)
-        planner.finished(request, now)
+        planner.finished(request, now, finish_reason=finish_reason, reply_tokens=reply_tokens)
         self.carry()
         return match
 

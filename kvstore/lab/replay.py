@@ -20,6 +20,7 @@ from kvstore.errors import ConfigError
 from kvstore.lab.engine import VirtualEngine
 from kvstore.lab.setup import PREFILL_TOKENS_PER_S, Played, Setup
 from kvstore.lab.traces import ReplayTrace
+from kvstore.load.kvt import KvtRequest
 from kvstore.plan.records import PlanSettings
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.policies import make_policy
@@ -46,7 +47,7 @@ def play(trace: ReplayTrace, setup: Setup, on_progress: Callable[[int], object] 
     hits = np.zeros((len(trace.requests), len(names)), np.int32)
     began, num_done = time.thread_time(), 0
     for number, request in enumerate(trace.requests):
-        by_tier = fleet.serve([key_of(block) for block in request.blocks], request.at_s)
+        by_tier = fleet.serve(request)
         hits[number] = [by_tier.get(name, 0) for name in names]
         num_done += len(request.blocks)
         if on_progress is not None and number % PROGRESS_EVERY == 0:
@@ -103,13 +104,14 @@ class _Fleet:
         self._now = 0.0
         self._turn = 0
 
-    def serve(self, keys: list[BlockHash], at_s: float) -> dict[str, int]:
-        """Have one replica serve a prompt; return its hit blocks by tier."""
-        passed, self._now = max(0.0, at_s - self._now), max(self._now, at_s)
+    def serve(self, request: KvtRequest) -> dict[str, int]:
+        """Have one replica serve a request; return its hit blocks by tier."""
+        keys = [key_of(block) for block in request.blocks]
+        passed, self._now = max(0.0, request.at_s - self._now), max(self._now, request.at_s)
         for engine in self.engines:
             engine.now = self._now
         engine = self.engines[self._choose(keys, passed)]
-        return engine.serve(engine.request(keys)).by_tier
+        return engine.serve(engine.request(keys), request.finish_reason, request.num_answer_tokens).by_tier
 
     def _choose(self, keys: list[BlockHash], passed: float) -> int:
         num = len(self.engines)

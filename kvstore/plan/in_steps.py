@@ -122,7 +122,13 @@ class InSteps:
         return len(own)
 
     def finished(
-        self, request: Request, now: float, finish_reason: str = "", *, last_turn: bool = False
+        self,
+        request: Request,
+        now: float,
+        finish_reason: str = "",
+        *,
+        last_turn: bool = False,
+        reply_tokens: int = -1,
     ) -> Steps[None]:
         """Refresh the request's path in every tier, or let its private part go first if no turn will follow."""
         reason = one_word(finish_reason)
@@ -131,7 +137,7 @@ class InSteps:
             if finish_reason not in self.finish_reasons and len(self.finish_reasons) >= MAX_REASONS:
                 finish_reason = "other"
             self.finish_reasons[finish_reason] = self.finish_reasons.get(finish_reason, 0) + 1
-        ending = Ending(reason, True if last_turn or request.options.last_turn else None)
+        ending = Ending(reason, True if last_turn or request.options.last_turn else None, reply_tokens)
         self._audience.tell(request)
         self._audience.tell_end(request, ending)
         self._saver.finished(request, ending, now)

@@ -189,9 +189,17 @@ class Planner:
 
     # ---- the end of a request, and what is said about it ------------------------------------------------------
 
-    def finished(self, request: Request, now: float, *, finish_reason: str = "", last_turn: bool = False) -> None:
+    def finished(
+        self,
+        request: Request,
+        now: float,
+        *,
+        finish_reason: str = "",
+        last_turn: bool = False,
+        reply_tokens: int = -1,
+    ) -> None:
         """Refresh the request's path in every tier, or let its private part go first if no turn will follow."""
-        at_once(self.in_steps.finished(request, now, finish_reason, last_turn=last_turn))
+        at_once(self.in_steps.finished(request, now, finish_reason, last_turn=last_turn, reply_tokens=reply_tokens))
 
     def abandon(self, request: Request, now: float) -> bool:
         """Nobody will go on with the request; True if others waited, or might have waited, for it to compute."""

@@ -60,7 +60,7 @@ def test_a_name_that_is_taken_is_refused() -> None:
 
 
 def test_an_unknown_name_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(ValueError, match="eviction policy is 'LRU'; it must be one of lru, s3fifo, sieve"):
+    with pytest.raises(ValueError, match="eviction policy is 'LRU'; it must be one of lru, outlook, s3fifo, sieve"):
         make_policy("LRU")
 
 

@@ -70,7 +70,7 @@ def test_a_policy_of_another_distribution_is_taken_by_name_and_by_place(name: st
         ("fifo_policy:Nothing", "cannot be imported: AttributeError"),
         ("no_such_module:X", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
         ("fifo policy:X", "it must be package.module:Class"),
-        ("fiffo", "it must be one of fifo, half, lru, s3fifo, sieve, or package.module:Class"),
+        ("fiffo", "it must be one of fifo, half, lru, outlook, s3fifo, sieve, or package.module:Class"),
     ],
 )
 def test_what_is_no_policy_is_refused_with_the_setting(name: str, told: str) -> None:

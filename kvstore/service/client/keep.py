@@ -43,12 +43,14 @@ class ClientKeep:
         self._check_open()
         return self._calls.number(request, lambda part: messages.ForgetCall(part, first))
 
-    def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
+    def finished(
+        self, request: Request, *, finish_reason: str = "", last_turn: bool = False, reply_tokens: int = -1
+    ) -> None:
         """The request is over."""
         try:
             self._check_open()
         except StoreClosed:
             return
         reason = finish_reason[: messages.MAX_TEXT]
-        self._calls.number(request, lambda part: messages.FinishedCall(part, reason, last_turn))
+        self._calls.number(request, lambda part: messages.FinishedCall(part, reason, last_turn, reply_tokens))
         self._calls.unsend(request)

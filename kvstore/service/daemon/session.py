@@ -278,7 +278,9 @@ class ClientSession:
 
     def _finished(self, call: messages.FinishedCall) -> bytes:
         request = self.requests.take(call.request)
-        self._store.keep.finished(request, finish_reason=call.finish_reason, last_turn=call.last_turn)
+        self._store.keep.finished(
+            request, finish_reason=call.finish_reason, last_turn=call.last_turn, reply_tokens=call.reply_tokens
+        )
         self.requests.drop(call.request.id)
         return b""
 

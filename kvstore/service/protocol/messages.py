@@ -181,6 +181,7 @@ class FinishedCall(Call, tag=12):
     request: RequestPart
     finish_reason: Text
     last_turn: bool
+    reply_tokens: int = -1
 
 
 class PinCall(Call, tag=13):

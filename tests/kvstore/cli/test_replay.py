@@ -53,7 +53,7 @@ def test_a_time_to_live_costs_hits(trace: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--policy", "best"], "--policy best: it must be one of lru, s3fifo, sieve"),
+        (["--policy", "best"], "--policy best: it must be one of lru, outlook, s3fifo, sieve"),
         (["--capacity", "many"], "capacity is 'many'"),
         (["--capacity", ","], "names nothing"),
         (["--model", "llama"], "it must be one of llama-3-8b"),

@@ -1,0 +1,162 @@
+"""The policy that learns what comes back: contract, learning, prefixes, bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from eviction import visits
+from eviction.outlook import Outlook
+from eviction.policy import Ending, EvictionPolicy, Hint, Use
+from eviction.ttl import Ttl
+from kvstore.testing.contracts.policy import EvictionPolicyContract
+
+
+class TestContract(EvictionPolicyContract):
+    def new_policy(self) -> EvictionPolicy[str]:
+        return Outlook()
+
+
+class TestContractBelowTtl(EvictionPolicyContract):
+    def new_policy(self) -> EvictionPolicy[str]:
+        return Ttl(Outlook())
+
+
+NOTHING_SAID = Ending()
+
+
+class Requests:
+    """Requests as a store plays them on a policy."""
+
+    def __init__(self) -> None:
+        self.policy: Outlook[str] = Outlook()
+        self._last_id = 0
+
+    def ask(self, path: Sequence[str], now: float, ending: Ending = NOTHING_SAID) -> None:
+        """A request for these blocks, which are all resident after it."""
+        self.policy.add([name for name in reversed(path) if name not in self.policy], now)
+        self.tell(path, now, ending)
+
+    def tell(self, path: Sequence[str], now: float, ending: Ending = NOTHING_SAID) -> None:
+        """A request for these blocks has come and gone."""
+        self._last_id += 1
+        self.policy.used(Use(self._last_id, path), now)
+        self.policy.ended(self._last_id, ending, now)
+
+    def evict(self, num: int) -> list[str]:
+        victims = self.policy.victims(num)
+        self.policy.discard(victims)
+        return victims
+
+
+@pytest.fixture
+def requests() -> Requests:
+    return Requests()
+
+
+def path_of(name: str, num_blocks: int) -> list[str]:
+    return [f"{name}.{i}" for i in range(num_blocks)]
+
+
+def test_what_follows_an_ending_that_never_comes_back_leaves_first(requests: Requests) -> None:
+    now = 0.0
+    for i in range(400):  # tool calls come back after 30 s, ends of turns never do
+        requests.ask(path_of(f"tool{i}", 4), now, Ending("tool_calls"))
+        requests.ask(path_of(f"end{i}", 4), now + 1, Ending("stop"))
+        requests.ask(path_of(f"tool{i}", 4), now + 30, Ending("stop"))
+        now += 40
+        requests.evict(max(len(requests.policy) - 60, 0))
+    requests.ask(path_of("waiting", 4), now, Ending("tool_calls"))
+    requests.ask(path_of("done", 4), now + 2, Ending("stop"))
+    others = len(requests.policy) - 8
+    order = requests.policy.victims(len(requests.policy))
+    assert set(order[-4:]) == set(path_of("waiting", 4)), "older than what is done, and worth more"
+    assert others > 0
+
+
+def test_a_caller_that_says_last_turn_is_believed_as_far_as_it_was_right(requests: Requests) -> None:
+    now = 0.0
+    for i in range(300):
+        requests.ask(path_of(f"a{i}", 4), now)
+        requests.ask(path_of(f"b{i}", 4), now + 1, Ending(last_turn=True))
+        requests.ask(path_of(f"a{i}", 4), now + 20, Ending(last_turn=True))
+        now += 30
+        requests.evict(max(len(requests.policy) - 60, 0))
+    requests.ask(path_of("goes on", 4), now)
+    requests.ask(path_of("is over", 4), now + 1, Ending(last_turn=True))
+    assert set(requests.policy.victims(len(requests.policy))[-4:]) == set(path_of("goes on", 4))
+
+
+def test_a_prompt_leaves_from_its_tail(requests: Requests) -> None:
+    requests.ask(path_of("a", 6), 0.0)
+    assert requests.evict(4) == ["a.5", "a.4", "a.3", "a.2"]
+    assert requests.evict(9) == ["a.1", "a.0"]
+
+
+def test_a_shared_head_stays_longer_than_what_hangs_on_it(requests: Requests) -> None:
+    head = path_of("head", 3)
+    for i in range(5):
+        requests.ask([*head, f"tail{i}"], float(i))
+    order = requests.policy.victims(99)
+    assert order[-3:] == ["head.2", "head.1", "head.0"]
+
+
+def test_without_any_request_told_the_oldest_leave_first(requests: Requests) -> None:
+    for i in range(4):
+        requests.tell([f"other{i}"], 100.0 * i)
+        requests.policy.add([f"k{i}"], 100.0 * i)
+    assert requests.policy.victims(4) == ["k0", "k1", "k2", "k3"]
+
+
+def test_a_held_key_is_no_victim_and_is_remembered(requests: Requests) -> None:
+    requests.ask(["a", "b"], 0.0)
+    requests.policy.hold(["b"])
+    assert requests.policy.victims(9) == ["a"]
+    requests.policy.release(["b"], 1.0)
+    assert sorted(requests.policy.victims(9)) == ["a", "b"]
+
+
+def test_pages_of_one_block_share_its_worth() -> None:
+    policy: Outlook[tuple[str, int]] = Outlook()
+    policy.name_by(lambda key: key[0])
+    policy.add([("b", 0), ("b", 1), ("a", 0), ("a", 1)], 0.0)
+    policy.used(Use(1, ["a", "b"]), 0.0)
+    policy.ended(1, Ending(), 0.0)
+    assert policy.victims(9) == [("b", 0), ("b", 1), ("a", 0), ("a", 1)]
+    policy.discard([("b", 0)])
+    assert policy.victims(1) == [("b", 1)]
+
+
+def test_a_lower_priority_leaves_first_whatever_it_is_worth(requests: Requests) -> None:
+    requests.policy.add(["high"], 0.0, Hint(priority=5))
+    for i in range(20):
+        requests.ask(["low"], float(i))
+    assert requests.policy.victims(2) == ["low", "high"]
+
+
+def test_what_left_is_remembered_within_a_bound(requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(visits, "LEAST_GHOSTS", 50)
+    for i in range(500):
+        requests.ask(path_of(f"p{i}", 4), float(i))
+        requests.evict(max(len(requests.policy) - 20, 0))
+    known = requests.policy._visits
+    assert len(known._uses) <= 4 * 24 + 50
+    assert len(known._by_number) <= len(known._uses)
+    assert len(known._by_number) + len(known._free) == len(known._cohorts)
+
+
+def test_a_request_that_never_ends_is_not_awaited_for_ever(requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eviction.outlook.MOST_OPEN", 10)
+    for i in range(100):
+        requests.policy.used(Use(i, [f"k{i}"]), float(i))
+    assert len(requests.policy._open) == 10
+
+
+def test_what_was_learned_survives_a_restart(requests: Requests) -> None:
+    for i in range(200):
+        requests.ask(path_of(f"a{i}", 3), 40.0 * i, Ending("tool_calls"))
+        requests.ask(path_of(f"a{i}", 3), 40.0 * i + 30, Ending("stop"))
+    fresh: Outlook[str] = Outlook()
+    fresh.restore(requests.policy.tables())
+    assert fresh.tables() == requests.policy.tables()
