@@ -1,9 +1,9 @@
 """Outlook: evict what is least likely to be used again for the time that it would be held.
 
 What the policy is told of requests (`used`, `ended`) says who used which blocks last (visits.py); what becomes of
-blocks of a kind says what the others are worth (survival.py). Victims are taken cohort by cohort, the least worth first, and
-of one request's blocks the deepest first, so that prefixes stay whole. The order is looked at again after each request
-(after every 16 half of the gain is gone, since what is new waits), of cohorts, never of blocks.
+blocks of a kind says what the others are worth (survival.py). Victims are taken cohort by cohort, the least worth
+first, and of one request's blocks the deepest first, so that prefixes stay whole. The order is looked at again after
+each request (after every 16 half of the gain is gone, since what is new waits): of cohorts, never of blocks.
 
 Worth is by the hour, so nothing is left of the idea that what is used often is worth keeping: what was used often and
 was not used lately is of a kind of its own, and leaves when blocks of that kind do not come back.
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic
 
-from eviction.policy import Ending, Hint, K, Use
+from eviction.policy import Ending, Hint, K, PromptUse
 from eviction.ranked import Ranked
 from eviction.visits import Cohort, Visits
 from radix.ordered import OrderedMap
@@ -170,10 +170,10 @@ class Outlook(Ranked[K]):
     def __init__(self) -> None:
         self._keys: OrderedMap[Hashable, tuple[K, ...]] = OrderedMap()
         self._visits = Visits(self._keys)
-        self._open: OrderedMap[int, Use] = OrderedMap()
+        self._open: OrderedMap[int, PromptUse] = OrderedMap()
         super().__init__(lambda: OutlookOrder(self._keys, self._visits))
 
-    def used(self, use: Use, now: float) -> None:
+    def used(self, use: PromptUse, now: float) -> None:
         """Remember a request until it ends; when there are too many, the end of the oldest is not awaited."""
         self._open[use.id] = use
         if len(self._open) > MOST_OPEN:

@@ -34,7 +34,7 @@ class Hint(NamedTuple):
 NO_HINT = Hint()
 
 
-class Use(NamedTuple):
+class PromptUse(NamedTuple):
     """A request, as a policy is told of it.
 
     id:        its number, by which `ended` names it.
@@ -106,7 +106,7 @@ class EvictionPolicy(Protocol[K]):
     def __contains__(self, key: object) -> bool: ...
 
 
-class Listener(Protocol[K]):
+class PolicyListener(Protocol[K]):
     """The parts of a policy that it may have or lack, each by itself; `Ttl` makes up for those that are not there."""
 
     def hold(self, keys: Iterable[K]) -> None:
@@ -127,7 +127,7 @@ class Listener(Protocol[K]):
         Keys may share a name: pages of one block do. Lacking: nothing is said.
         """
 
-    def used(self, use: Use, now: float) -> None:
+    def used(self, use: PromptUse, now: float) -> None:
         """A request has come; told once, before any of its keys is touched, held or added. Lacking: nothing is said."""
 
     def ended(self, request_id: int, ending: Ending, now: float) -> None:

@@ -22,7 +22,7 @@ from math import inf, isnan
 from typing import Any, Generic, NamedTuple
 
 from eviction.forecast import has_forecast
-from eviction.policy import NO_HINT, Ending, EvictionPolicy, Hint, K, Use
+from eviction.policy import NO_HINT, Ending, EvictionPolicy, Hint, K, PromptUse
 from radix.ordered import OrderedMap
 
 NEVER = 0.0  # a ttl that sets no deadline
@@ -103,7 +103,7 @@ class Ttl(Generic[K]):
         """True if the inner policy wants to know of requests or of their ends."""
         return hasattr(self._inner, "used") or hasattr(self._inner, "ended")
 
-    def used(self, use: Use, now: float) -> None:
+    def used(self, use: PromptUse, now: float) -> None:
         """Tell the inner policy, if it cares, of a request."""
         getattr(self._inner, "used", _unheard)(use, now)
 

@@ -20,7 +20,7 @@ from itertools import groupby, repeat
 
 import numpy as np
 
-from eviction.policy import Ending, Use
+from eviction.policy import Ending, PromptUse
 from eviction.survival import Survival, age_of, ages_of
 from radix.ordered import OrderedMap
 
@@ -99,7 +99,7 @@ class Visits:
         self._weights = np.zeros(FIRST_SLOTS)
         self._resident = np.zeros(FIRST_SLOTS, np.intp)
 
-    def visit(self, use: Use, ending: Ending, now: float) -> None:
+    def visit(self, use: PromptUse, ending: Ending, now: float) -> None:
         """Book a request that has ended. O(blocks of its prompt)."""
         self._now = now
         names = use.path
@@ -204,7 +204,7 @@ class Visits:
                 high = middle
         return low
 
-    def _features(self, use: Use, ending: Ending, now: float) -> tuple[tuple[int, ...], int]:
+    def _features(self, use: PromptUse, ending: Ending, now: float) -> tuple[tuple[int, ...], int]:
         """The features of a visit beside the number of uses, and which turn it is."""
         known = self._num_known(use.path)
         pace, turn = NEW, 0

@@ -12,7 +12,7 @@ from kvstore.errors import ConfigError, KVStoreError
 from kvstore.layout import Layout
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
-from kvstore.move.recorder import Recorder
+from kvstore.move.recorder import TrafficRecorder
 from kvstore.move.rows import RowMover
 from kvstore.plan.endings import one_word
 from kvstore.plan.planner import Planner
@@ -71,7 +71,7 @@ def open_store(
         for tier in opened:
             planner.restore(tier.name, [(page.key, page.meta) for page in tier.scan()])
         record = config.store.record
-        recorder = None if record is None else Recorder(record, layout.block_size, config.store.record_bytes)
+        recorder = None if record is None else TrafficRecorder(record, layout.block_size, config.store.record_bytes)
         return LocalStore(layout, namespace, planner, slab, lanes, recorder=recorder)
     except BaseException:
         for tier in opened:

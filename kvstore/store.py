@@ -18,7 +18,7 @@ from kvstore.forks import forbid, harmless
 from kvstore.keep import LocalKeep
 from kvstore.layout import Layout
 from kvstore.move.lane import Lane
-from kvstore.move.recorder import Recorder
+from kvstore.move.recorder import TrafficRecorder
 from kvstore.plan.flushing import Flushing, Told
 from kvstore.plan.journal import BlockEvent, Journal
 from kvstore.plan.loads import load_lease
@@ -59,7 +59,7 @@ class LocalStore(RequestMaker, Waits):
         slab: HostSlab,
         lanes: Sequence[Lane] = (),
         *,
-        recorder: Recorder | None = None,
+        recorder: TrafficRecorder | None = None,
         close_timeout_s: float = 5.0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:

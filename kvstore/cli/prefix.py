@@ -112,7 +112,7 @@ def _of_log(
     log: Path, words: list[str], tokenizer: str | None, process: Any, sizes: tuple[int, ...]
 ) -> tuple[int, dict[str, Any]]:
     from kvstore.cli import prefix_view as view
-    from kvstore.prefix.requests import Request, read_log
+    from kvstore.prefix.requests import ChatRequest, read_log
     from kvstore.prefix.traffic import Traffic
 
     if len(words) > 1:
@@ -122,7 +122,7 @@ def _of_log(
     num_bad = 0
     with log.open("rb") as lines:
         for number, request in read_log(lines):
-            if isinstance(request, Request):
+            if isinstance(request, ChatRequest):
                 traffic.observe(request, f"line {number}")
             else:
                 num_bad += 1

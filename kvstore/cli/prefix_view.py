@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from kvstore.prefix.diagnosis import Diagnosis, ShapeReport
     from kvstore.prefix.template import ModelTemplate
-    from kvstore.prefix.traffic import Turn
+    from kvstore.prefix.traffic import SessionTurn
 
 VERDICTS = {0: "stable: every turn begins with the prompt before it", 1: "not stable", 2: "cannot tell"}
 OUTCOMES = {"kept": "yes", "tail": "no, its end", "inside": "no, inside"}
@@ -84,7 +84,7 @@ def print_traffic(output: Console, report: dict[str, Any]) -> None:
         output.print(f"{report['bad_lines']} lines are no requests", markup=False)
 
 
-def print_turn(output: Console, model: ModelTemplate, turn: Turn) -> None:
+def print_turn(output: Console, model: ModelTemplate, turn: SessionTurn) -> None:
     """Print where the second of two requests leaves the first."""
     from rich.text import Text
 

@@ -99,7 +99,7 @@ def replay(
     from kvstore.lab.player import Player
     from kvstore.lab.setup import ADMISSIONS, DISK, HOST, REDIS, ROUTINGS, Setup
     from kvstore.lab.sweep import LRU, parse_capacity, sweep
-    from kvstore.lab.timing import CostModel
+    from kvstore.lab.timing import PrefillModel
     from kvstore.lab.traces import read_trace
 
     ttl_s = None if ttl is None else _seconds(ttl)
@@ -112,7 +112,7 @@ def replay(
         raise ConfigError("--exclusive and --writes-per-day are about tiers below host memory; give --disk or --redis")
     geometry, lower = find_geometry(model), {DISK: disk, REDIS: redis}
     names = (HOST, *(name for name, room in lower.items() if room is not None))
-    costs = CostModel(geometry, find_gpu(gpu), media_of(names, media or ""), gpus)
+    costs = PrefillModel(geometry, find_gpu(gpu), media_of(names, media or ""), gpus)
     token_bytes = bytes_per_token or geometry.token_bytes
     if plot is not None:
         require("demo", "--plot")

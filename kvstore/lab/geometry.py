@@ -22,7 +22,7 @@ UNREAD = ("kv_lora_rank", "num_experts", "num_local_experts", "n_routed_experts"
 
 
 @dataclass(frozen=True, slots=True)
-class Geometry:
+class ModelGeometry:
     """One model.
 
     active:       parameters that a token goes through.
@@ -64,10 +64,10 @@ def _gqa(
     windowed: int = 0,
     window: int = 0,
     state: int = 0,
-) -> Geometry:
+) -> ModelGeometry:
     layer_bytes = 2 * kv * dim * 2  # keys and values, 2 bytes a number
     total = (layers + windowed) * layer_bytes
-    return Geometry(name, active, layers, total, 4 * heads * dim, windowed, window, windowed * layer_bytes, state)
+    return ModelGeometry(name, active, layers, total, 4 * heads * dim, windowed, window, windowed * layer_bytes, state)
 
 
 PRESETS = {
@@ -77,7 +77,7 @@ PRESETS = {
         _gqa("llama-3-70b", 70.6e9, 80, 64, 8, 128),
         _gqa("qwen3-32b", 32.8e9, 64, 64, 8, 128),
         # MLA: a latent of 512 and 64 rotary numbers a layer; 128 heads of 192 (keys) and 128 (values).
-        Geometry("deepseek-v3", 37e9, 61, 61 * (512 + 64) * 2, 2 * 128 * (192 + 128)),
+        ModelGeometry("deepseek-v3", 37e9, 61, 61 * (512 + 64) * 2, 2 * 128 * (192 + 128)),
         # Every second layer has a window of 128 tokens.
         _gqa("gpt-oss-120b", 5.1e9, 18, 64, 8, 64, windowed=18, window=128),
         _gqa("gpt-oss-20b", 3.6e9, 12, 64, 8, 64, windowed=12, window=128),
@@ -87,7 +87,7 @@ PRESETS = {
 }
 
 
-def find_geometry(name: str) -> Geometry:
+def find_geometry(name: str) -> ModelGeometry:
     """Return a preset, or what a config.json says. Raises ConfigError, with the list."""
     if name in PRESETS:
         return PRESETS[name]
@@ -97,7 +97,7 @@ def find_geometry(name: str) -> Geometry:
     raise ConfigError(f"--model is {name!r}; it must be one of {', '.join(PRESETS)}, or the path of a config.json")
 
 
-def read_geometry(path: Path) -> Geometry:
+def read_geometry(path: Path) -> ModelGeometry:
     """Read the config.json of a dense model with full attention. Raises ConfigError, OSError.
 
     Others have more to say than this reader knows: give --bytes-per-token beside a preset that is near.

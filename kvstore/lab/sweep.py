@@ -16,7 +16,7 @@ import numpy as np
 from kvstore.errors import ConfigError
 from kvstore.lab.player import Player
 from kvstore.lab.setup import HOST, Setup
-from kvstore.lab.timing import CostModel, time_of
+from kvstore.lab.timing import PrefillModel, time_of
 from kvstore.lab.traces import ReplayTrace
 from kvstore.units import parse_bytes
 
@@ -66,7 +66,7 @@ class ReplayCell:
 
 def sweep(
     player: Player,
-    model: CostModel,
+    model: PrefillModel,
     capacities: Sequence[int],
     policies: Sequence[str],
     base: Setup = BASE,

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.lab.geometry import Geometry
+from kvstore.lab.geometry import ModelGeometry
 from kvstore.lab.hardware import Gpu, Medium
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
+class ReplayTiming:
     """Seconds of a trace under a setup.
 
     prefill_s: of all prompts without a store. spent_s: with it, loading included.
@@ -45,10 +45,10 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
-class CostModel:
+class PrefillModel:
     """What a prompt costs in seconds. media: of the tiers of a setup, nearest first. num_gpus: of one replica."""
 
-    geometry: Geometry
+    geometry: ModelGeometry
     gpu: Gpu
     media: tuple[Medium, ...]
     num_gpus: int = 1
@@ -85,12 +85,12 @@ class CostModel:
 
 
 def time_of(
-    model: CostModel,
+    model: PrefillModel,
     at_s: Floats,
     prompt_tokens: npt.NDArray[np.int64],
     hit_tokens: npt.NDArray[np.int64],
     replicas: int = 1,
-) -> Timing:
+) -> ReplayTiming:
     """Return the seconds of a trace. hit_tokens: shape (num_requests, num_tiers).
 
     A request goes to the replica that is free first.
@@ -108,4 +108,4 @@ def time_of(
         whole += model.prefill_s(0, length)
         spent += seconds
     span_s = float(at_s[-1] - at_s[0]) if len(at_s) > 1 else 0.0
-    return Timing(whole, spent, ttft, spent / (span_s * replicas) if span_s else 0.0)
+    return ReplayTiming(whole, spent, ttft, spent / (span_s * replicas) if span_s else 0.0)

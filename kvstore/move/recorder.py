@@ -37,7 +37,7 @@ CLOSE_WITHIN_S = 5.0
 OPEN = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
-class Recorder:
+class TrafficRecorder:
     """`put` under the store's lock; the rest of any thread.
 
     num_written, num_dropped: requests so far.

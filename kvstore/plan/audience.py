@@ -2,14 +2,14 @@
 
 Each request is told once, before its pages are touched, with all the blocks of its prompt, be they stored or not: by
 its first lookup, or by its save or its end where none was made. A prefetch is no request. Policies that do not care
-cost nothing (see `eviction.policy.Listener`).
+cost nothing (see `eviction.policy.PolicyListener`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from eviction.policy import Ending, Use
+from eviction.policy import Ending, PromptUse
 from eviction.ttl import Ttl
 from kvstore.plan.books import Books
 from kvstore.plan.records import Request
@@ -40,7 +40,7 @@ class Audience:
             return
         request.is_told = True
         options = request.options
-        use = Use(request.id, request.keys, options.session, True if options.last_turn else None)
+        use = PromptUse(request.id, request.keys, options.session, True if options.last_turn else None)
         for policy, clock in self.listeners:
             policy.used(use, clock())
 

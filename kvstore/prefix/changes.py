@@ -9,12 +9,12 @@ from typing import Any
 
 from kvstore.prefix import mechanisms
 from kvstore.prefix.mechanisms import Mechanism
-from kvstore.prefix.requests import Request
+from kvstore.prefix.requests import ChatRequest
 
 _NUMBERS = re.compile(r"\d+|\b(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun|Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)\w*\b")
 
 
-def client_change(old: Request, new: Request) -> Mechanism | None:
+def client_change(old: ChatRequest, new: ChatRequest) -> Mechanism | None:
     """Return the first change from the prompt's start on; None if the new request only adds messages."""
     if old.prompt is not None or new.prompt is not None:
         return _of_prompts(old.prompt, new.prompt)

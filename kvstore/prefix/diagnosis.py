@@ -14,11 +14,11 @@ from typing import Any
 
 from kvstore.prefix import mechanisms, shapes
 from kvstore.prefix.child import BARE
-from kvstore.prefix.difference import Difference, compare
+from kvstore.prefix.difference import PrefixDifference, compare
 from kvstore.prefix.explain import DEPENDS, INSIDE, KEPT, NO, TAIL, UNKNOWN, YES, explain, items_of, shows
 from kvstore.prefix.mechanisms import Mechanism
 from kvstore.prefix.rendering import NOON, RenderProcess, TemplateRefused
-from kvstore.prefix.shapes import Message, Prompt, Shape
+from kvstore.prefix.shapes import ChatPrompt, ChatShape, Message
 from kvstore.prefix.template import ModelTemplate
 
 STABLE, UNSTABLE, CANNOT_TELL = 0, 1, 2  # exit codes
@@ -35,7 +35,7 @@ SWITCHES: Mapping[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class PromptStep:
     """From one prompt to the next. turn: 1 for the first."""
 
     turn: int
@@ -44,7 +44,7 @@ class Step:
     place: str
     answer: str
     between: str
-    difference: Difference
+    difference: PrefixDifference
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class ShapeReport:
     status: str
     why: str = ""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    steps: Sequence[Step] = ()
+    steps: Sequence[PromptStep] = ()
     has_loop: bool = False
 
     @property
@@ -83,7 +83,7 @@ class ShapeReport:
         return self.steps[-1].difference.kept_share if self.has_loop and self.steps else None
 
     @property
-    def worst(self) -> Step | None:
+    def worst(self) -> PromptStep | None:
         """The step that loses most."""
         return max(self.steps, key=lambda step: (step.difference.lost_tokens, step.mechanism is not None), default=None)
 
@@ -94,7 +94,7 @@ class ShapeReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class PrefixFinding:
     """A mechanism and the shapes that show it. detail: one sentence with numbers; "" where the shape's row has them."""
 
     mechanism: Mechanism
@@ -114,7 +114,7 @@ class Diagnosis:
     kwargs: Mapping[str, Any]
     shapes: Sequence[ShapeReport]
     switches: Sequence[ShapeReport]
-    findings: Sequence[Finding]
+    findings: Sequence[PrefixFinding]
 
     @property
     def exit_code(self) -> int:
@@ -179,7 +179,7 @@ class Trial:
         self._kwargs = kwargs
         self._shown_reasoning = False
 
-    def shape(self, shape: Shape) -> ShapeReport:
+    def shape(self, shape: ChatShape) -> ShapeReport:
         """Render a shape's prompts and compare each with the next."""
         kwargs = {**self._kwargs, **shape.kwargs}
         try:
@@ -218,36 +218,36 @@ class Trial:
             for report in reports
         ]
 
-    def notes(self) -> Iterable[Finding]:
+    def notes(self) -> Iterable[PrefixFinding]:
         """Compare renderings that differ in one thing which is not the conversation's growth."""
-        chat = Prompt([shapes.system_message(), shapes.user(0)])
+        chat = ChatPrompt([shapes.system_message(), shapes.user(0)])
         if not self._renders(chat):
-            chat = Prompt([shapes.user(0)])
-        called = Prompt(shapes.shapes()[5].prompts[1].messages, shapes.tools())
+            chat = ChatPrompt([shapes.user(0)])
+        called = ChatPrompt(shapes.shapes()[5].prompts[1].messages, shapes.tools())
         clocks = self._both(chat, chat, "the clock", clock=NOON + DAYS_LATER)
         if clocks is not None and clocks.lost_tokens:
-            yield Finding(mechanisms.DATE, ["two clocks"], _from(clocks))
+            yield PrefixFinding(mechanisms.DATE, ["two clocks"], _from(clocks))
         blanks = shapes.spaced()
         try:
-            text = self._render(Prompt(blanks), self._kwargs)
+            text = self._render(ChatPrompt(blanks), self._kwargs)
             if str(blanks[1]["content"]).strip() in text and str(blanks[1]["content"]) not in text:
-                yield Finding(mechanisms.ANSWERS_STRIPPED, ["an answer with blanks at both ends"])
+                yield PrefixFinding(mechanisms.ANSWERS_STRIPPED, ["an answer with blanks at both ends"])
         except TemplateRefused:
             pass
         if not called.tools or not self._shows_tools(called):
             return
-        keys = self._both(called, Prompt(called.messages, shapes.permuted(list(called.tools))), "keys")
+        keys = self._both(called, ChatPrompt(called.messages, shapes.permuted(list(called.tools))), "keys")
         if keys is not None and keys.lost_tokens:
-            yield Finding(mechanisms.KEY_ORDER, ["permuted tool keys"], _from(keys))
-        appended = self._both(called, Prompt(called.messages, shapes.tools(extra=True)), "a tool more")
+            yield PrefixFinding(mechanisms.KEY_ORDER, ["permuted tool keys"], _from(keys))
+        appended = self._both(called, ChatPrompt(called.messages, shapes.tools(extra=True)), "a tool more")
         if appended is not None and appended.lost_tokens:
-            yield Finding(mechanisms.TOOLS_FIRST, ["an appended tool"], _from(appended))
+            yield PrefixFinding(mechanisms.TOOLS_FIRST, ["an appended tool"], _from(appended))
         bare = self._both(called, called, "engine", engine=BARE)
         if bare is None or bare.lost_tokens or bare.new_tokens != bare.old_tokens:
             detail = "Jinja as it comes cannot render it" if bare is None else _from(bare)
-            yield Finding(mechanisms.ENGINES_DIFFER, ["tools, in Jinja as it comes"], detail)
+            yield PrefixFinding(mechanisms.ENGINES_DIFFER, ["tools, in Jinja as it comes"], detail)
 
-    def _both(self, one: Prompt, other: Prompt, what: str, **options: Any) -> Difference | None:
+    def _both(self, one: ChatPrompt, other: ChatPrompt, what: str, **options: Any) -> PrefixDifference | None:
         """Compare two renderings; None if one is refused."""
         try:
             first = self._render(one, self._kwargs)
@@ -256,7 +256,7 @@ class Trial:
             return None
         return compare(first, second, self._model.tokenizer, self._block_sizes)
 
-    def _step(self, turn: int, old: Prompt, new: Prompt, old_text: str, new_text: str, base: str) -> Step:
+    def _step(self, turn: int, old: ChatPrompt, new: ChatPrompt, old_text: str, new_text: str, base: str) -> PromptStep:
         found = explain(old_text, new_text, base, old.messages, new.messages, old.tools)
         difference = compare(old_text, new_text, self._model.tokenizer, self._block_sizes)
         mechanism, answer = found.mechanism, found.answer
@@ -266,11 +266,11 @@ class Trial:
                 difference = replace(difference, common_tokens=difference.old_tokens, lost_pages=pages)
             else:
                 mechanism, answer = mechanisms.BORDER_TOKEN, NO
-        return Step(
+        return PromptStep(
             turn, found.outcome, mechanism.key if mechanism else None, found.place, answer, found.between, difference
         )
 
-    def _notice_reasoning(self, shape: Shape, texts: Sequence[str]) -> None:
+    def _notice_reasoning(self, shape: ChatShape, texts: Sequence[str]) -> None:
         """Learn whether the template knows reasoning: it shows a field's, or takes it out of the content."""
         thoughts = [item for item in items_of(shape.prompts[-1].messages) if item.what == "reasoning"]
         if shape.key == "inline":
@@ -278,34 +278,36 @@ class Trial:
         else:
             self._shown_reasoning |= any(shows(text, thought.text) for thought in thoughts for text in texts)
 
-    def _shows_tools(self, prompt: Prompt) -> bool:
+    def _shows_tools(self, prompt: ChatPrompt) -> bool:
         try:
             return shows(self._render(prompt, self._kwargs), prompt.tools[0]["function"]["name"])
         except TemplateRefused:
             return False
 
-    def _renders(self, prompt: Prompt) -> bool:
+    def _renders(self, prompt: ChatPrompt) -> bool:
         try:
             return bool(self._render(prompt, self._kwargs))
         except TemplateRefused:
             return False
 
-    def _render(self, prompt: Prompt, kwargs: Mapping[str, Any], **options: Any) -> str:
+    def _render(self, prompt: ChatPrompt, kwargs: Mapping[str, Any], **options: Any) -> str:
         messages: Sequence[Message] = prompt.messages
         return self._process.render(self._model.template, messages, tools=prompt.tools, kwargs=kwargs, **options)
 
 
-def _switch_shapes(names: Sequence[str], kwargs: Mapping[str, Any]) -> list[Shape]:
+def _switch_shapes(names: Sequence[str], kwargs: Mapping[str, Any]) -> list[ChatShape]:
     plain = shapes.shapes()[0]
     return [
-        Shape(f"{name}={json.dumps(value)}", f"chat, {name}={json.dumps(value)}", plain.prompts, kwargs={name: value})
+        ChatShape(
+            f"{name}={json.dumps(value)}", f"chat, {name}={json.dumps(value)}", plain.prompts, kwargs={name: value}
+        )
         for name, values in SWITCHES.items()
         if name in names and name not in kwargs
         for value in values
     ]
 
 
-def _findings(reports: Sequence[ShapeReport]) -> list[Finding]:
+def _findings(reports: Sequence[ShapeReport]) -> list[PrefixFinding]:
     """Return each mechanism with its shapes, in the order of the table of mechanisms."""
     where: dict[str, list[str]] = {}
     for report in reports:
@@ -313,15 +315,15 @@ def _findings(reports: Sequence[ShapeReport]) -> list[Finding]:
             where.setdefault(mechanisms.REFUSED.key, []).append(report.title)
         for key in report.mechanisms:
             where.setdefault(key, []).append(report.title)
-    return [Finding(one, where[one.key]) for one in mechanisms.ALL if one.key in where]
+    return [PrefixFinding(one, where[one.key]) for one in mechanisms.ALL if one.key in where]
 
 
-def _of_switches(switches: Sequence[ShapeReport]) -> list[Finding]:
+def _of_switches(switches: Sequence[ShapeReport]) -> list[PrefixFinding]:
     told = {(report.outcome, report.answer) for report in switches if report.status == OK}
     if len(told) < 2:
         return []
     rows = ", ".join(f"{report.key}: {_short(report)}" for report in switches if report.status == OK)
-    return [Finding(mechanisms.SWITCH, [report.title for report in switches], rows)]
+    return [PrefixFinding(mechanisms.SWITCH, [report.title for report in switches], rows)]
 
 
 def _short(report: ShapeReport) -> str:
@@ -330,7 +332,7 @@ def _short(report: ShapeReport) -> str:
     return "append-only" if report.answer == YES else "the answer does not follow at once"
 
 
-def _from(difference: Difference) -> str:
+def _from(difference: PrefixDifference) -> str:
     share, lost = 100 * difference.kept_share, difference.lost_tokens
     return f"first difference at {share:.0f} % of the prompt; {lost} of {difference.old_tokens} tokens lost"
 

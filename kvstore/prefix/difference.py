@@ -22,7 +22,7 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class PrefixDifference:
     """How much of an old prompt the new one begins with.
 
     at_char:    characters that both have. old_tokens, new_tokens: of the prompts. common_tokens: those that both have.
@@ -47,16 +47,16 @@ class Difference:
         return self.common_tokens / self.old_tokens if self.old_tokens else 1.0
 
 
-def compare(old: str, new: str, tokenizer: Tokenizer, block_sizes: Sequence[int]) -> Difference:
+def compare(old: str, new: str, tokenizer: Tokenizer, block_sizes: Sequence[int]) -> PrefixDifference:
     """Compare two rendered prompts."""
     return compare_ids(old, new, tokenizer.encode(old), tokenizer.encode(new), block_sizes)
 
 
-def compare_ids(old: str, new: str, old_ids: Ids, new_ids: Ids, block_sizes: Sequence[int]) -> Difference:
+def compare_ids(old: str, new: str, old_ids: Ids, new_ids: Ids, block_sizes: Sequence[int]) -> PrefixDifference:
     """Compare two prompts whose tokens are known; the texts are for the window."""
     common = common_ids(old_ids, new_ids)
     at = common_chars(old, new)
-    return Difference(
+    return PrefixDifference(
         at_char=at,
         old_tokens=len(old_ids),
         new_tokens=len(new_ids),

@@ -40,7 +40,7 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
+class PrefixExplanation:
     """What became of an old prompt in the new one.
 
     outcome:   KEPT whole, only its TAIL lost (the generation prompt), or changed INSIDE.
@@ -64,18 +64,18 @@ def explain(
     old_messages: Sequence[Mapping[str, Any]],
     new_messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] = (),
-) -> Explanation:
+) -> PrefixExplanation:
     """Name what parts `old` and `new`. base: `old` rendered without a generation prompt."""
     at = common_chars(old, new)
     items = items_of(old_messages, tools)
     if at == len(old):
         return _behind(new[at:], new_messages[len(old_messages) :])
     if len(base) < len(old) and old.startswith(base) and at >= len(base):
-        return Explanation(TAIL, mechanisms.GENERATION_PROMPT, "generation prompt", NO)
+        return PrefixExplanation(TAIL, mechanisms.GENERATION_PROMPT, "generation prompt", NO)
     if at >= max((start + len(item.text) for item in items if (start := old.rfind(item.text)) >= 0), default=len(old)):
         # Behind all that was said: a generation prompt too, of a template that does not tell where it begins.
-        return Explanation(INSIDE, mechanisms.GENERATION_PROMPT, "generation prompt", NO)
-    return Explanation(INSIDE, _inside(old, new, at, items, old_messages), place_of(old, at, items), NO)
+        return PrefixExplanation(INSIDE, mechanisms.GENERATION_PROMPT, "generation prompt", NO)
+    return PrefixExplanation(INSIDE, _inside(old, new, at, items, old_messages), place_of(old, at, items), NO)
 
 
 def items_of(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[Item]:
@@ -140,10 +140,10 @@ def shows(text: str, item: str) -> bool:
     return probe(item) in text
 
 
-def _behind(rest: str, added: Sequence[Mapping[str, Any]]) -> Explanation:
+def _behind(rest: str, added: Sequence[Mapping[str, Any]]) -> PrefixExplanation:
     """Explain a prompt that is kept: is the answer right behind it?"""
     if not added or added[0].get("role") != "assistant":
-        return Explanation(KEPT, None, "", UNKNOWN)
+        return PrefixExplanation(KEPT, None, "", UNKNOWN)
     reasoning, content = thought_and_said(added[0])
     calls = [call_probe(call) for call in added[0].get("tool_calls") or ()]
     until = rest
@@ -153,23 +153,23 @@ def _behind(rest: str, added: Sequence[Mapping[str, Any]]) -> Explanation:
     if reasoning:
         start = until.find(probe(reasoning))
         if start < 0:
-            return Explanation(KEPT, mechanisms.REASONING_DROPPED, "", NO)
+            return PrefixExplanation(KEPT, mechanisms.REASONING_DROPPED, "", NO)
         gap = until[:start]
-        return Explanation(KEPT, None, "", YES if not _CLOSED.search(gap) else DEPENDS, gap)
+        return PrefixExplanation(KEPT, None, "", YES if not _CLOSED.search(gap) else DEPENDS, gap)
     if content:
         start = until.find(probe(content))
         if start < 0:
-            return Explanation(KEPT, mechanisms.ANSWER_CHANGED, "", NO)
+            return PrefixExplanation(KEPT, mechanisms.ANSWER_CHANGED, "", NO)
         gap = until[:start]
         raw = text_of(added[0].get("content"))
         if not gap or until.startswith(raw[: len(gap) + 1]):
-            return Explanation(KEPT, None, "", YES)
-        return Explanation(KEPT, mechanisms.TAG_BETWEEN, "", DEPENDS, gap)
+            return PrefixExplanation(KEPT, None, "", YES)
+        return PrefixExplanation(KEPT, mechanisms.TAG_BETWEEN, "", DEPENDS, gap)
     if calls:
         gap = until[: max(0, until.find(calls[0]))]
         if _THINK.search(gap) and _CLOSED.search(gap):
-            return Explanation(KEPT, mechanisms.TAG_BETWEEN, "", DEPENDS, gap)
-    return Explanation(KEPT, None, "", UNKNOWN)
+            return PrefixExplanation(KEPT, mechanisms.TAG_BETWEEN, "", DEPENDS, gap)
+    return PrefixExplanation(KEPT, None, "", UNKNOWN)
 
 
 def _inside(old: str, new: str, at: int, items: Sequence[Item], old_messages: Sequence[Mapping[str, Any]]) -> Mechanism:

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from kvstore.prefix import shapes
-from kvstore.prefix.shapes import Message, Prompt
+from kvstore.prefix.shapes import ChatPrompt, Message
 
 VERSION = b"1"  # of the conversations: another set gives other hashes
 DATES = ("%d %b %Y", "%d %B %Y", "%B %d, %Y", "%Y-%m-%d", "%d/%m/%Y", "%H:%M:%S", "%H:%M")  # as templates write today
@@ -39,7 +39,7 @@ def fingerprint(
     return total.hexdigest()[:16]
 
 
-def _prompts() -> list[Prompt]:
+def _prompts() -> list[ChatPrompt]:
     """Return the last prompt of each shape, and one with what engines write differently: numbers, quotes, letters."""
     arguments: Message = {"share": 1.0, "none": None, "text": "<b>'é'</b> & \"x\"", "deep": {"z": [], "a": {}}}
     call = {"id": "call00001", "type": "function", "function": {"name": "harbour_odd", "arguments": arguments}}
@@ -51,4 +51,4 @@ def _prompts() -> list[Prompt]:
         {"role": "tool", "name": "harbour_odd", "tool_call_id": "call00001", "content": '{"ok": 1.0}'},
     ]
     tool: Message = {"type": "function", "function": odd}
-    return [*(shape.prompts[-1] for shape in shapes.shapes()), Prompt(messages, [tool])]
+    return [*(shape.prompts[-1] for shape in shapes.shapes()), ChatPrompt(messages, [tool])]

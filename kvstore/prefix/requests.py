@@ -17,7 +17,7 @@ _LINK_CHARS = 2000  # of the first user message, by which requests without a ses
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ChatRequest:
     """One request. Either messages, or a prompt: a text or token ids.
 
     session: as the client named it, else made from the first user message, which a conversation keeps.
@@ -42,7 +42,7 @@ class Request:
         return name + (", reasoning" if thinks else ", <think> in content" if inline else "")
 
 
-def parse(value: Any) -> Request:
+def parse(value: Any) -> ChatRequest:
     """Read a request; one that is wrapped in "body" or "request" is unwrapped. Raises RequestError with the reason."""
     for wrapper in ("body", "request"):
         if isinstance(value, dict) and isinstance(value.get(wrapper), dict):
@@ -60,18 +60,18 @@ def parse(value: Any) -> Request:
             raise RequestError("chat_template_kwargs is no object")
         kwargs = {**{name: value[name] for name in _KWARGS if value.get(name) is not None}, **kwargs}
         tools = _objects(value, "tools", MAX_TOOLS) if value.get("tools") else []
-        return Request(_session(value) or _link(messages), messages, tools, kwargs)
+        return ChatRequest(_session(value) or _link(messages), messages, tools, kwargs)
     prompt = value.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
         prompt = prompt[0]
     if isinstance(prompt, str) and prompt:
-        return Request(_session(value) or _hash(prompt[:200]), prompt=prompt)
+        return ChatRequest(_session(value) or _hash(prompt[:200]), prompt=prompt)
     if isinstance(prompt, list) and prompt and all(type(token) is int and abs(token) < 2**62 for token in prompt):
-        return Request(_session(value) or _hash(json.dumps(prompt[:32])), prompt=prompt)
+        return ChatRequest(_session(value) or _hash(json.dumps(prompt[:32])), prompt=prompt)
     raise RequestError("it has neither messages nor a prompt of text or token ids")
 
 
-def read_log(lines: Iterable[bytes]) -> Iterator[tuple[int, Request | str]]:
+def read_log(lines: Iterable[bytes]) -> Iterator[tuple[int, ChatRequest | str]]:
     """Yield each line's number with its request, or with the reason why it is none. Empty lines are left out."""
     for number, line in enumerate(lines, 1):
         if not line.strip():

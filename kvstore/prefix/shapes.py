@@ -27,7 +27,7 @@ PLAIN, TOOLS = "chat", "tool loop"
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class ChatPrompt:
     """What a model is asked once: a conversation up to here, and the tools it may call."""
 
     messages: Sequence[Message]
@@ -35,7 +35,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ChatShape:
     """Prompts that follow each other. Each begins with the messages of the one before, and then the model's answer.
 
     key:      for JSON and options. title: for tables. group: PLAIN or TOOLS.
@@ -45,24 +45,24 @@ class Shape:
 
     key: str
     title: str
-    prompts: Sequence[Prompt]
+    prompts: Sequence[ChatPrompt]
     group: str = PLAIN
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     has_loop: bool = False
 
 
-def shapes() -> list[Shape]:
+def shapes() -> list[ChatShape]:
     """Return the conversations that are compared turn by turn."""
     return [
-        Shape("plain", "chat of four turns", _chat()),
-        Shape("system", "chat with a system message", _chat(system=True)),
-        Shape("reasoning", "chat, reasoning in a field", _chat(reasoning="field")),
-        Shape("inline", "chat, <think> in the content", _chat(reasoning="inline")),
-        Shape("chat_tools", "chat with tools, none called", _chat(tools=True)),
-        Shape("loop", "tool loop of six calls", _loop(False, False), TOOLS, has_loop=True),
-        Shape("loop_text", "tool loop, arguments as text", _loop(False, True), TOOLS, has_loop=True),
-        Shape("loop_reasoning", "tool loop with reasoning", _loop(True, False), TOOLS, has_loop=True),
-        Shape("loop_reasoning_text", "reasoning loop, arguments as text", _loop(True, True), TOOLS, has_loop=True),
+        ChatShape("plain", "chat of four turns", _chat()),
+        ChatShape("system", "chat with a system message", _chat(system=True)),
+        ChatShape("reasoning", "chat, reasoning in a field", _chat(reasoning="field")),
+        ChatShape("inline", "chat, <think> in the content", _chat(reasoning="inline")),
+        ChatShape("chat_tools", "chat with tools, none called", _chat(tools=True)),
+        ChatShape("loop", "tool loop of six calls", _loop(False, False), TOOLS, has_loop=True),
+        ChatShape("loop_text", "tool loop, arguments as text", _loop(False, True), TOOLS, has_loop=True),
+        ChatShape("loop_reasoning", "tool loop with reasoning", _loop(True, False), TOOLS, has_loop=True),
+        ChatShape("loop_reasoning_text", "reasoning loop, arguments as text", _loop(True, True), TOOLS, has_loop=True),
     ]
 
 
@@ -117,25 +117,25 @@ def _answer(number: int, with_reasoning: str = "") -> Message:
     return {**made, "reasoning_content": reasoning(number)} if with_reasoning == "field" else made
 
 
-def _chat(system: bool = False, reasoning: str = "", tools: bool = False) -> list[Prompt]:
+def _chat(system: bool = False, reasoning: str = "", tools: bool = False) -> list[ChatPrompt]:
     messages = [system_message()] if system else []
     given = _TOOLS if tools else ()
     prompts = []
     for number in range(NUM_TURNS):
         messages = [*messages, user(number)]
-        prompts.append(Prompt(messages, given))
+        prompts.append(ChatPrompt(messages, given))
         messages = [*messages, _answer(number, reasoning)]
     return prompts
 
 
-def _loop(with_reasoning: bool, arguments_as_text: bool) -> list[Prompt]:
+def _loop(with_reasoning: bool, arguments_as_text: bool) -> list[ChatPrompt]:
     messages = [user(0)]
-    prompts = [Prompt(messages, _TOOLS)]
+    prompts = [ChatPrompt(messages, _TOOLS)]
     for number in range(NUM_CALLS):
         messages = [*messages, _call(number, with_reasoning, arguments_as_text), _result(number)]
-        prompts.append(Prompt(messages, _TOOLS))
+        prompts.append(ChatPrompt(messages, _TOOLS))
     messages = [*messages, _answer(NUM_CALLS, "field" if with_reasoning else ""), user(1)]
-    return [*prompts, Prompt(messages, _TOOLS)]
+    return [*prompts, ChatPrompt(messages, _TOOLS)]
 
 
 def _call(number: int, with_reasoning: bool, arguments_as_text: bool) -> Message:

@@ -15,11 +15,11 @@ import numpy as np
 
 from kvstore.prefix import mechanisms
 from kvstore.prefix.changes import client_change
-from kvstore.prefix.difference import Difference, compare_ids
-from kvstore.prefix.explain import KEPT, Explanation, explain
+from kvstore.prefix.difference import PrefixDifference, compare_ids
+from kvstore.prefix.explain import KEPT, PrefixExplanation, explain
 from kvstore.prefix.mechanisms import Mechanism
 from kvstore.prefix.rendering import RenderProcess, TemplateRefused
-from kvstore.prefix.requests import Request
+from kvstore.prefix.requests import ChatRequest
 from kvstore.prefix.spans import Spans
 from kvstore.prefix.template import ModelTemplate
 from kvstore.prefix.tokens import Ids
@@ -34,19 +34,19 @@ KEPT_WHOLE = "kept"
 class Rendered:
     """A request as its prompt. base: without a generation prompt; "" of a completion."""
 
-    request: Request
+    request: ChatRequest
     text: str
     base: str
     ids: Ids
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class SessionTurn:
     """From one request of a session to the next."""
 
     mechanism: Mechanism | None
-    explanation: Explanation | None
-    difference: Difference
+    explanation: PrefixExplanation | None
+    difference: PrefixDifference
 
 
 class Traffic:
@@ -74,7 +74,7 @@ class Traffic:
         self._examples: dict[str, list[dict[str, Any]]] = {}
         self._counts: Counter[str] = Counter()
 
-    def observe(self, request: Request, name: str = "") -> Turn | None:
+    def observe(self, request: ChatRequest, name: str = "") -> SessionTurn | None:
         """Take the next request; None if it is its session's first, or refused. name: for examples, such as a line."""
         self._counts["requests"] += 1
         try:
@@ -98,7 +98,7 @@ class Traffic:
         self._show(key[1], turn, name)
         return turn
 
-    def render(self, request: Request) -> Rendered:
+    def render(self, request: ChatRequest) -> Rendered:
         """Return a request's prompt. Raises TemplateRefused."""
         if isinstance(request.prompt, str):
             return Rendered(request, request.prompt, "", self._model.tokenizer.encode(request.prompt))
@@ -109,16 +109,16 @@ class Traffic:
         base = self._process.render(self._model.template, request.messages, generation_prompt=False, **options)
         return Rendered(request, text, base, self._model.tokenizer.encode(text))
 
-    def compare(self, old: Rendered, new: Rendered) -> Turn:
+    def compare(self, old: Rendered, new: Rendered) -> SessionTurn:
         """Say where a prompt leaves the one before it, and why. No mechanism: it begins with all of it."""
         difference = compare_ids(old.text, new.text, old.ids, new.ids, self._block_sizes)
         changed = client_change(old.request, new.request)
         if changed is not None or old.request.prompt is not None:
-            return Turn(changed if difference.lost_tokens else None, None, difference)
+            return SessionTurn(changed if difference.lost_tokens else None, None, difference)
         found = explain(old.text, new.text, old.base, old.request.messages, new.request.messages, old.request.tools)
         if found.outcome == KEPT and difference.lost_tokens:
-            return Turn(mechanisms.BORDER_TOKEN, found, difference)
-        return Turn(found.mechanism, found, difference)
+            return SessionTurn(mechanisms.BORDER_TOKEN, found, difference)
+        return SessionTurn(found.mechanism, found, difference)
 
     def report(self) -> dict[str, Any]:
         """Return the sums, as JSON has them; mechanisms that cost most come first."""
@@ -146,7 +146,7 @@ class Traffic:
             _, gone = self._last.popitem(last=False)
             self._chars -= _size(gone)
 
-    def _show(self, key: str, turn: Turn, name: str) -> None:
+    def _show(self, key: str, turn: SessionTurn, name: str) -> None:
         """Keep the first few turns of a mechanism, if they have a name: a server keeps no prompts to show."""
         found = self._examples.setdefault(key, [])
         if name and turn.mechanism and len(found) < MAX_EXAMPLES:

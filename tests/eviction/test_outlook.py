@@ -8,7 +8,7 @@ import pytest
 
 from eviction import visits
 from eviction.outlook import Outlook
-from eviction.policy import Ending, EvictionPolicy, Hint, Use
+from eviction.policy import Ending, EvictionPolicy, Hint, PromptUse
 from eviction.ttl import Ttl
 from kvstore.testing.contracts.policy import EvictionPolicyContract
 
@@ -41,7 +41,7 @@ class Requests:
     def tell(self, path: Sequence[str], now: float, ending: Ending = NOTHING_SAID) -> None:
         """A request for these blocks has come and gone."""
         self._last_id += 1
-        self.policy.used(Use(self._last_id, path), now)
+        self.policy.used(PromptUse(self._last_id, path), now)
         self.policy.ended(self._last_id, ending, now)
 
     def evict(self, num: int) -> list[str]:
@@ -121,7 +121,7 @@ def test_pages_of_one_block_share_its_worth() -> None:
     policy: Outlook[tuple[str, int]] = Outlook()
     policy.name_by(lambda key: key[0])
     policy.add([("b", 0), ("b", 1), ("a", 0), ("a", 1)], 0.0)
-    policy.used(Use(1, ["a", "b"]), 0.0)
+    policy.used(PromptUse(1, ["a", "b"]), 0.0)
     policy.ended(1, Ending(), 0.0)
     assert policy.victims(9) == [("b", 0), ("b", 1), ("a", 0), ("a", 1)]
     policy.discard([("b", 0)])
@@ -149,7 +149,7 @@ def test_what_left_is_remembered_within_a_bound(requests: Requests, monkeypatch:
 def test_a_request_that_never_ends_is_not_awaited_for_ever(requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eviction.outlook.MOST_OPEN", 10)
     for i in range(100):
-        requests.policy.used(Use(i, [f"k{i}"]), float(i))
+        requests.policy.used(PromptUse(i, [f"k{i}"]), float(i))
     assert len(requests.policy._open) == 10
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eviction.policy import Ending, EvictionPolicy, Hint, Use
+from eviction.policy import Ending, EvictionPolicy, Hint, PromptUse
 from eviction.ttl import Ttl
 
 Keys = list[str]
@@ -249,7 +249,7 @@ class EvictionPolicyContract:
         policy = self.new_whole()
         policy.add(["a", "b"], 0.0)
 
-        policy.used(Use(1, ["a", "b", "never seen"], "session", last_turn=False), 1.0)
+        policy.used(PromptUse(1, ["a", "b", "never seen"], "session", last_turn=False), 1.0)
         policy.ended(1, Ending("stop"), 2.0)
         policy.ended(2, Ending(), 2.0)
 

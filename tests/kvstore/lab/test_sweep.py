@@ -15,12 +15,12 @@ from kvstore.lab.player import Player
 from kvstore.lab.setup import DISK, HOST, Setup
 from kvstore.lab.sweep import parse_capacity, sweep
 from kvstore.lab.sweep_plot import draw_rates
-from kvstore.lab.timing import CostModel
+from kvstore.lab.timing import PrefillModel
 from tests.kvstore.lab.test_optimum import trace_of, tree_traffic
 
 TRACE = trace_of(*tree_traffic(7, num_requests=400, width=5, depth=6))
 PLAYER = Player(TRACE)
-MODEL = CostModel(PRESETS["llama-3-8b"], GPUS["h100"], (MEDIA["pinned"], MEDIA["nvme"]))
+MODEL = PrefillModel(PRESETS["llama-3-8b"], GPUS["h100"], (MEDIA["pinned"], MEDIA["nvme"]))
 
 
 def test_cells_come_by_capacity_and_policy_with_floor_and_ceiling() -> None:

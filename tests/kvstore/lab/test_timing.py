@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvstore.lab.geometry import PRESETS, Geometry
+from kvstore.lab.geometry import PRESETS, ModelGeometry
 from kvstore.lab.hardware import UTILISATION, Gpu, Medium
-from kvstore.lab.timing import CostModel, time_of
+from kvstore.lab.timing import PrefillModel, time_of
 
 # 2 operations a token and 1 a position before it; 1 operation a second; 1 byte a token.
-PLAIN = Geometry("plain", 1.0, 1, 1, 1)
+PLAIN = ModelGeometry("plain", 1.0, 1, 1, 1)
 GPU = Gpu("slow", 1 / UTILISATION)
-MODEL = CostModel(PLAIN, GPU, (Medium("near", 1.0, 0.0), Medium("far", 1.0, 100.0)))
+MODEL = PrefillModel(PLAIN, GPU, (Medium("near", 1.0, 0.0), Medium("far", 1.0, 100.0)))
 
 
 def test_a_prefill_is_the_sum_over_its_positions() -> None:
@@ -23,17 +23,17 @@ def test_a_prefill_is_the_sum_over_its_positions() -> None:
 def test_an_8b_model_takes_40_us_a_token_at_the_head_and_twice_that_at_30600() -> None:
     from kvstore.lab.hardware import GPUS
 
-    model = CostModel(PRESETS["llama-3-8b"], GPUS["h100"], ())
+    model = PrefillModel(PRESETS["llama-3-8b"], GPUS["h100"], ())
 
     assert model.prefill_s(0, 1) == pytest.approx(40e-6, rel=0.01)
     assert model.prefill_s(30_600, 30_601) == pytest.approx(80e-6, rel=0.01)
 
 
 def test_a_window_looks_back_no_further() -> None:
-    windowed = Geometry("windowed", 0.0, 0, 2, 1, windowed=1, window=4, window_bytes=2)
+    windowed = ModelGeometry("windowed", 0.0, 0, 2, 1, windowed=1, window=4, window_bytes=2)
 
     assert windowed.prefill_flops(0, 10) == 4 * 4 / 2 + 4 * 6
-    assert CostModel(windowed, GPU, (Medium("near", 1.0, 0.0),)).load_s(0, 10) == 8
+    assert PrefillModel(windowed, GPU, (Medium("near", 1.0, 0.0),)).load_s(0, 10) == 8
 
 
 def test_only_what_pays_is_loaded() -> None:

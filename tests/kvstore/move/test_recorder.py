@@ -16,7 +16,11 @@ import pytest
 from kvstore.errors import ConfigError
 from kvstore.lab.traces import read_trace
 from kvstore.move import recorder as module
+<<<<<<< HEAD
 from kvstore.move.recorder import NUM_FILES, Recorder
+=======
+from kvstore.move.recorder import NUM_FILES, TrafficRecorder
+>>>>>>> c7d76b0 (No public class name twice)
 from kvstore.plan.ended import ABANDONED, EndedRequest
 from kvstore.plan.records import Request, RequestOptions
 from radix.namespace import BlockHash
@@ -39,13 +43,13 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def recorder(path: Path) -> Iterator[Recorder]:
-    made = Recorder(path, SIZE, MANY)
+def recorder(path: Path) -> Iterator[TrafficRecorder]:
+    made = TrafficRecorder(path, SIZE, MANY)
     yield made
     made.close()
 
 
-def test_what_was_asked_is_read_again_as_a_trace(path: Path, recorder: Recorder) -> None:
+def test_what_was_asked_is_read_again_as_a_trace(path: Path, recorder: TrafficRecorder) -> None:
     for one in (
         ended([1, 2, 3], session="ada", answer=7),
         ended([1, 2, 3, 4], session="ada", hits=12, reason="length"),
@@ -66,7 +70,7 @@ def test_what_was_asked_is_read_again_as_a_trace(path: Path, recorder: Recorder)
     assert trace.recorded_hit_rate == 16 / (13 + 17 + 9 + 1)
 
 
-def test_nothing_of_a_name_or_a_hash_is_in_the_file(path: Path, recorder: Recorder) -> None:
+def test_nothing_of_a_name_or_a_hash_is_in_the_file(path: Path, recorder: TrafficRecorder) -> None:
     one = ended([1, 2, 3], session="ada@example.com", reason="the user said: my secret")
 
     recorder.put(one)
@@ -83,10 +87,10 @@ def test_nothing_of_a_name_or_a_hash_is_in_the_file(path: Path, recorder: Record
 
 def test_names_are_the_same_after_a_restart_and_others_with_another_key(tmp_path: Path, path: Path) -> None:
     for _ in range(2):
-        made = Recorder(path, SIZE, MANY)
+        made = TrafficRecorder(path, SIZE, MANY)
         made.put(ended([1, 2]))
         made.close()
-    other = Recorder(tmp_path / "other.kvr", SIZE, MANY)
+    other = TrafficRecorder(tmp_path / "other.kvr", SIZE, MANY)
     other.put(ended([1, 2]))
     other.close()
 
@@ -98,7 +102,7 @@ def test_names_are_the_same_after_a_restart_and_others_with_another_key(tmp_path
 
 def test_a_recording_is_within_its_bound_and_its_parts_are_one_trace(path: Path) -> None:
     bound = 1 << 16
-    made = Recorder(path, SIZE, bound)
+    made = TrafficRecorder(path, SIZE, bound)
     for number in range(2000):
         made.put(ended([number % 250, number // 250, 3, 4, 5, 6, 7, 8]))
     made.close()
@@ -112,7 +116,7 @@ def test_a_recording_is_within_its_bound_and_its_parts_are_one_trace(path: Path)
 
 
 def test_two_stores_write_to_one_file_and_each_is_read(path: Path) -> None:
-    both = [Recorder(path, SIZE, 1 << 18), Recorder(path, SIZE, 1 << 18)]
+    both = [TrafficRecorder(path, SIZE, 1 << 18), TrafficRecorder(path, SIZE, 1 << 18)]
 
     for number in range(500):
         for first, own in enumerate(both):
@@ -129,7 +133,7 @@ def test_requests_are_in_the_order_in_which_they_were_asked_however_late_they_ar
     monkeypatch.setattr(module, "WRITE_EVERY_S", 3600)
     clock = iter([100.0, 101.0, 102.0])
     monkeypatch.setattr(module.time, "time", lambda: next(clock))
-    made = Recorder(path, SIZE, MANY)
+    made = TrafficRecorder(path, SIZE, MANY)
 
     for first, took_s in ((1, 0.25), (2, 1.5), (3, 0.5)):
         made.put(replace(ended([first]), took_s=took_s))
@@ -143,7 +147,7 @@ def test_where_the_queue_is_full_requests_are_counted_and_not_waited_for(
 ) -> None:
     monkeypatch.setattr(module, "MAX_QUEUED", 3)
     monkeypatch.setattr(module, "WRITE_EVERY_S", 3600)
-    made = Recorder(path, SIZE, MANY)
+    made = TrafficRecorder(path, SIZE, MANY)
 
     for _ in range(10):
         made.put(ended([1]))
@@ -159,7 +163,7 @@ def test_a_file_that_cannot_be_written_any_more_costs_its_requests_alone(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "WRITE_EVERY_S", 3600)
-    made = Recorder(path, SIZE, MANY)
+    made = TrafficRecorder(path, SIZE, MANY)
     monkeypatch.setattr(module.os, "write", full)
 
     made.put(ended([1]))
@@ -172,7 +176,7 @@ def test_a_file_that_cannot_be_written_any_more_costs_its_requests_alone(
 
 def test_a_place_where_no_file_can_be_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"store\.record: .*missing.* cannot be written: No such file"):
-        Recorder(tmp_path / "missing" / "asked.kvr", SIZE, MANY)
+        TrafficRecorder(tmp_path / "missing" / "asked.kvr", SIZE, MANY)
 
 
 KILLED = """
@@ -201,7 +205,7 @@ def test_a_killed_process_loses_no_line_that_was_written_and_a_cut_one_is_told(p
     assert len(trace.requests) == 99
     assert trace.notes == ("line 101 is cut off in the middle, as by a crash, and left out",)
 
-    again = Recorder(path, SIZE, MANY)
+    again = TrafficRecorder(path, SIZE, MANY)
     again.put(ended([200, 1]))
     again.close()
     assert len(read_trace(path).requests) == 100

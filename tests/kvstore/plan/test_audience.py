@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from eviction.lru import Lru
-from eviction.policy import Ending, Use
+from eviction.policy import Ending, PromptUse
 from eviction.registry import make_policy
 from eviction.ttl import Ttl
 from kvstore.plan.planner import Planner
@@ -23,7 +23,7 @@ class Listening(Lru[Page]):
         super().__init__()
         self.heard: list[tuple[object, float, int]] = []
 
-    def used(self, use: Use, now: float) -> None:
+    def used(self, use: PromptUse, now: float) -> None:
         self.heard.append((use._replace(path=list(use.path)), now, len(self)))
 
     def ended(self, request_id: int, ending: Ending, now: float) -> None:
@@ -47,7 +47,7 @@ def test_a_request_is_told_once_with_its_whole_prompt_however_often_it_is_looked
     planner.finished(request, clocks.now, finish_reason="tool_calls")
     land(planner)
 
-    use, end = Use(request.id, request.keys, "chat", None), (request.id, Ending("tool_use", None))
+    use, end = PromptUse(request.id, request.keys, "chat", None), (request.id, Ending("tool_use", None))
     assert [(told, now) for told, now, _ in host.heard] == [(use, clocks.up), (end, clocks.up)]
     assert [(told, now) for told, now, _ in disk.heard] == [(use, clocks.unix), (end, clocks.unix)]
     assert host.heard[0][2] == 0, "before any of its pages comes"
@@ -59,7 +59,7 @@ def test_a_request_that_nobody_looked_up_is_told_by_its_save() -> None:
 
     save(planner, path(0, 2))
 
-    assert [(type(told), members) for told, _, members in host.heard] == [(Use, 0)]
+    assert [(type(told), members) for told, _, members in host.heard] == [(PromptUse, 0)]
 
 
 def test_a_last_turn_that_is_known_beforehand_is_told_with_the_request() -> None:
@@ -71,7 +71,7 @@ def test_a_last_turn_that_is_known_beforehand_is_told_with_the_request() -> None
     planner.finished(request, 0.0)
 
     (use, _, _), (end, _, _) = host.heard
-    assert isinstance(use, Use)
+    assert isinstance(use, PromptUse)
     assert use.last_turn
     assert end == (request.id, Ending("", True))
 
