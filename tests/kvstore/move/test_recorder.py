@@ -17,7 +17,7 @@ from kvstore.errors import ConfigError
 from kvstore.lab.traces import read_trace
 from kvstore.move import recorder as module
 <<<<<<< HEAD
-from kvstore.move.recorder import NUM_FILES, Recorder
+from kvstore.move.recorder import NUM_FILES, TrafficRecorder
 =======
 from kvstore.move.recorder import NUM_FILES, TrafficRecorder
 >>>>>>> c7d76b0 (No public class name twice)
