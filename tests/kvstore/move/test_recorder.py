@@ -16,11 +16,7 @@ import pytest
 from kvstore.errors import ConfigError
 from kvstore.lab.traces import read_trace
 from kvstore.move import recorder as module
-<<<<<<< HEAD
 from kvstore.move.recorder import NUM_FILES, TrafficRecorder
-=======
-from kvstore.move.recorder import NUM_FILES, TrafficRecorder
->>>>>>> c7d76b0 (No public class name twice)
 from kvstore.plan.ended import ABANDONED, EndedRequest
 from kvstore.plan.records import Request, RequestOptions
 from radix.namespace import BlockHash
