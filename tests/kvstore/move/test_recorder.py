@@ -127,12 +127,14 @@ def test_requests_are_in_the_order_in_which_they_were_asked_however_late_they_ar
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "WRITE_EVERY_S", 3600)
-    clock = iter([100.0, 101.0, 102.0])
-    monkeypatch.setattr(module.time, "time", lambda: next(clock))
+    now = 100.0
+    monkeypatch.setattr(module.time, "time", lambda: now)
     made = TrafficRecorder(path, SIZE, MANY)
 
     for first, took_s in ((1, 0.25), (2, 1.5), (3, 0.5)):
         made.put(replace(ended([first]), took_s=took_s))
+        now += 1.0
+    now += 400.0
     made.close()
 
     assert [request.at_s for request in read_trace(path).requests] == [99.5, 99.75, 101.5]
@@ -180,8 +182,8 @@ import os, signal, sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[2]]
 from tests.kvstore.move.test_recorder import SIZE, MANY, ended
-from kvstore.move.recorder import Recorder
-made = Recorder(Path(sys.argv[1]), SIZE, MANY)
+from kvstore.move.recorder import TrafficRecorder
+made = TrafficRecorder(Path(sys.argv[1]), SIZE, MANY)
 for number in range(100):
     made.put(ended([number, 2]))
 while made.num_written < 100:
