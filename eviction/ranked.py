@@ -23,7 +23,7 @@ KeyT = TypeVar("KeyT")
 
 
 class Order(Protocol[KeyT]):
-    """A ranking of keys that all have one priority."""
+    """A ranking of keys that all have one priority. One that inherits from it may leave out what has a body here."""
 
     def add(self, keys: list[KeyT], hits: int) -> None:
         """Take keys in, in this order. A known key is touched. `hits`: uses before, see `Hint`."""
@@ -36,12 +36,15 @@ class Order(Protocol[KeyT]):
 
     def hold(self, keys: list[KeyT]) -> None:
         """Known keys are in use: no members until released."""
+        self.discard(keys)
 
     def release(self, keys: list[KeyT], hits: int) -> None:
         """Make held keys members again; add the others."""
+        self.add(keys, hits)
 
     def renew(self, keys: list[KeyT]) -> None:
         """Make known keys as young as if they came now, without counting a use."""
+        self.touch(keys)
 
     def name_by(self, name_of: Callable[[KeyT], Hashable]) -> None:
         """Take what names keys for longer than they live."""
@@ -54,6 +57,7 @@ class Order(Protocol[KeyT]):
 
     def is_empty(self) -> bool:
         """True if it has no key, not even a held one."""
+        return not len(self)
 
     def __len__(self) -> int: ...
 

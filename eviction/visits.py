@@ -138,11 +138,12 @@ class Visits:
             self.survival.update()
 
     def arrive(self, names: Sequence[Hashable]) -> None:
-        """Blocks, root first, became resident. Those that no visit has told of make a cohort of their own."""
-        at = 0
-        for code, group in groupby(map(self._uses.get, names)):
-            run = names[at : at + sum(1 for _ in group)]
-            at += len(run)
+        """Blocks, root first, became resident. Those that no visit has told of are the newest cohort of their own."""
+        self._forget_untold(names)
+        end = len(names)
+        for code, group in groupby(map(self._uses.get, reversed(names))):  # the deepest is the oldest
+            run = names[end - sum(1 for _ in group) : end]
+            end -= len(run)
             if code is None:
                 cohort = self._new(0, self._now)
                 cohort.names += run
@@ -157,10 +158,7 @@ class Visits:
     def touch(self, names: Sequence[Hashable]) -> None:
         """Resident blocks, root first, were used: those that no visit has told of are the newest of these again."""
         untold = [name for name in names if not self._by_number[self._uses[name] >> _COUNT_BITS].size]
-        for name in untold:
-            cohort = self._by_number[self._uses.pop(name) >> _COUNT_BITS]
-            self._change(cohort, -1)
-            self._part(cohort, 1)
+        self.leave(untold)
         self.arrive(untold)
 
     def leave(self, names: Sequence[Hashable]) -> None:
@@ -192,6 +190,14 @@ class Visits:
         order = slots[np.lexsort((self._numbers[slots], times, worth))]
         enough = int(np.searchsorted(np.cumsum(self._resident[order]), num_blocks)) + 1
         return [cohort for slot in order[:enough].tolist() if (cohort := self._cohorts[slot]) is not None]
+
+    def _forget_untold(self, names: Sequence[Hashable]) -> None:
+        for name, code in zip(names, list(map(self._uses.get, names)), strict=True):
+            if code is not None:
+                cohort = self._by_number[code >> _COUNT_BITS]
+                if not cohort.size:
+                    del self._uses[name]
+                    self._part(cohort, 1)
 
     def _num_known(self, names: Sequence[Hashable]) -> int:
         """Leading blocks that are remembered: by halves, since who knows a block mostly knows all before it."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 import heapq
 from collections.abc import Hashable
 
-from eviction.ranked import Ranked
+from eviction.ranked import Order, Ranked
 
 
-class Uses:
+class Uses(Order[Hashable]):
     """Keys by how often they were used; of equals, the one that came first leaves first."""
 
     def __init__(self) -> None:

@@ -665,7 +665,7 @@ def test_a_long_history_of_writes_deletes_and_outages_keeps_their_order(
     """Hypothesis seldom gets as far as a delete that fails while its key is saved again; weighted chance does."""
     dice, world = Dice(seed), machine()
     chance = dice.random
-    world.build(num_slots=chance.randint(4, 9), disk_pages=chance.randint(4, 9), admit="always")
+    world.build(num_slots=chance.randint(4, 9), disk_pages=chance.randint(4, 9), admit="always", ttl_after={})
 
     def new_request() -> None:
         prompt = [chance.randint(0, 1) for _ in range(chance.randint(1, 4))]

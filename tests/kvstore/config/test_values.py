@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("nothing_configured")
         ("host.ttl_s", -1, "host.ttl_s is -1 .*; it must be at least 0 s"),
         ("host.ttl_s", "nan", "host.ttl_s is 'nan'"),
         ("disk.capacity_bytes", 0, "disk.capacity_bytes is 0 .*at least 4096 bytes"),
-        ("disk.admit", "never", "it must be 'always' or 'second_use'"),
+        ("disk.admit", "never", "it must be 'always', 'second_use' or 'predicted'"),
         ("disk.workers", 0, "disk.workers is 0 .*at least 1"),
         ("redis.connections", 1000, "it must be at most 64"),
         ("redis.prefix", "a b", "it must be 1 to 64 printable ASCII characters, without spaces and braces"),
