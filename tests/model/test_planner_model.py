@@ -693,7 +693,7 @@ def test_a_long_history_of_writes_deletes_and_outages_keeps_their_order(
         (0.5, breaker_turns, lambda: True),
         (2, lambda: world.time_passes(seconds=chance.choice([0.01, 1.0, 30.0])), lambda: True),
         (0.3, lambda: world.the_wall_clock_is_set(seconds=chance.choice([-1e6, -400.0, 400.0, 1e6])), lambda: True),
-        (1, lambda: world.finish(data=dice, last_turn=False), lambda: len(world.requests) > 4),
+        (1, lambda: world.finish(data=dice, last_turn=False, reason=""), lambda: len(world.requests) > 4),
     ]  # fmt: skip
     for _ in range(250):
         (step,) = chance.choices(steps, [weight if is_possible() else 0 for weight, _, is_possible in steps])
