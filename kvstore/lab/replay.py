@@ -23,7 +23,7 @@ from kvstore.lab.traces import ReplayTrace
 from kvstore.load.kvt import KvtRequest
 from kvstore.plan.records import PlanSettings
 from kvstore.plan.tier_plan import TierPlan
-from kvstore.policies import make_policy
+from kvstore.policies import can_forecast, forecasting, make_policy
 from radix.namespace import BlockHash
 
 KEY_BYTES = 32
@@ -79,13 +79,17 @@ def _plan(setup: Setup, name: str, num_blocks: int, scale: int) -> TierPlan:
         option
         for option, is_asked in (
             ("exclusive tiers", setup.is_exclusive),
-            ("admission by prediction", setup.admit == "predicted"),
             ("a budget of writes", setup.writes_per_day is not None),
         )
         if is_asked
     ]
     if lacking:
         raise ConfigError(f"the planner's engine does not play {', '.join(lacking)}; the compiled one may")
+    if setup.admit == "predicted" and not can_forecast(setup.policy):
+        raise ConfigError(
+            f"admission is 'predicted', and policy {setup.policy!r} forecasts nothing; "
+            f"it must be one that does: {', '.join(forecasting())}"
+        )
     policy = make_policy(setup.policy, setup.ttl_s)
     return TierPlan(name, scale * num_blocks, policy, is_indexed=True, is_shared=False, admit=setup.admit)
 

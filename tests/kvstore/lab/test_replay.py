@@ -133,10 +133,22 @@ def test_private_caches_hit_less_than_pooled_ones_where_requests_go_in_turn() ->
     assert private < hits_of(trace, capacity=0.2, replicas=3, routing="round_robin", is_pooled=True)["host"]
 
 
-@pytest.mark.parametrize("asked", [{"is_exclusive": True}, {"admit": "predicted"}, {"writes_per_day": 5}])
+@pytest.mark.parametrize("asked", [{"is_exclusive": True}, {"writes_per_day": 5}])
 def test_what_the_planner_has_no_words_for_is_told(asked: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="the planner's engine does not play"):
         hits_of(trace_of((1, 2)), capacity=1.0, disk=5, **asked)
+
+
+def test_a_disk_admits_by_forecast_where_the_policy_has_one() -> None:
+    trace = trace_of(*chat_traffic(7, 200))
+
+    always = hits_of(trace, capacity=0.1, disk=20, policy="outlook")
+    predicted = hits_of(trace, capacity=0.1, disk=20, policy="outlook", admit="predicted")
+
+    assert predicted["disk"] > 0
+    assert predicted != always
+    with pytest.raises(ConfigError, match="policy 'lru' forecasts nothing; it must be one that does: outlook"):
+        hits_of(trace, capacity=0.1, disk=20, admit="predicted")
 
 
 def test_an_engine_that_is_none_is_told_with_the_list() -> None:
