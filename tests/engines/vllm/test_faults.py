@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kvstore.plan.journal import Left
 from kvstore.testing.redis_server import LocalRedis
 from tests.engines.vllm.conftest import MiB, Reference, fill
 from tests.engines.vllm.engine import BLOCK, PAGE_BYTES, Engine, make_prompt
@@ -46,7 +47,7 @@ def drop_host(engine: Engine) -> None:
     with engine.half.store._lock:
         for page in list(planner.books.catalog.pages()):
             if page.state == 2 or getattr(page.state, "name", "") == "READY":
-                planner.books.host.drop((page,))
+                planner.books.host.drop((page,), Left.EVICTED)  # tiers that are owed it hear of it
 
 
 class TestRedis:
