@@ -12,6 +12,7 @@ was not used lately is of a kind of its own, and leaves when blocks of that kind
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import Any, Generic
 
 from eviction.policy import Ending, Hint, K, PromptUse
@@ -187,11 +188,13 @@ class Outlook(Ranked[K]):
             self._visits.visit(use, ending, now)
 
     def rebuild(self, keys: Sequence[tuple[K, Hint]], now: float) -> None:
-        """Hold exactly these keys; what was learned stays."""
-        for key in self.members():
-            self.discard([key])
-        self._visits.leave(list(self._keys))
+        """Hold exactly these keys; what was learned stays if it is whole, who used what last is forgotten."""
+        fresh = Visits(self._keys)
+        with suppress(ValueError, IndexError, KeyError):  # an exception may have come into the middle of anything
+            fresh.restore(self._visits.tables())
         self._keys.clear()
+        self._open.clear()
+        self._visits = fresh
         super().rebuild(keys, now)
 
     def worth(self, keys: Sequence[K], now: float) -> list[float]:
@@ -201,8 +204,8 @@ class Outlook(Ranked[K]):
 
     def tables(self) -> dict[str, Any]:
         """Return what was learned, for JSON."""
-        return self._visits.survival.tables()
+        return self._visits.tables()
 
     def restore(self, tables: dict[str, Any]) -> None:
         """Take in what `tables` gave. Raises ValueError for anything else."""
-        self._visits.survival.restore(tables)
+        self._visits.restore(tables)

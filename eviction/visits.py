@@ -17,6 +17,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Container, Hashable, Sequence
 from itertools import groupby, repeat
+from typing import Any
 
 import numpy as np
 
@@ -191,6 +192,21 @@ class Visits:
         enough = int(np.searchsorted(np.cumsum(self._resident[order]), num_blocks)) + 1
         return [cohort for slot in order[:enough].tolist() if (cohort := self._cohorts[slot]) is not None]
 
+    def tables(self) -> dict[str, Any]:
+        """Return what was learned, for JSON."""
+        return self.survival.tables() | {"finish_reasons": dict(self._reasons)}
+
+    def restore(self, tables: dict[str, Any]) -> None:
+        """Take in what `tables` gave. Raises ValueError for anything else."""
+        reasons = tables.get("finish_reasons")
+        if not isinstance(reasons, dict) or not all(
+            isinstance(reason, str) and type(code) is int and 0 <= code <= MOST_REASONS
+            for reason, code in reasons.items()
+        ):
+            raise ValueError("not a policy's tables: finish_reasons must say which number stands for which reason")
+        self.survival.restore(tables)
+        self._reasons = dict(reasons)
+
     def _forget_untold(self, names: Sequence[Hashable]) -> None:
         for name, code in zip(names, list(map(self._uses.get, names)), strict=True):
             if code is not None:
@@ -223,12 +239,20 @@ class Visits:
         if ending.last_turn or (use.last_turn and ending.last_turn is None):
             features.append(400)
         if ending.finish_reason:
-            features.append(100 + self._reasons.setdefault(ending.finish_reason, min(len(self._reasons), MOST_REASONS)))
+            features.append(100 + self._number_of(ending.finish_reason))
         features.append(pace)
         if ending.reply_tokens >= 0:
             features.append(200 + _rank(ending.reply_tokens, _REPLIES))
         features.append(300 + _rank(turn, _TURNS))
         return tuple(features), turn
+
+    def _number_of(self, reason: str) -> int:
+        """The number of a finish reason; callers choose the words, so those after MOST_REASONS share one."""
+        if reason not in self._reasons:
+            if len(self._reasons) >= MOST_REASONS:
+                return MOST_REASONS
+            self._reasons[reason] = len(self._reasons)
+        return self._reasons[reason]
 
     def _reuse(self, cohort: Cohort, run: Sequence[Hashable], now: float) -> None:
         """Blocks of a cohort were used again: they leave it."""

@@ -160,3 +160,38 @@ def test_what_was_learned_survives_a_restart(requests: Requests) -> None:
     fresh: Outlook[str] = Outlook()
     fresh.restore(requests.policy.tables())
     assert fresh.tables() == requests.policy.tables()
+
+
+def test_after_a_restart_a_finish_reason_means_what_it_meant(requests: Requests) -> None:
+    for i in range(200):
+        requests.ask(path_of(f"a{i}", 3), 100.0 * i, Ending("stop"))
+        requests.ask(path_of(f"b{i}", 3), 100.0 * i + 1, Ending("tool_calls"))
+        requests.ask(path_of(f"b{i}", 3), 100.0 * i + 30, Ending("stop"))
+        requests.evict(max(len(requests.policy) - 60, 0))
+    after = Requests()
+    after.policy.restore(requests.policy.tables())
+    after.ask(path_of("waiting", 3), 0.0, Ending("tool_calls"))  # another order of first use than before
+    after.ask(path_of("done", 3), 1.0, Ending("stop"))
+    assert set(after.policy.victims(3)) == set(path_of("done", 3))
+
+
+def test_tables_without_reasons_are_refused() -> None:
+    policy: Outlook[str] = Outlook()
+    tables = policy.tables()
+    del tables["finish_reasons"]
+    with pytest.raises(ValueError, match="finish_reasons"):
+        policy.restore(tables)
+
+
+def test_what_an_exception_left_half_done_is_put_right(requests: Requests) -> None:
+    requests.ask(path_of("a", 4), 0.0)
+    del requests.policy._keys["a.1"]  # as if interrupted between two books
+    requests.policy.rebuild([(name, Hint()) for name in path_of("b", 3)], 1.0)
+    requests.ask(path_of("b", 3), 2.0)
+    assert sorted(requests.policy.victims(9)) == path_of("b", 3)
+
+
+def test_callers_that_make_up_finish_reasons_fill_no_memory(requests: Requests) -> None:
+    for i in range(100):
+        requests.ask(path_of("a", 2), float(i), Ending(f"reason {i}"))
+    assert len(requests.policy.tables()["finish_reasons"]) == visits.MOST_REASONS

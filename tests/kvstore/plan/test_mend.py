@@ -148,7 +148,7 @@ def mend(world: World, last_lease: int, where: list[str]) -> None:
 STEP = 7 if not os.environ.get("KV_EVERY_LINE") else 1  # of each worldly variety another seventh of the lines
 
 
-@pytest.mark.parametrize("policy", ["lru", "sieve", "s3fifo"])
+@pytest.mark.parametrize("policy", ["lru", "outlook", "sieve", "s3fifo"])
 @pytest.mark.parametrize("name", VERBS)
 def test_a_verb_that_is_interrupted_at_any_line_leaves_nothing_behind(name: str, policy: str) -> None:
     for layout in (SIMPLE, WINDOWED):
