@@ -112,6 +112,7 @@ static Fleet *make_fleet(Memory *memory, const Trace *trace, const PolicyKind *k
         store->on_second_use = options->on_second_use;
         store->budget_tier = options->writes_per_day >= 0 && num_tiers > 1;
         store->writes_per_day = options->writes_per_day;
+        store->writes_left = options->writes_per_day * BUDGET_S / DAY_S; /* as the planner's, which begins full */
     }
     return memory->has_failed ? NULL : fleet;
 }

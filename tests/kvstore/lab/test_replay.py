@@ -133,10 +133,23 @@ def test_private_caches_hit_less_than_pooled_ones_where_requests_go_in_turn() ->
     assert private < hits_of(trace, capacity=0.2, replicas=3, routing="round_robin", is_pooled=True)["host"]
 
 
-@pytest.mark.parametrize("asked", [{"is_exclusive": True}, {"writes_per_day": 5}])
-def test_what_the_planner_has_no_words_for_is_told(asked: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="the planner's engine does not play"):
-        hits_of(trace_of((1, 2)), capacity=1.0, disk=5, **asked)
+def test_an_exclusive_disk_holds_what_leaves_host_memory() -> None:
+    trace = trace_of(*chat_traffic(7, 400))
+
+    inclusive = play(trace, Setup(((HOST, 100), (DISK, 200))))
+    exclusive = play(trace, Setup(((HOST, 100), (DISK, 200)), is_exclusive=True))
+
+    assert exclusive.hit_blocks.sum() > inclusive.hit_blocks.sum()
+
+
+def test_a_budget_bounds_what_the_planner_writes_to_disk() -> None:
+    trace = trace_of(*chat_traffic(7, 400), at_s=tuple(30.0 * number for number in range(400)))
+    a_day, an_hour_and_the_trace = 1000, (3600 + 400 * 30) / 86_400
+
+    written = play(trace, Setup(((HOST, 100), (DISK, 2000)), writes_per_day=a_day)).written[1]
+
+    assert 0.8 * a_day * an_hour_and_the_trace < written < a_day * an_hour_and_the_trace + 8  # a batch of debt
+    assert written < play(trace, Setup(((HOST, 100), (DISK, 2000)))).written[1]
 
 
 def test_a_disk_admits_by_forecast_where_the_policy_has_one() -> None:
