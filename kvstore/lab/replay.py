@@ -4,9 +4,9 @@
 
 Only the bytes are missing: the clock is the trace's own, and what lanes carry is there at once. It knows every policy,
 one's own too, at about 10 us a block reference; sweeps ask the compiled engine (compiled.py), which hits the same. Two
-things differ, because the planner writes in batches and ahead: a page that a spent budget keeps back is written when the
-budget has filled, where the compiled engine tries again at its next use; and of what leaves host memory for an exclusive
-tier in one go, the part beyond the planner's margin (plan/margin.py) is lost, where the compiled engine moves all.
+things differ, because the planner writes in batches and ahead: a page kept back by a spent budget is written once the
+budget has filled, where the compiled engine tries again at its next use; and of what leaves host memory for a disk
+that is exclusive in one go, the part beyond the margin (plan/margin.py) is lost, where the compiled engine moves all.
 
 A trace's last block counts as a hit although it may be filled in part only, and although an engine would compute at
 least one token of it; so the rates are those of the trace, a little above an engine's.
