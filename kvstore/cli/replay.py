@@ -64,6 +64,9 @@ def replay(
     writes_per_day: Annotated[
         str | None, typer.Option(help="Most that is written to disk a day, as of --capacity.", rich_help_panel=TIERS)
     ] = None,
+    hints: Annotated[
+        str, typer.Option(help="Share of requests whose clients give hints (docs/hints.md), such as 25%; a list.")
+    ] = "0%",
     replicas: Annotated[int, typer.Option(min=1, help="Stores, each with such tiers.", rich_help_panel=TIERS)] = 1,
     routing: Annotated[
         str, typer.Option(help="Of requests to replicas: prefix, round_robin.", rich_help_panel=TIERS)
@@ -103,6 +106,7 @@ def replay(
     from kvstore.lab.traces import read_trace
 
     ttl_s = None if ttl is None else _seconds(ttl)
+    shares = [_share(text) for text in dict.fromkeys(_words(hints))]
     policies = list(dict.fromkeys([LRU, *_words(policy)]))
     for name in policies:
         _check_policy(name)
@@ -150,7 +154,7 @@ def replay(
                 is_pooled=pooled,
             )
             player = Player(trace, engine)
-            found = list(sweep(player, costs, capacities, policies, base, on_step=status.update))
+            found = list(sweep(player, costs, capacities, policies, base, on_step=status.update, hints=shares))
             cells += found
             if not as_json:
                 _print(trace, found)
@@ -198,6 +202,17 @@ def _words(text: str) -> list[str]:
     return words
 
 
+def _share(text: str) -> float:
+    """Read "25%" as 0.25."""
+    try:
+        share = float(text.removesuffix("%")) / 100 if text.endswith("%") else -1.0
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ConfigError(f"--hints is {text!r}; write a share of the requests, 0% to 100%, or a list of them")
+    return share
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = parse_seconds(text)
@@ -220,7 +235,8 @@ def _print(trace: ReplayTrace, cells: list[ReplayCell]) -> None:
             best = round((1 - cell.min) * trace.prompt_tokens)
             _add(rows, cell, "optimum", cell.min, best, None if cell.lru_gap_closed is None else 1.0)
         times = (f"{cell.prefill_time_saved:.2%}", *(format_seconds(cell.ttft_s[name]) for name in ("p50", "p95")))
-        _add(rows, cell, cell.policy, cell.token_hit_rate, cell.computed_tokens, cell.lru_gap_closed, times)
+        name = f"{cell.policy}, {cell.hints:.0%} hints" if cell.hints else cell.policy
+        _add(rows, cell, name, cell.token_hit_rate, cell.computed_tokens, cell.lru_gap_closed, times)
     console().print(rows)
 
 

@@ -99,7 +99,7 @@ def policies() -> tuple[str, ...]:
 
 def can_play(setup: Setup) -> bool:
     """True if the engine is built and knows what the setup asks for."""
-    return setup.policy in policies() and setup.admit in ("always", "second_use")
+    return setup.policy in policies() and setup.admit in ("always", "second_use") and not setup.hints
 
 
 def play(trace: TraceArrays, setup: Setup, on_progress: OnProgress | None = None) -> Played:
@@ -110,7 +110,10 @@ def play(trace: TraceArrays, setup: Setup, on_progress: OnProgress | None = None
     Raises ConfigError for a setup that cannot be played, see `can_play`.
     """
     if not can_play(setup):
-        raise ConfigError(f"the compiled engine cannot play policy {setup.policy!r} with admission {setup.admit!r}")
+        with_hints = " and hints" if setup.hints else ""
+        raise ConfigError(
+            f"the compiled engine cannot play policy {setup.policy!r} with admission {setup.admit!r}{with_hints}"
+        )
     if setup.writes_per_day is not None and [name for name, _ in setup.tiers[1:2]] != [DISK]:
         raise ConfigError("writes_per_day is about a disk tier right below host memory, and there is none")
     num_stores = 1 if setup.is_pooled else setup.replicas

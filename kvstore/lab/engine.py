@@ -13,7 +13,7 @@ from eviction.ttl import Ttl
 from kvstore.clock import Clock
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.planner import Planner
-from kvstore.plan.records import Match, Op, Outcome, PlanSettings, Request
+from kvstore.plan.records import Match, Op, Outcome, PlanSettings, Request, RequestOptions
 from kvstore.plan.state import Page
 from kvstore.plan.tier_plan import TierPlan
 from radix.namespace import BlockHash
@@ -44,10 +44,11 @@ class VirtualEngine:
         self.num_fetched = 0
         self._ids = count(1)
 
-    def request(self, keys: Sequence[BlockHash]) -> Request:
+    def request(self, keys: Sequence[BlockHash], options: RequestOptions | None = None) -> Request:
         """Return a new request for a prompt of these blocks."""
         # One token more than the blocks hold: an engine has to compute at least one.
-        return Request(next(self._ids), list(keys), len(keys) * self.planner.books.layout.block_size + 1)
+        num_tokens = len(keys) * self.planner.books.layout.block_size + 1
+        return Request(next(self._ids), list(keys), num_tokens, options or RequestOptions())
 
     def num_stored(self, keys: Sequence[BlockHash]) -> int:
         """Return how many leading blocks of a prompt the store has; asking is no use of them."""

@@ -21,10 +21,11 @@ import numpy as np
 
 from kvstore.errors import ConfigError
 from kvstore.lab.engine import PAGE_BYTES, VirtualEngine
+from kvstore.lab.hints import options_of
 from kvstore.lab.setup import DISK, PREFILL_TOKENS_PER_S, Played, Setup
 from kvstore.lab.traces import ReplayTrace
 from kvstore.load.kvt import KvtRequest
-from kvstore.plan.records import PlanSettings
+from kvstore.plan.records import PlanSettings, RequestOptions
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.policies import can_forecast, forecasting, make_policy
 from radix.namespace import BlockHash
@@ -48,9 +49,10 @@ def play(trace: ReplayTrace, setup: Setup, on_progress: Callable[[int], object] 
     )
     names = [name for name, _ in setup.tiers]
     hits = np.zeros((len(trace.requests), len(names)), np.int32)
+    told = options_of(trace, setup.hints)
     began, num_done = time.thread_time(), 0
     for number, request in enumerate(trace.requests):
-        by_tier = fleet.serve(request)
+        by_tier = fleet.serve(request, None if told is None else told[number])
         hits[number] = [by_tier.get(name, 0) for name in names]
         num_done += len(request.blocks)
         if on_progress is not None and number % PROGRESS_EVERY == 0:
@@ -111,14 +113,20 @@ class _Fleet:
         self._now = 0.0
         self._turn = 0
 
-    def serve(self, request: KvtRequest) -> dict[str, int]:
-        """Have one replica serve a request; return its hit blocks by tier."""
+    def serve(self, request: KvtRequest, options: RequestOptions | None) -> dict[str, int]:
+        """Have one replica serve a request; return its hit blocks by tier.
+
+        options: None where no request of the trace has any.
+        """
         keys = [key_of(block) for block in request.blocks]
         passed, self._now = max(0.0, request.at_s - self._now), max(self._now, request.at_s)
         for engine in self.engines:
             engine.now = self._now
+            if options is not None:
+                engine.planner.tick(self._now)  # promises end by it
         engine = self.engines[self._choose(keys, passed)]
-        return engine.serve(engine.request(keys), request.finish_reason, request.num_answer_tokens).by_tier
+        asked = engine.request(keys, options)
+        return engine.serve(asked, request.finish_reason, request.num_answer_tokens).by_tier
 
     def _choose(self, keys: list[BlockHash], passed: float) -> int:
         num = len(self.engines)

@@ -32,6 +32,7 @@ class Setup:
     writes_per_day: blocks that may be written to disk in 86,400 s of the trace; None for any number.
     replicas:     stores, each with tiers of these sizes. routing: how requests are spread over them.
     is_pooled:    the replicas are one store of all their room, instead.
+    hints:        share of the requests whose clients say what they know (hints.py).
     """
 
     tiers: tuple[tuple[str, int], ...]
@@ -43,6 +44,7 @@ class Setup:
     replicas: int = 1
     routing: str = "prefix"
     is_pooled: bool = False
+    hints: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

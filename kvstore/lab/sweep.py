@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ class ReplayCell:
     min is that of one store as large as the largest tier of all replicas, or as all of them if they are exclusive.
     prefill_time_saved: share of all prompts' prefill seconds, after loading; ttft_s: by percentile (timing.py).
     tiers, written: blocks of room, and blocks written, by tier.
+    hints:          share of the requests that gave hints.
     """
 
     trace: str
@@ -58,6 +60,7 @@ class ReplayCell:
     prefill_time_saved: float = 0.0
     ttft_s: dict[str, float] = field(default_factory=dict)
     busy: float = 0.0
+    hints: float = 0.0
 
     def as_record(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -71,18 +74,20 @@ def sweep(
     policies: Sequence[str],
     base: Setup = BASE,
     on_step: Callable[[str], None] = lambda what: None,
+    hints: Sequence[float] = (0.0,),
 ) -> Iterator[ReplayCell]:
-    """Yield a cell for each capacity of host memory and policy, capacity by capacity.
+    """Yield a cell for each capacity of host memory, policy and share of hints, capacity by capacity.
 
     base:    all else of the setups. on_step: is told what is computed next.
+    hints:   shares of the requests that give hints.
 
-    LRU without a time to live is the floor, and is replayed though it be not among the policies.
+    LRU without a time to live and hints is the floor, and is replayed though it be not among the policies.
     """
     trace = player.trace
     prompt_tokens, num_distinct = trace.prompt_tokens or 1, trace.num_distinct or 1
     at_s = np.array([request.at_s for request in trace.requests], np.float64)
     for capacity in capacities:
-        floor_setup = replace(base, tiers=((HOST, capacity), *base.tiers[1:]), policy=LRU, ttl_s=None)
+        floor_setup = replace(base, tiers=((HOST, capacity), *base.tiers[1:]), policy=LRU, ttl_s=None, hints=0.0)
         sizes = [num_blocks for _, num_blocks in floor_setup.tiers]
         room = base.replicas * (sum(sizes) if base.is_exclusive else max(sizes))
         on_step(f"{trace.name}: the optimum at {room} blocks")
@@ -90,8 +95,8 @@ def sweep(
         on_step(f"{trace.name}: {LRU} at {capacity} blocks")
         floor = player.play(floor_setup)
         floor_rate = int(player.hit_tokens(floor).sum()) / prompt_tokens
-        for policy in policies:
-            setup = replace(floor_setup, policy=policy, ttl_s=base.ttl_s)
+        for policy, share in product(policies, hints):
+            setup = replace(floor_setup, policy=policy, ttl_s=base.ttl_s, hints=share)
             played = floor
             if setup != floor_setup:
                 on_step(f"{trace.name}: {policy} at {capacity} blocks")
@@ -121,6 +126,7 @@ def sweep(
                 timing.saved,
                 {f"p{percent}": timing.percentile(percent) for percent in PERCENTILES},
                 timing.busy,
+                share,
             )
 
 

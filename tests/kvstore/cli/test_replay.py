@@ -43,6 +43,14 @@ def test_records_are_printed_and_written(trace: Path, tmp_path: Path) -> None:
     assert json.loads(out.read_text()) == [cell]
 
 
+def test_shares_of_hints_are_rows_of_their_own(trace: Path) -> None:
+    table = runner.invoke(app, ["replay", str(trace), "--capacity", "16", "--hints", "0%,50%"])
+    records = runner.invoke(app, ["replay", str(trace), "--capacity", "16", "--hints", "0%,50%", "--json"])
+
+    assert "lru, 50% hints" in table.stdout
+    assert [cell["hints"] for cell in json.loads(records.stdout)] == [0.0, 0.5]
+
+
 def test_a_time_to_live_costs_hits(trace: Path) -> None:
     result = runner.invoke(app, ["replay", str(trace), "--capacity", "100%", "--ttl", "2s", "--json"])
 
@@ -63,6 +71,8 @@ def test_a_time_to_live_costs_hits(trace: Path) -> None:
         (["--admit", "never"], "it must be one of always"),
         (["--engine", "steam"], "it must be one of auto, planner, compiled"),
         (["--exclusive"], "give --disk or --redis"),
+        (["--hints", "0.5"], "write a share of the requests, 0% to 100%"),
+        (["--hints", "200%"], "--hints is '200%'"),
         (["--ttl", "soon"], "--ttl soon: a time is"),
         (["--ttl", "0"], "it must be positive"),
         (["--block-size", "16"], "is the block size another one?"),

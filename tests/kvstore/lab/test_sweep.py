@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.errors import ConfigError
+from kvstore.lab import compiled
 from kvstore.lab.geometry import PRESETS
 from kvstore.lab.hardware import GPUS, MEDIA
 from kvstore.lab.optimum import optimal_hit_tokens
@@ -53,6 +54,19 @@ def test_a_time_to_live_is_the_policys_and_not_the_floors() -> None:
     (cell,) = sweep(PLAYER, MODEL, [TRACE.num_distinct], ["lru"], Setup(((HOST, 1),), ttl_s=5.0))
 
     assert cell.token_hit_rate < cell.lru
+
+
+def test_each_policy_is_played_with_each_share_of_hints_over_a_floor_without() -> None:
+    cells = list(sweep(PLAYER, MODEL, [30], ["lru", "sieve"], hints=[0.0, 0.5]))
+
+    assert [(cell.policy, cell.hints, cell.engine) for cell in cells] == [
+        ("lru", 0.0, "compiled" if compiled.is_built else "planner"),
+        ("lru", 0.5, "planner"),
+        ("sieve", 0.0, "compiled" if compiled.is_built else "planner"),
+        ("sieve", 0.5, "planner"),
+    ]
+    # This trace has no sessions and no finish reasons: clients have nothing to say.
+    assert cells[0].token_hit_rate == cells[1].token_hit_rate == cells[0].lru
 
 
 def test_a_tier_below_adds_hits_of_its_own_and_what_is_written_is_told() -> None:
