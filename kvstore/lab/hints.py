@@ -22,7 +22,7 @@ TOOL_CALL = "tool_use"  # the one word for it (plan/endings.py)
 def options_of(trace: ReplayTrace, share: float, seed: int = 0) -> list[RequestOptions] | None:
     """Return what the store is told of each request of a trace; None where nobody gives hints.
 
-    share: of the requests whose clients give hints, 0 to 1. A trace without sessions or finish reasons has none to give.
+    share: of the requests whose clients give hints, 0 to 1. A trace without sessions and finish reasons has none.
     """
     if not share:
         return None

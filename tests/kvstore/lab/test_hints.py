@@ -72,8 +72,8 @@ def test_a_session_that_is_told_to_be_over_makes_room_for_one_that_comes_back() 
 
 def test_a_prefix_whose_reply_calls_a_tool_outlives_what_comes_in_between() -> None:
     requests = [KvtRequest(0.0, 0, -1, 4 * BLOCK, 1, (0, 1, 2, 3), finish_reason="tool_use")]
-    for number in range(1, 9):
-        requests.append(KvtRequest(float(number), number, -1, 6 * BLOCK, 1, tuple(range(100 * number, 100 * number + 6))))
+    others = [tuple(range(100 * number, 100 * number + 6)) for number in range(1, 9)]
+    requests += [KvtRequest(float(n), n, -1, 6 * BLOCK, 1, blocks) for n, blocks in enumerate(others, 1)]
     requests.append(KvtRequest(9.0, 0, -1, 5 * BLOCK, 1, (0, 1, 2, 3, 4)))
     trace = ReplayTrace("pause", BLOCK, tuple(requests))
 
