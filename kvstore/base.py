@@ -34,6 +34,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.hints.outcome import HintOutcome, HintStatus
 from kvstore.layout import Layout
 from kvstore.plan.journal import BlockEvent, Event
 from kvstore.plan.records import (
@@ -58,6 +59,8 @@ __all__ = [
     "CutReason",
     "Event",
     "FlushResult",
+    "HintOutcome",
+    "HintStatus",
     "KVStore",
     "Keep",
     "LeaseState",
@@ -213,6 +216,24 @@ class KVStore(RequestFactory, Waits, Protocol):
 
     def cancel(self, ticket: int) -> None:
         """Stop a prefetch: queued transfers are dropped, those under way become resident."""
+
+    def hint(
+        self, envelope: object, request: Request | None = None, *, options: RequestOptions | None = None
+    ) -> tuple[HintOutcome, ...]:
+        """Do what a caller says of the future of prompts, as far as the bounds allow; one outcome for each action.
+
+        envelope: JSON as bytes or text, a dict, or an engine's own struct (vLLM's `KvHintsEnvelope`), see
+                  docs/hints.md. Anything else, or too much of it, is an outcome too: this raises StoreClosed only.
+        request:  the one that the hint came with: actions that name no tokens or hashes are about its prompt. What
+                  is not stored of it yet is treated so as it is saved, and once more when the request is finished; a
+                  duration then begins. Call it after `request` is made, before `keep.finished`; a door of an engine
+                  needs no other call, and keeps no note of the hint.
+        options:  of the prompts that actions name by tokens or hashes, where there is no request: their tenant. No
+                  tenant can name blocks of another.
+
+        Never changes an answer of a lookup but by what is stored. Waits for no tier; of a daemon's store, at most as
+        long as any other call.
+        """
 
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """Tell how fast the engine computes, so that lookups can weigh loading against recomputing."""

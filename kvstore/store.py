@@ -15,6 +15,7 @@ from kvstore.admin import Admin
 from kvstore.dispatcher import Dispatcher, silent_after_close
 from kvstore.errors import RequestError
 from kvstore.forks import forbid, harmless
+from kvstore.hinting import Hinting
 from kvstore.keep import LocalKeep
 from kvstore.layout import Layout
 from kvstore.move.lane import Lane
@@ -42,7 +43,7 @@ from radix.namespace import Namespace
 log = logging.getLogger(__name__)
 
 
-class LocalStore(RequestMaker, Waits):
+class LocalStore(RequestMaker, Hinting, Waits):
     """A KVStore (see base.py) that plans and keeps its pages in this process. Any thread.
 
     Made by `kvstore.build.open_store`, which owns the choice of tiers and policies. Use it as a context manager, or

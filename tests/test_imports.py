@@ -64,8 +64,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.units",
     ),
     "kvstore.metrics": (),
+    "kvstore.hints": ("kvstore.hints",),  # what is said, and what is answered; knows no store
+    "kvstore.hinting": (
+        "kvstore.base",
+        "kvstore.errors",
+        "kvstore.hints",
+        "kvstore.plan.records",
+        "kvstore.requests",
+    ),
     "kvstore.base": (  # the face, with the values that go over it
         "kvstore.errors",
+        "kvstore.hints.outcome",
         "kvstore.layout",
         "kvstore.plan.journal",
         "kvstore.plan.records",
@@ -185,6 +194,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.base",
         "kvstore.errors",
         "kvstore.forks",
+        "kvstore.hinting",
         "kvstore.layout",
         "kvstore.plan.journal",
         "kvstore.plan.records",
@@ -388,7 +398,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "pytest": ("kvstore.testing.contracts",),  # of what is installed, nothing else needs them
     "hypothesis": ("kvstore.testing.contracts",),
     "torch": ("connectors", "kvstore.demo", "kvstore.lab", "kvstore.devices"),
-    "msgspec": ("kvstore.service.protocol", "kvstore.lab.traces.event_log"),
+    "msgspec": ("kvstore.hints", "kvstore.service.protocol", "kvstore.lab.traces.event_log"),
     "zmq": ("kvstore.lab.traces.event_recorder",),
 }
 # module from outside -> imported inside functions only, so that importing our packages stays cheap and engines optional

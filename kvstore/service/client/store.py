@@ -15,6 +15,7 @@ from typing import Any
 
 from kvstore.errors import RequestError, StoreClosed
 from kvstore.forks import harmless
+from kvstore.hinting import Hinting
 from kvstore.layout import Layout
 from kvstore.plan.journal import BlockEvent
 from kvstore.plan.records import CutReason, FlushResult, LeaseStatus, LoadLease, Match, Request, SaveLease
@@ -41,7 +42,7 @@ MISS = Match(0, 0, cut=CutReason.NEVER_STORED)
 NO_DAEMON = Deadlines(0.05, 0.0)  # while none has told its own
 
 
-class RemoteStore(RequestMaker, Waits):
+class RemoteStore(RequestMaker, Hinting, Waits):
     """A KVStore (see base.py) kept by a daemon on this machine. Any thread.
 
     Made by `kvstore.connect`. A daemon that cannot be reached is no error: the store is empty until it can.

@@ -1,0 +1,35 @@
+"""The answer to an action of a hint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class HintStatus(Enum):
+    """What became of an action. Counted by action (`kvstore_hints_total`)."""
+
+    ACCEPTED = "accepted"
+    CLIPPED = "clipped"  # done in part, or for a shorter time; `tokens` and `until` say what was granted
+    DEFERRED = "deferred"  # to be done when it can be: pages are on their way, or the prompt is not saved yet
+    REJECTED = "rejected"  # nothing was done; `reason` says why
+    IGNORED = "ignored"  # a type or version that is not known here
+
+
+@dataclass(frozen=True, slots=True)
+class HintOutcome:
+    """What became of one action.
+
+    action_id: as it was sent, so that answers find their questions.
+    action:    one of `HintKind`'s words; "unknown" for another type, "envelope" where no action could be read.
+    tokens:    granted so far, in whole blocks.
+    until:     Unix time at which what was granted ends; None where nothing ends.
+    reason:    one line; "" where there is nothing to add.
+    """
+
+    action_id: str
+    action: str
+    status: HintStatus
+    tokens: int = 0
+    until: float | None = None
+    reason: str = ""
