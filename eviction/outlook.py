@@ -15,7 +15,8 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from typing import Any, Generic
 
-from eviction.policy import Ending, Hint, K, PromptUse
+from eviction.beliefs import beliefs
+from eviction.policy import Belief, Ending, Hint, K, PromptUse
 from eviction.ranked import Ranked
 from eviction.visits import Cohort, Visits
 from radix.ordered import OrderedMap
@@ -209,3 +210,7 @@ class Outlook(Ranked[K]):
     def restore(self, tables: dict[str, Any]) -> None:
         """Take in what `tables` gave. Raises ValueError for anything else."""
         self._visits.restore(tables)
+
+    def beliefs(self, tables: dict[str, Any]) -> list[Belief]:
+        """Say what such tables mean, the classes that were seen most first."""
+        return beliefs(tables)

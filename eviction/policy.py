@@ -10,7 +10,7 @@ is passed in.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 
@@ -60,6 +60,25 @@ class Ending(NamedTuple):
     finish_reason: str = ""
     last_turn: bool | None = None
     reply_tokens: int = -1
+
+
+BELIEF_SPANS_S = (60.0, 300.0, 3600.0)  # as people ask: is it back within a minute, five, an hour?
+
+
+class Belief(NamedTuple):
+    """What a policy has learned of one class of keys, for people to read.
+
+    words:  what makes the class, widest first, such as ("used once", "after tool_use"); () is all keys. It is a part of
+            the class that lacks its last word.
+    seen:   observations that it rests on.
+    within: probability of a next use within each of BELIEF_SPANS_S.
+    mean_s: mean time until the next use, of those that come within the longest of these spans; None if none does.
+    """
+
+    words: tuple[str, ...]
+    seen: float
+    within: tuple[float, ...]
+    mean_s: float | None
 
 
 class EvictionPolicy(Protocol[K]):
@@ -132,3 +151,31 @@ class PolicyListener(Protocol[K]):
 
     def ended(self, request_id: int, ending: Ending, now: float) -> None:
         """Its answer has ended; ids that were never told of are ignored. Lacking: nothing is said."""
+
+
+class Learner(Protocol):
+    """A policy that learns what outlives its keys. One that does not lacks all three; see `learner`."""
+
+    def tables(self) -> dict[str, Any]:
+        """Return what was learned: for JSON, where numpy's arrays count as lists. Within a millisecond or two.
+
+        Bounded, whatever was seen, and no longer the policy's: nothing changes in it afterwards.
+        """
+
+    def restore(self, tables: dict[str, Any]) -> None:
+        """Take in what `tables` of any process gave, as JSON gives it back, in place of what was learned; keys stay.
+
+        Raises ValueError for anything else, and then nothing has changed.
+        """
+
+    def beliefs(self, tables: dict[str, Any]) -> list[Belief]:
+        """Say what such tables mean. Any thread, without the lock: it looks at nothing of the policy's own.
+
+        Raises ValueError as `restore` does.
+        """
+
+
+def learner(policy: object) -> Learner | None:
+    """Return the policy as one that learns, if it does."""
+    found: Any = policy
+    return found if all(hasattr(policy, name) for name in ("tables", "restore", "beliefs")) else None

@@ -35,4 +35,4 @@ def make_policy(name: str, ttl_s: float | None = None) -> Ttl[Any]:
     factory = POLICIES.get(name)
     if factory is None:
         raise ValueError(f"eviction policy is {name!r}; it must be one of {', '.join(sorted(POLICIES))}")
-    return Ttl(factory(), ttl_s)
+    return Ttl(factory(), ttl_s, name)

@@ -22,7 +22,7 @@ from math import inf, isnan
 from typing import Any, Generic, NamedTuple
 
 from eviction.forecast import has_forecast
-from eviction.policy import NO_HINT, Ending, EvictionPolicy, Hint, K, PromptUse
+from eviction.policy import NO_HINT, Ending, EvictionPolicy, Hint, K, Learner, PromptUse, learner
 from radix.ordered import OrderedMap
 
 NEVER = 0.0  # a ttl that sets no deadline
@@ -42,20 +42,22 @@ class _Loan(NamedTuple):
 class Ttl(Generic[K]):
     """An EvictionPolicy that adds deadlines to `inner`.
 
+    name:  of the inner policy, as it is configured.
     ttl_s: seconds from a key's last add or touch to its deadline, for keys whose hint has none; None or 0 means never.
            A hint's ttl_s of 0 means never too, and a negative one a deadline that has passed.
 
     has_deadlines: False while no key has one: then `expired` need not be asked.
 
-    hold, release, renew, name_by, used and ended are passed on where the inner policy has them, see `Listener`.
+    hold, release, renew, name_by, used and ended are passed on where the inner policy has them, see `PolicyListener`.
 
     `now` may go back between calls, see the module: O(keys) then. Otherwise O(1) per key, and O(log classes) for each
     class that is due.
     """
 
-    def __init__(self, inner: EvictionPolicy[K], ttl_s: float | None = None) -> None:
+    def __init__(self, inner: EvictionPolicy[K], ttl_s: float | None = None, name: str = "") -> None:
         if ttl_s is not None and not ttl_s >= 0:
             raise ValueError(f"ttl_s is {ttl_s}; it must be at least 0 seconds, where 0 or None means never")
+        self.name = name or type(inner).__name__.lower()
         self._inner = inner
         self._hold: Callable[[Iterable[K]], None] = getattr(inner, "hold", inner.discard)
         self._release: Callable[[Iterable[K], float, Hint], None] = getattr(inner, "release", inner.add)
@@ -110,6 +112,11 @@ class Ttl(Generic[K]):
     def ended(self, request_id: int, ending: Ending, now: float) -> None:
         """Tell the inner policy, if it cares, of the end of an answer."""
         getattr(self._inner, "ended", _unheard)(request_id, ending, now)
+
+    @property
+    def learner(self) -> Learner | None:
+        """The inner policy, if it learns."""
+        return learner(self._inner)
 
     def touch(self, keys: Iterable[K], now: float) -> None:
         """Note a use of keys and move their deadlines. Unknown keys are ignored."""

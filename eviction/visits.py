@@ -34,10 +34,11 @@ SHORT_BY = 2  # blocks that a turn may lack of what it continues: the last one i
 MOST_REASONS = 6  # finish reasons told apart
 
 NEW, BRANCH = 7, 6  # paces of what continues no visit
-_PACES_S = (5.0, 15.0, 45.0, 120.0, 400.0)
-_USES = (1, 2, 4, 8, 32)
-_REPLIES = (16, 64, 160, 320, 640)  # tokens
-_TURNS = (0, 1, 3, 8)
+# Limits of ranks, each of which it belongs to itself.
+PACES_S = (5.0, 15.0, 45.0, 120.0, 400.0)
+USES = (1, 2, 4, 8, 32)
+REPLIES = (16, 64, 160, 320, 640)  # tokens
+TURNS = (0, 1, 3, 8)
 _COUNT_BITS = 6
 _MOST_COUNT = (1 << _COUNT_BITS) - 1
 
@@ -115,7 +116,7 @@ class Visits:
             if code is not None:
                 count = min((code & _MOST_COUNT) + 1, _MOST_COUNT)
                 self._reuse(self._by_number[code >> _COUNT_BITS], run, now)
-            cls = self.survival.class_of((500 + _rank(count, _USES), *features))
+            cls = self.survival.class_of((500 + _rank(count, USES), *features))
             if cohort is None or self._classes[cohort.slot] != cls:
                 above, cohort = cohort, self._new(depth, now)
                 cohort.size, cohort.turn = len(names), turn
@@ -234,7 +235,7 @@ class Visits:
             before = self._by_number[self._uses[use.path[known - 1]] >> _COUNT_BITS]
             pace = BRANCH
             if before.size and known >= max(2, before.size - SHORT_BY):
-                pace, turn = _rank(now - before.time, _PACES_S), before.turn + 1
+                pace, turn = _rank(now - before.time, PACES_S), before.turn + 1
         features = []
         if ending.last_turn or (use.last_turn and ending.last_turn is None):
             features.append(400)
@@ -242,8 +243,8 @@ class Visits:
             features.append(100 + self._number_of(ending.finish_reason))
         features.append(pace)
         if ending.reply_tokens >= 0:
-            features.append(200 + _rank(ending.reply_tokens, _REPLIES))
-        features.append(300 + _rank(turn, _TURNS))
+            features.append(200 + _rank(ending.reply_tokens, REPLIES))
+        features.append(300 + _rank(turn, TURNS))
         return tuple(features), turn
 
     def _number_of(self, reason: str) -> int:

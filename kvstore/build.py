@@ -10,6 +10,7 @@ from uuid import uuid4
 from kvstore.config.sections import BreakerConfig, Config
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.layout import Layout
+from kvstore.learned import Learned
 from kvstore.move.breaker import Breaker
 from kvstore.move.lane import Lane
 from kvstore.move.recorder import TrafficRecorder
@@ -70,9 +71,13 @@ def open_store(
         )
         for tier in opened:
             planner.restore(tier.name, [(page.key, page.meta) for page in tier.scan()])
+        learned = _learned(config, layout, namespace)
+        if learned is not None:
+            for name, policy in planner.books.policies():
+                learned.restore(name, policy)
         record = config.store.record
         recorder = None if record is None else TrafficRecorder(record, layout.block_size, config.store.record_bytes)
-        return LocalStore(layout, namespace, planner, slab, lanes, recorder=recorder)
+        return LocalStore(layout, namespace, planner, slab, lanes, recorder=recorder, learned=learned)
     except BaseException:
         for tier in opened:
             tier.close()
@@ -110,6 +115,8 @@ def attach_tier(store: LocalStore, config: Config, name: str) -> None:
     num_slots = store.slots.buffer.nbytes // store.layout.slot_bytes
     lower = _open_tier(kind, section, config, store.layout, num_slots, store.namespace)
     try:
+        if lower.plan.policy is not None:
+            store.relearn(name, lower.plan.policy)
         store.admin.attach_tier(lower.lane(config, store.slots.view), lower.plan)
     except BaseException:
         lower.tier.close()
@@ -178,6 +185,12 @@ def _open_tier(
         can_clear=namespace is not None and isinstance(tier, Sweepable),  # what has its place is the namespace's own
     )
     return OpenedTier(tier, plan, kind.value(section, "timeout_s", 2.0))
+
+
+def _learned(config: Config, layout: Layout, namespace: Namespace) -> Learned | None:
+    """The place of what policies learn: beside the pages of the first tier that has a directory."""
+    homes = [home for kind, section in config.tiers() if (home := kind.home(section)) is not None]
+    return Learned(homes[0], namespace.root().hex(), layout.block_size) if homes else None
 
 
 def _settings(config: Config, num_slots: int) -> PlanSettings:

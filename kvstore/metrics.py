@@ -122,6 +122,10 @@ METRICS: tuple[MetricSpec, ...] = (
     # The store's own recording, where there is one.
     _counter("recorded", "recorded_requests", "Requests written to the recording."),
     _counter("record_dropped", "record_dropped_requests", "Requests not recorded: queue full, or file not writable."),
+    # What policies have learned, where they learn and a tier has a directory.
+    _counter("tables_written", "policy_tables_written", "Files of what policies learned that were written."),
+    _counter("tables_failed", "policy_tables_failed", "Times what a policy learned could not be written."),
+    _counter("tables_unread", "policy_tables_unread", "Files of it that were not taken in at the start.", "reason"),
     # What is there now.
     _gauge("slots", "slots", "Host slots by state; the sum is the capacity.", "state"),
     _gauge("pinned_pages", "pinned_pages", "Resident pages that nothing may evict now."),

@@ -87,4 +87,4 @@ def can_forecast(name: str) -> bool:
 
 def make_policy(name: str, ttl_s: float | None = None) -> Ttl[Any]:
     """Return a new policy with deadlines on top; see `eviction.registry.make_policy`. Raises ConfigError."""
-    return Ttl(find_policy(name)(), ttl_s)
+    return Ttl(find_policy(name)(), ttl_s, name)

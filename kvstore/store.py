@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from eviction.ttl import Ttl
 from kvstore.admin import Admin
 from kvstore.dispatcher import Dispatcher, silent_after_close
 from kvstore.errors import RequestError
@@ -18,7 +19,9 @@ from kvstore.forks import forbid, harmless
 from kvstore.hinting import Hinting
 from kvstore.keep import LocalKeep
 from kvstore.layout import Layout
+from kvstore.learned import Learned
 from kvstore.move.lane import Lane
+from kvstore.move.learned_writer import LearnedWriter, Taken
 from kvstore.move.recorder import TrafficRecorder
 from kvstore.plan.flushing import Flushing, Told
 from kvstore.plan.journal import BlockEvent, Journal
@@ -34,6 +37,7 @@ from kvstore.plan.records import (
     Request,
     SaveLease,
 )
+from kvstore.plan.state import Page
 from kvstore.requests import RequestMaker, check_blocks, check_range
 from kvstore.stats import snapshot
 from kvstore.tiers.host import HostSlab
@@ -61,6 +65,7 @@ class LocalStore(RequestMaker, Hinting, Waits):
         lanes: Sequence[Lane] = (),
         *,
         recorder: TrafficRecorder | None = None,
+        learned: Learned | None = None,
         close_timeout_s: float = 5.0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -78,6 +83,8 @@ class LocalStore(RequestMaker, Hinting, Waits):
         self._recorder = recorder
         if recorder is not None:
             planner.lookups.observer = recorder.put
+        self._learned_writer = None if learned is None else LearnedWriter(learned, self._take_learned)
+        self._begin_learning()
         self.keep = LocalKeep(self._dispatcher, self._in_steps, now)
         self.admin = Admin(self._dispatcher)
         forbid(self)
@@ -225,7 +232,18 @@ class LocalStore(RequestMaker, Hinting, Waits):
             counted = snapshot(self._planner, self._dispatcher.lanes)
         if self._recorder is not None:
             counted |= {"recorded": self._recorder.num_written, "record_dropped": self._recorder.num_dropped}
+        if self._learned_writer is not None:
+            learned = self._learned_writer.learned
+            counted |= {"tables_written": learned.num_written, "tables_failed": learned.num_failed}
+            counted["tables_unread"] = dict(learned.unread)
         return counted
+
+    def relearn(self, tier: str, policy: Ttl[Page]) -> None:
+        """Give the policy of a tier that comes back what the one before it has learned."""
+        if self._learned_writer is not None and policy.learner is not None:
+            self._learned_writer.write_now()
+            self._learned_writer.learned.restore(tier, policy)
+            self._learned_writer.begin()
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Register `listener`, called whenever a wait may be over: an outcome, a tier's state, the end of a lease.
@@ -252,6 +270,8 @@ class LocalStore(RequestMaker, Hinting, Waits):
                 log.warning("close: not everything is on its tiers: %s", flushed)
         if not self._dispatcher.close():
             return
+        if self._learned_writer is not None:
+            self._learned_writer.close()
         mover = self._dispatcher.mover
         mover.close(max(0.5, until - time.monotonic()))
         for lane in mover.lanes.values():
@@ -268,6 +288,18 @@ class LocalStore(RequestMaker, Hinting, Waits):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _begin_learning(self) -> None:
+        """Where no policy learns, there is no thread for it."""
+        if self._learned_writer is not None and any(
+            policy.learner is not None for _, policy in self._planner.books.policies()
+        ):
+            self._learned_writer.begin()
+
+    def _take_learned(self) -> Taken:
+        with self._lock:
+            self._dispatcher.settle()
+            return self._planner.books.learned()
 
     # ---- the looks that waits are made of (waits.py) ----------------------------------------------------------
 

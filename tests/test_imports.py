@@ -92,6 +92,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "kvstore.dispatcher": ("kvstore.errors", "kvstore.forks", "kvstore.move", "kvstore.plan"),
     "kvstore.admin": (
+        "eviction.policy",
         "kvstore.dispatcher",
         "kvstore.errors",
         "kvstore.forks",
@@ -319,6 +320,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.plan.ended",
         "kvstore.recording",
     ),
+    "kvstore.learned": ("eviction", "kvstore.errors", "kvstore.tiers.disk.private_files"),
+    "kvstore.move.learned_writer": ("kvstore.forks", "kvstore.learned", "kvstore.move.threads"),
     "kvstore.move": (
         "kvstore.tiers.base",
         "kvstore.tiers.host",  # what lanes read into for rows of an engine is made as the slab is

@@ -1,20 +1,24 @@
 """The books that all parts of the planner share: what there is, and where it is.
 
-Made by the planner, and handed to each part instead of its six members. It has no verbs: what is done with a member is
-the member's own, or the part's.
+Made by the planner, and handed to each part instead of its six members. It has no verbs that change
+anything: what is done with a member is the member's own, or the part's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+from eviction.ttl import Ttl
 from kvstore.clock import Clock
 from kvstore.layout import Layout
 from kvstore.plan.catalog import Catalog
 from kvstore.plan.cost import CostModel
 from kvstore.plan.host import HostMemory
 from kvstore.plan.lower_tier import LowerTier
-from kvstore.plan.records import PlanSettings
+from kvstore.plan.records import HOST, PlanSettings
+from kvstore.plan.state import Page
 from kvstore.plan.transfers import TransferBook
 
 
@@ -43,3 +47,18 @@ class Books:
         groups = range(len(self.layout.groups))
         self.windows = [self.layout.window_blocks(group) for group in groups]
         self.page_bytes = [self.layout.stored_bytes(group) for group in groups]
+
+    def policies(self) -> Iterator[tuple[str, Ttl[Page]]]:
+        """Yield the name and the policy of each tier that has one."""
+        yield HOST, self.host.policy
+        for tier in self.tiers:
+            if tier.plan.policy is not None:
+                yield tier.plan.name, tier.plan.policy
+
+    def learned(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Return, by tier, the name of a policy that learns, and its tables."""
+        return {
+            name: (policy.name, policy.learner.tables())
+            for name, policy in self.policies()
+            if policy.learner is not None
+        }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 
 from eviction import visits
+from eviction.beliefs import _word
 from eviction.outlook import Outlook
 from eviction.policy import Ending, EvictionPolicy, Hint, PromptUse
 from eviction.ttl import Ttl
@@ -53,6 +56,12 @@ class Requests:
 @pytest.fixture
 def requests() -> Requests:
     return Requests()
+
+
+def plain(tables: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: np.asarray(value).tolist() if name in ("events", "at_risk") else value for name, value in tables.items()
+    }
 
 
 def path_of(name: str, num_blocks: int) -> list[str]:
@@ -159,7 +168,7 @@ def test_what_was_learned_survives_a_restart(requests: Requests) -> None:
         requests.ask(path_of(f"a{i}", 3), 40.0 * i + 30, Ending("stop"))
     fresh: Outlook[str] = Outlook()
     fresh.restore(requests.policy.tables())
-    assert fresh.tables() == requests.policy.tables()
+    assert plain(fresh.tables()) == plain(requests.policy.tables())
 
 
 def test_after_a_restart_a_finish_reason_means_what_it_meant(requests: Requests) -> None:
@@ -195,3 +204,34 @@ def test_callers_that_make_up_finish_reasons_fill_no_memory(requests: Requests) 
     for i in range(100):
         requests.ask(path_of("a", 2), float(i), Ending(f"reason {i}"))
     assert len(requests.policy.tables()["finish_reasons"]) == visits.MOST_REASONS
+
+
+def test_beliefs_say_in_words_what_comes_back_and_how_soon(requests: Requests) -> None:
+    for i in range(400):
+        requests.ask(path_of(f"tool{i}", 4), 100.0 * i, Ending("tool_use"))
+        requests.ask(path_of(f"tool{i}", 4), 100.0 * i + 30, Ending("end_turn", None, 700))
+        requests.evict(max(len(requests.policy) - 60, 0))
+
+    beliefs = {one.words: one for one in requests.policy.beliefs(requests.policy.tables())}
+
+    waiting = beliefs["used once", "after tool_use"]
+    assert waiting.within[0] > 0.9, "it came back after 30 s, each time"
+    assert waiting.mean_s is not None
+    assert 20 < waiting.mean_s < 120
+    assert waiting.seen == pytest.approx(1600, rel=0.1)
+    done = beliefs["used twice", "after end_turn", "came after 15 to 45 s", "reply of more than 640 tokens", "turn 2"]
+    assert done.within[0] < 0.2
+    assert next(iter(beliefs)) == (), "all blocks were seen most"
+
+
+def test_beliefs_name_every_rank() -> None:
+    features = [500, 501, 502, 505, 400, 300, 302, 304, 200, 205, 100, 199, 0, 1, 5, visits.BRANCH, visits.NEW]
+
+    words = [_word(feature, {0: "stop"}) for feature in features]
+
+    assert words == [
+        "used once", "used twice", "used 3 to 4 times", "used more than 32 times", "said to be the last turn",
+        "turn 1", "turn 3 to 4", "turn more than 9", "reply of up to 16 tokens", "reply of more than 640 tokens",
+        "after stop", "after another end", "came within 5 s", "came after 5 to 15 s", "came after more than 400 s",
+        "branch of another", "new prompt",
+    ]  # fmt: skip

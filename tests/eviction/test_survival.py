@@ -12,6 +12,12 @@ from eviction.survival import EDGES, MAX_CLASSES, NUM_AGES, Survival, age_of, ag
 MINUTE = age_of(60.0)
 
 
+def plain(tables: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: np.asarray(value).tolist() if name in ("events", "at_risk") else value for name, value in tables.items()
+    }
+
+
 def learned(survival: Survival, features: tuple[int, ...], num: int, *, used_at: int | None) -> int:
     """Show `num` blocks of a class: all used at an age, or waiting for ever for None."""
     number = survival.class_of(features)
@@ -91,7 +97,7 @@ def test_tables_are_restored() -> None:
     learned(survival, (1, 2), 1000, used_at=MINUTE)
     learned(survival, (3,), 1000, used_at=None)
     other.restore(survival.tables())
-    assert other.tables() == survival.tables()
+    assert plain(other.tables()) == plain(survival.tables())
     assert np.array_equal(other.index[: len(other.classes())], survival.index[: len(other.classes())])
 
 
@@ -110,7 +116,7 @@ def test_tables_are_restored() -> None:
 def test_tables_that_are_none_are_refused_and_change_nothing(broken: dict[str, Any]) -> None:
     survival = Survival()
     learned(survival, (1,), 10, used_at=MINUTE)
-    before = survival.tables()
+    before = plain(survival.tables())
     with pytest.raises(ValueError):  # noqa: PT011 - the words differ
         survival.restore(broken)
-    assert survival.tables() == before
+    assert plain(survival.tables()) == before

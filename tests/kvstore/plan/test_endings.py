@@ -56,7 +56,16 @@ def pages(planner: Planner, clocks: Clocks) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("theirs", "word"),
-    [("tool_calls", "tool_use"), ("STOP", "end_turn"), ("stopped", "end_turn"), ("max_tokens", "length"), ("x", "x")],
+    [
+        ("tool_calls", "tool_use"),
+        ("STOP", "end_turn"),
+        ("stopped", "end_turn"),
+        ("max_tokens", "length"),
+        ("x", "x"),
+        ("please tell me more", "other"),
+        ("z" * 33, "other"),
+        ("", ""),
+    ],
 )
 def test_whoevers_word_it_is_a_reason_has_one(theirs: str, word: str) -> None:
     assert one_word(theirs) == word
