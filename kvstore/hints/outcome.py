@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 
 class HintStatus(Enum):
@@ -33,3 +34,14 @@ class HintOutcome:
     tokens: int = 0
     until: float | None = None
     reason: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as doors answer it; what has nothing to say is left out."""
+        told: dict[str, Any] = {"action_id": self.action_id, "action": self.action, "status": self.status.value}
+        if self.tokens:
+            told["tokens"] = self.tokens
+        if self.until is not None:
+            told["until"] = self.until
+        if self.reason:
+            told["reason"] = self.reason
+        return told
