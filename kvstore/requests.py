@@ -18,6 +18,7 @@ from radix.hashing import BlockHash, BlockHasher, bind_hashes
 from radix.namespace import Namespace
 
 MAX_SESSION_BYTES = 1024  # a block keeps the name of its session
+MAX_REASON_BYTES = 64
 MAX_STEP_BLOCKS = 1 << 31
 MAX_TTL_S = 100 * 365 * 86400.0  # deadlines are written down as numbers of bounded size
 MAX_TENANT_KEPT = 1024  # characters; the root of a longer name is made anew each time
@@ -128,6 +129,14 @@ def check_ttl(name: str, ttl_s: object) -> None:
     """Raise RequestError unless it is a time to live that every medium can write down."""
     if not (_is_real(ttl_s) and 0 < ttl_s <= MAX_TTL_S):
         raise RequestError(f"{name} is {_show(ttl_s)}; it must be positive, at most {MAX_TTL_S:.0f} seconds")
+
+
+def check_reason(reason: object) -> str:
+    """Return why a reply ended, in a caller's word. Raises RequestError for what is no word."""
+    num_bytes = _num_bytes(reason)
+    if not isinstance(reason, str) or num_bytes is None or num_bytes > MAX_REASON_BYTES:
+        raise RequestError(f"finish_reason is {_show(reason)}; it must be text of at most {MAX_REASON_BYTES} bytes")
+    return reason
 
 
 def check_range(name: str, value: int, most: int, least: int = 0) -> None:

@@ -294,9 +294,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @quiet(lambda: (False, None))
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
-        """The request is over; its blocks may go at once."""
-        self._half.request_finished(request)
-        return False, None
+        """The request is over; its blocks may go at once. Its answer says what became of its hints."""
+        return False, self._half.request_finished(request)
 
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         """As request_finished, for models with several layer groups."""

@@ -32,6 +32,7 @@ COUNTERS: dict[str, tuple[str, str, str]] = {
     "rest_seconds": ("rest_seconds", "Seconds that steps with nothing to compute waited for our tiers.", ""),
     "steps": ("steps", "Engine steps seen.", ""),
     "hit_tokens": ("hit_tokens", "Prompt tokens loaded, by the tier they came from.", "tier"),
+    "hints": ("hints", "Actions of KV hints, by what became of them.", "outcome"),
     "corrupt_pages": ("corrupt_pages", "Pages whose checksum or identity was wrong; they were misses.", "tier"),
     "breaker_opens": ("breaker_opens", "Times a failing tier was taken out.", "tier"),
 }

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from connectors.vllm.layout import EngineLayout
-from kvstore.base import KVStore, LoadLease, Request, RequestOptions
+from kvstore.base import HintOutcome, KVStore, LoadLease, Request, RequestOptions
 from kvstore.errors import RequestError
-from kvstore.requests import check_options
+from kvstore.requests import check_options, check_reason
 
 log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 
@@ -27,6 +27,7 @@ class Tracked:
 
     engine:     vLLM's request.
     store:      ours; it grows with the block hashes vLLM makes.
+    finish_reason: why the reply will have ended, of whoever knows it better than vLLM; "" leaves it to vLLM.
     first:      blocks that vLLM's own cache had at the last question.
     promised:   blocks the request can start from, of the answer that was given.
     asked_at:   when it was first answered "ask again", but for what another request computes.
@@ -36,10 +37,12 @@ class Tracked:
     num_saved:  blocks that have been given to a save, or need none.
     num_hashed: vLLM's hashes that are in `store`.
     by_tier:    blocks of the load by the tier they come from.
+    outcomes:   what became of the hints that came with it.
     """
 
     engine: Any
     store: Request
+    finish_reason: str = ""
     most: int = NEVER
     lease: LoadLease | None = None
     first: int = 0
@@ -51,6 +54,7 @@ class Tracked:
     num_saved: int = 0
     num_hashed: int = 0
     by_tier: dict[str, int] = field(default_factory=dict)
+    outcomes: tuple[HintOutcome, ...] = ()
 
 
 class Requests:
@@ -83,10 +87,9 @@ class Requests:
         tenant = self._identify(request)
         if self.salt:
             tenant = f"{tenant}|{self.salt}"
-        made = self._store.request_from_hashes(
-            [], max(1, request.num_tokens), _options(request, replace(self._usual, tenant=tenant))
-        )
-        self._tracked[request.request_id] = Tracked(request, made)
+        options, finish_reason = _options(request, replace(self._usual, tenant=tenant))
+        made = self._store.request_from_hashes([], max(1, request.num_tokens), options)
+        self._tracked[request.request_id] = Tracked(request, made, finish_reason)
 
     def get(self, name: str) -> Tracked | None:
         """The record of a request."""
@@ -122,13 +125,14 @@ class Requests:
         return iter(list(self._tracked.values()))
 
 
-def _options(request: Any, plain: RequestOptions) -> RequestOptions:
-    """The hints of vLLM's request: those under "kvstore" in kv_transfer_params.
+def _options(request: Any, plain: RequestOptions) -> tuple[RequestOptions, str]:
+    """The hints of vLLM's request: those under "kvstore" in kv_transfer_params; and the end that they tell of.
 
     They come from whoever sent the request, so those that make no sense are ignored, all of them.
     """
-    hints = (getattr(request, "kv_transfer_params", None) or {}).get("kvstore", {})
+    hints: Any = None
     try:
+        hints = (getattr(request, "kv_transfer_params", None) or {}).get("kvstore", {})
         ttl_s = hints.get("ttl_s")
         options = replace(
             plain,
@@ -139,7 +143,7 @@ def _options(request: Any, plain: RequestOptions) -> RequestOptions:
             last_turn=hints.get("last_turn", False),
         )
         check_options(options)  # not every text that JSON can spell is one, nor is every number
+        return options, check_reason(hints.get("finish_reason", ""))
     except (AttributeError, TypeError, ValueError, OverflowError, RequestError) as error:
         log.warning("kvstore: hints %.200r of request %s are ignored: %s", hints, request.request_id, error)
-        return plain
-    return options
+        return plain, ""

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from connectors.vllm import loads, saves
+from connectors.vllm import hints, loads, saves
 from connectors.vllm.config import ConnectorConfig
 from connectors.vllm.events import Announcer, News
 from connectors.vllm.layout import EngineLayout
@@ -22,7 +22,7 @@ from connectors.vllm.loads import SchedulerLoads
 from connectors.vllm.messages import IDLE_WAIT_S, StepPlan, StepReport
 from connectors.vllm.requests import Requests
 from connectors.vllm.saves import SchedulerSaves
-from kvstore.base import KVStore, Slab
+from kvstore.base import HintStatus, KVStore, Slab
 
 log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 
@@ -34,6 +34,7 @@ COUNTERS = (
     "saved_bytes",
     "save_seconds",
     "hook_errors",
+    *(f"hints.{status.value}" for status in HintStatus),
 )
 
 
@@ -84,6 +85,8 @@ class SchedulerHalf:
     def new_request(self, request: Any) -> None:
         """A request came."""
         self._requests.begin(request)
+        for message in hints.messages(request):
+            self._hint(request, message)
 
     def matched(self, request: Any, num_computed: int) -> tuple[int | None, bool]:
         """How many tokens after the first `num_computed` can be loaded, and whether aside; None means ask again."""
@@ -110,18 +113,18 @@ class SchedulerHalf:
         tracked = self._requests.get(request.request_id)
         return {} if tracked is None else self._loads.sources(tracked, num_tokens)
 
-    def request_finished(self, request: Any) -> None:
-        """The request is over, well or not."""
+    def request_finished(self, request: Any) -> dict[str, Any] | None:
+        """The request is over, well or not; returns what became of its hints, None if it had none."""
         tracked = self._requests.end(request.request_id)
         self._saves.request_finished(request.request_id)
         if tracked is None:
-            return
+            return None
         self._loads.let_go(tracked)
-        status = getattr(getattr(request, "status", None), "name", "")
+        status = getattr(getattr(request, "status", None), "name", "").removeprefix("FINISHED_").lower()
+        reason = tracked.finish_reason if tracked.finish_reason and status == "stopped" else status
         reply_tokens = getattr(request, "num_output_tokens", -1)
-        self.store.keep.finished(
-            tracked.store, finish_reason=status.removeprefix("FINISHED_").lower(), reply_tokens=reply_tokens
-        )
+        self.store.keep.finished(tracked.store, finish_reason=reason, reply_tokens=reply_tokens)
+        return hints.answer(tracked.outcomes)
 
     # ---- one step ---------------------------------------------------------------------------------------------
 
@@ -175,6 +178,17 @@ class SchedulerHalf:
     def saved(self, lease_id: int, ok: bool) -> None:
         """A save of the only rank ended. Any thread; publishes at once what `reported` would at the next step."""
         self._saves.saved(lease_id, ok)
+
+    def _hint(self, request: Any, message: object) -> None:
+        """Hand a message to the store, with the prompt that it came with."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is None:
+            return
+        self._requests.extend(tracked)
+        outcomes = self.store.hint(message, tracked.store)
+        tracked.outcomes += outcomes
+        for outcome in outcomes:
+            self.counters[f"hints.{outcome.status.value}"] += 1
 
     def _add_slabs(self, plan: StepPlan) -> None:
         """Tell the workers where slots lie, if they need to know."""

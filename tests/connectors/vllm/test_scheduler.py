@@ -357,6 +357,8 @@ def test_hints_of_a_request_reach_the_store(world: World) -> None:
         {"retain_until": 10**400},
         {"retain_until": float("inf")},
         {"retain_until": float("nan")},
+        {"finish_reason": 7},
+        {"finish_reason": "f" * 65},
         "session",
         7,
         None,
@@ -370,6 +372,66 @@ def test_hints_that_make_no_sense_are_ignored(world: World, hints: Any) -> None:
 
     options = world.half._requests._tracked["a"].store.options
     assert (options.session, options.priority, options.ttl_s, options.retain_until) == ("", 0, None, 0.0)
+
+
+def test_a_reply_that_calls_a_tool_ends_so_where_the_request_says_it(world: World) -> None:
+    for name, status in (("a", "FINISHED_STOPPED"), ("b", "FINISHED_LENGTH_CAPPED")):
+        asked = request(name, BLOCK)
+        asked.kv_transfer_params = {"kvstore": {"finish_reason": "tool_use"}}
+        asked.status = SimpleNamespace(name=status)
+        world.half.new_request(asked)
+        world.half.request_finished(asked)
+
+    assert world.store._planner.in_steps.finish_reasons == {"tool_use": 1, "length_capped": 1}
+
+
+def message(*actions: tuple[str, dict[str, Any]], version: str = "1.0") -> dict[str, Any]:
+    return {
+        "protocol_version": version,
+        "message_id": "m",
+        "actions": [
+            {"action_id": f"a{number}", "action_type": kind, "action_version": "1.0", "payload": payload}
+            for number, (kind, payload) in enumerate(actions)
+        ],
+    }
+
+
+def struct(message: dict[str, Any]) -> Any:
+    """The same as vLLM's own structs."""
+    actions = [SimpleNamespace(**action) for action in message["actions"]]
+    return SimpleNamespace(**{**message, "actions": actions})
+
+
+def test_both_carriers_of_a_message_are_read_and_answered(world: World) -> None:
+    asked = request("a", 4 * BLOCK)
+    asked.kv_hints = struct(message(("pin", {"ttl_s": -1})))
+    asked.kv_transfer_params = {"kv_hint": message(("kv.pin", {"ttl_s": -1}), ("evaporate", {}))}
+    world.half.new_request(asked)
+
+    answer = world.half.request_finished(asked)
+
+    assert answer is not None
+    told = [(one["action"], one["status"]) for one in answer["kv_hint"]["outcomes"]]
+    assert told == [("pin", "rejected"), ("pin", "rejected"), ("unknown", "ignored")]
+    assert world.half.counters["hints.rejected"] == 2
+    assert world.half.counters["hints.ignored"] == 1
+
+
+def test_a_request_without_hints_has_no_answer_about_them(world: World) -> None:
+    asked = request("a", 4 * BLOCK)
+    world.half.new_request(asked)
+
+    assert world.half.request_finished(asked) is None
+
+
+@pytest.mark.parametrize("params", [[], ["kv_hint"], "kv_hint", 7, {"kv_hint": None}])
+def test_params_that_are_no_object_are_no_hints(world: World, params: Any) -> None:
+    asked = request("a", 4 * BLOCK)
+    asked.kv_transfer_params = params
+    world.half.new_request(asked)
+
+    assert world.half._requests.get("a") is not None
+    assert world.half.request_finished(asked) is None
 
 
 def test_a_save_that_cannot_be_planned_keeps_no_load_back(world: World) -> None:
