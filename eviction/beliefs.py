@@ -66,7 +66,11 @@ def _word(feature: int, reasons: Mapping[int, str]) -> str:
         return "new prompt"
     if rank == visits.BRANCH:
         return "branch of another"
-    return f"came after {_values(rank, visits.PACES_S, step=0)} s" if rank else f"came within {visits.PACES_S[0]:g} s"
+    return (
+        f"turn came after {_values(rank, visits.PACES_S, step=0)} s"
+        if rank
+        else f"turn came within {visits.PACES_S[0]:g} s"
+    )
 
 
 def _values(rank: int, limits: Sequence[float], step: int = 1) -> str:

@@ -5,6 +5,7 @@ The daemon's API and dashboard are made of it; no connector needs it.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 from eviction.policy import Belief
@@ -18,6 +19,8 @@ from kvstore.plan.records import Explanation, Request
 from kvstore.plan.retention import Kept
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.tiers.base import CLEARED, Sweepable
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +74,17 @@ class Admin:
                 (tier, policy, policy.learner, None if policy.learner is None else policy.learner.tables())
                 for tier, policy in self._planner.books.policies()
             ]
-        return [
-            PolicyView(tier, policy.name, None if learner is None or tables is None else learner.beliefs(tables))
-            for tier, policy, learner, tables in found
-        ]
+        views = []
+        for tier, policy, learner, tables in found:
+            beliefs: list[Belief] | None = None
+            if learner is not None and tables is not None:
+                try:
+                    beliefs = learner.beliefs(tables)
+                except Exception:  # somebody else's policy may raise anything
+                    log.exception("policy %s of tier %s does not say what it believes", policy.name, tier)
+                    beliefs = []
+            views.append(PolicyView(tier, policy.name, beliefs))
+        return views
 
     def guide(self, tour: Tour, max_blocks: int = 2048) -> bool:
         """One step of a walk over everything that is stored; True when it is over. See kvstore/plan/prefixes.py."""

@@ -97,6 +97,7 @@ METRICS: tuple[MetricSpec, ...] = (
     _counter("spill_failures", "spill_failed_pages", "Pages a lower tier failed to take.", "tier"),
     _counter("refused_pages", "refused_pages", "Pages worth less than what would have left a tier for them.", "tier"),
     _gauge("write_budget", "write_budget_bytes", "Bytes that a tier's write budget allows now.", "tier"),
+    _gauge("write_budget_day", "write_budget_bytes_per_day", "A tier's write budget for a day.", "tier"),
     _counter("write_budget_spent", "write_budget_spent", "Times nothing was left of a write budget.", "tier"),
     _counter("spill_lost", "spill_lost_pages", "Pages evicted from host memory before a tier got them.", "tier"),
     # Leaving.

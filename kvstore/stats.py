@@ -46,6 +46,7 @@ def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
         "owed_pages": {name: len(tier.debts) for name, tier in tiers.items()},
         "refused_pages": {name: tier.counters.refused_pages for name, tier in tiers.items()},
         "write_budget": {name: tier.budget.left_bytes for name, tier in tiers.items() if tier.budget is not None},
+        "write_budget_day": {n: tier.budget.bytes_per_day for n, tier in tiers.items() if tier.budget is not None},
         "write_budget_spent": {name: tier.budget.num_spent for name, tier in tiers.items() if tier.budget is not None},
         "deleted_pages": {name: tier.deletes.num_done for name, tier in tiers.items()},
         "delete_failures": {name: tier.deletes.num_failed for name, tier in tiers.items()},

@@ -241,7 +241,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.service.http",
         "kvstore.web",
     ),
+    "kvstore.beliefs": ("eviction.policy",),
     "kvstore.service.http": (
+        "eviction.policy",
+        "kvstore.admin",
+        "kvstore.beliefs",
         "kvstore.build",
         "kvstore.config.sections",
         "kvstore.errors",
@@ -257,6 +261,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "radix",
     ),
     "kvstore.service.dashboard": (
+        "kvstore.admin",
         "kvstore.errors",
         "kvstore.plan.state",
         "kvstore.plan.prefixes",

@@ -25,17 +25,27 @@ def inspect(
     top: Annotated[int, typer.Option("--top", min=0, help="How many of the biggest prefixes to show.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a disk tier holds: geometry, pages, bytes, ages, depths, the biggest prefixes.
+    """Show what a disk tier holds: geometry, pages, bytes, ages, depths, the biggest prefixes, and what its store's
+    policies have learned.
 
     Nothing is changed, and other processes may use the directory meanwhile.
     """
+    from kvstore.cli.policies_view import learned_in, policy_table
     from kvstore.tiers.disk.report import describe
 
     check_directory(directory)
     facts = describe(directory)
     trunks = _trunks(directory, facts)
+    policies = learned_in(directory)
     if as_json:
-        print_json({**facts, "prefixes": [asdict(trunk) for trunk in trunks[:top]], "num_prefixes": len(trunks)})
+        print_json(
+            {
+                **facts,
+                "prefixes": [asdict(trunk) for trunk in trunks[:top]],
+                "num_prefixes": len(trunks),
+                "policies": policies,
+            }
+        )
         return
     output = console()
     output.print(_summary(facts, time.time()))
@@ -43,6 +53,8 @@ def inspect(
         output.print(_depths(facts["pages_by_depth"]))
     if trunks[:top]:
         output.print(_prefixes(trunks, top))
+    for told in policies:
+        output.print(policy_table(told, time.time()))
 
 
 def depth_buckets(pages_by_depth: dict[int, int]) -> list[tuple[int, int, int]]:
@@ -84,6 +96,7 @@ def _summary(facts: dict[str, Any], now: float) -> object:
             format_seconds(max(0.0, round(now - facts[f"{which}_created_at"], 1))) for which in ("oldest", "newest")
         ]
         add_row(lines, "written", f"from {ages[0]} ago to {ages[1]} ago")
+        add_row(lines, "in the last day", f"{format_bytes(facts['written_day_bytes'])} of what is still there")
     return lines
 
 

@@ -124,6 +124,10 @@ class TopView:
                 state.append(f", was down {tier['num_opened']} times", style="dim")
             if tier["waiting_bytes"]:
                 state.append(f", {format_bytes(tier['waiting_bytes'])} {'dirty' if name == 'host' else 'owed'}")
+            if tier["lost_pages"]:
+                state.append(f", {tier['lost_pages']:,} pages lost to it", style="yellow")
+            if tier["budget"]:
+                state.append(f", {_budget(tier['budget'])}", style="yellow" if tier["budget"]["is_spent"] else "dim")
             add_row(
                 rows,
                 Text(name, style=COLOURS.get(name, "cyan")),
@@ -176,6 +180,15 @@ def _share(use: dict[str, Any], tier: str | None = None) -> str:
         return "-"
     hits = sum(use["hit_tokens"].values()) if tier is None else use["hit_tokens"][tier]
     return f"{min(1.0, hits / use['prompt_tokens']):.1%}"
+
+
+def _budget(budget: dict[str, Any]) -> str:
+    """The bytes that may be written now, and a day."""
+    a_day = f"{format_bytes(budget['bytes_per_day'])} a day"
+    spent = f", spent {budget['num_spent']} times" if budget["num_spent"] else ""
+    if budget["is_spent"]:
+        return f"write budget of {a_day} is spent{spent}"
+    return f"may write {format_bytes(budget['left_bytes'])} now, {a_day}{spent}"
 
 
 def _bar(share: float, colour: str) -> Text:

@@ -79,10 +79,12 @@ class LowerTier:
         """Send what is owed, as far as the window allows: deletes first, since writes may wait for them."""
         if self.deletes.is_any and self.takes(Direction.DELETE):
             self.deletes.pump(now, may_clear=not self.in_flight)
+        if self.budget is not None:
+            self.budget.fill(now)  # also where nothing is owed: operators look at it
         if not self.takes(Direction.WRITE):
             return
         while self.debts.waiting and self.in_flight < self.plan.window_pages and not self.deletes.must_clear:
-            if self.budget is not None and not self.budget.may_write(now):
+            if self.is_spent:
                 break
             batch = self.debts.take(self.batch_pages, self.deletes.keeps_back if self.deletes.is_any else None)
             for page in [page for page in batch if (page.homes | page.spilling) & self.bit]:

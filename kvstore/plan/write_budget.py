@@ -27,12 +27,11 @@ class WriteBudget:
     def __post_init__(self) -> None:
         self.left_bytes = self._most
 
-    def may_write(self, now: float) -> bool:
-        """True if anything is left at this time of a steady clock."""
+    def fill(self, now: float) -> None:
+        """Take what was earned up to this time of a steady clock."""
         earned = self.bytes_per_day * max(0.0, now - self._filled_at) / DAY_S
         self.left_bytes = min(self._most, self.left_bytes + earned)
         self._filled_at = now
-        return self.left_bytes > 0
 
     def spend(self, num_bytes: int) -> None:
         """Bytes are on their way."""
@@ -42,7 +41,7 @@ class WriteBudget:
 
     @property
     def is_spent(self) -> bool:
-        """True if nothing was left when it was looked at last."""
+        """True if nothing is left, as of the last `fill`."""
         return self.left_bytes <= 0
 
     @property

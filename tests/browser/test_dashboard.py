@@ -139,6 +139,52 @@ def test_misses_say_why_and_can_be_filtered(browser: Browser, daemon: LocalDaemo
 
 
 @pytest.mark.parametrize("size", ["wide", "phone"])
+def test_what_a_policy_believes_is_drawn(browser: Browser, tmp_path: Path, size: str) -> None:
+    sections = {
+        "service": {"http_port": 0, "max_namespaces": 2},
+        "store": {"load_or_recompute": False},
+        "host": {"policy": "outlook"},
+    }
+    with local_daemon(tmp_path / "kv.sock", tmp_path / "disk", **sections) as daemon:
+        with attach(socket(daemon)) as store:
+            for seed in range(12):
+                for turn, reason in enumerate(("tool_calls", "stop")):
+                    request = store.request(fork(seed), RequestOptions(session=f"chat {seed}"))
+                    store.wait_lookup(request)
+                    save(store, request)
+                    store.keep.finished(request, finish_reason=reason, reply_tokens=100 * turn)
+        browser.look(url(daemon), size)
+
+        browser.wait(lambda: "all blocks" in browser.text("#beliefs"))
+        assert browser.text("#beliefs h3").startswith("outlook of host")
+        assert browser.text("#beliefs-note") == "disk: lru learns nothing"
+        assert {"used twice", "after tool_use", "after end_turn"} <= set(browser.texts("#beliefs td.class"))
+        seen, drawn = browser.run(
+            """const rows = [...document.querySelectorAll("#beliefs tbody tr")];
+            const row = rows.find((one) => one.innerText.includes("used twice"));
+            const bar = row.querySelector(".stack").getBoundingClientRect().width;
+            const parts = [...row.querySelectorAll(".part")].map((one) => one.getBoundingClientRect().width / bar);
+            return [parseFloat(row.children[4].textContent), 100 * parts.reduce((sum, part) => sum + part)];"""
+        )
+        assert abs(seen - drawn) < 2, "the bar is as long as the number says"
+        assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+        assert browser.complaints() == []
+
+
+def test_where_no_policy_learns_there_is_no_such_card(browser: Browser, daemon: LocalDaemon) -> None:
+    with attach(socket(daemon)) as store:
+        use(store, fork(0))
+    browser.look(url(daemon))
+    browser.wait(lambda: browser.text("#status") == "live")
+    browser.wait(
+        lambda: browser.run(
+            "return performance.getEntriesByType('resource').some((one) => one.name.includes('/dashboard/policies'))"
+        )
+    )
+    assert not browser.run("return document.getElementById('beliefs-card').checkVisibility()")
+
+
+@pytest.mark.parametrize("size", ["wide", "phone"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_the_window_and_can_be_read(browser: Browser, daemon: LocalDaemon, size: str, scheme: str) -> None:
     with attach(socket(daemon), client="a client with quite a long name, pid 123456") as store:

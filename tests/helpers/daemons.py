@@ -32,7 +32,7 @@ START_S = WAIT_S  # for a daemon to start
 SEEKER = "kvstore-seeker"  # the thread of a client that looks for its daemon
 
 
-def daemon_config(socket: Path, disk: Path | None = None, **sections: Any) -> Config:
+def daemon_config(socket: Path, disk: Path | None = None, /, **sections: Any) -> Config:
     """64 host slots and, where asked for, 128 pages of disk."""
     values: dict[str, Any] = {
         "host": {"capacity_bytes": 64 * PAGE_BYTES, "huge_pages": False},
@@ -128,7 +128,7 @@ class Http:
 
 
 @contextmanager
-def local_daemon(socket: Path, disk: Path | None = None, **sections: Any) -> Iterator[LocalDaemon]:
+def local_daemon(socket: Path, disk: Path | None = None, /, **sections: Any) -> Iterator[LocalDaemon]:
     """A daemon in this process for the length of a block."""
     daemon = LocalDaemon(daemon_config(socket, disk, **sections))
     try:

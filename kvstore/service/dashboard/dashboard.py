@@ -22,10 +22,12 @@ from kvstore.plan.records import HOST, CutReason
 from kvstore.service.daemon.state import DaemonState
 from kvstore.service.daemon.stores import OpenStore
 from kvstore.service.daemon.usage import unix_of
+from kvstore.service.dashboard.beliefs import Beliefs
 from kvstore.service.dashboard.history import COARSE_S, FINE_ROWS, FINE_S, LOWER, TIERS, Columns, History, row_of
 from kvstore.service.dashboard.incidents import Incidents, left_out
 from kvstore.service.dashboard.models import (
     Branches,
+    BudgetBrief,
     ClientBrief,
     Flow,
     Miss,
@@ -67,6 +69,7 @@ class Dashboard:
         self._stats: dict[Place, dict[str, Any]] = {}
         self._incidents = Incidents()
         self._looks = Looks()
+        self._beliefs = Beliefs(self._visible)
         self._task: asyncio.Task[None] | None = None
 
     def routes(self) -> list[Route]:
@@ -78,6 +81,7 @@ class Dashboard:
                   errors=(404,)),
             Route("GET", "/v1/dashboard/prefixes", self.prefixes, "The stored prefixes, hottest first.",
                   query=Branches, answer=PrefixesAnswer, errors=(404,)),
+            *self._beliefs.routes(),
         ]  # fmt: skip
 
     def start(self) -> None:
@@ -273,6 +277,8 @@ class Dashboard:
             left_out=left_out([stats for _, stats in found], name),
             num_opened=sum(_number(stats, ("breaker_opens", name)) for _, stats in found),
             queued=sum(_number(stats, ("lane_queue", name)) for _, stats in found),
+            lost_pages=sum(_number(stats, ("spill_lost", name)) for _, stats in found),
+            budget=_budget(name, [stats for _, stats in found]),
             bytes_per_s=max(speeds, default=None),
             latency_s=min(latencies, default=None),
         )
@@ -341,6 +347,19 @@ def _number(stats: dict[str, Any], keys: Sequence[str]) -> int:
     for key in keys:
         value = value.get(key, 0)
     return int(value)
+
+
+def _budget(name: str, every: Sequence[dict[str, Any]]) -> BudgetBrief | None:
+    """The write budgets of a tier, summed; None where there is none."""
+    found = [stats for stats in every if name in stats["write_budget"]]
+    if not found:
+        return None
+    return BudgetBrief(
+        bytes_per_day=sum(_number(stats, ("write_budget_day", name)) for stats in found),
+        left_bytes=sum(_number(stats, ("write_budget", name)) for stats in found),
+        num_spent=sum(_number(stats, ("write_budget_spent", name)) for stats in found),
+        is_spent=any(_number(stats, ("write_budget", name)) <= 0 for stats in found),
+    )
 
 
 def _use(columns: Columns) -> Use:

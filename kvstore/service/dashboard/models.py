@@ -67,6 +67,19 @@ class Flow(Answer):
     bytes_per_s: float
 
 
+class BudgetBrief(Answer):
+    """The bytes that may be written to a tier (`max_writes_per_day`), summed over namespaces.
+
+    left_bytes: that may be written now; negative while a batch that was sent is being earned.
+    num_spent:  times nothing was left. is_spent: nothing is left now in some namespace.
+    """
+
+    bytes_per_day: int
+    left_bytes: int
+    num_spent: int
+    is_spent: bool
+
+
 class TierBrief(Answer):
     """One tier, summed over namespaces.
 
@@ -74,6 +87,7 @@ class TierBrief(Answer):
     waiting_bytes:  on its way there or owed to it; for host: not yet written to some tier below.
     free_bytes, filling_bytes, pinned_bytes: of host memory.
     is_up, since:   whether it is read in every namespace, and since when, as far as was seen.
+    lost_pages:     that left host memory before they were written there, since the start.
     left_out:       directions in which it is not used (read, write, touch, delete, claim), and its own words for why.
     """
 
@@ -89,6 +103,8 @@ class TierBrief(Answer):
     left_out: dict[str, str]
     num_opened: int
     queued: int
+    lost_pages: int
+    budget: BudgetBrief | None
     bytes_per_s: float | None
     latency_s: float | None
 

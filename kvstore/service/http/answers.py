@@ -165,6 +165,44 @@ class TiersAnswer(Answer):
     tiers: list[TierAnswer]
 
 
+class BeliefAnswer(Answer):
+    """What a policy has learned of one class of blocks.
+
+    words:  what makes the class, widest first; none for all blocks. It is a part of the class without its last word.
+    seen:   observations that it rests on.
+    within: probability of a next use within each of the answer's spans_s.
+    mean_s: mean time until the next use, of those that come within the longest span.
+    """
+
+    words: list[str]
+    seen: float
+    within: list[float]
+    mean_s: float | None
+
+
+class PolicyAnswer(Answer):
+    """The policy of one tier of one namespace.
+
+    learns:  whether it is one that learns. num_classes: that it has seen.
+    classes: those seen most, each after the one that it is a part of.
+    """
+
+    tenant: str
+    namespace: str
+    tier: str
+    policy: str
+    learns: bool
+    num_classes: int
+    classes: list[BeliefAnswer]
+
+
+class PoliciesAnswer(Answer):
+    """The policies of the tenant's namespaces. spans_s: the times, in seconds, that the classes' `within` are about."""
+
+    spans_s: list[float]
+    policies: list[PolicyAnswer]
+
+
 class ExplainAnswer(Answer):
     """Why a prompt matches what it matches.
 

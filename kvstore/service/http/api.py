@@ -50,6 +50,7 @@ from kvstore.service.http.models import (
     TtlBody,
 )
 from kvstore.service.http.parsing import Parser
+from kvstore.service.http.policies_api import PoliciesApi
 from kvstore.service.http.problems import Problem
 from kvstore.service.http.routes import ApiCall, Route
 from kvstore.service.http.tiers_api import TiersApi
@@ -71,6 +72,7 @@ class Api:
         self._parser = parser
         self._tiers = TiersApi(state)
         self._clients = ClientsApi(state)
+        self._policies = PoliciesApi(state)
         self._listening: Counter[str] = Counter()  # event streams by tenant
 
     def routes(self) -> list[Route]:
@@ -105,6 +107,7 @@ class Api:
             Route("POST", "/v1/flush", self.flush, "Is all that was saved and deleted on its tiers?", body=Flush,
                   answer=FlushAnswer, errors=(404, 409)),
             *self._tiers.routes(),
+            *self._policies.routes(),
             Route("POST", "/v1/pages/read", self.read_pages, "The pages of a stored prefix, as a framed stream.",
                   body=Read, produces=pages.CONTENT_TYPE, errors=(404, 409)),
             Route("PUT", "/v1/pages", self.write_pages, "Store pages, given as a framed stream.", body=Prompt,

@@ -21,6 +21,8 @@ from kvstore.tiers.disk.directory import DiskDirectory
 from kvstore.tiers.disk.open_directories import acquire, release
 from kvstore.tiers.disk.record import PageRecord
 
+DAY_S = 86_400.0
+
 
 @dataclass(frozen=True, slots=True)
 class PageCheck:
@@ -36,13 +38,14 @@ def describe(path: str | PathLike[str]) -> dict[str, Any]:
     """Geometry and contents of a directory as plain values. Raises ConfigError, LayoutMismatch or TierUnavailable."""
     now = time.time()
     expired = 0
-    stored_bytes = 0
+    stored_bytes = written_day_bytes = 0
     depths: Counter[int] = Counter()
     created: list[float] = []
     with _reading(path) as directory:
         for record in _records(directory):
             expired += record.is_expired(now)
             stored_bytes += record.header.stored_bytes
+            written_day_bytes += record.header.stored_bytes * (record.header.created_at > now - DAY_S)
             depths[record.header.depth] += 1
             created.append(record.header.created_at)
         with directory.use() as index:
@@ -60,6 +63,7 @@ def describe(path: str | PathLike[str]) -> dict[str, Any]:
             "writing": usage["writing"],
             "expired": expired,
             "stored_bytes": stored_bytes,
+            "written_day_bytes": written_day_bytes,
             "oldest_created_at": min(created, default=None),
             "newest_created_at": max(created, default=None),
             "pages_by_depth": dict(sorted(depths.items())),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from typer.testing import CliRunner
 
 from kvstore.cli.app import app
 from kvstore.cli.inspect import depth_buckets
+from kvstore.learned import files_in
 from tests.helpers.page_directory import PAGE_BYTES, SLOT_BYTES, make_directory, open_directory, store_prompt
+from tests.helpers.stores import BLOCK, open_small, prompt, save
 
 runner = CliRunner()
 
@@ -152,3 +155,50 @@ def test_depths_fall_into_buckets_that_double() -> None:
         (4, 7, 1),
         (8, 15, 7),
     ]
+
+
+def learned_directory(path: Path) -> Path:
+    """A directory whose store's host policy has learned from some requests; its file of tables."""
+    with open_small(path, host={"policy": "outlook"}) as store:
+        for seed in range(9):
+            request = store.request(prompt(3, seed))
+            save(store, request)
+            store.keep.finished(request, finish_reason="stop")
+    (tables,) = files_in(path)
+    return tables
+
+
+def test_inspect_shows_what_policies_have_learned(tmp_path: Path) -> None:
+    tables = learned_directory(tmp_path)
+
+    facts = inspect_json(tmp_path)
+    words = " ".join(runner.invoke(app, ["inspect", str(tmp_path)]).stdout.split())
+
+    (told,) = facts["policies"]
+    assert (told["path"], told["tier"], told["policy"], told["block_size"]) == (str(tables), "host", "outlook", BLOCK)
+    assert told["classes"][0]["words"] == []
+    assert told["classes"][0]["seen"] == 27
+    assert "what outlook of tier host believes" in words
+    assert "used once ░" in words or "used once █" in words or "used once ▓" in words
+    assert "after end_turn" in words
+    assert facts["written_day_bytes"] == facts["stored_bytes"] > 0
+
+
+@pytest.mark.parametrize("is_broken", [True, False])
+def test_inspect_of_tables_that_cannot_be_read_says_why_and_shows_the_rest(tmp_path: Path, is_broken: bool) -> None:
+    tables = learned_directory(tmp_path)
+    raw = tables.read_bytes()
+    tables.write_bytes(raw[:-3] if is_broken else tables_of("nobody", raw))
+
+    result = runner.invoke(app, ["inspect", str(tmp_path)])
+
+    assert result.exit_code == 0
+    assert ("does not fit its checksum" if is_broken else "must be one of") in " ".join(result.stdout.split())
+    assert "pages by depth" in result.stdout
+    assert "cannot be read" in inspect_json(tmp_path)["policies"][0]["problem"]
+
+
+def tables_of(policy: str, raw: bytes) -> bytes:
+    """A file of tables that another policy wrote."""
+    body = raw.partition(b"\n")[2].replace(b'"outlook"', f'"{policy}"'.encode(), 1)
+    return b"kvstore-policy-tables 1 " + sha256(body).hexdigest().encode() + b"\n" + body

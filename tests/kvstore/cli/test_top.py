@@ -19,7 +19,7 @@ from kvstore.cli.top_view import TopView
 from kvstore.plan.records import RequestOptions
 from kvstore.service.dashboard.client import DashboardClient
 from tests.helpers.daemons import LocalDaemon, attach, local_daemon
-from tests.helpers.stores import prompt, use
+from tests.helpers.stores import PAGE_BYTES, prompt, save, use
 from tests.helpers.waiting import WAIT_S, wait_until
 
 
@@ -171,3 +171,25 @@ def test_in_a_terminal_it_follows_until_it_is_interrupted(daemon: LocalDaemon, t
         process.kill()
         process.wait()
         os.close(master)
+
+
+def test_a_write_budget_and_pages_lost_to_it_are_told(tmp_path: Path) -> None:
+    disk = {"shared": False, "exclusive": True, "max_writes_per_day": 24 * 4 * PAGE_BYTES}
+    with (
+        local_daemon(tmp_path / "kv.sock", tmp_path / "disk", service={"http_port": 0}, disk=disk) as daemon,
+        attach(tmp_path / "kv.sock") as store,
+    ):
+        for seed in range(8):  # twice what host memory holds; the hour's share of writes is four pages
+            save(store, store.request(prompt(16, seed)))
+        daemon.look(lambda d: d.dashboard.sample())
+        tiers = DashboardClient(f"unix://{tmp_path / 'kv.sock'}").get("now")["tiers"]
+        _, output = run(f"unix://{tmp_path / 'kv.sock'}")
+
+    host, told = tiers
+    assert host["budget"] is None
+    assert told["budget"]["bytes_per_day"] == 24 * 4 * PAGE_BYTES
+    assert told["budget"]["is_spent"]
+    assert told["lost_pages"] >= 32
+    words = " ".join(output.split())
+    assert f"{told['lost_pages']} pages lost to it" in words
+    assert "write budget of 768 KiB a day is spent, spent 1 times" in words

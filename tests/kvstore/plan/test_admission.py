@@ -74,7 +74,8 @@ def test_no_more_is_written_in_a_day_than_the_budget_and_an_hours_share() -> Non
     written = 0
 
     for second in range(0, int(DAY), 10):
-        if budget.may_write(float(second)):
+        budget.fill(float(second))
+        if not budget.is_spent:
             budget.spend(500)
             written += 500
 
@@ -84,12 +85,16 @@ def test_no_more_is_written_in_a_day_than_the_budget_and_an_hours_share() -> Non
 
 def test_a_clock_that_stands_or_goes_back_earns_nothing() -> None:
     budget = WriteBudget(24_000)
-    assert budget.may_write(100.0)
+    budget.fill(100.0)
+    assert not budget.is_spent
     budget.spend(1_000)
 
-    assert not budget.may_write(100.0)
-    assert not budget.may_write(50.0)
-    assert budget.may_write(60.0)
+    budget.fill(100.0)
+    assert budget.is_spent
+    budget.fill(50.0)
+    assert budget.is_spent
+    budget.fill(60.0)
+    assert not budget.is_spent
 
 
 def test_what_the_budget_keeps_back_waits_and_is_written_when_it_allows() -> None:

@@ -1,6 +1,7 @@
 // The page: asks the daemon once a second while it is looked at, and shows what it answers.
 
 import { get, hasToken, setToken, TokenNeeded } from "./api.js";
+import { Beliefs } from "./beliefs.js";
 import { FlowChart, HitChart, Spark } from "./charts.js";
 import { byId, make, reconcile, segments, setAttribute, setText } from "./dom.js";
 import { count, hitRate, percent, seconds, sum } from "./format.js";
@@ -24,6 +25,7 @@ const ttftSpark = new Spark(byId("ttft-spark"));
 const tokensSpark = new Spark(byId("tokens-spark"));
 const prefixes = new Prefixes();
 const misses = new Misses();
+const beliefs = new Beliefs();
 
 // ---- asking
 
@@ -37,6 +39,7 @@ async function tick() {
       get("/v1/dashboard/series", { ...chosen(), span_s: state.span, since: series.last || "" }),
     ]);
     if (state.ticks % 2 === 0) await prefixes.refresh();
+    await beliefs.refresh(chosen(), (place) => prefixes.names.get(place) ?? "");
     if (began !== state.shown + state.span) return; // what was chosen meanwhile is on its way
     state.ticks += 1;
     state.failures = 0;
@@ -69,6 +72,7 @@ function choose(shown) {
   byId("namespace").value = shown;
   series.clear();
   prefixes.reset(chosen());
+  beliefs.reset();
   again();
 }
 

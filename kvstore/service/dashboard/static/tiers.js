@@ -1,7 +1,7 @@
 // The map: engines, host memory, and the tiers below it, with what lies in each and what flows between them.
 
 import { byId, make, reconcile, segments, setAttribute, setText } from "./dom.js";
-import { ago, bytes, percent, seconds } from "./format.js";
+import { ago, bytes, count, percent, seconds } from "./format.js";
 
 const NAMES = { engines: "Engines", host: "Host memory" }; // a lower tier has the name that its package gives it
 const FULL = 1 << 30; // bytes per second that are drawn as the thickest line
@@ -60,9 +60,17 @@ function updatePlace(element, { id, tier, now }) {
   if (tier.waiting_bytes) told.push(id === "host" ? `${bytes(tier.waiting_bytes)} dirty` : `${bytes(tier.waiting_bytes)} owed to it`);
   if (tier.queued) told.push(tier.queued === 1 ? "1 batch queued" : `${tier.queued} batches queued`);
   if (tier.latency_s) told.push(`answers in ${tier.latency_s < 0.001 ? `${(tier.latency_s * 1e6).toFixed(0)} µs` : seconds(tier.latency_s)}`);
+  if (tier.budget) told.push(budget(tier.budget));
+  if (tier.lost_pages) told.push(`${count(tier.lost_pages)} ${tier.lost_pages === 1 ? "page" : "pages"} left host memory before it was written here`);
   told.push(...refused(tier));
   setText(facts, told.join(" · "));
   setAttribute(bar, "aria-label", told.join(", "));
+}
+
+// The bytes that may be written to a tier in a day.
+function budget({ bytes_per_day: perDay, left_bytes: left, num_spent: spent, is_spent: isSpent }) {
+  const times = spent ? `, spent ${spent === 1 ? "once" : `${count(spent)} times`}` : "";
+  return isSpent ? `write budget of ${bytes(perDay)} a day is spent${times}` : `may write ${bytes(Math.max(0, left))} now, ${bytes(perDay)} a day${times}`;
 }
 
 // What a tier that is up does not do, and its own words for why.

@@ -207,6 +207,28 @@ def test_explain_tells_when_and_whence_a_page_was_evicted(http: Http, store: Rem
 # ---- tiers
 
 
+def test_what_a_policy_believes_is_told_by_tier(tmp_path: Path) -> None:
+    sections = {"service": {"http_port": 0}, "host": {"policy": "outlook"}, "store": {"load_or_recompute": False}}
+    with local_daemon(tmp_path / "kv.sock", tmp_path / "disk", **sections) as daemon:
+        with attach(tmp_path / "kv.sock") as store:
+            for seed in range(5):
+                request = store.request(prompt(3, seed))
+                save(store, request)
+                store.keep.finished(request, finish_reason="tool_calls", reply_tokens=700)
+
+        answer = Http(daemon.daemon.app.port).get("/v1/policies")
+
+    assert answer["spans_s"] == [60.0, 300.0, 3600.0]
+    host, disk = answer["policies"]
+    assert (host["tier"], host["policy"], host["learns"]) == ("host", "outlook", True)
+    assert host["num_classes"] == len(host["classes"])
+    words = [one["words"] for one in host["classes"]]
+    assert words[:3] == [[], ["used once"], ["used once", "after tool_use"]]
+    assert any("reply of more than 640 tokens" in one for one in words)
+    assert host["classes"][0]["seen"] == 15
+    assert (disk["tier"], disk["policy"], disk["learns"], disk["classes"]) == ("disk", "lru", False, [])
+
+
 def test_a_tier_is_detached_and_attached_while_it_is_used(http: Http, store: RemoteStore) -> None:
     for seed in range(5):
         use(store, prompt(10, seed))
