@@ -30,7 +30,7 @@ from connectors.transformers.layout import cache_shapes, default_device, layout_
 from connectors.transformers.loads import Loaded, RunLoads
 from connectors.transformers.saves import CLOSE_TIMEOUT_S, RunSaves
 from connectors.transformers.watch import ModelWatch
-from kvstore.base import KVStore, Request, RequestOptions
+from kvstore.base import HintOutcome, KVStore, Request, RequestOptions
 from kvstore.devices.base import Device
 from kvstore.errors import ConfigError, LayoutMismatch, RequestError
 
@@ -173,6 +173,14 @@ class TransformersConnector:
     def start_save(self, request: Request, source: Sequence[Span]) -> bool:
         """Queue the blocks of `source` for saving; False if there is nothing to save or the queue is full."""
         return self.saves.start(request, source)
+
+    def hint(self, request: Request, messages: Sequence[object]) -> tuple[HintOutcome, ...]:
+        """Hand the messages of KV hints that came with a request to the store. Before `finished`. Never raises."""
+        try:
+            return tuple(outcome for message in messages for outcome in self._store.hint(message, request))
+        except Exception as error:
+            log_failure(log, "hints were not taken", error)
+            return ()
 
     def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
         """Tell the store, after the request's saves: what it says about the path must find the new blocks there."""

@@ -24,6 +24,7 @@ from connectors.transformers.text import Sampler, Sampling, TextStream
 from kvstore.base import KVStore, RequestOptions
 from kvstore.errors import RequestError, UnsupportedModel
 from kvstore.forks import forbid, harmless
+from kvstore.requests import check_reason
 from radix.tokens import TokenArray
 
 if TYPE_CHECKING:
@@ -185,6 +186,8 @@ class KVCacheModel:
         eos: int | Sequence[int] | None = None,
         options: RequestOptions | None = None,
         last_turn: bool = False,
+        finish_reason: str = "",
+        hints: Sequence[object] = (),
     ) -> GenerationRun:
         """Generate piece by piece: iterate over the run, or drive it by its `step`.
 
@@ -193,6 +196,9 @@ class KVCacheModel:
         stop:      strings that end the answer and are not part of it (needs a tokenizer).
         eos:       token ids that end the answer; None takes the model's own.
         last_turn: no further prompt will continue this one; its pages may go first.
+        finish_reason: why the answer will have ended, where the caller knows better than this class ("tool_use"); it
+                   counts where the answer ends by itself.
+        hints:     messages of KV hints about this prompt, see docs/hints.md; `report.outcomes` has what became of them.
 
         Raises RequestError at once for bad arguments; nothing is computed before the first piece is asked for.
         """
@@ -201,12 +207,13 @@ class KVCacheModel:
             raise RequestError("stop: strings need a tokenizer; pass one at construction or use eos=")
         text = TextStream(self.tokenizer, stop) if self.tokenizer is not None else None
         return GenerationRun(
-            self._prompt_run(tokens, options, max_new_tokens),
+            self._prompt_run(tokens, options, max_new_tokens, hints),
             max_new_tokens,
             Sampler(sampling or Sampling()),
             self._end_ids(eos),
             text,
             last_turn=last_turn,
+            told_reason=check_reason(finish_reason),
         )
 
     def lookup(self, prompt: Any, options: RequestOptions | None = None) -> Found:
@@ -258,7 +265,9 @@ class KVCacheModel:
             return frozenset()
         return frozenset([eos] if isinstance(eos, int) else eos)
 
-    def _prompt_run(self, tokens: TokenArray, options: RequestOptions | None, max_new_tokens: int) -> PromptRun:
+    def _prompt_run(
+        self, tokens: TokenArray, options: RequestOptions | None, max_new_tokens: int, hints: Sequence[object] = ()
+    ) -> PromptRun:
         connector, chunk, ropes = self.connector, self.prefill_chunk, self._forward.ropes
         if ropes is not None and len(tokens) + max_new_tokens > ropes.border:
             # Its positions are encoded by its length: computed in one piece, as transformers does, and kept to itself.
@@ -268,7 +277,7 @@ class KVCacheModel:
                     f"max_new_tokens: {len(tokens)} tokens and {max_new_tokens} new ones cross {ropes.border}, from "
                     f"where this model encodes positions in another way; at most {ropes.border - len(tokens) + 1} work"
                 )
-        return PromptRun(self._forward, connector, lambda: new_cache(self.model), tokens, chunk, options)
+        return PromptRun(self._forward, connector, lambda: new_cache(self.model), tokens, chunk, options, hints)
 
 
 def open_store_for(

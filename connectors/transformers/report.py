@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvstore.base import HOST
+from kvstore.base import HOST, HintOutcome
 from kvstore.tiers import registry
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Report:
     cpu_s:      the same in CPU seconds of this process, all threads.
     decode_s:   from the first token to the last.
     new_tokens: generated so far.
+    outcomes:   what became of the hints that came with it.
     bypassed:   why the store was not used although there is one: the model is not what its pages were named for. "" if
                 it was.
     """
@@ -43,6 +44,7 @@ class Report:
     decode_s: float = 0.0
     new_tokens: int = 0
     bypassed: str = ""
+    outcomes: tuple[HintOutcome, ...] = ()
 
     @property
     def reused_tokens(self) -> int:

@@ -15,7 +15,7 @@ token. Between steps a run holds its cache and, while it loads, a lease; nothing
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class PromptRun:
     """A prompt being looked up, loaded and computed. Its clock starts with `load`. One thread at a time.
 
     connector: None computes everything.
+    hints:     messages of KV hints about this prompt.
     may_block: whether `load` waits for the store; else it yields where it would. May change between two yields.
     """
 
@@ -50,6 +51,7 @@ class PromptRun:
         tokens: TokenArray,
         chunk: int,
         options: RequestOptions | None,
+        hints: Sequence[object] = (),
     ) -> None:
         self.tokens = tokens
         self.report = Report(len(tokens))
@@ -60,6 +62,7 @@ class PromptRun:
         self._new_cache = new_cache
         self._chunk = chunk
         self._options = options
+        self._hints = hints
         self._ropes = forward.ropes
         self._rope = None if forward.ropes is None else forward.ropes.fresh()
         self._fed: list[TokenArray] = []  # of a model that computes all again at the border of its rope
@@ -68,8 +71,9 @@ class PromptRun:
         """Look the prompt up and load what there is; yields while it waits and may not block."""
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
         self.session = yield from open_session(
-            self._connector, self._new_cache, self.tokens, self._options, lambda: self.may_block
+            self._connector, self._new_cache, self.tokens, self._options, lambda: self.may_block, self._hints
         )
+        self.report.outcomes = self.session.outcomes
         self.report.by_tier = self.session.by_tier
         self.report.compute_wait_s = self.session.compute_wait_s
         self.report.bypassed = self.session.bypassed
@@ -125,6 +129,7 @@ class GenerationRun(Iterator[Piece]):
         text: TextStream | None,
         *,
         last_turn: bool = False,
+        told_reason: str = "",
     ) -> None:
         self.finish_reason = "cancelled"  # unless it comes to an end by itself
         self.is_waiting = False
@@ -135,6 +140,7 @@ class GenerationRun(Iterator[Piece]):
         self._end_ids = end_ids
         self._text = text
         self._last_turn = last_turn
+        self._told_reason = told_reason
         self._tokens: list[int] = []
         self._steps = self._run()
 
@@ -201,7 +207,8 @@ class GenerationRun(Iterator[Piece]):
                     yield from self._decode(logits)
                 yield []
         finally:
-            run.session.end(self.finish_reason, last_turn=self._last_turn)
+            reason = self._told_reason if self._told_reason and self.finish_reason == "stop" else self.finish_reason
+            run.session.end(reason, last_turn=self._last_turn)
 
     def _decode(self, logits: torch.Tensor) -> Generator[list[Piece], None, None]:
         """Yield one piece after the other, without end."""

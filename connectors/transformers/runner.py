@@ -54,6 +54,8 @@ class Job:
     temperature: 0 is greedy.
     stop:        strings that end the answer.
     use_store:   False neither looks the prompt up nor saves it.
+    finish_reason: why the answer will have ended, of whoever knows better; "" leaves it to the model.
+    hints:       messages of KV hints about the prompt.
     """
 
     tokens: list[int]
@@ -66,7 +68,9 @@ class Job:
     ignore_eos: bool = False
     use_store: bool = True
     last_turn: bool = False
+    finish_reason: str = ""
     options: RequestOptions = field(default_factory=RequestOptions)
+    hints: tuple[object, ...] = ()
 
 
 class Runner:
@@ -124,6 +128,8 @@ class Runner:
             eos=() if job.ignore_eos else None,
             options=job.options,
             last_turn=job.last_turn,
+            finish_reason=job.finish_reason,
+            hints=job.hints,
         )
 
     def lookup(self, job: Job) -> Found:

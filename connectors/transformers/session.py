@@ -10,16 +10,18 @@ saved.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from connectors.transformers.connector import TransformersConnector
 from connectors.transformers.loads import Loaded
-from kvstore.base import Request, RequestOptions
+from kvstore.base import HintOutcome, HintStatus, Request, RequestOptions
 from radix.tokens import TokenArray
 
 log = logging.getLogger(__name__)
+
+UNUSED = "the store is not used for this request"
 
 
 class ColdSession:
@@ -31,6 +33,7 @@ class ColdSession:
         self.num_tokens = 0  # loaded
         self.by_tier: dict[str, int] = {}
         self.compute_wait_s = 0.0  # while another request computed the same blocks
+        self.outcomes: tuple[HintOutcome, ...] = ()  # of the hints that came with it
 
     def before(self, tokens: TokenArray, first: int) -> None:
         """`tokens`, which stand at `first`, are about to be run through the model."""
@@ -136,19 +139,26 @@ def open_session(
     tokens: TokenArray,
     options: RequestOptions | None,
     may_block: Callable[[], bool],
+    hints: Sequence[object] = (),
 ) -> Generator[None, None, ColdSession]:
     """Look a prompt up and load what there is; a cold session without a store, or where it must not be used.
+
+    hints: the messages that came with it.
 
     Yields where it would wait and `may_block()` says no: to be asked again. Closed there, it gives all back.
     """
     reasons: list[str] = []
     request = connector.begin(tokens, options, told=reasons.append) if connector is not None else None
     if connector is None or request is None:
-        return ColdSession(new_cache(), "".join(reasons))
+        cold = ColdSession(new_cache(), "".join(reasons))
+        cold.outcomes = tuple(HintOutcome("", "envelope", HintStatus.REJECTED, reason=UNUSED) for _ in hints)
+        return cold
     try:
+        outcomes = connector.hint(request, hints)
         matched = yield from connector.loads.match(request, may_block)
         loaded = yield from connector.loads.load(request, matched.num_tokens, may_block)
         session = StoreSession(connector, request, loaded)
+        session.outcomes = outcomes
         session.compute_wait_s = matched.compute_wait_s
         return session
     except GeneratorExit:

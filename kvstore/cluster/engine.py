@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +23,8 @@ from connectors.transformers.runner import Job, ModelSpec, Runner
 from kvstore import logs
 from kvstore.cluster.admission import Admission
 from kvstore.cluster.answer import ReplicaAnswer
+from kvstore.cluster.breakpoints import hint_of
+from kvstore.cluster.messages import ChatMessage
 from kvstore.cluster.metrics import ReplicaMetrics
 from kvstore.config.sections import Config
 from kvstore.errors import StoreClosed
@@ -102,6 +104,13 @@ class Engine:
     async def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
         """Token ids of a text or a conversation."""
         return await asyncio.get_running_loop().run_in_executor(self._reading, self.runner.encode, prompt)
+
+    async def breakpoints(self, messages: Sequence[ChatMessage], tokens: Sequence[int]) -> dict[str, Any] | None:
+        """The hint that the breakpoints of a conversation are, whose prompt is `tokens`; None without breakpoints."""
+        if not any(True for message in messages for _ in message.breakpoints):
+            return None
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._reading, hint_of, messages, tokens, self.runner.encode)
 
     async def rendering(self) -> str:
         """The fingerprint of how conversations become prompts here."""

@@ -12,12 +12,16 @@ import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+
+from kvstore.cluster.messages import ChatMessage, Strict
+from kvstore.requests import MAX_REASON_BYTES, MAX_TTL_S
 
 MAX_STOP_STRINGS = 16
 MAX_NAME = 256  # characters of a tenant, a session
+MAX_BREAKPOINTS = 4  # of cache_control in one request, as Anthropic has it: each costs tokenizing the prompt once more
 DONE = b"data: [DONE]\n\n"
 
 # Fields that would change the answer, with the values that do not. null is always one of them.
@@ -90,26 +94,39 @@ class ApiError(Exception):
         return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class KVOptions(_Model):
+class KVOptions(Strict):
     """The extension: what a request says about the cache.
 
     cache:     False neither looks the prompt up nor saves it.
     tenant:    tenants never see each other's pages.
     session:   the conversation.
     last_turn: no prompt will continue this one.
+    finish_reason: why the reply will have ended, of whoever knows it better than the replica; counts where the reply
+               ends by itself.
+    priority:  pages of a higher one stay longer.
+    ttl_s:     how long the pages that it saves live unused.
+    retain_until: Unix time until which its pages stay in host memory, within the store's budget.
+    hints:     a message of KV hints (docs/hints.md); whatever it is, its outcomes are in the answer.
     """
 
     cache: bool = True
     tenant: str = Field(default="", max_length=MAX_NAME)
     session: str = Field(default="", max_length=MAX_NAME)
     last_turn: bool = False
+    finish_reason: str = Field(default="", max_length=MAX_REASON_BYTES)
+    priority: int = Field(default=0, ge=-(1 << 31), lt=1 << 31)
+    ttl_s: float | None = Field(default=None, gt=0, le=MAX_TTL_S)
+    retain_until: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    hints: Any = None
 
 
-class StreamOptions(_Model):
+class TransferParams(Strict):
+    """vLLM's field for hints, so that a gateway has one way for all its servers. kv_hint: as `KVOptions.hints`."""
+
+    kv_hint: Any = None
+
+
+class StreamOptions(Strict):
     """include_usage: a last chunk with `usage` and `kvstore`, and no choices."""
 
     include_usage: bool = False
@@ -120,7 +137,7 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-class Ask(_Model):
+class Ask(Strict):
     """The fields that both kinds of requests have."""
 
     model: str | None = None
@@ -135,9 +152,15 @@ class Ask(_Model):
         list[Annotated[str, Field(min_length=1)]],
         BeforeValidator(_as_list),
         Field(max_length=MAX_STOP_STRINGS),
-    ] = []
+    ] = Field(default_factory=list)
     ignore_eos: bool = False
     kvstore: KVOptions = KVOptions()
+    kv_transfer_params: TransferParams = TransferParams()
+
+    @property
+    def hints(self) -> list[Any]:
+        """The messages of KV hints that came with it; mostly none."""
+        return [message for message in (self.kvstore.hints, self.kv_transfer_params.kv_hint) if message is not None]
 
     @property
     def new_tokens(self) -> int | None:
@@ -164,42 +187,19 @@ class CompletionAsk(Ask):
         raise ValueError("it must be text or a list of token ids")
 
 
-class TextPart(_Model):
-    """A piece of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(_Model):
-    """One message; "developer" is what newer clients call "system"."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Any
-    name: str | None = None
-
-    @field_validator("content")
-    @classmethod
-    def _text(cls, content: Any) -> str:
-        if isinstance(content, str):
-            return content
-        if isinstance(content, list):
-            if all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-                return "".join(TextPart.model_validate(part).text for part in content)
-            raise ValueError("only parts of type 'text' are supported here")
-        raise ValueError("it must be text")
-
-    @property
-    def plain(self) -> dict[str, str]:
-        """As a chat template takes it."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
-
-
 class ChatAsk(Ask):
     """`POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    @field_validator("messages")
+    @classmethod
+    def _few_breakpoints(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
+        count = sum(1 for message in messages for _ in message.breakpoints)
+        if count > MAX_BREAKPOINTS:
+            raise ValueError(f"{count} parts have cache_control; up to {MAX_BREAKPOINTS} may")
+        return messages
 
     @property
     def new_tokens(self) -> int | None:

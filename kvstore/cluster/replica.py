@@ -180,8 +180,10 @@ class ReplicaServer:
 
     def _extension(self, answer: ReplicaAnswer) -> dict[str, Any]:
         report = answer.report
+        told = {"hints": [outcome.as_json() for outcome in report.outcomes]} if report.outcomes else {}
         return {
             "replica": self.settings.name,
+            **told,
             "hit_tokens": {tier: report.by_tier.get(tier, 0) for tier in TIERS},
             "queue_s": round(answer.queue_s, 6),
             "load_s": round(report.load_s, 6),
@@ -193,9 +195,12 @@ class ReplicaServer:
 
     async def _job(self, ask: Ask) -> Job:
         """The job of a request. Raises ApiError 400 if it can never fit."""
+        hints = ask.hints
         if isinstance(ask, ChatAsk):
             field, default = "messages", CHAT_TOKENS
             tokens = await self.engine.encode([message.plain for message in ask.messages])
+            if (breakpoints := await self.engine.breakpoints(ask.messages, tokens)) is not None:
+                hints.append(breakpoints)
         else:
             assert isinstance(ask, CompletionAsk)
             field, default = "prompt", COMPLETION_TOKENS
@@ -224,7 +229,15 @@ class ReplicaServer:
             ignore_eos=ask.ignore_eos,
             use_store=extension.cache,
             last_turn=extension.last_turn,
-            options=RequestOptions(tenant=extension.tenant, session=extension.session),
+            finish_reason=extension.finish_reason,
+            options=RequestOptions(
+                tenant=extension.tenant,
+                session=extension.session,
+                priority=extension.priority,
+                ttl_s=extension.ttl_s,
+                retain_until=extension.retain_until,
+            ),
+            hints=tuple(hints),
         )
 
     async def _lookup(self, request: web.Request) -> web.Response:

@@ -23,6 +23,10 @@ def refusal(raw: bytes, kind: type[Ask] = CompletionAsk) -> ApiError:
     return refused.value
 
 
+def breakpoint_of(**control: Any) -> dict[str, Any]:
+    return {"type": "text", "text": "a", "cache_control": {"type": "ephemeral", **control}}
+
+
 def test_what_a_request_leaves_out_has_openais_defaults() -> None:
     ask = completion()
 
@@ -73,9 +77,36 @@ def test_the_content_of_a_message_may_come_in_parts() -> None:
     ]
 
 
+def test_parts_may_have_breakpoints() -> None:
+    control = {"type": "ephemeral", "ttl": "1h"}
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two", "cache_control": control}]
+
+    (message,) = chat(messages=[{"role": "user", "content": [*parts, {"type": "text", "text": "!"}]}]).messages
+
+    assert [(number, end, one.ttl) for number, end, one in message.breakpoints] == [(1, 7, "1h")]
+
+
+def test_hints_come_under_either_name() -> None:
+    ask = completion(kvstore={"hints": {"actions": []}}, kv_transfer_params={"kv_hint": "whatever"})
+
+    assert ask.hints == [{"actions": []}, "whatever"]
+    assert completion().hints == []
+
+
+def test_what_is_said_about_a_request_is_taken() -> None:
+    said = {"session": "s", "finish_reason": "tool_use", "priority": -3, "ttl_s": 60, "retain_until": 1.5e9}
+
+    options = completion(kvstore=said).kvstore
+
+    assert (options.finish_reason, options.priority, options.ttl_s, options.retain_until) == ("tool_use", -3, 60, 1.5e9)
+
+
 @pytest.mark.parametrize(
     ("message", "param"),
     [
+        ({"role": "user", "content": [breakpoint_of(type="persistent")]}, "messages[0].content.cache_control.type"),
+        ({"role": "user", "content": [breakpoint_of(ttl="2h")]}, "messages[0].content.cache_control.ttl"),
+        ({"role": "user", "content": [breakpoint_of()] * 5}, "messages"),
         ({"role": "tool", "content": "4"}, "messages[0].role"),
         ({"role": "user"}, "messages[0].content"),
         ({"role": "user", "content": 4}, "messages[0].content"),
@@ -135,6 +166,15 @@ def test_the_same_fields_with_values_that_change_nothing_are_taken() -> None:
         ({"stop": ["x"] * 17}, "stop", "invalid_value"),
         ({"seed": 1 << 64}, "seed", "invalid_value"),
         ({"kvstore": {"cache": "no"}}, "kvstore.cache", "invalid_value"),
+        ({"kvstore": {"priority": 1 << 40}}, "kvstore.priority", "invalid_value"),
+        ({"kvstore": {"ttl_s": 0}}, "kvstore.ttl_s", "invalid_value"),
+        ({"kvstore": {"retain_until": float("inf")}}, "kvstore.retain_until", "invalid_value"),
+        ({"kvstore": {"finish_reason": "f" * 65}}, "kvstore.finish_reason", "invalid_value"),
+        (
+            {"kv_transfer_params": {"do_remote_prefill": True}},
+            "kv_transfer_params.do_remote_prefill",
+            "unknown_parameter",
+        ),
     ],
 )
 def test_a_wrong_field_is_named(fields: dict[str, Any], param: str, code: str) -> None:

@@ -80,6 +80,40 @@ def test_lookup_says_what_a_request_would_find_and_changes_nothing(replica: Serv
     assert replica.post("/v1/lookup", messages=CHAT).body["prompt_tokens"] > 300
 
 
+def test_hints_change_no_text_and_are_answered_one_by_one(replica: Server) -> None:
+    prompt = words(300, "hints")
+    message = {
+        "protocol_version": "1.0",
+        "message_id": "m",
+        "actions": [
+            {"action_id": "a", "action_type": "retain", "action_version": "1.0", "payload": {"ttl_s": -1}},
+            {"action_id": "b", "action_type": "evaporate", "action_version": "1.0", "payload": {}},
+        ],
+    }
+    plain = greedy(replica, prompt=prompt, kvstore={"cache": False})
+
+    told = greedy(replica, prompt=prompt, kvstore={"hints": message}, kv_transfer_params={"kv_hint": [7]})
+
+    assert told.text == plain.text
+    outcomes = [(one["action_id"], one["action"], one["status"]) for one in told.body["kvstore"]["hints"]]
+    assert outcomes == [("a", "retain", "rejected"), ("b", "unknown", "ignored"), ("", "envelope", "rejected")]
+    assert "hints" not in plain.body["kvstore"]
+    unused = greedy(replica, prompt=prompt, kvstore={"hints": message, "cache": False})
+    assert [one["reason"] for one in unused.body["kvstore"]["hints"]] == ["the store is not used for this request"]
+
+
+def test_breakpoints_of_a_chat_are_hints(replica: Server) -> None:
+    path, control = "/v1/chat/completions", {"type": "ephemeral", "ttl": "1h"}
+    system = [{"type": "text", "text": CHAT[0]["content"], "cache_control": control}]
+    plain = greedy(replica, path, messages=CHAT)
+
+    told = greedy(replica, path, messages=[{"role": "system", "content": system}, CHAT[1]])
+
+    assert told.text == plain.text
+    (outcome,) = told.body["kvstore"]["hints"]
+    assert (outcome["action_id"], outcome["action"]) == ("messages[0].content[0].cache_control", "retain")
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_a_stream_is_the_answer_in_pieces(replica: Server, path: str) -> None:
     asked: dict[str, Any] = {"messages": CHAT} if "chat" in path else {"prompt": words(100, "pieces")}

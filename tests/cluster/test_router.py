@@ -182,6 +182,22 @@ async def test_answers_and_errors_of_a_replica_come_through_as_they_are(bed: Bed
     assert bed.a.asked == bed.b.asked == 1
 
 
+async def test_hints_come_through_as_they_are_and_so_do_their_outcomes(bed: Bed) -> None:
+    asked: list[CompletionAsk] = []
+    outcomes = [{"action_id": "a", "action": "pin", "status": "accepted"}]
+
+    async def handle(request: web.Request, ask: CompletionAsk) -> web.StreamResponse:
+        asked.append(ask)
+        return web.json_response(Reply(ask, "m", 4).whole(TEXT, "stop", 4, 0, {"hints": outcomes}))
+
+    bed.a.behave = bed.b.behave = handle
+    hint = {"protocol_version": "1.0", "actions": [{"action_id": "a", "action_type": "pin"}]}
+    _, body, _ = await bed.ask(kvstore={"hints": hint, "last_turn": True}, kv_transfer_params={"kv_hint": hint})
+
+    assert (asked[0].hints, asked[0].kvstore.last_turn) == ([hint, hint], True)
+    assert body["kvstore"]["hints"] == outcomes
+
+
 async def test_a_stream_comes_through_untouched(bed: Bed) -> None:
     status, events = await bed.stream(stream_options={"include_usage": True})
 
