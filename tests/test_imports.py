@@ -295,6 +295,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.metrics",
         "kvstore.plan.records",
         "kvstore.prefix",
+        "kvstore.requests",
         "kvstore.service.protocol.frames",
         "kvstore.testing",
         "kvstore.tiers.registry",
