@@ -165,6 +165,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.forks",
         "kvstore.tiers.base",
         "kvstore.tiers.redis",
+        "kvstore.units",
     ),
     "kvstore.testing.pages": ("kvstore.page", "kvstore.tiers.base"),
     "kvstore.testing.contracts": (

@@ -22,6 +22,7 @@ from kvstore.cli.inspect import inspect
 from kvstore.cli.load import LoadCommand, load
 from kvstore.cli.prefix import prefix
 from kvstore.cli.record_events import record_events
+from kvstore.cli.redis import redis
 from kvstore.cli.replay import replay
 from kvstore.cli.replica import replica
 from kvstore.cli.router import router
@@ -117,6 +118,7 @@ app.command(cls=Command, rich_help_panel=CLUSTER)(router)
 app.add_typer(cluster, name="cluster", rich_help_panel=CLUSTER)
 app.command(cls=LoadCommand, rich_help_panel=CLUSTER)(load)
 app.command(cls=Command, no_args_is_help=True, rich_help_panel=CLUSTER)(replay)
+app.add_typer(redis, name="redis", rich_help_panel=CLUSTER)
 app.command("record-events", cls=Command, no_args_is_help=True, rich_help_panel=CLUSTER)(record_events)
 app.command(cls=Command, no_args_is_help=True, rich_help_panel=CLUSTER)(prefix)
 app.command(cls=Command, no_args_is_help=True, rich_help_panel=DISK)(inspect)

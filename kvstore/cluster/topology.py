@@ -21,6 +21,7 @@ from enum import Enum
 from pathlib import Path
 
 from kvstore.errors import ConfigError
+from kvstore.testing.redis_server import memory_options
 
 HOST = "127.0.0.1"
 AUTO, NONE = "auto", "none"  # of ClusterSpec.redis; anything else is a URL
@@ -177,7 +178,7 @@ def plan(spec: ClusterSpec, directory: Path, redis_server: Callable[[], str]) ->
 def _redis(spec: ClusterSpec, directory: Path, binary: str) -> Process:
     options = ["--bind", HOST, "--port", str(spec.ports.redis), "--dir", str(directory), "--daemonize", "no"]
     options += ["--save", "", "--appendonly", "no"]
-    options += ["--maxmemory", str(spec.redis_bytes), "--maxmemory-policy", "allkeys-lfu"]  # see docs/redis.md
+    options += memory_options(spec.redis_bytes, "allkeys-lfu")  # see docs/redis.md
     return Process("redis", ProcessKind.REDIS, (binary, *options), spec.ports.redis)
 
 

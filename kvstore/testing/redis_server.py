@@ -30,6 +30,7 @@ from kvstore.ports import free_port
 BINARY_VARIABLE = "KVSTORE_REDIS_SERVER"
 HOST = "127.0.0.1"
 MiB = 1 << 20
+UNREAD_BYTES = 64 * MiB  # of replies that wait for one client; above any page, and its connection is not closed
 _PORT_TRIES = 5
 _LOG_LINES = 5
 
@@ -53,6 +54,17 @@ def find_redis_server() -> str:
             f"or `brew install redis` (macOS), or set {BINARY_VARIABLE} to the binary"
         )
     return found
+
+
+def memory_options(maxmemory_bytes: int, policy: str) -> list[str]:
+    """Options of redis-server: what it may hold, what leaves when that is full, and what one client may leave unread.
+
+    Replies that wait count as memory, so a client that does not read costs a small server its pages. (The limit of one
+    client is known to every version; `maxmemory-clients`, for all together, only to Redis 7.0 and later.)
+    """
+    unread = max(UNREAD_BYTES, maxmemory_bytes // 5)
+    options = ["--maxmemory", str(maxmemory_bytes), "--maxmemory-policy", policy]
+    return [*options, "--client-output-buffer-limit", "normal", str(unread), "0", "0"]
 
 
 class LocalRedis:
@@ -182,7 +194,7 @@ class LocalRedis:
         if self._password is not None:
             options += ["--requirepass", self._password]
         options += ["--dir", str(self._directory), "--save", "", "--appendonly", "no", "--daemonize", "no"]
-        options += ["--maxmemory", str(self._maxmemory_bytes), "--maxmemory-policy", self._policy]
+        options += memory_options(self._maxmemory_bytes, self._policy)
         with open(self._directory / "log", "ab") as log:
             return subprocess.Popen(
                 [self._binary, *options, *self.arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log

@@ -76,7 +76,7 @@ def test_a_server_tells_its_version_and_a_policy_that_fills_up_is_a_warning(need
         found = finding(config, "redis.url")
 
     assert found.state == "warn"
-    assert "set it to allkeys-lru" in found.do
+    assert "maxmemory-policy allkeys-lfu" in found.do
 
 
 def test_kernels_without_huge_pages_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

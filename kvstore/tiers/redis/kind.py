@@ -12,10 +12,12 @@ from kvstore.config.section import Section
 from kvstore.config.values import AdmitByUse, Bytes, Count, OrNone, PlainWord, Seconds
 from kvstore.tiers.kind import Asked, TierContext, TierKind, TierTraits
 from kvstore.tiers.redis.url import parse_redis_url
-from kvstore.units import format_bytes
+from kvstore.units import MiB, format_bytes
 
 if TYPE_CHECKING:
     from kvstore.tiers.base import Tier
+
+PAGE_BYTES = 2 * MiB  # what a page is taken to have where a server is looked at before any layout is known
 
 
 class RedisConfig(Section):
@@ -86,23 +88,26 @@ def _traits(section: RedisConfig) -> TierTraits:
 
 
 def _ask(section: RedisConfig) -> Asked:
-    from kvstore.tiers.redis.info import ask_server
+    from kvstore.tiers.redis.advice import advise
+    from kvstore.tiers.redis.info import ask_servers
 
     assert section.url is not None
-    info = ask_server(section.url.reveal(), timeout_s=max(section.connect_timeout_s, section.timeout_s))
+    servers = ask_servers(section.url.reveal(), timeout_s=max(section.connect_timeout_s, section.timeout_s))
+    info, others = servers[0], len(servers) - 1
     limit = (
         ""
         if info.maxmemory_bytes is None
         else f", maxmemory {format_bytes(info.maxmemory_bytes) if info.maxmemory_bytes else 'none'}"
     )
     policy = f", maxmemory-policy {info.policy}" if info.policy else ", policy unknown (its account may not ask)"
-    warning = ""
-    if info.evicts is False:
-        warning = (
-            f"redis.url {section.url} has maxmemory-policy {info.policy}: when it is full it takes no more pages; set "
-            "it to allkeys-lru, or bound what is kept there with redis.capacity_bytes"
-        )
-    return Asked(f"version {info.version or 'unknown'}{limit}{policy}", warning)
+    text = f"version {info.version or 'unknown'}{limit}{policy}" + (f", and {others} more" if others else "")
+    lines = [
+        one.line
+        for server in servers
+        for one in advise(server, page_bytes=PAGE_BYTES, is_bounded=section.capacity_bytes is not None)
+        if one.state == "bad"
+    ]
+    return Asked(text, f"redis.url {section.url}: " + "; ".join(lines) if lines else "")
 
 
 def _secrets(section: RedisConfig) -> Iterable[str]:

@@ -90,7 +90,7 @@ def test_a_redis_that_comes_later_makes_the_daemon_ready(tmp_path: Path, monkeyp
         url = server.url
         seen = Preflight(daemon_config(tmp_path / "a.sock", redis={"url": url}))
         sections = {"redis": {"url": url}, "service": {"http_port": 0}}
-        monkeypatch.setattr(info, "ask_server", _unreached_twice(info.ask_server))
+        monkeypatch.setattr(info, "ask_servers", _unreached_twice(info.ask_servers))
         with local_daemon(tmp_path / "kv.sock", **sections) as daemon:
             http = Http(daemon.daemon.app.port)
             wait_until(lambda: http.call("GET", "/readyz")[0] == 200)
