@@ -308,6 +308,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.devices": ("kvstore.layout", "kvstore.page", "kvstore.codec", "kvstore.errors", "kvstore.devices"),
     "kvstore.extras": ("kvstore.errors",),
     "kvstore.palette": (),
+    "kvstore.progress": (),
     "kvstore.ports": (),
     "kvstore.web": ("kvstore.logs", "kvstore.web"),  # any server of ours; knows none of them
     # Knows HTTP, nothing of what serves.
@@ -316,6 +317,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.extras",
         "kvstore.load",
         "kvstore.palette",
+        "kvstore.progress",
         "kvstore.units",
         "kvstore.web.sse",
     ),

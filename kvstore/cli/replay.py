@@ -3,69 +3,68 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvstore.console import add_row, console, print_json, table
+from kvstore.cli.replay_view import print_advice, print_cells, print_prices
+from kvstore.console import console, print_json
 from kvstore.errors import ConfigError
 from kvstore.extras import require
-from kvstore.units import format_seconds, parse_seconds
+from kvstore.units import format_bytes, format_seconds, parse_seconds
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from kvstore.lab.sweep import ReplayCell
+    from kvstore.lab.cell import ReplayCell
+    from kvstore.lab.timing import Costs
     from kvstore.lab.traces import ReplayTrace
+    from kvstore.progress import ProgressBar
 
-TIERS, COST = "Tiers and replicas", "Cost model"
-NUMBERS = (
-    "blocks",
-    "of all",
-    "token hit rate",
-    "computed tokens",
-    "of LRU's",
-    "gap closed",
-    "time saved",
-    "TTFT p50",
-    "p95",
-)
+TIERS, COST, ANSWER = "Tiers and replicas", "Cost model", "Answers"
+USUAL_HOST = "1%,5%,10%,25%"
 
 
 def replay(
     traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="kvt1, Mooncake or Bailian; .gz, .zst too.")],
-    capacity: Annotated[
-        str, typer.Option(help="Of host memory: 5% of the trace's blocks, 20000 blocks, 3Mtokens or 64GiB; a list.")
-    ] = "1%,5%,10%,25%",
-    policy: Annotated[str, typer.Option(help="Policies beside LRU; a list, package.module:Class too.")] = "lru",
-    ttl: Annotated[str | None, typer.Option(help="Time to live since the last use, such as 5min.")] = None,
-    block_size: Annotated[int | None, typer.Option(min=1, help="Tokens a block, where it is not the usual.")] = None,
-    bytes_per_token: Annotated[
-        int | None, typer.Option(min=1, help="Of a model's KV, for capacities in bytes.")
-    ] = None,
-    max_requests: Annotated[int | None, typer.Option(min=1, help="Read the first ones only.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave broken lines out, and count them.")] = False,
-    format_name: Annotated[
-        str | None, typer.Option("--format", metavar="NAME", help="Of the traces, where the first line is not to say.")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(metavar="DIR_OR_ID", help="For traces that hold prompts as text.")
-    ] = None,
-    write_kvt: Annotated[
-        Path | None, typer.Option("--write-kvt", metavar="FILE", help="Only write the trace as kvt1 (.zst, .gz too).")
+    host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZES",
+            help="Host memory: 5% of the trace's blocks, 20000 blocks, 3Mtokens or 64GiB. A list (1%,5%), or a range "
+            f"that doubles (1GiB..64GiB) or goes by steps (1%..25%+4%). {USUAL_HOST} unless given; any for --advise.",
+            rich_help_panel=TIERS,
+        ),
     ] = None,
     disk: Annotated[
-        str | None, typer.Option(help="Room of a disk tier, as of --capacity.", rich_help_panel=TIERS)
+        str | None,
+        typer.Option(metavar="SIZES", help="A disk tier, as --host; 0 is none: 0,25%,50%.", rich_help_panel=TIERS),
     ] = None,
-    redis: Annotated[str | None, typer.Option(help="Room of a Redis tier.", rich_help_panel=TIERS)] = None,
+    redis: Annotated[
+        str | None, typer.Option(metavar="SIZES", help="A Redis tier, likewise.", rich_help_panel=TIERS)
+    ] = None,
+    codec: Annotated[str, typer.Option(help="Of pages in Redis: raw, planes; a list.", rich_help_panel=TIERS)] = "raw",
+    policy: Annotated[
+        str, typer.Option(help="Policies beside LRU; a list, package.module:Class too.", rich_help_panel=TIERS)
+    ] = "lru",
+    ttl: Annotated[
+        str | None, typer.Option(help="Time to live since the last use, such as 5min.", rich_help_panel=TIERS)
+    ] = None,
     exclusive: Annotated[bool, typer.Option(help="A block is in one tier at a time.", rich_help_panel=TIERS)] = False,
-    admit: Annotated[str, typer.Option(help="Of lower tiers: always, second_use.", rich_help_panel=TIERS)] = "always",
+    admit: Annotated[
+        str, typer.Option(help="Of lower tiers: always, second_use, predicted.", rich_help_panel=TIERS)
+    ] = "always",
     writes_per_day: Annotated[
-        str | None, typer.Option(help="Most that is written to disk a day, as of --capacity.", rich_help_panel=TIERS)
+        str | None, typer.Option(help="Most that is written to disk a day, as of --host.", rich_help_panel=TIERS)
     ] = None,
     hints: Annotated[
-        str, typer.Option(help="Share of requests whose clients give hints (docs/hints.md), such as 25%; a list.")
+        str,
+        typer.Option(
+            metavar="SHARES",
+            help="Of requests whose clients give hints (docs/hints.md), such as 0%,25%.",
+            rich_help_panel=TIERS,
+        ),
     ] = "0%",
     replicas: Annotated[int, typer.Option(min=1, help="Stores, each with such tiers.", rich_help_panel=TIERS)] = 1,
     routing: Annotated[
@@ -75,18 +74,64 @@ def replay(
     model: Annotated[
         str, typer.Option(help="A preset, or a config.json; a wrong name shows the list.", rich_help_panel=COST)
     ] = "llama-3-8b",
+    bytes_per_token: Annotated[
+        int | None, typer.Option(min=1, help="Of KV, in place of the model's.", rich_help_panel=COST)
+    ] = None,
     gpu: Annotated[str, typer.Option(help="a100, l40s, h100, h200, b200.", rich_help_panel=COST)] = "h100",
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of one replica.", rich_help_panel=COST)] = 1,
     media: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="As host=pcie5,disk=2nvme,redis=redis-100g; a wrong name shows the list. To measure this machine's: "
+            "measured (memcpy), disk=DIRECTORY, redis=URL.",
+            rich_help_panel=COST,
+        ),
+    ] = "",
+    price: Annotated[
         str | None,
         typer.Option(
-            help="As host=dram,disk=2nvme,redis=redis-100g; a wrong name shows the list.", rich_help_panel=COST
+            metavar="LIST",
+            help="Also print quality, TTFT, concurrency and cost. Dollars, as gpu=2.5,host=4,disk=0.1,redis=12 (a GPU "
+            "by the hour, the tiers by GiB and month), or usual for those that are assumed.",
+            rich_help_panel=COST,
         ),
     ] = None,
+    advise: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Say what to buy: the least that reaches so much (95%) of what endless memory would.",
+            rich_help_panel=ANSWER,
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write a record for each row; - prints.", rich_help_panel=ANSWER),
+    ] = None,
+    details: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The same with all figures.", rich_help_panel=ANSWER)
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw hit rate over capacity, and TTFT (PNG).", rich_help_panel=ANSWER),
+    ] = None,
+    write_kvt: Annotated[
+        Path | None,
+        typer.Option(
+            "--write-kvt", metavar="FILE", help="Only write the trace as kvt1 (.zst, .gz too).", rich_help_panel=ANSWER
+        ),
+    ] = None,
+    format_name: Annotated[
+        str | None, typer.Option("--format", metavar="NAME", help="Of the traces, where the first line is not to say.")
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(min=1, help="Tokens a block, where it is not the usual.")] = None,
+    max_requests: Annotated[int | None, typer.Option(min=1, help="Read the first ones only.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave broken lines out, and count them.")] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_ID", help="For traces that hold prompts as text.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="auto, planner (every policy) or compiled (fast).")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one record for each row.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Also write the JSON to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw hit rate over capacity (PNG).")] = None,
 ) -> None:
     """Replay traffic through the store's own planner and policies, under the trace's own clock.
 
@@ -94,39 +139,54 @@ def replay(
     way from one to the other a policy goes is what it is worth. Look at computed tokens, too: where nearly all is hit,
     a fall of 0.2 points is 5 % more to compute.
 
-    For example: kvstore replay conversation_trace.jsonl --capacity 1%,5%,25% --policy sieve,s3fifo --plot rates.png
+    \b
+    Examples:
+      kvstore replay t.jsonl --host 1%..25% --policy sieve --plot t.png
+          hit rates at 1, 2, 4, 8, 16 and 25 % of the trace's different blocks
+      kvstore replay t.jsonl --host 16GiB..256GiB --disk 0,1TiB --price usual
+          five sizes, without a disk and with one, and what each costs
+      kvstore replay t.jsonl --advise 95% --disk 0,50% --media disk=/mnt/nvme
+          what to buy, with the disk of this machine
     """
     from kvstore.lab import compiled
-    from kvstore.lab.geometry import find_geometry
-    from kvstore.lab.hardware import find_gpu, media_of
-    from kvstore.lab.player import Player
+    from kvstore.lab.advice import advise as make_advice
+    from kvstore.lab.advice import parse_share
+    from kvstore.lab.capacity import parse_capacities, parse_capacity
+    from kvstore.lab.hardware import CODECS
+    from kvstore.lab.price import USUAL, Pricing, parse_prices
     from kvstore.lab.setup import ADMISSIONS, DISK, HOST, REDIS, ROUTINGS, Setup
-    from kvstore.lab.sweep import LRU, parse_capacity, sweep
-    from kvstore.lab.timing import PrefillModel
+    from kvstore.lab.sweep import ENGINES, LRU, Player, num_plays, setups_of
     from kvstore.lab.traces import read_trace
+    from kvstore.progress import ProgressBar
 
     ttl_s = None if ttl is None else _seconds(ttl)
-    shares = [_share(text) for text in dict.fromkeys(_words(hints))]
-    policies = list(dict.fromkeys([LRU, *_words(policy)]))
+    told = [_share(text) for text in _words("--hints", hints)]
+    policies = list(dict.fromkeys([LRU, *_words("--policy", policy)]))
     for name in policies:
         _check_policy(name)
-    _check_word("--admit", admit, ADMISSIONS)
-    _check_word("--routing", routing, ROUTINGS)
+    for option, word, words in (
+        ("--admit", admit, ADMISSIONS),
+        ("--routing", routing, ROUTINGS),
+        ("--engine", engine, ENGINES),
+        *(("--codec", word, tuple(CODECS)) for word in _words("--codec", codec)),
+    ):
+        _check_word(option, word, words)
     if disk is None and redis is None and (exclusive or writes_per_day is not None):
         raise ConfigError("--exclusive and --writes-per-day are about tiers below host memory; give --disk or --redis")
-    geometry, lower = find_geometry(model), {DISK: disk, REDIS: redis}
-    names = (HOST, *(name for name, room in lower.items() if room is not None))
-    costs = PrefillModel(geometry, find_gpu(gpu), media_of(names, media or ""), gpus)
-    token_bytes = bytes_per_token or geometry.token_bytes
+    share = None if advise is None else parse_share(advise)
+    prices = parse_prices(price or USUAL)
+    _check_files(json_file, details, plot, write_kvt)
     if plot is not None:
         require("demo", "--plot")
     cells: list[ReplayCell] = []
-    progress = console(stderr=True)
+    without: dict[str, tuple[float, ...]] = {}
+    messages = console(stderr=True)
     if not compiled.is_built:
-        progress.print("the compiled engine is not built here: the planner replays, about 10 us a block reference")
-    with progress.status("") as status:
+        messages.print("the compiled engine is not built here: the planner replays, about 10 us a block reference")
+    with ProgressBar(messages) as bar:
+        costs = _costs(model, bytes_per_token, gpu, gpus, media, bar)
         for path in traces:
-            status.update(f"reading {path}")
+            bar.update(f"reading {path}")
             trace = read_trace(
                 path,
                 format_name=format_name,
@@ -134,17 +194,24 @@ def replay(
                 max_requests=max_requests,
                 skip_bad=skip_bad,
                 tokenizer=tokenizer,
-                on_progress=status.update,
+                on_progress=bar.update,
             )
             for note in trace.notes:
-                progress.print(f"{path}: {note}", markup=False, soft_wrap=True)
+                messages.print(f"{path}: {note}", markup=False, soft_wrap=True)
             if write_kvt is not None:
                 _write(trace, write_kvt, len(traces))
                 continue
-            capacities = sorted({parse_capacity(text, trace, token_bytes) for text in _words(capacity)})
-            rooms = [(n, parse_capacity(room, trace, token_bytes)) for n, room in lower.items() if room is not None]
+            token_bytes = costs.geometry.token_bytes
+            sizes = (
+                None if host is None and share is not None else parse_capacities(host or USUAL_HOST, trace, token_bytes)
+            )
+            lower = [
+                [(name, size) for size in parse_capacities(room, trace, token_bytes, may_be_none=True)]
+                for name, room in ((DISK, disk), (REDIS, redis))
+                if room is not None
+            ]
             base = Setup(
-                ((HOST, 1), *rooms),
+                ((HOST, 1),),
                 ttl_s=ttl_s,
                 is_exclusive=exclusive,
                 admit=admit,
@@ -153,21 +220,34 @@ def replay(
                 routing=routing,
                 is_pooled=pooled,
             )
-            player = Player(trace, engine)
-            found = list(sweep(player, costs, capacities, policies, base, on_step=status.update, hints=shares))
+            hosts = [(HOST, size) for size in sizes or [1]] if share is None else [(HOST, 1)]
+            setups = setups_of(base, [hosts, *lower], policies, _words("--codec", codec), told)
+            player = Player(trace, costs, engine)
+            total = None if share is not None else num_plays(setups) * player.num_references
+            player.on_progress = partial(_tell, bar, trace.name, total)
+            bare = player.nothing(replicas)
+            span_s = float(player.at_s[-1] - player.at_s[0]) if len(player.at_s) else 0.0
+            pricing = Pricing(prices, token_bytes * trace.block_tokens, gpus, span_s, trace.prompt_tokens)
+            if share is not None:
+                advice = make_advice(player, share, setups, sizes, pricing)
+                chosen = [*advice.choices, *filter(None, (advice.less, advice.more)), *advice.out_of_reach]
+                found = [choice.cell for choice in chosen]
+                print_advice(player, advice, bare, pricing)
+            else:
+                found = [player.cell(setup) for setup in setups]
+                if json_file != Path("-"):
+                    print_cells(player, found, bare)
+            if price is not None and json_file != Path("-"):
+                print_prices(player, found, bare, pricing)
             cells += found
-            if not as_json:
-                _print(trace, found)
-    records = [cell.as_record() for cell in cells]
-    if out is not None:
-        out.write_text(json.dumps(records, indent=2) + "\n")
+            without[trace.name] = bare.percentiles()
+    _write_json(json_file, [cell.as_record() for cell in cells])
+    _write_json(details, [cell.as_details() for cell in cells])
     if plot is not None:
-        from kvstore.lab.sweep_plot import draw_rates
+        from kvstore.lab.sweep_plot import draw_sweep
 
-        draw_rates(cells, plot)
-        progress.print(f"plot: {plot}")
-    if as_json:
-        print_json(records)
+        draw_sweep(cells, without, plot)
+        messages.print(f"plot: {plot}", markup=False, soft_wrap=True)
 
 
 def _write(trace: ReplayTrace, path: Path, num_traces: int) -> None:
@@ -195,11 +275,11 @@ def _check_word(option: str, word: str, words: tuple[str, ...]) -> None:
         raise ConfigError(f"{option} is {word!r}; it must be one of {', '.join(words)}")
 
 
-def _words(text: str) -> list[str]:
+def _words(option: str, text: str) -> list[str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
-        raise ConfigError(f"{text!r} names nothing; write a list such as 1%,5%")
-    return words
+        raise ConfigError(f"{option} {text!r} names nothing; write one, or a list such as a,b")
+    return list(dict.fromkeys(words))
 
 
 def _share(text: str) -> float:
@@ -223,34 +303,39 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _print(trace: ReplayTrace, cells: list[ReplayCell]) -> None:
-    title = f"{trace.name}: {len(trace.requests)} requests, {trace.num_distinct} blocks of {trace.block_tokens} tokens"
-    if trace.num_skipped:
-        title += f"; {trace.num_skipped} broken lines left out"
-    rows = table("policy", *NUMBERS, title=title, right=NUMBERS)
-    num_slots = 0
-    for cell in cells:
-        if cell.capacity != num_slots:
-            num_slots = cell.capacity
-            best = round((1 - cell.min) * trace.prompt_tokens)
-            _add(rows, cell, "optimum", cell.min, best, None if cell.lru_gap_closed is None else 1.0)
-        times = (f"{cell.prefill_time_saved:.2%}", *(format_seconds(cell.ttft_s[name]) for name in ("p50", "p95")))
-        name = f"{cell.policy}, {cell.hints:.0%} hints" if cell.hints else cell.policy
-        _add(rows, cell, name, cell.token_hit_rate, cell.computed_tokens, cell.lru_gap_closed, times)
-    console().print(rows)
+def _check_files(*files: Path | None) -> None:
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise ConfigError(f"{file}: the directory {file.parent} is not there; make it first")
 
 
-def _add(
-    rows: Table,
-    cell: ReplayCell,
-    name: str,
-    rate: float,
-    computed: int,
-    closed: float | None,
-    times: tuple[str, ...] = ("", "", ""),
-) -> None:
-    prompt_tokens = computed / (1 - rate) if rate < 1 else 0.0
-    floor = (1 - cell.lru) * prompt_tokens
-    numbers = [f"{cell.capacity:,}", f"{cell.share:.2%}", f"{rate:.2%}", f"{computed:,}"]
-    numbers += [f"{computed / floor:.3f}x" if floor else "", "" if closed is None else f"{closed:.0%}"]
-    add_row(rows, name, *numbers, *times)
+def _costs(model: str, bytes_per_token: int | None, gpu: str, gpus: int, media: str, bar: ProgressBar) -> Costs:
+    from kvstore.lab.geometry import find_geometry
+    from kvstore.lab.hardware import Medium, find_gpu, media_of
+    from kvstore.lab.measure import measure
+    from kvstore.lab.timing import Costs
+
+    geometry, chip = find_geometry(model), find_gpu(gpu)
+    if bytes_per_token is not None:
+        geometry = replace(geometry, token_bytes=bytes_per_token, window_bytes=0)
+
+    def measured(tier: str, place: str) -> Medium:
+        bar.update(f"measuring {tier} {place}".rstrip())
+        medium = measure(tier, place)
+        latency = format_seconds(medium.latency_s)
+        told = f"{tier}: {format_bytes(medium.bytes_per_s)}/s, {latency} a load, measured on this machine"
+        console(stderr=True).print(told, markup=False, soft_wrap=True)
+        return medium
+
+    return Costs(geometry, chip, media_of(media, chip, measured), gpus)
+
+
+def _tell(bar: ProgressBar, name: str, total: int | None, what: str, num_done: int) -> None:
+    bar.update(f"{name}: {what}", num_done, total)
+
+
+def _write_json(file: Path | None, records: list[dict[str, object]]) -> None:
+    if file == Path("-"):
+        print_json(records)
+    elif file is not None:
+        file.write_text(json.dumps(records, indent=2) + "\n")

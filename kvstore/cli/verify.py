@@ -29,6 +29,7 @@ def verify(
     Bad pages are never served: the store checks the same on every read, and drops them. Nothing is changed here, and
     other processes may use the directory meanwhile.
     """
+    from kvstore.progress import ProgressBar
     from kvstore.tiers.disk.report import describe
     from kvstore.tiers.disk.report import verify as check_pages
 
@@ -37,14 +38,16 @@ def verify(
     started = time.perf_counter()
     bad: list[PageCheck] = []
     good = good_bytes = 0
-    with _progress(total, hidden=as_json or quiet) as advance:
+    with nullcontext() if as_json or quiet else ProgressBar(console(stderr=True)) as bar:
         for check in check_pages(directory):
             if check.ok and check.record is not None:
                 good += 1
                 good_bytes += check.record.header.stored_bytes
             else:
                 bad.append(check)
-            advance(len(bad))
+            if bar is not None:
+                checked = good + len(bad)
+                bar.update(f"verify: {checked} of {total} pages, {len(bad)} bad", checked, total)
     seconds = time.perf_counter() - started
     result = {
         "path": str(directory),
@@ -106,20 +109,3 @@ def _print(result: dict[str, Any]) -> None:
     if hidden > 0:
         output.print(f"... and {hidden} more; --json lists all of them")
     output.print("The store drops these pages when it meets them, and computes them again. Nothing has to be repaired.")
-
-
-def _progress(total: int, *, hidden: bool) -> Any:
-    """A bar on standard error; yields a function that is called after each page with the number of bad ones so far."""
-    printer = console(stderr=True)
-    if hidden or not printer.is_terminal:
-        return nullcontext(lambda num_bad: None)
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    class _Bar(Progress):
-        def __enter__(self) -> Any:
-            super().__enter__()
-            task = self.add_task("", total=total, bad=0)
-            return lambda num_bad: self.update(task, advance=1, bad=num_bad)
-
-    columns = (TextColumn("verify"), BarColumn(), MofNCompleteColumn(), TextColumn("bad {task.fields[bad]}"))
-    return _Bar(*columns, TimeRemainingColumn(), console=printer, transient=True)

@@ -85,12 +85,6 @@ class TraceArrays:
             self._next_uses.append(out)
         return self._next_uses[0]
 
-    def hit_tokens(self, hit_blocks: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-        """Turn hit blocks, shape (num_requests, num_tiers), into tokens: the last block of a prompt may not be full."""
-        reached = np.cumsum(hit_blocks.astype(np.int64), axis=1) * self.block_tokens
-        reached = np.minimum(reached, self.prompt_tokens[:, None])
-        return np.diff(reached, axis=1, prepend=0)
-
 
 def policies() -> tuple[str, ...]:
     """Return the names of the policies that `play` knows; none where the engine is not built."""

@@ -7,6 +7,13 @@ A layer with a sliding window looks back no further than that, and a linear laye
 alone. Pages of windowed layers are stored for every block, since any block can be where a prompt resumes; only the last
 window of them is loaded. The state of linear layers is loaded once for a prompt; the room that it takes in a store is
 not in the bytes of a token.
+
+Presets are the fields of the models' published configurations: Meta-Llama-3-8B and 70B and Qwen3-32B of their
+config.json; DeepSeek-V3, gpt-oss-120b and Qwen3-Next-80B-A3B of those and of the defaults of transformers'
+DeepseekV3Config, GptOssConfig and Qwen3NextConfig, which are the same; gpt-oss-20b of its config.json (24 layers).
+Active parameters are those of the DeepSeek-V3 report (37B), the README of openai/gpt-oss (5.1B, 3.6B) and the name of
+Qwen3-Next (A3B). KV has 2 bytes a number, as served in bf16; for fp8 give --bytes-per-token. The state of linear layers
+has 4, as transformers keeps it, and the tail of their convolution 2: engines differ.
 """
 
 from __future__ import annotations
@@ -81,8 +88,9 @@ PRESETS = {
         # Every second layer has a window of 128 tokens.
         _gqa("gpt-oss-120b", 5.1e9, 18, 64, 8, 64, windowed=18, window=128),
         _gqa("gpt-oss-20b", 3.6e9, 12, 64, 8, 64, windowed=12, window=128),
-        # Every fourth of 48 layers is full attention; a linear one has 32 value heads of 128 x 128 numbers of 4 bytes.
-        _gqa("qwen3-next-80b", 3e9, 12, 16, 2, 256, state=36 * 32 * 128 * 128 * 4),
+        # Every fourth of 48 layers is full attention. A linear one has 32 value heads of 128 x 128 numbers, and of its
+        # convolution over 4 tokens the last 3 of 2 x 16 x 128 + 32 x 128 channels.
+        _gqa("qwen3-next-80b", 3e9, 12, 16, 2, 256, state=36 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)),
     )
 }
 
@@ -104,9 +112,7 @@ def read_geometry(path: Path) -> ModelGeometry:
     """
     try:
         fields = json.loads(path.read_text())
-        special = [
-            key for key in ("kv_lora_rank", "num_experts", "num_local_experts", "n_routed_experts") if fields.get(key)
-        ]
+        special = [key for key in UNREAD if fields.get(key)]
         special += ["layer_types"] if len(set(fields.get("layer_types") or [])) > 1 else []
         if special:
             raise ConfigError(

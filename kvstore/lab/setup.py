@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 HOST, DISK, REDIS = "host", "disk", "redis"  # nearest first
 ROUTINGS = ("round_robin", "prefix")
-ADMISSIONS = ("always", "second_use", "predicted")
+ALWAYS, SECOND_USE, PREDICTED = ADMISSIONS = ("always", "second_use", "predicted")
 
 # What a replica computes in a second, where requests go to the one that has least to do: an 8B model on one H100 takes
 # 40 us a token at the head of a prompt. It says how soon a queue is worked off, nothing else.
@@ -33,18 +33,31 @@ class Setup:
     replicas:     stores, each with tiers of these sizes. routing: how requests are spread over them.
     is_pooled:    the replicas are one store of all their room, instead.
     hints:        share of the requests whose clients say what they know (hints.py).
+    codec:        of the pages in Redis (hardware.py); hits are the same, bytes and seconds are not.
     """
 
     tiers: tuple[tuple[str, int], ...]
     policy: str = "lru"
     ttl_s: float | None = None
     is_exclusive: bool = False
-    admit: str = "always"
+    admit: str = ALWAYS
     writes_per_day: int | None = None
     replicas: int = 1
     routing: str = "prefix"
     is_pooled: bool = False
     hints: float = 0.0
+    codec: str = "raw"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tiers' names, nearest first."""
+        return tuple(name for name, _ in self.tiers)
+
+    @property
+    def room(self) -> int:
+        """How many different blocks all replicas together can hold at most: lower tiers repeat what is above."""
+        sizes = [num_blocks for _, num_blocks in self.tiers]
+        return self.replicas * (sum(sizes) if self.is_exclusive else max(sizes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +72,11 @@ class Played:
     hit_blocks: npt.NDArray[np.int32]
     written: tuple[int, ...]
     cpu_s: float
+
+    def hit_tokens(self, prompt_tokens: npt.NDArray[np.int64], block_tokens: int) -> npt.NDArray[np.int64]:
+        """Return the hit tokens of each request by tier, shape (num_requests, num_tiers), nearest tier first.
+
+        prompt_tokens: shape (num_requests,); the last block of a prompt counts with the tokens that are in it.
+        """
+        reached = np.cumsum(self.hit_blocks.astype(np.int64), axis=1) * block_tokens
+        return np.diff(np.minimum(reached, prompt_tokens[:, None]), axis=1, prepend=0)

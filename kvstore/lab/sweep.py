@@ -1,4 +1,7 @@
-"""A trace replayed at several capacities and by several policies, beside the floor and the ceiling.
+"""A trace played through setups, beside the floor and the ceiling.
+
+    player = Player(trace, costs)
+    cells = [player.cell(setup) for setup in setups_of(Setup(...), rooms, policies)]
 
 The floor is LRU, the policy to beat; the ceiling is the offline optimum (optimum.py). Computed tokens stand beside the
 hit rate: where nearly all is hit, a fall of 0.2 points is 5 % more to compute.
@@ -6,156 +9,190 @@ hit rate: where nearly all is hit, a fall of 0.2 points is 5 % more to compute.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvstore.errors import ConfigError
-from kvstore.lab.player import Player
-from kvstore.lab.setup import HOST, Setup
-from kvstore.lab.timing import PrefillModel, time_of
+from kvstore.lab import compiled, replay
+from kvstore.lab.cell import ReplayCell
+from kvstore.lab.optimum import optimal_hit_tokens
+from kvstore.lab.sessions import num_sessions
+from kvstore.lab.setup import ALWAYS, HOST, PREDICTED, REDIS, Played, Setup
+from kvstore.lab.timing import Costs, ReplayTiming, time_of
 from kvstore.lab.traces import ReplayTrace
-from kvstore.units import parse_bytes
 
+AUTO, PLANNER, COMPILED = ENGINES = ("auto", "planner", "compiled")
 LRU = "lru"
-BASE = Setup(((HOST, 1),))
-PERCENTILES = (50, 95, 99)  # of TTFT
 LEAST_GAP = 0.005  # between floor and ceiling; a share of less says nothing
+
+OnProgress = Callable[[str, int], object]
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayCell:
-    """One policy at one capacity.
+class Outcome:
+    """A trace played through a setup. tokens: hit tokens, shape (num_requests, num_tiers)."""
 
-    capacity:       blocks. share: of the trace's different blocks.
-    lru, min:       token hit rates of the floor and the ceiling at this capacity.
-    lru_gap_closed: of the way from one to the other; None where that is too short to say.
-    seconds:        CPU time of the replay.
-    min is that of one store as large as the largest tier of all replicas, or as all of them if they are exclusive.
-    prefill_time_saved: share of all prompts' prefill seconds, after loading; ttft_s: by percentile (timing.py).
-    tiers, written: blocks of room, and blocks written, by tier.
-    hints:          share of the requests that gave hints.
-    """
-
-    trace: str
-    policy: str
-    capacity: int
-    share: float
+    setup: Setup
+    played: Played
+    tokens: npt.NDArray[np.int64]
+    timing: ReplayTiming
     token_hit_rate: float
-    hit_rate_by_tier: dict[str, float]
-    computed_tokens: int
-    lru: float
-    min: float
-    lru_gap_closed: float | None
-    requests: int
-    seconds: float
-    ttl_s: float | None = None
-    engine: str = ""
-    tiers: dict[str, int] = field(default_factory=dict)
-    written: dict[str, int] = field(default_factory=dict)
-    prefill_time_saved: float = 0.0
-    ttft_s: dict[str, float] = field(default_factory=dict)
-    busy: float = 0.0
-    hints: float = 0.0
-
-    def as_record(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        return asdict(self)
 
 
-def sweep(
-    player: Player,
-    model: PrefillModel,
-    capacities: Sequence[int],
+class Player:
+    """Plays one trace, by the compiled engine or by the planner's.
+
+    engine:      one of ENGINES; "auto" is the compiled one where it is built and knows the setup, else the planner's.
+    on_progress: is told what is played, and how many references are done in all plays; what it raises ends the play.
+    num_references, num_distinct, num_sessions: of the trace; its references, different blocks, and sessions.
+    """
+
+    def __init__(
+        self,
+        trace: ReplayTrace,
+        costs: Costs | None = None,
+        engine: str = AUTO,
+    ) -> None:
+        """Raise ConfigError for an engine that is none, or is not built."""
+        if engine not in ENGINES:
+            raise ConfigError(f"--engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
+        if engine == COMPILED and not compiled.is_built:
+            raise ConfigError("--engine compiled is not built on this machine; leave the option out, or say planner")
+        self.trace = trace
+        self.costs = costs or Costs()
+        self.num_references = sum(len(request.blocks) for request in trace.requests)
+        self.num_distinct = trace.num_distinct
+        self.num_sessions = num_sessions(trace)
+        self.at_s = np.array([request.at_s for request in trace.requests], np.float64)
+        self.prompt_tokens = np.array([request.num_prompt_tokens for request in trace.requests], np.int64)
+        self._engine = engine
+        self.on_progress: OnProgress = lambda what, num_done: None
+        self._num_plays = 0
+        self._arrays = compiled.TraceArrays.of(trace) if compiled.is_built else None
+        self._total_tokens = int(self.prompt_tokens.sum())
+        self._optima: dict[int, int] = {}
+        self._floor: Outcome | None = None
+
+    def engine_of(self, setup: Setup) -> str:
+        """Return the name of the engine that plays this setup."""
+        is_compiled = self._engine == COMPILED or (self._engine == AUTO and compiled.can_play(setup))
+        return COMPILED if is_compiled else PLANNER
+
+    def play(self, setup: Setup) -> Played:
+        """Play the trace through a setup. Raises ConfigError for what the engine cannot play."""
+        tell = self._teller(f"{setup.policy} at {' + '.join(f'{size:,}' for _, size in setup.tiers)} blocks")
+        if self._arrays is not None and self.engine_of(setup) == COMPILED:
+            played = compiled.play(self._arrays, setup, tell)
+        else:
+            played = replay.play(self.trace, setup, tell)
+        self._num_plays += 1
+        return played
+
+    def hit_tokens(self, played: Played) -> npt.NDArray[np.int64]:
+        """Return the hit tokens of each request by tier, nearest tier first."""
+        return played.hit_tokens(self.prompt_tokens, self.trace.block_tokens)
+
+    def optimal_tokens(self, num_blocks: int) -> int:
+        """Return the most prompt tokens that one store of so many blocks could have served."""
+        num_blocks = min(num_blocks, self.num_distinct) or 1  # all of more is the same
+        if num_blocks not in self._optima:
+            tell = self._teller(f"the optimum at {num_blocks:,} blocks")
+            tell(0)
+            if self._arrays is None:
+                self._optima[num_blocks] = optimal_hit_tokens(self.trace, num_blocks)
+            else:
+                played = compiled.optimum(self._arrays, num_blocks, tell)
+                self._optima[num_blocks] = int(self.hit_tokens(played).sum())
+            self._num_plays += 1
+        return self._optima[num_blocks]
+
+    def outcome(self, setup: Setup) -> Outcome:
+        """Play the trace through a setup; return its hits and seconds."""
+        played = self.play(setup)
+        tokens = self.hit_tokens(played)
+        timing = time_of(self.costs.model(setup), self.at_s, self.prompt_tokens, tokens, setup.replicas)
+        return Outcome(setup, played, tokens, timing, int(tokens.sum()) / (self._total_tokens or 1))
+
+    def nothing(self, replicas: int = 1) -> ReplayTiming:
+        """Return the seconds of the trace where nothing is ever stored."""
+        setup = Setup(((HOST, 1),))
+        hits = np.zeros((len(self.at_s), 1), np.int64)
+        return time_of(self.costs.model(setup), self.at_s, self.prompt_tokens, hits, replicas)
+
+    def cell(self, setup: Setup) -> ReplayCell:
+        """Play a setup, and what it is to be compared with; return all figures."""
+        ceiling = self.optimal_tokens(setup.room) / (self._total_tokens or 1)
+        floor = self._floor_of(setup)
+        outcome = floor if setup == floor.setup else self.outcome(setup)
+        gap = ceiling - floor.token_hit_rate
+        by_tier = (outcome.tokens.sum(axis=0) / (self._total_tokens or 1)).tolist()
+        timing = outcome.timing
+        return ReplayCell(
+            trace=self.trace.name,
+            setup=setup,
+            share=setup.tiers[0][1] / (self.num_distinct or 1),
+            token_hit_rate=outcome.token_hit_rate,
+            hit_rate_by_tier=dict(zip(setup.names, by_tier, strict=True)),
+            computed_tokens=self._total_tokens - int(outcome.tokens.sum()),
+            lru=floor.token_hit_rate,
+            min=ceiling,
+            lru_gap_closed=(outcome.token_hit_rate - floor.token_hit_rate) / gap if gap >= LEAST_GAP else None,
+            requests=len(self.trace.requests),
+            seconds=outcome.played.cpu_s,
+            engine=self.engine_of(setup),
+            written=dict(zip(setup.names, outcome.played.written, strict=True)),
+            prefill_time_saved=timing.saved,
+            ttft_s=timing.percentiles(),
+            busy=timing.busy,
+            gpu_s=timing.spent_s,
+        )
+
+    def _floor_of(self, setup: Setup) -> Outcome:
+        floor = floor_of(setup)
+        if self._floor is None or self._floor.setup != floor:
+            self._floor = self.outcome(floor)
+        return self._floor
+
+    def _teller(self, what: str) -> Callable[[int], object]:
+        before = self._num_plays * self.num_references
+        return lambda num_done: self.on_progress(what, before + num_done)
+
+
+def setups_of(
+    base: Setup,
+    rooms: Sequence[Sequence[tuple[str, int]]],
     policies: Sequence[str],
-    base: Setup = BASE,
-    on_step: Callable[[str], None] = lambda what: None,
+    codecs: Sequence[str] = ("raw",),
     hints: Sequence[float] = (0.0,),
-) -> Iterator[ReplayCell]:
-    """Yield a cell for each capacity of host memory, policy and share of hints, capacity by capacity.
+) -> list[Setup]:
+    """Return a setup for each choice of rooms, codec, policy and share of hints; what shares a floor stands together.
 
-    base:    all else of the setups. on_step: is told what is computed next.
-    hints:   shares of the requests that give hints.
-
-    LRU without a time to live and hints is the floor, and is replayed though it be not among the policies.
+    rooms: for each tier, nearest first, the sizes to choose from; one of 0 blocks leaves the tier out.
     """
-    trace = player.trace
-    prompt_tokens, num_distinct = trace.prompt_tokens or 1, trace.num_distinct or 1
-    at_s = np.array([request.at_s for request in trace.requests], np.float64)
-    for capacity in capacities:
-        floor_setup = replace(base, tiers=((HOST, capacity), *base.tiers[1:]), policy=LRU, ttl_s=None, hints=0.0)
-        sizes = [num_blocks for _, num_blocks in floor_setup.tiers]
-        room = base.replicas * (sum(sizes) if base.is_exclusive else max(sizes))
-        on_step(f"{trace.name}: the optimum at {room} blocks")
-        ceiling = player.optimal_tokens(room) / prompt_tokens
-        on_step(f"{trace.name}: {LRU} at {capacity} blocks")
-        floor = player.play(floor_setup)
-        floor_rate = int(player.hit_tokens(floor).sum()) / prompt_tokens
-        for policy, share in product(policies, hints):
-            setup = replace(floor_setup, policy=policy, ttl_s=base.ttl_s, hints=share)
-            played = floor
-            if setup != floor_setup:
-                on_step(f"{trace.name}: {policy} at {capacity} blocks")
-                played = player.play(setup)
-            tokens = player.hit_tokens(played)
-            hit_tokens = int(tokens.sum())
-            timing = time_of(model, at_s, player.prompt_tokens, tokens, base.replicas)
-            rate, gap = hit_tokens / prompt_tokens, ceiling - floor_rate
-            names = [name for name, _ in setup.tiers]
-            yield ReplayCell(
-                trace.name,
-                policy,
-                capacity,
-                capacity / num_distinct,
-                rate,
-                {name: int(num) / prompt_tokens for name, num in zip(names, tokens.sum(axis=0), strict=True)},
-                trace.prompt_tokens - hit_tokens,
-                floor_rate,
-                ceiling,
-                (rate - floor_rate) / gap if gap >= LEAST_GAP else None,
-                len(trace.requests),
-                played.cpu_s,
-                base.ttl_s,
-                player.engine_of(setup),
-                dict(setup.tiers),
-                dict(zip(names, played.written, strict=True)),
-                timing.saved,
-                {f"p{percent}": timing.percentile(percent) for percent in PERCENTILES},
-                timing.busy,
-                share,
-            )
+    setups = []
+    for chosen in product(*rooms):
+        tiers = tuple((name, num_blocks) for name, num_blocks in chosen if num_blocks)
+        stores = replace(base, tiers=tiers)
+        if len(tiers) == 1:  # those words are about lower tiers
+            stores = replace(stores, is_exclusive=False, writes_per_day=None, admit=ALWAYS)
+        for codec in codecs if REDIS in stores.names else codecs[:1]:
+            setups += [
+                replace(stores, policy=policy, codec=codec, hints=share) for policy, share in product(policies, hints)
+            ]
+    return setups
 
 
-def parse_capacity(text: str, trace: ReplayTrace, bytes_per_token: int | None) -> int:
-    """Read a capacity as blocks of a trace.
+def floor_of(setup: Setup) -> Setup:
+    """Return the setup that is the floor of another: LRU without a time to live, forecasts and hints."""
+    admit = ALWAYS if setup.admit == PREDICTED else setup.admit
+    return replace(setup, policy=LRU, ttl_s=None, admit=admit, hints=0.0)
 
-    "5%" of its different blocks, "20000" blocks, "3Mtokens" or "500Ktokens", or "64GiB" of memory.
 
-    Raises ConfigError, with what would be right.
-    """
-    written = text.strip()
-    if tokens := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMG]?) ?tokens", written, re.ASCII):
-        num_tokens = float(tokens[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[tokens[2]]
-        if num_tokens >= trace.block_tokens:
-            return int(num_tokens / trace.block_tokens)
-        raise ConfigError(f"capacity {text!r} is less than one block of {trace.block_tokens} tokens")
-    try:
-        share = float(written[:-1]) / 100 if written.endswith("%") else None
-        num_bytes = 0 if share is not None or written.isdecimal() else parse_bytes(written)
-    except ValueError:
-        raise ConfigError(
-            f"capacity is {text!r}; write a share of the trace's blocks (5%), blocks (20000), tokens (3Mtokens) or a "
-            "size (64GiB)"
-        ) from None
-    if share is not None:
-        return trace.blocks_of(share)
-    if num_bytes and bytes_per_token is None:
-        raise ConfigError(f"capacity {text!r} is a size; say with --bytes-per-token how large a token's KV is")
-    num_blocks = num_bytes // ((bytes_per_token or 1) * trace.block_tokens) if num_bytes else int(written or 0)
-    if num_blocks < 1:
-        raise ConfigError(f"capacity {text!r} is less than one block of {trace.block_tokens} tokens")
-    return num_blocks
+def num_plays(setups: Sequence[Setup]) -> int:
+    """Return how many plays the cells of some setups take about: each, a floor for each room, and the optima."""
+    floors = {floor_of(setup) for setup in setups}
+    return len(floors | set(setups)) + len({setup.room for setup in setups})

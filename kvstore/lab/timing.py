@@ -10,13 +10,15 @@ TTFT      waiting + load + prefill of the rest. A replica serves one prompt at a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.lab.geometry import ModelGeometry
-from kvstore.lab.hardware import Gpu, Medium
+from kvstore.lab.geometry import PRESETS, ModelGeometry
+from kvstore.lab.hardware import CODECS, GPUS, MEDIA, Gpu, Medium
+from kvstore.lab.setup import REDIS, Setup
 
 Floats = npt.NDArray[np.float64]
 
@@ -39,9 +41,25 @@ class ReplayTiming:
         """Return the share of prefill time that is saved after loading."""
         return 1 - self.spent_s / self.prefill_s if self.prefill_s else 0.0
 
-    def percentile(self, percent: float) -> float:
-        """Return a percentile of TTFT, in seconds."""
-        return float(np.percentile(self.ttft_s, percent))
+    def percentiles(self) -> tuple[float, ...]:
+        """Return the 0th to the 100th percentile of TTFT, in seconds; nothing of a trace without requests."""
+        return tuple(np.percentile(self.ttft_s, range(101)).tolist()) if len(self.ttft_s) else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What the seconds of a trace are figured out from. media: of every tier, by name. num_gpus: of one replica."""
+
+    geometry: ModelGeometry = PRESETS["llama-3-8b"]
+    gpu: Gpu = GPUS["h100"]
+    media: Mapping[str, Medium] = field(default_factory=lambda: {"host": MEDIA["pcie5"]})
+    num_gpus: int = 1
+
+    def model(self, setup: Setup) -> PrefillModel:
+        """Return the cost of prompts under a setup."""
+        codec = CODECS[setup.codec]
+        media = (codec.over(self.media[name]) if name == REDIS else self.media[name] for name in setup.names)
+        return PrefillModel(self.geometry, self.gpu, tuple(media), self.num_gpus)
 
 
 @dataclass(frozen=True, slots=True)

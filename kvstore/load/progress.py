@@ -1,4 +1,4 @@
-"""One line on how a run goes: rewritten in place on a terminal, every few seconds a new one elsewhere."""
+"""How a run of a workload goes, in one line with a bar."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
-from rich.status import Status
 
 from kvstore.load.record import FAILED, Record
+from kvstore.progress import ProgressBar
 
-PLAIN_EVERY_S = 10.0
 RECENT = 200  # TTFTs that the median is taken of
 
 
@@ -21,25 +20,20 @@ class Progress:
     def __init__(self, name: str, num_requests: int, console: Console, now: Callable[[], float]) -> None:
         self._name = name
         self._num_requests = num_requests
-        self._console = console
-        self._now = now
+        self._bar = ProgressBar(console, now)
         self._statuses: Counter[str] = Counter()
         self._ttfts: deque[float] = deque(maxlen=RECENT)
         self._prompt_tokens = self._hit_tokens = self._refusals = 0
-        self._status: Status | None = None
 
     def __enter__(self) -> Progress:
-        self._shown_s = self._now()
-        if self._console.is_terminal:
-            self._status = self._console.status(self.line)
-            self._status.start()
+        self._bar.__enter__()
+        self._bar.update(self.line, 0, self._num_requests)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._status is not None:
-            self._status.stop()
+        self._bar.__exit__(kind, error, trace)
 
     def add(self, record: Record) -> None:
         """Count a request that has ended."""
@@ -50,11 +44,7 @@ class Progress:
         if record.prompt_tokens and record.cached_tokens is not None:
             self._prompt_tokens += record.prompt_tokens
             self._hit_tokens += record.cached_tokens
-        if self._status is not None:
-            self._status.update(self.line)
-        elif self._now() - self._shown_s >= PLAIN_EVERY_S:
-            self._shown_s = self._now()
-            self._console.print(self.line, markup=False, soft_wrap=True)
+        self._bar.update(self.line, self._statuses.total(), self._num_requests)
 
     @property
     def line(self) -> str:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from kvstore.load.progress import PLAIN_EVERY_S, Progress
+from kvstore.load.progress import Progress
 from kvstore.load.record import FAILED, Record
+from kvstore.progress import PLAIN_EVERY_S
 
 
 def test_line_has_hit_rate_ttft_refusals_and_errors_so_far(record: Callable[..., Record]) -> None:
@@ -22,7 +23,7 @@ def test_line_has_hit_rate_ttft_refusals_and_errors_so_far(record: Callable[...,
 
 
 def test_lines_come_now_and_then_where_there_is_no_terminal(record: Callable[..., Record]) -> None:
-    times = iter([0.0, 1.0, PLAIN_EVERY_S, PLAIN_EVERY_S, PLAIN_EVERY_S + 1.0])
+    times = iter([0.0, 0.0, 1.0, PLAIN_EVERY_S, PLAIN_EVERY_S, PLAIN_EVERY_S + 1.0])
     output = io.StringIO()
 
     with Progress("run", 9, Console(file=output), lambda: next(times)) as progress:

@@ -25,7 +25,7 @@ def trace(tmp_path: Path) -> Path:
 
 
 def test_a_table_shows_each_policy_between_lru_and_the_optimum(trace: Path) -> None:
-    result = runner.invoke(app, ["replay", str(trace), "--capacity", "5%,20%", "--policy", "s3fifo"])
+    result = runner.invoke(app, ["replay", str(trace), "--host", "5%,20%", "--policy", "s3fifo"])
 
     assert result.exit_code == 0
     rows = [line.split()[0] for line in result.stdout.splitlines() if line.strip() and line.split()[1:2] != ["blocks"]]
@@ -36,34 +36,108 @@ def test_a_table_shows_each_policy_between_lru_and_the_optimum(trace: Path) -> N
 def test_records_are_printed_and_written(trace: Path, tmp_path: Path) -> None:
     out = tmp_path / "cells.json"
 
-    result = runner.invoke(app, ["replay", str(trace), "--capacity", "16", "--json", "--out", str(out)])
+    printed = runner.invoke(app, ["replay", str(trace), "--host", "16", "--json", "-", "--details", str(out)])
 
-    (cell,) = json.loads(result.stdout)
+    (cell,), (details,) = json.loads(printed.stdout), json.loads(out.read_text())
     assert (cell["trace"], cell["policy"], cell["capacity"], cell["requests"]) == ("traffic", "lru", 16, 120)
-    assert json.loads(out.read_text()) == [cell]
+    assert details.items() >= cell.items()
+    assert details["tiers"] == {"host": 16}
 
 
-def test_shares_of_hints_are_rows_of_their_own(trace: Path) -> None:
-    table = runner.invoke(app, ["replay", str(trace), "--capacity", "16", "--hints", "0%,50%"])
-    records = runner.invoke(app, ["replay", str(trace), "--capacity", "16", "--hints", "0%,50%", "--json"])
+def test_lists_and_ranges_of_every_tier_are_played(trace: Path) -> None:
+    options = ["--host", "8..32", "--disk", "0,50%", "--json", "-"]
+
+    cells = json.loads(runner.invoke(app, ["replay", str(trace), *options]).stdout)
+
+    assert [(cell["capacity"], list(cell["hit_rate_by_tier"])) for cell in cells] == [
+        (size, tiers) for size in (8, 16, 32) for tiers in (["host"], ["host", "disk"])
+    ]
+
+
+def test_shares_of_hints_are_rows_of_their_own(trace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cells.json"
+
+    table = runner.invoke(app, ["replay", str(trace), "--host", "16", "--hints", "0%,50%", "--details", str(out)])
 
     assert "lru, 50% hints" in table.stdout
-    assert [cell["hints"] for cell in json.loads(records.stdout)] == [0.0, 0.5]
+    assert [cell["hints"] for cell in json.loads(out.read_text())] == [0.0, 0.5]
 
 
 def test_a_time_to_live_costs_hits(trace: Path) -> None:
-    result = runner.invoke(app, ["replay", str(trace), "--capacity", "100%", "--ttl", "2s", "--json"])
+    result = runner.invoke(app, ["replay", str(trace), "--host", "100%", "--ttl", "2s", "--json", "-"])
 
     (cell,) = json.loads(result.stdout)
     assert cell["token_hit_rate"] < cell["lru"] == cell["min"]
+
+
+def test_gpus_that_get_more_than_they_can_do_are_warned_of(trace: Path) -> None:
+    options = ["replay", str(trace), "--host", "5%", "--model", "llama-3-70b", "--gpu", "a100"]
+
+    busy, idle = runner.invoke(app, options), runner.invoke(app, [*options, "--replicas", "8"])
+
+    assert "times the work that they can do" in busy.stdout.replace("\n", " ")
+    assert busy.stdout.count("!") > 1
+    assert "!" not in idle.stdout
+
+
+def test_quality_ttft_concurrency_and_cost_stand_in_one_table(trace: Path) -> None:
+    options = ["--host", "5%", "--redis", "50%", "--codec", "raw,planes", "--price", "gpu=2"]
+
+    result = runner.invoke(app, ["replay", str(trace), *options])
+
+    assert result.exit_code == 0
+    assert "gpu=2 an hour; host=4, disk=0.1, redis=12 a GiB and month" in result.stdout
+    for column in ("quality", "TTFT p50", "requests/s", "sessions", "$ a month", "$ a million"):
+        assert column in result.stdout
+    assert "(planes)" in result.stdout
+
+
+def test_advice_is_in_plain_words(trace: Path) -> None:
+    result = runner.invoke(app, ["replay", str(trace), "--advise", "90%", "--disk", "0,100%"])
+
+    assert result.exit_code == 0
+    told = result.stdout
+    for words in (
+        "For 90 % of that: host",
+        "holds ",
+        "sessions",
+        "writes  a day",
+        "a million prompt tokens",
+        "One step up",
+    ):
+        assert words in told
+    assert "Instead, host" in told
+
+
+def test_advice_that_cannot_be_followed_is_told(trace: Path) -> None:
+    result = runner.invoke(app, ["replay", str(trace), "--advise", "99%", "--host", "1"])
+
+    assert result.exit_code == 0
+    assert "99 % of that is not reached by host" in result.stdout
+
+
+def test_an_empty_trace_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_text("")
+
+    result = runner.invoke(app, ["replay", str(path), "--advise", "90%"])
+
+    assert result.exit_code == 2
+    assert "empty.jsonl" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         (["--policy", "best"], "--policy best: it must be one of lru, outlook, s3fifo, sieve"),
-        (["--capacity", "many"], "capacity is 'many'"),
-        (["--capacity", ","], "names nothing"),
+        (["--host", "many"], "capacity is 'many'"),
+        (["--host", ","], "names nothing"),
+        (["--host", "5%..1%"], "goes down"),
+        (["--disk", "1TiB..2TiB+1KiB"], "less than one block"),
+        (["--codec", "zip"], "it must be one of raw, planes"),
+        (["--price", "gold=1"], "write NAME=DOLLARS"),
+        (["--advise", "most"], "such as 95%"),
+        (["--json", "/nowhere/a.json"], "the directory /nowhere is not there"),
         (["--model", "llama"], "it must be one of llama-3-8b"),
         (["--gpu", "abacus"], "it must be one of a100"),
         (["--media", "disk=tape"], "write TIER=MEDIUM"),

@@ -84,7 +84,7 @@ def test_progress_goes_to_standard_error_only(tmp_path: Path) -> None:
 
     assert result.exit_code == 0
     assert "every page is what was written" in result.stdout
-    assert "3/3" in result.stderr
+    assert "verify: 3 of 3 pages, 0 bad" in result.stderr
     assert "3/3" not in result.stdout
 
 

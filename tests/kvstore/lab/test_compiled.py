@@ -65,8 +65,8 @@ def test_the_optimum_is_that_of_the_few_lines(seed: int) -> None:
     arrays = TraceArrays.of(trace)
 
     for num_blocks in (1, 3, 20, 60, 300, 10_000):
-        hits = compiled.optimum(arrays, num_blocks).hit_blocks
-        assert arrays.hit_tokens(hits).sum() == optimal_hit_tokens(trace, num_blocks)
+        played = compiled.optimum(arrays, num_blocks)
+        assert played.hit_tokens(arrays.prompt_tokens, BLOCK).sum() == optimal_hit_tokens(trace, num_blocks)
 
 
 @pytest.mark.parametrize("admit", ["always", "second_use"])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from kvstore.lab.hints import TOOL_PAUSE_S, options_of
-from kvstore.lab.player import Player
 from kvstore.lab.replay import play
 from kvstore.lab.setup import HOST, Setup
+from kvstore.lab.sweep import Player
 from kvstore.lab.traces import ReplayTrace
 from kvstore.load.kvt import KvtRequest
 
@@ -25,7 +25,7 @@ def agents(num_sessions: int, num_turns: int) -> ReplayTrace:
 
 def hit_tokens(trace: ReplayTrace, num_blocks: int, hints: float) -> int:
     played = play(trace, Setup(((HOST, num_blocks),), hints=hints))
-    return int(Player(trace, "planner").hit_tokens(played).sum())
+    return int(Player(trace, engine="planner").hit_tokens(played).sum())
 
 
 def test_without_hints_the_store_is_told_nothing() -> None:

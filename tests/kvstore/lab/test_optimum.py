@@ -9,9 +9,9 @@ from itertools import combinations
 import pytest
 
 from kvstore.lab.optimum import optimal_hit_tokens
-from kvstore.lab.player import Player
 from kvstore.lab.replay import play
 from kvstore.lab.setup import HOST, Setup
+from kvstore.lab.sweep import Player
 from kvstore.lab.traces import ReplayTrace
 from kvstore.load.kvt import KvtRequest
 

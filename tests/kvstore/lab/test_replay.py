@@ -10,9 +10,9 @@ import pytest
 
 from kvstore.errors import ConfigError
 from kvstore.lab import compiled
-from kvstore.lab.player import Player
 from kvstore.lab.replay import play
 from kvstore.lab.setup import DISK, HOST, Setup
+from kvstore.lab.sweep import Player
 from kvstore.lab.traces import ReplayTrace
 from kvstore.load.kvt import KvtRequest
 
@@ -31,7 +31,7 @@ def hits_of(trace: ReplayTrace, *, capacity: float, disk: int = 0, **options: An
     """The hit tokens of a trace by tier; capacity: share of its blocks."""
     tiers = ((HOST, trace.blocks_of(capacity)), *([(DISK, disk)] if disk else []))
     setup = Setup(tiers, **options)
-    tokens = Player(trace, "planner").hit_tokens(play(trace, setup)).sum(axis=0)
+    tokens = Player(trace, engine="planner").hit_tokens(play(trace, setup)).sum(axis=0)
     return {name: int(num) for (name, _), num in zip(tiers, tokens, strict=True) if num}
 
 
@@ -166,4 +166,4 @@ def test_a_disk_admits_by_forecast_where_the_policy_has_one() -> None:
 
 def test_an_engine_that_is_none_is_told_with_the_list() -> None:
     with pytest.raises(ConfigError, match="one of auto, planner, compiled"):
-        Player(trace_of((1, 2)), "fast")
+        Player(trace_of((1, 2)), engine="fast")

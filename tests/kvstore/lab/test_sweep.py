@@ -1,4 +1,4 @@
-"""Cells of a sweep stand between LRU and the optimum; capacities are read as people write them."""
+"""Cells of a sweep stand between LRU and the optimum; a picture is drawn of them."""
 
 from __future__ import annotations
 
@@ -7,26 +7,31 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.errors import ConfigError
 from kvstore.lab import compiled
-from kvstore.lab.geometry import PRESETS
-from kvstore.lab.hardware import GPUS, MEDIA
+from kvstore.lab.cell import ReplayCell
+from kvstore.lab.hardware import MEDIA
 from kvstore.lab.optimum import optimal_hit_tokens
-from kvstore.lab.player import Player
-from kvstore.lab.setup import DISK, HOST, Setup
-from kvstore.lab.sweep import parse_capacity, sweep
-from kvstore.lab.sweep_plot import draw_rates
-from kvstore.lab.timing import PrefillModel
+from kvstore.lab.setup import DISK, HOST, REDIS, Setup
+from kvstore.lab.sweep import Player, floor_of, num_plays, setups_of
+from kvstore.lab.sweep_plot import draw_sweep
+from kvstore.lab.timing import Costs
 from tests.kvstore.lab.test_optimum import trace_of, tree_traffic
 
 TRACE = trace_of(*tree_traffic(7, num_requests=400, width=5, depth=6))
-PLAYER = Player(TRACE)
-MODEL = PrefillModel(PRESETS["llama-3-8b"], GPUS["h100"], (MEDIA["pinned"], MEDIA["nvme"]))
+COSTS = Costs(media={HOST: MEDIA["pcie5"], DISK: MEDIA["nvme"], REDIS: MEDIA["redis-25g"]})
+PLAYER = Player(TRACE, COSTS)
+BASE = Setup(((HOST, 1),))
+
+
+def cells_of(
+    sizes: list[int], policies: list[str], base: Setup = BASE, lower: tuple[list[tuple[str, int]], ...] = ()
+) -> list[ReplayCell]:
+    rooms = [[(HOST, size) for size in sizes], *lower]
+    return [PLAYER.cell(setup) for setup in setups_of(base, rooms, policies)]
 
 
 def test_cells_come_by_capacity_and_policy_with_floor_and_ceiling() -> None:
-    steps: list[str] = []
-    cells = list(sweep(PLAYER, MODEL, [30, 100], ["lru", "s3fifo"], on_step=steps.append))
+    cells = cells_of([30, 100], ["lru", "s3fifo"])
 
     assert [(cell.capacity, cell.policy) for cell in cells] == [
         (30, "lru"),
@@ -41,25 +46,25 @@ def test_cells_come_by_capacity_and_policy_with_floor_and_ceiling() -> None:
         assert sum(cell.hit_rate_by_tier.values()) == pytest.approx(cell.token_hit_rate)
         assert json.loads(json.dumps(cell.as_record()))["requests"] == 400
     assert cells[0].lru_gap_closed == 0.0
-    assert len(steps) == 6
 
 
 def test_where_floor_and_ceiling_meet_nothing_is_closed() -> None:
-    (cell,) = sweep(PLAYER, MODEL, [TRACE.num_distinct], ["lru"])
+    (cell,) = cells_of([TRACE.num_distinct], ["lru"])
 
     assert (cell.share, cell.lru, cell.lru_gap_closed) == (1.0, cell.min, None)
 
 
 def test_a_time_to_live_is_the_policys_and_not_the_floors() -> None:
-    (cell,) = sweep(PLAYER, MODEL, [TRACE.num_distinct], ["lru"], Setup(((HOST, 1),), ttl_s=5.0))
+    (cell,) = cells_of([TRACE.num_distinct], ["lru"], Setup(((HOST, 1),), ttl_s=5.0))
 
     assert cell.token_hit_rate < cell.lru
 
 
 def test_each_policy_is_played_with_each_share_of_hints_over_a_floor_without() -> None:
-    cells = list(sweep(PLAYER, MODEL, [30], ["lru", "sieve"], hints=[0.0, 0.5]))
+    setups = setups_of(BASE, [[(HOST, 30)]], ["lru", "sieve"], hints=[0.0, 0.5])
+    cells = [PLAYER.cell(setup) for setup in setups]
 
-    assert [(cell.policy, cell.hints, cell.engine) for cell in cells] == [
+    assert [(cell.policy, cell.setup.hints, cell.engine) for cell in cells] == [
         ("lru", 0.0, "compiled" if compiled.is_built else "planner"),
         ("lru", 0.5, "planner"),
         ("sieve", 0.0, "compiled" if compiled.is_built else "planner"),
@@ -70,39 +75,81 @@ def test_each_policy_is_played_with_each_share_of_hints_over_a_floor_without() -
 
 
 def test_a_tier_below_adds_hits_of_its_own_and_what_is_written_is_told() -> None:
-    (alone,) = sweep(PLAYER, MODEL, [30], ["lru"])
-    (cell,) = sweep(PLAYER, MODEL, [30], ["lru"], Setup(((HOST, 1), (DISK, 200))))
+    (alone,) = cells_of([30], ["lru"])
+    (cell,) = cells_of([30], ["lru"], lower=([(DISK, 200)],))
 
-    assert cell.tiers == {"host": 30, "disk": 200}
+    assert cell.as_details()["tiers"] == {"host": 30, "disk": 200}
     assert cell.hit_rate_by_tier["host"] == pytest.approx(alone.token_hit_rate)
     assert cell.hit_rate_by_tier["disk"] > 0 < cell.written["disk"]
     assert cell.min >= cell.token_hit_rate > alone.token_hit_rate
-    assert sorted(cell.ttft_s) == ["p50", "p95", "p99"]
+    assert sorted(cell.as_details()["ttft_s"]) == ["p50", "p95", "p99"]
+    assert list(cell.ttft_s) == sorted(cell.ttft_s)
 
 
-def test_capacities_are_shares_blocks_or_sizes() -> None:
-    assert parse_capacity("10%", TRACE, None) == TRACE.num_distinct // 10
-    assert parse_capacity(" 250 ", TRACE, None) == 250
-    assert parse_capacity("4Ktokens", TRACE, None) == parse_capacity("0.004M tokens", TRACE, None) == 1000
-    assert parse_capacity("1MiB", TRACE, 1024) == 256  # 4 tokens a block
+def test_records_have_the_promised_keys_and_no_others() -> None:
+    (cell,) = cells_of([30], ["lru"])
+
+    assert sorted(cell.as_record()) == [
+        "capacity",
+        "computed_tokens",
+        "hit_rate_by_tier",
+        "lru",
+        "lru_gap_closed",
+        "min",
+        "policy",
+        "prefill_time_saved",
+        "requests",
+        "seconds",
+        "token_hit_rate",
+        "trace",
+    ]
 
 
-@pytest.mark.parametrize(
-    "text", ["0%", "-5%", "0", "x", "5 apples", "%", "1KiB", "3tokens", "Mtokens", "inf%", "\u00b2"]
-)
-def test_capacities_that_make_no_sense_are_told(text: str) -> None:
-    with pytest.raises(ConfigError, match="capacity"):
-        parse_capacity(text, TRACE, 1024)
+def test_each_choice_of_rooms_and_policy_is_a_setup_and_a_room_of_nothing_is_none() -> None:
+    rooms = [[(HOST, 10), (HOST, 20)], [(DISK, 0), (DISK, 50)], [(REDIS, 0), (REDIS, 70)]]
+
+    setups = setups_of(Setup(BASE.tiers, is_exclusive=True), rooms, ["lru", "sieve"], ["raw", "planes"])
+
+    assert len(setups) == 2 * 2 * (1 + 1 + 2 + 2)  # sizes, policies, lower tiers and codecs
+    assert {setup.codec for setup in setups if REDIS not in setup.names} == {"raw"}
+    assert {setup.is_exclusive for setup in setups if len(setup.tiers) == 1} == {False}
+    assert {setup.names for setup in setups} == {
+        (HOST,), (HOST, DISK), (HOST, REDIS), (HOST, DISK, REDIS)
+    }  # fmt: skip
 
 
-def test_a_size_needs_to_know_how_large_a_token_is() -> None:
-    with pytest.raises(ConfigError, match="--bytes-per-token"):
-        parse_capacity("64GiB", TRACE, None)
+def test_the_floor_of_a_forecasting_setup_forecasts_nothing() -> None:
+    setup = Setup(((HOST, 10), (DISK, 20)), "outlook", ttl_s=5.0, admit="predicted")
+
+    assert floor_of(setup) == Setup(((HOST, 10), (DISK, 20)), "lru")
+
+
+def test_progress_is_told_and_ends_where_it_was_said_to() -> None:
+    player = Player(TRACE, COSTS)
+    told: list[int] = []
+    player.on_progress = lambda what, num_done: told.append(num_done)
+    setups = setups_of(BASE, [[(HOST, 30), (HOST, 100)]], ["lru", "s3fifo"])
+
+    for setup in setups:
+        player.cell(setup)
+
+    assert told == sorted(told)
+    assert told[-1] == num_plays(setups) * player.num_references
+
+
+def test_planes_hold_more_and_load_faster_where_the_network_is_slow() -> None:
+    slow = Costs(media=COSTS.media | {REDIS: MEDIA["redis-10g"]})
+    raw, planes = (
+        slow.model(Setup(((HOST, 1), (REDIS, 9)), codec=codec)).load_s(1, 1000) for codec in ("raw", "planes")
+    )
+
+    assert 1.4 < raw / planes < 1.45
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
+    cells = cells_of([30, 100], ["lru", "sieve"], lower=([(DISK, 0), (DISK, 200)],))
 
-    draw_rates(list(sweep(PLAYER, MODEL, [30, 100], ["lru", "sieve"])), tmp_path / "new" / "rates.png")
+    draw_sweep(cells, {cells[0].trace: PLAYER.nothing().percentiles()}, tmp_path / "new" / "rates.png")
 
     assert (tmp_path / "new" / "rates.png").read_bytes().startswith(b"\x89PNG")
