@@ -14,7 +14,7 @@ from kvstore.errors import ConfigError
 from kvstore.lab.cell import ReplayCell
 from kvstore.lab.price import Bill, Pricing
 from kvstore.lab.setup import HOST, Setup
-from kvstore.lab.sweep import LRU, Outcome, Player
+from kvstore.lab.sweep import LRU, ReplayOutcome, Player
 
 NEAR = 1.02  # a size is found to so much
 
@@ -76,7 +76,7 @@ def advise(
     def reached(hit_rate: float, time_saved: float) -> float:
         return min(hit_rate / rate, time_saved / saved if saved > 0 else 1.0)
 
-    def enough(outcome: Outcome) -> bool:
+    def enough(outcome: ReplayOutcome) -> bool:
         return reached(outcome.token_hit_rate, outcome.timing.saved) >= share
 
     def choice(setup: Setup) -> Choice:
@@ -104,7 +104,9 @@ def _with_host(setup: Setup, num_blocks: int) -> Setup:
     return replace(setup, tiers=((HOST, num_blocks), *setup.tiers[1:]))
 
 
-def _least(player: Player, setup: Setup, sizes: Sequence[int] | None, enough: Callable[[Outcome], bool]) -> int | None:
+def _least(
+    player: Player, setup: Setup, sizes: Sequence[int] | None, enough: Callable[[ReplayOutcome], bool]
+) -> int | None:
     """Return the least host memory that is enough; more of it is taken to be never worse."""
     candidates = sizes or [1, max(1, player.num_distinct)]
     if not enough(player.outcome(_with_host(setup, candidates[-1]))):

@@ -33,7 +33,7 @@ OnProgress = Callable[[str, int], object]
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ReplayOutcome:
     """A trace played through a setup. tokens: hit tokens, shape (num_requests, num_tiers)."""
 
     setup: Setup
@@ -75,7 +75,7 @@ class Player:
         self._arrays = compiled.TraceArrays.of(trace) if compiled.is_built else None
         self._total_tokens = int(self.prompt_tokens.sum())
         self._optima: dict[int, int] = {}
-        self._floor: Outcome | None = None
+        self._floor: ReplayOutcome | None = None
 
     def engine_of(self, setup: Setup) -> str:
         """Return the name of the engine that plays this setup."""
@@ -110,12 +110,12 @@ class Player:
             self._num_plays += 1
         return self._optima[num_blocks]
 
-    def outcome(self, setup: Setup) -> Outcome:
+    def outcome(self, setup: Setup) -> ReplayOutcome:
         """Play the trace through a setup; return its hits and seconds."""
         played = self.play(setup)
         tokens = self.hit_tokens(played)
         timing = time_of(self.costs.model(setup), self.at_s, self.prompt_tokens, tokens, setup.replicas)
-        return Outcome(setup, played, tokens, timing, int(tokens.sum()) / (self._total_tokens or 1))
+        return ReplayOutcome(setup, played, tokens, timing, int(tokens.sum()) / (self._total_tokens or 1))
 
     def nothing(self, replicas: int = 1) -> ReplayTiming:
         """Return the seconds of the trace where nothing is ever stored."""
@@ -151,7 +151,7 @@ class Player:
             gpu_s=timing.spent_s,
         )
 
-    def _floor_of(self, setup: Setup) -> Outcome:
+    def _floor_of(self, setup: Setup) -> ReplayOutcome:
         floor = floor_of(setup)
         if self._floor is None or self._floor.setup != floor:
             self._floor = self.outcome(floor)
