@@ -14,7 +14,7 @@ from kvstore.errors import ConfigError
 from kvstore.lab.cell import ReplayCell
 from kvstore.lab.price import Bill, Pricing
 from kvstore.lab.setup import HOST, Setup
-from kvstore.lab.sweep import LRU, ReplayOutcome, Player
+from kvstore.lab.sweep import LRU, Player, ReplayOutcome
 
 NEAR = 1.02  # a size is found to so much
 
