@@ -12,7 +12,7 @@ from kvstore.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from kvstore.lab.advice import Advice, Choice
+    from kvstore.lab.advice import Choice, SizingAdvice
     from kvstore.lab.cell import ReplayCell
     from kvstore.lab.price import Pricing
     from kvstore.lab.setup import Setup
@@ -99,7 +99,7 @@ def print_prices(player: Player, cells: Sequence[ReplayCell], bare: ReplayTiming
     console().print(rows)
 
 
-def print_advice(player: Player, advice: Advice, bare: ReplayTiming, pricing: Pricing) -> None:
+def print_advice(player: Player, advice: SizingAdvice, bare: ReplayTiming, pricing: Pricing) -> None:
     """Print advice in plain words."""
     say, trace, share = console().print, player.trace, f"{100 * advice.share:.4g} %"
     total = format_bytes(player.num_distinct * pricing.block_bytes)

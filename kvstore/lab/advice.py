@@ -29,7 +29,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Advice:
+class SizingAdvice:
     """Advice for one trace.
 
     share:      of the ceiling that was asked for. rate, saved: the ceiling's.
@@ -60,7 +60,7 @@ def parse_share(text: str) -> float:
 
 def advise(
     player: Player, share: float, setups: Sequence[Setup], sizes: Sequence[int] | None, pricing: Pricing
-) -> Advice:
+) -> SizingAdvice:
     """Look for the least host memory of each setup.
 
     setups: their host memory is what is looked for. sizes: of it to choose from, in rising order; None for any.
@@ -97,7 +97,7 @@ def advise(
             None if size is None else choice(_with_host(best.setup, size))
             for size in _beside(best.capacity, sizes, player.num_distinct)
         )
-    return Advice(share, rate, saved, tuple(found), less, more, tuple(short))
+    return SizingAdvice(share, rate, saved, tuple(found), less, more, tuple(short))
 
 
 def _with_host(setup: Setup, num_blocks: int) -> Setup:

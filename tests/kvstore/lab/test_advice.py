@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvstore.errors import ConfigError
-from kvstore.lab.advice import NEAR, Advice, advise, parse_share
+from kvstore.lab.advice import NEAR, SizingAdvice, advise, parse_share
 from kvstore.lab.price import Prices, Pricing
 from kvstore.lab.setup import DISK, HOST, REDIS, Setup
 from kvstore.lab.sweep import Player, setups_of
@@ -17,7 +17,7 @@ PLAYER = Player(TRACE, COSTS)
 PRICING = Pricing(Prices(), MiB, 1, 400.0, TRACE.prompt_tokens)
 
 
-def advice_of(share: float, sizes: list[int] | None = None, *lower: list[tuple[str, int]]) -> Advice:
+def advice_of(share: float, sizes: list[int] | None = None, *lower: list[tuple[str, int]]) -> SizingAdvice:
     return advise(PLAYER, share, setups_of(BASE, [[(HOST, 1)], *lower], ["lru"]), sizes, PRICING)
 
 
