@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import io
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -79,6 +79,8 @@ class Trace:
                     at_s=read.at_s,
                 )
             )
+        continued = {request.after for request in requests}
+        requests = [replace(request, last=request.number not in continued) for request in requests]
         return self._workload(
             requests, seed, size, {"trace": header.get("name", self.path.name), "trace_block_tokens": own}
         )

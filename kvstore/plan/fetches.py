@@ -165,9 +165,8 @@ class Fetches:
         _, sent = self._bring(request, survey, survey.worth, self._settings.max_prefetch_slots, now)
         self._tickets[ticket] = sent
 
-    def bring_ahead(self, request: Request, bound: int, now: float) -> list[Page]:
-        """Fetch up to `bound` pages of what is worth loading, though nobody asked; returns those on their way."""
-        survey = self._lookups.survey(request)
+    def bring_ahead(self, request: Request, survey: Survey, bound: int, now: float) -> list[Page]:
+        """Fetch up to `bound` pages of what a survey found worth loading, though nobody asked; those on their way."""
         return self._bring(request, survey, survey.worth, bound, now)[0]
 
     def resume_prefetches(self, now: float) -> None:

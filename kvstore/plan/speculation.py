@@ -15,7 +15,7 @@ and tries again after a pause that doubles each time.
 The hard thing: it must never cost what it does not earn. Every step looks at a few sessions only, all that is
 remembered is bounded, and without settings for it the planner has no Speculation at all. What it knows of a session are
 block hashes, which are salted with the tenant: it cannot name another tenant's pages. It looks each of them up when it
-brings them, so what was deleted meanwhile is not brought.
+brings them, so what was deleted meanwhile is not brought. Of a long prompt it follows and brings the head.
 
 Under the store's lock.
 """
@@ -42,10 +42,12 @@ from radix.hashing import BlockHash
 
 MAX_SESSIONS = 8192
 MAX_HASHES = 1 << 19  # of all sessions together: about 50 MiB where nothing else keeps them
+MAX_PATH = 4096  # blocks of a prompt that are remembered and brought: its head. A look at them takes 1 to 2 ms
 MAX_BACK = 4096  # blocks of a prompt that are looked at for the end of an earlier one
 NUM_TAILS = 3  # blocks at the end of a path by which a session without a name is found again
 STEP_SESSIONS = 16  # looked at in one tick: about 1 ms
 STEP_PAGES_AHEAD = 64  # sent in one tick
+STEP_BLOCKS_SEEN = 4096  # after which a tick looks at no further session
 MARGIN = 0.5  # a page makes room only if its session is less than so likely to return
 TURNOVER_S = 60.0  # time over which the rate of evictions is averaged
 ASK_TICKS = 40  # a shared tier that has not answered by then is not waited for
@@ -131,9 +133,9 @@ class Speculation:
         if before is not None:  # two requests of the session at the same time
             self._judge(before, now)
             self._drop(before, now)
-        if ending.last_turn or len(request.keys) > MAX_HASHES:
+        if ending.last_turn:
             return
-        keys = list(request.keys)
+        keys = list(request.keys[:MAX_PATH])
         # One token more than the blocks hold, as the next turn will have; a number that no caller's request has.
         num_tokens = len(keys) * self._books.layout.block_size + 1
         options = RequestOptions(session=request.options.session)
@@ -145,7 +147,7 @@ class Speculation:
         if request.options.session:
             self._by_name[request.options.session] = idle
         else:
-            idle.tails = keys[-NUM_TAILS:]
+            idle.tails = request.keys[-NUM_TAILS:]
             self._tails.update(dict.fromkeys(idle.tails, idle))
         heappush(self._due, (now + EDGES_S[1], next(self._order), idle))
         while self._num_hashes > MAX_HASHES or len(self._idle) > MAX_SESSIONS:
@@ -178,6 +180,10 @@ class Speculation:
         self._due.clear()
         self._wanted.clear()
         self._num_hashes = 0
+
+    def due_at(self, now: float) -> float:
+        """The time at which `tick` has something to do: now, later, or never (infinity)."""
+        return now if self._wanted else self._due[0][0] if self._due else inf
 
     @property
     def num_sessions(self) -> int:
@@ -297,9 +303,9 @@ class Speculation:
 
     def _pump(self, now: float) -> None:
         """Bring what is wanted, as far as the budgets go. Loads go first: while one is under way, nothing is sent."""
-        left = STEP_PAGES_AHEAD
+        left, seen = STEP_PAGES_AHEAD, 0
         for _ in range(min(STEP_SESSIONS, len(self._wanted))):
-            if left <= 0 or self._bytes_left < self._page_bytes or self._is_loading():
+            if left <= 0 or seen >= STEP_BLOCKS_SEEN or self._bytes_left < self._page_bytes or self._is_loading():
                 return
             idle = self._wanted.popleft()
             if self._idle.get(idle.key) is not idle or not self.verdict.may_bring(now):
@@ -310,7 +316,10 @@ class Speculation:
                 self._settings.max_slots - len(self._held),
                 self._books.settings.max_prefetch_slots - self._fetches.prefetching,
             )
-            num_sent = self._bring(idle, room, now) if room > 0 else 0
+            if room <= 0:
+                continue
+            seen += len(idle.request.keys)
+            num_sent = self._bring(idle, room, now)
             left -= num_sent
             self._bytes_left -= num_sent * self._page_bytes
 
@@ -337,7 +346,7 @@ class Speculation:
         room = min(room, self._host.pool.num_free + self._worse(room - self._host.pool.num_free, chance, now))
         if room <= 0:
             return 0
-        pages = self._fetches.bring_ahead(request, room, now)
+        pages = self._fetches.bring_ahead(request, survey, room, now)
         for page in pages:  # brought before, for this session or another, and evicted since the last look at that
             if page in self._held:
                 self._book_wasted(self._held[page], [page], now)

@@ -97,7 +97,10 @@ def test_token_ids_stay_below_the_vocabulary(trace: Path) -> None:
 
 
 def test_requests_of_a_session_wait_for_the_one_they_continue(trace: Path) -> None:
-    assert [request.after for request in Trace(trace).make(0).requests] == [None, None, 0, None]
+    workload = Trace(trace).make(0)
+    assert [request.after for request in workload.requests] == [None, None, 0, None]
+    assert [request.last for request in workload.requests] == [False, True, True, True]
+    assert list(map(workload.is_conversation, workload.requests)) == [True, False, True, False]
 
 
 def test_only_the_first_requests_are_read(trace: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from eviction.policy import Ending
 from eviction.registry import make_policy
 from kvstore.clock import Clock
+from kvstore.plan import speculation as module
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Op, Outcome, PlanSettings, Priority, Request, RequestOptions, SpeculationSettings
 from kvstore.plan.speculation import MAX_HASHES, MAX_SESSIONS, Speculation
@@ -314,3 +317,56 @@ def test_against_a_dumb_model_books_and_budgets_hold_whatever_happens() -> None:
                 stored.pop(name, None)
                 world.carry()
             world.planner.check()
+
+
+def test_of_a_long_prompt_a_bounded_head_is_remembered_and_brought(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_PATH", 6)
+    world = World()
+    world.learn()
+    world.turn(world.request("reader", 20, session=""))
+    (idle,) = [idle for idle in world.speculation._idle.values() if not idle.request.options.session]
+    assert len(idle.request.keys) == 6
+    touched: list[int] = []
+    touch = world.planner.books.host.touch
+    monkeypatch.setattr(world.planner.books.host, "touch", lambda path: (touched.append(len(path)), touch(path)))
+    world.wait(20.0)
+    world.push_out()
+
+    world.wait(75.0)
+
+    assert max(touched) <= 6, "nor is more of it walked when pages arrive"
+    assert world.turn(world.request("reader", 22, session="")) == {"host": 6, "disk": 14}, "found again by its end"
+
+
+def test_a_tick_looks_at_no_more_blocks_than_a_step_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STEP_BLOCKS_SEEN", 8)
+    world = World()
+    world.learn()
+    for name in range(6):
+        world.turn(world.request(f"reader {name}"))
+    world.push_out()
+    surveyed: list[int] = []
+    survey = world.planner.lookups.survey
+    monkeypatch.setattr(
+        world.planner.lookups, "survey", lambda request: surveyed.append(len(request.keys)) or survey(request)
+    )
+
+    for _ in range(200):
+        surveyed.clear()
+        world.now += 1.0
+        world.planner.tick(world.now)
+        assert sum(surveyed) <= 8, "twice four blocks"
+        world.carry()
+
+    assert world.speculation.counters["brought"] == 16, "the others come in later ticks, as many as have slots"
+
+
+def test_it_says_when_a_tick_has_something_to_do() -> None:
+    world = World()
+    assert world.speculation.due_at(world.now) == float("inf")
+    world.turn(world.request("reader"))
+    due = world.speculation.due_at(world.now)
+    assert world.now < due < world.now + 1.0
+    world.now = due
+    world.planner.tick(world.now)
+    assert world.speculation.due_at(world.now) > due
