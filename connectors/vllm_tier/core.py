@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from connectors.vllm_tier.chunks import Chunks, TierSettings, Touches
+from connectors.vllm_tier.hints import TierHints
 from connectors.vllm_tier.jobs import CoreCounters, JobDone, TierJobs
 from connectors.vllm_tier.lookup import LookupAnswer, Lookups
 from kvstore.move.rows import RowMover
@@ -44,8 +45,20 @@ class TierCore:
         self.mover = mover
         self.lookups = Lookups(settings.lookup_deadline_s, now)
         self._chunks = Chunks(settings, mover.row_bytes, wall)
-        self._touches = Touches(mover, self._chunks, settings.touch_interval_s, now)
+        self._touches = Touches(mover, self._chunks, settings.touch_interval_s, now, wall)
         self.jobs = TierJobs(mover, self.lookups, self._chunks, self._touches, settings, now)
+        self.hints = TierHints(
+            mover,
+            self.lookups,
+            self._chunks,
+            self._touches,
+            self.jobs,
+            num_groups=settings.num_groups,
+            chunk_tokens=settings.chunk_tokens,
+            limits=settings.hints,
+            now=now,
+            wall=wall,
+        )
         self._settings = settings
         self._now = now
         self._probes: dict[int, tuple[str, list[bytes]]] = {}
@@ -83,6 +96,7 @@ class TierCore:
             deadline = self._now() + max(self._settings.lookup_deadline_s, PROBE_GRACE_S)
             for tier in self._up_now:
                 self._probes[self.mover.probe(tier, names, deadline=deadline)] = (tier, questions)
+        self.hints.end_step()
         self._touches.send()
         self._rest()
 
@@ -106,9 +120,10 @@ class TierCore:
                 next_log += DRAIN_LOG_S
 
     def close(self, timeout_s: float) -> int:
-        """Wait up to `timeout_s` for saves, then end everything; return how many jobs were cut off."""
+        """Wait up to `timeout_s` for saves and deletes, then end everything; return how many jobs were cut off."""
         until = self._now() + timeout_s
-        while self.jobs.num_saves and self._now() < until:
+        while (self.jobs.num_saves or self.hints.is_forgetting) and self._now() < until:
+            self.hints.end_step()
             self._take_outcomes(wait_s=min(0.05, max(0.0, until - self._now())))
         num_cut = self.jobs.num_loads + self.jobs.num_saves
         self.mover.close(max(1.0, until - self._now()))
@@ -123,6 +138,7 @@ class TierCore:
                 self.lookups.heard(*probe, outcome.ok)
             else:
                 self.jobs.landed(outcome)
+                self.hints.landed(outcome)
 
     def _rest(self) -> None:
         """Wait a little where the engine has nothing to do but ask again.

@@ -202,6 +202,10 @@ class TierJobs:
         """Saves under way."""
         return len(self._jobs) - self.num_loads
 
+    def saving(self) -> set[bytes]:
+        """Chunks of saves under way."""
+        return {key for job in self._jobs.values() if not job.is_load for key in job.keys}
+
     @property
     def has_any(self) -> bool:
         """True while a job is under way or its end was not taken."""

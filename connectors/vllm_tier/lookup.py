@@ -140,6 +140,11 @@ class Lookups:
         while len(self._failed) > MAX_ANSWERS:
             del self._failed[next(iter(self._failed))]
 
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """These chunks are being deleted: what was heard of them counts no longer."""
+        for key in keys:
+            self._known.pop(key, None)
+
     @property
     def num_known(self) -> int:
         """Answers held now."""

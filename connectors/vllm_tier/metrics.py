@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from connectors.vllm_tier.core import TierCore
+from kvstore.hints.outcome import HintStatus
 
 _PREFIX = "vllm:kvstore_tier_"
 # name -> help; those of _BY_MEDIUM carry the label "medium": disk or redis
@@ -33,6 +34,7 @@ _BY_MEDIUM = {
     "evicted_pages": "Copies evicted by the tier to make room.",
     "breaker_opens": "Times a failing medium was taken out.",
 }
+_BY_OUTCOME = {"hints": "Actions of KV hints, by what became of them."}
 _GAUGES = {"breaker_open": "1 while a failing medium is taken out."}
 
 
@@ -60,6 +62,8 @@ def definitions() -> Iterator[Definition]:
         yield Definition(_PREFIX + name, text, (), True)
     for name, text in _BY_MEDIUM.items():
         yield Definition(_PREFIX + name, text, ("medium",), True)
+    for name, text in _BY_OUTCOME.items():
+        yield Definition(_PREFIX + name, text, ("outcome",), True)
     for name, text in _GAUGES.items():
         yield Definition(_PREFIX + name, text, ("medium",), False)
 
@@ -109,3 +113,5 @@ class TierSamples:
             }
             for name, value in values.items():
                 yield name, (medium,), float(value)
+        for outcome in HintStatus:
+            yield "hints", (outcome.value,), float(self._core.hints.counts[outcome])

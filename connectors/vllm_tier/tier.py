@@ -36,17 +36,19 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.tiering.base import JobResult, ParentManager, SecondaryTierManager, TransferJob
 
-from connectors.vllm import versions
+from connectors.vllm import hints, versions
 from connectors.vllm.identity import chunk_namespace, find_engine_config
 from connectors.vllm.layout import chunk_layout
 from connectors.vllm_tier.chunks import TierSettings
 from connectors.vllm_tier.config import TierConfig, parse_tier_config
 from connectors.vllm_tier.core import TierCore
+from connectors.vllm_tier.hints import RequestHints
 from connectors.vllm_tier.jobs import JobDone
 from connectors.vllm_tier.lookup import LookupAnswer
 from connectors.vllm_tier.metrics import TierSamples, definitions
 from kvstore.build import open_rows
 from kvstore.errors import ConfigError
+from kvstore.layout import Layout
 
 log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 
@@ -94,7 +96,7 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
         self.locality = _locality(config)
         tells_events = _tells_events(config, offloading_spec)
         mover = open_rows(config.store, layout, primary_kv_view.cast("B"), self.block_size_bytes)
-        self.core = TierCore(mover, _settings(config, namespace.root(), mover.num_rows))
+        self.core = TierCore(mover, _settings(config, namespace.root(), mover.num_rows, layout))
         self.core.jobs.keeps_events = tells_events
         self._samples = TierSamples(self.core)
         log.info(
@@ -109,11 +111,26 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """Chunks as they are computed; what came from a tier is not stored again."""
+        try:
+            if (messages := hints.messages(req_context)) and (asked := self.core.hints.came(messages)) is not None:
+                req_context.set_state(asked)
+        except Exception:
+            self._note_error("on_new_request")
         return RequestOffloadingContext()
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        """A request is over, and so are its stores but for what is under way."""
+        try:
+            asked = req_context.get_state(RequestHints)
+            if asked is not None:
+                self.core.hints.finished(asked, lambda key: req_context.get_offload_key_position(OffloadKey(key)))
+        except Exception:
+            self._note_error("on_request_finished")
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """HIT, MISS, or RETRY while the media are being asked."""
         try:
+            self._saw(req_context, (key,))
             return _ANSWERS[self.core.lookup(key)]
         except Exception:
             self._note_error("lookup")
@@ -122,6 +139,7 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Chunks were used."""
         try:
+            self._saw(req_context, keys)
             self.core.touch(list(reversed(list(keys))))  # tail first: a leaf must look older than its parent
         except Exception:
             self._note_error("touch")
@@ -138,6 +156,7 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
     def submit_store(self, job_metadata: TransferJob) -> None:
         """Begin to store rows; they are pinned until the job is reported."""
         job = job_metadata
+        self._saw(job.req_context, job.keys)
         self._guard("submit_store", job, self.core.jobs.save)
 
     def submit_load(self, job_metadata: TransferJob) -> None:
@@ -163,8 +182,8 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
         return [_result(done) for done in self.core.take_done()]
 
     def has_pending_work(self) -> bool:
-        """True while a job is under way: vLLM must go on stepping."""
-        return self.core.jobs.has_any
+        """True while a job is under way, or chunks are to be deleted: vLLM must go on stepping."""
+        return self.core.jobs.has_any or self.core.hints.is_forgetting
 
     def drain_jobs(self) -> None:
         """Return when every job has ended, at the latest at its deadline."""
@@ -221,6 +240,12 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes
 
     # ---- private --------------------------------------------------------------------------------------------------
 
+    def _saw(self, req_context: ReqContext, keys: Collection[OffloadKey]) -> None:
+        """Note chunks of a request whose hints wait for its end."""
+        asked = req_context.get_state(RequestHints)
+        if asked is not None:
+            asked.saw(keys)
+
     def _fill(self, parent: ParentManager, keys: list[OffloadKey]) -> None:
         self._num_fills += 1
         context = ReqContext(f"kvstore-fill-{self._num_fills}")
@@ -262,7 +287,7 @@ def _result(done: JobDone) -> JobResult:
     )
 
 
-def _settings(config: TierConfig, root: bytes, num_rows: int) -> TierSettings:
+def _settings(config: TierConfig, root: bytes, num_rows: int, layout: Layout) -> TierSettings:
     store = config.store.store
     return TierSettings(
         root=root,
@@ -271,6 +296,8 @@ def _settings(config: TierConfig, root: bytes, num_rows: int) -> TierSettings:
         lookup_deadline_s=store.lookup_deadline_s,
         load_deadline_s=store.load_deadline_s,
         touch_interval_s=store.touch_interval_s,
+        num_groups=len(layout.groups),
+        chunk_tokens=layout.block_size,
         ttl_s={kind.name: kind.value(section, "ttl_s", 0.0) for kind, section in config.store.tiers()},
     )
 

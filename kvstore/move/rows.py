@@ -150,6 +150,10 @@ class RowMover:
         """Refresh recency and, unless `expires_at` (Unix time) is 0, the deadline of pages."""
         return self._submit(tier, Op.TOUCH, keys, Priority.SAVE, deadline, expires_at=expires_at)
 
+    def delete(self, tier: str, keys: Sequence[PageKey], *, deadline: float) -> int:
+        """Delete pages."""
+        return self._submit(tier, Op.DELETE, keys, Priority.SAVE, deadline)
+
     def give_up(self, transfer_id: int) -> None:
         """End a load without its answer: from now on nothing of it reaches its rows, and `poll` will not name it.
 
