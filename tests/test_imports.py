@@ -368,6 +368,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.config.sections",
         "kvstore.errors",
         "kvstore.forks",
+        "kvstore.hints",  # read here, for there is no store that does it
         "kvstore.layout",
         "kvstore.move.rows",
         "kvstore.page",
