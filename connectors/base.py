@@ -55,6 +55,7 @@ class ConnectorCounters:
     skipped_saves:          save jobs refused because the background queue was full.
     skipped_pages:          pages that found no free slot.
     save_failures:          exceptions while saving.
+    unsaved_pages:          pages of answers that were left out because no next turn can begin with them (save "auto").
     bypassed:               requests that did not use the store because the model is not as it was (see `reasons`).
     """
 
@@ -68,6 +69,7 @@ class ConnectorCounters:
     skipped_saves: int = 0
     skipped_pages: int = 0
     save_failures: int = 0
+    unsaved_pages: int = 0
     bypassed: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
 

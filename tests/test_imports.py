@@ -346,7 +346,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "connectors": (
         "kvstore.base",
         "kvstore.opening",
-        "kvstore.prefix.fingerprint",  # how a tokenizer renders, told by a replica
+        "kvstore.prefix",  # how a tokenizer renders, and which answers its template keeps
         "kvstore.requests",  # what a request's options may be
         "kvstore.layout",
         "kvstore.errors",

@@ -23,7 +23,9 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from connectors.answers import ALL, PROMPT, SavedAnswers
 from connectors.base import ConnectorCounters, log_failure
+from connectors.transformers.answers import saved_answers
 from connectors.transformers.cache import CacheBridge, Recorder, Span
 from connectors.transformers.identity import Reuse, check_chunk, check_namespace, check_reuse
 from connectors.transformers.layout import cache_shapes, default_device, layout_of
@@ -33,6 +35,8 @@ from connectors.transformers.watch import ModelWatch
 from kvstore.base import HintOutcome, KVStore, Request, RequestOptions
 from kvstore.devices.base import Device
 from kvstore.errors import ConfigError, LayoutMismatch, RequestError
+from kvstore.prefix.answers import AnswerJudge
+from radix.tokens import TokenArray
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +49,8 @@ class TransformersConnector:
 
     prefill_chunk: tokens per forward of a prompt; a multiple of the block size.
     reuse:         what a hit promises, see `Reuse`.
-    save_decode:   save blocks that fill up while decoding too; only with "any", and its default there.
+    answers:       which blocks that fill up while decoding are saved, too. None: all of them with "any", none with
+                   "exact", where none can be.
     load_deadline_s: longest wait for pages, all attempts together; None leaves the first attempt to the store's own
                    deadline, and further ones take what is in host memory.
     single_flight: a prompt that another request is computing, here or on another machine, is waited for; prompts are
@@ -65,7 +70,7 @@ class TransformersConnector:
         *,
         prefill_chunk: int = 256,
         reuse: Reuse | str = Reuse.EXACT,
-        save_decode: bool | None = None,
+        answers: SavedAnswers | None = None,
         load_deadline_s: float | None = None,
         single_flight: bool = False,
         device: Device | None = None,
@@ -73,9 +78,10 @@ class TransformersConnector:
     ) -> None:
         self.reuse = check_reuse(reuse)
         self.prefill_chunk = prefill_chunk
-        self.saves_decode = self.reuse is Reuse.ANY if save_decode is None else save_decode
-        if self.saves_decode and self.reuse is Reuse.EXACT:
-            raise ConfigError("save_decode is True with reuse 'exact'; a decode step gives other bits than a prefill")
+        usual = ALL if self.reuse is Reuse.ANY else PROMPT
+        self.answers = saved_answers(usual, self.reuse) if answers is None else answers
+        if self.answers.saves_any and self.reuse is Reuse.EXACT:
+            raise ConfigError("answers are saved with reuse 'exact'; a decode step gives other bits than a prefill")
         self.counters = ConnectorCounters()
         self._places = ""  # what the last reason was found in
         self._single_flight = single_flight
@@ -107,6 +113,16 @@ class TransformersConnector:
         """How many of a prompt's tokens lie in blocks that may be saved."""
         step = self.prefill_chunk if self.reuse is Reuse.EXACT else self.block_size
         return num_tokens // step * step
+
+    def judge(self, tokens: TokenArray) -> AnswerJudge | None:
+        """The judge of the answer to a prompt; None: no answers are saved, and none is missed."""
+        return self.answers.judge(tokens)
+
+    def left_out(self, num_blocks: int) -> int:
+        """Count blocks of an answer that no next turn can begin with; return how many pages those are."""
+        num_pages = max(0, num_blocks) * len(self._store.layout.groups)
+        self.counters.unsaved_pages += num_pages
+        return num_pages
 
     def begin(
         self, tokens: Any, options: RequestOptions | None = None, *, told: Callable[[str], None] | None = None

@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from connectors.answers import AUTO
+from connectors.transformers.answers import saved_answers
 from connectors.transformers.check import check_engine, is_proven
 from connectors.transformers.connector import TransformersConnector
 from connectors.transformers.forward import Forward
-from connectors.transformers.identity import Reuse, check_chunk, model_namespace
+from connectors.transformers.identity import Reuse, check_chunk, check_reuse, model_namespace
 from connectors.transformers.layout import model_layout, new_cache
 from connectors.transformers.report import Found, Generation, Piece, Prefill, Report
 from connectors.transformers.run import GenerationRun, PromptRun
@@ -57,7 +59,8 @@ class KVCacheModel:
     prefill_chunk: tokens per forward of a prompt, a multiple of the block size. With reuse="exact" hits end on its
                    multiples.
     reuse:         "exact": logits are bit-equal to a run without a store; "any": finer hits, equal up to rounding.
-    save_decode:   with "any", whether blocks that fill up while decoding are saved too (default: yes).
+    save:          with "any", of which answers blocks are saved, too: "all", "prompt" (none), or "auto": of those that
+                   the next turn can begin with, by the tokenizer's chat template (of all, if it has none).
     load_deadline_s: longest wait for the pages of a hit; None takes the store's own (see `TransformersConnector`).
     single_flight: a prompt that another request is computing is waited for instead of computed again (see
                    `TransformersConnector`).
@@ -75,7 +78,7 @@ class KVCacheModel:
         tokenizer: Any = None,
         prefill_chunk: int = 256,
         reuse: Reuse | str = Reuse.EXACT,
-        save_decode: bool | None = None,
+        save: str = AUTO,
         load_deadline_s: float | None = None,
         single_flight: bool = False,
         self_check: bool | None = None,
@@ -95,7 +98,7 @@ class KVCacheModel:
                 store,
                 prefill_chunk=prefill_chunk,
                 reuse=reuse,
-                save_decode=save_decode,
+                answers=saved_answers(save, check_reuse(reuse), tokenizer),
                 load_deadline_s=load_deadline_s,
                 single_flight=single_flight,
             )
@@ -110,7 +113,7 @@ class KVCacheModel:
         tokenizer: Any = None,
         prefill_chunk: int = 256,
         reuse: Reuse | str = Reuse.EXACT,
-        save_decode: bool | None = None,
+        save: str = AUTO,
         single_flight: bool | None = None,
         salt: str = "",
         revision: str | None = None,
@@ -125,7 +128,7 @@ class KVCacheModel:
                 tokenizer=tokenizer,
                 prefill_chunk=prefill_chunk,
                 reuse=reuse,
-                save_decode=save_decode,
+                save=save,
                 load_deadline_s=config.store.load_deadline_s,
                 single_flight=config.store.single_flight if single_flight is None else single_flight,
                 self_check=self_check,
@@ -152,7 +155,7 @@ class KVCacheModel:
             logits = torch.cat(kept, dim=1) if all_logits else kept[-1]
             run.first_token_known()
         finally:
-            run.session.end("prefill", last_turn=False)
+            run.end("prefill", last_turn=False)
         return Prefill(run.session.cache, logits, run.report)
 
     def generate(

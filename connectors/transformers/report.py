@@ -29,6 +29,7 @@ class Report:
     cpu_s:      the same in CPU seconds of this process, all threads.
     decode_s:   from the first token to the last.
     new_tokens: generated so far.
+    unsaved_pages: of the answer, left out because no next turn can begin with it (save "auto"); known at the end.
     outcomes:   what became of the hints that came with it.
     bypassed:   why the store was not used although there is one: the model is not what its pages were named for. "" if
                 it was.
@@ -43,6 +44,7 @@ class Report:
     cpu_s: float = 0.0
     decode_s: float = 0.0
     new_tokens: int = 0
+    unsaved_pages: int = 0
     bypassed: str = ""
     outcomes: tuple[HintOutcome, ...] = ()
 

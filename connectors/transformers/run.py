@@ -103,6 +103,11 @@ class PromptRun:
         self.session.after(first + len(tokens), time.perf_counter() - began)
         return logits
 
+    def end(self, finish_reason: str, *, last_turn: bool) -> None:
+        """The request is over, well or not."""
+        self.session.end(finish_reason, last_turn=last_turn)
+        self.report.unsaved_pages = self.session.unsaved_pages
+
     def first_token_known(self) -> None:
         """Stop the clock of the first token, then save: in this order."""
         self.report.ttft_s = time.perf_counter() - self._started
@@ -208,7 +213,7 @@ class GenerationRun(Iterator[Piece]):
                 yield []
         finally:
             reason = self._told_reason if self._told_reason and self.finish_reason == "stop" else self.finish_reason
-            run.session.end(reason, last_turn=self._last_turn)
+            run.end(reason, last_turn=self._last_turn)
 
     def _decode(self, logits: torch.Tensor) -> Generator[list[Piece], None, None]:
         """Yield one piece after the other, without end."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from connectors.answers import AUTO
 from connectors.transformers.loading import chat_ids, load_model
 from kvstore.base import RequestOptions
 from kvstore.config.sections import Config
@@ -36,6 +37,7 @@ class ModelSpec:
                    less of a short prompt (SmolLM2, two cores).
     reuse:         "exact" or "any", see docs/transformers.md.
     single_flight: of requests that miss the same prompt, one computes it and the others wait.
+    save:          "auto", "all" or "prompt": which answers are saved with "any".
     """
 
     source: str
@@ -45,6 +47,7 @@ class ModelSpec:
     prefill_chunk: int = 128
     reuse: str = "exact"
     single_flight: bool = True
+    save: str = AUTO
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +93,18 @@ class Runner:
             self.model,
             self.store,
             reuse=spec.reuse,
+            save=spec.save,
             load_deadline_s=config.store.load_deadline_s,
             single_flight=spec.single_flight,
             **options,
         )
         self.max_tokens = max_tokens(self.model.config)  # of prompt and answer together; None if the model does not say
+
+    @property
+    def saved_answers(self) -> str:
+        """Which answers are saved, and why."""
+        connector = self.with_store.connector
+        return "" if connector is None else connector.answers.told
 
     def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
         """Token ids of a text, or of a conversation."""

@@ -17,6 +17,7 @@ from typing import Any
 from connectors.transformers.connector import TransformersConnector
 from connectors.transformers.loads import Loaded
 from kvstore.base import HintOutcome, HintStatus, Request, RequestOptions
+from kvstore.prefix.answers import AnswerJudge, AnswerVerdict
 from radix.tokens import TokenArray
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class ColdSession:
         self.by_tier: dict[str, int] = {}
         self.compute_wait_s = 0.0  # while another request computed the same blocks
         self.outcomes: tuple[HintOutcome, ...] = ()  # of the hints that came with it
+        self.unsaved_pages = 0  # of an answer that no next turn can begin with; known at the end
 
     def before(self, tokens: TokenArray, first: int) -> None:
         """`tokens`, which stand at `first`, are about to be run through the model."""
@@ -54,7 +56,9 @@ class StoreSession(ColdSession):
     The request's thread only. Never raises.
     """
 
-    def __init__(self, connector: TransformersConnector, request: Request, loaded: Loaded) -> None:
+    def __init__(
+        self, connector: TransformersConnector, request: Request, loaded: Loaded, answer: AnswerJudge | None
+    ) -> None:
         super().__init__(loaded.cache)
         self.num_tokens = loaded.num_tokens
         self.by_tier = loaded.by_tier
@@ -62,6 +66,7 @@ class StoreSession(ColdSession):
         self._request = request
         self._prompt_tokens = request.num_tokens
         self._savable = connector.savable_tokens(request.num_tokens)
+        self._answer = answer
         self._recorder = connector.recorder(loaded)
         self._cached = loaded.num_tokens
         self._recording = True
@@ -71,9 +76,9 @@ class StoreSession(ColdSession):
     def before(self, tokens: TokenArray, first: int) -> None:
         with self._guard():
             decoding = first >= self._prompt_tokens
-            if decoding and self._connector.saves_decode and self._is_whole:
-                self._connector.saves.extend(self._request, tokens)
-            self._recording = self._is_whole and (self._connector.saves_decode or first < self._savable)
+            if decoding and self._wants_answer and self._is_whole:
+                self._hear(tokens)
+            self._recording = self._is_whole and (self._wants_answer or first < self._savable)
             if self._recording and self._is_unchanged(decoding, first):
                 self._recorder.before()
         self._inside = True
@@ -82,7 +87,7 @@ class StoreSession(ColdSession):
         with self._guard():
             if self._recording:
                 self._recorder.after(num_tokens)
-                if num_tokens >= self._savable and not self._connector.saves_decode:
+                if num_tokens >= self._savable and not self._wants_answer:
                     self._recorder.finish(num_tokens)
             if num_tokens - self._cached == self._connector.prefill_chunk:
                 # Only full chunks: a short one is mostly fixed cost, and would make the model look slow.
@@ -96,11 +101,29 @@ class StoreSession(ColdSession):
         self._save(self._savable)
 
     def end(self, finish_reason: str, *, last_turn: bool) -> None:
-        if self._connector.saves_decode and self._is_whole:
+        if self._wants_answer and self._is_whole:
             with self._guard():
                 self._recorder.finish(self._cached)
-            self._save(self._cached)
+            if self._answer is not None and self._answer.verdict is AnswerVerdict.SAVE:
+                self._save(self._cached)
+        if self._is_whole and self._answer is not None and self._answer.verdict is not AnswerVerdict.SAVE:
+            size = self._connector.block_size
+            num_blocks = self._cached // size - self._prompt_tokens // size
+            self.unsaved_pages = self._connector.left_out(num_blocks)
         self._connector.finished(self._request, finish_reason=finish_reason, last_turn=last_turn)
+
+    @property
+    def _wants_answer(self) -> bool:
+        """Whether the answer's blocks are saved, or may be."""
+        return self._answer is not None and self._answer.verdict is not AnswerVerdict.DROP
+
+    def _hear(self, tokens: TokenArray) -> None:
+        """Take tokens of the answer; the recorder rests as soon as it is known that no next turn begins with them."""
+        assert self._answer is not None
+        if self._answer.add(tokens.tolist()) is AnswerVerdict.DROP:
+            self._recorder.finish(self._cached)
+        else:
+            self._connector.saves.extend(self._request, tokens)
 
     @property
     def _is_whole(self) -> bool:
@@ -157,7 +180,7 @@ def open_session(
         outcomes = connector.hint(request, hints)
         matched = yield from connector.loads.match(request, may_block)
         loaded = yield from connector.loads.load(request, matched.num_tokens, may_block)
-        session = StoreSession(connector, request, loaded)
+        session = StoreSession(connector, request, loaded, connector.judge(tokens))
         session.outcomes = outcomes
         session.compute_wait_s = matched.compute_wait_s
         return session

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
+from connectors.answers import ALL, AUTO, PROMPT
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError
 from kvstore.tiers import registry
@@ -28,7 +29,9 @@ class ConnectorFields:
     load:            "async": a request waits aside while its pages are copied, others run on; "sync": the copy is part
                      of the step in which the request starts, beside its forward where the CPU runs the model; "auto":
                      "sync" for the first request of an idle engine where that is so, else "async".
-    save:            "prompt": blocks of prompts; "all": blocks filled while decoding too; "none": nothing.
+    save:            "prompt": blocks of prompts; "all": blocks filled while decoding too; "auto": those of answers that
+                     the next turn can begin with, by the chat template ("prompt" where none is known); "none": nothing.
+    chat_template:   a file, where the server renders by another template than the tokenizer's (`--chat-template`).
     min_load_tokens: a hit that adds fewer tokens than this to vLLM's own prefix cache is not loaded.
     weights:         "sampled" identifies the weights by sizes, headers and samples of their files, "full" by all their
                      bytes; anything else is taken as the name of the weights, and you vouch for it.
@@ -40,7 +43,8 @@ class ConnectorFields:
     """
 
     load: str = "auto"
-    save: str = "prompt"
+    save: str = AUTO
+    chat_template: str = ""
     min_load_tokens: int = 0
     weights: str = "sampled"
     without_prefix_caching: bool = False
@@ -113,7 +117,7 @@ def _check_service(config: Config, sections: Mapping[str, Any]) -> None:
 
 def _fields(given: Mapping[str, Any]) -> ConnectorFields:
     own = ConnectorFields(**given)
-    for name, allowed in (("load", ("auto", "async", "sync")), ("save", ("prompt", "all", "none"))):
+    for name, allowed in (("load", ("auto", "async", "sync")), ("save", (AUTO, PROMPT, ALL, "none"))):
         if getattr(own, name) not in allowed:
             raise ConfigError(
                 f"kv_connector_extra_config: {name} is {getattr(own, name)!r}; it must be one of {', '.join(allowed)}"
@@ -126,6 +130,8 @@ def _fields(given: Mapping[str, Any]) -> ConnectorFields:
     for name in ("without_prefix_caching", "require_redis", "require_daemon"):
         if not isinstance(getattr(own, name), bool):
             raise ConfigError(f"kv_connector_extra_config: {name} is {getattr(own, name)!r}; it is true or false")
+    if not isinstance(own.chat_template, str):
+        raise ConfigError(f"kv_connector_extra_config: chat_template is {own.chat_template!r}; it must be a file")
     if not isinstance(own.weights, str) or not own.weights:
         raise ConfigError(
             f"kv_connector_extra_config: weights is {own.weights!r}; it must be 'sampled', 'full' or a name"

@@ -26,6 +26,11 @@ COUNTERS: dict[str, tuple[str, str, str]] = {
     "saved_bytes": ("saved_bytes", "Bytes copied from engine blocks into host slots.", ""),
     "save_seconds": ("save_copy_seconds", "Seconds of those copies, summed over ranks.", ""),
     "skipped_pages": ("skipped_pages", "Pages not saved for want of a free slot.", ""),
+    "unsaved_pages": (
+        "unsaved_pages",
+        "Pages of answers that were not saved because no next turn can begin with them.",
+        "",
+    ),
     "save_failures": ("save_failures", "Saves that failed.", ""),
     "hook_errors": ("hook_errors", "Exceptions in our hooks, kept from the engine.", ""),
     "hook_seconds": ("hook_seconds", "Seconds of the scheduler's thread spent in our hooks, without rests.", ""),

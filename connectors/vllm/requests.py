@@ -14,6 +14,7 @@ from typing import Any
 from connectors.vllm.layout import EngineLayout
 from kvstore.base import HintOutcome, KVStore, LoadLease, Request, RequestOptions
 from kvstore.errors import RequestError
+from kvstore.prefix.answers import AnswerJudge
 from kvstore.requests import check_options, check_reason
 
 log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
@@ -36,6 +37,7 @@ class Tracked:
     is_aside:   the load that was promised is asynchronous.
     num_saved:  blocks that have been given to a save, or need none.
     num_hashed: vLLM's hashes that are in `store`.
+    judge:      of its answer, for the prompt of `judged` tokens, by the first `num_heard` tokens; None: not saved.
     by_tier:    blocks of the load by the tier they come from.
     outcomes:   what became of the hints that came with it.
     """
@@ -53,6 +55,9 @@ class Tracked:
     is_aside: bool = True
     num_saved: int = 0
     num_hashed: int = 0
+    judge: AnswerJudge | None = None
+    judged: int = -1
+    num_heard: int = 0
     by_tier: dict[str, int] = field(default_factory=dict)
     outcomes: tuple[HintOutcome, ...] = ()
 

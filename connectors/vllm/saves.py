@@ -14,15 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from connectors.answers import SavedAnswers
 from connectors.vllm.config import ConnectorConfig
 from connectors.vllm.layout import EngineLayout
 from connectors.vllm.messages import PageCopies, SaveJob
 from connectors.vllm.requests import NEVER, Requests, Tracked
 from kvstore.base import KVStore, SaveLease
+from kvstore.prefix.answers import AnswerVerdict
 
 log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 
-COUNTERS = ("saved_pages", "skipped_pages", "save_failures")
+COUNTERS = ("saved_pages", "skipped_pages", "unsaved_pages", "save_failures")
 
 
 @dataclass(slots=True)
@@ -47,12 +49,13 @@ class SchedulerSaves:
         requests: Requests,
         counters: dict[str, float],
         world: int,
+        answers: SavedAnswers,
     ) -> None:
         self.pool: Any = None  # vLLM's block pool
         self._store = store
         self._engine = engine
         self._block_size = engine.layout.block_size
-        self._is_prompt_only = config.fields.save == "prompt"
+        self._answers = answers
         self._requests = requests
         self._counters = counters
         self._world = world
@@ -111,9 +114,13 @@ class SchedulerSaves:
         self.spoil()
         self._suspects = {tracked.engine.request_id for tracked in self._requests}
 
-    def request_finished(self, name: str) -> None:
+    def request_finished(self, name: str, tracked: Tracked | None) -> None:
         """A request is over."""
         self._suspects.discard(name)
+        if tracked is not None and tracked.judge is not None and tracked.judge.verdict is not AnswerVerdict.SAVE:
+            num_blocks = len(tracked.engine.block_hashes) // self._engine.hashes_per_block
+            num_left = max(0, num_blocks - tracked.judged // self._block_size)
+            self._counters["unsaved_pages"] += num_left * len(self._engine.layout.groups)
 
     def __len__(self) -> int:
         return len(self._under_way)
@@ -121,9 +128,10 @@ class SchedulerSaves:
     def _plan(self, name: str, tracked: Tracked, num_tokens: int, block_ids: Callable[[str], Any]) -> None:
         request = tracked.engine
         end = (request.num_computed_tokens + num_tokens) // self._block_size
-        if self._is_prompt_only:
-            end = min(end, request.num_prompt_tokens // self._block_size)
         end = min(end, len(request.block_hashes) // self._engine.hashes_per_block)
+        end_of_prompt = request.num_prompt_tokens // self._block_size
+        if end > end_of_prompt and end > tracked.num_saved and not self._saves_answer(tracked):
+            end = end_of_prompt
         if end <= tracked.num_saved:
             return
         ids = block_ids(name)
@@ -153,3 +161,15 @@ class SchedulerSaves:
         self._jobs.append(
             SaveJob(lease.id, name, tuple(PageCopies(group, tuple(s), tuple(b)) for group, (s, b) in copies.items()))
         )
+
+    def _saves_answer(self, tracked: Tracked) -> bool:
+        """Whether what a request has generated is saved. While that is open its blocks wait where they are."""
+        request = tracked.engine
+        if tracked.judged != request.num_prompt_tokens:  # new, or a streaming session that goes on
+            tracked.judged = tracked.num_heard = request.num_prompt_tokens
+            tracked.judge = self._answers.judge(getattr(request, "prompt_token_ids", None) or ())
+        judge = tracked.judge
+        if judge is not None and judge.verdict is AnswerVerdict.OPEN:
+            judge.add(request.all_token_ids[tracked.num_heard :])
+            tracked.num_heard = len(request.all_token_ids)
+        return judge is not None and judge.verdict is AnswerVerdict.SAVE

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from connectors.answers import NOT_KNOWN, PROMPT, SavedAnswers
 from connectors.vllm import hints, loads, saves
 from connectors.vllm.config import ConnectorConfig
 from connectors.vllm.events import Announcer, News
@@ -45,6 +46,7 @@ class SchedulerHalf:
     is_beside:  workers can copy beside the forward (layers.py).
     is_whole:   vLLM can compute the last token alone of a prompt that was loaded to its end.
     identify:   names what makes a request's KV different and vLLM's hashes do not cover (its adapter's files).
+    answers:    whose blocks are saved; None: as `save` says, without knowing the chat template.
     name:       of this half, so that a worker in this process knows whose plan it has.
     """
 
@@ -58,6 +60,7 @@ class SchedulerHalf:
         is_beside: bool = False,
         is_whole: bool = False,
         identify: Callable[[Any], str] = lambda request: "",
+        answers: SavedAnswers | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store
@@ -69,7 +72,8 @@ class SchedulerHalf:
         is_single = config.store.store.single_flight and config.loads and config.saves
         self._requests = Requests(store, engine, identify, single_flight=is_single, whole=is_whole)
         self._loads = SchedulerLoads(store, engine, config, self._requests, self.counters, now, is_beside)
-        self._saves = SchedulerSaves(store, engine, config, self._requests, self.counters, world)
+        answers = answers or SavedAnswers(config.fields.save, NOT_KNOWN, PROMPT)
+        self._saves = SchedulerSaves(store, engine, config, self._requests, self.counters, world, answers)
         self._announcer = Announcer(engine.group_ids)
         self._slabs: tuple[Slab, ...] = ()
         self._ranks: dict[int, int] = {}
@@ -116,7 +120,7 @@ class SchedulerHalf:
     def request_finished(self, request: Any) -> dict[str, Any] | None:
         """The request is over, well or not; returns what became of its hints, None if it had none."""
         tracked = self._requests.end(request.request_id)
-        self._saves.request_finished(request.request_id)
+        self._saves.request_finished(request.request_id, tracked)
         if tracked is None:
             return None
         self._loads.let_go(tracked)

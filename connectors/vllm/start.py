@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from connectors.answers import PROMPT, decide
+from connectors.vllm.answers import find_template
 from connectors.vllm.config import ConnectorConfig
 from connectors.vllm.identity import adapter_name, engine_namespace
 from connectors.vllm.layout import EngineLayout
@@ -52,8 +54,16 @@ def open_half(
         store.close(0)
         raise
     world = int(vllm_config.parallel_config.tensor_parallel_size)
+    answers = decide(config.fields.save, PROMPT, lambda: find_template(vllm_config, config.fields), log)
     half = SchedulerHalf(
-        store, engine, config, world=world, is_beside=is_beside, is_whole=is_whole, identify=_adapters()
+        store,
+        engine,
+        config,
+        world=world,
+        is_beside=is_beside,
+        is_whole=is_whole,
+        identify=_adapters(),
+        answers=answers,
     )
     log.info(
         "kvstore: %s, blocks of %d tokens, %d layer groups, namespace %s, tiers %s, daemon %s",

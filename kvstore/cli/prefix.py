@@ -89,6 +89,7 @@ def _run(
 ) -> tuple[int, dict[str, Any]]:
     """Return the exit code and what is known, printed already."""
     from kvstore.cli import prefix_view as view
+    from kvstore.prefix.answer_trials import learn
     from kvstore.prefix.diagnosis import diagnose
     from kvstore.prefix.rendering import TemplateRefused
     from kvstore.prefix.template import load
@@ -104,8 +105,9 @@ def _run(
         diagnosis = diagnose(model, process, sizes, kwargs)
     except TemplateRefused as refused:
         raise ConfigError(f"{words[0]} is no chat template: {refused}") from None
-    view.print_diagnosis(console(), diagnosis)
-    return diagnosis.exit_code, diagnosis.as_json()
+    answers = learn(model, process, kwargs, estimates=True)
+    view.print_diagnosis(console(), diagnosis, answers)
+    return diagnosis.exit_code, {**diagnosis.as_json(), "saved_answers": answers.why if answers.turns else None}
 
 
 def _of_log(

@@ -11,6 +11,7 @@ from kvstore.prefix.difference import Window
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from kvstore.prefix.answers import AnswerRules
     from kvstore.prefix.diagnosis import Diagnosis, ShapeReport
     from kvstore.prefix.template import ModelTemplate
     from kvstore.prefix.traffic import SessionTurn
@@ -21,8 +22,8 @@ ANSWERS = {"depends": "if it writes the tag", "unknown": "-"}
 SHOWN_CHARS = 46
 
 
-def print_diagnosis(output: Console, diagnosis: Diagnosis) -> None:
-    """Print a template's report: a row for each shape, the first difference of each mechanism, and advice."""
+def print_diagnosis(output: Console, diagnosis: Diagnosis, answers: AnswerRules) -> None:
+    """Print a template's report: a row for each shape, the answers worth saving, each mechanism with advice."""
     from rich.text import Text
 
     output.print(Text(f"{diagnosis.name}: {VERDICTS[diagnosis.exit_code]}", style="bold"))
@@ -35,6 +36,8 @@ def print_diagnosis(output: Console, diagnosis: Diagnosis) -> None:
     for report in [*diagnosis.shapes, *diagnosis.switches]:
         _add_shape(rows, report)
     output.print(rows)
+    if answers.turns:
+        output.print(f'"save": "auto" saves of answers: {answers.why}', markup=False)
     for finding in diagnosis.findings:
         mechanism = finding.mechanism
         output.print(Text(mechanism.title, style="bold red" if mechanism.breaks else "bold yellow"))

@@ -29,6 +29,14 @@ class ReplicaReuse(str, Enum):
     any = "any"
 
 
+class ReplicaSave(str, Enum):
+    """The answers whose pages are saved."""
+
+    auto = "auto"
+    all = "all"
+    prompt = "prompt"
+
+
 def replica(
     model: Annotated[
         str | None,
@@ -55,6 +63,14 @@ def replica(
         ReplicaReuse,
         typer.Option("--reuse", help="exact: the same bits as without a cache. any: more hits, equal up to rounding."),
     ] = ReplicaReuse.exact,
+    save: Annotated[
+        ReplicaSave,
+        typer.Option(
+            "--save",
+            help="Of answers, with --reuse any: auto: those that the next turn can begin with, by the chat template. "
+            "all. prompt: none.",
+        ),
+    ] = ReplicaSave.auto,
     max_queue: Annotated[int, typer.Option("--max-queue", min=1, help="Requests that may wait; more get a 429.")] = 64,
     max_running: Annotated[
         int, typer.Option("--max-running", min=1, help="Requests computed in turns, each with a KV cache of its own.")
@@ -122,6 +138,7 @@ def replica(
         prefill_chunk,
         reuse.value,
         single_flight,
+        save.value,
     )
     settings = ReplicaSettings(
         name, host, port, spec, max_queue, max_running, max_tokens_queued, drain_s, watch_prefixes

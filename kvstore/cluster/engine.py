@@ -251,6 +251,7 @@ class Engine:
 
     def _leave(self, answer: ReplicaAnswer, error: Exception | None = None) -> None:
         self.admission.leave(answer.ticket)
+        self.metrics.left(answer)
         answer.end(error)
 
     async def _compute(self, call: Callable[..., T], *arguments: Any) -> T:

@@ -38,6 +38,9 @@ class ReplicaMetrics:
         self.decode = self._counter("decode_seconds", "Computing tokens after the first one.")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that came to a first token.")
         self.new_tokens = self._counter("new_tokens", "Tokens generated.")
+        self.unsaved_pages = self._counter(
+            "unsaved_pages", "Pages of answers that were not saved because no next turn can begin with them."
+        )
         self.hit_tokens = self._counter("hit_tokens", "Prompt tokens that were loaded, by tier.", "tier")
         self.requests = self._counter("requests", "Requests answered, by HTTP status.", "status")
         self.cancelled = self._counter("cancelled", "Requests whose client left before the end.")
@@ -94,6 +97,10 @@ class ReplicaMetrics:
         report = answer.report
         if report.new_tokens > 1:
             self.per_token.observe(report.decode_s / (report.new_tokens - 1))
+
+    def left(self, answer: ReplicaAnswer) -> None:
+        """A request is over, well or not."""
+        self.unsaved_pages.inc(answer.report.unsaved_pages)
 
     def render(self) -> bytes:
         """Prometheus' text format. May ask the store: not on the event loop."""

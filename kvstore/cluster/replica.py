@@ -191,6 +191,7 @@ class ReplicaServer:
             "prefill_s": round(report.prefill_s, 6),
             "decode_s": round(report.decode_s, 6),
             "ttft_s": round(answer.ttft_s, 6),
+            "unsaved_pages": report.unsaved_pages,
         }
 
     async def _job(self, ask: Ask) -> Job:
@@ -276,6 +277,7 @@ class ReplicaServer:
                 "replica": self.settings.name,
                 "model": self.settings.model.name,
                 "rendering": self.rendering,
+                "saved_answers": self.engine.runner.saved_answers,
                 "running": engine.num_running,
                 "queued": engine.num_queued,
                 "held_tokens": admission.tokens,

@@ -16,5 +16,7 @@ requests      OpenAI-style requests as they come from a log or a server
 changes       what a client changed between two requests
 spans         repeated spans that are no prefixes
 traffic       sessions of real requests, followed one after another within bounds
+answers       which answers the next turn can begin with, by token ids while they come
+answer_trials learns that of a template
 fingerprint   one hash over fixed renderings, to tell engines apart
 """

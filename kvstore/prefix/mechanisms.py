@@ -24,15 +24,15 @@ GENERATION_PROMPT = Mechanism(
     "generation_prompt",
     "generation prompt not in history",
     "the end of the prompt and all generated tokens",
-    "The answer was computed behind tokens that the history does not have, so its pages never hit: save prompts only "
-    '("save": "prompt"). Another value of the thinking switch may be append-only; see the rows of the switch.',
+    'The answer was computed behind tokens that the history does not have, so its pages never hit; "save": "auto" '
+    "leaves them out. Another value of the thinking switch may be append-only; see the rows of the switch.",
 )
 TAG_BETWEEN = Mechanism(
     "tag_between",
     "tag between prompt and answer",
     "all generated tokens, unless the model writes that tag itself",
     "The prompt hits whole. The answer hits only if the model itself writes what the template puts before it: compare "
-    "one raw answer with the window. Else save prompts only.",
+    'one raw answer with the window. "save": "auto" compares each.',
 )
 BORDER_TOKEN = Mechanism(
     "border_token",
@@ -45,14 +45,14 @@ ANSWER_CHANGED = Mechanism(
     "answer_changed",
     "answer not in history as it was",
     "all generated tokens",
-    "The history has another text than the model wrote: send answers back unchanged, or save prompts only.",
+    "The history has another text than the model wrote: send answers back unchanged.",
 )
 REASONING_DROPPED = Mechanism(
     "reasoning_dropped",
     "reasoning dropped",
     "reasoning and answer of each turn",
-    "The prompt hits whole; the answer stood behind its reasoning and never hits: save prompts only. Where quality "
-    "allows, a template option that keeps reasoning makes the chat append-only.",
+    'The prompt hits whole; the answer stood behind its reasoning and never hits: "save": "auto" leaves it out. Where '
+    "quality allows, a template option that keeps reasoning makes the chat append-only.",
 )
 LOOP_REASONING_DROPPED = Mechanism(
     "loop_reasoning_dropped",

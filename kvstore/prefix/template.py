@@ -70,6 +70,14 @@ def load(source: str, tokenizer: str | None = None) -> ModelTemplate:
     return ModelTemplate(found.name, Template(found.template.text, own[1]), own[0])
 
 
+def of_loaded(name: str, loaded: Any) -> ModelTemplate:
+    """Return the template of a tokenizer that transformers has loaded. Raises ConfigError if it has none."""
+    text = _in_settings(getattr(loaded, "chat_template", None))
+    if text is None:
+        raise ConfigError(f"{name} has no chat template")
+    return ModelTemplate(name, Template(text, _special_of(loaded)), HubTokenizer(name, loaded))
+
+
 def plain(tokenizer: str | None = None) -> ModelTemplate:
     """Return the template in the place of one that is not at hand: it keeps every prefix that a client keeps."""
     note = "no template named: messages are put one after another, so only what clients change is seen"
@@ -105,14 +113,15 @@ def _tokens_of_directory(path: Path) -> tuple[Any, ...]:
 
 
 def _of_hub(name: str) -> ModelTemplate:
-    tokenizer, special, loaded = _tokens_of_hub(name)
-    text = _in_settings(getattr(loaded, "chat_template", None))
-    if text is None:
-        raise ConfigError(f"{name} has no chat template")
-    return ModelTemplate(name, Template(text, special), tokenizer)
+    return of_loaded(name, _load_hub(name))
 
 
 def _tokens_of_hub(name: str) -> tuple[Any, ...]:
+    loaded = _load_hub(name)
+    return HubTokenizer(name, loaded), _special_of(loaded)
+
+
+def _load_hub(name: str) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError:
@@ -120,11 +129,13 @@ def _tokens_of_hub(name: str) -> tuple[Any, ...]:
             f"{name} is no directory, and a hub id needs transformers; {how_to_install('prefix')}"
         ) from None
     try:
-        loaded = AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise KVStoreError(f"the tokenizer of {name} cannot be had: {str(error)[:300]}") from error
-    special = {key: str(value) for key, value in loaded.special_tokens_map.items() if isinstance(value, str)}
-    return HubTokenizer(name, loaded), special, loaded
+
+
+def _special_of(loaded: Any) -> dict[str, str]:
+    return {key: str(value) for key, value in loaded.special_tokens_map.items() if isinstance(value, str)}
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -17,8 +17,13 @@ from tests.helpers.tiny_models import random_ids, tiny_model
 
 
 def test_saving_decoded_blocks_is_refused_in_exact_mode(opened: Any) -> None:
-    with pytest.raises(ConfigError, match="save_decode is True with reuse 'exact'"):
-        opened(save_decode=True)
+    with pytest.raises(ConfigError, match="save is 'all' with reuse 'exact'"):
+        opened(save="all")
+
+
+def test_a_save_that_does_not_exist_is_refused(opened: Any) -> None:
+    with pytest.raises(ConfigError, match="save is 'some'; it must be one of auto, all, prompt"):
+        opened(save="some", reuse="any")
 
 
 @pytest.mark.parametrize(

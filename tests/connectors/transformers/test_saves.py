@@ -30,7 +30,7 @@ def test_any_mode_saves_decoded_blocks_and_reuses_every_block(opened: Any, name:
 
 
 def test_any_mode_may_leave_decoded_blocks_out(opened: Any) -> None:
-    model, store = opened(reuse="any", save_decode=False)
+    model, store = opened(reuse="any", save="prompt")
 
     ask(model, random_ids(60))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from connectors.answers import SavedAnswers
 from connectors.vllm.config import parse_extra_config
 from connectors.vllm.layout import EngineLayout
 from connectors.vllm.messages import IDLE_WAIT_S, StepPlan, StepReport
@@ -17,6 +18,7 @@ from kvstore.build import open_store
 from kvstore.config.sections import Config
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.records import LeaseState, LeaseStatus, LoadLease, Match, SlotPages
+from kvstore.prefix.answers import AnswerRules, KeptAnswer, TurnRule
 from kvstore.store import LocalStore
 from tests.helpers.stores import BLOCK, LAYOUT, PAGE_BYTES, namespace
 
@@ -78,13 +80,21 @@ class World:
         extra: dict[str, Any] | None = None,
         is_beside: bool = False,
         is_whole: bool = False,
+        answers: SavedAnswers | None = None,
     ) -> None:
         self.clock = Clock()
         self.pool = Pool()
         self.store = store
         config = parse_extra_config(extra or {}, "kv_both")
         self.half = SchedulerHalf(
-            store, engine, config, world=world, is_beside=is_beside, is_whole=is_whole, now=self.clock
+            store,
+            engine,
+            config,
+            world=world,
+            is_beside=is_beside,
+            is_whole=is_whole,
+            answers=answers,
+            now=self.clock,
         )
         self.half.bind_pool(self.pool)
 
@@ -322,13 +332,51 @@ def test_a_save_under_way_at_a_reset_is_dropped(world: World) -> None:
 
 
 def test_only_prompts_are_saved_unless_told_otherwise(store: LocalStore) -> None:
-    for save, expected in (("prompt", 2), ("all", 3)):
+    for save, expected in (("auto", 2), ("prompt", 2), ("all", 3)):
         world = World(store, extra={"save": save})
         asked = request(save, 3 * BLOCK, seed=len(save))
         asked.num_prompt_tokens = 2 * BLOCK + 5
         plan = world.save(asked)
 
         assert sum(len(part.slots) for job in plan.saves for part in job.copies) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "saved_at"),
+    [
+        ([3] * 4 * BLOCK, {3: 1, 4: 1, 5: 1, 6: 1}),  # kept from its first token on
+        ([4] * 4 * BLOCK, {}),  # the next turn has another token there
+        ([5] * 4 * BLOCK, {}),  # a thought without a call
+        ([5] * 2 * BLOCK + [7] + [6] * 2 * BLOCK, {4: 2, 5: 1, 6: 1}),  # with one: what was filled before it follows
+    ],
+)
+def test_an_answer_is_saved_as_soon_as_it_is_known_that_the_next_turn_begins_with_it(
+    store: LocalStore, answer: list[int], saved_at: dict[int, int]
+) -> None:
+    kept = (KeptAnswer((3,), False), KeptAnswer((5,), True, (7,)))
+    rules = AnswerRules((TurnRule((1, 2), False, kept), TurnRule((9,), False, ())), ((5,),), "")
+    world = World(store, extra={"save": "auto"}, answers=SavedAnswers("auto", rules, "prompt"))
+    asked = request("a", 2 * BLOCK, seed=answer[0])
+    asked.prompt_token_ids = [0] * (2 * BLOCK - 2) + [1, 2]
+    world.half.new_request(asked)
+    row = list(range(1, 9))
+    plan = world.half.plan_step({"a": 2 * BLOCK}, lambda name: (row,))
+    assert sum(len(part.slots) for job in plan.saves for part in job.copies) == 2
+
+    found: dict[int, int] = {}
+    for number in range(len(answer)):
+        asked.num_computed_tokens = asked.num_tokens
+        asked.num_tokens += 1
+        asked.all_token_ids = [*asked.prompt_token_ids, *answer[: number + 1]]
+        asked.block_hashes = [bytes([answer[0], n]) * 16 for n in range(asked.num_tokens // BLOCK)]
+        for job in world.half.plan_step({"a": 1}, lambda name: (row,)).saves:
+            found[asked.num_tokens // BLOCK] = sum(len(part.slots) for part in job.copies)
+            assert [block for part in job.copies for block in part.blocks][-1] == asked.num_tokens // BLOCK
+            world.half.reported(StepReport(done={job.lease: 1}))
+    world.half.request_finished(asked)
+
+    assert found == saved_at
+    assert world.half.counters["unsaved_pages"] == (0 if saved_at else 4)
 
 
 def test_hints_of_a_request_reach_the_store(world: World) -> None:

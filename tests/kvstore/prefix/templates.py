@@ -33,6 +33,14 @@ LOOP_REASONING_DROPPED = chat(
     IN_LOOP + "{% if m.reasoning_content %}" + THINK + "{% endif %}{% endif %}{{ m.content }}",
     before=_LAST_USER + _TOOLS,
 )
+# Reasoning is shown within a tool loop and nowhere else, inline reasoning too: as in most thinking models.
+THINKS_IN_LOOPS = chat(
+    IN_LOOP
+    + "{% if m.reasoning_content %}"
+    + THINK
+    + "{% endif %}{% endif %}{{ m.content.split('</think>')[-1].strip() }}",
+    before=_LAST_USER + _TOOLS,
+)
 EMPTY_THINKING = chat(
     IN_LOOP + "<think>{{ m.reasoning_content or '' }}</think>{% endif %}{{ m.content }}", before=_LAST_USER + _TOOLS
 )
