@@ -12,10 +12,13 @@ from radix.namespace import Namespace
 __all__ = ["AttachedSlab", "attach_slab", "open_configured"]
 
 
-def open_configured(config: Config, layout: Layout, namespace: Namespace, *, shared_name: str | None = None) -> KVStore:
+def open_configured(
+    config: Config, layout: Layout, namespace: Namespace, *, shared_name: str | None = None, rendering: str = ""
+) -> KVStore:
     """Open the store that the configuration asks for: that of a daemon where `service.url` names one, else one in here.
 
     shared_name: for one in here, see `open_store`; the slab of a daemon on this machine is shared anyway.
+    rendering:   the fingerprint of how the engine's server makes prompts of chats, for a daemon's operators.
     """
     service = config.service
     if service.url is None:
@@ -29,4 +32,5 @@ def open_configured(config: Config, layout: Layout, namespace: Namespace, *, sha
         call_timeout_s=service.call_timeout_s,
         retry_max_s=service.retry_max_s,
         client=service.client_name or "",
+        rendering=rendering,
     )

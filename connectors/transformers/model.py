@@ -291,8 +291,12 @@ def open_store_for(
     reuse: Reuse | str = Reuse.EXACT,
     salt: str = "",
     revision: str | None = None,
+    rendering: str = "",
 ) -> KVStore:
-    """Open the configured tiers, or attach to the configured daemon, for the pages of `model` under its namespace."""
+    """Open the configured tiers, or attach to the configured daemon, for the pages of `model` under its namespace.
+
+    rendering: the fingerprint of how chats become prompts here, for the daemon's operators.
+    """
     from kvstore.opening import open_configured
 
     check_chunk(prefill_chunk, config.store.block_size)
@@ -306,4 +310,4 @@ def open_store_for(
         revision=revision,
         hash_name=config.store.hash,
     )
-    return open_configured(config, layout, namespace)
+    return open_configured(config, layout, namespace, rendering=rendering)

@@ -77,7 +77,10 @@ class Job:
 
 
 class Runner:
-    """A model with its store, and the same model without."""
+    """A model with its store, and the same model without.
+
+    rendering: the fingerprint of how its tokenizer makes prompts of conversations; "" where it has no chat template.
+    """
 
     def __init__(self, spec: ModelSpec, config: Config) -> None:
         """Load the model and open the store, or attach to the daemon. Takes seconds; raises what both raise."""
@@ -86,7 +89,10 @@ class Runner:
 
         self.spec = spec
         self.model, self.tokenizer = load_model(spec.source, spec.dtype, spec.threads)
-        self.store: KVStore = open_store_for(self.model, config, prefill_chunk=spec.prefill_chunk, reuse=spec.reuse)
+        self.rendering = rendering_of(self.tokenizer)
+        self.store: KVStore = open_store_for(
+            self.model, config, prefill_chunk=spec.prefill_chunk, reuse=spec.reuse, rendering=self.rendering
+        )
         options: dict[str, Any] = {"tokenizer": self.tokenizer, "prefill_chunk": spec.prefill_chunk}
         self.without_store: KVCacheModel = KVCacheModel(self.model, **options)
         self.with_store: KVCacheModel = KVCacheModel(
@@ -111,19 +117,6 @@ class Runner:
         if isinstance(prompt, str):
             return [int(token) for token in self.tokenizer(prompt).input_ids]
         return chat_ids(self.tokenizer, prompt)
-
-    def rendering(self) -> str:
-        """The fingerprint of how this tokenizer makes prompts of conversations; "" where it has no chat template."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            return ""
-
-        def render(messages: Any, tools: Any) -> str:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=True
-            )
-            return str(text)
-
-        return fingerprint(render, datetime.now())
 
     def start(self, job: Job) -> GenerationRun:
         """Check a job; nothing is looked up or computed yet. Raises RequestError for what the model cannot do."""
@@ -168,3 +161,17 @@ class Runner:
         """Finish saving, write behind what is left, close the store."""
         self.with_store.close()
         self.store.close(timeout_s)
+
+
+def rendering_of(tokenizer: Any) -> str:
+    """Return the fingerprint of how a tokenizer makes prompts of conversations; "" where it has no chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+
+    def render(messages: Any, tools: Any) -> str:
+        text = tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=True
+        )
+        return str(text)
+
+    return fingerprint(render, datetime.now())

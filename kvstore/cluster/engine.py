@@ -112,10 +112,6 @@ class Engine:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._reading, hint_of, messages, tokens, self.runner.encode)
 
-    async def rendering(self) -> str:
-        """The fingerprint of how conversations become prompts here."""
-        return await asyncio.get_running_loop().run_in_executor(self._reading, self.runner.rendering)
-
     async def lookup(self, job: Job) -> Found:
         """The part of a prompt that the tiers have. Loads nothing."""
         return await asyncio.get_running_loop().run_in_executor(self._reading, self.runner.lookup, job)

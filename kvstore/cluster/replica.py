@@ -109,7 +109,7 @@ class ReplicaServer:
             announce(f"{self.settings.name} on {self.site.url}: loading {spec.name} ({spec.dtype})")
             began = time.monotonic()
             await self.engine.open()
-            self.rendering = await self.engine.rendering()
+            self.rendering = self.engine.runner.rendering
             self.is_ready = True
             announce(f"{self.settings.name} on {self.site.url}: ready after {time.monotonic() - began:.1f} s")
             await self._stop.wait()

@@ -247,6 +247,29 @@ def test_a_tier_that_goes_down_is_seen(browser: Browser, daemon: LocalDaemon) ->
         assert "down for" in browser.text("#tiers .disk .state")
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_clients_that_render_chats_in_different_ways_are_warned_of(
+    browser: Browser, daemon: LocalDaemon, scheme: str
+) -> None:
+    first, second = "5f0c3ab1d2e49867", "91ab00cd5f0c3ab1"
+    with attach(socket(daemon), client="replica-0", rendering=first) as store, attach(socket(daemon), client="engine"):
+        use(store, fork(0))
+        with attach(socket(daemon), client="replica-1", rendering=first):
+            browser.look(url(daemon), scheme=scheme)
+            browser.wait(lambda: len(browser.texts("#clients tbody tr")) == 3)
+            assert browser.text("#renderings") == ""
+
+        with attach(socket(daemon), client="replica-2", rendering=second):
+            browser.wait(lambda: "render chats in 2 ways" in browser.text("#renderings"))
+            told = browser.text("#renderings")
+            assert "replica-0 (5f0c3ab1); replica-2 (91ab00cd)" in told
+            assert "They share no pages of chats until" in told
+            assert browser.run(CONTRAST) == []
+
+        browser.wait(lambda: browser.text("#renderings") == "")
+    assert browser.complaints() == []
+
+
 def test_nothing_is_asked_while_nobody_looks(browser: Browser, daemon: LocalDaemon) -> None:
     browser.look(url(daemon))
     browser.wait(lambda: browser.text("#status") == "live")

@@ -25,10 +25,12 @@ def connect(
     call_timeout_s: float = 1.0,
     retry_max_s: float = 2.0,
     client: str = "",
+    rendering: str = "",
 ) -> RemoteStore:
     """Return the store of a namespace that the daemon at `url` keeps: unix:///path/of/socket, on this machine.
 
-    client: how the daemon's operators see this client; "" is the program's name and process id.
+    client:    how the daemon's operators see this client; "" is the program's name and process id.
+    rendering: the fingerprint of how chats become prompts here (kvstore.prefix); the daemon warns where clients differ.
 
     A daemon that cannot be reached is no error: the store is empty until it can. Raises ConfigError if the URL is none,
     and ConfigError or LayoutMismatch if the daemon refuses the namespace.
@@ -42,6 +44,7 @@ def connect(
         call_timeout_s=call_timeout_s,
         retry_max_s=retry_max_s,
         client=client or _own_name(),
+        rendering=rendering,
     )
 
 

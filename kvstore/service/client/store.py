@@ -59,6 +59,7 @@ class RemoteStore(RequestMaker, Hinting, Waits):
         call_timeout_s: float = 1.0,
         retry_max_s: float = 2.0,
         client: str = "",
+        rendering: str = "",
     ) -> None:
         """Attach. memory: where the pages of leases lie in this process; closed with the store."""
         check_pair(layout, namespace)
@@ -67,6 +68,8 @@ class RemoteStore(RequestMaker, Hinting, Waits):
         self.namespace = namespace
         self._is_closed = False
         self._greeting = {"layout": layout_to_json(layout), "namespace": namespace_to_json(namespace), "client": client}
+        if rendering:
+            self._greeting["rendering"] = rendering
         self._link = DaemonLink(
             dial,
             encode_json(self._greeting),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -163,6 +164,7 @@ class Clients:
             feed,
             number=next(self.numbers),
             pid=channel.pid,
+            rendering=_rendering(message),
             staged=staged,
             now=self._now,
         )
@@ -244,6 +246,12 @@ class Clients:
                 self._config.service.lease_max_s,
             )
         session.is_overdue = bool(leases)
+
+
+def _rendering(message: dict[str, Any]) -> str:
+    """The fingerprint of how a client renders chats; "" if it says none that could be one."""
+    said = message.get("rendering")
+    return said if isinstance(said, str) and re.fullmatch(r"[0-9a-f]{1,64}", said) else ""
 
 
 def _name(channel: Channel, message: dict[str, Any]) -> str:

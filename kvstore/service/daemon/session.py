@@ -73,6 +73,7 @@ class ClientSession:
         *,
         number: int = 0,
         pid: int | None = None,
+        rendering: str = "",
         staged: StagedSaves | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -80,6 +81,7 @@ class ClientSession:
 
         session_id: whoever knows it may attach to the session; number: names it to operators.
         client:     what the client calls itself; pid: its process, on this machine.
+        rendering:  the fingerprint of how it renders chats; "" if it does not say.
         feed:       the events of the store, should it ask for them.
         staged:     memory for what it saves, if it must not write to the slab.
         """
@@ -88,6 +90,7 @@ class ClientSession:
         self.client = client
         self.number = number
         self.pid = pid
+        self.rendering = rendering
         self.began_at = self.heard_at = now()
         self.is_overdue = False  # held a lease for too long when that was last looked at
         self.anchor: Anchor | None = None  # the client's own

@@ -42,6 +42,7 @@ from kvstore.service.dashboard.models import (
     Use,
 )
 from kvstore.service.dashboard.prefixes import Looks, merged
+from kvstore.service.dashboard.renderings import renderings_of
 from kvstore.service.http.explain import in_words
 from kvstore.service.http.problems import Problem
 from kvstore.service.http.routes import ApiCall, Route
@@ -147,6 +148,7 @@ class Dashboard:
             tenants=self._tenants(stores),
             clients=[_client(s) for s in sorted(sessions, key=lambda s: -s.usage.prompt_tokens)[:MAX_CLIENTS]],
             num_clients=len(sessions),
+            renderings=renderings_of(sessions),
             misses=misses,
             reasons=reasons,
             incidents=self._incidents.of(set(places)),

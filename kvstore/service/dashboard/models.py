@@ -134,6 +134,16 @@ class ClientBrief(Answer):
     leases: int
 
 
+class RenderingGroup(Answer):
+    """Clients of one namespace that make the same prompts of chats. clients: names of the first few of them."""
+
+    tenant: str
+    namespace: str
+    rendering: str
+    clients: list[str]
+    num_clients: int
+
+
 class Miss(Answer):
     """A lookup that fell short, with its reason then (those of /v1/explain)."""
 
@@ -171,6 +181,7 @@ class NowAnswer(Answer):
     engines_url: what engines on this machine set service.url to; only operators are told.
     misses:  the newest of those remembered, first those that are no mere beginnings (never_stored).
     reasons: the lookups among those remembered that fell short, by reason.
+    renderings: of namespaces whose clients render chats in different ways, so that they share none: all of the ways.
     """
 
     at: float
@@ -189,6 +200,7 @@ class NowAnswer(Answer):
     tenants: list[TenantBrief]
     clients: list[ClientBrief]
     num_clients: int
+    renderings: list[RenderingGroup]
     misses: list[Miss]
     reasons: dict[str, int]
     incidents: list[Incident]

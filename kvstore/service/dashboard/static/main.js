@@ -7,7 +7,7 @@ import { byId, make, reconcile, segments, setAttribute, setText } from "./dom.js
 import { count, hitRate, percent, seconds, sum } from "./format.js";
 import { Prefixes } from "./prefixes.js";
 import { Series } from "./series.js";
-import { Misses, showClients, showTenants } from "./tables.js";
+import { Misses, showClients, showRenderings, showTenants } from "./tables.js";
 import { showHealth, showTiers } from "./tiers.js";
 
 const PERIOD_MS = 1000;
@@ -112,6 +112,7 @@ function show(now) {
   showNamespaces(now);
   showEmpty(now);
   showNumbers(now);
+  showRenderings(now);
   showHealth(now);
   showTiers(now);
   misses.show(now);

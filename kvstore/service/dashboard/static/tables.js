@@ -104,3 +104,22 @@ export function showClients(now) {
       row.prompt_tokens ? percent(row.hit_tokens / row.prompt_tokens) : "–", count(row.prompt_tokens), bytes(row.saved_bytes),
       String(row.leases), ago(now.at - row.seen_at)));
 }
+
+// Clients that make different prompts of the same conversation: a line for each namespace where there are such.
+export function showRenderings(now) {
+  const ways = new Map();
+  for (const one of now.renderings) {
+    const key = `${one.tenant}/${one.namespace}`;
+    ways.set(key, [...(ways.get(key) ?? []), one]);
+  }
+  byId("renderings").hidden = !ways.size;
+  reconcile(byId("renderings"), [...ways], ([key]) => key, () => make("p"), (element, [, found]) => {
+    const model = now.namespaces.find((one) => one.tenant === found[0].tenant && one.id === found[0].namespace)?.model;
+    const told = found.map((one) => {
+      const more = one.num_clients - one.clients.length;
+      return `${one.clients.join(", ")}${more > 0 ? ` and ${more} more` : ""} (${one.rendering.slice(0, 8)})`;
+    });
+    setText(element, `Clients${model ? ` of ${model}` : ""} render chats in ${found.length} ways: ${told.join("; ")}. They share no pages of `
+      + "chats until they have the same chat template and the same version of what renders it.");
+  });
+}

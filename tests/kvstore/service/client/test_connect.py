@@ -37,6 +37,18 @@ def test_the_url_decides_where_the_store_is(tmp_path: Path) -> None:
             store.close()
 
 
+def test_a_daemon_is_told_how_its_clients_render_chats(tmp_path: Path) -> None:
+    with local_daemon(tmp_path / "kv.sock") as daemon:
+        config = Config(service={"url": f"unix://{tmp_path / 'kv.sock'}"})
+        stores = [open_configured(config, LAYOUT, namespace(), rendering=one) for one in ("5f0c3ab1d2e49867", "")]
+
+        told = daemon.look(lambda d: [session.rendering for session in d.clients.sessions.values()])
+
+        assert told == ["5f0c3ab1d2e49867", ""]
+        for store in stores:
+            store.close()
+
+
 def test_a_further_process_maps_the_daemons_slab_by_the_clients_handle(tmp_path: Path) -> None:
     with local_daemon(tmp_path / "kv.sock"):
         config = Config(service={"url": f"unix://{tmp_path / 'kv.sock'}"})

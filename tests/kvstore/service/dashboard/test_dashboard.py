@@ -315,3 +315,25 @@ def test_no_script_or_style_is_inline() -> None:
 def test_another_host_does_not_get_the_page(http: Http) -> None:
     assert http.call("GET", "/", headers={"Host": "evil.example"})[0] == 400
     assert http.call("GET", "/page/../daemon.py")[0] == 404
+
+
+@pytest.mark.parametrize("said", ["", "x" * 16, "<b>", "a" * 65, "0a\n"])
+def test_only_fingerprints_that_differ_are_told(daemon: LocalDaemon, http: Http, said: str) -> None:
+    socket = daemon.config.service.socket
+    assert socket is not None
+    with (
+        attach(socket, client="a", rendering="01ab") as store,
+        attach(socket, client="b", rendering=said),
+        attach(socket, client="c", rendering="01ab"),
+    ):
+        use(store, fork(1, 0, 0))
+        sample(daemon)
+        assert http.get("/v1/dashboard/now")["renderings"] == []
+
+        with attach(socket, client="d", rendering="02cd"):
+            found = http.get("/v1/dashboard/now")["renderings"]
+
+    assert [(one["rendering"], one["clients"], one["num_clients"]) for one in found] == [
+        ("01ab", ["a", "c"], 2),
+        ("02cd", ["d"], 1),
+    ]
