@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from kvstore.prefix import mechanisms
-from kvstore.prefix.answers import AnswerRules, KeptAnswer, Run, TurnRule
+from kvstore.prefix.answers import AnswerForm, AnswerRules, Run, TurnRule
 from kvstore.prefix.diagnosis import SWITCHES
 from kvstore.prefix.difference import common_ids
 from kvstore.prefix.explain import explain
@@ -173,11 +173,11 @@ class AnswerTrial:
         self._prompt = prompt
         self._ids = ids
 
-    def texts(self) -> Iterator[KeptAnswer]:
+    def texts(self) -> Iterator[AnswerForm]:
         """Try answers that end the turn."""
         plain = self._lead([self._next(user(1), content=answer) for answer in _ANSWERS], _ANSWERS[0])
         if plain is not None:
-            yield KeptAnswer(plain, False)
+            yield AnswerForm(plain, False)
         yield from self._thinking(
             [self._next(user(1), content=_ANSWERS[0], reasoning_content=thought) for thought in _THOUGHTS]
         )
@@ -186,11 +186,11 @@ class AnswerTrial:
         contents = [f"{begin}{thought}\n</think>\n\n{_ANSWERS[0]}" for thought in _THOUGHTS]
         nexts = [self._next(user(1), content=content) for content in contents]
         if plain is not None and nexts[0].startswith(self._prompt) and contents[0] in nexts[0]:
-            yield KeptAnswer(plain, True)  # kept as it is, whatever blanks it has
+            yield AnswerForm(plain, True)  # kept as it is, whatever blanks it has
         else:
             yield from self._thinking(nexts)
 
-    def calls(self) -> Iterator[KeptAnswer]:
+    def calls(self) -> Iterator[AnswerForm]:
         """Try answers that call a tool, arguments as an object or, where the template wants that, as text."""
         for as_text in (False, True):
             try:
@@ -199,7 +199,7 @@ class AnswerTrial:
                 continue
             return
 
-    def _calls(self, as_text: bool) -> Iterator[KeptAnswer]:
+    def _calls(self, as_text: bool) -> Iterator[AnswerForm]:
         def following(name: str, **reasoning: str) -> str:
             return self._next(_result(name, 0), content="", tool_calls=[_call(name, as_text)], **reasoning)
 
@@ -208,7 +208,7 @@ class AnswerTrial:
         if lead:
             self._trials.calls.append(lead)
         if lead is not None:
-            yield KeptAnswer(lead, False, _ANY_CALL if lead else ())
+            yield AnswerForm(lead, False, _ANY_CALL if lead else ())
         thinking = [following(_NAMES[0], reasoning_content=thought) for thought in _THOUGHTS]
         for kept in self._thinking(thinking):
             other = following(_NAMES[1], reasoning_content=_THOUGHTS[0])
@@ -217,13 +217,13 @@ class AnswerTrial:
                 self._trials.calls.append(whole)
             yield replace(kept, call=_ANY_CALL if whole else ())
 
-    def _thinking(self, nexts: Sequence[str]) -> Iterator[KeptAnswer]:
+    def _thinking(self, nexts: Sequence[str]) -> Iterator[AnswerForm]:
         """Yield what is kept of an answer with reasoning; learn how that begins."""
         lead = self._lead(nexts, _THOUGHTS[0])
         if lead is not None:
             if lead:
                 self._trials.openers[lead] = None
-            yield KeptAnswer(lead, True)
+            yield AnswerForm(lead, True)
 
     def _lead(self, nexts: Sequence[str], own: str) -> Run | None:
         """Return the ids between the prompt and the answer's own text; None if the next prompt does not have it there.
@@ -307,14 +307,14 @@ def _common_end(runs: Sequence[Run]) -> Run:
     return end
 
 
-def _with_call(kept: KeptAnswer, call: Run) -> KeptAnswer:
+def _with_call(kept: AnswerForm, call: Run) -> AnswerForm:
     """Return an answer that calls with how a call begins: no condition where that is not known."""
     if kept.call != _ANY_CALL:
         return kept
     lead = kept.lead
     if call and not kept.thinks and lead[-len(call) :] == call:
         lead = lead[: -len(call)]
-    return KeptAnswer(lead, kept.thinks, call[:CALL_IDS])
+    return AnswerForm(lead, kept.thinks, call[:CALL_IDS])
 
 
 def _why(rules: AnswerRules, reasons: Sequence[str]) -> str:

@@ -33,8 +33,8 @@ class AnswerVerdict(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class KeptAnswer:
-    """A way in which an answer stands right behind its prompt in the next one.
+class AnswerForm:
+    """A form of answers that stand right behind their prompt in the next one.
 
     lead:   what the history has before the answer's own text, so the model must write it, too.
     thinks: it begins with reasoning.
@@ -52,7 +52,7 @@ class TurnRule:
 
     tail: Run
     opens: bool
-    kept: tuple[KeptAnswer, ...]
+    kept: tuple[AnswerForm, ...]
 
 
 @dataclass(frozen=True, slots=True)

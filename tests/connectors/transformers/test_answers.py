@@ -13,7 +13,7 @@ import pytest
 from connectors.answers import SavedAnswers
 from connectors.transformers import KVCacheModel, model_layout, model_namespace
 from connectors.transformers.loading import chat_ids, load_model
-from kvstore.prefix.answers import AnswerRules, KeptAnswer, TurnRule
+from kvstore.prefix.answers import AnswerForm, AnswerRules, TurnRule
 from tests.helpers.dict_models import BLOCK, CHUNK, NEW_TOKENS, ask, reused
 from tests.helpers.dict_store import DictStore
 from tests.helpers.replicas import make_model
@@ -107,10 +107,10 @@ def test_a_verdict_in_the_middle_of_an_answer_loses_no_page_and_saves_none_too_m
     expected = plain.generate(ids, 3 * BLOCK, eos=()).tokens
     tail = (ids[-1],)
     for kept, fills in (
-        (KeptAnswer(tuple(expected[:20]), False), True),  # known at the 20th token: a block was filled before
-        (KeptAnswer((*expected[:20], expected[20] ^ 1), False), False),
-        (KeptAnswer((), False, tuple(expected[30:32])), True),
-        (KeptAnswer((), False, (255, 255, 255)), False),
+        (AnswerForm(tuple(expected[:20]), False), True),  # known at the 20th token: a block was filled before
+        (AnswerForm((*expected[:20], expected[20] ^ 1), False), False),
+        (AnswerForm((), False, tuple(expected[30:32])), True),
+        (AnswerForm((), False, (255, 255, 255)), False),
     ):
         model, store = opened(name, reuse="any", save="all")
         rules = AnswerRules((TurnRule(tail, False, (kept,)),), (), "")

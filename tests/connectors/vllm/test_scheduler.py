@@ -18,7 +18,7 @@ from kvstore.build import open_store
 from kvstore.config.sections import Config
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.records import LeaseState, LeaseStatus, LoadLease, Match, SlotPages
-from kvstore.prefix.answers import AnswerRules, KeptAnswer, TurnRule
+from kvstore.prefix.answers import AnswerForm, AnswerRules, TurnRule
 from kvstore.store import LocalStore
 from tests.helpers.stores import BLOCK, LAYOUT, PAGE_BYTES, namespace
 
@@ -353,7 +353,7 @@ def test_only_prompts_are_saved_unless_told_otherwise(store: LocalStore) -> None
 def test_an_answer_is_saved_as_soon_as_it_is_known_that_the_next_turn_begins_with_it(
     store: LocalStore, answer: list[int], saved_at: dict[int, int]
 ) -> None:
-    kept = (KeptAnswer((3,), False), KeptAnswer((5,), True, (7,)))
+    kept = (AnswerForm((3,), False), AnswerForm((5,), True, (7,)))
     rules = AnswerRules((TurnRule((1, 2), False, kept), TurnRule((9,), False, ())), ((5,),), "")
     world = World(store, extra={"save": "auto"}, answers=SavedAnswers("auto", rules, "prompt"))
     asked = request("a", 2 * BLOCK, seed=answer[0])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvstore.prefix.answer_trials import learn
-from kvstore.prefix.answers import AnswerJudge, AnswerRules, AnswerVerdict, KeptAnswer, TurnRule
+from kvstore.prefix.answers import AnswerForm, AnswerJudge, AnswerRules, AnswerVerdict, TurnRule
 from kvstore.prefix.rendering import RenderProcess, Template, TemplateRefused
 from kvstore.prefix.shapes import Message, tools, user
 from kvstore.prefix.template import ModelTemplate
@@ -190,7 +190,7 @@ def test_trials_end_at_their_deadline() -> None:
 
 
 def test_an_answer_is_open_until_its_beginning_is_long_enough() -> None:
-    kept: Mapping[str, KeptAnswer] = {"tagged": KeptAnswer((1, 2, 3), False), "call": KeptAnswer((), True, (7, 8))}
+    kept: Mapping[str, AnswerForm] = {"tagged": AnswerForm((1, 2, 3), False), "call": AnswerForm((), True, (7, 8))}
     rule = TurnRule((9,), False, tuple(kept.values()))
 
     def judged(*answer: int) -> AnswerVerdict:
@@ -209,7 +209,7 @@ def test_an_answer_is_open_until_its_beginning_is_long_enough() -> None:
 
 
 def test_the_longest_end_of_a_prompt_decides() -> None:
-    rules = AnswerRules((TurnRule((2,), False, (KeptAnswer((), False),)), TurnRule((1, 2), False, ())), (), "")
+    rules = AnswerRules((TurnRule((2,), False, (AnswerForm((), False),)), TurnRule((1, 2), False, ())), (), "")
 
     assert rules.judge([0, 2]).add([5]) is SAVE
     assert rules.judge([0, 1, 2]).verdict is DROP
