@@ -10,17 +10,16 @@ import numpy.typing as npt
 
 from eviction import visits
 from eviction.policy import BELIEF_SPANS_S, Belief
-from eviction.survival import EDGES
-from eviction.visits import Visits
+from eviction.survival import EDGES, Survival, counts_of
 
 
 def beliefs(tables: dict[str, Any]) -> list[Belief]:
     """Return what such tables say of each class that was seen, the most seen first. Raises ValueError for others."""
-    learned = Visits(())
-    learned.restore(tables)
-    reasons = {number: reason for reason, number in tables["finish_reasons"].items()}
-    classes = learned.survival.classes()
-    summaries = [learned.survival.summary(features) for features in classes]
+    survival, numbers = Survival(), reasons_of(tables)
+    survival.restore(*counts_of(tables))
+    reasons = {number: reason for reason, number in numbers.items()}
+    classes = survival.classes()
+    summaries = [survival.summary(features) for features in classes]
     shares = np.array([[0.0, *used_within] for _, used_within in summaries])
     within = shares @ _AT_SPANS
     uses = np.diff(shares @ _AT_AGES, axis=1)  # by age, as far as the longest span
@@ -36,6 +35,17 @@ def beliefs(tables: dict[str, Any]) -> list[Belief]:
         if seen > 0
     ]
     return sorted(found, key=lambda one: -one.seen)
+
+
+def reasons_of(tables: dict[str, Any]) -> dict[str, int]:
+    """Return the number of each finish reason in such tables. Raises ValueError for others."""
+    reasons = tables.get("finish_reasons")
+    if not isinstance(reasons, dict) or not all(
+        isinstance(reason, str) and type(code) is int and 0 <= code <= visits.MOST_REASONS
+        for reason, code in reasons.items()
+    ):
+        raise ValueError("not a policy's tables: finish_reasons must say which number stands for which reason")
+    return dict(reasons)
 
 
 def _interpolation(at_s: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -55,7 +65,7 @@ def _word(feature: int, reasons: Mapping[int, str]) -> str:
     if kind == 5:
         return ("used once", "used twice")[rank] if rank < 2 else f"used {_values(rank, visits.USES)} times"
     if kind == 4:
-        return "said to be the last turn"
+        return "said to go on" if rank else "said to be the last turn"
     if kind == 3:
         return f"turn {_values(rank, [limit + 1 for limit in visits.TURNS])}"
     if kind == 2:

@@ -1,9 +1,8 @@
 """Outlook: evict what is least likely to be used again for the time that it would be held.
 
 What the policy is told of requests (`used`, `ended`) says who used which blocks last (visits.py); what becomes of
-blocks of a kind says what the others are worth (survival.py). Victims are taken cohort by cohort, the least worth
-first, and of one request's blocks the deepest first, so that prefixes stay whole. The order is looked at again after
-each request (after every 16 half of the gain is gone, since what is new waits): of cohorts, never of blocks.
+blocks of a kind says what the others are worth (survival.py). The least worth leaves first, and of one request's blocks
+the deepest first, so that prefixes stay whole.
 
 Worth is by the hour, so nothing is left of the idea that what is used often is worth keeping: what was used often and
 was not used lately is of a kind of its own, and leaves when blocks of that kind do not come back.
@@ -11,56 +10,101 @@ was not used lately is of a kind of its own, and leaves when blocks of that kind
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
+from itertools import chain, repeat
 from typing import Any, Generic
 
-from eviction.beliefs import beliefs
+from eviction.beliefs import beliefs, reasons_of
 from eviction.policy import Belief, Ending, Hint, K, PromptUse
 from eviction.ranked import Ranked
-from eviction.visits import Cohort, Visits
+from eviction.survival import counts_of, tables_of
+from eviction.visits import MOST_REASONS, UNKNOWN
 from radix.ordered import OrderedMap
 
+try:
+    from eviction._visits import Visits
+except ImportError:  # not built on this machine
+    from eviction.visits import Visits  # type: ignore[assignment]
+
+NO_BLOCK = 0
 MOST_OPEN = 4096  # requests whose end is awaited
-LEAST_AHEAD = 64  # blocks that a look at the order finds at least
-AHEAD_SHARE = 1 / 256  # and of all blocks
+
+
+class BlockTable(Generic[K]):
+    """The blocks that `visits` remembers, by name and by number, and the keys of each.
+
+    keys: by number. NO_BLOCK is nobody's number.
+    """
+
+    def __init__(self) -> None:
+        self.visits = Visits()
+        self.keys: list[tuple[K, ...]] = [()]
+        self._names: list[Hashable] = [None]
+        self._numbers: OrderedMap[Hashable, int] = OrderedMap()
+        self._free: list[int] = []
+
+    def numbers_of(self, names: list[Hashable]) -> list[int]:
+        """Return the numbers of names, new ones where there are none."""
+        numbers = list(map(self._numbers.get, names, repeat(NO_BLOCK)))
+        if NO_BLOCK in numbers:
+            for at, name in enumerate(names):
+                if not numbers[at]:
+                    numbers[at] = self._numbers.get(name) or self._new_number(name)
+        return numbers
+
+    def known(self, names: Iterable[Hashable]) -> list[int]:
+        """Return the numbers of names, NO_BLOCK where there are none."""
+        return list(map(self._numbers.get, names, repeat(NO_BLOCK)))
+
+    def forget(self, numbers: list[int]) -> None:
+        """Visits remembers them no more."""
+        for number in numbers:
+            del self._numbers[self._names[number]]
+            self._names[number] = None
+        self._free += numbers
+
+    def _new_number(self, name: Hashable) -> int:
+        if self._free:
+            number = self._free.pop()
+            self._names[number] = name
+        else:
+            number = len(self._names)
+            self._names.append(name)
+            self.keys.append(())
+        self._numbers[name] = number
+        return number
 
 
 class OutlookOrder(Generic[K]):
-    """The keys of one priority, in the order of what their blocks are worth.
+    """The keys of one priority, in the order of what their blocks are worth. table: shared by all priorities."""
 
-    keys: of all priorities, by the name of their block; shared by all orders, as `visits` is.
-    """
-
-    def __init__(self, keys: OrderedMap[Hashable, tuple[K, ...]], visits: Visits) -> None:
-        self._all = keys
-        self._visits = visits
-        self._members: OrderedMap[K, None] = OrderedMap()
+    def __init__(self, table: BlockTable[K]) -> None:
+        self._table = table
+        self._numbers: OrderedMap[K, int] = OrderedMap()  # of the members' blocks
         self._name_of: Callable[[K], Hashable] | None = None
-        self._ahead: list[Cohort] = []  # least worth first
-        self._at = 0
-        self._seen = -1  # version of the visits at the last look
 
     def add(self, keys: list[K], hits: int) -> None:
         """Take keys in, deepest first. Their blocks' uses are told elsewhere."""
-        fresh: list[Hashable] = []
-        for key in keys:
-            if key in self._members:
-                continue
-            self._members[key] = None
-            name = self._name(key)
-            others = self._all.get(name, ())
-            self._all[name] = (*others, key)
+        if any(map(self._numbers.__contains__, keys)):
+            keys = [key for key in keys if key not in self._numbers]
+        names: list[Hashable] = list(keys if self._name_of is None else map(self._name_of, keys))
+        keys_of, fresh = self._table.keys, []
+        self._numbers.update(dict(zip(keys, self._table.numbers_of(names), strict=True)))
+        for key, number in zip(keys, map(self._numbers.__getitem__, keys), strict=True):
+            others = keys_of[number]
             if not others:
-                fresh.append(name)
+                fresh.append(number)
+                keys_of[number] = (key,)
+            elif key not in others:  # else it was given twice
+                keys_of[number] = (*others, key)
         fresh.reverse()
-        self._visits.arrive(fresh)
-        if hits:  # they were used meanwhile
-            self._visits.touch(fresh)
+        self._table.visits.arrive(fresh)
 
     def touch(self, keys: list[K]) -> None:
         """Blocks that a request told of stay as they are; others are the newest of their kind again."""
-        self._visits.touch(list(reversed(dict.fromkeys(self._name(key) for key in keys if key in self._members))))
+        numbers = dict.fromkeys(number for number in map(self._numbers.get, keys) if number is not None)
+        self._table.visits.touch(list(reversed(numbers)))
 
     def renew(self, keys: list[K]) -> None:
         """The same: it is the request's end that tells."""
@@ -68,18 +112,18 @@ class OutlookOrder(Generic[K]):
 
     def discard(self, keys: list[K]) -> None:
         """Forget keys; their blocks are remembered for a while."""
-        gone: list[Hashable] = []
-        for key in keys:
-            if key not in self._members:
+        keys_of, gone = self._table.keys, []
+        for key, number in zip(keys, list(map(self._numbers.pop, keys, repeat(None))), strict=True):
+            if number is None:
                 continue
-            del self._members[key]
-            name = self._name(key)
-            others = tuple(other for other in self._all.pop(name) if other is not key)
-            if others:
-                self._all[name] = others
+            others = keys_of[number]
+            if len(others) == 1:
+                keys_of[number] = ()
+                gone.append(number)
             else:
-                gone.append(name)
-        self._visits.leave(gone)
+                keys_of[number] = tuple([other for other in others if other is not key])
+        if gone:
+            self._table.forget(self._table.visits.leave(gone))
 
     hold = discard
 
@@ -92,125 +136,107 @@ class OutlookOrder(Generic[K]):
         self._name_of = name_of
 
     def victims(self, n: int) -> list[K]:
-        """Return the `n` keys that are worth least."""
-        found: list[K] = []
-        if n <= 0 or not self._members:
-            return found
-        if self._visits.version != self._seen or self._at >= len(self._ahead):
-            self._look(n)
-        self._collect(n, found)
-        if len(found) < min(n, len(self._members)):
-            found.clear()
-            self._look(len(self._all))
-            self._collect(n, found)
-        return found
+        """Return the `n` keys that are worth least. O(n) where most blocks have keys here."""
+        n = min(n, len(self._numbers))
+        keys_of, ask = self._table.keys, n
+        while n > 0:
+            numbers = self._table.visits.victims(ask)
+            found = list(filter(self._numbers.__contains__, chain.from_iterable(map(keys_of.__getitem__, numbers))))
+            if len(found) >= n:
+                return found[:n]
+            ask *= 2
+        return []
 
     def members(self) -> list[K]:
         """Return every key."""
-        return list(self._members)
+        return list(self._numbers)
 
     def is_empty(self) -> bool:
         """True if it has no key."""
-        return not self._members
+        return not self._numbers
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._numbers)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._members
-
-    def _name(self, key: K) -> Hashable:
-        return key if self._name_of is None else self._name_of(key)
-
-    def _look(self, n: int) -> None:
-        self._ahead = self._visits.least_worth(max(2 * n, LEAST_AHEAD, int(AHEAD_SHARE * len(self._all))))
-        self._at = 0
-        self._seen = self._visits.version
-
-    def _collect(self, n: int, found: list[K]) -> None:
-        """Add up to `n` keys to `found`, from the cohorts ahead."""
-        taken: set[int] = set()
-        at = self._at
-        while at < len(self._ahead) and len(found) < n:
-            cohort = self._ahead[at]
-            if not cohort.resident and at == self._at:
-                self._at += 1
-            for part in _deepest_first(cohort):
-                if part.resident and part.number not in taken and len(found) < n:
-                    taken.add(part.number)
-                    self._take(part, n, found)
-            at += 1
-
-    def _take(self, cohort: Cohort, n: int, found: list[K]) -> None:
-        """Add the keys of a cohort, deepest block first, until there are `n`."""
-        names, visits = cohort.names, self._visits
-        while cohort.top:
-            name = names[cohort.top - 1]
-            if name in self._all and visits.is_last(cohort, name):
-                break
-            cohort.top -= 1
-        for at in range(cohort.top - 1, -1, -1):
-            keys = self._all.get(names[at])
-            if keys is not None and visits.is_last(cohort, names[at]):
-                found.extend(key for key in keys if key in self._members)
-                if len(found) >= n:
-                    del found[n:]
-                    return
-
-
-def _deepest_first(cohort: Cohort) -> list[Cohort]:
-    parts = [cohort]
-    while parts[-1].deeper is not None:
-        parts.append(parts[-1].deeper)
-    parts.reverse()
-    return parts
+        return key in self._numbers
 
 
 class Outlook(Ranked[K]):
     """Evict what is least likely to be used again in the time it would be held, lower priorities first."""
 
     def __init__(self) -> None:
-        self._keys: OrderedMap[Hashable, tuple[K, ...]] = OrderedMap()
-        self._visits = Visits(self._keys)
+        self._table: BlockTable[K] = BlockTable()
         self._open: OrderedMap[int, PromptUse] = OrderedMap()
-        super().__init__(lambda: OutlookOrder(self._keys, self._visits))
+        self._reasons: dict[str, int] = {}
+        super().__init__(self._new_outlook_order)
 
     def used(self, use: PromptUse, now: float) -> None:
         """Remember a request until it ends; when there are too many, the end of the oldest is not awaited."""
         self._open[use.id] = use
         if len(self._open) > MOST_OPEN:
             _, oldest = self._open.popitem(last=False)
-            self._visits.visit(oldest, Ending(), now)
+            self._visit(oldest, Ending(), now)
 
     def ended(self, request_id: int, ending: Ending, now: float) -> None:
         """Learn from a request, which has ended. O(blocks of its prompt)."""
         use = self._open.pop(request_id, None)
         if use is not None:
-            self._visits.visit(use, ending, now)
+            self._visit(use, ending, now)
 
     def rebuild(self, keys: Sequence[tuple[K, Hint]], now: float) -> None:
-        """Hold exactly these keys; what was learned stays if it is whole, who used what last is forgotten."""
-        fresh = Visits(self._keys)
-        with suppress(ValueError, IndexError, KeyError):  # an exception may have come into the middle of anything
-            fresh.restore(self._visits.tables())
-        self._keys.clear()
+        """Hold exactly these keys; what was learned stays, who used what last is forgotten."""
+        learned = self._table.visits.counts()
         self._open.clear()
-        self._visits = fresh
+        self._table = BlockTable()
+        with suppress(ValueError):  # an exception may have come into the middle of anything
+            self._table.visits.restore(*learned)
         super().rebuild(keys, now)
 
     def worth(self, keys: Sequence[K], now: float) -> list[float]:
         """Return the uses per second, at best, that are to be expected of each key's block."""
-        name_of = self._name_of
-        return self._visits.worth([key if name_of is None else name_of(key) for key in keys], now)
+        names = keys if self._name_of is None else map(self._name_of, keys)
+        return self._table.visits.worth(self._table.known(names), now)
 
     def tables(self) -> dict[str, Any]:
         """Return what was learned, for JSON."""
-        return self._visits.tables()
+        return tables_of(self._table.visits.counts()) | {"finish_reasons": dict(self._reasons)}
 
     def restore(self, tables: dict[str, Any]) -> None:
-        """Take in what `tables` gave. Raises ValueError for anything else."""
-        self._visits.restore(tables)
+        """Take in what `tables` gave, in place of all that was learned; who used what last is forgotten.
+
+        Raises ValueError for anything else.
+        """
+        reasons, table = reasons_of(tables), BlockTable[K]()
+        table.visits.restore(*counts_of(tables))
+        self._table, self._reasons = table, reasons
+        for priority, order in list(self._orders.items()):
+            self._orders[priority] = self._make_order()
+            self._orders[priority].add(order.members(), 0)
 
     def beliefs(self, tables: dict[str, Any]) -> list[Belief]:
         """Say what such tables mean, the classes that were seen most first."""
         return beliefs(tables)
+
+    def _new_outlook_order(self) -> OutlookOrder[K]:
+        return OutlookOrder(self._table)
+
+    def _visit(self, use: PromptUse, ending: Ending, now: float) -> None:
+        last_turn = use.last_turn if ending.last_turn is None else ending.last_turn
+        forgotten = self._table.visits.visit(
+            self._table.numbers_of(list(use.path)),
+            now,
+            self._number_of(ending.finish_reason) if ending.finish_reason else UNKNOWN,
+            UNKNOWN if last_turn is None else int(last_turn),
+            ending.reply_tokens,
+        )
+        if forgotten:
+            self._table.forget(forgotten)
+
+    def _number_of(self, reason: str) -> int:
+        """The number of a finish reason; callers choose the words, so those after MOST_REASONS share one."""
+        if reason not in self._reasons:
+            if len(self._reasons) >= MOST_REASONS:
+                return MOST_REASONS
+            self._reasons[reason] = len(self._reasons)
+        return self._reasons[reason]

@@ -8,328 +8,346 @@ what a class is worth is learned (survival.py) from what becomes of its cohorts.
 the deepest known block of its path last, if it has nearly all of that visit's path.
 
 A long request is not more evidence than a short one: its blocks are used again together, so each counts the less the
-more they are. What left the cache is remembered for as long as GHOSTS times as many blocks were used since.
+more they are. Of what left the cache GHOSTS times as many blocks are remembered as were resident at one time.
+
+Blocks are small numbers here, the caller's (outlook.py). This is the twin, in plain Python, of what is compiled
+(_visits.h), for machines without a compiler: both name the same victims, which tests hold them to. It is 20 times
+slower.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Container, Hashable, Sequence
-from itertools import groupby, repeat
-from typing import Any
+from collections.abc import Sequence
+from heapq import heappop, heappush
+from itertools import groupby
+from math import inf
+from operator import itemgetter
 
-import numpy as np
-
-from eviction.policy import Ending, PromptUse
-from eviction.survival import Survival, age_of, ages_of
+from eviction.survival import EDGES, NUM_AGES, ONE_OBSERVATION, Counts, Survival, age_of
 from radix.ordered import OrderedMap
 
-REQUEST_WEIGHT = 4.0  # observations that all blocks of a request count together
+UPDATE_VISITS = 16  # between updates of a part of the tables
+REQUEST_WEIGHT = 4  # observations that all blocks of a request count together
 GHOSTS = 4  # blocks remembered for each that was resident at one time
 LEAST_GHOSTS = 4096
-FIRST_SLOTS = 64  # cohorts that there is room for at first
-UPDATE_VISITS = 16  # between updates of a part of the tables
 SHORT_BY = 2  # blocks that a turn may lack of what it continues: the last one is filled in part, and an engine's last
+MOST_COUNT = 63
 MOST_REASONS = 6  # finish reasons told apart
+UNKNOWN = -1
 
+# Features of a class; their values follow.
+OF_PACE, OF_REASON, OF_REPLY, OF_TURN, OF_USES = 0, 100, 200, 300, 500
+LAST_TURN, GOES_ON = 400, 401
 NEW, BRANCH = 7, 6  # paces of what continues no visit
 # Limits of ranks, each of which it belongs to itself.
 PACES_S = (5.0, 15.0, 45.0, 120.0, 400.0)
 USES = (1, 2, 4, 8, 32)
 REPLIES = (16, 64, 160, 320, 640)  # tokens
 TURNS = (0, 1, 3, 8)
-_COUNT_BITS = 6
-_MOST_COUNT = (1 << _COUNT_BITS) - 1
+_EDGES: list[float] = EDGES.tolist()
 
 
 class Cohort:
     """Blocks that one visit was the last to use, neighbours on its path and of one class.
 
-    names:    root first. depth: of the first of them.
-    deeper:   the next cohort of the same visit.
-    size:     blocks of the visit's path; turn: its number in its conversation.
-    resident: blocks of it that the policy holds. live: blocks that it is the last to have used.
-    top:      no block of it from here on is resident, as far as was looked.
-    slot:     its place in the arrays of `Visits`.
+    number:   younger cohorts have higher ones.
+    weight:   of a block as an observation; 0 where no visit has told of them.
+    resident: those that the policy holds, with their depth. live: how many there are, resident or not.
+    above, deeper: cohorts of the same visit.
+    size:     blocks of the visit's path, 0 where none has told of them. turn: its number in its conversation.
     """
 
-    __slots__ = ("deeper", "depth", "live", "names", "number", "resident", "size", "slot", "time", "top", "turn")
+    __slots__ = ("above", "age", "cls", "deeper", "live", "number", "resident", "size", "time", "turn", "weight")
 
-    def __init__(self, number: int, depth: int, time: float) -> None:
-        self.number = number
-        self.names: list[Hashable] = []
-        self.depth = depth
-        self.time = time
-        self.deeper: Cohort | None = None
-        self.size = 0
-        self.turn = 0
+    def __init__(self, number: int, time: float, cls: int, weight: int, size: int, turn: int) -> None:
+        self.number, self.time, self.cls, self.age = number, time, cls, 0
+        self.weight, self.size, self.turn = weight, size, turn
+        self.resident: dict[int, int] = {}
         self.live = 0
-        self.resident = 0
-        self.top = 0
-        self.slot = -1
+        self.above: Cohort | None = None
+        self.deeper: Cohort | None = None
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Class and age: cohorts of one cell are worth the same."""
+        return self.cls, self.age
+
+    @property
+    def due(self) -> float:
+        """The time at which it comes of the next age."""
+        return self.time + _EDGES[self.age + 1] if self.age < NUM_AGES - 1 else inf
 
 
 class Visits:
-    """Every block that is remembered, and its cohort. Not thread-safe.
+    """Every block that is remembered, and its cohort. Not thread-safe."""
 
-    resident: says of a block's name whether the policy holds it.
-    survival: what was learned. num_visits: how many were told. version: grows when the order may be another one.
-    """
-
-    def __init__(self, resident: Container[Hashable]) -> None:
-        self.survival = Survival()
-        self.num_visits = 0
-        self.version = 0
-        self._resident_names = resident
-        self._num_resident = 0
-        self._most_resident = 0
-        self._now = 0.0
-        # name -> number of its cohort, and its uses; used longest ago first
-        self._uses: OrderedMap[Hashable, int] = OrderedMap()
-        self._by_number: dict[int, Cohort] = {}
+    def __init__(self, least_ghosts: int = LEAST_GHOSTS) -> None:
+        self._survival = Survival()
+        self._num_visits = 0
+        self._least_ghosts = least_ghosts
+        self._most_resident = self._num_resident = 0
+        self._now = self._told_at = 0.0
         self._last_number = 0
-        self._reasons: dict[str, int] = {}
-        # By slot: a cohort, and what is computed of all at once.
-        self._cohorts: list[Cohort | None] = [None] * FIRST_SLOTS
-        self._free = list(range(FIRST_SLOTS))
-        self._numbers = np.zeros(FIRST_SLOTS, np.intp)
-        self._times = np.zeros(FIRST_SLOTS)
-        self._classes = np.zeros(FIRST_SLOTS, np.intp)
-        self._ages = np.zeros(FIRST_SLOTS, np.intp)  # as far as their waiting is counted
-        self._waiting = np.zeros(FIRST_SLOTS)  # blocks not used since
-        self._weights = np.zeros(FIRST_SLOTS)
-        self._resident = np.zeros(FIRST_SLOTS, np.intp)
+        self._known: dict[int, tuple[Cohort, int, int]] = {}  # of a block: cohort, uses, depth
+        self._ghosts: OrderedMap[int, None] = OrderedMap()  # known, not resident; left longest ago first
+        self._forgotten: list[int] = []
+        self._by_number: dict[int, Cohort] = {}
+        self._cells: dict[tuple[int, int], set[int]] = {}  # numbers of the cohorts with resident blocks
+        self._due: list[tuple[float, int]] = []  # a heap: when each cohort comes of the next age
 
-    def visit(self, use: PromptUse, ending: Ending, now: float) -> None:
-        """Book a request that has ended. O(blocks of its prompt)."""
-        self._now = now
-        names = use.path
-        features, turn = self._features(use, ending, now)
-        weight = min(1.0, REQUEST_WEIGHT / max(len(names), 1))
+    @property
+    def num_remembered(self) -> int:
+        """Blocks that are resident or remembered."""
+        return len(self._known)
+
+    @property
+    def num_cohorts(self) -> int:
+        """Cohorts of these blocks."""
+        return len(self._by_number)
+
+    def visit(self, blocks: list[int], now: float, reason: int, last_turn: int, reply_tokens: int) -> list[int]:
+        """Book a request that has ended; return blocks that are forgotten. O(blocks of its prompt).
+
+        reason: a number for each finish reason. last_turn: 0 or 1. UNKNOWN where it is not known.
+        """
+        self._advance(now)
+        features, turn = self._features(blocks, reason, last_turn, reply_tokens)
+        weight = int(REQUEST_WEIGHT * ONE_OBSERVATION / max(len(blocks), REQUEST_WEIGHT))
         cohort: Cohort | None = None
-        depth = 0
-        codes: list[int] = []
-        for code, group in groupby(map(self._uses.get, names)):
-            run = names[depth : depth + sum(1 for _ in group)]
-            count = 1
-            if code is not None:
-                count = min((code & _MOST_COUNT) + 1, _MOST_COUNT)
-                self._reuse(self._by_number[code >> _COUNT_BITS], run, now)
-            cls = self.survival.class_of((500 + _rank(count, USES), *features))
-            if cohort is None or self._classes[cohort.slot] != cls:
-                above, cohort = cohort, self._new(depth, now)
-                cohort.size, cohort.turn = len(names), turn
-                self._classes[cohort.slot], self._weights[cohort.slot] = cls, weight
+        at = 0
+        while at < len(blocks):
+            before, count, _ = self._known.get(blocks[at], (None, 0, 0))
+            if before is not None and before is cohort:  # a path that names a block twice
+                at += 1
+                continue
+            uses = min(count + 1, MOST_COUNT)
+            cls = self._survival.class_of((OF_USES + _rank(uses, USES), *features))
+            if cohort is None or cohort.cls != cls:
+                above, cohort = cohort, self._new(cls, weight, len(blocks), turn)
+                cohort.above = above
                 if above is not None:
                     above.deeper = cohort
-            cohort.names += run
-            cohort.live += len(run)
-            self._waiting[cohort.slot] += len(run)
-            self.survival.reached(cls, 0, 1, len(run) * weight)
-            self._change(cohort, sum(map(self._resident_names.__contains__, run)))
-            codes += repeat((cohort.number << _COUNT_BITS) | count, len(run))
-            depth += len(run)
-        self._uses.update(dict(zip(names, codes, strict=True)))
-        deque(map(self._uses.move_to_end, names), maxlen=0)
+            num, num_resident = 0, 0
+            while at < len(blocks) and self._is_of(blocks[at], before, count):
+                num += 1
+                num_resident += self._join(blocks[at], before, cohort, uses, at)
+                at += 1
+            self._survival.count(cls, 0, 0, num * weight)
+            if before is not None:
+                self._survival.count(before.cls, before.age, num * before.weight, 0)
+                self._settle(before)
+                self._part(before, num)
+            cohort.live += num
+            self._settle(cohort)
         self._trim()
-        self.num_visits += 1
-        self.version += 1
-        if self.num_visits % UPDATE_VISITS == 0:
-            self._catch_up_all(now)
-            self.survival.update()
+        self._num_visits += 1
+        if self._num_visits % UPDATE_VISITS == 0:
+            self._survival.update()
+        return self._take_forgotten()
 
-    def arrive(self, names: Sequence[Hashable]) -> None:
+    def arrive(self, blocks: list[int]) -> None:
         """Blocks, root first, became resident. Those that no visit has told of are the newest cohort of their own."""
-        self._forget_untold(names)
-        end = len(names)
-        for code, group in groupby(map(self._uses.get, reversed(names))):  # the deepest is the oldest
-            run = names[end - sum(1 for _ in group) : end]
-            end -= len(run)
-            if code is None:
-                cohort = self._new(0, self._now)
-                cohort.names += run
-                cohort.live = len(run)
-                self._uses.update(dict.fromkeys(run, cohort.number << _COUNT_BITS))
+        fresh: Cohort | None = None
+        for at, block in enumerate(blocks):
+            known = self._known.get(block)
+            if known is None:
+                fresh = fresh or self._new(0, 0, 0, 0)
+                known = self._known[block] = fresh, 0, at
+                fresh.live += 1
+            elif block in known[0].resident:
+                continue
             else:
-                cohort = self._by_number[code >> _COUNT_BITS]
-            self._change(cohort, len(run))
+                del self._ghosts[block]
+            known[0].resident[block] = known[2]
+            self._num_resident += 1
+            self._settle(known[0])
         self._most_resident = max(self._most_resident, self._num_resident)
-        self._trim()
 
-    def touch(self, names: Sequence[Hashable]) -> None:
+    def touch(self, blocks: list[int]) -> None:
         """Resident blocks, root first, were used: those that no visit has told of are the newest of these again."""
-        untold = [name for name in names if not self._by_number[self._uses[name] >> _COUNT_BITS].size]
-        self.leave(untold)
-        self.arrive(untold)
+        fresh: Cohort | None = None
+        for at, block in enumerate(blocks):
+            before = self._known[block][0] if block in self._known else None
+            if before is None or before.size or before is fresh or block not in before.resident:
+                continue
+            fresh = fresh or self._new(0, 0, 0, 0)
+            del before.resident[block]
+            self._settle(before)
+            self._part(before, 1)
+            self._known[block] = fresh, 0, at
+            fresh.live += 1
+            fresh.resident[block] = at
+            self._settle(fresh)
 
-    def leave(self, names: Sequence[Hashable]) -> None:
-        """Blocks are not resident any more."""
-        for code, group in groupby(map(self._uses.get, names)):
-            if code is not None:
-                self._change(self._by_number[code >> _COUNT_BITS], -sum(1 for _ in group))
+    def leave(self, blocks: list[int]) -> list[int]:
+        """Blocks are not resident any more; return those that are forgotten: no visit has told of them."""
+        for block in blocks:
+            cohort = self._known[block][0] if block in self._known else None
+            if cohort is None or cohort.resident.pop(block, None) is None:
+                continue
+            self._num_resident -= 1
+            self._settle(cohort)
+            self._ghosts[block] = None
+            if not cohort.size:
+                self._forget(block)
+        return self._take_forgotten()
 
-    def is_last(self, cohort: Cohort, name: Hashable) -> bool:
-        """Whether it was this cohort that used a block last."""
-        code = self._uses.get(name)
-        return code is not None and code >> _COUNT_BITS == cohort.number
-
-    def worth(self, names: Sequence[Hashable], now: float) -> list[float]:
-        """Return what each block is worth; one that is not remembered is worth what the least known kind is."""
-        index, found = self.survival.index, []
-        for name in names:
-            code = self._uses.get(name)
-            cohort = None if code is None else self._by_number[code >> _COUNT_BITS]
-            cls = 0 if cohort is None else int(self._classes[cohort.slot])
-            found.append(float(index[cls, 0 if cohort is None else age_of(now - cohort.time)]))
+    def victims(self, n: int) -> list[int]:
+        """Return up to `n` resident blocks, the least worth first; of one visit's cohorts the deepest first."""
+        found: list[int] = []
+        seen: set[int] = set()
+        worth = self._survival.worth
+        cells = sorted((float(worth[cell]), cell) for cell in self._cells)
+        for _, group in groupby(cells, key=itemgetter(0)):
+            for number in sorted(number for _, cell in group for number in self._cells[cell]):
+                for part in _deepest_first(self._by_number[number]):
+                    if part.number not in seen:
+                        seen.add(part.number)
+                        found += sorted(part.resident, key=part.resident.__getitem__, reverse=True)
+                if len(found) >= n:
+                    return found[: max(n, 0)]
         return found
 
-    def least_worth(self, num_blocks: int) -> list[Cohort]:
-        """Return cohorts with resident blocks, least worth first: enough for so many blocks, if there are."""
-        slots = np.nonzero(self._resident)[0]
-        times = self._times[slots]
-        worth = self.survival.index[self._classes[slots], ages_of(self._now - times)]
-        order = slots[np.lexsort((self._numbers[slots], times, worth))]
-        enough = int(np.searchsorted(np.cumsum(self._resident[order]), num_blocks)) + 1
-        return [cohort for slot in order[:enough].tolist() if (cohort := self._cohorts[slot]) is not None]
+    def worth(self, blocks: list[int], now: float) -> list[float]:
+        """Return what blocks are worth at a time; one that is not remembered is worth what the least known kind is."""
+        worth, found = self._survival.worth, []
+        at = self._now + self._passed(now)
+        for block in blocks:
+            cohort = self._known[block][0] if block in self._known else None
+            found.append(float(worth[0, 0] if cohort is None else worth[cohort.cls, age_of(at - cohort.time)]))
+        return found
 
-    def tables(self) -> dict[str, Any]:
-        """Return what was learned, for JSON."""
-        return self.survival.tables() | {"finish_reasons": dict(self._reasons)}
+    def counts(self) -> Counts:
+        """Return what was learned."""
+        return self._survival.counts()
 
-    def restore(self, tables: dict[str, Any]) -> None:
-        """Take in what `tables` gave. Raises ValueError for anything else."""
-        reasons = tables.get("finish_reasons")
-        if not isinstance(reasons, dict) or not all(
-            isinstance(reason, str) and type(code) is int and 0 <= code <= MOST_REASONS
-            for reason, code in reasons.items()
-        ):
-            raise ValueError("not a policy's tables: finish_reasons must say which number stands for which reason")
-        self.survival.restore(tables)
-        self._reasons = dict(reasons)
+    def restore(self, classes: list[list[int]], events: bytes, at_risk: bytes) -> None:
+        """Take in what `counts` gave; into visits that are new only."""
+        self._survival.restore(classes, events, at_risk)
 
-    def _forget_untold(self, names: Sequence[Hashable]) -> None:
-        for name, code in zip(names, list(map(self._uses.get, names)), strict=True):
-            if code is not None:
-                cohort = self._by_number[code >> _COUNT_BITS]
-                if not cohort.size:
-                    del self._uses[name]
-                    self._part(cohort, 1)
+    def _passed(self, now: float) -> float:
+        return max(now - self._told_at, 0.0) if self._num_visits else 0.0  # a clock that is set back stands still here
 
-    def _num_known(self, names: Sequence[Hashable]) -> int:
+    def _advance(self, now: float) -> None:
+        """Time goes on: cohorts come of the next age, and have waited as long."""
+        self._now += self._passed(now)
+        self._told_at = now
+        while self._due and self._due[0][0] <= self._now:
+            cohort = self._by_number.get(heappop(self._due)[1])
+            if cohort is None:
+                continue
+            before = cohort.cell
+            while cohort.due <= self._now:
+                cohort.age += 1
+                self._survival.count(cohort.cls, cohort.age, 0, cohort.live * cohort.weight)
+            if cohort.resident:
+                self._leave_cell(cohort.number, before)
+                self._cells.setdefault(cohort.cell, set()).add(cohort.number)
+            self._await(cohort)
+
+    def _num_known(self, blocks: Sequence[int]) -> int:
         """Leading blocks that are remembered: by halves, since who knows a block mostly knows all before it."""
-        low, high = 0, len(names)
+        low, high = 0, len(blocks)
         while low < high:
             middle = (low + high) // 2
-            if names[middle] in self._uses:
+            if blocks[middle] in self._known:
                 low = middle + 1
             else:
                 high = middle
         return low
 
-    def _features(self, use: PromptUse, ending: Ending, now: float) -> tuple[tuple[int, ...], int]:
-        """The features of a visit beside the number of uses, and which turn it is."""
-        known = self._num_known(use.path)
+    def _features(self, blocks: list[int], reason: int, last_turn: int, reply: int) -> tuple[tuple[int, ...], int]:
+        """The features of a visit behind the number of uses, and which turn it is."""
+        known = self._num_known(blocks)
         pace, turn = NEW, 0
         if known:
-            before = self._by_number[self._uses[use.path[known - 1]] >> _COUNT_BITS]
+            before = self._known[blocks[known - 1]][0]
             pace = BRANCH
             if before.size and known >= max(2, before.size - SHORT_BY):
-                pace, turn = _rank(now - before.time, PACES_S), before.turn + 1
+                pace, turn = _rank(self._now - before.time, PACES_S), before.turn + 1
         features = []
-        if ending.last_turn or (use.last_turn and ending.last_turn is None):
-            features.append(400)
-        if ending.finish_reason:
-            features.append(100 + self._number_of(ending.finish_reason))
-        features.append(pace)
-        if ending.reply_tokens >= 0:
-            features.append(200 + _rank(ending.reply_tokens, REPLIES))
-        features.append(300 + _rank(turn, TURNS))
+        if last_turn != UNKNOWN:
+            features.append(LAST_TURN if last_turn else GOES_ON)
+        if reason != UNKNOWN:
+            features.append(OF_REASON + reason)
+        features.append(OF_PACE + pace)
+        if reply != UNKNOWN:
+            features.append(OF_REPLY + _rank(reply, REPLIES))
+        features.append(OF_TURN + _rank(turn, TURNS))
         return tuple(features), turn
 
-    def _number_of(self, reason: str) -> int:
-        """The number of a finish reason; callers choose the words, so those after MOST_REASONS share one."""
-        if reason not in self._reasons:
-            if len(self._reasons) >= MOST_REASONS:
-                return MOST_REASONS
-            self._reasons[reason] = len(self._reasons)
-        return self._reasons[reason]
+    def _is_of(self, block: int, cohort: Cohort | None, count: int) -> bool:
+        known = self._known.get(block)
+        return cohort is None if known is None else known[0] is cohort and known[1] == count
 
-    def _reuse(self, cohort: Cohort, run: Sequence[Hashable], now: float) -> None:
-        """Blocks of a cohort were used again: they leave it."""
-        slot, weight = cohort.slot, float(self._weights[cohort.slot])
-        if weight:
-            age = age_of(now - cohort.time)
-            if age > self._ages[slot]:
-                self.survival.reached(
-                    int(self._classes[slot]), int(self._ages[slot]) + 1, age + 1, float(self._waiting[slot]) * weight
-                )
-                self._ages[slot] = age
-            self.survival.used(int(self._classes[slot]), age, len(run) * weight)
-            self._waiting[slot] -= len(run)
-        self._change(cohort, -sum(map(self._resident_names.__contains__, run)))
-        self._part(cohort, len(run))
+    def _join(self, block: int, before: Cohort | None, cohort: Cohort, uses: int, depth: int) -> int:
+        """A block comes to a cohort; return 1 if it is resident."""
+        self._known[block] = cohort, uses, depth
+        if before is not None and block in before.resident:
+            del before.resident[block]
+            cohort.resident[block] = depth
+            return 1
+        self._ghosts[block] = None
+        self._ghosts.move_to_end(block)
+        return 0
 
-    def _catch_up_all(self, now: float) -> None:
-        """Count the waiting of every cohort up to now."""
-        slots = np.nonzero(self._waiting * self._weights)[0]
-        ages = ages_of(now - self._times[slots])
-        while len(slots):
-            more = self._ages[slots] < ages
-            slots, ages = slots[more], ages[more]
-            self._ages[slots] += 1
-            self.survival.waited(self._classes[slots], self._ages[slots], self._waiting[slots] * self._weights[slots])
+    def _settle(self, cohort: Cohort) -> None:
+        """A cohort is in its cell while it has resident blocks."""
+        if cohort.resident:
+            self._cells.setdefault(cohort.cell, set()).add(cohort.number)
+        elif cohort.number in self._cells.get(cohort.cell, ()):
+            self._leave_cell(cohort.number, cohort.cell)
 
-    def _trim(self) -> None:
-        """Forget what was used longest ago, and is not resident."""
-        excess = len(self._uses) - max(GHOSTS * self._most_resident, LEAST_GHOSTS)
-        for _ in range(max(excess, 0)):
-            name, code = self._uses.popitem(last=False)
-            if name in self._resident_names:  # it is of use to somebody: once more around
-                self._uses[name] = code
-                continue
-            cohort = self._by_number[code >> _COUNT_BITS]
-            self._waiting[cohort.slot] = max(self._waiting[cohort.slot] - 1, 0)
-            self._part(cohort, 1)
+    def _leave_cell(self, number: int, cell: tuple[int, int]) -> None:
+        self._cells[cell].remove(number)
+        if not self._cells[cell]:
+            del self._cells[cell]
 
-    def _part(self, cohort: Cohort, num: int) -> None:
-        cohort.live -= num
-        if not cohort.live:
-            slot = cohort.slot
-            self._cohorts[slot] = None
-            for array in (self._waiting, self._weights, self._resident):
-                array[slot] = 0
-            self._free.append(slot)
-            del self._by_number[cohort.number]
+    def _await(self, cohort: Cohort) -> None:
+        if cohort.due < inf:
+            heappush(self._due, (cohort.due, cohort.number))
 
-    def _new(self, depth: int, now: float) -> Cohort:
-        if not self._free:
-            self._grow()
+    def _new(self, cls: int, weight: int, size: int, turn: int) -> Cohort:
         self._last_number += 1
-        cohort = Cohort(self._last_number, depth, now)
-        slot = cohort.slot = self._free.pop()
-        self._cohorts[slot] = self._by_number[cohort.number] = cohort
-        self._numbers[slot], self._times[slot], self._classes[slot], self._ages[slot] = cohort.number, now, 0, 0
+        cohort = self._by_number[self._last_number] = Cohort(self._last_number, self._now, cls, weight, size, turn)
+        self._await(cohort)
         return cohort
 
-    def _grow(self) -> None:
-        num = len(self._cohorts)
-        self._cohorts += [None] * num
-        self._free += range(num, 2 * num)
-        for name in ("_numbers", "_times", "_classes", "_ages", "_waiting", "_weights", "_resident"):
-            array = getattr(self, name)
-            setattr(self, name, np.concatenate((array, np.zeros_like(array))))
+    def _part(self, cohort: Cohort, num: int) -> None:
+        """Blocks are of a cohort no more."""
+        cohort.live -= num
+        if not cohort.live:
+            del self._by_number[cohort.number]
+            if cohort.above is not None:
+                cohort.above.deeper = cohort.deeper
+            if cohort.deeper is not None:
+                cohort.deeper.above = cohort.above
 
-    def _change(self, cohort: Cohort, num: int) -> None:
-        """So many more blocks of a cohort are resident."""
-        if num:
-            if not cohort.resident:
-                self.version += 1
-            cohort.resident += num
-            self._resident[cohort.slot] += num
-            self._num_resident += num
-            if num > 0:
-                cohort.top = len(cohort.names)
+    def _forget(self, block: int) -> None:
+        """Forget a block that is not resident."""
+        del self._ghosts[block]
+        cohort = self._known.pop(block)[0]
+        self._forgotten.append(block)
+        self._part(cohort, 1)
+
+    def _trim(self) -> None:
+        """Forget what left longest ago."""
+        excess = len(self._ghosts) - max(GHOSTS * self._most_resident, self._least_ghosts)
+        for _ in range(max(excess, 0)):
+            self._forget(next(iter(self._ghosts)))
+
+    def _take_forgotten(self) -> list[int]:
+        forgotten, self._forgotten = self._forgotten, []
+        return forgotten
+
+
+def _deepest_first(cohort: Cohort) -> list[Cohort]:
+    parts = [cohort]
+    while parts[-1].deeper is not None:
+        parts.append(parts[-1].deeper)
+    parts.reverse()
+    return parts
 
 
 def _rank(value: float, limits: Sequence[float]) -> int:

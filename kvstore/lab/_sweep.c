@@ -1,12 +1,13 @@
 /* The compiled engine of sweeps: plays a trace of blocks through stores of many sizes and policies.
  *
  *   next_uses(offsets, ids, num_blocks, out)
- *   play(offsets, ids, times, num_blocks, policy, capacities, ttl_s, options, hits, on_progress) -> written
+ *   play(offsets, ids, times, told, num_blocks, policy, capacities, ttl_s, options, hits, on_progress) -> written
  *   optimum(offsets, ids, next_uses, num_blocks, capacity, must_keep, hits, on_progress)
  *   access(offsets, ids, num_blocks, policy, capacity) -> hits
  *   POLICIES: the names that it knows
  *
  * offsets: int64, one more than requests; ids: int32, the blocks of all requests, each in [0, num_blocks). times: double.
+ * told: int32, shape (num_requests, 3): finish reason, last turn and reply tokens, -1 where unknown.
  * hits: int32, shape (num_requests, num_tiers), filled. Everything is checked before the first request is played. Without
  * the GIL; on_progress(references so far) is called about once for a million references, and may raise.
  */
@@ -20,10 +21,11 @@
 #include "_sweep_lfu.h"
 #include "_sweep_lru.h"
 #include "_sweep_min.h"
+#include "_sweep_outlook.h"
 #include "_sweep_s3fifo.h"
 #include "_sweep_sieve.h"
 
-static const PolicyKind *const KINDS[] = {&LRU, &FIFO, &LFU, &ARC, &SIEVE, &S3FIFO, &TOLD_S3FIFO};
+static const PolicyKind *const KINDS[] = {&LRU, &FIFO, &LFU, &ARC, &SIEVE, &S3FIFO, &TOLD_S3FIFO, &OUTLOOK};
 enum { NUM_KINDS = sizeof KINDS / sizeof *KINDS, STEP_REFERENCES = 1 << 20 };
 
 static const PolicyKind *find_kind(const char *name)
@@ -94,6 +96,7 @@ typedef struct {
     double writes_per_day, blocks_per_s; /* of the tier below host memory; less than 0 for any number */
 } Options;
 
+/* Where memory lacks, `memory` tells it, and the fleet is not to be played. NULL, or a fleet for `free_orders`. */
 static Fleet *make_fleet(Memory *memory, const Trace *trace, const PolicyKind *kind, int num_tiers, const int64_t *capacities,
                          double ttl_s, const Options *options)
 {
@@ -114,10 +117,11 @@ static Fleet *make_fleet(Memory *memory, const Trace *trace, const PolicyKind *k
         store->writes_per_day = options->writes_per_day;
         store->writes_left = options->writes_per_day * BUDGET_S / DAY_S; /* as the planner's, which begins full */
     }
-    return memory->has_failed ? NULL : fleet;
+    return fleet;
 }
 
-static int play_all(Fleet *fleet, const Trace *trace, const double *times, int32_t *hits, int num_tiers, PyObject *on_progress)
+static int play_all(Fleet *fleet, const Memory *memory, const Trace *trace, const double *times, const Told *told_at_end,
+                    int32_t *hits, int num_tiers, PyObject *on_progress)
 {
     double now = trace->num_requests ? times[0] : 0;
     fleet->looked_at = now;
@@ -129,9 +133,13 @@ static int play_all(Fleet *fleet, const Trace *trace, const double *times, int32
         for (; first < end; first++) {
             now = times[first] > now ? times[first] : now;
             fleet_serve(fleet, trace->blocks + trace->starts[first], (int32_t)(trace->starts[first + 1] - trace->starts[first]),
-                        now, hits + (int64_t)first * num_tiers);
+                        told_at_end[first], now, hits + (int64_t)first * num_tiers);
         }
         Py_END_ALLOW_THREADS
+        if (memory->has_failed) {
+            PyErr_NoMemory();
+            return -1;
+        }
         if (told(on_progress, trace->starts[first]) < 0)
             return -1;
     }
@@ -174,15 +182,15 @@ static int get_capacities(PyObject *capacities, int64_t *out)
 
 static PyObject *sweep_play(PyObject *module, PyObject *args)
 {
-    PyObject *offsets, *ids, *times, *capacities, *hits, *on_progress, *written = NULL;
+    PyObject *offsets, *ids, *times, *told_at_end, *capacities, *hits, *on_progress, *written = NULL;
     Py_ssize_t num_blocks;
     const char *policy;
     double ttl_s;
     Options options;
     int64_t sizes[MAX_TIERS];
     Trace trace;
-    Py_buffer time_view, hit_view;
-    if (!PyArg_ParseTuple(args, "OOOnsO!d(ppipdd)OO", &offsets, &ids, &times, &num_blocks, &policy, &PyTuple_Type, &capacities,
+    Py_buffer time_view, told_view, hit_view;
+    if (!PyArg_ParseTuple(args, "OOOOnsO!d(ppipdd)OO", &offsets, &ids, &times, &told_at_end, &num_blocks, &policy, &PyTuple_Type, &capacities,
                           &ttl_s, &options.is_exclusive, &options.on_second_use, &options.num_stores, &options.by_prefix,
                           &options.writes_per_day, &options.blocks_per_s, &hits, &on_progress))
         return NULL;
@@ -198,18 +206,24 @@ static PyObject *sweep_play(PyObject *module, PyObject *args)
         return NULL;
     if (get_parallel(times, &time_view, 8, trace.num_requests, 0, "times") < 0)
         goto no_times;
+    if (get_parallel(told_at_end, &told_view, 4, 3 * (int64_t)trace.num_requests, 0, "told") < 0)
+        goto no_told;
     if (get_parallel(hits, &hit_view, 4, (int64_t)trace.num_requests * num_tiers, 1, "hits") < 0)
         goto no_hits;
     memset(hit_view.buf, 0, (size_t)hit_view.len);
     Memory memory = {0};
     Fleet *fleet = make_fleet(&memory, &trace, kind, num_tiers, sizes, ttl_s, &options);
-    if (fleet == NULL)
+    if (memory.has_failed)
         PyErr_NoMemory();
-    else if (play_all(fleet, &trace, time_view.buf, hit_view.buf, num_tiers, on_progress) == 0)
+    else if (play_all(fleet, &memory, &trace, time_view.buf, told_view.buf, hit_view.buf, num_tiers, on_progress) == 0)
         written = written_of(fleet, num_tiers);
+    if (fleet != NULL)
+        free_orders(fleet);
     free_memory(&memory);
     PyBuffer_Release(&hit_view);
 no_hits:
+    PyBuffer_Release(&told_view);
+no_told:
     PyBuffer_Release(&time_view);
 no_times:
     release_trace(&trace);
@@ -309,6 +323,8 @@ static PyObject *sweep_access(PyObject *module, PyObject *args)
     const PolicyKind *kind = find_kind(policy);
     if (kind == NULL)
         return NULL;
+    if (kind->ended != NULL)
+        return PyErr_Format(PyExc_ValueError, "%s orders what requests tell of, and here are none", policy);
     if (capacity < 1)
         return PyErr_Format(PyExc_ValueError, "a cache of %lld blocks", capacity);
     if (get_trace(offsets, ids, num_blocks, &trace) < 0)

@@ -12,6 +12,7 @@ def play(
     offsets: npt.NDArray[np.int64],
     ids: npt.NDArray[np.int32],
     times: npt.NDArray[np.float64],
+    told: npt.NDArray[np.int32],
     num_blocks: int,
     policy: str,
     capacities: tuple[int, ...],

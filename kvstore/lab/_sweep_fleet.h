@@ -37,9 +37,20 @@ static int choose(Fleet *fleet, const int32_t *path, int32_t length, double now)
     return best;
 }
 
-static void fleet_serve(Fleet *fleet, const int32_t *path, int32_t length, double now, int32_t *hits)
+static void fleet_serve(Fleet *fleet, const int32_t *path, int32_t length, Told told, double now, int32_t *hits)
 {
-    serve(&fleet->stores[choose(fleet, path, length, now)], path, length, now, hits);
+    serve(&fleet->stores[choose(fleet, path, length, now)], path, length, told, now, hits);
+}
+
+/* Give back what the policies took beside the memory of the play. */
+static void free_orders(Fleet *fleet)
+{
+    for (int i = 0; fleet->stores != NULL && i < fleet->num_stores; i++)
+        for (int number = 0; number < fleet->stores[i].num_tiers; number++) {
+            Tier *tier = &fleet->stores[i].tiers[number];
+            if (tier->order != NULL && tier->kind->free != NULL)
+                tier->kind->free(tier->order);
+        }
 }
 
 #endif

@@ -11,10 +11,13 @@
  *   victims  names up to n blocks, the next to leave first, and changes no membership
  *   leave    a victim leaves
  *   discard  a block leaves that is none: it is over, or moved to another tier
+ *   ended    a request has ended, with what its end told; its path is given root first
+ *   free     gives back what `make` took beside the memory of the play
  */
 #ifndef KVTIERS_SWEEP_POLICY_H
 #define KVTIERS_SWEEP_POLICY_H
 
+#include "../../eviction/_told.h"
 #include "_sweep_links.h"
 
 typedef struct Policy Policy;
@@ -31,6 +34,8 @@ typedef struct {
     int64_t (*victims)(void *order, int64_t n, int32_t *out);
     void (*leave)(void *order, int32_t block);
     void (*discard)(void *order, int32_t block);
+    void (*ended)(void *order, const int32_t *path, int32_t length, Told told, double now);
+    void (*free)(void *order);
 } PolicyKind;
 
 #endif

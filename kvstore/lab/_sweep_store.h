@@ -253,7 +253,7 @@ static void bring(Store *store, const int32_t *path, int32_t first, int32_t end,
 
 /* Serve one request. hits: for each tier, how many blocks of the stored prefix it gives, of those that have a block the
  * nearest. */
-static void serve(Store *store, const int32_t *path, int32_t length, double now, int32_t *hits)
+static void serve(Store *store, const int32_t *path, int32_t length, Told told, double now, int32_t *hits)
 {
     expire(store, now);
     store->turn++;
@@ -295,6 +295,9 @@ static void serve(Store *store, const int32_t *path, int32_t length, double now,
                 tier_touch(tier, path[i], now);
         }
     }
+    for (int number = 0; number < store->num_tiers; number++)
+        if (store->tiers[number].kind->ended != NULL)
+            store->tiers[number].kind->ended(store->tiers[number].order, path, length, told, now);
     if (store->num_children != NULL)
         note_end(store, path, length);
 }

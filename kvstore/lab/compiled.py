@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from eviction.visits import MOST_REASONS
 from kvstore.errors import ConfigError
 from kvstore.lab.setup import DISK, PREFILL_TOKENS_PER_S, Played, Setup
 from kvstore.lab.traces import ReplayTrace
@@ -41,6 +42,8 @@ class TraceArrays:
     ids:           int32, shape (num_references,): blocks, numbered 0 to num_blocks - 1.
     times:         float64, shape (num_requests,).
     prompt_tokens: int64, shape (num_requests,).
+    told:          int32, shape (num_requests, 3): a number for each finish reason, whether it was the last turn, and
+                   tokens of the reply; -1 where it is not known.
     """
 
     offsets: npt.NDArray[np.int64]
@@ -49,6 +52,7 @@ class TraceArrays:
     prompt_tokens: npt.NDArray[np.int64]
     num_blocks: int
     block_tokens: int
+    told: npt.NDArray[np.int32]
     _next_uses: list[npt.NDArray[np.int32]] = field(default_factory=list)
 
     @classmethod
@@ -71,6 +75,7 @@ class TraceArrays:
             np.array([request.num_prompt_tokens for request in trace.requests], np.int64),
             len(numbers),
             trace.block_tokens,
+            _told(trace),
         )
 
     @property
@@ -118,6 +123,7 @@ def play(trace: TraceArrays, setup: Setup, on_progress: OnProgress | None = None
         trace.offsets,
         trace.ids,
         trace.times,
+        trace.told,
         trace.num_blocks,
         setup.policy,
         tuple(scale * num_blocks for _, num_blocks in setup.tiers),
@@ -159,3 +165,13 @@ def access(trace: TraceArrays, policy: str, num_blocks: int) -> int:
     _sweep.next_uses(offsets, trace.ids, trace.num_blocks, uses)
     _sweep.optimum(offsets, trace.ids, uses, trace.num_blocks, num_blocks, True, hits, None)
     return int(hits.sum())
+
+
+def _told(trace: ReplayTrace) -> npt.NDArray[np.int32]:
+    told = np.full((len(trace.requests), 3), -1, np.int32)
+    reasons: dict[str, int] = {}
+    for row, request in zip(told, trace.requests, strict=True):
+        if request.finish_reason:
+            row[0] = min(reasons.setdefault(request.finish_reason, len(reasons)), MOST_REASONS)
+        row[2] = request.num_answer_tokens
+    return told

@@ -38,6 +38,7 @@ def native() -> dict[str, bool]:
     names = {
         "hashing": "radix._chain",
         "ordering": "radix._ordered",
+        "learning": "eviction._visits",
         "copying": "kvstore.devices._copy",
         "sweeping": "kvstore.lab._sweep",
     }

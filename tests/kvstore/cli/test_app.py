@@ -63,7 +63,7 @@ def test_version_is_the_package_version_and_says_which_twins_are_at_work() -> No
     result = runner.invoke(app, ["--version"])
 
     assert result.exit_code == 0
-    twins = ", ".join(f"{what} in (C|Python)" for what in ("hashing", "ordering", "copying", "sweeping"))
+    twins = ", ".join(f"{what} in (C|Python)" for what in ("hashing", "ordering", "learning", "copying", "sweeping"))
     assert re.fullmatch(rf"kvstore {re.escape(package_version())} \({twins}\)\n", result.stdout)
 
 

@@ -35,7 +35,9 @@ def forest_traffic(seed: int, num_requests: int = 400, width: int = 3, depth: in
         prompts.append(path[: 2 * depth])
         blocks = tuple(ids.setdefault(prompts[-1][: i + 1], len(ids)) for i in range(len(prompts[-1])))
         now += rng.choice((0.0, 0.5, 1.0, 7.0))
-        requests.append(KvtRequest(now, -1, -1, BLOCK * len(blocks) - rng.randrange(BLOCK), 1, blocks))
+        tokens, reply = BLOCK * len(blocks) - rng.randrange(BLOCK), rng.choice((-1, 1, 100, 500))
+        reason = rng.choice(("", "stop", "tool_calls"))
+        requests.append(KvtRequest(now, -1, -1, tokens, reply, blocks, finish_reason=reason))
     return ReplayTrace("made up", BLOCK, tuple(requests))
 
 
@@ -45,7 +47,7 @@ def planned(trace: ReplayTrace, setup: Setup) -> tuple[np.ndarray[Any, Any], lis
     return played.hit_blocks, list(played.written[1:])
 
 
-@pytest.mark.parametrize("policy", ["lru", "s3fifo", "sieve"])
+@pytest.mark.parametrize("policy", ["lru", "outlook", "s3fifo", "sieve"])
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("ttl_s", [None, 30.0])
 @pytest.mark.parametrize("num_blocks", [3, 20, 60, 10_000])
