@@ -144,6 +144,12 @@ class Ttl(Generic[K]):
         """Make keys as recent as if they were used, with the deadlines they have. Unknown keys are ignored."""
         self._inner.touch(keys, now)
 
+    def rank(self, keys: Iterable[K], now: float, hint: Hint) -> None:
+        """Give keys the priority of this hint; they are as recent as if used. Deadlines stay. Unknown ones: ignored."""
+        known = [key for key in keys if key in self._inner]
+        if known:
+            self._inner.add(known, now, hint)
+
     def worth(self, keys: Sequence[K], now: float) -> list[float]:
         """Return what copies are worth by the inner policy's forecast; all alike where it has none."""
         if not has_forecast(self._inner):

@@ -14,9 +14,9 @@ from kvstore.errors import ConfigError
 from kvstore.forks import forbid
 from kvstore.move.lane import Lane
 from kvstore.plan.journal import Shortfall
+from kvstore.plan.keeper import Kept
 from kvstore.plan.prefixes import Tour
 from kvstore.plan.records import Explanation, Request
-from kvstore.plan.retention import Kept
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.tiers.base import CLEARED, Sweepable
 

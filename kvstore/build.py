@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from kvstore.config.sections import BreakerConfig, Config
 from kvstore.errors import ConfigError, KVStoreError
+from kvstore.hints.limits import HintLimits
 from kvstore.layout import Layout
 from kvstore.learned import Learned
 from kvstore.move.breaker import Breaker
@@ -208,10 +209,19 @@ def _settings(config: Config, num_slots: int) -> PlanSettings:
         compare_tokens=store.hash != "sha256",
         compute_wait_s=store.compute_wait_s,
         max_pinned_fraction=store.max_pinned_fraction,
+        max_payer_fraction=config.hints.max_tenant_fraction,
         pin_max_s=store.pin_max_s,
         ttl_after={one_word(reason): seconds for reason, seconds in store.ttl_after.items()},
         claimer=uuid4().bytes,
         speculation=_speculation(config, num_slots),
+        hints=HintLimits(
+            config.hints.enabled,
+            config.hints.max_bytes,
+            config.hints.max_actions,
+            config.hints.max_tokens,
+            config.hints.default_ttl_s,
+            config.hints.max_ttl_s,
+        ),
     )
 
 

@@ -6,6 +6,8 @@ The same for a store in this process and for the client of a daemon, so that bot
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from hashlib import sha256
 from itertools import count
 from math import isfinite
 from numbers import Integral, Real
@@ -22,6 +24,7 @@ MAX_REASON_BYTES = 64
 MAX_STEP_BLOCKS = 1 << 31
 MAX_TTL_S = 100 * 365 * 86400.0  # deadlines are written down as numbers of bounded size
 MAX_TENANT_KEPT = 1024  # characters; the root of a longer name is made anew each time
+PAYER_DIGITS = 12
 MAX_ROOTS = 4096  # tenants come from outside: what is remembered of them is bounded
 
 
@@ -43,7 +46,15 @@ class RequestMaker:
         _extend(hasher, tokens)
         if hasher.num_tokens == 0:
             raise RequestError("tokens is empty; a prompt has at least one token")
-        return Request(next(self._ids), hasher.keys, hasher.num_tokens, options, hasher.token_bytes, hasher)
+        return Request(
+            next(self._ids),
+            hasher.keys,
+            hasher.num_tokens,
+            options,
+            hasher.token_bytes,
+            hasher,
+            payer=payer_of(options.tenant),
+        )
 
     def request_from_hashes(
         self, hashes: Sequence[bytes], num_tokens: int, options: RequestOptions | None = None
@@ -51,7 +62,7 @@ class RequestMaker:
         """A request whose blocks an engine has hashed already."""
         options = options or RequestOptions()
         check_options(options)
-        request = Request(next(self._ids), [], 0, options)
+        request = Request(next(self._ids), [], 0, options, payer=payer_of(options.tenant))
         self.extend_hashes(request, hashes, num_tokens)
         return request
 
@@ -98,6 +109,16 @@ class RequestMaker:
             if len(tenant) <= MAX_TENANT_KEPT:
                 self._roots[tenant] = root
         return root
+
+
+def payer_of(tenant: str) -> str:
+    """The name of a tenant in books that operators see: a digest, as the name may be a secret (a cache salt)."""
+    return _digest(tenant) if tenant else ""
+
+
+@lru_cache(MAX_ROOTS)
+def _digest(tenant: str) -> str:
+    return sha256(tenant.encode()).hexdigest()[:PAYER_DIGITS]
 
 
 def check_options(options: RequestOptions) -> None:

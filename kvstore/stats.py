@@ -68,6 +68,12 @@ def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
         "pinned_pages": host.num_resident - len(host.policy),
         "kept_pages": planner.retention.keeper.num_pages,
         "keep_refused_pages": planner.retention.keeper.refused_pages,
+        "kept_bytes": {
+            payer: num_pages * planner.books.layout.slot_bytes
+            for payer, num_pages in planner.retention.keeper.payers.items()
+        },
+        "raised_blocks": len(planner.retention.raises),
+        "hints": {action: dict(counts) for action, counts in planner.hints.counters.items()},
         "leases": planner.num_leases,
         "blocks": len(planner.books.catalog.tree),
         "pages": {HOST: host.num_resident} | {name: tier.used_pages for name, tier in tiers.items()},

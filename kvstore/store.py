@@ -16,7 +16,9 @@ from kvstore.admin import Admin
 from kvstore.dispatcher import Dispatcher, silent_after_close
 from kvstore.errors import RequestError
 from kvstore.forks import forbid, harmless
-from kvstore.hinting import Hinting
+from kvstore.hinting import Aimed, Hinting
+from kvstore.hints.limits import HintLimits
+from kvstore.hints.outcome import HintOutcome
 from kvstore.keep import LocalKeep
 from kvstore.layout import Layout
 from kvstore.learned import Learned
@@ -38,7 +40,8 @@ from kvstore.plan.records import (
     SaveLease,
 )
 from kvstore.plan.state import Page
-from kvstore.requests import RequestMaker, check_blocks, check_range
+from kvstore.plan.wishes import Wish
+from kvstore.requests import check_blocks, check_range
 from kvstore.stats import snapshot
 from kvstore.tiers.host import HostSlab
 from kvstore.waits import Deadlines, Waits
@@ -47,7 +50,7 @@ from radix.namespace import Namespace
 log = logging.getLogger(__name__)
 
 
-class LocalStore(RequestMaker, Hinting, Waits):
+class LocalStore(Hinting, Waits):
     """A KVStore (see base.py) that plans and keeps its pages in this process. Any thread.
 
     Made by `kvstore.build.open_store`, which owns the choice of tiers and policies. Use it as a context manager, or
@@ -77,6 +80,7 @@ class LocalStore(RequestMaker, Hinting, Waits):
         self.slots = slab
         self._now = now
         self._close_timeout_s = close_timeout_s
+        self._hint_limits = planner.books.settings.hints
         self._told = planner.told()
         self._dispatcher = Dispatcher(planner, lanes, slab.discard, now)
         self._lock = self._dispatcher.lock
@@ -179,6 +183,25 @@ class LocalStore(RequestMaker, Hinting, Waits):
         """Tell how fast the engine computes."""
         with self._lock:
             self._planner.observe_prefill(num_tokens, seconds)
+
+    def obey(self, request: Request, wish: Wish) -> HintOutcome:
+        """Do what one action of a hint says about a request. `hint` is made of it, and a daemon's doors are."""
+        ticket = self._in_steps.new_lease_id()
+        return self._dispatcher.carry_out(self._planner.hints.obey(ticket, request, wish, self._now()), tell=True)
+
+    @property
+    def hint_limits(self) -> HintLimits:
+        """The bounds on hints."""
+        return self._hint_limits
+
+    def count_hints(self, outcomes: Sequence[HintOutcome]) -> None:
+        """Count actions that came to their end before they reached the planner."""
+        with self._lock:
+            self._planner.hints.count(outcomes)
+
+    def _carry_out(self, aimed: Sequence[Aimed | HintOutcome]) -> list[HintOutcome]:
+        self.count_hints([one for one in aimed if isinstance(one, HintOutcome)])
+        return [one if isinstance(one, HintOutcome) else self.obey(one.request, one.wish) for one in aimed]
 
     # ---- what comes and goes ----------------------------------------------------------------------------------
 

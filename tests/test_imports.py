@@ -66,10 +66,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.metrics": (),
     "kvstore.hints": ("kvstore.hints",),  # what is said, and what is answered; knows no store
     "kvstore.hinting": (
-        "kvstore.base",
         "kvstore.errors",
         "kvstore.hints",
         "kvstore.plan.records",
+        "kvstore.plan.wishes",
         "kvstore.requests",
     ),
     "kvstore.base": (  # the face, with the values that go over it
@@ -105,6 +105,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "eviction",
         "kvstore.clock",
         "kvstore.direction",
+        "kvstore.hints",
         "kvstore.layout",
         "kvstore.page",
         "kvstore.errors",
@@ -185,9 +186,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # The daemon's floors: protocol, then client and daemon, which do not know each other, HTTP, dashboard.
     "kvstore.service.protocol": (
         "kvstore.errors",
+        "kvstore.hints",
         "kvstore.layout",
         "kvstore.plan.journal",
         "kvstore.plan.records",
+        "kvstore.plan.wishes",
         "kvstore.requests",
         "kvstore.service.protocol",
         "radix",
@@ -197,6 +200,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.errors",
         "kvstore.forks",
         "kvstore.hinting",
+        "kvstore.hints",
         "kvstore.layout",
         "kvstore.plan.journal",
         "kvstore.plan.records",
@@ -250,10 +254,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.build",
         "kvstore.config.sections",
         "kvstore.errors",
+        "kvstore.hinting",
+        "kvstore.hints",
         "kvstore.logs",
         "kvstore.metrics",
         "kvstore.ownership",
         "kvstore.plan.records",
+        "kvstore.requests",
         "kvstore.service.daemon",
         "kvstore.service.http",
         "kvstore.service.protocol",

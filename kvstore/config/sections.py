@@ -153,6 +153,25 @@ class SpeculationConfig(Section):
     )
 
 
+class HintsConfig(Section):
+    """Bounds on KV hints, which come from outside (docs/hints.md)."""
+
+    enabled: bool = Field(default=True, description="Carry out hints; off: each action is rejected.")
+    max_bytes: Bytes = Field(default=2 * MiB, ge=1 << 12, le=64 * MiB, description="Longest envelope that is read.")
+    max_actions: Count = Field(default=16, ge=1, le=1024, description="Actions of one envelope; the rest is rejected.")
+    max_tokens: Count = Field(default=1 << 20, ge=1, le=1 << 24, description="Tokens that one action may name.")
+    default_ttl_s: Seconds = Field(
+        default=300.0, gt=0, description="How long a pin or retain of a hint lasts that does not say."
+    )
+    max_ttl_s: Seconds = Field(default=3600.0, gt=0, description="The longest; what asks for more is clipped to it.")
+    max_tenant_fraction: Number = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="Share of the host slots that pins of one tenant within a store (a salt of requests) may keep.",
+    )
+
+
 class BreakerConfig(Section):
     """When a failing tier is taken out, and how it comes back."""
 
@@ -260,6 +279,7 @@ class Config(BaseSettings):
     host: HostConfig = Field(default_factory=HostConfig)
     breaker: BreakerConfig = Field(default_factory=BreakerConfig)
     speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
+    hints: HintsConfig = Field(default_factory=HintsConfig)
     service: ServiceConfig = Field(default_factory=ServiceConfig)
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 

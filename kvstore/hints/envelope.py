@@ -49,6 +49,15 @@ def parse(message: object, limits: HintLimits) -> HintEnvelope:
     return HintEnvelope("", [HintOutcome("", ENVELOPE, HintStatus.REJECTED, reason=reason)])
 
 
+def refusal(size: int, limits: HintLimits) -> HintOutcome:
+    """Return the answer to a message of too many bytes, for a door that reads JSON itself."""
+    return HintOutcome("", ENVELOPE, HintStatus.REJECTED, reason=_too_large(size, limits))
+
+
+def _too_large(size: int, limits: HintLimits) -> str:
+    return f"{size} bytes; an envelope may have {limits.max_bytes}"
+
+
 class _Broken(Exception):
     """The message as a whole is none; its text is the reason."""
 
@@ -74,7 +83,7 @@ def _parse(message: object, limits: HintLimits) -> HintEnvelope:
 def _from_json(raw: bytes | bytearray | memoryview | str, limits: HintLimits) -> object:
     size = len(raw) if isinstance(raw, str) else memoryview(raw).nbytes
     if size > limits.max_bytes:
-        raise _Broken(f"{size} bytes; an envelope may have {limits.max_bytes}")
+        raise _Broken(_too_large(size, limits))
     try:
         return msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeError):

@@ -21,7 +21,7 @@ class HintLimits:
     """
 
     enabled: bool = True
-    max_bytes: int = 8 << 20
+    max_bytes: int = 2 << 20
     max_actions: int = 16
     max_tokens: int = 1 << 20
     default_ttl_s: float = 300.0

@@ -7,7 +7,7 @@ that a fetch reads is held in its tier, or making room there might evict it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvstore.plan.books import Books
 from kvstore.plan.lookup import PrefixLookup
@@ -17,6 +17,10 @@ from kvstore.plan.records import LeaseState, Op, Outcome, Priority, Request
 from kvstore.plan.resume import longest_resume, needed_from
 from kvstore.plan.state import Load, Page
 from kvstore.plan.transfers import InFlight
+
+MAX_TICKETS = 16_384  # of prefetches that nobody has cancelled; those begun first cannot be any more
+
+Brought = Callable[[Sequence[Page], float], None]  # told of the pages on their way, and of the planner's time
 
 PREFETCH = "prefetch"  # context of a transfer that counts against the prefetch bound
 
@@ -40,7 +44,7 @@ class Fetches:
         self._windows = books.windows
         self._page_bytes = books.page_bytes
         self._tickets: dict[int, list[int]] = {}
-        self._asked: dict[int, Request] = {}  # prefetches waiting for a probe
+        self._asked: dict[int, tuple[Request, Brought | None]] = {}  # prefetches waiting for a probe
 
     # ---- for loads ----------------------------------------------------------------------------------------------
 
@@ -152,18 +156,25 @@ class Fetches:
 
     # ---- prefetches ---------------------------------------------------------------------------------------------
 
-    def ask(self, ticket: int, request: Request, now: float) -> bool:
-        """Look up what is worth prefetching; False if a shared tier has to answer first, `resume_prefetches` then."""
-        match, _ = self._lookups.lookup(request, now)
-        if match.pending:
-            self._asked[ticket] = request
-        return not match.pending
+    def ask(self, ticket: int, request: Request, now: float, brought: Brought | None = None) -> bool:
+        """Look up what is worth prefetching; False if a shared tier has to answer first, `resume_prefetches` then.
 
-    def bring(self, ticket: int, request: Request, now: float) -> None:
-        """Fetch what is worth loading of a request, within the prefetch bound."""
+        brought: as of `bring`, for what goes on then.
+        """
+        is_pending = self._lookups.ask(request, now)
+        if is_pending:
+            self._asked[ticket] = request, brought
+        return not is_pending
+
+    def bring(self, ticket: int, request: Request, now: float, brought: Brought | None = None) -> None:
+        """Fetch what is worth loading of a request, within the prefetch bound; tell `brought` of it."""
         survey = self._lookups.survey(request)
-        _, sent = self._bring(request, survey, survey.worth, self._settings.max_prefetch_slots, now)
+        pages, sent = self._bring(request, survey, survey.worth, self._settings.max_prefetch_slots, now)
         self._tickets[ticket] = sent
+        if len(self._tickets) > MAX_TICKETS:
+            del self._tickets[next(iter(self._tickets))]
+        if brought is not None:
+            brought(pages, now)
 
     def bring_ahead(self, request: Request, survey: Survey, bound: int, now: float) -> list[Page]:
         """Fetch up to `bound` pages of what a survey found worth loading, though nobody asked; those on their way."""
@@ -172,9 +183,9 @@ class Fetches:
     def resume_prefetches(self, now: float) -> None:
         """A probe was answered: go on with the prefetches that waited for one."""
         asked, self._asked = self._asked, {}
-        for ticket, request in asked.items():
-            if self.ask(ticket, request, now):
-                self.bring(ticket, request, now)
+        for ticket, (request, brought) in asked.items():
+            if self.ask(ticket, request, now, brought):
+                self.bring(ticket, request, now, brought)
 
     def cancel(self, ticket: int) -> list[int]:
         """Forget a prefetch; returns its transfers that no request waits for."""

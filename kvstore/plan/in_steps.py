@@ -170,10 +170,12 @@ class InSteps:
         self._lookups.expire(request)
         num_kept = 0
         path = self._lookups.known_path(request)
+        session = request.options.session
+        word = self._retention.keeper.word(holder=request.holder, payer=request.payer, session=session)
         for part in parts(path, STEP_BLOCKS):
             if part is not path:
                 yield
-            num_kept += self._retention.keeper.keep(_alive(part), float("inf"), request.holder)
+            num_kept += self._retention.keeper.keep(alive(part), word)
         return num_kept
 
     def unpin(self, request: Request) -> Steps[int]:
@@ -193,7 +195,7 @@ class InSteps:
         for part in parts_from_tail(path, STEP_BLOCKS):
             if part is not path:
                 yield
-            self._retention.set_ttl(_alive(part), ttl_s, now)
+            self._retention.set_ttl(alive(part), ttl_s, now)
         return len(path)
 
     def forget(self, request: Request, first: int, now: float) -> Steps[int]:
@@ -290,8 +292,9 @@ class InSteps:
         while self._lookups.is_late:
             yield
             self._lookups.expire()
-        while self._retention.keeper.expire():
+        while self._retention.keeper.expire() | self._retention.raises.expire():
             yield
+        self._retention.demotions.tick(now)
         while self._host.shrink():
             yield
         for tier in self._tiers:
@@ -309,6 +312,6 @@ class InSteps:
         return self._fetches.give_up(stalled, now) | self._single_flight.tick(now)
 
 
-def _alive(blocks: Sequence[Block]) -> Sequence[Block]:
+def alive(blocks: Sequence[Block]) -> Sequence[Block]:
     """Those of a path that was found before the last step which are still known."""
     return [block for block in blocks if not block.is_removed]

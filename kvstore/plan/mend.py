@@ -31,7 +31,7 @@ from kvstore.plan.loads import Loader
 from kvstore.plan.lookup import PrefixLookup
 from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.records import HOST, Op
-from kvstore.plan.retention import Keeper
+from kvstore.plan.retention import Retention
 from kvstore.plan.saves import Saver
 from kvstore.plan.single_flight import SingleFlight
 from kvstore.plan.state import Block, Load, Page, PageState, Save
@@ -48,7 +48,7 @@ class Mender:
         loader: Loader,
         saver: Saver,
         single_flight: SingleFlight,
-        keeper: Keeper,
+        retention: Retention,
     ) -> None:
         self._host = books.host
         self._catalog = books.catalog
@@ -60,7 +60,9 @@ class Mender:
         self._loader = loader
         self._saver = saver
         self._single_flight = single_flight
-        self._keeper = keeper
+        self._keeper = retention.keeper
+        self._raises = retention.raises
+        self._demotions = retention.demotions
 
     def mend(self, last_lease: int, now: float) -> None:
         """Make the books agree. last_lease: leases of a higher number are known to nobody but the planner, and end."""
@@ -73,10 +75,12 @@ class Mender:
         self._settle_pages(pages)
         self._settle_loads(pages, now)
         self._keeper.rebuild(pages)
+        self._raises.rebuild()
         holders = _holders(self._loader.loads.values(), self._saver.saves.values())
         for page in pages:
             page.pins = holders.get(page, 0) + page.kept
         self._settle_host(pages)
+        self._demotions.rebuild()
         for tier in self._tiers:
             self._settle_tier(tier, pages, now)
         for block in reversed(blocks):  # deepest first

@@ -20,6 +20,7 @@ from eviction.policy import Ending
 from eviction.ttl import Ttl
 from kvstore.clock import SYSTEM_CLOCK, Clock
 from kvstore.direction import ALL_DIRECTIONS, Direction
+from kvstore.hints.outcome import HintOutcome
 from kvstore.layout import Layout
 from kvstore.page import PageKey, PageMeta
 from kvstore.plan.audience import Audience
@@ -29,6 +30,7 @@ from kvstore.plan.cost import CostModel
 from kvstore.plan.ended import ABANDONED
 from kvstore.plan.fetches import PREFETCH, Fetches
 from kvstore.plan.flushing import Flushing, Told, report, told_of
+from kvstore.plan.hints import Hints
 from kvstore.plan.host import HostMemory
 from kvstore.plan.in_steps import InSteps
 from kvstore.plan.loads import Loader, load_lease
@@ -60,6 +62,7 @@ from kvstore.plan.steps import Steps, at_once
 from kvstore.plan.tier_check import check_tier
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.plan.transfers import InFlight, TransferBook
+from kvstore.plan.wishes import Wish
 
 
 class Planner:
@@ -103,12 +106,13 @@ class Planner:
             self.retention,
             self.audience,
         )
+        self.hints = Hints(books, self.lookups, self.fetches, self.retention, self.in_steps)
         self.speculation: Speculation | None = None
         if settings.speculation is not None:
             self.speculation = Speculation(books, self.lookups, self.fetches, settings.speculation)
             self.in_steps.speculation = self.speculation
         self._mender = Mender(
-            books, self.lookups, self.fetches, self.loader, self.saver, self.single_flight, self.retention.keeper
+            books, self.lookups, self.fetches, self.loader, self.saver, self.single_flight, self.retention
         )
 
     # ---- looking up and loading -------------------------------------------------------------------------------
@@ -215,6 +219,10 @@ class Planner:
         """Undo pin."""
         return at_once(self.in_steps.unpin(request))
 
+    def obey(self, request: Request, wish: Wish, now: float) -> HintOutcome:
+        """Do what a hint says about a request."""
+        return at_once(self.hints.obey(self.in_steps.new_lease_id(), request, wish, now))
+
     def forget(self, request: Request, first: int, now: float) -> int:
         """Delete blocks from `first` on and all that is known to continue them."""
         return at_once(self.in_steps.forget(request, first, now))
@@ -242,6 +250,8 @@ class Planner:
                 self._fetched(tier, flight, outcome, now)
             case Op.SPILL:
                 tier.spilled(flight, outcome, now)
+                if self.retention.demotions.leaving:
+                    self.retention.demotions.written(flight.pages)
                 self.margin.keep(now)
                 self.retention.drop_idle(flight.pages)
             case Op.PROBE:
@@ -258,6 +268,8 @@ class Planner:
 
     def _fetched(self, tier: LowerTier, flight: InFlight, outcome: Outcome, now: float) -> None:
         self.fetches.fetched(tier, flight, outcome, now)
+        if self.retention.keeper.coming:
+            self.retention.keeper.arrived(flight.pages)
         self.margin.keep(now)
         arrived = [page for page in flight.pages if page.state == PageState.READY and not page.block.is_removed]
         for other in self.books.tiers:
@@ -351,6 +363,7 @@ class Planner:
         self.books.catalog.tree.check()
         self.single_flight.claims.check()
         self.retention.keeper.check()
+        self.retention.raises.check()
         if self.speculation is not None:
             self.speculation.check()
 

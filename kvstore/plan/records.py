@@ -14,7 +14,9 @@ from typing import NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.hints.limits import HintLimits
 from kvstore.page import PageKey, PageMeta
+from kvstore.plan.wishes import Wish
 from radix.hashing import BlockHash, BlockHasher
 
 HOST = "host"  # the name of the tier in the middle, as it appears in counts by tier
@@ -123,6 +125,8 @@ class Request:
     held:       leading blocks that the engine has in memory of its own: a lookup weighs only what comes after them.
                 Set by the engine's connector, before a lookup.
     holder:     on whose word its pages are kept, for operators; "" in a store of one process.
+    payer:      its tenant, by a digest of the name, which may be a secret: what is kept goes by tenants' budgets.
+    wishes:     what hints said about it, to be done to what is saved of it.
     is_told:    policies know of it, and not yet of its end (see audience.py).
     """
 
@@ -134,6 +138,8 @@ class Request:
     hasher: BlockHasher | None = None
     held: int = 0
     holder: str = ""
+    payer: str = ""
+    wishes: tuple[Wish, ...] = ()
     is_told: bool = False
 
 
@@ -364,11 +370,13 @@ class PlanSettings:
     compare_tokens: verify the tokens of every block on a hit (hashes that are not collision resistant).
     compute_wait_s: longest wait without progress for another request's computing (single flight); 0 never waits.
     max_pinned_fraction: share of the host slots that pins and promises of `retain_until` may hold, all together.
+    max_payer_fraction: share of them that those of one tenant within the store may hold.
     pin_max_s:   after so long each of them ends.
     ttl_after:   seconds that pages of one session alone live on at most, by the word (endings.py) of why its last reply
                  ended; until their next use.
     claimer:     names this store among those that share a tier; no two have the same.
     speculation: of prefetching for idle sessions; None for none.
+    hints:       their bounds.
     """
 
     num_slots: int
@@ -383,7 +391,9 @@ class PlanSettings:
     compare_tokens: bool = False
     compute_wait_s: float = 10.0
     max_pinned_fraction: float = 0.5
+    max_payer_fraction: float = 0.25
     pin_max_s: float = 86400.0
     ttl_after: Mapping[str, float] = field(default_factory=dict)
     claimer: bytes = b""
     speculation: SpeculationSettings | None = None
+    hints: HintLimits = field(default_factory=HintLimits)

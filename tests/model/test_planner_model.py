@@ -19,14 +19,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from eviction.lru import Lru
 from eviction.registry import make_policy
 from eviction.ttl import Ttl
+from kvstore.hints.actions import HintKind
+from kvstore.hints.outcome import HintStatus
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.page import page_key
 from kvstore.plan.loads import load_lease
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import CutReason, LeaseState, Op, Outcome, PlanSettings, Request, RequestOptions, Transfer
 from kvstore.plan.resume import needed_from
+from kvstore.plan.state import PageState
 from kvstore.plan.steps import at_once
 from kvstore.plan.tier_plan import TierPlan
+from kvstore.plan.wishes import ALL, Wish
 from radix.namespace import BlockHash
 from tests.helpers.clocks import Clocks
 from tests.helpers.planners import take_small_steps
@@ -45,6 +49,8 @@ HYBRID = Layout(
 SLIDING = Layout(BLOCK, (LayerGroup(GroupKind.SLIDING, (0,), 4096, window=7),), "test", "uint8")  # 2 blocks
 
 LEASE_S = 10.0
+
+HINTS = [HintKind.PIN, HintKind.RETAIN, HintKind.PREFETCH, HintKind.DEMOTE, HintKind.RELEASE, HintKind.SHARE]
 
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=6)  # one branch a block: 2 children each
 flags = st.lists(st.booleans(), min_size=64, max_size=64)
@@ -88,6 +94,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.forgotten_after = 0  # the last transfer before anything was forgotten last
         self.parents: dict[BlockHash, BlockHash] = {}
         self.published: set[tuple[BlockHash, int]] = set()  # and not forgotten since
+        self.leases: dict[tuple[BlockHash, int], float] = {}  # pages that hints pinned, until when
         self.is_lossless = True
         self.is_written_by_others = False
 
@@ -246,7 +253,37 @@ class PlannerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), verb=st.sampled_from(["pin", "unpin"]))
     def pin_or_unpin(self, data: Any, verb: str) -> None:
-        getattr(self.planner, verb)(data.draw(st.sampled_from(self.requests)), self.now)
+        request = data.draw(st.sampled_from(self.requests))
+        getattr(self.planner, verb)(request, self.now)
+        if verb == "unpin":
+            self.end_leases(request)
+
+    @precondition(lambda self: self.requests)
+    @rule(
+        data=st.data(),
+        kind=st.sampled_from(HINTS),
+        first=st.integers(0, 3),
+        end=st.sampled_from([2, 4, ALL]),
+        ttl_s=st.sampled_from([5.0, 50.0, 1e5]),
+        session=st.sampled_from(["", "a", "b"]),
+        is_own=st.booleans(),
+    )
+    def hint(self, data: Any, kind: HintKind, first: int, end: int, ttl_s: float, session: str, is_own: bool) -> None:
+        request = data.draw(st.sampled_from(self.requests))
+        wish = Wish("", kind, first, end, ttl_s, priority=request.id % 101, session=session, is_own=is_own)
+        outcome = self.planner.obey(request, wish, self.now)
+        if outcome.status in (HintStatus.REJECTED, HintStatus.IGNORED):
+            assert outcome.tokens == 0
+        assert outcome.tokens <= len(request.keys) * BLOCK
+        if kind is HintKind.RELEASE:
+            self.end_leases(request)
+        elif kind is HintKind.PIN:
+            until = self.clocks.up + min(ttl_s, self.planner.books.settings.hints.max_ttl_s)
+            for block in self.planner.books.catalog.match(request.keys)[first:end]:
+                for page in block.pages if block.pages and outcome.tokens else ():
+                    if page.kept and until <= self.planner.retention.keeper.until_of(block):
+                        self.leases[block.key, page.group] = max(until, self.leases.get((block.key, page.group), 0.0))
+        self.collect()
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), first=st.integers(0, 5))
@@ -342,6 +379,16 @@ class PlannerMachine(RuleBasedStateMachine):
     def the_books_are_right(self) -> None:
         if hasattr(self, "planner"):
             self.planner.check()
+            keeper = self.planner.retention.keeper
+            assert keeper.num_pages + len(keeper.coming) <= keeper.max_pages, "more is kept than the budget"
+            for (key, group), until in list(self.leases.items()):
+                block = self.planner.books.catalog.get(key)
+                if block is None or until <= self.clocks.up:  # forgotten, or over
+                    del self.leases[key, group]
+                else:
+                    page = block.pages[group]
+                    assert page.state is PageState.READY, "a page has left before its lease ended"
+                    assert page.pins, "a page may leave before its lease ends"
             for lease, request in self.loads:
                 self.check_load(lease, request)
 
@@ -363,6 +410,16 @@ class PlannerMachine(RuleBasedStateMachine):
         assert (kept == 0) == (len(self.planner.retention.keeper) == 0)
         self.the_last_request_gets_its_turn()
         self.what_was_forgotten_is_gone_and_a_flush_is_right()
+        self.every_lease_ends()
+
+    def every_lease_ends(self) -> None:
+        self.clocks.advance(self.planner.books.settings.pin_max_s)
+        self.planner.tick(self.now)
+        self.planner.check()
+        retention = self.planner.retention
+        assert (retention.keeper.num_pages, len(retention.keeper), len(retention.raises)) == (0, 0, 0)
+        assert not retention.keeper.coming
+        assert not retention.demotions.leaving
 
     def the_last_request_gets_its_turn(self) -> None:
         """When all others have gone, in whatever way, none waits for ever."""
@@ -407,6 +464,12 @@ class PlannerMachine(RuleBasedStateMachine):
             assert names <= self.media["redis"], "a flush passed over what was not written"
 
     # -- helpers
+
+    def end_leases(self, request: Request) -> None:
+        """The model says nothing more of leases that may have been taken back."""
+        for key in request.keys:
+            for group in range(len(self.layout.groups)):
+                self.leases.pop((key, group), None)
 
     def forget_in(self, tiers: tuple[str, ...], keys: list[BlockHash]) -> None:
         names = {page_key(key, group) for key in keys for group in range(len(self.layout.groups))}
@@ -513,6 +576,9 @@ class BudgetMachine(PlannerMachine):
     max_writes_per_day = 24 * 4096 * 8
 
 
+STEPPED = ["prepare_load", "prepare_save", "forget", "finished", "set_ttl", "pin", *HINTS]
+
+
 class SteppedMachine(PlannerMachine):
     """Steps of one or two pages, and anything between two of them."""
 
@@ -520,13 +586,14 @@ class SteppedMachine(PlannerMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         take_small_steps(self.patch, blocks=1, pages=2)
-        self.running: list[tuple[str, int, Any, Any]] = []  # verb, lease, steps, request
+        self.running: list[tuple[str | HintKind, int, Any, Any]] = []  # verb, lease, steps, request
 
     @precondition(lambda self: self.requests)
     @rule(
-        data=st.data(), verb=st.sampled_from(["prepare_load", "prepare_save", "forget", "finished", "set_ttl", "pin"])
+        data=st.data(),
+        verb=st.sampled_from(["prepare_load", "prepare_save", "forget", "finished", "set_ttl", "pin", *HINTS]),
     )
-    def begin(self, data: Any, verb: str) -> None:
+    def begin(self, data: Any, verb: str | HintKind) -> None:
         request = data.draw(st.sampled_from(self.requests))
         in_steps, lease_id = self.planner.in_steps, self.planner.in_steps.new_lease_id()
         owner = f"engine-{request.id % 2}"
@@ -543,6 +610,11 @@ class SteppedMachine(PlannerMachine):
             steps = in_steps.finished(request, self.now, last_turn=request.id % 2 == 0)
         elif verb == "set_ttl":
             steps = in_steps.set_ttl(request, 200.0, self.now)
+        elif isinstance(verb, HintKind):
+            if verb is HintKind.RELEASE:
+                self.end_leases(request)
+            wish = Wish("", verb, ttl_s=50.0, priority=50, is_own=request.id % 2 == 0)
+            steps = self.planner.hints.obey(lease_id, request, wish, self.now)
         else:
             steps = in_steps.pin(request)
         self.go(verb, lease_id, steps, request)
@@ -577,7 +649,7 @@ class SteppedMachine(PlannerMachine):
             self.planner.release(lease_id, self.now)
         self.collect()
 
-    def go(self, verb: str, lease_id: int, steps: Any, request: Any) -> None:
+    def go(self, verb: str | HintKind, lease_id: int, steps: Any, request: Any) -> None:
         try:
             next(steps)
             self.running.append((verb, lease_id, steps, request))
@@ -585,7 +657,7 @@ class SteppedMachine(PlannerMachine):
             self.book(verb, over.value, request)
         self.collect()
 
-    def book(self, verb: str, answer: Any, request: Any) -> None:
+    def book(self, verb: str | HintKind, answer: Any, request: Any) -> None:
         if verb == "prepare_load" and self.planner.poll(answer.id).state is not LeaseState.CLOSED:
             lease = load_lease(answer, BLOCK)
             self.loads.append((lease, request))

@@ -15,15 +15,17 @@ from typing import Any
 
 from kvstore.errors import RequestError, StoreClosed
 from kvstore.forks import harmless
-from kvstore.hinting import Hinting
+from kvstore.hinting import Aimed, Hinting
+from kvstore.hints.outcome import HintOutcome
 from kvstore.layout import Layout
 from kvstore.plan.journal import BlockEvent
 from kvstore.plan.records import CutReason, FlushResult, LeaseStatus, LoadLease, Match, Request, SaveLease
-from kvstore.requests import RequestMaker, check_blocks, check_range
+from kvstore.requests import check_blocks, check_range
 from kvstore.service.client.attachment import DaemonDown
 from kvstore.service.client.calls import Calls
 from kvstore.service.client.connection import Dial
 from kvstore.service.client.events import Follower
+from kvstore.service.client.hints import HintCalls
 from kvstore.service.client.keep import ClientKeep
 from kvstore.service.client.leases import CLOSED, Leases, OpenLease
 from kvstore.service.client.link import DaemonLink
@@ -42,7 +44,7 @@ MISS = Match(0, 0, cut=CutReason.NEVER_STORED)
 NO_DAEMON = Deadlines(0.05, 0.0)  # while none has told its own
 
 
-class RemoteStore(RequestMaker, Hinting, Waits):
+class RemoteStore(Hinting, Waits):
     """A KVStore (see base.py) kept by a daemon on this machine. Any thread.
 
     Made by `kvstore.connect`. A daemon that cannot be reached is no error: the store is empty until it can.
@@ -81,6 +83,7 @@ class RemoteStore(RequestMaker, Hinting, Waits):
         self._calls = Calls(self._link)
         self.slots = ClientSlots(self._link, memory, self._leases)
         self.keep = ClientKeep(self._calls, self._check_open)
+        self._hints = HintCalls(self._calls)
         self._follower: Follower | None = None
         try:
             self._link.attach()
@@ -143,6 +146,10 @@ class RemoteStore(RequestMaker, Hinting, Waits):
         """Stop a prefetch."""
         if ticket and not self._is_closed:
             self._calls.tell(messages.CancelCall(ticket))
+
+    def _carry_out(self, aimed: Sequence[Aimed | HintOutcome]) -> list[HintOutcome]:
+        self._check_open()
+        return self._hints.carry_out(aimed)
 
     # ---- saves ------------------------------------------------------------------------------------------------
 

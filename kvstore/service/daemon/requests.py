@@ -119,6 +119,7 @@ class KnownRequests:
             self.forget_oldest()
         # Planner ids must differ between clients: this one's number is the store's, not the client's.
         request = self._opened.new_request(keys, part.num_tokens, _options(part), self._holder)
+        request.payer = "" if part.options is None else part.options.payer
         self._requests[part.id] = request
         return request
 

@@ -42,6 +42,7 @@ from kvstore.service.protocol.replies import (
     LoadReply,
     MatchReply,
     NumberReply,
+    OutcomesReply,
     SaveReply,
     StatsReply,
     StatusReply,
@@ -122,6 +123,7 @@ class ClientSession:
             messages.UnpinCall: self._unpin,
             messages.ForgetCall: self._forget,
             messages.SetTtlCall: self._set_ttl,
+            messages.HintCall: self._hint,
             messages.ObservePrefillCall: self._observe_prefill,
             messages.FlushCall: self._flush,
             messages.StatsCall: self._stats,
@@ -298,6 +300,18 @@ class ClientSession:
 
     def _set_ttl(self, call: messages.SetTtlCall) -> bytes:
         return encode(NumberReply(self._store.keep.set_ttl(self.requests.take(call.request), call.ttl_s)))
+
+    def _hint(self, call: messages.HintCall) -> bytes:
+        part = call.request
+        request = None if part is None else self.requests.take(part)  # may ask for all keys: nothing is counted before
+        self._store.count_hints([one.outcome() for one in call.ended])
+        if part is None or request is None:
+            return encode(OutcomesReply([]))
+        wishes = [part.wish() for part in call.wishes]
+        outcomes = [self._store.obey(request, wish) for wish in wishes]
+        if not any(wish.is_own for wish in wishes):
+            self.requests.drop(part.id)
+        return encode(OutcomesReply([messages.OutcomePart.of(outcome) for outcome in outcomes]))
 
     def _observe_prefill(self, call: messages.ObservePrefillCall) -> bytes:
         self._store.observe_prefill(call.num_tokens, call.seconds)

@@ -75,6 +75,27 @@ class TicketAnswer(Answer):
     ticket: int
 
 
+class OutcomeAnswer(Answer):
+    """What became of an action of a hint.
+
+    tokens: granted so far. until: Unix time at which that ends; none where nothing does.
+    """
+
+    action_id: str
+    action: str
+    status: Literal["accepted", "clipped", "deferred", "rejected", "ignored"]
+    tokens: int
+    until: float | None
+    reason: str
+
+
+class HintsAnswer(Answer):
+    """What became of the actions of a message, in their order."""
+
+    message_id: str
+    outcomes: list[OutcomeAnswer]
+
+
 class ClientAnswer(Answer):
     """A client that is attached.
 
@@ -110,13 +131,16 @@ class ClientAnswer(Answer):
 class KeptAnswer(Answer):
     """The pages that pins and `retain_until` keep in host memory on one holder's word, be it attached or not.
 
-    holder: a client and its id, or "http". until: Unix time at which the last of it ends.
+    holder: a client and its id, or "http"; of a hint, with its session. until: Unix time at which the last of it ends.
+    salt:   the tenant of the requests within the namespace, by a digest; "" where they have none.
     """
 
     holder: str
     tenant: str
     namespace: str
+    salt: str
     slots: int
+    num_bytes: int
     until: float
 
 

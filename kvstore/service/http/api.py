@@ -37,6 +37,7 @@ from kvstore.service.http.answers import (
 )
 from kvstore.service.http.clients_api import ClientsApi
 from kvstore.service.http.explain import MAX_ELSEWHERE, explain
+from kvstore.service.http.hints_api import HintsApi
 from kvstore.service.http.models import (
     Cancel,
     Delete,
@@ -73,6 +74,7 @@ class Api:
         self._tiers = TiersApi(state)
         self._clients = ClientsApi(state)
         self._policies = PoliciesApi(state)
+        self._hints = HintsApi(state)
         self._listening: Counter[str] = Counter()  # event streams by tenant
 
     def routes(self) -> list[Route]:
@@ -106,6 +108,7 @@ class Api:
                   answer=DeleteAnswer, errors=(404, 409)),
             Route("POST", "/v1/flush", self.flush, "Is all that was saved and deleted on its tiers?", body=Flush,
                   answer=FlushAnswer, errors=(404, 409)),
+            *self._hints.routes(),
             *self._tiers.routes(),
             *self._policies.routes(),
             Route("POST", "/v1/pages/read", self.read_pages, "The pages of a stored prefix, as a framed stream.",

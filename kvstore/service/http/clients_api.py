@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from kvstore.service.daemon.session import ClientSession
 from kvstore.service.daemon.state import DaemonState
+from kvstore.service.daemon.stores import OpenStore
 from kvstore.service.daemon.transfers import PageTransfer
 from kvstore.service.http.answers import ClientAnswer, ClientsAnswer, KeptAnswer
 from kvstore.service.http.problems import Problem
 from kvstore.service.http.routes import ApiCall, Route
+
+
+def kept_in(stores: Sequence[OpenStore]) -> list[KeptAnswer]:
+    """Return what pins and promises keep in stores, by holder."""
+    return [
+        KeptAnswer(
+            holder=one.holder,
+            tenant=opened.tenant.name,
+            namespace=opened.id,
+            salt=one.payer,
+            slots=one.num_pages,
+            num_bytes=one.num_pages * opened.handle.slot_bytes,
+            until=one.until,
+        )
+        for opened in stores
+        for one in opened.store.admin.kept()
+    ]
 
 
 class ClientsApi:
@@ -30,17 +49,7 @@ class ClientsApi:
         sessions = self._state.sessions.values()
         mine = [one for one in sessions if call.tenant.is_operator or one.opened.tenant == call.tenant]
         stores = self._state.stores
-        kept = [
-            KeptAnswer(
-                holder=one.holder,
-                tenant=opened.tenant.name,
-                namespace=opened.id,
-                slots=one.num_pages,
-                until=one.until,
-            )
-            for opened in (stores.all() if call.tenant.is_operator else stores.of(call.tenant))
-            for one in opened.store.admin.kept()
-        ]
+        kept = kept_in(stores.all() if call.tenant.is_operator else stores.of(call.tenant))
         transfers = [
             one for one in self._state.transfers if call.tenant.is_operator or one.opened.tenant == call.tenant
         ]

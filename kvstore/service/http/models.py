@@ -21,6 +21,7 @@ Text = Annotated[str, Field(max_length=MAX_TEXT)]
 
 MAX_TOKENS = 1 << 20
 MAX_KEYS = 1 << 16
+MAX_ACTIONS = 1 << 12
 
 Token = Annotated[int, Field(ge=0, lt=1 << 32)]
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -123,6 +124,16 @@ class Read(Prompt):
 
     num_blocks: int | None = Field(default=None, ge=0, le=MAX_TOKENS, description="At most this many; else all.")
     timeout_s: Seconds = Field(default=2.0, ge=0, le=60, description="Longest wait for the pages.")
+
+
+class HintsBody(InNamespace):
+    """A message with KV hints (docs/hints.md). What is wrong with an action is told in its outcome."""
+
+    protocol_version: Text
+    message_id: Text = ""
+    actions: list[Any] = Field(
+        max_length=MAX_ACTIONS, description="Objects with action_id, action_type, action_version and payload."
+    )
 
 
 class Cancel(InNamespace):

@@ -25,7 +25,11 @@ import msgspec
 from msgspec import Meta
 
 from kvstore.errors import RequestError
+from kvstore.hints.actions import MAX_PRIORITY, HintKind
+from kvstore.hints.limits import MAX_NAME
+from kvstore.hints.outcome import HintOutcome, HintStatus
 from kvstore.plan.records import Request, RequestOptions
+from kvstore.plan.wishes import Wish
 from kvstore.service.protocol.frames import MAX_BODY_BYTES, ProtocolError
 from radix.hashing import BlockHash
 
@@ -35,6 +39,7 @@ PIECE_KEYS = 1 << 14  # in one message
 MAX_TIMEOUT_S = 600.0
 MAX_PREFILL_S = 86400.0
 MAX_TEXT = 1024  # characters: owners, sessions, reasons
+MAX_OUTCOMES = 4096  # of one hint
 
 STAGING = 1 << 31  # first number of a slot of staging (`service.isolate`); a slab has fewer slots
 PAGE_BYTES = 10  # of a page in an answer: block 4, group 2, slot 4
@@ -43,6 +48,7 @@ MAX_LEASE_PAGES = (MAX_BODY_BYTES - 4096) // PAGE_BYTES  # that an answer can te
 Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
+Name = Annotated[str, Meta(max_length=MAX_NAME)]
 Key = Annotated[BlockHash, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 TimeoutS = Annotated[float, Meta(ge=0, le=MAX_TIMEOUT_S)]  # NaN is in no range
 
@@ -55,7 +61,10 @@ class FrameContent(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 
 class Options(FrameContent):
-    """The options of a request, but for the tenant, which is part of the keys already (see RequestOptions)."""
+    """The options of a request, but for the tenant, which is part of the keys already (see RequestOptions).
+
+    payer: a digest of its name (see Request).
+    """
 
     session: Text = ""
     priority: int = 0
@@ -66,11 +75,14 @@ class Options(FrameContent):
     step_blocks: int = 1
     whole: bool = False
     last_turn: bool = False
+    payer: Text = ""
 
     @staticmethod
-    def of(options: RequestOptions) -> Options | None:
-        """Return the options as they are sent; None for the usual ones."""
-        sent = Options(*[getattr(options, name) for name in _OPTIONS])
+    def of(request: Request) -> Options | None:
+        """Return a request's options as they are sent; None for the usual ones."""
+        sent = Options(*[getattr(request.options, name) for name in _OPTIONS])
+        if request.payer:
+            sent.payer = request.payer
         if type(sent.retain_until) is not float:  # a whole number may be of more digits than a message takes
             sent = msgspec.structs.replace(sent, retain_until=float(sent.retain_until))
         return None if sent == _USUAL else sent
@@ -100,7 +112,7 @@ class RequestPart(FrameContent):
 
 def part_of(request: Request, base: int, end: int) -> RequestPart:
     """Return the request, with its keys [base, end)."""
-    options = Options.of(request.options) if base == 0 else None
+    options = Options.of(request) if base == 0 else None
     return RequestPart(request.id, base, request.keys[base:end], request.num_tokens, request.held, options)
 
 
@@ -244,6 +256,62 @@ class KeysCall(Call, tag=23):
     """Bring keys of a request that is too long for one message, before the call about it."""
 
     request: RequestPart
+
+
+class WishPart(FrameContent):
+    """A Wish, see kvstore/plan/wishes.py."""
+
+    action_id: Name
+    kind: HintKind
+    first: Count
+    end: Count
+    ttl_s: Annotated[float, Meta(ge=0, le=1e9)]
+    is_clipped: bool
+    priority: Annotated[int, Meta(ge=0, le=MAX_PRIORITY)]
+    session: Name
+    is_own: bool
+
+    @staticmethod
+    def of(wish: Wish) -> WishPart:
+        """Return the wish as it is sent."""
+        return WishPart(*wish)
+
+    def wish(self) -> Wish:
+        """Return the wish that was sent."""
+        return Wish(*msgspec.structs.astuple(self))
+
+
+class OutcomePart(FrameContent):
+    """A HintOutcome: of one that ended with the client, to be counted, or of the daemon's answer."""
+
+    action_id: Name
+    action: Name
+    status: HintStatus
+    tokens: Number = 0
+    until: float | None = None
+    reason: Text = ""
+
+    @staticmethod
+    def of(outcome: HintOutcome) -> OutcomePart:
+        """Return the outcome as it is sent."""
+        return OutcomePart(
+            outcome.action_id, outcome.action, outcome.status, outcome.tokens, outcome.until, outcome.reason
+        )
+
+    def outcome(self) -> HintOutcome:
+        """Return the outcome that was sent."""
+        return HintOutcome(self.action_id, self.action, self.status, self.tokens, self.until, self.reason)
+
+
+class HintCall(Call, tag=25):
+    """Do what a hint says about a request: OutcomesReply, one for each wish. The request is over if it is not theirs.
+
+    ended: outcomes that the client has given itself, to be counted.
+    """
+
+    request: RequestPart | None
+    wishes: Annotated[list[WishPart], Meta(max_length=MAX_OUTCOMES)]
+    ended: Annotated[list[OutcomePart], Meta(max_length=MAX_OUTCOMES)]
 
 
 def bounded(timeout_s: float) -> float:

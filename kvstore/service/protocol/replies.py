@@ -22,7 +22,16 @@ from kvstore.plan.records import (
     SlotPages,
 )
 from kvstore.service.protocol.frames import ProtocolError
-from kvstore.service.protocol.messages import MAX_LEASE_PAGES, Count, FrameContent, Number, Text, read
+from kvstore.service.protocol.messages import (
+    MAX_LEASE_PAGES,
+    MAX_OUTCOMES,
+    Count,
+    FrameContent,
+    Number,
+    OutcomePart,
+    Text,
+    read,
+)
 
 ByTier = Annotated[dict[Text, Count], Meta(max_length=64)]
 
@@ -164,6 +173,12 @@ class NumberReply(CallReply):
     """A ticket, or how many blocks or leases a call was about."""
 
     number: Number
+
+
+class OutcomesReply(CallReply):
+    """What became of the actions of a hint, in their order."""
+
+    outcomes: Annotated[list[OutcomePart], Meta(max_length=MAX_OUTCOMES)]
 
 
 Counts = dict[str, int]
