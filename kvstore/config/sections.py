@@ -157,7 +157,7 @@ class HintsConfig(Section):
     """Bounds on KV hints, which come from outside (docs/hints.md)."""
 
     enabled: bool = Field(default=True, description="Carry out hints; off: each action is rejected.")
-    max_bytes: Bytes = Field(default=2 * MiB, ge=1 << 12, le=64 * MiB, description="Longest envelope that is read.")
+    max_bytes: Bytes = Field(default=2 * MiB, le=64 * MiB, description="Longest envelope that is read.")
     max_actions: Count = Field(default=16, ge=1, le=1024, description="Actions of one envelope; the rest is rejected.")
     max_tokens: Count = Field(default=1 << 20, ge=1, le=1 << 24, description="Tokens that one action may name.")
     default_ttl_s: Seconds = Field(
