@@ -83,13 +83,31 @@ class Engine:
         }
         self.llm = LLM(model=model, **{**values, **options})
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, **fields: Any) -> list[dict[str, Any]]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int = 8,
+        transfer: Sequence[Any] | None = None,
+        **fields: Any,
+    ) -> list[dict[str, Any]]:
         """Greedy tokens of each prompt, their log probabilities and those of the likeliest tokens at each place (by
-        name, as JSON has them), how many prompt tokens were cached, and the time of the whole call.
+        name, as JSON has them), how many prompt tokens were cached, the `kv_transfer_params` that came back, and the
+        time of the whole call.
+
+        transfer: the `kv_transfer_params` of each prompt.
         """
         from vllm import SamplingParams
 
-        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=LIKELY)
+        sampling = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=max_tokens,
+                ignore_eos=True,
+                logprobs=LIKELY,
+                extra_args=None if params is None else {"kv_transfer_params": params},
+            )
+            for params in transfer or [None] * len(prompts)
+        ]
         inputs = [{"prompt_token_ids": list(prompt), **fields} for prompt in prompts]
         wall, cpu = time.perf_counter(), time.process_time()
         outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
@@ -100,6 +118,7 @@ class Engine:
                 **_logprobs(output.outputs[0]),
                 "cached": output.num_cached_tokens or 0,
                 "finish": output.outputs[0].finish_reason,
+                "told": output.kv_transfer_params,
                 "wall_s": wall,
                 "cpu_s": cpu,
             }
