@@ -21,11 +21,11 @@ import numpy as np
 
 from kvstore.errors import ConfigError
 from kvstore.lab.engine import PAGE_BYTES, VirtualEngine
-from kvstore.lab.hints import options_of
+from kvstore.lab.hints import TraceHint, hints_of
 from kvstore.lab.setup import DISK, PREFILL_TOKENS_PER_S, Played, Setup
 from kvstore.lab.traces import ReplayTrace
 from kvstore.load.kvt import KvtRequest
-from kvstore.plan.records import PlanSettings, RequestOptions
+from kvstore.plan.records import PlanSettings
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.policies import can_forecast, forecasting, make_policy
 from radix.namespace import BlockHash
@@ -49,7 +49,7 @@ def play(trace: ReplayTrace, setup: Setup, on_progress: Callable[[int], object] 
     )
     names = [name for name, _ in setup.tiers]
     hits = np.zeros((len(trace.requests), len(names)), np.int32)
-    told = options_of(trace, setup.hints)
+    told = hints_of(trace, setup.hints)
     began, num_done = time.thread_time(), 0
     for number, request in enumerate(trace.requests):
         by_tier = fleet.serve(request, None if told is None else told[number])
@@ -113,19 +113,21 @@ class _Fleet:
         self._now = 0.0
         self._turn = 0
 
-    def serve(self, request: KvtRequest, options: RequestOptions | None) -> dict[str, int]:
+    def serve(self, request: KvtRequest, hint: TraceHint | None) -> dict[str, int]:
         """Have one replica serve a request; return its hit blocks by tier.
 
-        options: None where no request of the trace has any.
+        hint: None where no request of the trace has one.
         """
         keys = [key_of(block) for block in request.blocks]
         passed, self._now = max(0.0, request.at_s - self._now), max(self._now, request.at_s)
         for engine in self.engines:
             engine.now = self._now
-            if options is not None:
-                engine.planner.tick(self._now)  # promises end by it
+            if hint is not None:
+                engine.planner.tick(self._now)  # what is retained ends by it
         engine = self.engines[self._choose(keys, passed)]
-        asked = engine.request(keys, options)
+        asked = engine.request(keys, None if hint is None else hint.options)
+        for wish in () if hint is None else hint.wishes:
+            engine.planner.obey(asked, wish, self._now)
         return engine.serve(asked, request.finish_reason, request.num_answer_tokens).by_tier
 
     def _choose(self, keys: list[BlockHash], passed: float) -> int:

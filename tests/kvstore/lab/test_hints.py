@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvstore.lab.hints import TOOL_PAUSE_S, options_of
+from kvstore.lab.hints import TOOL_PAUSE_S, hints_of
 from kvstore.lab.replay import play
 from kvstore.lab.setup import HOST, Setup
 from kvstore.lab.sweep import Player
@@ -29,31 +29,31 @@ def hit_tokens(trace: ReplayTrace, num_blocks: int, hints: float) -> int:
 
 
 def test_without_hints_the_store_is_told_nothing() -> None:
-    assert options_of(agents(2, 2), 0.0) is None
+    assert hints_of(agents(2, 2), 0.0) is None
 
 
 def test_the_last_request_of_a_session_and_tool_calls_are_told() -> None:
     trace = agents(1, 3)
 
-    told = options_of(trace, 1.0)
+    told = hints_of(trace, 1.0)
 
     assert told is not None
-    assert [options.last_turn for options in told] == [False, False, True]
-    assert [options.retain_until for options in told] == [TOOL_PAUSE_S, 1 + TOOL_PAUSE_S, 0.0]
-    assert {options.session for options in told} == {"0"}
+    assert [hint.options.last_turn for hint in told] == [False, False, True]
+    assert [[wish.ttl_s for wish in hint.wishes] for hint in told] == [[TOOL_PAUSE_S], [TOOL_PAUSE_S], []]
+    assert {hint.options.session for hint in told} == {"0"}
 
 
 def test_a_larger_share_adds_requests_that_give_hints() -> None:
     trace = agents(50, 4)
     gave = []
     for share in (0.25, 0.5, 1.0):
-        told = options_of(trace, share)
+        told = hints_of(trace, share)
         assert told is not None
-        gave.append({number for number, options in enumerate(told) if options.last_turn or options.retain_until})
+        gave.append({number for number, hint in enumerate(told) if hint.options.last_turn or hint.wishes})
 
     assert gave[0] < gave[1] < gave[2]
     assert 0.15 < len(gave[0]) / len(gave[2]) < 0.35
-    assert options_of(trace, 0.25) == options_of(trace, 0.25)
+    assert hints_of(trace, 0.25) == hints_of(trace, 0.25)
 
 
 def test_a_session_that_is_told_to_be_over_makes_room_for_one_that_comes_back() -> None:
