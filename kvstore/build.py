@@ -214,14 +214,15 @@ def _settings(config: Config, num_slots: int) -> PlanSettings:
         ttl_after={one_word(reason): seconds for reason, seconds in store.ttl_after.items()},
         claimer=uuid4().bytes,
         speculation=_speculation(config, num_slots),
-        hints=HintLimits(
-            config.hints.enabled,
-            config.hints.max_bytes,
-            config.hints.max_actions,
-            config.hints.max_tokens,
-            config.hints.default_ttl_s,
-            config.hints.max_ttl_s,
-        ),
+        hints=hint_limits(config),
+    )
+
+
+def hint_limits(config: Config) -> HintLimits:
+    """The bounds on hints, as configured."""
+    hints = config.hints
+    return HintLimits(
+        hints.enabled, hints.max_bytes, hints.max_actions, hints.max_tokens, hints.default_ttl_s, hints.max_ttl_s
     )
 
 

@@ -74,6 +74,10 @@ def aim(
                 HintStatus.REJECTED, "it names no tokens and no block_hashes, and came with no request"
             )
         request = own
+    elif action.tokens is not None and own is not None and own.hasher is None:
+        return action.outcome(
+            HintStatus.REJECTED, "the engine names blocks by hashes of its own: give block_hashes, or neither"
+        )
     else:
         num_tokens = (len(action.hashes) if action.hashes is not None else 0) * block_size
         if num_tokens > limits.max_tokens:

@@ -46,7 +46,7 @@ from connectors.vllm_tier.hints import RequestHints
 from connectors.vllm_tier.jobs import JobDone
 from connectors.vllm_tier.lookup import LookupAnswer
 from connectors.vllm_tier.metrics import TierSamples, definitions
-from kvstore.build import open_rows
+from kvstore.build import hint_limits, open_rows
 from kvstore.errors import ConfigError
 from kvstore.layout import Layout
 
@@ -296,6 +296,7 @@ def _settings(config: TierConfig, root: bytes, num_rows: int, layout: Layout) ->
         lookup_deadline_s=store.lookup_deadline_s,
         load_deadline_s=store.load_deadline_s,
         touch_interval_s=store.touch_interval_s,
+        hints=hint_limits(config.store),
         num_groups=len(layout.groups),
         chunk_tokens=layout.block_size,
         ttl_s={kind.name: kind.value(section, "ttl_s", 0.0) for kind, section in config.store.tiers()},

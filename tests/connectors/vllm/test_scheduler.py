@@ -20,6 +20,7 @@ from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.records import LeaseState, LeaseStatus, LoadLease, Match, SlotPages
 from kvstore.prefix.answers import AnswerForm, AnswerRules, TurnRule
 from kvstore.store import LocalStore
+from tests.helpers.hints import envelope
 from tests.helpers.stores import BLOCK, LAYOUT, PAGE_BYTES, namespace
 
 ENGINE = EngineLayout(LAYOUT, (0,), (("a", "b"),), ((4096, 4096),))
@@ -433,27 +434,16 @@ def test_a_reply_that_calls_a_tool_ends_so_where_the_request_says_it(world: Worl
     assert world.store._planner.in_steps.finish_reasons == {"tool_use": 1, "length_capped": 1}
 
 
-def message(*actions: tuple[str, dict[str, Any]], version: str = "1.0") -> dict[str, Any]:
-    return {
-        "protocol_version": version,
-        "message_id": "m",
-        "actions": [
-            {"action_id": f"a{number}", "action_type": kind, "action_version": "1.0", "payload": payload}
-            for number, (kind, payload) in enumerate(actions)
-        ],
-    }
-
-
-def struct(message: dict[str, Any]) -> Any:
+def struct(sent: dict[str, Any]) -> Any:
     """The same as vLLM's own structs."""
-    actions = [SimpleNamespace(**action) for action in message["actions"]]
-    return SimpleNamespace(**{**message, "actions": actions})
+    actions = [SimpleNamespace(**action) for action in sent["actions"]]
+    return SimpleNamespace(**{**sent, "actions": actions})
 
 
 def test_both_carriers_of_a_message_are_read_and_answered(world: World) -> None:
     asked = request("a", 4 * BLOCK)
-    asked.kv_hints = struct(message(("pin", {"ttl_s": -1})))
-    asked.kv_transfer_params = {"kv_hint": message(("kv.pin", {"ttl_s": -1}), ("evaporate", {}))}
+    asked.kv_hints = struct(envelope(("pin", {"ttl_s": -1})))
+    asked.kv_transfer_params = {"kv_hint": envelope(("kv.pin", {"ttl_s": -1}), ("evaporate", {}))}
     world.half.new_request(asked)
 
     answer = world.half.request_finished(asked)
@@ -463,6 +453,41 @@ def test_both_carriers_of_a_message_are_read_and_answered(world: World) -> None:
     assert told == [("pin", "rejected"), ("pin", "rejected"), ("unknown", "ignored")]
     assert world.half.counters["hints.rejected"] == 2
     assert world.half.counters["hints.ignored"] == 1
+
+
+def test_what_a_pinned_request_saves_is_kept_and_others_go(world: World) -> None:
+    asked = request("a", 8 * BLOCK)
+    asked.kv_hints = struct(envelope(("pin", {"ttl_s": 60})))
+    world.stored(asked)
+    for number in range(2, 20):
+        world.stored(request(f"other {number}", 8 * BLOCK, seed=number))
+
+    kept, gone = request("b", 8 * BLOCK + 1), request("c", 8 * BLOCK + 1, seed=2)
+    for again in (kept, gone):
+        world.half.new_request(again)
+
+    assert world.half.matched(kept, 0)[0] == 8 * BLOCK
+    assert world.half.matched(gone, 0)[0] == 0
+    assert world.store.stats()["kept_pages"] == 8
+
+
+def test_another_prompt_is_named_by_the_engines_hashes_and_not_by_tokens(world: World) -> None:
+    stored = request("a", 4 * BLOCK)
+    world.stored(stored)
+    asked = request("b", BLOCK, seed=9)
+    hashes = [one.hex() for one in stored.block_hashes]
+    asked.kv_hints = struct(envelope(("pin", {"block_hashes": hashes}), ("pin", {"tokens": [1] * 4 * BLOCK})))
+    world.half.new_request(asked)
+
+    answer = world.half.request_finished(asked)
+
+    assert answer is not None
+    by_hash, by_token = answer["kv_hint"]["outcomes"]
+    assert (by_hash["status"], by_hash["tokens"]) == ("accepted", 4 * BLOCK)
+    assert (by_token["status"], by_token["reason"].split(":")[0]) == (
+        "rejected",
+        "the engine names blocks by hashes of its own",
+    )
 
 
 def test_a_request_without_hints_has_no_answer_about_them(world: World) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from connectors.vllm_tier.hints import MAX_NAMED, RequestHints
 from connectors.vllm_tier.lookup import LookupAnswer
+from tests.helpers.hints import envelope
 from tests.helpers.tier_world import KEYS, TierWorld, key, tier_worlds
 from tests.helpers.waiting import wait_until
 
@@ -20,19 +21,8 @@ def world() -> Iterator[TierWorld]:
     yield from tier_worlds()
 
 
-def message(*actions: tuple[str, dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "protocol_version": "1.0",
-        "message_id": "m",
-        "actions": [
-            {"action_id": str(number), "action_type": kind, "action_version": "1.0", "payload": payload}
-            for number, (kind, payload) in enumerate(actions)
-        ],
-    }
-
-
 def say(world: TierWorld, kind: str, **payload: Any) -> RequestHints | None:
-    return world.core.hints.came([message((kind, payload))])
+    return world.core.hints.came([envelope((kind, payload))])
 
 
 def counts(world: TierWorld) -> dict[str, int]:
