@@ -415,6 +415,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     ),
     "vllm": ("connectors",),
     "sglang": ("connectors",),
+    "xllamacpp": ("kvstore.cluster.llama_child",),  # a process of its own
     "pytest": ("kvstore.testing.contracts",),  # of what is installed, nothing else needs them
     "hypothesis": ("kvstore.testing.contracts",),
     "torch": ("connectors", "kvstore.demo", "kvstore.lab", "kvstore.devices"),
@@ -422,7 +423,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "zmq": ("kvstore.lab.traces.event_recorder",),
 }
 # module from outside -> imported inside functions only, so that importing our packages stays cheap and engines optional
-LAZY = ("torch", "transformers", "vllm", "sglang", "triton", "matplotlib", "gguf", "zmq")
+LAZY = ("torch", "transformers", "vllm", "sglang", "xllamacpp", "triton", "matplotlib", "gguf", "zmq")
 LAZY_EXCEPT = (
     "connectors.transformers",
     "connectors.vllm",

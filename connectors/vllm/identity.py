@@ -28,14 +28,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from connectors.weights import files_digest
 from kvstore.errors import ConfigError
 from kvstore.layout import Layout
 from radix.namespace import Namespace
 
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
-HEAD_BYTES = 1 << 20
-SAMPLES = 256  # per file
-SAMPLE_BYTES = 4096
 # Say where a model was found or how it is to be printed, not what it computes.
 _COSMETIC = {"_name_or_path", "name_or_path", "transformers_version", "architectures", "id2label", "label2id"}
 
@@ -126,19 +123,6 @@ def find_model(name: str, revision: str | None = None) -> Path | None:
         return None
 
 
-def files_digest(folder: Path, *, full: bool = False) -> str:
-    """32 hex digits over all weight files below `folder` (or of the file itself), the same on every machine."""
-    files = [folder] if folder.is_file() else _weight_files(folder)
-    if not files:
-        raise ConfigError(f"{folder} has no weight files ({', '.join(WEIGHT_FILES)}); name the weights yourself")
-    digest = hashlib.sha256()
-    for path in files:
-        # Consolidated and sharded copies of one model have other names: then it is another model to us, a miss.
-        digest.update(f"{path.name}|{path.stat().st_size}|".encode())
-        _read(path, digest, full)
-    return digest.hexdigest()[:32]
-
-
 def adapter_name(lora_request: Any) -> str:
     """The identity of a LoRA adapter beside its name; "" for none. Raises ConfigError if its files cannot be read."""
     if lora_request is None:
@@ -187,27 +171,6 @@ def _model_type(model: Any) -> str:
     config = getattr(model, "hf_config", None)
     names = getattr(config, "architectures", None) or [type(config).__name__]
     return f"{getattr(config, 'model_type', '')}/{'+'.join(names)}"
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    for pattern in WEIGHT_FILES:  # the first kind that is there is the one engines load
-        files = sorted(path for path in folder.glob(pattern) if path.is_file())
-        if files:
-            return files
-    return []
-
-
-def _read(path: Path, digest: Any, full: bool) -> None:
-    size = path.stat().st_size
-    with path.open("rb", buffering=0) as file:
-        if full or size <= HEAD_BYTES + SAMPLES * SAMPLE_BYTES:
-            while piece := file.read(HEAD_BYTES):
-                digest.update(piece)
-            return
-        digest.update(file.read(HEAD_BYTES))
-        for index in range(SAMPLES):
-            file.seek(HEAD_BYTES + (size - HEAD_BYTES - SAMPLE_BYTES) * index // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
 
 
 def _plain(value: Any) -> Any:

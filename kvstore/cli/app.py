@@ -19,6 +19,7 @@ from kvstore.cli.config import config
 from kvstore.cli.demo import demo
 from kvstore.cli.doctor import doctor
 from kvstore.cli.inspect import inspect
+from kvstore.cli.llamacpp import llamacpp
 from kvstore.cli.load import LoadCommand, load
 from kvstore.cli.prefix import prefix
 from kvstore.cli.record_events import record_events
@@ -114,6 +115,7 @@ app.command(cls=Command, rich_help_panel=FIRST)(serve)
 app.command(cls=Command, rich_help_panel=FIRST)(top)
 app.command(cls=Command, rich_help_panel=FIRST)(bench)
 app.command(cls=Command, rich_help_panel=CLUSTER)(replica)
+app.command(cls=Command, rich_help_panel=CLUSTER)(llamacpp)
 app.command(cls=Command, rich_help_panel=CLUSTER)(router)
 app.add_typer(cluster, name="cluster", rich_help_panel=CLUSTER)
 app.command(cls=LoadCommand, rich_help_panel=CLUSTER)(load)

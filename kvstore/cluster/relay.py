@@ -90,8 +90,8 @@ class Relay:
         """The error for the client when no replica is left to ask."""
         if self._response is not None:
             error = ApiError(502, f"the answer was cut short: {why}", kind="server_error", code="replica_lost")
-            await _to_client(self._response.write(to_event(error.body)))
-            await _to_client(self._response.write_eof())
+            await to_client(self._response.write(to_event(error.body)))
+            await to_client(self._response.write_eof())
             return self._response
         if self._refusals:
             _, body, headers = min(self._refusals, key=lambda refusal: refusal[0])
@@ -130,18 +130,18 @@ class Relay:
                 is_done = is_done or _is_last(event)
                 if self._response is None:
                     response = web.StreamResponse(headers=headers)
-                    await _to_client(response.prepare(self._request))
+                    await to_client(response.prepare(self._request))
                     self._response = response
-                await _to_client(self._response.write(event.raw))
+                await to_client(self._response.write(event.raw))
         except ValueError as error:
             raise BrokenStream(str(error)) from None
         if self._response is None or not is_done:
             raise BrokenStream("its stream ended early")
-        await _to_client(self._response.write_eof())
+        await to_client(self._response.write_eof())
         return self._response
 
 
-async def _to_client(sending: Awaitable[object]) -> None:
+async def to_client(sending: Awaitable[object]) -> None:
     """Send; a client that is gone must not be taken for a replica that is."""
     try:
         await sending

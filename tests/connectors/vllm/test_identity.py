@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from connectors.vllm.identity import HEAD_BYTES, adapter_name, files_digest, find_model, weights_name
+from connectors.vllm.identity import adapter_name, find_model, weights_name
+from connectors.weights import HEAD_BYTES, files_digest
 from kvstore.errors import ConfigError
 
 

@@ -1,0 +1,189 @@
+"""The states of llama-server's slots as pages of a store: what is stored of a prompt becomes a slot file, and a slot
+file becomes pages.
+
+    find    how much of a prompt is stored
+    write   a slot file of that much, for the server to restore
+    save    the blocks of a file that the server has written, of which the store lacks any
+
+Pages are named by the tokens that the *server* wrote into the file, never by those that a client is believed to have
+sent: a prompt that we tokenize otherwise than the server costs a hit, and no wrong byte. Calls block and may come from
+any thread; none but `save` raises, and that only UnsliceableState: what cannot be loaded is computed, what cannot be
+saved is skipped, and both are counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from connectors.base import ConnectorCounters, log_failure, resume_blocks, tokens_by_tier
+from connectors.llamacpp.slotfile import Bytes, Rows, Shape, SlotFile, UnsliceableState, copy_in, prefix_head, read
+from connectors.llamacpp.slotfile import row_places as places_of
+from kvstore.base import KVStore, Request, RequestOptions
+from kvstore.errors import RequestError
+from kvstore.layout import GroupKind, LayerGroup, Layout
+
+log = logging.getLogger(__name__)
+
+SAVE_BATCH_BLOCKS = 32  # slots held at once by a save, so that a long prompt does not empty the pool
+Tokens = npt.NDArray[np.int32]
+
+
+def state_layout(shape: Shape, block_size: int) -> Layout:
+    """The layout of pages cut out of files of `shape`."""
+    layers = tuple(range(sum(cache.words[1] for cache in shape.caches)))
+    group = LayerGroup(GroupKind.FULL, layers, shape.token_bytes * block_size)
+    return Layout(block_size=block_size, groups=(group,), format=shape.format, dtype=shape.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What is stored of a prompt: its first `stored_tokens`, of which `num_tokens` can be resumed from."""
+
+    request: Request | None = None
+    num_tokens: int = 0
+    stored_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A slot file of the first `num_tokens` tokens of a prompt; by_tier says where they came from."""
+
+    num_tokens: int = 0
+    by_tier: dict[str, int] = field(default_factory=dict)
+
+
+class SlotStates:
+    """The pages of one server in one store."""
+
+    def __init__(self, store: KVStore, shape: Shape, counters: ConnectorCounters) -> None:
+        self.store = store
+        self.shape = shape
+        self._counters = counters
+        self._block_size = store.layout.block_size
+
+    def find(self, tokens: Tokens, options: RequestOptions) -> Found:
+        """Look a prompt up; waits at most the lookup deadline. Raises RequestError for options no request can have."""
+        self._counters.requests += 1
+        try:
+            request = self.store.request(tokens, options)
+            match = self.store.wait_lookup(request)
+        except RequestError:
+            raise
+        except Exception as error:
+            self._counters.load_failures += 1
+            log_failure(log, "a lookup failed, the prompt is computed", error)
+            return Found()
+        blocks = resume_blocks(match.num_blocks, request.num_tokens, self._block_size)
+        return Found(request, blocks * self._block_size, match.num_blocks * self._block_size)
+
+    def write(self, found: Found, tokens: Tokens, path: Path) -> Written:
+        """Load what was found and write it to `path`; waits at most the load deadline. Leaves no file if it fails."""
+        if found.request is None or not found.num_tokens:
+            return Written()
+        wanted = found.num_tokens // self._block_size
+        try:
+            written = self._write(found.request, tokens, wanted, path)
+        except Exception as error:
+            self._counters.load_failures += 1
+            log_failure(log, f"a load of {wanted} blocks failed, the prompt is computed", error)
+            path.unlink(missing_ok=True)
+            return Written()
+        self._counters.short_loads += written.num_tokens < found.num_tokens
+        return written
+
+    def save(self, path: Path, options: RequestOptions) -> Tokens:
+        """Store the blocks of a file that the store lacks; return the tokens of the slot.
+
+        Raises UnsliceableState if the file is not of this server's shape; OSError if it cannot be read.
+        """
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
+                raise UnsliceableState("the slot file is empty: it was cut short")
+            data = np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
+        state = read(data)
+        tokens: Tokens = state.tokens.copy()
+        if state.shape != self.shape:
+            raise UnsliceableState("the slot file is not as this server's were at its start; it is another server now")
+        if len(state.tokens) < self._block_size:
+            return tokens
+        try:
+            request = self.store.request(state.tokens, options)
+            for first in range(0, len(request.keys), SAVE_BATCH_BLOCKS):
+                self._save_batch(state, request, first, min(SAVE_BATCH_BLOCKS, len(request.keys) - first))
+            self._counters.saves += 1
+            self.store.keep.finished(request, last_turn=options.last_turn)
+        except Exception as error:
+            self._counters.save_failures += 1
+            log_failure(log, "the state of a slot was not saved", error)
+        return tokens
+
+    def finished(self, found: Found, options: RequestOptions) -> None:
+        """The request is over, and nothing of it is to be saved."""
+        if found.request is None:
+            return
+        try:
+            self.store.keep.finished(found.request, last_turn=options.last_turn)
+        except Exception as error:
+            log_failure(log, "the end of a request was not told", error)
+
+    # ---- private ----------------------------------------------------------------------------------------------------
+
+    def _write(self, request: Request, tokens: Tokens, wanted: int, path: Path) -> Written:
+        lease = self.store.prepare_load(request, wanted)
+        try:
+            status = self.store.wait(lease)
+            usable = min(wanted, status.num_blocks)
+            if not usable:
+                return Written()
+            num_tokens = usable * self._block_size
+            pieces = prefix_head(self.shape, tokens[:num_tokens])
+            data, places = _new_file(path, pieces, num_tokens)
+            for page in lease.pages:
+                if page.block < usable:
+                    first = page.block * self._block_size
+                    source = self.store.slots.array(page.slot)
+                    copy_in(source, self.shape, data, places, first, num_tokens, self._block_size)
+            by_tier = tokens_by_tier(lease.by_tier, usable, self._block_size)
+            self.store.complete(lease)
+            return Written(num_tokens, by_tier)
+        finally:
+            self.store.release(lease)  # a no-op after complete
+
+    def _save_batch(self, state: SlotFile, request: Request, first: int, num_blocks: int) -> None:
+        lease = self.store.prepare_save(request, first, num_blocks)
+        try:
+            self._counters.skipped_pages += lease.skipped
+            for page in lease.pages:
+                state.copy_out(page.block * self._block_size, self._block_size, self.store.slots.array(page.slot))
+            self.store.complete(lease)
+            self._counters.saved_pages += len(lease.pages)
+        finally:
+            self.store.release(lease)  # a no-op after complete
+
+
+def _new_file(path: Path, pieces: list[bytes | Rows], num_tokens: int) -> tuple[Bytes, tuple[int, ...]]:
+    """Make the file with all but its rows; return its bytes, mapped, and the places of the rows."""
+    placed = list(places_of(pieces, num_tokens))
+    at, last = placed[-1]
+    size = at + (last.token_bytes * num_tokens if isinstance(last, Rows) else len(last))
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, size)  # a full file system is an error here, and a signal in a mapping
+        data = np.frombuffer(mmap.mmap(descriptor, size), np.uint8)
+    finally:
+        os.close(descriptor)
+    places = []
+    for at, piece in placed:
+        if isinstance(piece, Rows):
+            places.append(at)
+        else:
+            data[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+    return data, tuple(places)

@@ -1,0 +1,167 @@
+"""`kvstore llamacpp`: a llama-server with a prefix cache behind it, until SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvstore.cli.config import overrides
+from kvstore.console import console
+from kvstore.errors import ConfigError, KVStoreError
+from kvstore.extras import require
+
+
+class CacheType(str, Enum):
+    """Of K and V in llama.cpp."""
+
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+    q4_0 = "q4_0"
+
+
+def llamacpp(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- OPTIONS]", help="Passed on to a --server program, e.g. -- --n-gpu-layers 99"),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="GGUF file: of the server to start, or of the one at --url.")
+    ] = None,
+    url: Annotated[str | None, typer.Option("--url", help="A llama-server that runs already; none starts one.")] = None,
+    slots_folder: Annotated[
+        Path | None, typer.Option("--slots", metavar="DIR", help="With --url: its --slot-save-path, on this machine.")
+    ] = None,
+    api_key: Annotated[str, typer.Option("--api-key", envvar="LLAMA_API_KEY", help="With --url: its --api-key.")] = "",
+    server: Annotated[
+        str | None, typer.Option("--server", help="Program to start; without it that of xllamacpp, else llama-server.")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="Port; 0 takes any free one.")] = 8080,
+    parallel: Annotated[int, typer.Option("--parallel", min=1, max=256, help="Slots of the server to start.")] = 2,
+    context: Annotated[int, typer.Option("--context", min=64, help="Tokens of a slot of the server to start.")] = 8192,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="Of the server to start; 0 takes the cores.")] = 0,
+    cache_type: Annotated[
+        CacheType, typer.Option("--cache-type", help="Of K and V, of the server to start.")
+    ] = CacheType.f16,
+    swa_full: Annotated[
+        bool, typer.Option("--swa-full", help="Keep all of a sliding window's cache, so that it can be restored.")
+    ] = False,
+    weights: Annotated[
+        str,
+        typer.Option("--weights", help="How the GGUF file is identified: sampled, full, or a name that you vouch for."),
+    ] = "sampled",
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="TOML file, instead of $KVSTORE_CONFIG or ./kvstore.toml.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Set a value of the store, e.g. disk.path=/srv/kv"),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Serve a GGUF model with OpenAI's API, with a prefix cache behind llama.cpp.
+
+    What a prompt shares with earlier ones, also with those before a restart or on other machines, is restored into a
+    slot of llama-server instead of computed. Every restore is checked against the server's own counts.
+
+    \b
+      kvstore llamacpp --model model.gguf --set disk.path=/srv/kv
+      kvstore llamacpp --url http://127.0.0.1:8081 --slots /dev/shm/slots
+    """
+    from kvstore import logs
+    from kvstore.cluster.llama_front import FrontSettings, LlamaFront
+    from kvstore.cluster.llama_process import LlamaProcess, LlamaSettings
+    from kvstore.cluster.llama_seat import LlamaSeat
+    from kvstore.cluster.llama_server import LlamaServer
+    from kvstore.config.sections import Config
+    from kvstore.limits import usable_cpus
+    from kvstore.web.descriptors import raise_limit
+
+    logs.setup(verbose=verbose)
+    raise_limit()
+    config = Config.load(file, **overrides(setting or []))
+    errors = console(stderr=True)
+
+    def announce(line: str) -> None:
+        errors.print(line, markup=False, soft_wrap=True)
+
+    with contextlib.ExitStack() as stack:
+        child: LlamaProcess | None = None
+        if url is None:
+            program = _program(server, arguments or [])
+            settings = LlamaSettings(
+                _gguf(model),
+                program,
+                parallel,
+                context,
+                threads or usable_cpus(),
+                cache_type.value,
+                swa_full,
+                tuple(arguments or ()),
+            )
+            announce(f"starting {program or 'the llama-server of xllamacpp'} with {settings.model}")
+            child = stack.enter_context(LlamaProcess(settings))
+            url, slots_folder = child.url, child.folder
+        else:
+            _check_url(url, slots_folder)
+        assert slots_folder is not None
+
+        async def run(url: str, folder: Path) -> None:
+            there = LlamaServer(url, folder, api_key)
+            seat = LlamaSeat(there, config, model=None if model is None else str(model), weights=weights)
+            front = LlamaFront(FrontSettings(host, port), seat)
+            await front.run(announce, (lambda: "") if child is None else child.ended)
+
+        asyncio.run(run(url, slots_folder))
+
+
+def _gguf(model: Path | None) -> Path:
+    if model is None:
+        raise ConfigError(
+            "no model: give a GGUF file (--model FILE), or a llama-server that runs (--url URL --slots DIR)"
+        )
+    if not model.is_file():
+        raise ConfigError(f"--model {model}: there is no such file; give a GGUF file")
+    with model.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise ConfigError(f"--model {model}: it is no GGUF file; convert the model, or use `kvstore replica`")
+    return model.absolute()
+
+
+def _program(server: str | None, arguments: list[str]) -> str | None:
+    """The program to start; None for the package's."""
+    if server is None:
+        if not arguments and _has_package():
+            return None
+        server = "llama-server"
+        if shutil.which(server) is None:
+            if arguments:
+                raise ConfigError("OPTIONS after -- are for a llama-server program; give its path: --server PATH")
+            require("llamacpp", "kvstore llamacpp without --server or --url")
+    found = shutil.which(server)
+    if found is None:
+        raise KVStoreError(f"--server {server}: there is no such program; give the path of llama-server")
+    return found
+
+
+def _has_package() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("xllamacpp") is not None
+
+
+def _check_url(url: str, folder: Path | None) -> None:
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--url {url}: it must begin with http:// or https://, such as http://127.0.0.1:8081")
+    if folder is None:
+        raise ConfigError("--url needs --slots DIR: the directory that llama-server was given as --slot-save-path")
+    if not folder.is_dir():
+        raise ConfigError(f"--slots {folder}: there is no such directory; give llama-server's --slot-save-path")

@@ -1,0 +1,393 @@
+"""An OpenAI-compatible server before one llama-server: it restores what is stored of a prompt, forwards, and saves.
+
+A request goes on as it came, but for the slot that it is to run in; an answer comes back as it is, with one object
+more, "kvstore". A request that the store can do nothing for (images, an adapter of its own, another use of the cache)
+is forwarded all the same. Whatever generates without going through here is not served, because its slots could be ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import aiohttp
+import numpy as np
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+from pydantic import ValidationError
+
+from connectors.llamacpp.states import Tokens
+from kvstore import logs
+from kvstore.base import HOST, RequestOptions
+from kvstore.cluster.http import Site, error_response, json_response, of_library, read_body
+from kvstore.cluster.llama_seat import LlamaSeat, Turn
+from kvstore.cluster.llama_server import LlamaServer, ServerGone, ServerRefused
+from kvstore.cluster.openai import ApiError, KVOptions, event
+from kvstore.cluster.relay import ClientGone, to_client
+from kvstore.errors import KVStoreError, RequestError
+from kvstore.metrics import CONTENT_TYPE, StoreCollector
+from kvstore.tiers import registry
+from kvstore.web.bodies import Bodies
+from kvstore.web.sse import read_events
+
+log = logs.limited(__name__)
+
+TIERS = (HOST, *registry.names())
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+PASSED_ON = ("/tokenize", "/detokenize", "/apply-template")
+READ = ("/v1/models", "/props", "/slots", "/lora-adapters")
+MAX_WAITING = 256  # requests that may wait for a slot; more get a 429
+RETRY_S = 1
+LOOK_S = 1.0  # between looks at a server that was started here
+# Lost while waiting for the server's answer, or in the middle of it.
+LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.TimeoutError)
+
+
+@dataclass(frozen=True, slots=True)
+class FrontSettings:
+    """The settings of a front. port: 0 takes any free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    model: str | None = None
+    weights: str = "sampled"
+
+
+class LlamaFront:
+    """The application. Its event loop only."""
+
+    def __init__(self, settings: FrontSettings, seat: LlamaSeat) -> None:
+        self.seat = seat
+        self.server: LlamaServer = seat.server
+        self._bodies = Bodies()
+        self._stop = asyncio.Event()
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "kvstore_llamacpp_requests", "Requests answered, by HTTP status.", ["status"], registry=self._registry
+        )
+        self._tokens = Counter(
+            "kvstore_llamacpp_prompt_tokens",
+            "Prompt tokens by where they came from: a tier, the slot itself, or computed.",
+            ["source"],
+            registry=self._registry,
+        )
+        self._restores = Counter(
+            "kvstore_llamacpp_restores",
+            "Restored slots, by what the server then took of them.",
+            ["effect"],
+            registry=self._registry,
+        )
+        app = web.Application(middlewares=[self._middleware])
+        for path in (CHAT, COMPLETION):
+            app.router.add_post(path, self._generate)
+        for path in PASSED_ON:
+            app.router.add_post(path, self._pass_on)
+        for path in READ:
+            app.router.add_get(path, self._pass_on)
+        for path in ("/health", "/healthz", "/readyz"):
+            app.router.add_get(path, self._health)
+        app.router.add_get("/v1/stats", self._stats)
+        app.router.add_get("/metrics", self._metrics)
+        self.site = Site(app, settings.host, settings.port)
+
+    async def run(self, announce: Callable[[str], None], ended: Callable[[], str] = lambda: "") -> None:
+        """Serve until SIGTERM, SIGINT or `stop`. ended: why there is no sense in going on; "" while there is.
+
+        Raises ConfigError for the port and for a server that cannot be used, KVStoreError where `ended` says why.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        try:
+            await self.open()
+            off = self.seat.served.why_not
+            announce(f"OpenAI API on {self.site.url}/v1, before {self.server.url}" + (f"; {off}" if off else ""))
+            stop = asyncio.ensure_future(self._stop.wait())
+            while not (await asyncio.wait([stop], timeout=LOOK_S))[0]:
+                if why := ended():
+                    raise KVStoreError(why)
+        finally:
+            await self.close()
+
+    async def open(self) -> None:
+        """Identify the server, open the store, listen."""
+        await self.seat.open()
+        store = self.seat.served.states
+        if store is not None:
+            self._registry.register(_OfStore(self.seat))
+        await self.site.start()
+
+    def stop(self) -> None:
+        """Make `run` come to its end."""
+        self._stop.set()
+
+    async def close(self) -> None:
+        """Stop listening, finish saves, close the store, hang up. Idempotent."""
+        await self.site.close()
+        await self.seat.close()
+        await self.server.close()
+
+    # ---- generating -------------------------------------------------------------------------------------------------
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = _parse(await read_body(request, self._bodies))
+        extension = _extension(body)
+        if self.seat.served.slots.num_waiting >= MAX_WAITING:
+            why = f"{MAX_WAITING} requests wait for a slot"
+            raise ApiError(429, why, kind="rate_limit_error", code="queue_full", retry_after_s=RETRY_S)
+        options = RequestOptions(tenant=extension.tenant, session=extension.session, last_turn=extension.last_turn)
+        tokens = await self._tokens_of(request.path, body) if extension.cache and _is_plain(body) else None
+        turn = await self.seat.begin(tokens, options)
+        is_over = False
+        try:
+            body.update(id_slot=turn.slot.id, n_cache_reuse=0)
+            if tokens is not None:
+                body["cache_prompt"] = True
+            response, counts = await self._forward(request, body, turn)
+            is_over = True
+        except LOST:
+            self.seat.is_lost()
+            raise ServerGone(f"llama-server at {self.server.url} has broken off its answer") from None
+        finally:
+            if not is_over:
+                self.seat.give_up(turn, was_cancelled=True)
+        if counts is None:
+            self.seat.give_up(turn)
+        else:
+            self._count(turn, counts)
+            self.seat.end(turn, counts.cached, counts.computed, counts.generated)
+        return response
+
+    async def _tokens_of(self, path: str, body: Mapping[str, Any]) -> Tokens | None:
+        """The tokens of the prompt as the server will have them; None where it cannot tell."""
+        try:
+            if path == CHAT:
+                tokens = await self.server.tokenize(await self.server.render(body))
+            else:
+                prompt = body.get("prompt")
+                if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+                    prompt = prompt[0]
+                if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+                    tokens = prompt
+                elif isinstance(prompt, str):
+                    tokens = await self.server.tokenize(prompt)
+                else:
+                    return None
+            return np.asarray(tokens, np.int32) if tokens and min(tokens) >= 0 else None
+        except (ServerRefused, ValueError, OverflowError):
+            return None  # the server says itself, of the request, what is wrong with it
+
+    async def _forward(
+        self, request: web.Request, body: Mapping[str, Any], turn: Turn
+    ) -> tuple[web.StreamResponse, Counts | None]:
+        """The answer, which is sent already where it is a stream; and its counts, None where it failed or has none."""
+        async with self.server.session.post(self.server.url + request.path, json=body) as answer:
+            if answer.status == 200 and answer.content_type == "text/event-stream":
+                return await self._stream(request, answer, turn)
+            raw = await answer.read()
+        found = _object(raw) if answer.status == 200 else None
+        counts = None if found is None else _counts(found)
+        if found is None or counts is None:
+            return web.Response(status=answer.status, body=raw, content_type="application/json"), None
+        self._tell(found, turn, counts)
+        return json_response(found), counts
+
+    async def _stream(
+        self, request: web.Request, answer: aiohttp.ClientResponse, turn: Turn
+    ) -> tuple[web.StreamResponse, Counts | None]:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        counts: Counts | None = None
+        await to_client(response.prepare(request))
+        try:
+            async for one in read_events(answer.content.iter_any()):
+                raw = one.raw
+                if one.data is not None and b'"timings"' in one.data:
+                    found = one.as_json()
+                    counts = _counts(found) or counts
+                    if counts is not None:
+                        self._tell(found, turn, counts)
+                        raw = event(found)
+                await to_client(response.write(raw))
+        except (*LOST, ValueError) as error:
+            self.seat.is_lost()
+            why = f"llama-server has broken off its answer ({type(error).__name__})"
+            lost = ApiError(502, why, kind="server_error", code="server_lost")
+            await to_client(response.write(event(lost.body)))
+            counts = None
+        await to_client(response.write_eof())
+        return response, counts
+
+    def _tell(self, answer: dict[str, Any], turn: Turn, counts: Counts) -> None:
+        """Put into an answer what the store has done for it."""
+        self.seat.judge(turn, counts.cached, counts.computed)
+        restored = turn.written.num_tokens
+        answer["kvstore"] = {
+            "hit_tokens": _share(turn.written.by_tier, min(restored, counts.cached)),
+            "restored_tokens": restored,
+            "restore": "" if turn.effect is None else turn.effect.value,
+            "slot": turn.slot.id,
+            "load_s": round(turn.restore_s, 6),
+        }
+        usage = answer.get("usage")
+        if isinstance(usage, dict):
+            details = usage.get("prompt_tokens_details") or {}
+            usage["prompt_tokens_details"] = {**details, "cached_tokens": counts.cached}
+            usage["restored_tokens"] = restored
+
+    def _count(self, turn: Turn, counts: Counts) -> None:
+        taken = min(turn.written.num_tokens, counts.cached)
+        for source, tokens in (
+            *_share(turn.written.by_tier, taken).items(),
+            ("slot", counts.cached - taken),
+            ("computed", counts.computed),
+        ):
+            self._tokens.labels(source).inc(tokens)
+        if turn.effect is not None:
+            self._restores.labels(turn.effect.value).inc()
+
+    # ---- the rest ---------------------------------------------------------------------------------------------------
+
+    async def _pass_on(self, request: web.Request) -> web.StreamResponse:
+        raw = await read_body(request, self._bodies) if request.method == "POST" else None
+        headers = {"Content-Type": "application/json"} if raw is not None else {}
+        url = self.server.url + request.path
+        async with self.server.session.request(request.method, url, data=raw, headers=headers) as answer:
+            return web.Response(status=answer.status, body=await answer.read(), content_type=answer.content_type)
+
+    async def _health(self, request: web.Request) -> web.Response:
+        try:
+            await self.server.call("GET", "/health")
+        except (KVStoreError, ValueError) as error:
+            return json_response({"status": "error", "why": str(error)}, 503)
+        return json_response({"status": "ok"})
+
+    async def _stats(self, request: web.Request) -> web.Response:
+        states = self.seat.served.states
+        store = None if states is None else await asyncio.to_thread(states.store.stats)
+        return json_response({**self.seat.stats(), "store": store})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        body = await asyncio.to_thread(generate_latest, self._registry)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+
+    @web.middleware
+    async def _middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            response: web.StreamResponse = await handler(request)
+        except (ClientGone, ConnectionResetError):
+            raise asyncio.CancelledError from None  # nobody is there to be answered
+        except Exception as error:
+            response = error_response(request, of_library(request, error) or self._error(request, error))
+        if request.path in (CHAT, COMPLETION):
+            self._requests.labels(str(response.status)).inc()
+        return response
+
+    def _error(self, request: web.Request, error: Exception) -> ApiError:
+        match error:
+            case ApiError():
+                return error
+            case RequestError():
+                return ApiError(400, str(error), param="kvstore")
+            case ServerGone():
+                self.seat.is_lost()
+                return ApiError(503, str(error), kind="server_error", code="server_gone", retry_after_s=RETRY_S)
+            case aiohttp.ClientConnectionError():
+                self.seat.is_lost()
+                why = f"llama-server at {self.server.url} cannot be reached"
+                return ApiError(503, why, kind="server_error", code="server_gone", retry_after_s=RETRY_S)
+        log.error("a request failed: %s", logs.where(error))  # not its text: that may hold a prompt
+        return ApiError(500, "a fault in the front; its log has more", kind="server_error")
+
+
+class _OfStore(Collector):
+    """The metrics of the seat's store, whichever it is."""
+
+    def __init__(self, seat: LlamaSeat) -> None:
+        self._seat = seat
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield them, if there is a store now."""
+        states = self._seat.served.states
+        if states is not None:
+            yield from StoreCollector(states.store).collect()
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: it depends on the server."""
+        return ()
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    if body.get("n", 1) not in (1, None) or body.get("n_cmpl", 1) not in (1, None):
+        raise ApiError(400, "n is more than 1; send a request for each answer", param="n", code="unsupported_parameter")
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) > 1 and any(isinstance(one, list) for one in prompt):
+        raise ApiError(400, f"prompt holds {len(prompt)} prompts; send one per request", param="prompt")
+    return body
+
+
+def _extension(body: dict[str, Any]) -> KVOptions:
+    """Take what is for the store out of a request. Raises ApiError 400."""
+    try:
+        return KVOptions.model_validate(body.pop("kvstore", None) or {})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = ".".join(map(str, ("kvstore", *first["loc"])))
+        raise ApiError(400, f"{name}: {first['msg']}", param=name, code="invalid_value") from None
+
+
+def _is_plain(body: Mapping[str, Any]) -> bool:
+    """Whether the state that a request leaves depends on the tokens of its text alone."""
+    if body.get("lora") or body.get("cache_prompt") is False:
+        return False
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list) and any(not isinstance(p, dict) or p.get("type") != "text" for p in content):
+            return False
+    return True
+
+
+class Counts(NamedTuple):
+    """Tokens of an answer, as llama-server counts them."""
+
+    cached: int
+    computed: int
+    generated: int
+
+
+def _object(raw: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(raw)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _counts(answer: Mapping[str, Any]) -> Counts | None:
+    timings = answer.get("timings")
+    if not isinstance(timings, dict):
+        return None
+    values = [timings.get(name) for name in ("cache_n", "prompt_n", "predicted_n")]
+    known = [value for value in values if type(value) is int and value >= 0]
+    return Counts(*known) if len(known) == len(values) else None
+
+
+def _share(by_tier: Mapping[str, int], taken: int) -> dict[str, int]:
+    """The first `taken` of the restored tokens, by tier; every tier is named."""
+    shares = dict.fromkeys(TIERS, 0)
+    for tier, tokens in by_tier.items():
+        shares[tier] = min(tokens, taken)
+        taken -= shares[tier]
+    return shares
