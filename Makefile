@@ -9,7 +9,7 @@ PY := .venv/bin/python
 ARGS ?=
 export PYTHON
 
-.PHONY: help setup demo test test-vllm test-compose test-long lint format bench clean
+.PHONY: help setup demo test test-vllm test-llamacpp test-compose test-long lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ test-vllm: setup  ## the tests with a real vLLM engine, in an environment of the
 	@.ci/setup redis
 	@.ci/setup model
 	@.ci/test-vllm $(ARGS)
+
+test-llamacpp: setup  ## the tests with a real llama-server, whose package is kept outside of the clone
+	@.ci/test-llamacpp $(ARGS)
 
 test-compose: setup  ## docker-compose.yml really brought up; skipped without a Docker engine
 	@.ci/test-compose $(ARGS)

@@ -3,6 +3,8 @@
 vllm           a KV connector for vLLM
 vllm_tier      a tier below vLLM's own offloading
 transformers   a model with a cache behind it
+llamacpp       the state of llama-server's slots, cut into pages
+weights        which weights a model has
 base           what connectors have in common
 """
 

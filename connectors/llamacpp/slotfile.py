@@ -82,7 +82,7 @@ class CacheShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class StateShape:
     """Everything of a slot file but its tokens and rows. Equal shapes of equal models mean the same.
 
     framed: the tokens have a head and a tail.
@@ -127,7 +127,7 @@ class SlotFile:
     """
 
     data: Bytes
-    shape: Shape
+    shape: StateShape
     tokens: npt.NDArray[np.int32]
     places: tuple[int, ...]
     orders: tuple[npt.NDArray[np.int64], ...]
@@ -171,7 +171,7 @@ def read(data: Bytes) -> SlotFile:
     )
 
 
-def prefix_head(shape: Shape, tokens: npt.NDArray[np.int32]) -> list[bytes | Rows]:
+def prefix_head(shape: StateShape, tokens: npt.NDArray[np.int32]) -> list[bytes | Rows]:
     """The pieces of a file of these tokens, in order: bytes as they are, and places of rows."""
     count = len(tokens)
     ints = tokens.astype("<i4").tobytes()
@@ -191,7 +191,9 @@ def prefix_head(shape: Shape, tokens: npt.NDArray[np.int32]) -> list[bytes | Row
     return pieces
 
 
-def copy_in(page: Bytes, shape: Shape, data: Bytes, places: tuple[int, ...], first: int, total: int, size: int) -> None:
+def copy_in(
+    page: Bytes, shape: StateShape, data: Bytes, places: tuple[int, ...], first: int, total: int, size: int
+) -> None:
     """Write the rows of a page of `size` tokens at token `first` into a file of `total` tokens, rows at `places`."""
     at = 0
     for rows, place in zip(shape.rows, places, strict=True):
@@ -314,7 +316,7 @@ def _checked(data: Bytes, version: int, framed: bool, tokens: npt.NDArray[np.int
         orders.append(order[: len(tokens)])
     if not caches:
         raise UnsliceableState("the slot file has tokens and no cache")
-    shape = Shape(version, framed, tuple(cache.shape for cache in caches))
+    shape = StateShape(version, framed, tuple(cache.shape for cache in caches))
     places = tuple(place for cache in caches for place in cache.places)
     return SlotFile(data, shape, tokens, places, tuple(orders), tuple(len(cache.positions) for cache in caches))
 

@@ -23,11 +23,14 @@ import numpy as np
 import numpy.typing as npt
 
 from connectors.base import ConnectorCounters, log_failure, resume_blocks, tokens_by_tier
-from connectors.llamacpp.slotfile import Bytes, Rows, Shape, SlotFile, UnsliceableState, copy_in, prefix_head, read
+from connectors.llamacpp.slotfile import Bytes, Rows, SlotFile, StateShape, UnsliceableState, copy_in, prefix_head, read
 from connectors.llamacpp.slotfile import row_places as places_of
 from kvstore.base import KVStore, Request, RequestOptions
+from kvstore.config.sections import Config
 from kvstore.errors import RequestError
 from kvstore.layout import GroupKind, LayerGroup, Layout
+from kvstore.opening import open_configured
+from radix.namespace import Namespace
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +38,7 @@ SAVE_BATCH_BLOCKS = 32  # slots held at once by a save, so that a long prompt do
 Tokens = npt.NDArray[np.int32]
 
 
-def state_layout(shape: Shape, block_size: int) -> Layout:
+def state_layout(shape: StateShape, block_size: int) -> Layout:
     """The layout of pages cut out of files of `shape`."""
     layers = tuple(range(sum(cache.words[1] for cache in shape.caches)))
     group = LayerGroup(GroupKind.FULL, layers, shape.token_bytes * block_size)
@@ -43,7 +46,7 @@ def state_layout(shape: Shape, block_size: int) -> Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class StoredPrefix:
     """What is stored of a prompt: its first `stored_tokens`, of which `num_tokens` can be resumed from."""
 
     request: Request | None = None
@@ -52,7 +55,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class RestoreFile:
     """A slot file of the first `num_tokens` tokens of a prompt; by_tier says where they came from."""
 
     num_tokens: int = 0
@@ -62,13 +65,20 @@ class Written:
 class SlotStates:
     """The pages of one server in one store."""
 
-    def __init__(self, store: KVStore, shape: Shape, counters: ConnectorCounters) -> None:
+    @classmethod
+    def open(
+        cls, config: Config, layout: Layout, namespace: Namespace, shape: StateShape, counters: ConnectorCounters
+    ) -> SlotStates:
+        """Open the store that the configuration asks for. Raises ConfigError."""
+        return cls(open_configured(config, layout, namespace), shape, counters)
+
+    def __init__(self, store: KVStore, shape: StateShape, counters: ConnectorCounters) -> None:
         self.store = store
         self.shape = shape
         self._counters = counters
         self._block_size = store.layout.block_size
 
-    def find(self, tokens: Tokens, options: RequestOptions) -> Found:
+    def find(self, tokens: Tokens, options: RequestOptions) -> StoredPrefix:
         """Look a prompt up; waits at most the lookup deadline. Raises RequestError for options no request can have."""
         self._counters.requests += 1
         try:
@@ -79,14 +89,14 @@ class SlotStates:
         except Exception as error:
             self._counters.load_failures += 1
             log_failure(log, "a lookup failed, the prompt is computed", error)
-            return Found()
+            return StoredPrefix()
         blocks = resume_blocks(match.num_blocks, request.num_tokens, self._block_size)
-        return Found(request, blocks * self._block_size, match.num_blocks * self._block_size)
+        return StoredPrefix(request, blocks * self._block_size, match.num_blocks * self._block_size)
 
-    def write(self, found: Found, tokens: Tokens, path: Path) -> Written:
+    def write(self, found: StoredPrefix, tokens: Tokens, path: Path) -> RestoreFile:
         """Load what was found and write it to `path`; waits at most the load deadline. Leaves no file if it fails."""
         if found.request is None or not found.num_tokens:
-            return Written()
+            return RestoreFile()
         wanted = found.num_tokens // self._block_size
         try:
             written = self._write(found.request, tokens, wanted, path)
@@ -94,7 +104,7 @@ class SlotStates:
             self._counters.load_failures += 1
             log_failure(log, f"a load of {wanted} blocks failed, the prompt is computed", error)
             path.unlink(missing_ok=True)
-            return Written()
+            return RestoreFile()
         self._counters.short_loads += written.num_tokens < found.num_tokens
         return written
 
@@ -103,11 +113,8 @@ class SlotStates:
 
         Raises UnsliceableState if the file is not of this server's shape; OSError if it cannot be read.
         """
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size == 0:
-                raise UnsliceableState("the slot file is empty: it was cut short")
-            data = np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
+        # Read, not mapped: a file that somebody cuts short meanwhile must not end this process.
+        data = np.fromfile(path, np.uint8)
         state = read(data)
         tokens: Tokens = state.tokens.copy()
         if state.shape != self.shape:
@@ -125,7 +132,14 @@ class SlotStates:
             log_failure(log, "the state of a slot was not saved", error)
         return tokens
 
-    def finished(self, found: Found, options: RequestOptions) -> None:
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """Tell the store how fast the server computes, so that lookups can weigh loading against computing."""
+        try:
+            self.store.observe_prefill(num_tokens, seconds)
+        except Exception as error:
+            log_failure(log, "the speed of a prefill was not told", error)
+
+    def finished(self, found: StoredPrefix, options: RequestOptions) -> None:
         """The request is over, and nothing of it is to be saved."""
         if found.request is None:
             return
@@ -136,13 +150,13 @@ class SlotStates:
 
     # ---- private ----------------------------------------------------------------------------------------------------
 
-    def _write(self, request: Request, tokens: Tokens, wanted: int, path: Path) -> Written:
+    def _write(self, request: Request, tokens: Tokens, wanted: int, path: Path) -> RestoreFile:
         lease = self.store.prepare_load(request, wanted)
         try:
             status = self.store.wait(lease)
             usable = min(wanted, status.num_blocks)
             if not usable:
-                return Written()
+                return RestoreFile()
             num_tokens = usable * self._block_size
             pieces = prefix_head(self.shape, tokens[:num_tokens])
             data, places = _new_file(path, pieces, num_tokens)
@@ -153,7 +167,7 @@ class SlotStates:
                     copy_in(source, self.shape, data, places, first, num_tokens, self._block_size)
             by_tier = tokens_by_tier(lease.by_tier, usable, self._block_size)
             self.store.complete(lease)
-            return Written(num_tokens, by_tier)
+            return RestoreFile(num_tokens, by_tier)
         finally:
             self.store.release(lease)  # a no-op after complete
 

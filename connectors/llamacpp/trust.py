@@ -59,7 +59,3 @@ class Trust:
                 self.is_given = False
                 log.warning(WHY)
         return effect
-
-    def renew(self) -> None:
-        """Another server is there: it is believed anew."""
-        self.is_given, self._failures = True, 0

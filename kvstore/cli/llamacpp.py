@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import shutil
 from enum import Enum
@@ -77,12 +76,11 @@ def llamacpp(
       kvstore llamacpp --url http://127.0.0.1:8081 --slots /dev/shm/slots
     """
     from kvstore import logs
-    from kvstore.cluster.llama_front import FrontSettings, LlamaFront
+    from kvstore.cluster.llama_front import FrontSettings, serve
     from kvstore.cluster.llama_process import LlamaProcess, LlamaSettings
-    from kvstore.cluster.llama_seat import LlamaSeat
-    from kvstore.cluster.llama_server import LlamaServer
     from kvstore.config.sections import Config
     from kvstore.limits import usable_cpus
+    from kvstore.ports import free_port
     from kvstore.web.descriptors import raise_limit
 
     logs.setup(verbose=verbose)
@@ -108,19 +106,15 @@ def llamacpp(
                 tuple(arguments or ()),
             )
             announce(f"starting {program or 'the llama-server of xllamacpp'} with {settings.model}")
-            child = stack.enter_context(LlamaProcess(settings))
+            child = stack.enter_context(LlamaProcess(settings, free_port()))
             url, slots_folder = child.url, child.folder
         else:
             _check_url(url, slots_folder)
         assert slots_folder is not None
 
-        async def run(url: str, folder: Path) -> None:
-            there = LlamaServer(url, folder, api_key)
-            seat = LlamaSeat(there, config, model=None if model is None else str(model), weights=weights)
-            front = LlamaFront(FrontSettings(host, port), seat)
-            await front.run(announce, (lambda: "") if child is None else child.ended)
-
-        asyncio.run(run(url, slots_folder))
+        front = FrontSettings(host, port, None if model is None else str(model), weights)
+        ended = (lambda: "") if child is None else child.ended
+        serve(front, config, url, slots_folder, announce, api_key=api_key, ended=ended)
 
 
 def _gguf(model: Path | None) -> Path:

@@ -8,11 +8,11 @@ is forwarded all the same. Whatever generates without going through here is not 
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -20,16 +20,17 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
-from pydantic import ValidationError
 
 from connectors.llamacpp.states import Tokens
 from kvstore import logs
 from kvstore.base import HOST, RequestOptions
 from kvstore.cluster.http import Site, error_response, json_response, of_library, read_body
-from kvstore.cluster.llama_seat import LlamaSeat, Turn
+from kvstore.cluster.llama_requests import Counts, as_object, counts_of, is_plain, parse_body, take_extension
+from kvstore.cluster.llama_seat import LlamaSeat, LlamaTurn
 from kvstore.cluster.llama_server import LlamaServer, ServerGone, ServerRefused
-from kvstore.cluster.openai import ApiError, KVOptions, event
+from kvstore.cluster.openai import ApiError, event
 from kvstore.cluster.relay import ClientGone, to_client
+from kvstore.config.sections import Config
 from kvstore.errors import KVStoreError, RequestError
 from kvstore.metrics import CONTENT_TYPE, StoreCollector
 from kvstore.tiers import registry
@@ -136,13 +137,13 @@ class LlamaFront:
     # ---- generating -------------------------------------------------------------------------------------------------
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        body = _parse(await read_body(request, self._bodies))
-        extension = _extension(body)
+        body = parse_body(await read_body(request, self._bodies))
+        extension = take_extension(body)
         if self.seat.served.slots.num_waiting >= MAX_WAITING:
             why = f"{MAX_WAITING} requests wait for a slot"
             raise ApiError(429, why, kind="rate_limit_error", code="queue_full", retry_after_s=RETRY_S)
         options = RequestOptions(tenant=extension.tenant, session=extension.session, last_turn=extension.last_turn)
-        tokens = await self._tokens_of(request.path, body) if extension.cache and _is_plain(body) else None
+        tokens = await self._tokens_of(request.path, body) if extension.cache and is_plain(body) else None
         turn = await self.seat.begin(tokens, options)
         is_over = False
         try:
@@ -161,7 +162,7 @@ class LlamaFront:
             self.seat.give_up(turn)
         else:
             self._count(turn, counts)
-            self.seat.end(turn, counts.cached, counts.computed, counts.generated)
+            self.seat.end(turn, counts)
         return response
 
     async def _tokens_of(self, path: str, body: Mapping[str, Any]) -> Tokens | None:
@@ -184,22 +185,22 @@ class LlamaFront:
             return None  # the server says itself, of the request, what is wrong with it
 
     async def _forward(
-        self, request: web.Request, body: Mapping[str, Any], turn: Turn
+        self, request: web.Request, body: Mapping[str, Any], turn: LlamaTurn
     ) -> tuple[web.StreamResponse, Counts | None]:
         """The answer, which is sent already where it is a stream; and its counts, None where it failed or has none."""
         async with self.server.session.post(self.server.url + request.path, json=body) as answer:
             if answer.status == 200 and answer.content_type == "text/event-stream":
                 return await self._stream(request, answer, turn)
             raw = await answer.read()
-        found = _object(raw) if answer.status == 200 else None
-        counts = None if found is None else _counts(found)
+        found = as_object(raw) if answer.status == 200 else None
+        counts = None if found is None else counts_of(found)
         if found is None or counts is None:
             return web.Response(status=answer.status, body=raw, content_type="application/json"), None
         self._tell(found, turn, counts)
         return json_response(found), counts
 
     async def _stream(
-        self, request: web.Request, answer: aiohttp.ClientResponse, turn: Turn
+        self, request: web.Request, answer: aiohttp.ClientResponse, turn: LlamaTurn
     ) -> tuple[web.StreamResponse, Counts | None]:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         counts: Counts | None = None
@@ -209,7 +210,7 @@ class LlamaFront:
                 raw = one.raw
                 if one.data is not None and b'"timings"' in one.data:
                     found = one.as_json()
-                    counts = _counts(found) or counts
+                    counts = counts_of(found) or counts
                     if counts is not None:
                         self._tell(found, turn, counts)
                         raw = event(found)
@@ -223,9 +224,9 @@ class LlamaFront:
         await to_client(response.write_eof())
         return response, counts
 
-    def _tell(self, answer: dict[str, Any], turn: Turn, counts: Counts) -> None:
+    def _tell(self, answer: dict[str, Any], turn: LlamaTurn, counts: Counts) -> None:
         """Put into an answer what the store has done for it."""
-        self.seat.judge(turn, counts.cached, counts.computed)
+        self.seat.judge(turn, counts)
         restored = turn.written.num_tokens
         answer["kvstore"] = {
             "hit_tokens": _share(turn.written.by_tier, min(restored, counts.cached)),
@@ -240,7 +241,7 @@ class LlamaFront:
             usage["prompt_tokens_details"] = {**details, "cached_tokens": counts.cached}
             usage["restored_tokens"] = restored
 
-    def _count(self, turn: Turn, counts: Counts) -> None:
+    def _count(self, turn: LlamaTurn, counts: Counts) -> None:
         taken = min(turn.written.num_tokens, counts.cached)
         for source, tokens in (
             *_share(turn.written.by_tier, taken).items(),
@@ -322,68 +323,6 @@ class _OfStore(Collector):
         return ()
 
 
-def _parse(raw: bytes) -> dict[str, Any]:
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from None
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body must be a JSON object")
-    if body.get("n", 1) not in (1, None) or body.get("n_cmpl", 1) not in (1, None):
-        raise ApiError(400, "n is more than 1; send a request for each answer", param="n", code="unsupported_parameter")
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) > 1 and any(isinstance(one, list) for one in prompt):
-        raise ApiError(400, f"prompt holds {len(prompt)} prompts; send one per request", param="prompt")
-    return body
-
-
-def _extension(body: dict[str, Any]) -> KVOptions:
-    """Take what is for the store out of a request. Raises ApiError 400."""
-    try:
-        return KVOptions.model_validate(body.pop("kvstore", None) or {})
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        name = ".".join(map(str, ("kvstore", *first["loc"])))
-        raise ApiError(400, f"{name}: {first['msg']}", param=name, code="invalid_value") from None
-
-
-def _is_plain(body: Mapping[str, Any]) -> bool:
-    """Whether the state that a request leaves depends on the tokens of its text alone."""
-    if body.get("lora") or body.get("cache_prompt") is False:
-        return False
-    messages = body.get("messages")
-    for message in messages if isinstance(messages, list) else ():
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list) and any(not isinstance(p, dict) or p.get("type") != "text" for p in content):
-            return False
-    return True
-
-
-class Counts(NamedTuple):
-    """Tokens of an answer, as llama-server counts them."""
-
-    cached: int
-    computed: int
-    generated: int
-
-
-def _object(raw: bytes) -> dict[str, Any] | None:
-    try:
-        found = json.loads(raw)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _counts(answer: Mapping[str, Any]) -> Counts | None:
-    timings = answer.get("timings")
-    if not isinstance(timings, dict):
-        return None
-    values = [timings.get(name) for name in ("cache_n", "prompt_n", "predicted_n")]
-    known = [value for value in values if type(value) is int and value >= 0]
-    return Counts(*known) if len(known) == len(values) else None
-
-
 def _share(by_tier: Mapping[str, int], taken: int) -> dict[str, int]:
     """The first `taken` of the restored tokens, by tier; every tier is named."""
     shares = dict.fromkeys(TIERS, 0)
@@ -391,3 +330,22 @@ def _share(by_tier: Mapping[str, int], taken: int) -> dict[str, int]:
         shares[tier] = min(tokens, taken)
         taken -= shares[tier]
     return shares
+
+
+def serve(
+    settings: FrontSettings,
+    config: Config,
+    url: str,
+    folder: Path,
+    announce: Callable[[str], None],
+    *,
+    api_key: str = "",
+    ended: Callable[[], str] = lambda: "",
+) -> None:
+    """Run a front before the llama-server at `url`, which saves slots in `folder`, until it is told to stop."""
+
+    async def run() -> None:
+        seat = LlamaSeat(LlamaServer(url, folder, api_key), config, model=settings.model, weights=settings.weights)
+        await LlamaFront(settings, seat).run(announce, ended)
+
+    asyncio.run(run())

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvstore.errors import KVStoreError
-from kvstore.ports import free_port
 
 START_TIMEOUT_S = 600.0  # loading a large model from a cold disk
 STOP_TIMEOUT_S = 10.0
@@ -47,12 +46,12 @@ class LlamaSettings:
 
 
 class LlamaProcess:
-    """One llama-server as a child, with a folder for slot files. Use as a context manager."""
+    """One llama-server as a child on `port`, with a folder for slot files. Use as a context manager."""
 
-    def __init__(self, settings: LlamaSettings) -> None:
+    def __init__(self, settings: LlamaSettings, port: int) -> None:
         self.settings = settings
+        self.port = port
         self.folder = Path(tempfile.mkdtemp(prefix="kvstore-slots-", dir=slots_parent()))
-        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = self.folder / "llama-server.log"
         self._process: subprocess.Popen[bytes] | None = None

@@ -23,14 +23,14 @@ import numpy as np
 from connectors.base import ConnectorCounters
 from connectors.llamacpp.identity import WITNESS_PROMPT, server_namespace, weights_name
 from connectors.llamacpp.slotfile import SlotFile, UnsliceableState, read
-from connectors.llamacpp.states import Found, SlotStates, Tokens, Written, state_layout
+from connectors.llamacpp.states import RestoreFile, SlotStates, StoredPrefix, Tokens, state_layout
 from connectors.llamacpp.trust import WHY, Effect, Trust
 from kvstore.base import RequestOptions
+from kvstore.cluster.llama_requests import Counts
 from kvstore.cluster.llama_server import LlamaServer, ServerGone, ServerRefused
 from kvstore.cluster.llama_slots import ANY_NUMBER, NOTHING, LlamaSlot, LlamaSlots
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError, KVStoreError
-from kvstore.opening import open_configured
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Served:
 
 
 @dataclass(slots=True)
-class Turn:
+class LlamaTurn:
     """One request on one slot.
 
     tokens: of its prompt; None if it goes past the store.
@@ -64,8 +64,8 @@ class Turn:
     slot: LlamaSlot
     tokens: Tokens | None
     options: RequestOptions
-    found: Found = field(default_factory=Found)
-    written: Written = field(default_factory=Written)
+    found: StoredPrefix = field(default_factory=StoredPrefix)
+    written: RestoreFile = field(default_factory=RestoreFile)
     most: int = 0
     restore_s: float = 0.0
     effect: Effect | None = None
@@ -119,19 +119,19 @@ class LlamaSeat:
         """The server could not be reached: whatever answers next is asked what it is."""
         self._is_stale = True
 
-    async def begin(self, tokens: Tokens | None, options: RequestOptions) -> Turn:
+    async def begin(self, tokens: Tokens | None, options: RequestOptions) -> LlamaTurn:
         """Take a slot for a request, and restore what is stored of its prompt. tokens: None past the store.
 
         Raises ServerGone, and RequestError for options no request can have.
         """
         served = await self.current()
-        found = Found()
+        found = StoredPrefix()
         if tokens is not None and served.states is not None and served.trust.is_given:
             found = await asyncio.to_thread(served.states.find, tokens, options)
         prompt = NOTHING if tokens is None else tokens
         block_size = self._config.store.block_size
         slot = await served.slots.take(prompt, options.tenant, found.num_tokens, block_size)
-        turn = Turn(served, slot, tokens, options, found)
+        turn = LlamaTurn(served, slot, tokens, options, found)
         try:
             if not slot.is_clean or slot.tenant != options.tenant:
                 await self._erase(turn)
@@ -144,26 +144,28 @@ class LlamaSeat:
             raise
         return turn
 
-    def judge(self, turn: Turn, cache_n: int, prompt_n: int) -> None:
+    def judge(self, turn: LlamaTurn, counts: Counts) -> None:
         """Compare what the server took and computed with what was restored; once for each turn."""
         if turn.effect is None and turn.written.num_tokens and turn.tokens is not None:
-            turn.effect = turn.served.trust.judge(turn.written.num_tokens, len(turn.tokens), cache_n, prompt_n)
+            turn.effect = turn.served.trust.judge(
+                turn.written.num_tokens, len(turn.tokens), counts.cached, counts.computed
+            )
             if turn.effect is Effect.FULL:
                 self.counters.loads += 1
                 self.counters.loaded_tokens += turn.written.num_tokens
 
-    def end(self, turn: Turn, cache_n: int, prompt_n: int, predicted_n: int) -> None:
+    def end(self, turn: LlamaTurn, counts: Counts) -> None:
         """The server has answered. What is new is stored behind the caller's back; the slot is free after that."""
-        self.judge(turn, cache_n, prompt_n)
-        total = cache_n + prompt_n + predicted_n
-        if turn.tokens is None or total >= turn.served.context or cache_n > turn.most:
-            self.foreign += turn.tokens is not None and cache_n > turn.most
+        self.judge(turn, counts)
+        total = counts.cached + counts.computed + counts.generated
+        if turn.tokens is None or total >= turn.served.context or counts.cached > turn.most:
+            self.foreign += turn.tokens is not None and counts.cached > turn.most
             self.give_up(turn)
             return
-        turn.slot.holds(turn.tokens, turn.options.tenant, predicted_n)
-        self._in_background(self._keep(turn, total - 1))
+        turn.slot.holds(turn.tokens, turn.options.tenant, counts.generated)
+        self._in_background(self._keep(turn, total - 1, counts))
 
-    def give_up(self, turn: Turn, *, was_cancelled: bool = False) -> None:
+    def give_up(self, turn: LlamaTurn, *, was_cancelled: bool = False) -> None:
         """Give the slot back. was_cancelled: the prompt may be in it, and some of an answer."""
         if was_cancelled and turn.tokens is not None:
             turn.slot.holds(turn.tokens, turn.options.tenant, ANY_NUMBER)
@@ -202,8 +204,8 @@ class LlamaSeat:
         layout = state_layout(witness.shape, config.store.block_size)
         path = self._model or props.get("model_path")
         namespace = await asyncio.to_thread(self._namespace, props, adapters, layout, witness, path)
-        store = await asyncio.to_thread(open_configured, config, layout, namespace)
-        return Served(props, adapters, slots, context, SlotStates(store, witness.shape, self.counters))
+        states = await asyncio.to_thread(SlotStates.open, config, layout, namespace, witness.shape, self.counters)
+        return Served(props, adapters, slots, context, states)
 
     def _namespace(self, props: Any, adapters: Any, layout: Any, witness: SlotFile, path: str | None) -> Any:
         weights = weights_name(path, self._weights)
@@ -272,14 +274,14 @@ class LlamaSeat:
 
     # ---- states in and out ------------------------------------------------------------------------------------------
 
-    async def _erase(self, turn: Turn) -> None:
+    async def _erase(self, turn: LlamaTurn) -> None:
         try:
             await self.server.erase(turn.slot.id)
             turn.slot.holds(NOTHING, turn.options.tenant)
         except (ServerRefused, ValueError):
             turn.slot.spoil()
 
-    async def _restore(self, turn: Turn) -> None:
+    async def _restore(self, turn: LlamaTurn) -> None:
         states, tokens = turn.served.states, turn.tokens
         assert states is not None
         assert tokens is not None
@@ -304,12 +306,14 @@ class LlamaSeat:
         turn.written, turn.most = written, written.num_tokens
         turn.restore_s = monotonic() - began
 
-    async def _keep(self, turn: Turn, num_tokens: int) -> None:
+    async def _keep(self, turn: LlamaTurn, num_tokens: int, counts: Counts) -> None:
         """Store the state of a slot, if it has a block that is not stored, and give the slot back."""
         try:
             served, states = turn.served, turn.served.states
             if states is None or not served.trust.is_given:
                 return
+            if counts.prefill_s:
+                await asyncio.to_thread(states.observe, counts.computed, counts.prefill_s)
             block_size = self._config.store.block_size
             if num_tokens // block_size * block_size <= turn.found.stored_tokens:
                 await asyncio.to_thread(states.finished, turn.found, turn.options)
@@ -325,7 +329,7 @@ class LlamaSeat:
         finally:
             await turn.served.slots.give(turn.slot)
 
-    async def _save(self, turn: Turn, states: SlotStates) -> Tokens:
+    async def _save(self, turn: LlamaTurn, states: SlotStates) -> Tokens:
         path = self.server.new_file()
         try:
             await self.server.save(turn.slot.id, path)
@@ -333,7 +337,7 @@ class LlamaSeat:
         finally:
             path.unlink(missing_ok=True)
 
-    async def _give(self, turn: Turn) -> None:
+    async def _give(self, turn: LlamaTurn) -> None:
         await turn.served.slots.give(turn.slot)
 
     def _in_background(self, job: Coroutine[Any, Any, None]) -> None:
