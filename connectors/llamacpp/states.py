@@ -1,14 +1,14 @@
 """The states of llama-server's slots as pages of a store: what is stored of a prompt becomes a slot file, and a slot
 file becomes pages.
 
-    find    how much of a prompt is stored
+    find    how much of a prompt is stored; `wait` where that takes time
     write   a slot file of that much, for the server to restore
     save    the blocks of a file that the server has written, of which the store lacks any
 
 Pages are named by the tokens that the *server* wrote into the file, never by those that a client is believed to have
-sent: a prompt that we tokenize otherwise than the server costs a hit, and no wrong byte. Calls block and may come from
-any thread; none but `save` raises, and that only UnsliceableState: what cannot be loaded is computed, what cannot be
-saved is skipped, and both are counted.
+sent: a prompt that we tokenize otherwise than the server costs a hit, and no wrong byte. Calls block, but for `find`,
+and may come from any thread. Only `save` raises, and that only UnsliceableState: what cannot be loaded is computed,
+what cannot be saved is skipped, and both are counted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy.typing as npt
 from connectors.base import ConnectorCounters, log_failure, resume_blocks, tokens_by_tier
 from connectors.llamacpp.slotfile import Bytes, Rows, SlotFile, StateShape, UnsliceableState, copy_in, prefix_head, read
 from connectors.llamacpp.slotfile import row_places as places_of
-from kvstore.base import KVStore, Request, RequestOptions
+from kvstore.base import KVStore, Match, Request, RequestOptions
 from kvstore.config.sections import Config
 from kvstore.errors import RequestError
 from kvstore.layout import GroupKind, LayerGroup, Layout
@@ -47,11 +47,15 @@ def state_layout(shape: StateShape, block_size: int) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class StoredPrefix:
-    """What is stored of a prompt: its first `stored_tokens`, of which `num_tokens` can be resumed from."""
+    """What is stored of a prompt: its first `stored_tokens`, of which `num_tokens` can be resumed from.
+
+    pending: tiers are being asked, which may have more.
+    """
 
     request: Request | None = None
     num_tokens: int = 0
     stored_tokens: int = 0
+    pending: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +83,28 @@ class SlotStates:
         self._block_size = store.layout.block_size
 
     def find(self, tokens: Tokens, options: RequestOptions) -> StoredPrefix:
-        """Look a prompt up; waits at most the lookup deadline. Raises RequestError for options no request can have."""
+        """Look a prompt up. Does not wait: see `StoredPrefix.pending`. Raises RequestError for impossible options."""
         self._counters.requests += 1
         try:
             request = self.store.request(tokens, options)
-            match = self.store.wait_lookup(request)
+            return self._found(request, self.store.lookup(request))
         except RequestError:
             raise
         except Exception as error:
             self._counters.load_failures += 1
             log_failure(log, "a lookup failed, the prompt is computed", error)
             return StoredPrefix()
-        blocks = resume_blocks(match.num_blocks, request.num_tokens, self._block_size)
-        return StoredPrefix(request, blocks * self._block_size, match.num_blocks * self._block_size)
+
+    def wait(self, found: StoredPrefix) -> StoredPrefix:
+        """Wait for tiers that are being asked, at most the lookup deadline."""
+        if found.request is None or not found.pending:
+            return found
+        try:
+            return self._found(found.request, self.store.wait_lookup(found.request))
+        except Exception as error:
+            self._counters.load_failures += 1
+            log_failure(log, "a lookup failed, the prompt is computed", error)
+            return StoredPrefix()
 
     def write(self, found: StoredPrefix, tokens: Tokens, path: Path) -> RestoreFile:
         """Load what was found and write it to `path`; waits at most the load deadline. Leaves no file if it fails."""
@@ -149,6 +162,11 @@ class SlotStates:
             log_failure(log, "the end of a request was not told", error)
 
     # ---- private ----------------------------------------------------------------------------------------------------
+
+    def _found(self, request: Request, match: Match) -> StoredPrefix:
+        blocks = resume_blocks(match.num_blocks, request.num_tokens, self._block_size)
+        size = self._block_size
+        return StoredPrefix(request, blocks * size, match.num_blocks * size, match.pending)
 
     def _write(self, request: Request, tokens: Tokens, wanted: int, path: Path) -> RestoreFile:
         lease = self.store.prepare_load(request, wanted)

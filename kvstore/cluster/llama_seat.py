@@ -127,7 +127,9 @@ class LlamaSeat:
         served = await self.current()
         found = StoredPrefix()
         if tokens is not None and served.states is not None and served.trust.is_given:
-            found = await asyncio.to_thread(served.states.find, tokens, options)
+            found = served.states.find(tokens, options)  # here: a thread would cost a request that hits nothing
+            if found.pending:
+                found = await asyncio.to_thread(served.states.wait, found)
         prompt = NOTHING if tokens is None else tokens
         block_size = self._config.store.block_size
         slot = await served.slots.take(prompt, options.tenant, found.num_tokens, block_size)
