@@ -64,6 +64,7 @@ class Front:
         with log.open("wb") as output:
             self._process = subprocess.Popen([*command, *options], stdout=output, stderr=output)
         wait_until(self._is_up, timeout_s=START_S)
+        self.child = int(Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()[0])
 
     def stop(self, how: int = signal.SIGTERM) -> None:
         """End it, and wait for that. Idempotent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 from collections.abc import Callable
@@ -101,16 +102,12 @@ class TestSharing:
 
 
 class TestIdentity:
-    def test_another_type_of_cache_shares_no_page(self, start: Callable[..., Front], tmp_path: Path) -> None:
+    def test_another_type_of_cache_is_refused_the_directory(self, start: Callable[..., Front], tmp_path: Path) -> None:
         disk = ("--set", f"disk.path={tmp_path}/disk", "--set", "disk.capacity_bytes=64MiB")
-        before = start(*disk)
-        before.ask(HEAD)
-        before.stop()
+        start(*disk).stop()
 
-        other = start(*disk, "--cache-type", "q8_0").ask(HEAD)
-
-        assert other.restored == 0
-        assert other.cached == 0
+        with pytest.raises(AssertionError, match="give each layout a directory of its own"):
+            start(*disk, "--cache-type", "q8_0")
 
     def test_another_context_shares_no_page_and_the_same_one_does(
         self, start: Callable[..., Front], tmp_path: Path
@@ -119,16 +116,23 @@ class TestIdentity:
         before = start(*disk, "--context", "1024")
         before.ask(HEAD)
         before.stop()
+        other = start(*disk, "--context", "2048")
+        assert other.ask(HEAD).restored == 0
+        other.stop()
 
-        assert start(*disk, "--context", "2048").ask(HEAD).restored == 0
-        assert start(*disk, "--context", "1024", "--parallel", "4").ask(HEAD).restored > 0
+        same = start(*disk, "--context", "1024", "--parallel", "4")
+
+        assert same.ask(HEAD).restored > 0
 
 
-def test_the_server_ends_with_the_front(start: Callable[..., Front]) -> None:
+def test_the_server_and_its_files_end_with_the_front(start: Callable[..., Front]) -> None:
     front = start()
-    folder = Path(front.get("/props")["model_path"])
-    assert folder.is_file()
+    command = Path(f"/proc/{front.child}/cmdline").read_text()
+    folder = Path(json.loads(command.split("\0")[-2])["slot_save_path"])
+    assert folder.is_dir()
 
     front.stop()
 
+    assert not Path(f"/proc/{front.child}").exists()
+    assert not folder.exists()
     assert "Traceback" not in front.log
