@@ -24,6 +24,7 @@ SPARK_WIDTH = 40
 HIT_WINDOW = 10  # samples a point of the sparkline is taken over
 MAX_PREFIXES = 8
 MAX_MISSES = 6
+MAX_KEPT = 6
 
 
 @dataclass
@@ -52,7 +53,7 @@ class TopView:
                 "or see it all at once:  kvstore cluster up, then kvstore load\n",
                 style="dim",
             )
-        yield Group(self._hits(), self._sums(), self._tiers(), self._prefixes(), self._misses())
+        yield Group(self._hits(), self._sums(), self._tiers(), self._prefixes(), *self._kept(), self._misses())
 
     def _head(self) -> Text:
         now = self.now
@@ -157,6 +158,17 @@ class TopView:
         if not nodes:
             add_row(rows, Text("nothing is stored", style="dim"), "", "", "", "")
         return rows
+
+    def _kept(self) -> list[Table]:
+        """Who has what kept in host memory, where anybody has."""
+        kept = self.now.get("kept") or []
+        rows = table("kept in host memory for", "bytes", "until", right=("bytes", "until"))
+        for one in kept[:MAX_KEPT]:
+            holder = _plain(one["holder"] or "this process")
+            salt = f"  tenant {one['salt']}" if one["salt"] else ""
+            until = datetime.fromtimestamp(one["until"]).strftime("%H:%M:%S")
+            add_row(rows, Text.assemble(holder, (salt, "dim")), format_bytes(one["num_bytes"]), until)
+        return [rows] if kept else []
 
     def _misses(self) -> Table:
         rows = table("last misses", "reason", "hit", "prompt", "why", right=("hit", "prompt"))

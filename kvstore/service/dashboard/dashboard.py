@@ -18,19 +18,19 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvstore.plan.records import HOST, CutReason
+from kvstore.plan.records import HOST
 from kvstore.service.daemon.state import DaemonState
 from kvstore.service.daemon.stores import OpenStore
 from kvstore.service.daemon.usage import unix_of
 from kvstore.service.dashboard.beliefs import Beliefs
 from kvstore.service.dashboard.history import COARSE_S, FINE_ROWS, FINE_S, LOWER, TIERS, Columns, History, row_of
 from kvstore.service.dashboard.incidents import Incidents, left_out
+from kvstore.service.dashboard.misses import misses_of
 from kvstore.service.dashboard.models import (
     Branches,
     BudgetBrief,
     ClientBrief,
     Flow,
-    Miss,
     NamespaceBrief,
     NowAnswer,
     PrefixesAnswer,
@@ -43,7 +43,7 @@ from kvstore.service.dashboard.models import (
 )
 from kvstore.service.dashboard.prefixes import Looks, merged
 from kvstore.service.dashboard.renderings import renderings_of
-from kvstore.service.http.explain import in_words
+from kvstore.service.http.clients_api import kept_in
 from kvstore.service.http.problems import Problem
 from kvstore.service.http.routes import ApiCall, Route
 
@@ -54,8 +54,8 @@ log = logging.getLogger(__name__)
 
 RECENT_S = 60.0
 FLOW_S = 5.0  # long enough that a batch of pages is a stream, not a spike
-MAX_MISSES = 60
 MAX_CLIENTS = 50
+MAX_HOLDERS = 50
 
 Place = tuple[str, str]  # tenant, namespace
 
@@ -130,7 +130,7 @@ class Dashboard:
         stores = self._visible(call, call.body)
         places = [_place(one) for one in stores]
         sessions = [s for s in self._state.sessions.values() if _place(s.opened) in set(places)]
-        misses, reasons = self._misses(stores)
+        misses, reasons = misses_of(stores)
         return NowAnswer(
             at=time.time(),
             started_at=unix_of(self._began),
@@ -149,6 +149,7 @@ class Dashboard:
             clients=[_client(s) for s in sorted(sessions, key=lambda s: -s.usage.prompt_tokens)[:MAX_CLIENTS]],
             num_clients=len(sessions),
             renderings=renderings_of(sessions),
+            kept=sorted(kept_in(stores), key=lambda one: -one.num_bytes)[:MAX_HOLDERS],
             misses=misses,
             reasons=reasons,
             incidents=self._incidents.of(set(places)),
@@ -307,37 +308,6 @@ class Dashboard:
                 )
             )
         return sorted(rows, key=lambda row: -row.total.prompt_tokens)
-
-    def _misses(self, stores: Sequence[OpenStore]) -> tuple[list[Miss], dict[str, int]]:
-        """The last lookups that fell short, and all that are remembered by reason.
-
-        Every new turn of a conversation ends in blocks that were never stored: those come last, or nobody sees another.
-        """
-        short = [
-            (one, shortfall, *in_words(shortfall.told)) for one in stores for shortfall in one.store.admin.shortfalls()
-        ]
-        short.sort(key=lambda found: (found[2] == CutReason.NEVER_STORED.value, -found[1].at))
-        misses: list[Miss] = []
-        reasons: dict[str, int] = {}
-        for one, shortfall, reason, text in short:
-            told = shortfall.told
-            reasons[reason] = reasons.get(reason, 0) + 1
-            if len(misses) < MAX_MISSES:
-                misses.append(
-                    Miss(
-                        at=shortfall.at,
-                        tenant=one.tenant.name,
-                        namespace=one.id,
-                        session=shortfall.session,
-                        prompt_tokens=shortfall.num_tokens,
-                        hit_tokens=told.match.num_tokens,
-                        block=told.block,
-                        hash="" if told.key is None else told.key.hex(),
-                        reason=reason,
-                        text=text,
-                    )
-                )
-        return misses, reasons
 
 
 def _place(one: OpenStore) -> Place:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kvstore.service.http.answers import Answer
+from kvstore.service.http.answers import Answer, KeptAnswer
 from kvstore.service.http.models import InNamespace
 
 MAX_OPEN = 64  # prefixes whose branches are asked for at once
@@ -179,6 +179,7 @@ class NowAnswer(Answer):
     """All that the dashboard shows of this moment.
 
     engines_url: what engines on this machine set service.url to; only operators are told.
+    kept:    what pins and promises keep in host memory, by holder, most first.
     misses:  the newest of those remembered, first those that are no mere beginnings (never_stored).
     reasons: the lookups among those remembered that fell short, by reason.
     renderings: of namespaces whose clients render chats in different ways, so that they share none: all of the ways.
@@ -201,6 +202,7 @@ class NowAnswer(Answer):
     clients: list[ClientBrief]
     num_clients: int
     renderings: list[RenderingGroup]
+    kept: list[KeptAnswer]
     misses: list[Miss]
     reasons: dict[str, int]
     incidents: list[Incident]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from eviction.registry import make_policy
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import LeaseState, Op, Outcome, PlanSettings, Priority, Request, Transfer
 from kvstore.plan.tier_plan import TierPlan
-from tests.helpers.planners import LAYOUT, land, path, save
+from tests.helpers.planners import LAYOUT, land, make, path, save
 
 
 class Below:
@@ -127,3 +129,13 @@ def land_all(below: Below, fetches: list[Transfer]) -> None:
     for fetch in fetches:
         below.answer(fetch, ok=True)
     land(below.planner)
+
+
+def test_prefetches_that_nobody_cancels_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore.plan.fetches.MAX_TICKETS", 3)
+    planner, _ = make()
+
+    for seed in range(10):
+        planner.prefetch(path(seed, 2), 0.0)
+
+    assert len(planner.fetches._tickets) == 3

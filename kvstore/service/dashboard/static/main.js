@@ -7,7 +7,7 @@ import { byId, make, reconcile, segments, setAttribute, setText } from "./dom.js
 import { count, hitRate, percent, seconds, sum } from "./format.js";
 import { Prefixes } from "./prefixes.js";
 import { Series } from "./series.js";
-import { Misses, showClients, showRenderings, showTenants } from "./tables.js";
+import { Misses, showClients, showKept, showRenderings, showTenants } from "./tables.js";
 import { showHealth, showTiers } from "./tiers.js";
 
 const PERIOD_MS = 1000;
@@ -119,6 +119,7 @@ function show(now) {
   const tiers = now.tiers.map((tier) => tier.tier);
   hits.only(tiers);
   flows.only(tiers);
+  showKept(now);
   showTenants(now);
   showClients(now);
   const isFine = state.span <= FINE_S;

@@ -1,4 +1,4 @@
-// Misses, tenants and clients.
+// Misses, pins, tenants and clients.
 
 import { byId, make, reconcile, setAttribute, setText } from "./dom.js";
 import { ago, bytes, clock, count, hitRate, percent, seconds } from "./format.js";
@@ -91,6 +91,17 @@ export function showTenants(now) {
   reconcile(body, now.tenants, (row) => row.tenant, () => cells("", "num", "num roomy", "num", "num", "num"),
     (element, row) => fill(element, row.tenant, percent(hitRate(row.total)), count(row.total.prompt_tokens),
       seconds(row.total.ttft_saved_s), bytes(row.used_bytes.host), lower(row.used_bytes)));
+}
+
+// Who has how much kept, and until when at the latest.
+export function showKept(now) {
+  byId("kept-card").hidden = !now.kept.length;
+  const several = now.tenants.length > 1;
+  reconcile(byId("kept").tBodies[0], now.kept, (row) => `${row.tenant} ${row.namespace} ${row.salt} ${row.holder}`,
+    () => cells("", "num", "num"),
+    (element, row) => fill(element,
+      [row.holder || "this process", several ? row.tenant : "", row.salt && `tenant ${row.salt}`].filter(Boolean).join(" · "),
+      bytes(row.num_bytes), clock(row.until)));
 }
 
 export function showClients(now) {
