@@ -66,6 +66,15 @@ def replay(
             rich_help_panel=TIERS,
         ),
     ] = "0%",
+    speculate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WASTE",
+            help="Also with pages of idle sessions brought ahead, at most so many bytes in vain for each used: 1, or a "
+            "list; else as [speculation] has it (docs/configuration.md).",
+            rich_help_panel=TIERS,
+        ),
+    ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Stores, each with such tiers.", rich_help_panel=TIERS)] = 1,
     routing: Annotated[
         str, typer.Option(help="Of requests to replicas: prefix, round_robin.", rich_help_panel=TIERS)
@@ -148,13 +157,14 @@ def replay(
       kvstore replay t.jsonl --advise 95% --disk 0,50% --media disk=/mnt/nvme
           what to buy, with the disk of this machine
     """
+    from kvstore.config.sections import SpeculationConfig
     from kvstore.lab import compiled
     from kvstore.lab.advice import advise as make_advice
     from kvstore.lab.advice import parse_share
     from kvstore.lab.capacity import parse_capacities, parse_capacity
     from kvstore.lab.hardware import CODECS
     from kvstore.lab.price import USUAL, Pricing, parse_prices
-    from kvstore.lab.setup import ADMISSIONS, DISK, HOST, REDIS, ROUTINGS, Setup
+    from kvstore.lab.setup import ADMISSIONS, DISK, HOST, REDIS, ROUTINGS, Setup, Speculate
     from kvstore.lab.sweep import ENGINES, LRU, Player, num_plays, setups_of
     from kvstore.lab.traces import read_trace
     from kvstore.progress import ProgressBar
@@ -173,6 +183,11 @@ def replay(
         _check_word(option, word, words)
     if disk is None and redis is None and (exclusive or writes_per_day is not None):
         raise ConfigError("--exclusive and --writes-per-day are about tiers below host memory; give --disk or --redis")
+    wastes = [] if speculate is None else [_waste(text) for text in _words("--speculate", speculate)]
+    if wastes and ((disk is None and redis is None) or replicas > 1):
+        raise ConfigError(
+            "--speculate brings pages from a tier below host memory, in one store; give --disk or --redis"
+        )
     share = None if advise is None else parse_share(advise)
     prices = parse_prices(price or USUAL)
     _check_files(json_file, details, plot, write_kvt)
@@ -221,7 +236,10 @@ def replay(
                 is_pooled=pooled,
             )
             hosts = [(HOST, size) for size in sizes or [1]] if share is None else [(HOST, 1)]
-            setups = setups_of(base, [hosts, *lower], policies, _words("--codec", codec), told)
+            ahead = SpeculationConfig()
+            speed = ahead.bandwidth_bytes / (token_bytes * trace.block_tokens)
+            how = [None, *(Speculate(waste, speed, ahead.max_slots_fraction) for waste in wastes)]
+            setups = setups_of(base, [hosts, *lower], policies, _words("--codec", codec), told, how)
             player = Player(trace, costs, engine)
             total = None if share is not None else num_plays(setups) * player.num_references
             player.on_progress = partial(_tell, bar, trace.name, total)
@@ -291,6 +309,16 @@ def _share(text: str) -> float:
     if not 0 <= share <= 1:
         raise ConfigError(f"--hints is {text!r}; write a share of the requests, 0% to 100%, or a list of them")
     return share
+
+
+def _waste(text: str) -> float:
+    try:
+        waste = float(text)
+    except ValueError:
+        waste = 0.0
+    if not 0 < waste <= 100:
+        raise ConfigError(f"--speculate is {text!r}; write bytes in vain for each used, more than 0 and at most 100")
+    return waste
 
 
 def _seconds(text: str) -> float:

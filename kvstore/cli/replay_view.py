@@ -30,6 +30,11 @@ NUMBERS = (
     "TTFT p50",
     "p95",
 )
+SPECULATED = ("to host", "waste")
+SPECULATED_MEANS = (
+    "ahead N: pages of idle sessions are brought, N bytes in vain for each used at most; to host: of the hits of lower "
+    "tiers, those that became hits of host memory; waste: bytes in vain for each used"
+)
 PRICED = ("hit rate", "TTFT p50", "p95", "requests/s", "sessions", "$ a month", "$ a million")
 
 
@@ -40,7 +45,8 @@ def print_cells(player: Player, cells: Sequence[ReplayCell], bare: ReplayTiming)
     if trace.num_skipped:
         title += f"; {trace.num_skipped} broken lines left out"
     has_lower = any(len(cell.setup.tiers) > 1 for cell in cells)
-    rows = table("policy", *(("below",) if has_lower else ()), *NUMBERS, title=title, right=NUMBERS)
+    numbers = (*NUMBERS, *(SPECULATED if any(cell.speculation for cell in cells) else ()))
+    rows = table("policy", *(("below",) if has_lower else ()), *numbers, title=title, right=numbers)
 
     def add(name: str, setup: Setup | None, *numbers: str | Text) -> None:
         add_row(rows, name, *((_below(setup) if setup else "",) if has_lower else ()), *numbers)
@@ -66,9 +72,12 @@ def print_cells(player: Player, cells: Sequence[ReplayCell], bare: ReplayTiming)
             "" if cell.lru_gap_closed is None else f"{cell.lru_gap_closed:.0%}",
             f"{cell.prefill_time_saved:.2%}",
             *_ttft(cell.ttft_s, cell.busy),
+            *_speculated(cell),
         )
     output = console()
     output.print(rows)
+    if any(cell.speculation for cell in cells):
+        output.print(SPECULATED_MEANS, markup=False, soft_wrap=True, style="dim")
     _print_overload(cells)
 
 
@@ -219,8 +228,19 @@ def _most(rate: float, busy: float) -> str:
     return f"{rate / busy:.2f}" if busy else ""
 
 
+def _speculated(cell: ReplayCell) -> tuple[str, ...]:
+    gain = cell.speculation
+    if gain is None:
+        return ()
+    turned = "" if gain.turned is None else f"{gain.turned:.2%}"
+    if gain.wasted_per_used is None:
+        return turned, "all in vain" if gain.wasted else "nothing brought"
+    return turned, f"{gain.wasted_per_used:.2f}{f', {gain.stops} stops' if gain.stops else ''}"
+
+
 def _name(setup: Setup) -> str:
-    return f"{setup.policy}, {setup.hints:.0%} hints" if setup.hints else setup.policy
+    hints = f", {setup.hints:.0%} hints" if setup.hints else ""
+    return setup.policy + hints + (f", speculation {setup.speculate.max_waste:g}" if setup.speculate else "")
 
 
 def _below(setup: Setup) -> str:

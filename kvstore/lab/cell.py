@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvstore.lab.setup import Setup
 
 TOLD = (50, 95, 99)  # percentiles of TTFT that are told
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationGain:
+    """The gain of speculation beside the same stores without it.
+
+    turned: hit tokens of host memory more, of those that lower tiers gave without it; None where these gave none.
+    wasted_per_used: bytes; None where nothing was used.
+    brought, used, wasted: pages. stops: times it stopped itself.
+    """
+
+    turned: float | None
+    wasted_per_used: float | None
+    brought: int
+    used: int
+    wasted: int
+    stops: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +41,7 @@ class ReplayCell:
     ttft_s:         the 0th to the 100th percentile; empty where it is not modelled.
     busy:           share of the replicas' time; above 1 their queues only grow, and TTFT is the queue's.
     gpu_s:          seconds of prefill and loading, all replicas together.
+    speculation:    of a setup that speculates.
     """
 
     trace: str
@@ -43,6 +61,7 @@ class ReplayCell:
     ttft_s: tuple[float, ...]
     busy: float
     gpu_s: float
+    speculation: SpeculationGain | None = None
 
     @property
     def policy(self) -> str:
@@ -60,7 +79,7 @@ class ReplayCell:
         return self.busy > 1
 
     def as_record(self) -> dict[str, Any]:
-        """Return the record that `--json` writes; its keys do not change."""
+        """Return the record that `--json` writes; its keys do not change, but for `speculation` where it was played."""
         return {
             "trace": self.trace,
             "policy": self.policy,
@@ -74,7 +93,7 @@ class ReplayCell:
             "lru": self.lru,
             "requests": self.requests,
             "seconds": self.seconds,
-        }
+        } | ({} if self.speculation is None else {"speculation": asdict(self.speculation)})
 
     def as_details(self) -> dict[str, Any]:
         """Return the record and all else that is known of it, for `--details`."""

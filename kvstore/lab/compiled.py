@@ -98,7 +98,12 @@ def policies() -> tuple[str, ...]:
 
 def can_play(setup: Setup) -> bool:
     """True if the engine is built and knows what the setup asks for."""
-    return setup.policy in policies() and setup.admit in ("always", "second_use") and not setup.hints
+    return (
+        setup.policy in policies()
+        and setup.admit in ("always", "second_use")
+        and not setup.hints
+        and setup.speculate is None
+    )
 
 
 def play(trace: TraceArrays, setup: Setup, on_progress: OnProgress | None = None) -> Played:
@@ -109,7 +114,7 @@ def play(trace: TraceArrays, setup: Setup, on_progress: OnProgress | None = None
     Raises ConfigError for a setup that cannot be played, see `can_play`.
     """
     if not can_play(setup):
-        with_hints = " and hints" if setup.hints else ""
+        with_hints = " and hints" if setup.hints else " and speculation" if setup.speculate else ""
         raise ConfigError(
             f"the compiled engine cannot play policy {setup.policy!r} with admission {setup.admit!r}{with_hints}"
         )

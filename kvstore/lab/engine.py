@@ -20,6 +20,7 @@ from radix.namespace import BlockHash
 
 PAGE_BYTES = 4096  # nothing is stored; a layout must have a size
 CARRIED_IN_S = 0.001  # a batch, as lanes are said to take
+TICK_S = 0.05  # between two looks of a store's housekeeper
 
 
 class VirtualEngine:
@@ -69,6 +70,18 @@ class VirtualEngine:
         planner.finished(request, now, finish_reason=finish_reason, reply_tokens=reply_tokens)
         self.carry()
         return match
+
+    def run_until(self, at: float) -> None:
+        """Let time pass, with the ticks in which speculation has something to do."""
+        speculation = self.planner.speculation
+        while speculation is not None:
+            due = max(speculation.due_at(self.now), self.now + TICK_S)
+            if due >= at:
+                break
+            self.now = due
+            self.planner.tick(due)
+            self.carry()
+        self.now = at
 
     def carry(self) -> None:
         """Answer every transfer at once, as a lane would in time."""

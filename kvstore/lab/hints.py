@@ -29,12 +29,15 @@ class TraceHint(NamedTuple):
     wishes: tuple[Wish, ...] = ()
 
 
-def hints_of(trace: ReplayTrace, share: float, seed: int = 0) -> list[TraceHint] | None:
-    """Return what the store is told of each request of a trace; None where nobody gives hints.
+def hints_of(
+    trace: ReplayTrace, share: float, seed: int = 0, *, names_sessions: bool = False
+) -> list[TraceHint] | None:
+    """Return what the store is told of each request of a trace; None where it is told nothing.
 
+    names_sessions: tell it the sessions' names where nobody gives hints, too.
     share: of the requests whose clients give hints, 0 to 1. A trace without sessions and finish reasons has none.
     """
-    if not share:
+    if not share and not names_sessions:
         return None
     draw = random.Random(seed).random
     last = {request.session: number for number, request in enumerate(trace.requests) if request.session >= 0}

@@ -15,17 +15,17 @@ least one token of it; so the rates are those of the trace, a little above an en
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from kvstore.errors import ConfigError
 from kvstore.lab.engine import PAGE_BYTES, VirtualEngine
 from kvstore.lab.hints import TraceHint, hints_of
-from kvstore.lab.setup import DISK, PREFILL_TOKENS_PER_S, Played, Setup
+from kvstore.lab.setup import DISK, PREFILL_TOKENS_PER_S, Played, Setup, Speculated
 from kvstore.lab.traces import ReplayTrace
 from kvstore.load.kvt import KvtRequest
-from kvstore.plan.records import PlanSettings
+from kvstore.plan.records import PlanSettings, SpeculationSettings
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.policies import can_forecast, forecasting, make_policy
 from radix.namespace import BlockHash
@@ -41,6 +41,8 @@ def play(trace: ReplayTrace, setup: Setup, on_progress: Callable[[int], object] 
 
     Raises ConfigError for a policy that is none, and for what the planner has no words for.
     """
+    if setup.speculate is not None and setup.replicas > 1:
+        raise ConfigError("speculation is played in one store; leave the replicas out")
     scale, num_stores = (setup.replicas, 1) if setup.is_pooled else (1, setup.replicas)
     fleet = _Fleet(
         [_engine(trace, setup, scale) for _ in range(num_stores)],
@@ -49,7 +51,7 @@ def play(trace: ReplayTrace, setup: Setup, on_progress: Callable[[int], object] 
     )
     names = [name for name, _ in setup.tiers]
     hits = np.zeros((len(trace.requests), len(names)), np.int32)
-    told = hints_of(trace, setup.hints)
+    told = hints_of(trace, setup.hints, names_sessions=setup.speculate is not None)
     began, num_done = time.thread_time(), 0
     for number, request in enumerate(trace.requests):
         by_tier = fleet.serve(request, None if told is None else told[number])
@@ -63,7 +65,7 @@ def play(trace: ReplayTrace, setup: Setup, on_progress: Callable[[int], object] 
         engine.planner.check()
         to_host = engine.planner.saver.counters["saved_pages"] + engine.num_fetched
         written += [to_host, *(tier.counters.spilled_pages for tier in engine.planner.books.tiers)]
-    return Played(hits, tuple(map(int, written)), cpu_s)
+    return Played(hits, tuple(map(int, written)), cpu_s, _speculated(fleet.engines))
 
 
 def key_of(block: int) -> BlockHash:
@@ -74,9 +76,20 @@ def key_of(block: int) -> BlockHash:
 def _engine(trace: ReplayTrace, setup: Setup, scale: int) -> VirtualEngine:
     host = make_policy(setup.policy, setup.ttl_s)
     (_, num_slots), *lower = setup.tiers
-    return VirtualEngine(
-        trace.block_tokens, PlanSettings(scale * num_slots), host, [_plan(setup, *tier, scale) for tier in lower]
-    )
+    speculation = None
+    if (asked := setup.speculate) is not None:
+        speculation = SpeculationSettings(
+            "auto", int(asked.slots * num_slots), asked.blocks_per_s * PAGE_BYTES, asked.max_waste
+        )
+    settings = PlanSettings(scale * num_slots, max_prefetch_slots=num_slots // 4, speculation=speculation)
+    return VirtualEngine(trace.block_tokens, settings, host, [_plan(setup, *tier, scale) for tier in lower])
+
+
+def _speculated(engines: Sequence[VirtualEngine]) -> Speculated | None:
+    (speculation, *_) = [engine.planner.speculation for engine in engines]
+    if speculation is None:
+        return None
+    return Speculated(**speculation.counters, stops=speculation.verdict.num_stopped)
 
 
 def _plan(setup: Setup, name: str, num_blocks: int, scale: int) -> TierPlan:
@@ -121,7 +134,7 @@ class _Fleet:
         keys = [key_of(block) for block in request.blocks]
         passed, self._now = max(0.0, request.at_s - self._now), max(self._now, request.at_s)
         for engine in self.engines:
-            engine.now = self._now
+            engine.run_until(self._now)
             if hint is not None:
                 engine.planner.tick(self._now)  # what is retained ends by it
         engine = self.engines[self._choose(keys, passed)]

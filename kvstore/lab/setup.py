@@ -21,6 +21,29 @@ PREFILL_TOKENS_PER_S = 25_000.0
 
 
 @dataclass(frozen=True, slots=True)
+class Speculate:
+    """Speculative prefetch (plan/speculation.py), in mode auto.
+
+    max_waste:    bytes brought in vain for each that is used, at most.
+    blocks_per_s: that may be brought. slots: share of host memory for what was brought and not used yet.
+    """
+
+    max_waste: float
+    blocks_per_s: float
+    slots: float
+
+
+@dataclass(frozen=True, slots=True)
+class Speculated:
+    """The pages that speculation brought, and those of them that were used, and wasted. stops: of itself."""
+
+    brought: int
+    used: int
+    wasted: int
+    stops: int
+
+
+@dataclass(frozen=True, slots=True)
 class Setup:
     """Stores that serve one trace together; empty at first.
 
@@ -34,6 +57,7 @@ class Setup:
     is_pooled:    the replicas are one store of all their room, instead.
     hints:        share of the requests whose clients say what they know (hints.py).
     codec:        of the pages in Redis (hardware.py); hits are the same, bytes and seconds are not.
+    speculate:    whether pages of idle sessions are brought to host memory, and how many.
     """
 
     tiers: tuple[tuple[str, int], ...]
@@ -47,6 +71,7 @@ class Setup:
     is_pooled: bool = False
     hints: float = 0.0
     codec: str = "raw"
+    speculate: Speculate | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,11 +92,13 @@ class Played:
     hit_blocks: int32, shape (num_requests, num_tiers): blocks of each prompt's hit by the tier that had them.
     written:    blocks written to each tier, parallel to the setup's tiers.
     cpu_s:      of the playing alone.
+    speculated: None where nothing was brought ahead of need.
     """
 
     hit_blocks: npt.NDArray[np.int32]
     written: tuple[int, ...]
     cpu_s: float
+    speculated: Speculated | None = None
 
     def hit_tokens(self, prompt_tokens: npt.NDArray[np.int64], block_tokens: int) -> npt.NDArray[np.int64]:
         """Return the hit tokens of each request by tier, shape (num_requests, num_tiers), nearest tier first.

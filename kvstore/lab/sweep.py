@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from kvstore.errors import ConfigError
 from kvstore.lab import compiled, replay
-from kvstore.lab.cell import ReplayCell
+from kvstore.lab.cell import ReplayCell, SpeculationGain
 from kvstore.lab.optimum import optimal_hit_tokens
 from kvstore.lab.sessions import num_sessions
-from kvstore.lab.setup import ALWAYS, HOST, PREDICTED, REDIS, Played, Setup
+from kvstore.lab.setup import ALWAYS, HOST, PREDICTED, REDIS, Played, Setup, Speculate
 from kvstore.lab.timing import Costs, ReplayTiming, time_of
 from kvstore.lab.traces import ReplayTrace
 
@@ -76,6 +76,7 @@ class Player:
         self._total_tokens = int(self.prompt_tokens.sum())
         self._optima: dict[int, int] = {}
         self._floor: ReplayOutcome | None = None
+        self._twin: ReplayOutcome | None = None  # of the setup that speculated last, without speculation
 
     def engine_of(self, setup: Setup) -> str:
         """Return the name of the engine that plays this setup."""
@@ -149,6 +150,25 @@ class Player:
             ttft_s=timing.percentiles(),
             busy=timing.busy,
             gpu_s=timing.spent_s,
+            speculation=self._gain_of(outcome),
+        )
+
+    def _gain_of(self, outcome: ReplayOutcome) -> SpeculationGain | None:
+        told = outcome.played.speculated
+        if told is None:
+            return None
+        setup = replace(outcome.setup, speculate=None)
+        if self._twin is None or self._twin.setup != setup:
+            self._twin = self._floor if self._floor is not None and self._floor.setup == setup else self.outcome(setup)
+        host, *lower = self._twin.tokens.sum(axis=0).tolist()
+        slow = sum(lower)
+        return SpeculationGain(
+            turned=(int(outcome.tokens[:, 0].sum()) - host) / slow if slow else None,
+            wasted_per_used=told.wasted / told.used if told.used else None,
+            brought=told.brought,
+            used=told.used,
+            wasted=told.wasted,
+            stops=told.stops,
         )
 
     def _floor_of(self, setup: Setup) -> ReplayOutcome:
@@ -168,8 +188,10 @@ def setups_of(
     policies: Sequence[str],
     codecs: Sequence[str] = ("raw",),
     hints: Sequence[float] = (0.0,),
+    speculate: Sequence[Speculate | None] = (None,),
 ) -> list[Setup]:
-    """Return a setup for each choice of rooms, codec, policy and share of hints; what shares a floor stands together.
+    """Return a setup for each choice of rooms, codec, policy, share of hints, and speculation where there is a lower
+    tier; what shares a floor stands together.
 
     rooms: for each tier, nearest first, the sizes to choose from; one of 0 blocks leaves the tier out.
     """
@@ -181,15 +203,16 @@ def setups_of(
             stores = replace(stores, is_exclusive=False, writes_per_day=None, admit=ALWAYS)
         for codec in codecs if REDIS in stores.names else codecs[:1]:
             setups += [
-                replace(stores, policy=policy, codec=codec, hints=share) for policy, share in product(policies, hints)
+                replace(stores, policy=policy, codec=codec, hints=share, speculate=how)
+                for policy, share, how in product(policies, hints, speculate if len(tiers) > 1 else (None,))
             ]
     return setups
 
 
 def floor_of(setup: Setup) -> Setup:
-    """Return the setup that is the floor of another: LRU without a time to live, forecasts and hints."""
+    """Return the setup that is the floor of another: LRU without a time to live, forecasts, hints and speculation."""
     admit = ALWAYS if setup.admit == PREDICTED else setup.admit
-    return replace(setup, policy=LRU, ttl_s=None, admit=admit, hints=0.0)
+    return replace(setup, policy=LRU, ttl_s=None, admit=admit, hints=0.0, speculate=None)
 
 
 def num_plays(setups: Sequence[Setup]) -> int:

@@ -63,6 +63,41 @@ def test_shares_of_hints_are_rows_of_their_own(trace: Path, tmp_path: Path) -> N
     assert [cell["hints"] for cell in json.loads(out.read_text())] == [0.0, 0.5]
 
 
+def tool_loops(path: Path) -> Path:
+    """Four sessions that come back after 100 s, above what is asked once and pushes them out of host memory."""
+    events = [(100.0 * turn + 25.0 * session, session, turn) for turn in range(40) for session in range(4)]
+    events += [(at + 5.0 * number, -1, 0) for at, *_ in events for number in range(3)]
+    lines, last = [{"format": "kvt1", "block_tokens": 16, "name": "loops"}], {}
+    for number, (at, session, turn) in enumerate(sorted(events)):
+        head = last.get(session, -1)
+        fresh = [[1000 * (number + 1), 8 if session < 0 else 4 if head < 0 else 1]]
+        known = 0 if head < 0 else 3 + turn
+        size = 16 * (known + fresh[0][1])
+        lines.append({"t": at, "s": session, "in": size, "out": 1, "p": head, "k": known, "h": fresh, "x": "tool_use"})
+        if session >= 0:
+            last[session] = number
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return path
+
+
+def test_speculation_is_a_row_of_its_own_with_what_it_brought_and_wasted(tmp_path: Path) -> None:
+    trace = tool_loops(tmp_path / "loops.kvt")
+    options = ["replay", str(trace), "--host", "200", "--disk", "100%", "--speculate", "1"]
+
+    table = runner.invoke(app, options, env={"COLUMNS": "160"})
+    plain, ahead = json.loads(runner.invoke(app, [*options, "--json", "-"]).stdout)
+
+    assert "ahead 1" in table.stdout
+    assert "to host" in table.stdout
+    assert "speculation" not in plain
+    gain = ahead["speculation"]
+    assert gain["used"] + gain["wasted"] <= gain["brought"]
+    assert gain["turned"] > 0.3
+    assert gain["wasted_per_used"] < 1
+    rates = ahead["hit_rate_by_tier"], plain["hit_rate_by_tier"]
+    assert rates[0]["host"] - rates[1]["host"] == pytest.approx(gain["turned"] * rates[1]["disk"])
+
+
 def test_a_time_to_live_costs_hits(trace: Path) -> None:
     result = runner.invoke(app, ["replay", str(trace), "--host", "100%", "--ttl", "2s", "--json", "-"])
 
@@ -145,6 +180,9 @@ def test_an_empty_trace_is_one_line(tmp_path: Path) -> None:
         (["--admit", "never"], "it must be one of always"),
         (["--engine", "steam"], "it must be one of auto, planner, compiled"),
         (["--exclusive"], "give --disk or --redis"),
+        (["--speculate", "1"], "give --disk or --redis"),
+        (["--speculate", "some", "--disk", "50%"], "--speculate is 'some'"),
+        (["--speculate", "1", "--disk", "50%", "--replicas", "2"], "in one store"),
         (["--hints", "0.5"], "write a share of the requests, 0% to 100%"),
         (["--hints", "200%"], "--hints is '200%'"),
         (["--ttl", "soon"], "--ttl soon: a time is"),
