@@ -34,8 +34,10 @@ class Connector(Protocol[Target, Source]):
     def start_save(self, request: Request, source: Source) -> bool:
         """Hand new full blocks to the background; False if they were skipped. Returns at once and never raises."""
 
-    def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
-        """The request is over; `last_turn` lets its pages go first. Never raises."""
+    def finished(
+        self, request: Request, *, finish_reason: str = "", last_turn: bool = False, reply_tokens: int = -1
+    ) -> None:
+        """The request is over; `last_turn` lets its pages go first; -1 is an unknown length. Never raises."""
 
     def forget(self, request: Request) -> int:
         """Delete the prompt's pages in every tier that can be reached; return how many blocks."""

@@ -198,9 +198,11 @@ class TransformersConnector:
             log_failure(log, "hints were not taken", error)
             return ()
 
-    def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
+    def finished(
+        self, request: Request, *, finish_reason: str = "", last_turn: bool = False, reply_tokens: int = -1
+    ) -> None:
         """Tell the store, after the request's saves: what it says about the path must find the new blocks there."""
-        self.saves.finish(request, finish_reason, last_turn=last_turn)
+        self.saves.finish(request, finish_reason, last_turn=last_turn, reply_tokens=reply_tokens)
 
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """Tell the store how fast this model computes."""

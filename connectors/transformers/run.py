@@ -103,9 +103,9 @@ class PromptRun:
         self.session.after(first + len(tokens), time.perf_counter() - began)
         return logits
 
-    def end(self, finish_reason: str, *, last_turn: bool) -> None:
-        """The request is over, well or not."""
-        self.session.end(finish_reason, last_turn=last_turn)
+    def end(self, finish_reason: str, *, last_turn: bool, reply_tokens: int = -1) -> None:
+        """The request is over, well or not. reply_tokens: of the answer; -1 where the caller goes on by itself."""
+        self.session.end(finish_reason, last_turn=last_turn, reply_tokens=reply_tokens)
         self.report.unsaved_pages = self.session.unsaved_pages
 
     def first_token_known(self) -> None:
@@ -213,7 +213,7 @@ class GenerationRun(Iterator[Piece]):
                 yield []
         finally:
             reason = self._told_reason if self._told_reason and self.finish_reason == "stop" else self.finish_reason
-            run.end(reason, last_turn=self._last_turn)
+            run.end(reason, last_turn=self._last_turn, reply_tokens=len(self._tokens))
 
     def _decode(self, logits: torch.Tensor) -> Generator[list[Piece], None, None]:
         """Yield one piece after the other, without end."""

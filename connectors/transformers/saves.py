@@ -55,9 +55,9 @@ class RunSaves:
             self._counters.save_failures += 1
             log_failure(log, "decoded blocks are not saved", error)
 
-    def finish(self, request: Request, finish_reason: str, *, last_turn: bool) -> None:
+    def finish(self, request: Request, finish_reason: str, *, last_turn: bool, reply_tokens: int) -> None:
         """Tell the store that the request is over, after its saves."""
-        job = partial(self._finish, request, finish_reason, last_turn)
+        job = partial(self._finish, request, finish_reason, last_turn, reply_tokens)
         if not self._worker.submit(job):
             job()
 
@@ -94,8 +94,10 @@ class RunSaves:
         finally:
             self._store.release(lease)  # a no-op after complete
 
-    def _finish(self, request: Request, finish_reason: str, last_turn: bool) -> None:
+    def _finish(self, request: Request, finish_reason: str, last_turn: bool, reply_tokens: int) -> None:
         try:
-            self._store.keep.finished(request, finish_reason=finish_reason, last_turn=last_turn)
+            self._store.keep.finished(
+                request, finish_reason=finish_reason, last_turn=last_turn, reply_tokens=reply_tokens
+            )
         except Exception as error:
             log_failure(log, "the end of a request was not told", error)

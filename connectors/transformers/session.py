@@ -46,8 +46,8 @@ class ColdSession:
     def prompt_done(self) -> None:
         """The prompt is in the cache and the first token is known: save."""
 
-    def end(self, finish_reason: str, *, last_turn: bool) -> None:
-        """The request is over, well or not."""
+    def end(self, finish_reason: str, *, last_turn: bool, reply_tokens: int = -1) -> None:
+        """The request is over, well or not. reply_tokens: of the answer; -1 where the caller goes on by itself."""
 
 
 class StoreSession(ColdSession):
@@ -100,7 +100,7 @@ class StoreSession(ColdSession):
     def prompt_done(self) -> None:
         self._save(self._savable)
 
-    def end(self, finish_reason: str, *, last_turn: bool) -> None:
+    def end(self, finish_reason: str, *, last_turn: bool, reply_tokens: int = -1) -> None:
         if self._wants_answer and self._is_whole:
             with self._guard():
                 self._recorder.finish(self._cached)
@@ -110,7 +110,9 @@ class StoreSession(ColdSession):
             size = self._connector.block_size
             num_blocks = self._cached // size - self._prompt_tokens // size
             self.unsaved_pages = self._connector.left_out(num_blocks)
-        self._connector.finished(self._request, finish_reason=finish_reason, last_turn=last_turn)
+        self._connector.finished(
+            self._request, finish_reason=finish_reason, last_turn=last_turn, reply_tokens=reply_tokens
+        )
 
     @property
     def _wants_answer(self) -> bool:
@@ -185,5 +187,5 @@ def open_session(
         session.compute_wait_s = matched.compute_wait_s
         return session
     except GeneratorExit:
-        connector.finished(request, finish_reason="cancelled")
+        connector.finished(request, finish_reason="cancelled", reply_tokens=0)
         raise

@@ -240,7 +240,7 @@ def _speculated(cell: ReplayCell) -> tuple[str, ...]:
 
 def _name(setup: Setup) -> str:
     hints = f", {setup.hints:.0%} hints" if setup.hints else ""
-    return setup.policy + hints + (f", speculation {setup.speculate.max_waste:g}" if setup.speculate else "")
+    return setup.policy + hints + (f", ahead {setup.speculate.max_waste:g}" if setup.speculate else "")
 
 
 def _below(setup: Setup) -> str:

@@ -52,6 +52,7 @@ class DictStore:
         self.calls: Counter[str] = Counter()
         self.prefills: list[int] = []
         self.finishes: list[tuple[str, bool]] = []
+        self.replies: list[int] = []
         self.open_leases: dict[int, LoadLease | SaveLease] = {}
         self._requests: dict[int, Request] = {}
         self._slots: dict[int, npt.NDArray[np.uint8]] = {}
@@ -155,9 +156,12 @@ class DictStore:
     def release(self, lease: LoadLease | SaveLease) -> None:
         self._end(lease)
 
-    def finished(self, request: Request, *, finish_reason: str = "", last_turn: bool = False) -> None:
+    def finished(
+        self, request: Request, *, finish_reason: str = "", last_turn: bool = False, reply_tokens: int = -1
+    ) -> None:
         self._call("finished")
         self.finishes.append((finish_reason, last_turn))
+        self.replies.append(reply_tokens)
 
     def forget(self, request: Request, first: int = 0) -> int:
         groups = range(len(self.layout.groups))

@@ -156,6 +156,7 @@ def test_a_stream_that_is_left_early_still_saves_and_ends_the_request(model: Any
         assert len(stream.result.tokens) == 2
         assert len(store.pages) == 6
         assert store.finishes == [("cancelled", False)]
+        assert store.replies == [2]
 
 
 def test_a_stream_that_is_dropped_ends_the_request_too(model: Any) -> None:

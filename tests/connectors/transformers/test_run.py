@@ -115,6 +115,7 @@ def test_a_run_closed_while_it_waits_gives_everything_back(model: Any, store: An
     assert run.is_done
     assert not store.open_leases
     assert store.finishes[-1] == ("cancelled", False)
+    assert store.replies[-1] == 0
 
 
 def test_a_run_that_failed_is_over(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

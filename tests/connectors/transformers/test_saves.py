@@ -91,9 +91,10 @@ def test_pages_without_a_slot_are_skipped_and_counted(opened: Any) -> None:
 def test_the_store_is_told_how_a_request_ended(opened: Any, last_turn: bool, reason: str) -> None:
     model, store = opened()
 
-    ask(model, random_ids(40), last_turn=last_turn)
+    answer = ask(model, random_ids(40), last_turn=last_turn)
 
     assert store.finishes == [(reason, last_turn)]
+    assert store.replies == [answer.report.new_tokens]
 
 
 def test_forget_waits_for_saves_under_way(opened: Any) -> None:
