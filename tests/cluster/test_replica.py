@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -112,6 +113,13 @@ def test_breakpoints_of_a_chat_are_hints(replica: Server) -> None:
     assert told.text == plain.text
     (outcome,) = told.body["kvstore"]["hints"]
     assert (outcome["action_id"], outcome["action"]) == ("messages[0].content[0].cache_control", "retain")
+
+    def is_retained() -> bool:
+        again = greedy(replica, path, messages=[{"role": "system", "content": system}, CHAT[1]])
+        (outcome,) = again.body["kvstore"]["hints"]
+        return bool(outcome.get("tokens", 0) >= 256 and outcome["until"] > time.time() + 3000)
+
+    wait_until(is_retained)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

@@ -19,6 +19,7 @@ from kvstore.ports import free_port
 from kvstore.testing.redis_server import LocalRedis
 from tests.engines.vllm.conftest import MiB, Reference
 from tests.engines.vllm.engine import BLOCK, DTYPE, ENVIRONMENT, STORE, make_prompt, transfer_config
+from tests.helpers.hints import envelope
 from tests.helpers.waiting import WAIT_S, wait_until
 
 pytestmark = pytest.mark.timeout(900)
@@ -54,16 +55,26 @@ class Replica:
         except (urllib.error.URLError, OSError):
             return False
 
-    def ask(self, prompt: Sequence[int]) -> dict[str, Any]:
-        """The tokens of the answer, and their log probabilities."""
-        body = {"model": "tiny", "prompt": list(prompt), "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    def ask(self, prompt: Sequence[int], hint: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The tokens of the answer, their log probabilities, and what came back of a KV hint."""
+        body: dict[str, Any] = {
+            "model": "tiny",
+            "prompt": list(prompt),
+            "max_tokens": 8,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
         body |= {"return_token_ids": True, "logprobs": 1}
+        if hint is not None:
+            body["kv_transfer_params"] = {"kv_hint": hint}
         request = urllib.request.Request(
             f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=WAIT_S) as reply:
-            choice = json.load(reply)["choices"][0]
-        return {"tokens": choice["token_ids"], "logprobs": choice["logprobs"]["token_logprobs"]}
+            answer = json.load(reply)
+        choice = answer["choices"][0]
+        told = answer.get("kv_transfer_params")
+        return {"tokens": choice["token_ids"], "logprobs": choice["logprobs"]["token_logprobs"], "told": told}
 
     def post(self, path: str) -> dict[str, Any]:
         """A call without a body."""
@@ -127,6 +138,19 @@ def test_the_second_replica_takes_what_the_first_computed(
     assert second.metric("vllm:kvstore_hit_tokens_total", 'tier="redis"') == hit
     assert second.metric("vllm:external_prefix_cache_hits_total") >= hit
     assert second.metric("vllm:kvstore_hook_errors_total") == 0
+
+
+def test_hints_over_http_are_answered(replicas: list[Replica], reference: Reference) -> None:
+    prompt = make_prompt(500, 8)
+
+    first = replicas[0].ask(prompt, envelope(("pin", {"ttl_s": 60, "session": "s"}), ("evaporate", {})))
+    wrong = replicas[0].ask(prompt, {"actions": "none"})
+
+    reference.check([first], [prompt], cached=0)
+    told = [(one["action"], one["status"]) for one in first["told"]["kv_hint"]["outcomes"]]
+    assert told == [("pin", "deferred"), ("unknown", "ignored")]
+    assert [one["status"] for one in wrong["told"]["kv_hint"]["outcomes"]] == ["rejected"]
+    wait_until(lambda: settled(replicas[0], "vllm:kvstore_hints_total") == 3, "not all hints are counted", poll_s=0.5)
 
 
 def test_every_metric_that_the_documentation_names_is_served(replicas: list[Replica]) -> None:
