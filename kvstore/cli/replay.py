@@ -359,7 +359,8 @@ def _costs(model: str, bytes_per_token: int | None, gpu: str, gpus: int, media: 
 
 
 def _tell(bar: ProgressBar, name: str, total: int | None, what: str, num_done: int) -> None:
-    bar.update(f"{name}: {what}", num_done, total)
+    far = f", {num_done / total:.0%} of all" if total else ""
+    bar.update(f"{name}: {what}{far}", num_done, total)
 
 
 def _write_json(file: Path | None, records: list[dict[str, object]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ def draw_sweep(cells: Sequence[ReplayCell], without: Mapping[str, Sequence[float
         size = (WIDTH_IN, HEIGHT_IN * max(1, len(traces)))
         figure = Figure(figsize=size, facecolor=PAPER, layout="constrained")
         FigureCanvasAgg(figure)
-        for row, trace in enumerate(traces):
+        rows = figure.subfigures(max(1, len(traces)), 1, squeeze=False)[:, 0]
+        for row, trace in zip(rows, traces, strict=False):
             of_trace = sorted((cell for cell in cells if cell.trace == trace), key=lambda cell: cell.capacity)
-            left, right = (figure.add_subplot(len(traces), 2, 2 * row + column) for column in (1, 2))
+            left, right = row.subplots(1, 2)
             _draw_rates(left, of_trace)
             _draw_ttft(right, of_trace, without.get(trace, ()))
-            left.set_title(trace, fontsize=11.5, fontweight="bold", loc="left", color=INK)
+            row.suptitle(f"{trace}, {of_trace[0].requests:,} requests", x=0.012, ha="left", fontsize=13, weight="bold")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DPI, facecolor=PAPER)
 
@@ -60,12 +62,11 @@ def _draw_rates(axes: Any, cells: Sequence[ReplayCell]) -> None:
         axes.plot(list(rates), _percent(rates), marker="o", markersize=4, color=color, label=label, zorder=4)
     axes.set_xscale("log")
     shares = sorted({cell.share for cell in cells})
-    axes.set_xticks(shares, [f"{share:.3g} %" for share in (100 * share for share in shares)], fontsize=8.5)
+    axes.set_xticks(shares, [f"{share:.2g} %" for share in (100 * share for share in shares)], fontsize=8.5)
     axes.minorticks_off()
-    axes.set_ylim(0, 100)
+    axes.set_ylim(0, min(100, 10 * ceil(12 * max(cell.min for cell in cells))))
     axes.set_xlabel("host memory, share of all different blocks", color=SOFT)
-    axes.set_ylabel("prompt tokens that are hits, %", color=SOFT)
-    _dress(axes, "lower right")
+    _dress(axes, "prompt tokens that are hits, %", "lower right")
 
 
 def _draw_ttft(axes: Any, cells: Sequence[ReplayCell], without: Sequence[float]) -> None:
@@ -80,24 +81,25 @@ def _draw_ttft(axes: Any, cells: Sequence[ReplayCell], without: Sequence[float])
     for number, cell in enumerate(drawn):
         alpha = 0.3 + 0.7 * (number + 1) / len(drawn)
         axes.plot(
-            cell.ttft_s, range(101), color=HOST, alpha=alpha, label=f"{policy}, {100 * cell.share:.3g} %", zorder=3
+            cell.ttft_s, range(101), color=HOST, alpha=alpha, label=f"{policy}, {100 * cell.share:.2g} %", zorder=3
         )
     axes.set_xscale("log")
     axes.set_ylim(0, 100)
     axes.xaxis.set_major_formatter(lambda seconds, _: format_seconds(seconds))
     axes.minorticks_off()
     if any(cell.is_overloaded for cell in drawn):
-        axes.set_title("GPUs overloaded: this is the queue's", fontsize=9.5, loc="left", color=BAD)
-    axes.set_xlabel("time to first token, by the cost model", color=SOFT)
-    axes.set_ylabel("requests that have it by then, %", color=SOFT)
-    _dress(axes, "upper left")
+        axes.set_xlabel("time to first token; the GPUs are overloaded: it is the queue's", color=BAD)
+    else:
+        axes.set_xlabel("time to first token, by the cost model", color=SOFT)
+    _dress(axes, "requests that have their first token by then, %", "upper left")
 
 
 def _kind(cell: ReplayCell) -> Kind:
     return cell.setup.tiers[1:], cell.setup.codec
 
 
-def _dress(axes: Any, legend: str) -> None:
+def _dress(axes: Any, title: str, legend: str) -> None:
+    axes.set_title(title, fontsize=9.5, loc="left", color=SOFT)
     axes.grid(color=GRID, zorder=0)
     axes.tick_params(colors=SOFT, length=0)
     axes.legend(frameon=False, loc=legend, fontsize=9)
