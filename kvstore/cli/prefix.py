@@ -90,6 +90,7 @@ def _run(
     """Return the exit code and what is known, printed already."""
     from kvstore.cli import prefix_view as view
     from kvstore.prefix.answer_trials import learn
+    from kvstore.prefix.answers import AnswerRules
     from kvstore.prefix.diagnosis import diagnose
     from kvstore.prefix.rendering import TemplateRefused
     from kvstore.prefix.template import load
@@ -105,7 +106,8 @@ def _run(
         diagnosis = diagnose(model, process, sizes, kwargs)
     except TemplateRefused as refused:
         raise ConfigError(f"{words[0]} is no chat template: {refused}") from None
-    answers = learn(model, process, kwargs, estimates=True)
+    told = diagnosis.exit_code != CANNOT_TELL
+    answers = learn(model, process, kwargs, estimates=True) if told else AnswerRules((), (), "")
     view.print_diagnosis(console(), diagnosis, answers)
     return diagnosis.exit_code, {**diagnosis.as_json(), "saved_answers": answers.why if answers.turns else None}
 

@@ -79,8 +79,10 @@ def print_traffic(output: Console, report: dict[str, Any]) -> None:
                 output.print(f"  {one['at']}{where}: {one['lost_tokens']} tokens", markup=False)
                 print_window(output, Window(one["shared"], one["old"], one["new"]))
             output.print(f"  do: {BY_KEY[key].advice}", markup=False)
-    if report["refused"]:
-        output.print(f"{report['refused']} requests were refused by the template", markup=False)
+    for refused in report["first_refused"]:
+        output.print(f"{refused['at']} is refused by the template: {visible(refused['reason'])}", markup=False)
+    if report["refused"] > len(report["first_refused"]):
+        output.print(f"{report['refused']} requests are refused by the template", markup=False)
     for bad in report["first_bad_lines"]:
         output.print(f"line {bad['line']} is no request: {bad['reason']}", markup=False)
     if report["bad_lines"] > len(report["first_bad_lines"]):

@@ -1,7 +1,8 @@
 """The process that renders templates, as its parent sees it: a text, or why there is none, always in time.
 
 A template is a program that somebody else wrote. It runs in a child (child.py) that is ended when a rendering takes
-longer than it may; the next one gets a new child. One thread at a time.
+longer than it may; the next one gets a new child. Where some in a row take too long, none is tried for a while, so that
+a diagnosis or a log ends in time. One thread at a time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from kvstore.errors import KVStoreError
 
 COMMAND = (sys.executable, "-m", "kvstore.prefix.child")
 START_S = 60.0  # a guess for a busy machine: an interpreter and Jinja
+MAX_SLOW = 3  # renderings in a row that take too long: then none is tried for REST_S
+REST_S = 60.0  # a guess: long enough that a log of thousands comes to its end, and a server that was busy goes on
 NOON = 1_767_268_800.0  # 1 January 2026, 12:00 UTC: the clock of renderings that name none
 TOO_SLOW, BROKEN = "too_slow", "broken"
 
@@ -66,6 +69,8 @@ class RenderProcess:
         self._command = command
         self._now = now
         self._child: subprocess.Popen[bytes] | None = None
+        self._num_slow = 0  # in a row
+        self._rests_until = 0.0
 
     def render(
         self,
@@ -114,6 +119,8 @@ class RenderProcess:
 
     def _ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
         seconds = self._limits.seconds
+        if self._num_slow >= MAX_SLOW and self._now() < self._rests_until:
+            raise TemplateRefused(TOO_SLOW, f"not tried: {MAX_SLOW} renderings in a row took longer than {seconds:g} s")
         if self._child is None:
             self._child = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             seconds += START_S
@@ -132,10 +139,13 @@ class RenderProcess:
             answer = b""
         if answer is None:
             self.close()
+            self._num_slow += 1
+            self._rests_until = self._now() + REST_S
             raise TemplateRefused(TOO_SLOW, f"no text after {self._limits.seconds:g} s")
         if not answer.endswith(b"\n"):
             self.close()
             raise TemplateRefused(BROKEN, "the process that renders has ended")
+        self._num_slow = 0
         parsed: dict[str, Any] = json.loads(answer)
         return parsed
 

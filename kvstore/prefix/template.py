@@ -25,6 +25,7 @@ PLAIN = Template(
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 # Where a template is a file without a tokenizer beside it: the names that most templates write.
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PLACEHOLDERS = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -59,14 +60,13 @@ def load(source: str, tokenizer: str | None = None) -> ModelTemplate:
             StandIn(),
             ("no tokenizer beside the template: tokens are estimated by a stand-in, bos is <s>, eos is </s>",),
         )
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    elif _HUB_ID.fullmatch(source):
         found = _of_hub(source)
     else:
         raise ConfigError(f"{source!r} is neither a directory, nor a file, nor a hub id like 'owner/name'")
     if tokenizer is None:
         return found
-    other = Path(tokenizer).expanduser()
-    own = _tokens_of_directory(other) if other.is_dir() else _tokens_of_hub(tokenizer)
+    own = _tokens_of(tokenizer)
     return ModelTemplate(found.name, Template(found.template.text, own[1]), own[0])
 
 
@@ -84,9 +84,7 @@ def plain(tokenizer: str | None = None) -> ModelTemplate:
     found = ModelTemplate("plain", PLAIN, StandIn(), (note,))
     if tokenizer is None:
         return found
-    other = Path(tokenizer).expanduser()
-    own = _tokens_of_directory(other) if other.is_dir() else _tokens_of_hub(tokenizer)
-    return ModelTemplate("plain", PLAIN, own[0], (note,))
+    return ModelTemplate("plain", PLAIN, _tokens_of(tokenizer)[0], (note,))
 
 
 def _of_directory(path: Path) -> ModelTemplate:
@@ -102,6 +100,16 @@ def _of_directory(path: Path) -> ModelTemplate:
         return ModelTemplate(path.resolve().name, Template(text, special), tokenizer, tuple(notes))
     note = "no tokenizer beside the template: tokens are estimated by a stand-in, bos is <s>, eos is </s>"
     return ModelTemplate(path.resolve().name, Template(text, PLACEHOLDERS), StandIn(), (note,))
+
+
+def _tokens_of(tokenizer: str) -> tuple[Any, ...]:
+    """Return the tokenizer in a directory or of a hub id, the special tokens, and notes."""
+    folder = Path(tokenizer).expanduser()
+    if folder.is_dir():
+        return _tokens_of_directory(folder)
+    if not _HUB_ID.fullmatch(tokenizer):
+        raise ConfigError(f"the tokenizer {tokenizer!r} is neither a directory nor a hub id like 'owner/name'")
+    return _tokens_of_hub(tokenizer)
 
 
 def _tokens_of_directory(path: Path) -> tuple[Any, ...]:

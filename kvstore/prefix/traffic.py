@@ -73,14 +73,17 @@ class Traffic:
         self._lost: Counter[tuple[str, str]] = Counter()
         self._examples: dict[str, list[dict[str, Any]]] = {}
         self._counts: Counter[str] = Counter()
+        self._refused: list[dict[str, str]] = []
 
     def observe(self, request: ChatRequest, name: str = "") -> SessionTurn | None:
         """Take the next request; None if it is its session's first, or refused. name: for examples, such as a line."""
         self._counts["requests"] += 1
         try:
             new = self.render(request)
-        except TemplateRefused:
+        except TemplateRefused as refused:
             self._counts["refused"] += 1
+            if name and len(self._refused) < MAX_EXAMPLES:
+                self._refused.append({"at": name, "reason": str(refused)})
             return None
         repeats = self._spans.observe(new.ids)
         self._counts["prompt_tokens"] += len(new.ids)
@@ -136,6 +139,7 @@ class Traffic:
             "turns": sum(self._turns.values()),
             "lost_tokens": sum(self._lost.values()),
             "groups": groups,
+            "first_refused": list(self._refused),
             "examples": {key: list(found) for key, found in self._examples.items()},
         }
 

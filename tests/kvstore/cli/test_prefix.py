@@ -85,6 +85,35 @@ def test_a_log_is_read_line_by_line_and_bad_lines_are_told(tmp_path: Path) -> No
     assert "line 2 is no request: it is not JSON" in printed
 
 
+def test_lines_that_the_template_refuses_are_told_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text(templates.REFUSES_SYSTEM)
+    refused = json.dumps({"messages": [{"role": "system", "content": "Be brief."}, QUESTION]})
+    (tmp_path / "log.jsonl").write_text("\n".join([json.dumps({"messages": [QUESTION]}), *[refused] * 4]))
+
+    printed = run(str(tmp_path / "t.jinja"), "--log", str(tmp_path / "log.jsonl"), code=2)
+
+    for number in (2, 3, 4):
+        assert f"line {number} is refused by the template: TemplateError: no system message here" in printed
+    assert "4 requests are refused by the template" in printed
+    assert "line 5" not in printed
+
+
+def test_answers_worth_saving_are_told(folder: Path) -> None:
+    (folder / "loops.jinja").write_text(templates.THINKS_IN_LOOPS)
+
+    printed = run(str(folder / "loops.jinja"), "--json", str(folder / "out.json"), code=1)
+
+    told = "answers without reasoning and tool calls with reasoning, as far as the next prompt can begin with them"
+    assert f'"save": "auto" saves of answers: {told}' in printed
+    assert json.loads((folder / "out.json").read_text())["saved_answers"].startswith(told)
+
+
+def test_a_tokenizer_that_is_no_directory_asks_no_hub(folder: Path) -> None:
+    printed = run(str(folder / "STABLE.jinja"), "--tokenizer", "/no/such/folder", code=2)
+
+    assert "'/no/such/folder' is neither a directory nor a hub id like 'owner/name'" in printed
+
+
 def test_a_log_without_a_second_turn_leaves_it_open(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(json.dumps({"messages": [QUESTION]}))
 

@@ -52,13 +52,29 @@ def test_names_filters_and_blanks_are_those_of_transformers(
 
 
 def test_a_template_that_takes_too_long_is_ended() -> None:
-    times = iter([0.0, 1000.0])  # asked, and when an answer is looked for
+    times = iter([0.0, 1000.0, 1000.0])  # asked, when an answer is looked for, and when there is none
     process = RenderProcess(Limits(seconds=5.0), command=SILENT, now=lambda: next(times))
 
     with process, pytest.raises(TemplateRefused, match="no text after 5 s") as refused:
         process.render(Template("x"), ASK)
 
     assert refused.value.kind == "too_slow"
+
+
+def test_after_three_renderings_that_take_too_long_none_is_tried_for_a_minute() -> None:
+    tried = [time for start in (0.0, 1000.0, 2000.0) for time in (start, start + 1000.0, start + 1000.0)]
+    times = iter([*tried, 3001.0, 3059.0, 3061.0, 3061.0, 4061.0, 4061.0])
+    told = []
+
+    with RenderProcess(Limits(seconds=5.0), command=SILENT, now=lambda: next(times)) as process:
+        for _ in range(6):
+            with pytest.raises(TemplateRefused) as refused:
+                process.render(Template("x"), ASK)
+            told.append(str(refused.value))
+
+    waited, not_tried = "no text after 5 s", "not tried: 3 renderings in a row took longer than 5 s"
+    assert told == [waited, waited, waited, not_tried, not_tried, waited]
+    assert next(times, None) is None
 
 
 def test_a_process_that_ends_is_told_and_replaced() -> None:
