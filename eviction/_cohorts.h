@@ -25,7 +25,7 @@ typedef struct {
     int32_t first, last; /* resident blocks, root first */
     int32_t num_resident, num_live;
     int32_t above, deeper; /* cohorts of the same visit */
-    int32_t size, turn;  /* of the visit: blocks of its path, 0 if none has told; number in its conversation */
+    int32_t size;        /* blocks of the path of the visit, 0 if none has told */
     uint32_t look;       /* the last one that named its blocks */
 } Cohort;
 
@@ -196,7 +196,7 @@ static int reserve_cohorts(Cohorts *all, int64_t num)
 }
 
 /* A new cohort without blocks; there is room for it. */
-static int32_t new_cohort(Cohorts *all, int32_t cls, int64_t weight, int32_t size, int32_t turn)
+static int32_t new_cohort(Cohorts *all, int32_t cls, int64_t weight, int32_t size)
 {
     int32_t cohort = all->free;
     if (cohort)
@@ -204,7 +204,7 @@ static int32_t new_cohort(Cohorts *all, int32_t cls, int64_t weight, int32_t siz
     else
         cohort = all->num_cohorts++;
     all->cohorts[cohort] = (Cohort){.time = all->now, .number = ++all->last_number, .weight = weight, .first = NO_BLOCK,
-                                    .last = NO_BLOCK, .size = size, .turn = turn};
+                                    .last = NO_BLOCK, .size = size};
     enter_cell(all, cohort, cls * NUM_AGES);
     return cohort;
 }

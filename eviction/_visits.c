@@ -37,7 +37,7 @@ static void visits_touch(Visits *visits, const int32_t *path, int32_t length)
         if (!this->is_resident || visits->cohorts.cohorts[before].size || before == fresh)
             continue;
         if (!fresh)
-            fresh = new_cohort(&visits->cohorts, 0, 0, 0, 0);
+            fresh = new_cohort(&visits->cohorts, 0, 0, 0);
         unlink_known(visits, path[i]);
         change_resident(visits, before, -1);
         part(visits, before, 1);

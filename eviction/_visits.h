@@ -11,7 +11,7 @@
 
 enum {
     UPDATE_VISITS = 16,
-    REQUEST_WEIGHT = 4,
+    REQUEST_WEIGHT = 8,
     GHOSTS = 4,
     LEAST_GHOSTS = 4096,
     SHORT_BY = 2,
@@ -20,7 +20,7 @@ enum {
     BRANCH_PACE = 6
 };
 /* Features of a class; their values follow. */
-enum { USES = 500, LAST_TURN = 400, GOES_ON = 401, REASON = 100, PACE = 0, REPLY = 200, TURN = 300 };
+enum { USES = 500, LAST_TURN = 400, GOES_ON = 401, REASON = 100, PACE = 0, REPLY = 200 };
 
 typedef struct {
     int32_t next, prev;
@@ -110,7 +110,7 @@ static void visits_arrive(Visits *visits, const int32_t *path, int32_t length)
             unlink_known(visits, path[i]);
         } else {
             if (!fresh)
-                fresh = new_cohort(&visits->cohorts, 0, 0, 0, 0);
+                fresh = new_cohort(&visits->cohorts, 0, 0, 0);
             this->cohort = fresh;
             this->count = 0;
             this->depth = i;
@@ -170,19 +170,16 @@ static int32_t num_known(const Visits *visits, const int32_t *path, int32_t leng
 }
 
 /* The features of a visit behind the number of uses. */
-static int find_features(const Visits *visits, const int32_t *path, int32_t length, Told told, int32_t *features, int32_t *turn)
+static int find_features(const Visits *visits, const int32_t *path, int32_t length, Told told, int32_t *features)
 {
-    static const double PACES_S[] = {5, 15, 45, 120, 400}, REPLIES[] = {16, 64, 160, 320, 640}, TURNS[] = {0, 1, 3, 8};
+    static const double PACES_S[] = {5, 15, 45, 120, 400}, REPLIES[] = {16, 64, 160, 320, 640};
     int32_t known = num_known(visits, path, length), pace = NEW_PACE;
     int num = 0;
-    *turn = 0;
     if (known) {
         const Cohort *before = &visits->cohorts.cohorts[visits->blocks[path[known - 1]].cohort];
         pace = BRANCH_PACE;
-        if (before->size && known >= 2 && known >= before->size - SHORT_BY) {
+        if (before->size && known >= 2 && known >= before->size - SHORT_BY)
             pace = rank_of(visits->cohorts.now - before->time, PACES_S, 5);
-            *turn = before->turn + 1;
-        }
     }
     if (told.last_turn != UNKNOWN)
         features[num++] = told.last_turn ? LAST_TURN : GOES_ON;
@@ -191,7 +188,6 @@ static int find_features(const Visits *visits, const int32_t *path, int32_t leng
     features[num++] = PACE + pace;
     if (told.reply_tokens != UNKNOWN)
         features[num++] = REPLY + rank_of(told.reply_tokens, REPLIES, 5);
-    features[num++] = TURN + rank_of(*turn, TURNS, 4);
     return num;
 }
 
@@ -216,9 +212,9 @@ static void visits_visit(Visits *visits, const int32_t *path, int32_t length, To
 {
     static const double USE_LIMITS[] = {1, 2, 4, 8, 32};
     Cohorts *all = &visits->cohorts;
-    int32_t features[MAX_DEPTH], turn, cohort = 0, cls = -1;
+    int32_t features[MAX_DEPTH], cohort = 0, cls = -1;
     advance(visits, now);
-    int num_features = find_features(visits, path, length, told, features + 1, &turn) + 1;
+    int num_features = find_features(visits, path, length, told, features + 1) + 1;
     int64_t weight = (int64_t)(REQUEST_WEIGHT * ONE_OBSERVATION / (length > REQUEST_WEIGHT ? length : REQUEST_WEIGHT));
     for (int32_t i = 0; i < length;) {
         int32_t before = visits->blocks[path[i]].cohort, count = before ? visits->blocks[path[i]].count : 0;
@@ -230,7 +226,7 @@ static void visits_visit(Visits *visits, const int32_t *path, int32_t length, To
         int32_t number = class_of(&all->survival, features, num_features);
         if (!cohort || number != cls) {
             int32_t above = cohort;
-            cohort = new_cohort(all, number, weight, length, turn);
+            cohort = new_cohort(all, number, weight, length);
             cls = number;
             if (above) {
                 all->cohorts[above].deeper = cohort;

@@ -66,8 +66,6 @@ def _word(feature: int, reasons: Mapping[int, str]) -> str:
         return ("used once", "used twice")[rank] if rank < 2 else f"used {_values(rank, visits.USES)} times"
     if kind == 4:
         return "said to go on" if rank else "said to be the last turn"
-    if kind == 3:
-        return f"turn {_values(rank, [limit + 1 for limit in visits.TURNS])}"
     if kind == 2:
         return f"reply of {_values(rank, visits.REPLIES)} tokens"
     if kind == 1:

@@ -33,7 +33,7 @@ MAX_CLASSES = 1024  # what comes later counts with its parent
 FEW = 8  # classes that there is room for at first
 MAX_DEPTH = 8  # features of a class
 STEP_CLASSES = 32  # in one update
-VERSION = 1
+VERSION = 2  # 1 had classes by turn
 MOST_COUNTED = 1e12  # observations in tables that are restored
 
 _edges = [0.0, FIRST_AGE_S]

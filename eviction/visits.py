@@ -3,8 +3,8 @@
 A *visit* is one request's use of its prompt's blocks, told when the request ends, resident or not. Blocks that a visit
 was the last to use, of one class, are a *cohort* of its path: one record with a time, a class and a worth, so that
 millions of blocks cost a few records a visit. The class says how often the blocks were used, how the reply ended, how
-soon after the turn before this one came, how long the reply was, and which turn it was (all of it where it is known);
-what a class is worth is learned (survival.py) from what becomes of its cohorts. A turn continues the visit that used
+soon after the turn before this one came, and how long the reply was (all of it where it is known); what a class is
+worth is learned (survival.py) from what becomes of its cohorts. A turn continues the visit that used
 the deepest known block of its path last, if it has nearly all of that visit's path.
 
 A long request is not more evidence than a short one: its blocks are used again together, so each counts the less the
@@ -28,7 +28,7 @@ from eviction.survival import EDGES, NUM_AGES, ONE_OBSERVATION, Counts, Survival
 from radix.ordered import OrderedMap
 
 UPDATE_VISITS = 16  # between updates of a part of the tables
-REQUEST_WEIGHT = 4  # observations that all blocks of a request count together
+REQUEST_WEIGHT = 8  # observations that all blocks of a request count together; of 1..24 best on most traces
 GHOSTS = 4  # blocks remembered for each that was resident at one time
 LEAST_GHOSTS = 4096
 SHORT_BY = 2  # blocks that a turn may lack of what it continues: the last one is filled in part, and an engine's last
@@ -37,14 +37,13 @@ MOST_REASONS = 6  # finish reasons told apart
 UNKNOWN = -1
 
 # Features of a class; their values follow.
-OF_PACE, OF_REASON, OF_REPLY, OF_TURN, OF_USES = 0, 100, 200, 300, 500
+OF_PACE, OF_REASON, OF_REPLY, OF_USES = 0, 100, 200, 500
 LAST_TURN, GOES_ON = 400, 401
 NEW, BRANCH = 7, 6  # paces of what continues no visit
 # Limits of ranks, each of which it belongs to itself.
 PACES_S = (5.0, 15.0, 45.0, 120.0, 400.0)
 USES = (1, 2, 4, 8, 32)
 REPLIES = (16, 64, 160, 320, 640)  # tokens
-TURNS = (0, 1, 3, 8)
 _EDGES: list[float] = EDGES.tolist()
 
 
@@ -55,14 +54,14 @@ class Cohort:
     weight:   of a block as an observation; 0 where no visit has told of them.
     resident: those that the policy holds, with their depth. live: how many there are, resident or not.
     above, deeper: cohorts of the same visit.
-    size:     blocks of the visit's path, 0 where none has told of them. turn: its number in its conversation.
+    size:     blocks of the visit's path, 0 where none has told of them.
     """
 
-    __slots__ = ("above", "age", "cls", "deeper", "live", "number", "resident", "size", "time", "turn", "weight")
+    __slots__ = ("above", "age", "cls", "deeper", "live", "number", "resident", "size", "time", "weight")
 
-    def __init__(self, number: int, time: float, cls: int, weight: int, size: int, turn: int) -> None:
+    def __init__(self, number: int, time: float, cls: int, weight: int, size: int) -> None:
         self.number, self.time, self.cls, self.age = number, time, cls, 0
-        self.weight, self.size, self.turn = weight, size, turn
+        self.weight, self.size = weight, size
         self.resident: dict[int, int] = {}
         self.live = 0
         self.above: Cohort | None = None
@@ -112,7 +111,7 @@ class Visits:
         reason: a number for each finish reason. last_turn: 0 or 1. UNKNOWN where it is not known.
         """
         self._advance(now)
-        features, turn = self._features(blocks, reason, last_turn, reply_tokens)
+        features = self._features(blocks, reason, last_turn, reply_tokens)
         weight = int(REQUEST_WEIGHT * ONE_OBSERVATION / max(len(blocks), REQUEST_WEIGHT))
         cohort: Cohort | None = None
         at = 0
@@ -124,7 +123,7 @@ class Visits:
             uses = min(count + 1, MOST_COUNT)
             cls = self._survival.class_of((OF_USES + _rank(uses, USES), *features))
             if cohort is None or cohort.cls != cls:
-                above, cohort = cohort, self._new(cls, weight, len(blocks), turn)
+                above, cohort = cohort, self._new(cls, weight, len(blocks))
                 cohort.above = above
                 if above is not None:
                     above.deeper = cohort
@@ -152,7 +151,7 @@ class Visits:
         for at, block in enumerate(blocks):
             known = self._known.get(block)
             if known is None:
-                fresh = fresh or self._new(0, 0, 0, 0)
+                fresh = fresh or self._new(0, 0, 0)
                 known = self._known[block] = fresh, 0, at
                 fresh.live += 1
             elif block in known[0].resident:
@@ -171,7 +170,7 @@ class Visits:
             before = self._known[block][0] if block in self._known else None
             if before is None or before.size or before is fresh or block not in before.resident:
                 continue
-            fresh = fresh or self._new(0, 0, 0, 0)
+            fresh = fresh or self._new(0, 0, 0)
             del before.resident[block]
             self._settle(before)
             self._part(before, 1)
@@ -257,15 +256,15 @@ class Visits:
                 high = middle
         return low
 
-    def _features(self, blocks: list[int], reason: int, last_turn: int, reply: int) -> tuple[tuple[int, ...], int]:
-        """The features of a visit behind the number of uses, and which turn it is."""
+    def _features(self, blocks: list[int], reason: int, last_turn: int, reply: int) -> tuple[int, ...]:
+        """The features of a visit behind the number of uses."""
         known = self._num_known(blocks)
-        pace, turn = NEW, 0
+        pace = NEW
         if known:
             before = self._known[blocks[known - 1]][0]
             pace = BRANCH
             if before.size and known >= max(2, before.size - SHORT_BY):
-                pace, turn = _rank(self._now - before.time, PACES_S), before.turn + 1
+                pace = _rank(self._now - before.time, PACES_S)
         features = []
         if last_turn != UNKNOWN:
             features.append(LAST_TURN if last_turn else GOES_ON)
@@ -274,8 +273,7 @@ class Visits:
         features.append(OF_PACE + pace)
         if reply != UNKNOWN:
             features.append(OF_REPLY + _rank(reply, REPLIES))
-        features.append(OF_TURN + _rank(turn, TURNS))
-        return tuple(features), turn
+        return tuple(features)
 
     def _is_of(self, block: int, cohort: Cohort | None, count: int) -> bool:
         known = self._known.get(block)
@@ -308,9 +306,9 @@ class Visits:
         if cohort.due < inf:
             heappush(self._due, (cohort.due, cohort.number))
 
-    def _new(self, cls: int, weight: int, size: int, turn: int) -> Cohort:
+    def _new(self, cls: int, weight: int, size: int) -> Cohort:
         self._last_number += 1
-        cohort = self._by_number[self._last_number] = Cohort(self._last_number, self._now, cls, weight, size, turn)
+        cohort = self._by_number[self._last_number] = Cohort(self._last_number, self._now, cls, weight, size)
         self._await(cohort)
         return cohort
 

@@ -97,9 +97,14 @@ def policies() -> tuple[str, ...]:
 
 
 def can_play(setup: Setup) -> bool:
-    """True if the engine is built and knows what the setup asks for."""
+    """True if the engine is built and knows what the setup asks for.
+
+    Policies that learn from requests are played in host memory alone: to lower tiers the planner writes behind, after
+    the end of the request that they have learned from, and this engine before it.
+    """
     return (
         setup.policy in policies()
+        and (setup.policy != "outlook" or len(setup.tiers) == 1)
         and setup.admit in ("always", "second_use")
         and not setup.hints
         and setup.speculate is None

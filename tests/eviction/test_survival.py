@@ -103,14 +103,14 @@ ZEROS = [[0.0] * NUM_AGES]
     [
         {},
         {"version": 99},
-        {"version": 1, "classes": [[]], "events": [], "at_risk": []},
-        {"version": 1, "classes": [[]], "events": [[-1.0] * NUM_AGES], "at_risk": ZEROS},
-        {"version": 1, "classes": [[]], "events": [[float("nan")] * NUM_AGES], "at_risk": ZEROS},
-        {"version": 1, "classes": [[]], "events": [[1e300] * NUM_AGES], "at_risk": ZEROS},
-        {"version": 1, "classes": ["x"], "events": ZEROS, "at_risk": ZEROS},
-        {"version": 1, "classes": [[1] * (MAX_DEPTH + 1)], "events": ZEROS, "at_risk": ZEROS},
-        {"version": 1, "classes": [[1 << 40]], "events": ZEROS, "at_risk": ZEROS},
-        {"version": 1, "classes": 5, "events": 5, "at_risk": 5},
+        {"version": 2, "classes": [[]], "events": [], "at_risk": []},
+        {"version": 2, "classes": [[]], "events": [[-1.0] * NUM_AGES], "at_risk": ZEROS},
+        {"version": 2, "classes": [[]], "events": [[float("nan")] * NUM_AGES], "at_risk": ZEROS},
+        {"version": 2, "classes": [[]], "events": [[1e300] * NUM_AGES], "at_risk": ZEROS},
+        {"version": 2, "classes": ["x"], "events": ZEROS, "at_risk": ZEROS},
+        {"version": 2, "classes": [[1] * (MAX_DEPTH + 1)], "events": ZEROS, "at_risk": ZEROS},
+        {"version": 2, "classes": [[1 << 40]], "events": ZEROS, "at_risk": ZEROS},
+        {"version": 2, "classes": 5, "events": 5, "at_risk": 5},
     ],
 )
 def test_tables_that_are_none_are_refused(broken: dict[str, Any]) -> None:

@@ -102,8 +102,8 @@ def test_only_new_visits_are_restored_from_whole_rows() -> None:
 
 
 def test_a_long_request_weighs_no_more_than_a_short_one() -> None:
-    for length in (4, 40, 4000):
+    for length in (8, 40, 4000):
         known = compiled.Visits()
         known.visit(list(range(length)), 0.0, -1, -1, -1)
         _, _, at_risk = known.counts()
-        assert np.frombuffer(at_risk, np.int64)[0] == pytest.approx(4 * ONE_OBSERVATION, rel=0.01)
+        assert np.frombuffer(at_risk, np.int64)[0] == pytest.approx(8 * ONE_OBSERVATION, rel=0.01)

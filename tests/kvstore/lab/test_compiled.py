@@ -87,3 +87,8 @@ def test_inclusive_tiers_hit_what_the_planner_hits(admit: str, ttl_s: float | No
     # what it brings from the last to a small disk may push out the path's own head there, which is written once more.
     assert list(played.written[1:]) == written or len(sizes) == 3
     assert played.hit_blocks.sum(axis=1).tolist() == expected.sum(axis=1).tolist()
+
+
+def test_a_policy_that_learns_from_requests_is_left_to_the_planner_where_there_are_tiers() -> None:
+    assert compiled.can_play(Setup(((HOST, 10),), "outlook"))
+    assert not compiled.can_play(Setup(((HOST, 10), (DISK, 60)), "outlook"))
