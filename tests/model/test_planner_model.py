@@ -564,6 +564,12 @@ class SingleFlightMachine(PlannerMachine):
     all_single_flight = True
 
 
+class OutlookMachine(PlannerMachine):
+    """The policy remembers requests, and blocks that are nowhere."""
+
+    policy = "outlook"
+
+
 class SieveMachine(PlannerMachine):
     policy = "sieve"
 
@@ -703,6 +709,7 @@ TestPlannerOfWindowsOnly = _case(SlidingMachine, 100)
 TestPlannerOfSingleFlights = _case(SingleFlightMachine, 100)
 TestPlannerInSteps = _case(SteppedMachine, 150)
 TestPlannerWithSieve = _case(SieveMachine, 50)
+TestPlannerWithOutlook = _case(OutlookMachine, 25)
 TestPlannerOfAnExclusiveTier = _case(ExclusiveMachine, 100)
 TestPlannerWithWriteBudget = _case(BudgetMachine, 50)
 
