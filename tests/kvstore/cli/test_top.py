@@ -19,7 +19,8 @@ from kvstore.cli.top_view import TopView
 from kvstore.plan.records import RequestOptions
 from kvstore.service.dashboard.client import DashboardClient
 from tests.helpers.daemons import LocalDaemon, attach, local_daemon
-from tests.helpers.stores import PAGE_BYTES, prompt, save, use
+from tests.helpers.hints import envelope
+from tests.helpers.stores import PAGE_BYTES, ids, prompt, save, use
 from tests.helpers.waiting import WAIT_S, wait_until
 
 
@@ -193,3 +194,14 @@ def test_a_write_budget_and_pages_lost_to_it_are_told(tmp_path: Path) -> None:
     words = " ".join(output.split())
     assert f"{told['lost_pages']} pages lost to it" in words
     assert "write budget of 768 KiB a day is spent, spent 1 times" in words
+
+
+def test_who_keeps_what_until_when_is_told(daemon: LocalDaemon, tmp_path: Path) -> None:
+    with attach(tmp_path / "kv.sock", client="agent") as store:
+        use(store, prompt(5))
+        store.hint(envelope(("pin", {"tokens": ids(5), "session": "chat 3"})))
+        daemon.look(lambda d: d.dashboard.sample())
+
+        output = run(f"unix://{tmp_path / 'kv.sock'}")[1]
+
+    assert re.search(r"agent \(client \d+\), session chat 3 +40 KiB +\d\d:\d\d:\d\d", output), output
