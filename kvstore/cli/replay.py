@@ -181,8 +181,10 @@ def replay(
         *(("--codec", word, tuple(CODECS)) for word in _words("--codec", codec)),
     ):
         _check_word(option, word, words)
-    if disk is None and redis is None and (exclusive or writes_per_day is not None):
-        raise ConfigError("--exclusive and --writes-per-day are about tiers below host memory; give --disk or --redis")
+    if disk is None and redis is None and exclusive:
+        raise ConfigError("--exclusive is about tiers below host memory; give --disk or --redis")
+    if disk is None and writes_per_day is not None:
+        raise ConfigError("--writes-per-day is about a disk tier; give --disk")
     wastes = [] if speculate is None else [_waste(text) for text in _words("--speculate", speculate)]
     if wastes and ((disk is None and redis is None) or replicas > 1):
         raise ConfigError(

@@ -21,7 +21,7 @@ from kvstore.lab import compiled, replay
 from kvstore.lab.cell import ReplayCell, SpeculationGain
 from kvstore.lab.optimum import optimal_hit_tokens
 from kvstore.lab.sessions import num_sessions
-from kvstore.lab.setup import ALWAYS, HOST, PREDICTED, REDIS, Played, Setup, Speculate
+from kvstore.lab.setup import ALWAYS, DISK, HOST, PREDICTED, REDIS, Played, Setup, Speculate
 from kvstore.lab.timing import Costs, ReplayTiming, time_of
 from kvstore.lab.traces import ReplayTrace
 
@@ -201,6 +201,8 @@ def setups_of(
         stores = replace(base, tiers=tiers)
         if len(tiers) == 1:  # those words are about lower tiers
             stores = replace(stores, is_exclusive=False, writes_per_day=None, admit=ALWAYS)
+        if DISK not in stores.names:
+            stores = replace(stores, writes_per_day=None)
         for codec in codecs if REDIS in stores.names else codecs[:1]:
             setups += [
                 replace(stores, policy=policy, codec=codec, hints=share, speculate=how)

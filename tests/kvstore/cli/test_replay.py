@@ -180,6 +180,7 @@ def test_an_empty_trace_is_one_line(tmp_path: Path) -> None:
         (["--admit", "never"], "it must be one of always"),
         (["--engine", "steam"], "it must be one of auto, planner, compiled"),
         (["--exclusive"], "give --disk or --redis"),
+        (["--writes-per-day", "100", "--redis", "50%"], "give --disk"),
         (["--speculate", "1"], "give --disk or --redis"),
         (["--speculate", "some", "--disk", "50%"], "--speculate is 'some'"),
         (["--speculate", "1", "--disk", "50%", "--replicas", "2"], "in one store"),

@@ -118,6 +118,14 @@ def test_each_choice_of_rooms_and_policy_is_a_setup_and_a_room_of_nothing_is_non
     }  # fmt: skip
 
 
+def test_a_write_budget_is_only_of_setups_that_have_a_disk() -> None:
+    base = Setup(BASE.tiers, writes_per_day=7)
+
+    setups = setups_of(base, [[(HOST, 10)], [(DISK, 0), (DISK, 50)], [(REDIS, 70)]], ["lru"])
+
+    assert {setup.names: setup.writes_per_day for setup in setups} == {(HOST, REDIS): None, (HOST, DISK, REDIS): 7}
+
+
 def test_the_floor_of_a_forecasting_setup_forecasts_nothing() -> None:
     setup = Setup(((HOST, 10), (DISK, 20)), "outlook", ttl_s=5.0, admit="predicted")
 
