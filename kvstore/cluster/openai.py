@@ -212,12 +212,11 @@ A = TypeVar("A", bound=Ask)
 def parse(raw: bytes, kind: type[A]) -> A:
     """Check a body. Raises ApiError 400 that names the field; the value is not repeated, it may be a prompt."""
     try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        body = _without_nulls(json.loads(raw))
+    except (ValueError, RecursionError) as error:  # nested too deep for either
         raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from None
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
-    body = _without_nulls(body)
     for name in [name for name in body if name in NEUTRAL and name not in kind.model_fields]:
         if body.pop(name) not in NEUTRAL[name]:
             raise ApiError(400, f"{name} is not supported here; leave it out", param=name, code="unsupported_parameter")

@@ -183,7 +183,10 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str, code: str) -
     assert (error.param, error.code) == (param, code)
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"\xff", b"[" * 100_000])
+DEEP_HINT = b'{"prompt": "x", "kvstore": {"hints": ' + b'{"a":' * 700 + b"1" + b"}" * 702
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"\xff", b"[" * 100_000, DEEP_HINT])
 def test_what_is_no_json_is_refused(raw: bytes) -> None:
     assert "not JSON" in str(refusal(raw))
 

@@ -70,6 +70,23 @@ def test_a_hint_with_a_request_is_about_its_prompt(store: LocalStore) -> None:
     assert store.stats()["kept_pages"] == 0
 
 
+@pytest.mark.parametrize(("last_turn", "expected"), [(False, 20), (True, 0)])
+def test_what_a_session_retained_is_not_retained_after_its_last_turn(
+    store: LocalStore, last_turn: bool, expected: int
+) -> None:
+    for turn in range(2):
+        request = store.request(prompt(20, seed=1), RequestOptions(session="s"))
+        if not turn:
+            one(store, "retain", request, ttl_s=60)
+        save(store, request)
+        store.keep.finished(request, last_turn=last_turn and turn == 1)
+
+    for other in range(2, 5):
+        use(store, prompt(30, seed=other))
+
+    assert store.lookup(store.request(prompt(20, seed=1))).num_blocks == expected
+
+
 def test_a_hint_without_prompt_or_request_is_rejected(store: LocalStore) -> None:
     assert "came with no request" in one(store, "pin").reason
 
