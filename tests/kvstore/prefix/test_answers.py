@@ -42,13 +42,6 @@ Learned = Callable[[str], AnswerRules]
 
 
 @pytest.fixture(scope="module")
-def process() -> Iterator[RenderProcess]:
-    with RenderProcess() as process:
-        process.names(Template(""))  # it starts now: a test that starts it would seem to leave it behind
-        yield process
-
-
-@pytest.fixture(scope="module")
 def learned(process: RenderProcess) -> Learned:
     """The rules of a template, learned once for all tests."""
     return cache(lambda text: learn(ModelTemplate("ours", Template(text), TOKENIZER), process))
