@@ -22,7 +22,7 @@ BLOCK = 4
 
 def forest_traffic(seed: int, num_requests: int = 400, width: int = 3, depth: int = 12) -> ReplayTrace:
     """Prompts along the paths of a few trees, the recent ones more likely; seconds apart, some at the same time."""
-    rng = random.Random(seed)
+    rng, said = random.Random(seed), random.Random(seed)  # what replies say changes no prompt
     ids: dict[tuple[int, ...], int] = {}
     prompts: list[tuple[int, ...]] = []
     requests: list[KvtRequest] = []
@@ -35,8 +35,8 @@ def forest_traffic(seed: int, num_requests: int = 400, width: int = 3, depth: in
         prompts.append(path[: 2 * depth])
         blocks = tuple(ids.setdefault(prompts[-1][: i + 1], len(ids)) for i in range(len(prompts[-1])))
         now += rng.choice((0.0, 0.5, 1.0, 7.0))
-        tokens, reply = BLOCK * len(blocks) - rng.randrange(BLOCK), rng.choice((-1, 1, 100, 500))
-        reason = rng.choice(("", "stop", "tool_calls"))
+        tokens, reply = BLOCK * len(blocks) - rng.randrange(BLOCK), said.choice((-1, 1, 100, 500))
+        reason = said.choice(("", "stop", "tool_calls"))
         requests.append(KvtRequest(now, -1, -1, tokens, reply, blocks, finish_reason=reason))
     return ReplayTrace("made up", BLOCK, tuple(requests))
 
