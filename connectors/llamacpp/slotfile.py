@@ -167,7 +167,8 @@ def read(data: Bytes) -> SlotFile:
                 return _checked(data, version, framed, tokens, found)
     raise UnsliceableState(
         f"a slot file of version {version} with {len(data)} bytes cannot be cut into tokens: it was cut short, or the "
-        "model is no plain attention model (recurrent, hybrid, M-RoPE), or this build writes another format"
+        "model is no plain attention model (sliding window, recurrent, hybrid, M-RoPE), or this build writes another "
+        "format"
     )
 
 
@@ -310,8 +311,8 @@ def _checked(data: Bytes, version: int, framed: bool, tokens: npt.NDArray[np.int
         ):
             raise UnsliceableState(
                 f"the slot has {len(tokens)} tokens, and its cache not the rows of each of them ({len(order)} cells): "
-                "a sliding window has dropped the first ones; start llama-server with --swa-full, and without "
-                "--context-shift"
+                "a sliding window has dropped the first ones (some builds save them all with --swa-full, that of "
+                "2026-10 does not), or the context was shifted (start llama-server without --context-shift)"
             )
         orders.append(order[: len(tokens)])
     if not caches:

@@ -15,9 +15,9 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 2  # restores without effect in a row: one may be another client's doing, which took the slot in between
 WHY = (
-    "llama-server restored slots and computed their tokens again all the same; that is so with a sliding window (start "
-    "it with --swa-full), for recurrent and hybrid models, and where other clients use its slots; prompts are neither "
-    "stored nor restored until it is started again"
+    "llama-server restored slots and computed their tokens again all the same; that is so with a sliding window (some "
+    "builds take them with --swa-full), for recurrent and hybrid models, and where other clients use its slots; "
+    "prompts are neither stored nor restored until it is started again"
 )
 
 

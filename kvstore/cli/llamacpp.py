@@ -50,9 +50,6 @@ def llamacpp(
     cache_type: Annotated[
         CacheType, typer.Option("--cache-type", help="Of K and V, of the server to start.")
     ] = CacheType.f16,
-    swa_full: Annotated[
-        bool, typer.Option("--swa-full", help="Keep all of a sliding window's cache, so that it can be restored.")
-    ] = False,
     weights: Annotated[
         str,
         typer.Option("--weights", help="How the GGUF file is identified: sampled, full, or a name that you vouch for."),
@@ -102,7 +99,6 @@ def llamacpp(
                 context,
                 threads or usable_cpus(),
                 cache_type.value,
-                swa_full,
                 tuple(arguments or ()),
             )
             announce(f"starting {program or 'the llama-server of xllamacpp'} with {settings.model}")

@@ -14,7 +14,7 @@ import sys
 def main(settings: dict[str, object]) -> None:
     """Serve until SIGTERM, or until standard input ends: then the process that started us has.
 
-    settings: model, port, slot_save_path, n_ctx, n_parallel, n_threads, cache_type_k, cache_type_v, swa_full.
+    settings: model, port, slot_save_path, n_ctx, n_parallel, n_threads, cache_type_k, cache_type_v.
     """
     import xllamacpp
 
@@ -29,7 +29,6 @@ def main(settings: dict[str, object]) -> None:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["n_threads"]
     for name in ("cache_type_k", "cache_type_v"):
         setattr(params, name, getattr(xllamacpp.ggml_type, f"GGML_TYPE_{str(settings[name]).upper()}"))
-    params.swa_full = settings["swa_full"]
     # What was shifted was not computed from its tokens alone, and must not be stored as if it had been.
     params.ctx_shift, params.n_cache_reuse = False, 0
     # What it would keep in memory of its own is the store's affair here.

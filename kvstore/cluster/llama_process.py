@@ -41,7 +41,6 @@ class LlamaSettings:
     context: int = 8192
     threads: int = 1
     cache_type: str = "f16"
-    swa_full: bool = False
     arguments: Sequence[str] = ()
 
 
@@ -118,14 +117,12 @@ class LlamaProcess:
                 "n_threads": mine.threads,
                 "cache_type_k": mine.cache_type,
                 "cache_type_v": mine.cache_type,
-                "swa_full": mine.swa_full,
             }
             return [sys.executable, "-m", "kvstore.cluster.llama_child", json.dumps(values)]
         options: list[object] = ["--model", mine.model, "--host", "127.0.0.1", "--port", self.port]
         options += ["--slots", "--slot-save-path", self.folder, "--parallel", mine.slots]
         options += ["--ctx-size", mine.context * mine.slots, "--threads", mine.threads, "--cache-ram", 0]
         options += ["--cache-type-k", mine.cache_type, "--cache-type-v", mine.cache_type]
-        options += ["--swa-full"] if mine.swa_full else []
         return [mine.program, *map(str, options), *mine.arguments]
 
     def _is_up(self) -> bool:

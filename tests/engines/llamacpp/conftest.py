@@ -22,8 +22,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Front]]:
     """Start fronts, each with a llama-server of its own; they end with the test."""
     fronts: list[Front] = []
 
-    def start_one(*options: str) -> Front:
-        fronts.append(Front(tmp_path / f"front-{len(fronts)}.log", *options))
+    def start_one(*options: str, model: Path | None = None) -> Front:
+        fronts.append(Front(tmp_path / f"front-{len(fronts)}.log", *options, model=model))
         return fronts[-1]
 
     yield start_one

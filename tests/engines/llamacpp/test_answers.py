@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.llamacpp.front import BLOCK, Front
+from tests.engines.llamacpp.front import BLOCK, Front, model_file
+from tests.engines.llamacpp.models import make_sliding_model
 
 STORY = (
     "The harbour of the old town lies in the shade of the hill until ten, and the boats that come early find it cold. "
@@ -123,6 +124,21 @@ class TestIdentity:
         same = start(*disk, "--context", "1024", "--parallel", "4")
 
         assert same.ask(HEAD).restored > 0
+
+
+def test_a_sliding_window_is_served_without_the_store_and_says_so(start: Callable[..., Front], tmp_path: Path) -> None:
+    model = make_sliding_model(model_file(), tmp_path / "sliding.gguf")
+    front = start("--parallel", "1", "--context", "1024", model=model)
+    cold = front.ask(STORY * 3)
+    front.ask("Something else, which takes the one slot.")
+
+    again = front.ask(STORY * 3)
+
+    assert again.text == cold.text
+    assert again.restored == 0
+    stats = front.stats()
+    assert stats["saved_pages"] == 0
+    assert "sliding window" in stats["off"] or stats["unsaved"]
 
 
 def test_the_server_and_its_files_end_with_the_front(start: Callable[..., Front]) -> None:
