@@ -50,7 +50,9 @@ def resume(folder: Path, sizes: list[int]) -> None:
     prompts = {size: prompt_of(size, size) for size in sizes}
     front = Front(folder / "before.log", *options)
     cold = {size: front.ask(prompts[size], 1) for size in sizes}  # type: ignore[arg-type]
+    written = front.stats()["store"]["lane_bytes"]["disk"]["spill"]
     front.stop()
+    print(f"bytes written to disk for each token: {written / sum(size // 16 * 16 for size in sizes):.0f} or more")
     print("| tokens | computed, s | resumed, s | ratio | restored | same text |")
     print("|---|---|---|---|---|---|")
     front = Front(folder / "after.log", *options)
@@ -63,9 +65,6 @@ def resume(folder: Path, sizes: list[int]) -> None:
             f"| {size} | {cold[size].seconds:.2f} | {warm.seconds:.3f} | {ratio:.0f} | {where} | {same} |", flush=True
         )
     front.stop()
-    pages = sum(size // 16 for size in sizes)
-    used = sum(file.stat().st_blocks * 512 for file in (folder / "disk").rglob("*") if file.is_file())
-    print(f"bytes on disk for each token: {used / (16 * pages):.0f}")
 
 
 def heads(folder: Path, rounds: int) -> None:
