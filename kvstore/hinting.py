@@ -26,7 +26,8 @@ class Hinting(RequestMaker):
         self, envelope: object, request: Request | None = None, *, options: RequestOptions | None = None
     ) -> tuple[HintOutcome, ...]:
         """Do what a caller says of the future of prompts, as far as the bounds allow; one outcome for each action."""
-        options = RequestOptions(tenant=request.options.tenant) if request is not None else options
+        if request is not None:
+            options = RequestOptions(tenant=request.options.tenant, session=request.options.session)
 
         def named(action: HintAction) -> Request:
             if action.tokens is not None:

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from kvstore.hints.limits import MAX_SESSION, HintLimits
+from kvstore.hints.limits import MAX_SESSION, HintLimits, is_text
 from kvstore.hints.outcome import HintOutcome, HintStatus
 
 MAX_HASH_DIGITS = 128
@@ -94,11 +94,15 @@ class Unfit(ValueError):
 def read_payload(action_id: str, kind: HintKind, payload: Mapping[str, Any], limits: HintLimits) -> HintAction:
     """Return the action. Raises Unfit with the reason where the payload is not one of its kind."""
     rest = dict(payload)
-    tokens = rest.pop("tokens", None)
+    tokens, hashes = rest.pop("tokens", None), rest.get("block_hashes")
+    if isinstance(hashes, (list, tuple)) and len(hashes) > limits.max_tokens:  # before each of them is looked at
+        raise Unfit(f"{len(hashes)} blocks; one action may name {limits.max_tokens} tokens")
     try:
         read = msgspec.convert(rest, HintPayload)
-    except (msgspec.ValidationError, RecursionError, OverflowError) as error:
+    except (msgspec.ValidationError, RecursionError, OverflowError, UnicodeError) as error:
         raise Unfit(_line(error)) from None
+    if not is_text(read.session, MAX_SESSION):
+        raise Unfit("session is no text")
     if tokens is not None and read.block_hashes is not None:
         raise Unfit("give either tokens or block_hashes")
     if tokens is not None and (isinstance(tokens, (str, Mapping)) or not hasattr(tokens, "__len__")):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import msgspec
 
 from kvstore.hints.actions import HintAction, HintKind, Unfit, read_payload
-from kvstore.hints.limits import MAX_NAME, HintLimits
+from kvstore.hints.limits import MAX_NAME, HintLimits, is_text
 from kvstore.hints.outcome import HintOutcome, HintStatus
 
 UNKNOWN = "unknown"  # the action of an outcome whose type is none of ours
@@ -127,13 +127,13 @@ def _word(action: object) -> str:
 def _name(action: object, name: str) -> str | None:
     """A short text of an action; None for anything else."""
     value = _field(action, name)
-    return value if isinstance(value, str) and len(value) <= MAX_NAME else None
+    return value if is_text(value, MAX_NAME) else None
 
 
 def _text(message: object, name: str, default: str | None) -> str:
     value = _field(message, name)
     value = default if value is None else value
-    if not isinstance(value, str) or len(value) > MAX_NAME:
+    if not is_text(value, MAX_NAME):
         raise _Broken(f"{name} must be text of at most {MAX_NAME} characters")
     return value
 

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 MAX_NAME = 128  # characters of an action's id, type or version, and of a message's id
 MAX_SESSION = 64  # characters; operators are shown it
+
+
+def is_text(value: object, most: int) -> TypeGuard[str]:
+    """Return whether a value is text of at most so many characters. Half of a surrogate pair is none: no answer and
+    no metric could be sent that repeats it.
+    """
+    if not isinstance(value, str) or len(value) > most:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

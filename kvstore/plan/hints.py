@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from kvstore.hints.actions import HintKind
+from kvstore.hints.envelope import ENVELOPE, UNKNOWN
 from kvstore.hints.outcome import HintOutcome, HintStatus
 from kvstore.plan.books import Books
 from kvstore.plan.demotions import Demoted
@@ -42,6 +43,9 @@ REST_NOT_STORED = "the rest is not stored here"
 NO_BUDGET = "the budget for pins ends there (store.max_pinned_fraction, hints.max_tenant_fraction)"
 WHEN_SAVED = "the rest when it is saved"
 WHEN_FINISHED = "and once more when the request is finished"
+
+KEPT = (HintKind.PIN, HintKind.RETAIN)  # what ends, and can be taken back
+WORDS = {*(kind.value for kind in HintKind), ENVELOPE}
 
 Doing = Callable[[int, Request, Wish, float], Steps[HintOutcome]]
 
@@ -89,9 +93,9 @@ class Hints:
         return outcome
 
     def count(self, outcomes: Iterable[HintOutcome]) -> None:
-        """Count what became of actions."""
+        """Count what became of actions. A client of a daemon tells of its own: words that are none of ours are one."""
         for outcome in outcomes:
-            counts = self.counters.setdefault(outcome.action, {})
+            counts = self.counters.setdefault(outcome.action if outcome.action in WORDS else UNKNOWN, {})
             counts[outcome.status.value] = counts.get(outcome.status.value, 0) + 1
 
     # ---- one action each --------------------------------------------------------------------------------------
@@ -109,7 +113,7 @@ class Hints:
 
             is_coming = self._bring(ticket, request, now, brought)
             flying = [page for block in self._meant(request, wish) for page in block.pages if page.flight]
-            keeper.expect([page for page in flying if page not in keeper.coming], word)
+            keeper.expect(flying, word)
             is_coming = is_coming or any(page in keeper.coming for page in flying)
         if wish.is_own and not self._remember(request, wish):
             return wish.outcome(HintStatus.REJECTED, reason=f"a request may have {MAX_WISHES} wishes")
@@ -119,7 +123,7 @@ class Hints:
 
     def _retain(self, ticket: int, request: Request, wish: Wish, now: float) -> Steps[HintOutcome]:
         if not wish.priority:  # no longer retained
-            return (yield from self._release(ticket, request, wish, now))
+            return (yield from self._end(request, wish, (HintKind.RETAIN,), self._retention.raises.let_go))
         ends: list[float] = []
         refused: list[int] = []
 
@@ -170,17 +174,7 @@ class Hints:
         return wish.outcome(HintStatus.ACCEPTED, tokens, reason="" if gone else "nothing of it is in host memory")
 
     def _release(self, ticket: int, request: Request, wish: Wish, now: float) -> Steps[HintOutcome]:
-        session = wish.session
-        kept = (HintKind.PIN, HintKind.RETAIN)
-        wishes = [one for one in request.wishes if one.kind not in kept or session not in ("", one.session)]
-        num_taken_back = len(request.wishes) - len(wishes)
-        request.wishes = tuple(wishes)
-        num_ended = yield from self._each(
-            request, wish, lambda blocks: self._retention.release(blocks, session), from_tail=True
-        )
-        if num_ended or num_taken_back:
-            return wish.outcome(HintStatus.ACCEPTED, num_ended * self._block_size)
-        return wish.outcome(HintStatus.REJECTED, reason="nothing of it is pinned or retained")
+        return (yield from self._end(request, wish, KEPT, self._retention.release))
 
     def _forget(self, ticket: int, request: Request, wish: Wish, now: float) -> Steps[HintOutcome]:
         tokens = self._block_size * (yield from self._in_steps.forget(request, wish.first, now))
@@ -230,6 +224,23 @@ class Hints:
                 yield
             total += verb(alive(part))
         return total
+
+    def _end(
+        self,
+        request: Request,
+        wish: Wish,
+        kinds: Sequence[HintKind],
+        let_go: Callable[[Sequence[Block], str], int],
+    ) -> Steps[HintOutcome]:
+        """Take back what a session wished of these kinds, and what became of it; of all without a session."""
+        session, own = wish.session or request.options.session, request.options.session
+        left = [one for one in request.wishes if one.kind not in kinds or session not in ("", one.session or own)]
+        num_taken_back = len(request.wishes) - len(left)
+        request.wishes = tuple(left)
+        num_ended = yield from self._each(request, wish, lambda blocks: let_go(blocks, session), from_tail=True)
+        if num_ended or num_taken_back:
+            return wish.outcome(HintStatus.ACCEPTED, num_ended * self._block_size)
+        return wish.outcome(HintStatus.REJECTED, reason="nothing of it is pinned or retained")
 
     def _bring(self, ticket: int, request: Request, now: float, brought: Brought | None = None) -> bool:
         """Begin to bring what lies below host memory; True if a shared tier has to answer first.

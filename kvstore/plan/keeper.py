@@ -73,7 +73,8 @@ class Keeper:
     def __init__(self, books: Books) -> None:
         self.num_pages = 0
         self.refused_pages = 0  # that found no budget
-        self.coming: dict[Page, Word] = {}  # to be kept as soon as they are in host memory; count as kept
+        # To be kept as soon as they are in host memory; count as kept, by the first word about each.
+        self.coming: dict[Page, tuple[Word, ...]] = {}
         self._host = books.host
         self._clock = books.clock
         self._ahead = 0.0  # wall clock before boot clock when the queue was made: it only says when to make it anew
@@ -82,6 +83,7 @@ class Keeper:
         self._longest_s = books.settings.pin_max_s
         self._promises: dict[Block, _Promise] = {}
         self._ends = Ends(self.until_of)
+        self._coming_ends = inf  # no word about what is coming ends before
         self._holders: dict[tuple[str, str], list[float]] = {}  # by holder and payer: pages, latest end
         self._payers: dict[str, int] = {}  # pages kept or coming
 
@@ -110,12 +112,18 @@ class Keeper:
         return num_kept
 
     def expect(self, pages: Sequence[Page], word: Word) -> int:
-        """Keep pages that are on their way to host memory, as soon as they are there; returns how many."""
-        pages = pages[: self.room(word.payer)]
-        for page in pages:
-            self.coming[page] = word
-        self._pay(word.payer, len(pages))
-        return len(pages)
+        """Keep pages that are on their way to host memory, as soon as they are there; returns how many.
+
+        What others expect already costs no budget.
+        """
+        known = [page for page in pages if page in self.coming]
+        fresh = [page for page in pages if page not in self.coming][: self.room(word.payer)]
+        for page in fresh:
+            self._expect_by(page, (word,))
+        for page in known:
+            self._join(page, word)
+        self._coming_ends = min(self._coming_ends, word.until)
+        return len(known) + len(fresh)
 
     def arrived(self, pages: Iterable[Page]) -> None:
         """Pages are in host memory, or will not come."""
@@ -123,11 +131,10 @@ class Keeper:
         for page in pages:
             if page.state is PageState.FILLING:
                 continue  # it is tried on another tier
-            word = self.coming.pop(page, None)
-            if word is not None:
-                self._pay(word.payer, -1)
-                if page.state is PageState.READY and not page.block.is_removed:
-                    found.setdefault(id(word), (word, {}))[1][page.block] = None
+            words = self.coming.get(page, ())
+            self._expect_by(page, ())
+            for word in words if page.state is PageState.READY and not page.block.is_removed else ():
+                found.setdefault(id(word), (word, {}))[1][page.block] = None
         for word, blocks in found.values():
             self.keep(sorted(blocks, key=lambda block: block.depth), word)
 
@@ -214,9 +221,9 @@ class Keeper:
                 continue
             self._book(promise, promise.num_pages)
             self.num_pages += promise.num_pages
-        self.coming = {page: word for page, word in self.coming.items() if page.state is PageState.FILLING}
-        for word in self.coming.values():
-            self._pay(word.payer, 1)
+        self.coming = {page: words for page, words in self.coming.items() if page.state is PageState.FILLING}
+        for words in self.coming.values():
+            self._pay(words[0].payer, 1)
         self._ends.rebuild(self._promises)
 
     def check(self) -> None:
@@ -245,9 +252,11 @@ class Keeper:
                 words.sort(key=lambda word: word.until, reverse=True)
                 promise.word, promise.others = words[0], words[1:] or None
                 self._book(promise, promise.num_pages)
-            for word in self.coming.values():
-                word.until = min(word.unix - ahead, word.latest)
-                self._pay(word.payer, 1)
+            for expecting in self.coming.values():
+                for word in expecting:
+                    word.until = min(word.unix - ahead, word.latest)
+                self._pay(expecting[0].payer, 1)
+            self._coming_ends = -inf
             self._ends.rebuild(self._promises)
         return boot
 
@@ -326,18 +335,35 @@ class Keeper:
         if not paid:
             del self._payers[payer]
 
+    def _join(self, page: Page, word: Word) -> None:
+        """One more word about a page that is expected; of two of a session the one that ends later counts."""
+        words = self.coming[page]
+        same = [one for one in words if (one.session, one.holder) == (word.session, word.holder)]
+        if all(one.until < word.until for one in same):
+            words = (*(one for one in words if one not in same), word)
+            self._expect_by(page, tuple(sorted(words, key=lambda one: one.until, reverse=True)[:MAX_WORDS]))
+
     def _forget_coming(self) -> None:
-        """Words that end before their pages have come."""
+        """Words that end before their pages have come. Walks only where one has ended."""
         boot = self._look()
-        for page in [page for page, word in self.coming.items() if word.until <= boot]:
-            self._pay(self.coming.pop(page).payer, -1)
+        if boot < self._coming_ends:
+            return
+        for page, words in list(self.coming.items()):
+            self._expect_by(page, tuple(word for word in words if word.until > boot))
+        self._coming_ends = min((word.until for words in self.coming.values() for word in words), default=inf)
 
     def _stop_expecting(self, blocks: Sequence[Block], session: str) -> None:
-        for page in [page for block in blocks for page in block.pages]:
-            word = self.coming.get(page)
-            if word is not None and session in ("", word.session):
-                del self.coming[page]
-                self._pay(word.payer, -1)
+        for page in [page for block in blocks for page in block.pages if page in self.coming]:
+            self._expect_by(page, tuple(word for word in self.coming[page] if session not in ("", word.session)))
+
+    def _expect_by(self, page: Page, words: tuple[Word, ...]) -> None:
+        """Expect a page on these words from now on; none: no longer."""
+        before = self.coming.pop(page, ())
+        if before:
+            self._pay(before[0].payer, -1)
+        if words:
+            self.coming[page] = words
+            self._pay(words[0].payer, 1)
 
     def _note_end(self, block: Block, until: float) -> None:
         if self._ends.is_bloated(len(self._promises)):  # the same block, kept again and again

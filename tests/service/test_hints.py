@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +185,36 @@ def test_a_message_of_too_many_bytes_is_an_outcome(daemon: LocalDaemon) -> None:
     (outcome,) = post(http, ("pin", {"tokens": [10**9] * 250_000}))
 
     assert (outcome["action"], outcome["status"]) == ("envelope", "rejected")
+
+
+def test_neither_is_its_size_hidden_by_chunks(daemon: LocalDaemon) -> None:
+    http = Http(daemon.daemon.app.port)
+    http.post("/v1/namespaces", layout=layout_to_json(LAYOUT), namespace=namespace_to_json(namespace()))
+    body = json.dumps(envelope(("pin", {"tokens": [10**9] * 250_000}))).encode()
+
+    connection = HTTPConnection("127.0.0.1", daemon.daemon.app.port, timeout=30)
+    with closing(connection):
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/hints", iter([body]), headers, encode_chunked=True)
+        (outcome,) = json.loads(connection.getresponse().read())["outcomes"]
+
+    assert (outcome["action"], outcome["status"]) == ("envelope", "rejected")
+
+
+def test_half_a_surrogate_pair_is_told_and_kept_nowhere(daemon: LocalDaemon) -> None:
+    http = Http(daemon.daemon.app.port)
+    assert daemon.config.service.socket is not None
+    with attach(daemon.config.service.socket) as store:
+        use(store, prompt(4, seed=1))
+        sent = envelope(("pin", {"tokens": ids(4, seed=1), "session": "\ud800"}), ("share", {}))
+        sent["actions"][1]["action_id"] = "\ud800"
+
+        outcomes = store.hint(sent)
+        (told, _) = http.post("/v1/hints", **sent)["outcomes"]
+
+    assert [outcome.status for outcome in outcomes] == [HintStatus.REJECTED] * 2
+    assert (told["status"], told["reason"]) == ("rejected", "session is no text")
+    assert http.get("/v1/clients")["kept"] == []
 
 
 def test_no_tenant_names_what_another_has(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from kvstore.errors import RequestError
+from kvstore.hints.outcome import HintStatus
 from kvstore.plan.records import (
     CutReason,
     LeaseState,
@@ -307,8 +308,13 @@ class ClientSession:
         self._store.count_hints([one.outcome() for one in call.ended])
         if part is None or request is None:
             return encode(OutcomesReply([]))
-        wishes = [part.wish() for part in call.wishes]
-        outcomes = [self._store.obey(request, wish) for wish in wishes]
+        wishes, most = [part.wish() for part in call.wishes], self._store.hint_limits.max_actions
+        outcomes = [self._store.obey(request, wish) for wish in wishes[:most]]
+        refused = [
+            wish.outcome(HintStatus.REJECTED, reason=f"{most} actions are done at once") for wish in wishes[most:]
+        ]
+        self._store.count_hints(refused)
+        outcomes += refused
         if not any(wish.is_own for wish in wishes):
             self.requests.drop(part.id)
         return encode(OutcomesReply([messages.OutcomePart.of(outcome) for outcome in outcomes]))

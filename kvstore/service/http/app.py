@@ -98,7 +98,7 @@ class App:
             tenant = LOCAL if route.is_open else self._tenant(request)
             if route.needs_operator and not tenant.is_operator:
                 raise Problem(403, "this is for operators", "the tenant's entry in the tokens file says who is one")
-            answer = await route.handler(ApiCall(request, tenant, await self._body(route, request)))
+            answer = await route.handler(ApiCall(request, tenant, *await self._body(route, request)))
             if isinstance(answer, web.StreamResponse):
                 return answer
             return web.Response(body=answer.model_dump_json().encode(), content_type="application/json")
@@ -132,23 +132,25 @@ class App:
             response.force_close()  # what is left of the body is not read
         return response
 
-    async def _body(self, route: Route, request: web.Request) -> Any:
+    async def _body(self, route: Route, request: web.Request) -> tuple[Any, int]:
+        """What was sent, checked, and how many bytes of JSON that were."""
         if route.query is not None:
             for name in request.query:
                 if len(request.query.getall(name)) > 1:
                     raise Problem(400, "the query is not valid", "given more than once", name[:64])
             try:
-                return route.query.model_validate(dict(request.query))
+                return route.query.model_validate(dict(request.query)), 0
             except ValidationError as error:
                 raise problems.of_validation(error, "query") from None
         if route.body is None:
-            return None
+            return None, 0
         # Browsers send what asks for no leave of ours (text, forms) from any page: only the announced type is read.
         if request.content_type != route.consumes:
             raise Problem(415, f"the body must be {route.consumes}", field="Content-Type")
         if route.consumes != "application/json":
-            return None  # the handler reads it as it comes
-        return await self.parser.read(route.body, await self._bodies.read(request))
+            return None, 0  # the handler reads it as it comes
+        raw = await self._bodies.read(request)
+        return await self.parser.read(route.body, raw), len(raw)
 
     def _tenant(self, request: web.Request) -> Tenant:
         tokens = self._state.tokens

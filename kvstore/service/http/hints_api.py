@@ -39,7 +39,7 @@ class HintsApi:
     async def hints(self, call: ApiCall) -> HintsAnswer:
         body: HintsBody = call.body
         opened = scope.one(self._state.stores, call, body.namespace)
-        size = call.request.content_length or 0
+        size = call.num_bytes
         if size > opened.store.hint_limits.max_bytes:
             items: list[Aimed | HintOutcome] = [refusal(size, opened.store.hint_limits)]
         elif size < LARGE_HINT:

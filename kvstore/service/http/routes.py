@@ -21,11 +21,15 @@ from kvstore.tiers import registry
 
 @dataclass(frozen=True, slots=True)
 class ApiCall:
-    """One request that was let in. body: an instance of the route's body or query model; None if it has none."""
+    """One request that was let in.
+
+    body: an instance of the route's body or query model; None if it has none. num_bytes: of a body of JSON.
+    """
 
     request: web.Request
     tenant: Tenant
     body: Any
+    num_bytes: int = 0
 
 
 Handler = Callable[[ApiCall], Awaitable[Answer | web.StreamResponse]]

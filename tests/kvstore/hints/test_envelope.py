@@ -97,12 +97,15 @@ def test_tokens_may_be_an_array() -> None:
         ({"start": 5, "end": 5}, "empty"),
         ({"end": 1 << 32}, "end"),
         ({"session": "s" * 65}, "session"),
+        ({"session": "\ud800"}, "session"),
+        ({"\ud800": 1}, ""),
         ({"tokens": [1], "block_hashes": ["00"]}, "either"),
         ({"tokens": "abc"}, "tokens"),
         ({"tokens": {"a": 1}}, "tokens"),
         ({"tokens": 5}, "tokens"),
         ({"tokens": [0] * 1001}, "1001 tokens"),
         ({"block_hashes": []}, "no hash"),
+        ({"block_hashes": [0] * 1001}, "1001 blocks"),
         ({"block_hashes": [""]}, "empty"),
         ({"block_hashes": ["xy"]}, "hexadecimal"),
         ({"block_hashes": ["0" * 130]}, "block_hashes"),
@@ -141,6 +144,13 @@ def test_a_message_of_another_protocol_is_ignored_action_by_action() -> None:
     assert [item.status for item in parse(sent, LIMITS).items] == [HintStatus.IGNORED] * 2  # type: ignore[union-attr]
 
 
+def test_an_id_that_no_answer_could_repeat_is_rejected() -> None:
+    outcome = read({}, action_id="\ud800")
+
+    assert isinstance(outcome, HintOutcome)
+    assert (outcome.action_id, outcome.status) == ("", HintStatus.REJECTED)
+
+
 def test_actions_beyond_the_most_are_rejected_and_the_first_ones_are_read() -> None:
     items = parse(message(*[{}] * 6), LIMITS).items
 
@@ -162,6 +172,7 @@ def test_actions_beyond_the_most_are_rejected_and_the_first_ones_are_read() -> N
         ({"protocol_version": "1", "actions": {}}, "actions"),
         ({"protocol_version": "1" * 129, "actions": []}, "protocol_version"),
         ({"protocol_version": "1", "message_id": 5, "actions": []}, "message_id"),
+        ({"protocol_version": "1", "message_id": "\ud800", "actions": []}, "message_id"),
     ],
 )
 def test_what_is_no_message_is_rejected_as_a_whole(sent: object, reason: str) -> None:

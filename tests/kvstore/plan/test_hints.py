@@ -236,6 +236,35 @@ def test_a_release_takes_back_what_is_still_on_its_way(desk: Desk) -> None:
     assert (desk.num_here(request), desk.num_kept) == (4, 0)
 
 
+def test_sessions_that_pin_what_is_on_its_way_each_have_a_lease_of_their_own(desk: Desk) -> None:
+    request = desk.save(desk.path(4))
+    desk.crowd()
+    for session, ttl_s in (("a", 10.0), ("b", 40.0), ("b", 20.0), ("c", 30.0)):
+        assert desk.hint(request, HintKind.PIN, session=session, ttl_s=ttl_s).status is DEFERRED
+    desk.hint(request, HintKind.RELEASE, session="c")
+
+    desk.pass_time(10.0)
+    desk.land()
+
+    assert [(kept.holder, kept.num_pages) for kept in desk.planner.retention.keeper.holders] == [("session b", 4)]
+    desk.pass_time(29.0)
+    assert desk.num_kept == 4
+    desk.pass_time(1.0)
+    assert desk.num_kept == 0
+
+
+def test_a_release_without_a_session_is_that_of_its_request(desk: Desk) -> None:
+    shared = desk.save(desk.path(4))
+    ours = desk.path(2, shared, session="a")
+    desk.hint(shared, HintKind.PIN, session="b")
+    desk.hint(ours, HintKind.PIN, is_own=True)
+
+    assert desk.hint(ours, HintKind.RELEASE, is_own=True).status is ACCEPTED
+    desk.save(ours)
+
+    assert [(kept.holder, kept.num_pages) for kept in desk.planner.retention.keeper.holders] == [("session b", 4)]
+
+
 def test_tenants_have_budgets_of_their_own(desk: Desk) -> None:
     ours, theirs = desk.save(desk.path(4)), desk.save(desk.path(4))
     ours.payer, theirs.payer = "ours", "theirs"
@@ -280,6 +309,16 @@ def test_what_is_retained_is_bounded_and_a_priority_of_nothing_ends_it(desk: Des
     assert desk.hint(request, HintKind.RETAIN, priority=0).tokens == 5 * BLOCK
 
     assert len(desk.planner.retention.raises) == 0
+
+
+def test_a_retain_of_no_priority_ends_no_pin(desk: Desk) -> None:
+    request = desk.save(desk.path(4))
+    desk.hint(request, HintKind.PIN)
+    desk.hint(request, HintKind.RETAIN)
+
+    desk.hint(request, HintKind.RETAIN, priority=0)
+
+    assert (desk.num_kept, len(desk.planner.retention.raises)) == (4, 0)
 
 
 def test_a_retained_block_that_is_forgotten_takes_no_budget(desk: Desk) -> None:
@@ -463,6 +502,12 @@ def test_hints_that_are_off_are_rejected_and_counted() -> None:
     assert {outcome.status for outcome in outcomes} == {REJECTED}
     assert desk.planner.hints.counters == {kind.value: {"rejected": 1} for kind in HintKind}
     assert (desk.num_here(request), desk.num_kept) == (4, 0)
+
+
+def test_words_that_a_client_makes_up_are_counted_as_one(desk: Desk) -> None:
+    desk.planner.hints.count(HintOutcome("a", f"word {number}", REJECTED) for number in range(100))
+
+    assert desk.planner.hints.counters == {"unknown": {"rejected": 100}}
 
 
 def test_what_hints_left_survives_the_mending_of_the_books(desk: Desk) -> None:

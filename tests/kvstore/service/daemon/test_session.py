@@ -11,13 +11,16 @@ import pytest
 
 from kvstore.config.sections import Config
 from kvstore.errors import RequestError
+from kvstore.hints.actions import HintKind
 from kvstore.plan.records import SaveLease
+from kvstore.plan.wishes import Wish
 from kvstore.service.daemon.events import EventHub, Feed
 from kvstore.service.daemon.session import ClientSession
 from kvstore.service.daemon.stores import OpenStore, Stores
 from kvstore.service.daemon.tenants import LOCAL
 from kvstore.service.protocol import messages
 from kvstore.service.protocol.frames import ProtocolError
+from kvstore.service.protocol.replies import OutcomesReply
 from radix.hashing import BlockHash
 from tests.helpers.stores import BLOCK, LAYOUT, PAGE_BYTES, namespace
 
@@ -104,6 +107,16 @@ async def test_a_request_with_too_many_keys_is_refused(session: ClientSession) -
 
 async def test_every_verb_has_a_handler(session: ClientSession) -> None:
     assert set(session._handlers) == set(messages.Call.__subclasses__())
+
+
+async def test_of_a_hint_a_client_has_no_more_done_at_once_than_its_limit(session: ClientSession) -> None:
+    wishes = [messages.WishPart.of(Wish("a", HintKind.PIN, ttl_s=1.0))] * 20
+
+    answer = session.handle(messages.encode(messages.HintCall(request(1, 4), wishes, [])))
+
+    assert isinstance(answer, bytes)
+    reasons = [outcome.reason for outcome in OutcomesReply.read(answer).outcomes]
+    assert reasons == ["nothing of it is stored here"] * 16 + ["16 actions are done at once"] * 4
 
 
 async def test_what_a_client_keeps_is_kept_on_its_word(session: ClientSession, opened: OpenStore) -> None:
