@@ -34,3 +34,7 @@ class Wish(NamedTuple):
     def outcome(self, status: HintStatus, tokens: int = 0, until: float | None = None, reason: str = "") -> HintOutcome:
         """Return what became of it."""
         return HintOutcome(self.action_id, self.kind.value, status, tokens, until, reason)
+
+    def rejected(self, reason: str) -> HintOutcome:
+        """Return that nothing was done."""
+        return self.outcome(HintStatus.REJECTED, reason=reason)

@@ -18,7 +18,6 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from kvstore.errors import RequestError
-from kvstore.hints.outcome import HintStatus
 from kvstore.plan.records import (
     CutReason,
     LeaseState,
@@ -310,9 +309,7 @@ class ClientSession:
             return encode(OutcomesReply([]))
         wishes, most = [part.wish() for part in call.wishes], self._store.hint_limits.max_actions
         outcomes = [self._store.obey(request, wish) for wish in wishes[:most]]
-        refused = [
-            wish.outcome(HintStatus.REJECTED, reason=f"{most} actions are done at once") for wish in wishes[most:]
-        ]
+        refused = [wish.rejected(f"{most} actions are done at once") for wish in wishes[most:]]
         self._store.count_hints(refused)
         outcomes += refused
         if not any(wish.is_own for wish in wishes):
