@@ -148,8 +148,8 @@ class LlamaFront:
         is_over = False
         try:
             body.update(id_slot=turn.slot.id, n_cache_reuse=0)
-            if tokens is not None:
-                body["cache_prompt"] = True
+            if tokens is not None or not turn.may_reuse:
+                body["cache_prompt"] = turn.may_reuse
             response, counts = await self._forward(request, body, turn)
             is_over = True
         except LOST:

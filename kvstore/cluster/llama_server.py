@@ -20,6 +20,8 @@ from kvstore.errors import ConfigError, KVStoreError
 CALL_TIMEOUT_S = 30.0  # tokenizing, telling of itself
 STATE_TIMEOUT_S = 60.0  # writing or reading a slot's file; it waits for a slot that is busy
 CONNECT_TIMEOUT_S = 5.0
+# llama-server hangs up after 5 s without a request; a request sent in that moment would be lost.
+KEEPALIVE_S = 3.0
 _VOLATILE = ("is_sleeping",)  # of /props: changes in one and the same server
 
 
@@ -51,7 +53,7 @@ class LlamaServer:
         """The connections; opened by the first use, in the loop."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
                 timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S),
                 headers=self._headers,
                 auto_decompress=True,

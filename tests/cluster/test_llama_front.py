@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,80 +13,8 @@ from kvstore.cluster.llama_seat import LlamaSeat
 from kvstore.cluster.llama_server import LlamaServer
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError
+from tests.helpers.llama_front import BLOCK, HEAD, forget_slots, fronted, until
 from tests.helpers.llama_server import FakeLlama
-
-BLOCK = 16
-HEAD = "".join(chr(97 + i * i % 26) for i in range(10 * BLOCK))
-WAIT_S = 20.0
-
-
-class Client:
-    """Asks a front, and waits until it has stored what it wants to store."""
-
-    def __init__(self, front: LlamaFront, session: aiohttp.ClientSession) -> None:
-        self.front = front
-        self._session = session
-
-    async def post(self, path: str = "/v1/completions", **body: Any) -> tuple[int, dict[str, Any]]:
-        async with self._session.post(self.front.site.url + path, json=body) as answer:
-            found = await answer.json()
-            await self.settle()
-            return answer.status, found
-
-    async def ask(self, prompt: str, **body: Any) -> dict[str, Any]:
-        """The answer to a prompt, which has to be one."""
-        status, found = await self.post(prompt=prompt, **body)
-        assert status == 200, found
-        return found
-
-    async def get(self, path: str) -> Any:
-        async with self._session.get(self.front.site.url + path) as answer:
-            return await answer.json()
-
-    async def settle(self) -> None:
-        slots = self.front.seat.served.slots
-        await until(lambda: slots.num_free == len(slots.slots))
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S) if hasattr(asyncio, "timeout") else _no_timeout():
-        while not holds():
-            await asyncio.sleep(0.005)
-
-
-@asynccontextmanager
-async def _no_timeout() -> AsyncIterator[None]:
-    yield
-
-
-@pytest.fixture
-async def llama(tmp_path: Path) -> AsyncIterator[FakeLlama]:
-    folder = tmp_path / "slots"
-    folder.mkdir()
-    server = await FakeLlama(folder).start()
-    yield server
-    await server.stop()
-
-
-@asynccontextmanager
-async def fronted(llama: FakeLlama, **sections: Any) -> AsyncIterator[Client]:
-    host = {"capacity_bytes": 1 << 20, "huge_pages": False}
-    config = Config(**{"store": {"block_size": BLOCK}, "host": host, **sections})
-    front = LlamaFront(
-        FrontSettings(port=0), LlamaSeat(LlamaServer(llama.url, llama.folder), config, weights="sampled")
-    )
-    try:
-        await front.open()
-        async with aiohttp.ClientSession() as session:
-            yield Client(front, session)
-    finally:
-        await front.close()
-
-
-async def forget_slots(llama: FakeLlama, client: Client) -> None:
-    """As after a restart of the server: its slots are empty."""
-    llama.slots = [[] for _ in llama.slots]
-    client.front.seat.served.slots.spoil()
 
 
 class TestRestoring:

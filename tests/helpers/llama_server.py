@@ -18,16 +18,18 @@ from aiohttp import web
 LAYERS, ROW = 3, 16
 
 
-def rows_of(tokens: list[int], layer: int, what: str) -> bytes:
+def rows_of(tokens: list[int], layer: int, what: str, rope: str = "") -> bytes:
     """ROW bytes for each token, which depend on all tokens up to it."""
-    out, digest = [], hashlib.sha256(f"{layer}{what}".encode())
+    out, digest = [], hashlib.sha256(f"{rope}{layer}{what}".encode())
     for token in tokens:
         digest.update(token.to_bytes(4, "little"))
         out.append(digest.digest()[:ROW])
     return b"".join(out)
 
 
-def slot_file(tokens: list[int], *, streams: int = 2, version: int = 4, cells: list[int] | None = None) -> bytes:
+def slot_file(
+    tokens: list[int], *, streams: int = 2, version: int = 4, cells: list[int] | None = None, rope: str = ""
+) -> bytes:
     """A file as llama-server writes it. cells: positions in the order of the cells; all, in order, if None."""
     order = list(range(len(tokens))) if cells is None else cells
     ints = [-1, 1, len(tokens), *tokens, 0] if version == 4 else tokens
@@ -37,7 +39,7 @@ def slot_file(tokens: list[int], *, streams: int = 2, version: int = 4, cells: l
     out.append(struct.pack("<II", 0, LAYERS) + (bytes(8) if version == 4 else b""))
     for what in "kv":
         for layer in range(LAYERS):
-            rows = rows_of(tokens, layer, what)
+            rows = rows_of(tokens, layer, what, rope)
             out.append(struct.pack("<iQ", 1, ROW))
             out += [rows[ROW * position : ROW * (position + 1)] for position in order]
     out.append(bytes(4 * (streams - 1)))
@@ -53,7 +55,9 @@ def read_tokens(data: bytes) -> list[int]:
 class FakeLlama:
     """The server. Its attributes may be changed at any time.
 
-    forgets: a restore is answered with success, and has no effect.
+    forgets:      a restore is answered with success, and has no effect.
+    rope:         a setting that it tells nobody, and that its rows depend on.
+    cannot_erase: it answers that it has failed to empty a slot.
     """
 
     def __init__(self, folder: Path, num_slots: int = 2) -> None:
@@ -66,6 +70,8 @@ class FakeLlama:
             "default_generation_settings": {"n_ctx": 4096},
         }
         self.forgets = False
+        self.rope = ""
+        self.cannot_erase = False
         self.has_slots = True
         self.has_timings = True
         self.cut_bytes = 0
@@ -122,17 +128,19 @@ class FakeLlama:
             return web.json_response(error, status=501)
         number, action = int(request.match_info["slot"]), request.query["action"]
         if action == "erase":
+            if self.cannot_erase:
+                return web.json_response({"error": {"message": "failed"}}, status=500)
             self.slots[number] = []
             return web.json_response({})
         path = self.folder / (await request.json())["filename"]
         if action == "save":
             self.saves += 1
-            data = slot_file(self.slots[number], streams=len(self.slots))
+            data = slot_file(self.slots[number], streams=len(self.slots), rope=self.rope)
             path.write_bytes(data[: len(data) - self.cut_bytes])
         else:
             data = path.read_bytes()
             tokens = read_tokens(data)
-            self.wrong_rows += data != slot_file(tokens, streams=len(self.slots))
+            self.wrong_rows += data != slot_file(tokens, streams=len(self.slots), rope=self.rope)
             self.restored.append(len(tokens))
             self.slots[number] = [] if self.forgets else tokens
         return web.json_response({"n_restored": len(read_tokens(data)) if action == "restore" else 0})
