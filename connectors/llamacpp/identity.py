@@ -11,34 +11,45 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from connectors.llamacpp.slotfile import SlotFile
+from connectors.llamacpp.slotfile import SlotFile, StateShape
 from connectors.weights import files_digest
 from kvstore.errors import ConfigError
-from kvstore.layout import Layout
+from kvstore.layout import GroupKind, LayerGroup, Layout
 from radix.namespace import Namespace
 
 # Every server tokenizes it to some tokens; what they are is part of the witness.
 WITNESS_PROMPT = "The quick brown fox jumps over the lazy dog: 0123456789, and so on, and so on.\n"
 
 
-def server_namespace(
+@dataclass(frozen=True, slots=True)
+class StateMaker:
+    """What makes states, as far as their bytes depend on it. The pages of equal ones are the same."""
+
+    layout: Layout
+    namespace: Namespace
+    shape: StateShape
+
+
+def state_maker(
     props: Mapping[str, Any],
     adapters: Sequence[Mapping[str, Any]],
-    layout: Layout,
     witness: SlotFile,
     *,
+    block_size: int,
     weights: str,
     hash_name: str = "sha256",
-) -> Namespace:
-    """The root of all block hashes of a server.
+) -> StateMaker:
+    """Identify a server. Raises ConfigError if an adapter cannot be read.
 
     props:    its `GET /props`. adapters: its `GET /lora-adapters`.
     witness:  the state it has made of WITNESS_PROMPT.
     weights:  the identity of the GGUF file (`weights_name`).
     """
+    layout = _layout(witness.shape, block_size)
     context = (props.get("default_generation_settings") or {}).get("n_ctx")
     extra = {
         "engine": f"llama.cpp {props.get('build_info', 'unknown')}",
@@ -46,7 +57,7 @@ def server_namespace(
         "state": f"v{witness.shape.version}",
         "witness": witness_digest(witness),
     }
-    return Namespace(
+    namespace = Namespace(
         model="llama.cpp",
         revision=weights,
         dtype=layout.dtype,
@@ -56,6 +67,7 @@ def server_namespace(
         hash=hash_name,
         extra=tuple(sorted(extra.items())),
     )
+    return StateMaker(layout, namespace, witness.shape)
 
 
 def weights_name(path: str | None, weights: str) -> str:
@@ -98,6 +110,13 @@ def witness_digest(witness: SlotFile) -> str:
     _fill(witness, page)
     digest.update(page)
     return digest.hexdigest()[:32]
+
+
+def _layout(shape: StateShape, block_size: int) -> Layout:
+    """The layout of pages cut out of files of `shape`."""
+    layers = tuple(range(sum(cache.words[1] for cache in shape.caches)))
+    group = LayerGroup(GroupKind.FULL, layers, shape.token_bytes * block_size)
+    return Layout(block_size=block_size, groups=(group,), format=shape.format, dtype=shape.dtype)
 
 
 def _fill(witness: SlotFile, page: bytearray) -> None:

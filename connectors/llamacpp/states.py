@@ -23,26 +23,18 @@ import numpy as np
 import numpy.typing as npt
 
 from connectors.base import ConnectorCounters, log_failure, resume_blocks, tokens_by_tier
+from connectors.llamacpp.identity import StateMaker
 from connectors.llamacpp.slotfile import Bytes, Rows, SlotFile, StateShape, UnsliceableState, copy_in, prefix_head, read
 from connectors.llamacpp.slotfile import row_places as places_of
 from kvstore.base import KVStore, Match, Request, RequestOptions
 from kvstore.config.sections import Config
 from kvstore.errors import RequestError
-from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.opening import open_configured
-from radix.namespace import Namespace
 
 log = logging.getLogger(__name__)
 
 SAVE_BATCH_BLOCKS = 32  # slots held at once by a save, so that a long prompt does not empty the pool
 Tokens = npt.NDArray[np.int32]
-
-
-def state_layout(shape: StateShape, block_size: int) -> Layout:
-    """The layout of pages cut out of files of `shape`."""
-    layers = tuple(range(sum(cache.words[1] for cache in shape.caches)))
-    group = LayerGroup(GroupKind.FULL, layers, shape.token_bytes * block_size)
-    return Layout(block_size=block_size, groups=(group,), format=shape.format, dtype=shape.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +62,9 @@ class SlotStates:
     """The pages of one server in one store."""
 
     @classmethod
-    def open(
-        cls, config: Config, layout: Layout, namespace: Namespace, shape: StateShape, counters: ConnectorCounters
-    ) -> SlotStates:
+    def open(cls, config: Config, maker: StateMaker, counters: ConnectorCounters) -> SlotStates:
         """Open the store that the configuration asks for. Raises ConfigError."""
-        return cls(open_configured(config, layout, namespace), shape, counters)
+        return cls(open_configured(config, maker.layout, maker.namespace), maker.shape, counters)
 
     def __init__(self, store: KVStore, shape: StateShape, counters: ConnectorCounters) -> None:
         self.store = store

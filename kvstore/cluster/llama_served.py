@@ -17,17 +17,15 @@ from typing import Any
 import numpy as np
 
 from connectors.base import ConnectorCounters
-from connectors.llamacpp.identity import WITNESS_PROMPT, server_namespace, weights_name
+from connectors.llamacpp.identity import WITNESS_PROMPT, StateMaker, state_maker, weights_name
 from connectors.llamacpp.slotfile import SlotFile, UnsliceableState, read
-from connectors.llamacpp.states import SlotStates, state_layout
+from connectors.llamacpp.states import SlotStates
 from connectors.llamacpp.trust import Trust
 from kvstore.cluster.llama_life import Life, life_of
 from kvstore.cluster.llama_server import LlamaServer, ServerRefused
 from kvstore.cluster.llama_slots import ANY_NUMBER, LlamaSlots
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError, KVStoreError
-from kvstore.layout import Layout
-from radix.namespace import Namespace
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +42,7 @@ class Served:
     slots: LlamaSlots
     context: int
     life: Life
-    namespace: Namespace | None = None
+    maker: StateMaker | None = None
     states: SlotStates | None = None
     why_not: str = ""
     trust: Trust = field(default_factory=Trust)
@@ -79,26 +77,22 @@ class Identifier:
         served = Served(props, adapters, LlamaSlots(max(1, props["total_slots"])), context, life)
         try:
             witness = await self._witness(len(served.slots.slots) - 1)
-            layout = state_layout(witness.shape, self._config.store.block_size)
-            served.namespace = await asyncio.to_thread(self._namespace, served, layout, witness)
+            served.maker = await asyncio.to_thread(self._maker, served, witness)
         except (UnsliceableState, ConfigError) as error:
             if before is None and isinstance(error, ConfigError):
                 raise
             log.warning("nothing is stored: %s", error)
             served.why_not = str(error)
         if before is not None and before.states is not None:
-            if before.namespace == served.namespace and before.states.shape == witness.shape:
+            if served.maker is not None and before.maker == served.maker:
                 served.states = before.states
                 return served
-            before.namespace = None  # whatever becomes of this one, that store is not used again
+            before.maker = None  # whatever becomes of this one, that store is not used again
             await close_store(before)  # before another one is opened, which may have the same directory
-        if served.namespace is None:
+        if served.maker is None:
             return served
-        config, counters = self._config, self._counters
         try:
-            served.states = await asyncio.to_thread(
-                SlotStates.open, config, layout, served.namespace, witness.shape, counters
-            )
+            served.states = await asyncio.to_thread(SlotStates.open, self._config, served.maker, self._counters)
         except KVStoreError as error:
             if before is None:
                 raise
@@ -124,10 +118,12 @@ class Identifier:
     async def _life(self, props: Mapping[str, Any]) -> Life:
         return await asyncio.to_thread(life_of, self._server.url, self._model or props.get("model_path"))
 
-    def _namespace(self, served: Served, layout: Layout, witness: SlotFile) -> Namespace:
+    def _maker(self, served: Served, witness: SlotFile) -> StateMaker:
+        store = self._config.store
         weights = weights_name(self._model or served.props.get("model_path"), self._weights)
-        hash_name = self._config.store.hash
-        return server_namespace(served.props, served.adapters, layout, witness, weights=weights, hash_name=hash_name)
+        return state_maker(
+            served.props, served.adapters, witness, block_size=store.block_size, weights=weights, hash_name=store.hash
+        )
 
     async def _witness(self, slot: int) -> SlotFile:
         """The state that the server makes of a fixed prompt. Raises ConfigError if it cannot be had."""
