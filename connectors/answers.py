@@ -78,10 +78,9 @@ def _rules(find: Callable[[], ModelTemplate]) -> AnswerRules:
 
     try:
         model = find()
-    except (KVStoreError, OSError) as error:
-        return AnswerRules((), (), str(error)[:200])
-    try:
         with RenderProcess(Limits(seconds=RENDER_S)) as process:
             return learn(model, process)
+    except (KVStoreError, OSError) as error:
+        return AnswerRules((), (), str(error)[:200])
     except Exception as error:  # a template is a program of somebody else's, a tokenizer a library: opening goes on
         return AnswerRules((), (), f"{type(error).__name__}: {str(error)[:200]}")

@@ -38,7 +38,10 @@ def _folder(name: str, revision: str | None) -> Path:
         return Path(name)
     from huggingface_hub import try_to_load_from_cache  # comes with vLLM
 
-    found = try_to_load_from_cache(name, "tokenizer_config.json", revision=revision)
+    try:
+        found = try_to_load_from_cache(name, "tokenizer_config.json", revision=revision)
+    except ValueError:  # a file (GGUF), or a place in an object store
+        raise ConfigError(f"the tokenizer {name} is neither a directory nor a hub id") from None
     if not isinstance(found, str):
         raise ConfigError(f"the tokenizer of {name} is not in the cache")
     return Path(found).parent

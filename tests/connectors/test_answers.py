@@ -33,6 +33,10 @@ def broken() -> ModelTemplate:
     return ModelTemplate("broken", Template(CHAT_TEMPLATE), tokenizer)
 
 
+def strange() -> ModelTemplate:
+    return of_loaded("strange", SimpleNamespace(chat_template="{{ messages }}"))
+
+
 def stand_in() -> ModelTemplate:
     return ModelTemplate("file.jinja", Template(CHAT_TEMPLATE), StandIn())
 
@@ -43,6 +47,7 @@ def stand_in() -> ModelTemplate:
         (nowhere, "the tokenizer of x is not in the cache"),
         (broken, "ZeroDivisionError: division by zero"),
         (stand_in, "the model's tokenizer is not at hand"),
+        (strange, "AttributeError: 'types.SimpleNamespace' object has no attribute 'special_tokens_map'"),
     ],
 )
 @pytest.mark.parametrize(("default", "is_saved"), [(ALL, True), (PROMPT, False)])
@@ -131,6 +136,13 @@ def test_a_tokenizer_of_a_hub_is_looked_for_in_the_cache_only(tmp_path: Path, mo
 
     with pytest.raises(ConfigError, match="the tokenizer of nobody/nothing is not in the cache"):
         find_template(engine_of("nobody/nothing"), ConnectorFields())
+
+
+@pytest.mark.parametrize("name", ["/models/model.gguf", "owner/model:Q4_K_M", "s3://bucket/model"])
+def test_a_tokenizer_that_is_no_directory_keeps_no_engine_from_starting(name: str) -> None:
+    saved = decide(AUTO, PROMPT, lambda: find_template(engine_of(name), ConnectorFields()), log)
+
+    assert saved.told == f"auto, as 'prompt': the tokenizer {name} is neither a directory nor a hub id"
 
 
 def test_rules_that_keep_nothing_save_nothing() -> None:
