@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from connectors.vllm_tier.chunks import GROUP_BYTES, Chunks, Touches
 from connectors.vllm_tier.jobs import TierJobs
@@ -197,7 +198,7 @@ class TierHints:
         for tier, waiting in self._forgetting.items():
             if not self._mover.takes(tier, Op.DELETE):
                 continue
-            keys = [key for key in waiting if key not in saving][:FORGET_BATCH]
+            keys = list(islice((key for key in waiting if key not in saving), FORGET_BATCH))  # not all: it is a step
             if not keys:
                 continue
             for key in keys:

@@ -164,6 +164,8 @@ class Fetches:
         is_pending = self._lookups.ask(request, now)
         if is_pending:
             self._asked[ticket] = request, brought
+            if len(self._asked) > MAX_TICKETS:
+                del self._asked[next(iter(self._asked))]
         return not is_pending
 
     def bring(self, ticket: int, request: Request, now: float, brought: Brought | None = None) -> None:
@@ -180,10 +182,10 @@ class Fetches:
         """Fetch up to `bound` pages of what a survey found worth loading, though nobody asked; those on their way."""
         return self._bring(request, survey, survey.worth, bound, now)[0]
 
-    def resume_prefetches(self, now: float) -> None:
-        """A probe was answered: go on with the prefetches that waited for one."""
-        asked, self._asked = self._asked, {}
-        for ticket, (request, brought) in asked.items():
+    def resume_prefetches(self, asked: Request, now: float) -> None:
+        """A probe about a request was answered: go on with its prefetches that waited for one."""
+        for ticket in [ticket for ticket, (request, _) in self._asked.items() if request.id == asked.id]:
+            request, brought = self._asked.pop(ticket)
             if self.ask(ticket, request, now, brought):
                 self.bring(ticket, request, now, brought)
 

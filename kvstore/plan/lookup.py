@@ -246,10 +246,12 @@ class PrefixLookup:
                 return blocks[:index]
         return blocks
 
-    def answered(self, flight: InFlight, outcome: Outcome) -> None:
-        """Book the outcome of a PROBE."""
+    def answered(self, flight: InFlight, outcome: Outcome) -> Request:
+        """Book the outcome of a PROBE; returns the request that it was about."""
         assert isinstance(flight.context, tuple)
-        self.probes.answered(self.requests.get(flight.context[0].id), flight, outcome)
+        request: Request = flight.context[0]
+        self.probes.answered(self.requests.get(request.id), flight, outcome)
+        return request
 
     def _state(self, request: Request) -> RequestState:
         state = self.requests.get(request.id)

@@ -255,8 +255,7 @@ class Planner:
                 self.margin.keep(now)
                 self.retention.drop_idle(flight.pages)
             case Op.PROBE:
-                self.lookups.answered(flight, outcome)
-                self.fetches.resume_prefetches(now)
+                self.fetches.resume_prefetches(self.lookups.answered(flight, outcome), now)
             case Op.TOUCH:
                 tier.touched(flight, outcome, now)
             case Op.DELETE | Op.CLEAR:

@@ -10,6 +10,7 @@ from eviction.registry import make_policy
 from kvstore.base import HintOutcome, HintStatus
 from kvstore.hints.actions import HintKind
 from kvstore.hints.limits import HintLimits
+from kvstore.plan import fetches
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Op, Outcome, PlanSettings, Request, RequestOptions, Transfer
 from kvstore.plan.tier_plan import TierPlan
@@ -377,6 +378,26 @@ def test_a_prefetch_that_has_to_ask_a_shared_tier_is_deferred_and_leaves_no_note
 
     assert (outcome.status, desk.num_here(request)) == (DEFERRED, 4)
     assert desk.planner.lookups.requests == {}
+
+
+def test_an_answer_is_looked_at_by_the_prefetch_that_asked_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetches, "MAX_TICKETS", 30)
+    desk = Desk(is_shared=True)
+    requests = [desk.save(desk.path(4)) for _ in range(40)]
+    for request in requests[:32]:
+        desk.hint(request, HintKind.PREFETCH)
+    probes = [transfer for transfer in desk.planner.take_transfers() if transfer.op is Op.PROBE]
+    lookups = desk.planner.lookups
+    looked: list[Request] = []
+    survey = lookups.survey
+    monkeypatch.setattr(lookups, "survey", lambda request: (looked.append(request), survey(request))[1])
+
+    for probe in probes[:3]:  # the first two are not waited for any more
+        desk.planner.outcome(Outcome(probe.id, (True,) * len(probe.keys), 0.001, 1), desk.clocks.now)
+
+    assert {tuple(request.keys) for request in looked} == {tuple(requests[2].keys)}
+    desk.land()
+    assert desk.num_here(requests[2]) == 4
 
 
 def test_a_prefetch_of_more_than_its_bound_is_clipped(desk: Desk) -> None:
