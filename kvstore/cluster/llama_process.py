@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import http.client
 import json
-import shutil
+import os
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvstore.cluster.llama_folder import SlotsFolder
 from kvstore.errors import KVStoreError
 
 START_TIMEOUT_S = 600.0  # loading a large model from a cold disk
 STOP_TIMEOUT_S = 10.0
 STEP_S = 0.05
 TAIL_BYTES = 1500
-MEMORY_FOLDER = Path("/dev/shm")
-ENOUGH_MEMORY_BYTES = 1 << 30  # in it, for slot files; else they go to the folder for temporary files
+MAX_LOG_BYTES = 16 << 20  # in memory, as a rule
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not reach 127.0.0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +50,18 @@ class LlamaProcess:
     def __init__(self, settings: LlamaSettings, port: int) -> None:
         self.settings = settings
         self.port = port
-        self.folder = Path(tempfile.mkdtemp(prefix="kvstore-slots-", dir=slots_parent()))
+        self._folder = SlotsFolder()
+        self.folder = self._folder.path
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = self.folder / "llama-server.log"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Start it, and wait until it answers. Raises KVStoreError with the end of its log."""
-        with self._log.open("wb") as output:
-            try:
-                self._process = subprocess.Popen(
-                    self._command(), stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT
-                )
-            except OSError as error:
-                raise KVStoreError(
-                    f"{self.settings.program}: {error.strerror}; give the path of llama-server"
-                ) from None
+        with self._log.open("ab") as output:  # appending, so that it may be cut
+            self._process = subprocess.Popen(
+                self._command(), stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT
+            )
         until = time.monotonic() + timeout_s
         while not self._is_up():
             if why := self.ended():
@@ -75,8 +71,10 @@ class LlamaProcess:
             time.sleep(STEP_S)
 
     def ended(self) -> str:
-        """Why there is no server any more, with the end of its log; "" while there is one."""
+        """Why there is no server any more, with the end of its log; "" while there is one. Asked now and then."""
         if self._process is None or self._process.poll() is None:
+            if self._log.exists() and self._log.stat().st_size > MAX_LOG_BYTES:
+                os.truncate(self._log, 0)
             return ""
         return f"llama-server has ended with {self._process.returncode}; its log ends: {self._tail()}"
 
@@ -92,7 +90,7 @@ class LlamaProcess:
             if self._process.stdin is not None:
                 self._process.stdin.close()
             self._process = None
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._folder.remove()
 
     def __enter__(self) -> LlamaProcess:
         try:
@@ -108,7 +106,7 @@ class LlamaProcess:
     def _command(self) -> list[str]:
         mine = self.settings
         if mine.program is None:
-            values = {
+            values: dict[str, object] = {
                 "model": str(mine.model),
                 "port": self.port,
                 "slot_save_path": f"{self.folder}/",
@@ -118,18 +116,18 @@ class LlamaProcess:
                 "cache_type_k": mine.cache_type,
                 "cache_type_v": mine.cache_type,
             }
-            return [sys.executable, "-m", "kvstore.cluster.llama_child", json.dumps(values)]
+            return _child(values)
         options: list[object] = ["--model", mine.model, "--host", "127.0.0.1", "--port", self.port]
         options += ["--slots", "--slot-save-path", self.folder, "--parallel", mine.slots]
         options += ["--ctx-size", mine.context * mine.slots, "--threads", mine.threads, "--cache-ram", 0]
         options += ["--cache-type-k", mine.cache_type, "--cache-type-v", mine.cache_type]
-        return [mine.program, *map(str, options), *mine.arguments]
+        return _child({"program": [mine.program, *map(str, options), *mine.arguments]})
 
     def _is_up(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=1.0) as answer:
+            with _DIRECT.open(f"{self.url}/health", timeout=1.0) as answer:
                 return bool(answer.status == 200)
-        except (OSError, urllib.error.URLError):
+        except (OSError, http.client.HTTPException):
             return False
 
     def _tail(self) -> str:
@@ -139,11 +137,5 @@ class LlamaProcess:
             return "it cannot be read"
 
 
-def slots_parent() -> Path:
-    """Where slot files go: memory, if there is enough of it."""
-    try:
-        if shutil.disk_usage(MEMORY_FOLDER).free >= ENOUGH_MEMORY_BYTES:
-            return MEMORY_FOLDER
-    except OSError:
-        pass
-    return Path(tempfile.gettempdir())
+def _child(settings: dict[str, object]) -> list[str]:
+    return [sys.executable, "-m", "kvstore.cluster.llama_child", json.dumps(settings)]

@@ -85,6 +85,7 @@ class LlamaSeat:
 
     async def open(self) -> None:
         """Find out what the server is, and open its store. Raises ConfigError for what is none that can be used."""
+        await asyncio.to_thread(self.server.remove_left)
         self._served = await self._identifier.identify()
 
     async def close(self) -> None:
@@ -94,6 +95,7 @@ class LlamaSeat:
         if self._served is not None:
             served, self._served = self._served, None
             await close_store(served)
+            await asyncio.to_thread(self.server.remove_left)
 
     async def current(self) -> Served:
         """The server as it is known; identified anew if it was away."""

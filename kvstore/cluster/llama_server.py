@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
+import secrets
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ STATE_TIMEOUT_S = 60.0  # writing or reading a slot's file; it waits for a slot 
 CONNECT_TIMEOUT_S = 5.0
 # llama-server hangs up after 5 s without a request; a request sent in that moment would be lost.
 KEEPALIVE_S = 3.0
+LEFT_S = 3600.0  # the age of a file that no front uses any more: each is used for some minutes at the most
 _VOLATILE = ("is_sleeping",)  # of /props: changes in one and the same server
 
 
@@ -45,6 +48,7 @@ class LlamaServer:
         self.url = url.rstrip("/")
         self.folder = folder
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._name = secrets.token_hex(8)  # fronts may share the folder, in containers in which all are process 1
         self._numbers = itertools.count()
         self._session: aiohttp.ClientSession | None = None
 
@@ -107,7 +111,18 @@ class LlamaServer:
 
     def new_file(self) -> Path:
         """A name in the folder that is not taken; the caller removes the file."""
-        return self.folder / f"kvstore-{os.getpid()}-{next(self._numbers)}.bin"
+        return self.folder / f"kvstore-{self._name}-{next(self._numbers)}.bin"
+
+    def remove_left(self) -> None:
+        """Remove files that fronts left behind: those that were killed, and ours that came when nobody waited any more.
+
+        Blocks. Call it when no file of ours is in use.
+        """
+        for path in self.folder.glob("kvstore-*-*.bin"):
+            with suppress(OSError):
+                is_ours = path.name.startswith(f"kvstore-{self._name}-")
+                if is_ours or time.time() - path.stat().st_mtime > LEFT_S:
+                    path.unlink()
 
     async def save(self, slot: int, path: Path) -> None:
         """Have the state of a slot written to `path`. Raises ServerRefused."""
