@@ -10,6 +10,7 @@ from kvstore.plan.records import RequestOptions
 from kvstore.ports import free_port
 from tests.helpers.browser import Browser, open_browser
 from tests.helpers.daemons import DaemonProcess, LocalDaemon, attach, local_daemon
+from tests.helpers.hints import envelope
 from tests.helpers.http_pages import HttpPages
 from tests.helpers.stores import BLOCK, prompt, save, use
 from tests.helpers.waiting import WAIT_S
@@ -267,6 +268,31 @@ def test_clients_that_render_chats_in_different_ways_are_warned_of(
             assert browser.run(CONTRAST) == []
 
         browser.wait(lambda: browser.text("#renderings") == "")
+    assert browser.complaints() == []
+
+
+def test_pins_are_shown_until_they_end(browser: Browser, daemon: LocalDaemon) -> None:
+    shown = "return document.getElementById('kept-card').checkVisibility()"
+    bad = "<img src=x onerror=alert(1)>"
+    with attach(socket(daemon), client="agent") as store:
+        use(store, prompt(4))
+        browser.look(url(daemon))
+        browser.wait(lambda: browser.texts("#clients tbody td:first-child") == ["agent"])
+        assert not browser.run(shown)
+
+        store.hint(envelope(("pin", {"ttl_s": 600, "session": bad})), store.request(prompt(4)))
+
+        browser.wait(lambda: browser.texts("#kept tbody tr") != [])
+        assert browser.run(shown)
+        holder, size, until = browser.texts("#kept tbody td")
+        assert re.fullmatch(rf"agent \(client \d+\), session {re.escape(bad)}", holder)
+        assert number(size) > 0
+        assert re.search(r"\d\d:\d\d", until)
+        assert browser.run("return document.querySelectorAll('main img').length") == 0
+        assert browser.run(CONTRAST) == []
+
+        store.hint(envelope(("release", {"session": bad})), store.request(prompt(4)))
+        browser.wait(lambda: not browser.run(shown))
     assert browser.complaints() == []
 
 
