@@ -34,7 +34,8 @@ from kvstore.tiers import registry
 
 log = logging.getLogger("vllm.kvstore")
 
-MAX_NAMED = 4096  # chunks that one action may name: a scheduler's step pays for them
+MAX_NAMED = 4096  # chunks that the hints of one request may name: a scheduler's step pays for them
+MAX_LATER = 8  # actions about a request's own prompt, each of which is done to all its chunks at its end
 MAX_RETAINED = 1 << 16  # chunks, some 10 MB
 MAX_FORGETTING = 1 << 16
 FORGET_BATCH = 512  # keys; a few milliseconds in one transaction
@@ -95,10 +96,12 @@ class TierHints:
         self._wall = wall
         self._forgetting: dict[str, dict[bytes, None]] = {tier: {} for tier in mover.tiers}
         self._deleting: dict[int, tuple[str, list[bytes]]] = {}  # by transfer
+        self._num_named = 0  # chunks, by the request that is coming
 
     def came(self, messages: Sequence[object]) -> RequestHints | None:
         """A request came with hints: do what can be done; what its end is waited for with, None if with nothing."""
         later: list[HintAction] = []
+        self._num_named = 0
         for message in messages:
             for item in parse(message, self._limits).items:
                 outcome = item if isinstance(item, HintOutcome) else self._begin(item, later)
@@ -147,12 +150,17 @@ class TierHints:
         if action.hashes is None:
             if action.kind is HintKind.PREFETCH:
                 return action.outcome(HintStatus.REJECTED, "the request is being looked up already")
+            if len(later) == MAX_LATER:
+                return action.outcome(HintStatus.REJECTED, f"{MAX_LATER} actions may be about a request's own prompt")
             later.append(action)
             return action.outcome(HintStatus.DEFERRED)
-        if len(action.hashes) * self._num_groups > MAX_NAMED:
+        num_named = self._num_named + len(action.hashes) * self._num_groups
+        if num_named > MAX_NAMED:
+            most = MAX_NAMED // self._num_groups
             return action.outcome(
-                HintStatus.REJECTED, f"{len(action.hashes)} blocks; one action may name {MAX_NAMED // self._num_groups}"
+                HintStatus.REJECTED, f"{len(action.hashes)} blocks; the hints of a request may name {most}"
             )
+        self._num_named = num_named
         ends = [(number + 1) * self._chunk_tokens for number in range(len(action.hashes))]
         meant = [one for one, end in zip(action.hashes, ends, strict=True) if self._is_meant(action, end)]
         num_done = self._do(action, [self._key(one, group) for one in meant for group in range(self._num_groups)])

@@ -8,7 +8,7 @@ from kvstore.hints.actions import HintKind
 from kvstore.hints.outcome import HintOutcome, HintStatus
 
 ALL = (1 << 32) - 1  # the end of a range that is as long as its request, which may grow
-MAX_WISHES = 64  # kept with one request
+MAX_WISHES = 16  # kept with one request; each is done to all that is saved of it, in steps of a thousand blocks
 
 
 class Wish(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from connectors.vllm_tier.hints import MAX_NAMED, RequestHints
+from connectors.vllm_tier.hints import MAX_LATER, MAX_NAMED, RequestHints
 from connectors.vllm_tier.lookup import LookupAnswer
 from tests.helpers.hints import envelope
 from tests.helpers.tier_world import KEYS, TierWorld, key, tier_worlds
@@ -175,6 +175,19 @@ def test_what_cannot_be_done_here_is_answered(world: TierWorld, kind: str, paylo
     assert say(world, kind, **payload) is None
 
     assert counts(world) == {status: 1}
+
+
+def test_all_hints_of_a_request_together_have_a_bound(world: TierWorld) -> None:
+    prefetch = envelope(*[("prefetch", {"block_hashes": HASHES * (MAX_NAMED // 8)})] * 3)
+    own = envelope(*[("retain", {})] * (MAX_LATER + 1))
+
+    asked = world.core.hints.came([prefetch, own])
+
+    assert asked is not None
+    assert len(asked.actions) == MAX_LATER
+    assert counts(world) == {"clipped": 2, "rejected": 2, "deferred": MAX_LATER}
+    assert world.core.hints.came([prefetch]) is None  # each request has it anew
+    assert counts(world)["clipped"] == 4
 
 
 @pytest.mark.parametrize("said", [7, "{", b"\xff", {"actions": 7}, {}, object(), {"a": "b"}, [], "[" * 100_000])
