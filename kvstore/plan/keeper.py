@@ -11,7 +11,7 @@ wait in case it is taken back.
 
 The hard thing: two clocks. "Retain until" is Unix time and ends when the wall clock says so, wherever that was set to
 meanwhile; the longest time of a word is counted by the boot clock. The queue of ends goes by the latter, and is made
-anew when the former was set.
+anew when the former was set, if a word goes by it.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class Keeper:
         self._longest_s = books.settings.pin_max_s
         self._promises: dict[Block, _Promise] = {}
         self._ends = Ends(self.until_of)
+        self._has_unix = False  # a word may end by the wall clock
         self._coming_ends = inf  # no word about what is coming ends before
         self._holders: dict[tuple[str, str], list[float]] = {}  # by holder and payer: pages, latest end
         self._payers: dict[str, int] = {}  # pages kept or coming
@@ -95,6 +96,7 @@ class Keeper:
         """Return a word that ends at `until` (Unix time), or after `most_s`; or after the longest time there is."""
         boot = self._look()
         latest = boot + min(most_s, self._longest_s)
+        self._has_unix = self._has_unix or until < inf
         return Word(min(until - self._ahead, latest), until, latest, holder, payer, session)
 
     def keep(self, blocks: Sequence[Block], word: Word) -> int:
@@ -244,6 +246,8 @@ class Keeper:
         ahead = self._clock.wall() - boot
         if abs(ahead - self._ahead) >= LARGE_STEP_S:
             self._ahead = ahead
+            if not self._has_unix:
+                return boot
             self._holders, self._payers = {}, {}
             for promise in self._promises.values():
                 words = [promise.word, *(promise.others or ())]

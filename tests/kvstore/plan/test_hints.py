@@ -125,6 +125,21 @@ def test_a_pinned_prefix_stays_until_its_lease_ends_and_gives_its_slots_back(des
     assert desk.num_here(pinned) == 0
 
 
+def test_a_wall_clock_that_is_set_moves_no_lease_and_costs_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.hint(desk.save(desk.path(4)), HintKind.PIN)
+    rebuilt: list[object] = []
+    monkeypatch.setattr(desk.planner.retention.keeper._ends, "rebuild", rebuilt.append)
+
+    for seconds in (1e6, -2e6):
+        desk.clocks.set_by(seconds)
+        desk.pass_time(20.0)
+        assert desk.num_kept == 4
+
+    desk.pass_time(10.0)
+    assert desk.num_kept == 0
+    assert rebuilt == []
+
+
 def test_of_a_pin_beyond_the_budget_the_deepest_prefix_that_fits_is_granted(desk: Desk) -> None:
     outcome = desk.hint(desk.save(desk.path(8)), HintKind.PIN)
 
