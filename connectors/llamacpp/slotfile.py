@@ -218,7 +218,7 @@ def _grid(data: Bytes, at: int, rows: Rows, count: int) -> npt.NDArray[Any]:
 def _tokens(ints: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int32], bool]:
     if len(ints) == 0 or ints[0] != TOKENS_HEAD:
         return ints.astype(np.int32), False
-    if len(ints) < 4 or ints[1] != 1 or len(ints) != ints[2] + 4 or ints[-1] != 0:
+    if len(ints) < 4 or ints[1] != 1 or len(ints) != int(ints[2]) + 4 or ints[-1] != 0:
         raise UnsliceableState(
             "the slot file's tokens have images or sound among them, or are written in an unknown way"
         )

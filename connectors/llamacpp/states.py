@@ -111,10 +111,11 @@ class SlotStates:
         self._counters.short_loads += written.num_tokens < found.num_tokens
         return written
 
-    def save(self, path: Path, options: RequestOptions) -> Tokens:
+    def save(self, path: Path, options: RequestOptions, most_tokens: int) -> Tokens:
         """Store the blocks of a file that the store lacks; return the tokens of the slot.
 
-        Raises UnsliceableState if the file is not of this server's shape; OSError if it cannot be read.
+        Raises UnsliceableState if the file is not of this server's shape, or has more tokens than the request can have
+        left; OSError if it cannot be read.
         """
         # Read, not mapped: a file that somebody cuts short meanwhile must not end this process.
         data = np.fromfile(path, np.uint8)
@@ -122,7 +123,12 @@ class SlotStates:
         tokens: Tokens = state.tokens.copy()
         if state.shape != self.shape:
             raise UnsliceableState("the slot file is not as this server's were at its start; it is another server now")
-        if len(state.tokens) < self._block_size:
+        if len(tokens) > most_tokens:
+            # Perhaps with an adapter of its own, which the tokens do not tell.
+            raise UnsliceableState(
+                f"the slot has {len(tokens)} tokens, its request left {most_tokens}: another client's"
+            )
+        if len(tokens) < self._block_size:
             return tokens
         try:
             request = self.store.request(state.tokens, options)

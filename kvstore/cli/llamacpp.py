@@ -91,6 +91,8 @@ def llamacpp(
     with contextlib.ExitStack() as stack:
         child: LlamaProcess | None = None
         if url is None:
+            if slots_folder is not None:
+                raise ConfigError("--slots is for a server that runs: name it, too (--url URL), or leave --slots out")
             program = _program(server, arguments or [])
             settings = LlamaSettings(
                 _gguf(model),
@@ -106,6 +108,8 @@ def llamacpp(
             url, slots_folder = child.url, child.folder
         else:
             _check_url(url, slots_folder)
+            if server is not None or arguments:
+                raise ConfigError("--server and OPTIONS are for a server to start, --url is one that runs; give one")
         assert slots_folder is not None
 
         front = FrontSettings(host, port, None if model is None else str(model), weights)

@@ -263,7 +263,7 @@ class LlamaSeat:
             if num_tokens // block_size * block_size <= turn.found.stored_tokens:
                 await asyncio.to_thread(states.finished, turn.found, turn.options)
             else:
-                await self._save(turn, states)
+                await self._save(turn, states, num_tokens + 1)
         except (UnsliceableState, ServerRefused, ServerGone, OSError, ValueError) as error:
             self.counters.save_failures += 1
             reason = type(error).__name__
@@ -274,12 +274,13 @@ class LlamaSeat:
         finally:
             await turn.served.slots.give(turn.slot)
 
-    async def _save(self, turn: LlamaTurn, states: SlotStates) -> None:
+    async def _save(self, turn: LlamaTurn, states: SlotStates, most_tokens: int) -> None:
         path = self.server.new_file()
         try:
             await self.server.save(turn.slot.id, path)
             if await self._is_same(turn.served):  # after it has written the file: another process writes other rows
-                turn.slot.holds(await asyncio.to_thread(states.save, path, turn.options), turn.options.tenant)
+                tokens = await asyncio.to_thread(states.save, path, turn.options, most_tokens)
+                turn.slot.holds(tokens, turn.options.tenant)
             else:
                 turn.slot.spoil()
         finally:

@@ -30,6 +30,7 @@ from kvstore.errors import ConfigError, KVStoreError
 log = logging.getLogger(__name__)
 
 WITNESS_TIMEOUT_S = 600.0  # a slot of a busy server has to come free
+MIN_WITNESS_TOKENS = 8  # the row of the first token does not depend on rope settings
 NEW_ENOUGH = "use a llama-server of this year"
 
 
@@ -145,6 +146,11 @@ class Identifier:
                 )
             witness = await asyncio.to_thread(_read_whole, path)
             await self._server.erase(slot)
+            if len(witness.tokens) < max(MIN_WITNESS_TOKENS, timings["cache_n"] + timings["prompt_n"]):
+                raise UnsliceableState(
+                    f"llama-server has saved {len(witness.tokens)} tokens of a prompt of {timings['prompt_n']}, so its "
+                    "settings cannot be told from its rows; was another client using it? Start the front again then"
+                )
             return witness
         except ServerRefused as error:
             raise ConfigError(_no_slots(error)) from error

@@ -144,6 +144,21 @@ class TestTrust:
         assert stats["saved_pages"] == 0
         assert stats["unsaved"] == {"UnsliceableState": 1}
 
+    async def test_what_another_client_added_before_the_save_is_not_stored(self, llama: FakeLlama) -> None:
+        async with fronted(llama) as client:
+            save = client.front.seat.server.save
+
+            async def late(slot: int, path: Path) -> None:
+                llama.slots[slot] += [ord(letter) for letter in HEAD]
+                await save(slot, path)
+
+            client.front.seat.server.save = late  # type: ignore[method-assign]
+            await client.ask(HEAD)
+            stats = await client.get("/v1/stats")
+
+        assert stats["saved_pages"] == 0
+        assert stats["unsaved"] == {"UnsliceableState": 1}
+
     async def test_another_server_at_the_same_address_shares_no_page(self, llama: FakeLlama) -> None:
         async with fronted(llama) as client:
             await client.ask(HEAD + "one")

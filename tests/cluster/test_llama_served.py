@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from kvstore.cluster.llama_server import LlamaServer
 from tests.helpers.llama_front import HEAD, Client, forget_slots, fronted, started_anew
 from tests.helpers.llama_server import FakeLlama
 
@@ -28,6 +29,23 @@ def meanwhile(client: Client, llama: FakeLlama, action: str, **changes: Any) -> 
 
     setattr(server, action, asked)
     return others
+
+
+async def test_a_witness_of_too_few_tokens_identifies_nothing(
+    llama: FakeLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = LlamaServer.save
+
+    async def short(self: LlamaServer, slot: int, path: Path) -> None:
+        llama.slots[slot] = llama.slots[slot][:3]
+        await save(self, slot, path)
+
+    monkeypatch.setattr(LlamaServer, "save", short)
+    async with fronted(llama) as client:
+        await client.ask(HEAD)
+        stats = await client.get("/v1/stats")
+
+    assert "has saved 3 tokens" in stats["off"]
 
 
 class TestStartedAnew:

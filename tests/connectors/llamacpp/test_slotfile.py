@@ -90,6 +90,13 @@ class TestRead:
         with pytest.raises(UnsliceableState, match="images"):
             read(as_bytes(bytes(data)))
 
+    def test_a_number_of_tokens_beyond_all_bounds_is_refused(self) -> None:
+        data = bytearray(slot_file(TOKENS))
+        struct.pack_into("<i", data, 12 + 4 * 2, (1 << 31) - 1)
+
+        with pytest.raises(UnsliceableState):
+            read(as_bytes(bytes(data)))
+
     def test_a_byte_left_over_is_refused(self) -> None:
         with pytest.raises(UnsliceableState):
             read(as_bytes(slot_file(TOKENS) + b"\0"))

@@ -1,0 +1,35 @@
+"""`kvstore llamacpp` with options that cannot be: a sentence with the fix, before anything is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvstore.cli.app import app
+
+URL = "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [
+        ([], "--model FILE"),
+        (["--model", "{folder}/none.gguf"], "no such file"),
+        (["--model", "{folder}/file"], "no GGUF file"),
+        (["--model", "{folder}/file", "--slots", "{folder}"], "--url URL"),
+        (["--url", URL], "--slots DIR"),
+        (["--url", URL, "--slots", "{folder}/none"], "--slot-save-path"),
+        (["--url", "127.0.0.1:8081", "--slots", "{folder}"], "http://"),
+        (["--url", URL, "--slots", "{folder}", "--server", "llama-server"], "give one"),
+        (["--url", URL, "--slots", "{folder}", "--", "--n-gpu-layers", "9"], "give one"),
+    ],
+)
+def test_options_that_cannot_be_are_told_with_the_fix(tmp_path: Path, arguments: list[str], fix: str) -> None:
+    (tmp_path / "file").write_bytes(b"{}")
+
+    result = CliRunner().invoke(app, ["llamacpp", *(one.format(folder=tmp_path) for one in arguments)])
+
+    assert result.exit_code == 2
+    assert fix in " ".join(result.output.split())
