@@ -13,7 +13,7 @@ import typer
 from kvstore.cli.config import overrides
 from kvstore.console import console
 from kvstore.errors import ConfigError, KVStoreError
-from kvstore.extras import require
+from kvstore.extras import MissingExtra, how_to_install
 
 
 class CacheType(str, Enum):
@@ -93,9 +93,10 @@ def llamacpp(
         if url is None:
             if slots_folder is not None:
                 raise ConfigError("--slots is for a server that runs: name it, too (--url URL), or leave --slots out")
+            gguf = _gguf(model)
             program = _program(server, arguments or [])
             settings = LlamaSettings(
-                _gguf(model),
+                gguf,
                 program,
                 parallel,
                 context,
@@ -139,7 +140,10 @@ def _program(server: str | None, arguments: list[str]) -> str | None:
         if shutil.which(server) is None:
             if arguments:
                 raise ConfigError("OPTIONS after -- are for a llama-server program; give its path: --server PATH")
-            require("llamacpp", "kvstore llamacpp without --server or --url")
+            raise MissingExtra(
+                "there is neither a program llama-server nor the package xllamacpp; give the program's path (--server "
+                f"PATH), or {how_to_install('llamacpp')}"
+            )
     found = shutil.which(server)
     if found is None:
         raise KVStoreError(f"--server {server}: there is no such program; give the path of llama-server")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kvstore.cli import llamacpp as cli
 from kvstore.cli.app import app
 
 URL = "http://127.0.0.1:1"
@@ -19,6 +20,9 @@ URL = "http://127.0.0.1:1"
         (["--model", "{folder}/none.gguf"], "no such file"),
         (["--model", "{folder}/file"], "no GGUF file"),
         (["--model", "{folder}/file", "--slots", "{folder}"], "--url URL"),
+        (["--model", "{folder}/model.gguf"], "pip install"),
+        (["--model", "{folder}/model.gguf", "--", "--n-gpu-layers", "9"], "--server PATH"),
+        (["--model", "{folder}/model.gguf", "--server", "none"], "no such program"),
         (["--url", URL], "--slots DIR"),
         (["--url", URL, "--slots", "{folder}/none"], "--slot-save-path"),
         (["--url", "127.0.0.1:8081", "--slots", "{folder}"], "http://"),
@@ -26,8 +30,13 @@ URL = "http://127.0.0.1:1"
         (["--url", URL, "--slots", "{folder}", "--", "--n-gpu-layers", "9"], "give one"),
     ],
 )
-def test_options_that_cannot_be_are_told_with_the_fix(tmp_path: Path, arguments: list[str], fix: str) -> None:
+def test_options_that_cannot_be_are_told_with_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], fix: str
+) -> None:
     (tmp_path / "file").write_bytes(b"{}")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(cli, "_has_package", lambda: False)
+    monkeypatch.setenv("PATH", str(tmp_path))
 
     result = CliRunner().invoke(app, ["llamacpp", *(one.format(folder=tmp_path) for one in arguments)])
 
