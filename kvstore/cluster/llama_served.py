@@ -146,7 +146,7 @@ class Identifier:
                 )
             witness = await asyncio.to_thread(_read_whole, path)
             await self._server.erase(slot)
-            if len(witness.tokens) < max(MIN_WITNESS_TOKENS, timings["cache_n"] + timings["prompt_n"]):
+            if len(witness.tokens) < MIN_WITNESS_TOKENS:
                 raise UnsliceableState(
                     f"llama-server has saved {len(witness.tokens)} tokens of a prompt of {timings['prompt_n']}, so its "
                     "settings cannot be told from its rows; was another client using it? Start the front again then"
