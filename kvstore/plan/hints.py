@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 from kvstore.hints.actions import HintKind
 from kvstore.hints.envelope import ENVELOPE, UNKNOWN
@@ -31,7 +32,7 @@ from kvstore.plan.lookup import PrefixLookup
 from kvstore.plan.records import Request
 from kvstore.plan.retention import Retention
 from kvstore.plan.state import Block, Page, PageState
-from kvstore.plan.steps import STEP_BLOCKS, Steps, parts, parts_from_tail
+from kvstore.plan.steps import STEP_BLOCKS, STEP_PAGES, Steps, parts, parts_from_tail
 from kvstore.plan.wishes import MAX_WISHES, Wish
 
 FIRST_ID = -(1 << 62)  # and below: numbers that no request of a caller has
@@ -111,7 +112,7 @@ class Hints:
             def brought(pages: Sequence[Page], at: float) -> None:
                 keeper.expect([page for page in pages if page.block.depth >= wish.first], word)
 
-            is_coming = self._bring(ticket, request, now, brought)
+            is_coming = yield from self._bring(ticket, request, now, brought)
             flying = [page for block in self._meant(request, wish) for page in block.pages if page.flight]
             keeper.expect(flying, word)
             is_coming = is_coming or any(page in keeper.coming for page in flying)
@@ -141,14 +142,17 @@ class Hints:
         return self._judged(wish, num_raised, missing, self._unix(ends[-1]) if num_raised else None, "", rest)
 
     def _prefetch(self, ticket: int, request: Request, wish: Wish, now: float) -> Steps[HintOutcome]:
-        yield from ()
-        if self._bring(ticket, request, now):
+        if (yield from self._bring(ticket, request, now)):
             return wish.outcome(HintStatus.DEFERRED, reason=ASKED)
         num_there = 0
-        for block in self._lookups.known_path(request):
-            if all(page.state == PageState.ABSENT for page in block.pages):
+        path = self._lookups.known_path(request)
+        for part in parts(path):
+            if part is not path:
+                yield
+            num_here = sum(1 for _ in takewhile(_is_here, part))
+            num_there += num_here
+            if num_here < len(part):
                 break
-            num_there += 1
         missing = len(request.keys) - num_there
         reason = "" if not missing else REST_NOT_STORED if num_there else NOT_STORED
         if missing and self._lookups.survey(request).known > num_there:
@@ -242,7 +246,7 @@ class Hints:
             return wish.outcome(HintStatus.ACCEPTED, num_ended * self._block_size)
         return wish.outcome(HintStatus.REJECTED, reason="nothing of it is pinned or retained")
 
-    def _bring(self, ticket: int, request: Request, now: float, brought: Brought | None = None) -> bool:
+    def _bring(self, ticket: int, request: Request, now: float, brought: Brought | None = None) -> Steps[bool]:
         """Begin to bring what lies below host memory; True if a shared tier has to answer first.
 
         brought: told of the pages on their way, now or when that tier has answered.
@@ -257,6 +261,8 @@ class Hints:
 
         is_known = self._fetches.ask(ticket, asking, now, told)
         if is_known:
+            if len(request.keys) > STEP_PAGES:
+                yield
             self._fetches.bring(ticket, asking, now, told)
         return not is_known
 
@@ -291,3 +297,8 @@ class Hints:
 
     def _unix(self, boot: float) -> float:
         return boot + self._clock.wall() - self._clock.boot()
+
+
+def _is_here(block: Block) -> bool:
+    """Whether host memory has something of a block, or is about to."""
+    return any(page.state is not PageState.ABSENT for page in block.pages)

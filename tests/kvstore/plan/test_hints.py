@@ -415,6 +415,21 @@ def test_an_answer_is_looked_at_by_the_prefetch_that_asked_alone(monkeypatch: py
     assert desk.num_here(requests[2]) == 4
 
 
+def test_a_prefetch_of_a_long_prompt_lets_others_in() -> None:
+    planner = Planner(LAYOUT, PlanSettings(4096, load_or_recompute=False), make_policy("lru"))
+    keys = [BlockHash(index.to_bytes(32, "big")) for index in range(3000)]
+    request = Request(1, keys, len(keys) * BLOCK + 1)
+    planner.complete(planner.prepare_save(request, 0, len(keys), 0.0).id, 0.0)
+
+    steps = planner.hints.obey(5, request, Wish("a", HintKind.PREFETCH), 0.0)
+
+    num_steps = 0
+    while (outcome := next(steps, "over")) is None:
+        num_steps += 1
+    assert (outcome, num_steps) == ("over", 4)
+    assert planner.hints.counters == {"prefetch": {"accepted": 1}}
+
+
 def test_a_prefetch_of_more_than_its_bound_is_clipped(desk: Desk) -> None:
     request = desk.save(desk.path(9))
     desk.crowd()
