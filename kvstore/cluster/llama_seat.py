@@ -167,7 +167,7 @@ class LlamaSeat:
 
     def give_up(self, turn: LlamaTurn, *, was_cancelled: bool = False) -> None:
         """Give the slot back. was_cancelled: the prompt may be in it, and some of an answer."""
-        if was_cancelled and turn.tokens is not None:
+        if was_cancelled and turn.tokens is not None and turn.may_reuse:
             turn.slot.holds(turn.tokens, turn.options.tenant, ANY_NUMBER)
         else:
             turn.slot.spoil()
@@ -220,7 +220,8 @@ class LlamaSeat:
             turn.slot.holds(NOTHING, turn.options.tenant)
         except (ServerRefused, ServerGone, ValueError):
             turn.slot.spoil()
-            turn.may_reuse = False
+            if turn.slot.tenant != turn.options.tenant:
+                turn.may_reuse, turn.slot.tenant = False, None
 
     async def _restore(self, turn: LlamaTurn) -> None:
         served, states, tokens = turn.served, turn.served.states, turn.tokens
@@ -246,6 +247,7 @@ class LlamaSeat:
         # Whoever has read the file: the process that was asked before may have ended since.
         if not (await self._identifier.lives(served) or await self._is_same(served)):
             await self._erase(turn)
+            turn.may_reuse = turn.slot.is_clean
             return
         turn.slot.holds(tokens[: written.num_tokens], turn.options.tenant)
         turn.written, turn.most, turn.may_reuse = written, written.num_tokens, True

@@ -27,6 +27,7 @@ class LlamaSlot:
     """One slot.
 
     tokens:   what it has for certain if anything.
+    tenant:   whose tokens are in it, also of those that are not known; None if that is not known.
     tail:     how many unknown tokens may follow them.
     is_clean: nothing but these tokens went into it; else it has to be emptied before its next use.
     """
@@ -34,7 +35,7 @@ class LlamaSlot:
     id: int
     tokens: Tokens = field(default_factory=lambda: NOTHING)
     tail: int = 0
-    tenant: str = ""
+    tenant: str | None = ""
     is_clean: bool = False
     last_used: int = 0
 

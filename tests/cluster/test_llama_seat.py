@@ -27,6 +27,10 @@ async def test_a_slot_of_another_tenant_that_cannot_be_emptied_is_not_reused(lla
         theirs = await client.ask(HEAD + "one", kvstore={"tenant": "b"})
         past = await client.ask(HEAD + "one", kvstore={"tenant": "b", "cache": False})
 
+        await client.ask("x" * BLOCK, kvstore={"tenant": "b"})  # each in the slot that was unused longest
+        own = await client.ask("x" * BLOCK, kvstore={"tenant": "b"})
+
+    assert own["usage"]["prompt_tokens_details"]["cached_tokens"] == BLOCK - 1
     assert theirs["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     assert past["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
