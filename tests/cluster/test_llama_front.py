@@ -32,6 +32,14 @@ class TestRestoring:
         assert warm["usage"]["prompt_tokens_details"] == {"cached_tokens": len(HEAD)}
         assert llama.wrong_rows == 0
 
+    async def test_what_is_in_the_slots_is_told_to_nobody(self, llama: FakeLlama) -> None:
+        async with fronted(llama) as client:
+            await client.ask(HEAD + "a secret")
+
+            told = await client.get("/slots")
+
+        assert told["error"]["message"] == "not found"
+
     async def test_pages_survive_the_front_on_disk(self, llama: FakeLlama, tmp_path: Path) -> None:
         disk = {"path": tmp_path / "disk", "capacity_bytes": 1 << 20}
         async with fronted(llama, disk=disk) as client:
