@@ -293,6 +293,19 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.testing",
         "kvstore.units",
     ),
+    "kvstore.llamacpp": (
+        "connectors",
+        "kvstore.base",
+        "kvstore.cluster",  # its web answers, errors and streams are OpenAI's
+        "kvstore.config",
+        "kvstore.errors",
+        "kvstore.llamacpp",
+        "kvstore.logs",
+        "kvstore.metrics",
+        "kvstore.tiers.registry",
+        "kvstore.web",
+    ),
+    "kvstore.llamacpp.child": (),  # a process of its own, which loads nothing of ours
     "kvstore.cluster": (
         "connectors",
         "kvstore.base",
@@ -385,12 +398,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
 }
 # Only the face's own users: the laboratory plays whole models, everything else is below the connectors.
-CONNECTORS_USERS = ("connectors", "kvstore.demo", "kvstore.cluster", "kvstore.lab.workloads.model")
+CONNECTORS_USERS = (
+    "connectors",
+    "kvstore.demo",
+    "kvstore.cluster",
+    "kvstore.llamacpp",
+    "kvstore.lab.workloads.model",
+)
 
 # module from outside -> where it may be imported at all
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "asyncio": ("kvstore.aio", "kvstore.web", "kvstore.service", "kvstore.cluster", "kvstore.load"),
-    "aiohttp": ("kvstore.web", "kvstore.service", "kvstore.cluster", "kvstore.load"),
+    "asyncio": ("kvstore.aio", "kvstore.web", "kvstore.service", "kvstore.cluster", "kvstore.llamacpp", "kvstore.load"),
+    "aiohttp": ("kvstore.web", "kvstore.service", "kvstore.cluster", "kvstore.llamacpp", "kvstore.load"),
     # codec: storage per thread; service: a client's locks and errands, for the daemon itself has one thread;
     # vllm_layers: events, for a layer that waits for its copy; transformers_ropes: forwards that take turns
     "threading": (
@@ -415,7 +434,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     ),
     "vllm": ("connectors",),
     "sglang": ("connectors",),
-    "xllamacpp": ("kvstore.cluster.llama_child",),  # a process of its own
+    "xllamacpp": ("kvstore.llamacpp.child",),  # a process of its own
     "pytest": ("kvstore.testing.contracts",),  # of what is installed, nothing else needs them
     "hypothesis": ("kvstore.testing.contracts",),
     "torch": ("connectors", "kvstore.demo", "kvstore.lab", "kvstore.devices"),

@@ -73,10 +73,10 @@ def llamacpp(
       kvstore llamacpp --url http://127.0.0.1:8081 --slots /dev/shm/slots
     """
     from kvstore import logs
-    from kvstore.cluster.llama_front import FrontSettings, serve
-    from kvstore.cluster.llama_process import LlamaProcess, LlamaSettings
     from kvstore.config.sections import Config
     from kvstore.limits import usable_cpus
+    from kvstore.llamacpp.front import FrontSettings, serve
+    from kvstore.llamacpp.process import LlamaProcess, LlamaSettings
     from kvstore.ports import free_port
     from kvstore.web.descriptors import raise_limit
 

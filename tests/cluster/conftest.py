@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.llama_server import FakeLlama
 from tests.helpers.replicas import REPLICA_OPTIONS, Server, end_all, make_model
 
 
@@ -24,12 +23,3 @@ def replica(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         yield server
     finally:
         end_all([server])
-
-
-@pytest.fixture
-async def llama(tmp_path: Path) -> AsyncIterator[FakeLlama]:
-    folder = tmp_path / "slots"
-    folder.mkdir()
-    server = await FakeLlama(folder).start()
-    yield server
-    await server.stop()

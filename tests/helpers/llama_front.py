@@ -9,10 +9,10 @@ from typing import Any
 
 import aiohttp
 
-from kvstore.cluster.llama_front import FrontSettings, LlamaFront
-from kvstore.cluster.llama_seat import LlamaSeat
-from kvstore.cluster.llama_server import LlamaServer
 from kvstore.config.sections import Config
+from kvstore.llamacpp.front import FrontSettings, LlamaFront
+from kvstore.llamacpp.seat import LlamaSeat
+from kvstore.llamacpp.server import LlamaServer
 from tests.helpers.llama_server import FakeLlama
 
 BLOCK = 16

@@ -21,10 +21,10 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from kvstore.cluster.llama_front import FrontSettings, LlamaFront
-from kvstore.cluster.llama_seat import LlamaSeat
-from kvstore.cluster.llama_server import LlamaServer
 from kvstore.config.sections import Config
+from kvstore.llamacpp.front import FrontSettings, LlamaFront
+from kvstore.llamacpp.seat import LlamaSeat
+from kvstore.llamacpp.server import LlamaServer
 from tests.engines.llamacpp.front import Front
 from tests.helpers.llama_server import FakeLlama
 

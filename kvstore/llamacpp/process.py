@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvstore.cluster.llama_folder import SlotsFolder
 from kvstore.errors import KVStoreError
+from kvstore.llamacpp.folder import SlotsFolder
 
 START_TIMEOUT_S = 600.0  # loading a large model from a cold disk
 STOP_TIMEOUT_S = 10.0
@@ -138,4 +138,4 @@ class LlamaProcess:
 
 
 def _child(settings: dict[str, object]) -> list[str]:
-    return [sys.executable, "-m", "kvstore.cluster.llama_child", json.dumps(settings)]
+    return [sys.executable, "-m", "kvstore.llamacpp.child", json.dumps(settings)]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.cluster.llama_server import LlamaServer
+from kvstore.llamacpp.server import LlamaServer
 from tests.helpers.llama_front import HEAD, Client, forget_slots, fronted, started_anew
 from tests.helpers.llama_server import FakeLlama
 

@@ -4,7 +4,7 @@ import os
 import socket
 from pathlib import Path
 
-from kvstore.cluster.llama_life import Life, life_of
+from kvstore.llamacpp.life import Life, life_of
 
 
 def test_another_socket_on_the_same_port_is_another_life() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 
-from kvstore.cluster.llama_slots import NOTHING, LlamaSlots
+from kvstore.llamacpp.slots import NOTHING, LlamaSlots
 from tests.helpers.llama_front import WAIT_S, until
 
 

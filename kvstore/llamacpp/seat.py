@@ -23,12 +23,12 @@ from connectors.llamacpp.slotfile import UnsliceableState
 from connectors.llamacpp.states import RestoreFile, SlotStates, StoredPrefix, Tokens
 from connectors.llamacpp.trust import WHY, Effect
 from kvstore.base import RequestOptions
-from kvstore.cluster.llama_requests import Counts
-from kvstore.cluster.llama_served import Identifier, Served, close_store
-from kvstore.cluster.llama_server import LlamaServer, ServerGone, ServerRefused
-from kvstore.cluster.llama_slots import ANY_NUMBER, NOTHING, LlamaSlot
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError
+from kvstore.llamacpp.requests import Counts
+from kvstore.llamacpp.served import Identifier, Served, close_store
+from kvstore.llamacpp.server import LlamaServer, ServerGone, ServerRefused
+from kvstore.llamacpp.slots import ANY_NUMBER, NOTHING, LlamaSlot
 
 log = logging.getLogger(__name__)
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.cluster import llama_process
-from kvstore.cluster.llama_folder import MEMORY_FOLDER, remove_left
-from kvstore.cluster.llama_process import LlamaProcess, LlamaSettings
 from kvstore.errors import KVStoreError
+from kvstore.llamacpp import process as llama_process
+from kvstore.llamacpp.folder import MEMORY_FOLDER, remove_left
+from kvstore.llamacpp.process import LlamaProcess, LlamaSettings
 from tests.helpers.waiting import wait_until
 
 START = """
 import sys
 from pathlib import Path
-from kvstore.cluster.llama_process import LlamaProcess, LlamaSettings
+from kvstore.llamacpp.process import LlamaProcess, LlamaSettings
 LlamaProcess(LlamaSettings(Path("model.gguf"), sys.argv[1]), 1).start()
 """
 

@@ -1,6 +1,6 @@
-"""llama-server in a process of its own: `python -m kvstore.cluster.llama_child JSON`.
+"""llama-server in a process of its own: `python -m kvstore.llamacpp.child JSON`.
 
-Run by `llama_process`. It is the one of the package `xllamacpp`, or becomes a program of the user's. It ends with
+Run by `process`. It is the one of the package `xllamacpp`, or becomes a program of the user's. It ends with
 SIGTERM, and with the process that started it, however that ends.
 """
 

@@ -21,11 +21,11 @@ from connectors.llamacpp.identity import WITNESS_PROMPT, StateMaker, state_maker
 from connectors.llamacpp.slotfile import SlotFile, UnsliceableState, read
 from connectors.llamacpp.states import SlotStates
 from connectors.llamacpp.trust import Trust
-from kvstore.cluster.llama_life import Life, life_of
-from kvstore.cluster.llama_server import LlamaServer, ServerRefused
-from kvstore.cluster.llama_slots import ANY_NUMBER, LlamaSlots
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError, KVStoreError
+from kvstore.llamacpp.life import Life, life_of
+from kvstore.llamacpp.server import LlamaServer, ServerRefused
+from kvstore.llamacpp.slots import ANY_NUMBER, LlamaSlots
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from kvstore.cluster.llama_server import LEFT_S, LlamaServer
+from kvstore.llamacpp.server import LEFT_S, LlamaServer
 
 
 def test_files_left_behind_are_removed_and_those_of_others_are_not(tmp_path: Path) -> None:

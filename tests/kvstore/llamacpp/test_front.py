@@ -8,11 +8,11 @@ from typing import Any
 import aiohttp
 import pytest
 
-from kvstore.cluster.llama_front import FrontSettings, LlamaFront
-from kvstore.cluster.llama_seat import LlamaSeat
-from kvstore.cluster.llama_server import LlamaServer
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError
+from kvstore.llamacpp.front import FrontSettings, LlamaFront
+from kvstore.llamacpp.seat import LlamaSeat
+from kvstore.llamacpp.server import LlamaServer
 from tests.helpers.llama_front import BLOCK, HEAD, forget_slots, fronted, until
 from tests.helpers.llama_server import FakeLlama
 

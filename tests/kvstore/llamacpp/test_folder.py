@@ -4,12 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kvstore.cluster.llama_folder import LOCK, PREFIX, SlotsFolder
+from kvstore.llamacpp.folder import LOCK, PREFIX, SlotsFolder
 
 HOLD = """
 import sys
 from pathlib import Path
-from kvstore.cluster.llama_folder import SlotsFolder
+from kvstore.llamacpp.folder import SlotsFolder
 print(SlotsFolder((Path(sys.argv[1]),)).path, flush=True)
 sys.stdin.read()
 """

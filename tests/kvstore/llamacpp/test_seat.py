@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from connectors.llamacpp.states import SlotStates
-from kvstore.cluster.llama_server import ServerGone
+from kvstore.llamacpp.server import ServerGone
 from kvstore.tiers.memory import MemoryTier
 from tests.helpers.daemons import LocalDaemon, daemon_config
 from tests.helpers.faulty_tier import FaultyTier

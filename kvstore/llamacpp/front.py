@@ -25,13 +25,13 @@ from connectors.llamacpp.states import Tokens
 from kvstore import logs
 from kvstore.base import HOST, RequestOptions
 from kvstore.cluster.http import Site, error_response, json_response, of_library, read_body
-from kvstore.cluster.llama_requests import Counts, as_object, counts_of, is_plain, parse_body, take_extension
-from kvstore.cluster.llama_seat import LlamaSeat, LlamaTurn
-from kvstore.cluster.llama_server import LlamaServer, ServerGone, ServerRefused
 from kvstore.cluster.openai import ApiError, event
 from kvstore.cluster.relay import ClientGone, to_client
 from kvstore.config.sections import Config
 from kvstore.errors import KVStoreError, RequestError
+from kvstore.llamacpp.requests import Counts, as_object, counts_of, is_plain, parse_body, take_extension
+from kvstore.llamacpp.seat import LlamaSeat, LlamaTurn
+from kvstore.llamacpp.server import LlamaServer, ServerGone, ServerRefused
 from kvstore.metrics import CONTENT_TYPE, StoreCollector
 from kvstore.tiers import registry
 from kvstore.web.bodies import Bodies
