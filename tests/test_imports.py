@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.limits": (),
     "kvstore.layout": ("kvstore.errors",),
     "kvstore.page": ("kvstore.errors",),
+    "kvstore.codecs": ("kvstore.errors", "kvstore.extras", "kvstore.layout", "kvstore.codecs"),
     "kvstore.config.secret": ("kvstore.errors", "kvstore.tiers.redis.url"),
     "kvstore.config.paths": (),
     "kvstore.names": (),
@@ -161,7 +162,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.tiers.redis": (
         "kvstore.direction",
         "kvstore.page",
-        "kvstore.codec",
+        "kvstore.codecs",
         "kvstore.errors",
         "kvstore.forks",
         "kvstore.tiers.base",
@@ -172,7 +173,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.testing.contracts": (
         "eviction.policy",
         "eviction.ttl",  # makes up for what a policy lacks, as in a planner
-        "kvstore.codec",
+        "kvstore.codecs",
         "kvstore.devices",
         "kvstore.errors",
         "kvstore.page",
@@ -325,7 +326,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # Texts and tokens: knows no store.
     "kvstore.prefix": ("kvstore.errors", "kvstore.extras", "kvstore.prefix", "radix"),
     "kvstore.prefix.child": (),  # a process of its own, which loads nothing of ours
-    "kvstore.devices": ("kvstore.layout", "kvstore.page", "kvstore.codec", "kvstore.errors", "kvstore.devices"),
+    "kvstore.devices": ("kvstore.layout", "kvstore.page", "kvstore.codecs", "kvstore.errors", "kvstore.devices"),
     "kvstore.extras": ("kvstore.errors",),
     "kvstore.palette": (),
     "kvstore.progress": (),
@@ -417,7 +418,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "kvstore.move",
         "kvstore.dispatcher",
         "kvstore.tiers",
-        "kvstore.codec",
+        "kvstore.codecs",
         "kvstore.service",
         "kvstore.testing.contracts",  # threads at once are part of what is promised
         "connectors.vllm.layers",

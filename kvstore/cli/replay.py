@@ -44,7 +44,9 @@ def replay(
     redis: Annotated[
         str | None, typer.Option(metavar="SIZES", help="A Redis tier, likewise.", rich_help_panel=TIERS)
     ] = None,
-    codec: Annotated[str, typer.Option(help="Of pages in Redis: raw, planes; a list.", rich_help_panel=TIERS)] = "raw",
+    codec: Annotated[
+        str, typer.Option(help="Of pages in Redis: exact, lossless; a list.", rich_help_panel=TIERS)
+    ] = "exact",
     policy: Annotated[
         str, typer.Option(help="Policies beside LRU; a list, package.module:Class too.", rich_help_panel=TIERS)
     ] = "lru",

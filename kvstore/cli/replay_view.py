@@ -244,12 +244,12 @@ def _name(setup: Setup) -> str:
 
 
 def _below(setup: Setup) -> str:
-    codec = f" ({setup.codec})" if setup.codec != "raw" else ""
+    codec = f" ({setup.codec})" if setup.codec != "exact" else ""
     return ", ".join(f"{name} {num_blocks:,}{codec if name == 'redis' else ''}" for name, num_blocks in setup.tiers[1:])
 
 
 def _room(setup: Setup, pricing: Pricing) -> str:
-    codec = f" ({setup.codec})" if setup.codec != "raw" else ""
+    codec = f" ({setup.codec})" if setup.codec != "exact" else ""
     sizes = pricing.tier_bytes(setup)
     parts = [f"{name} {format_bytes(size)}{codec if name == 'redis' else ''}" for name, size in sizes.items()]
     return ", ".join(parts) + (f" in {setup.replicas} replicas" if setup.replicas > 1 else "")

@@ -5,7 +5,7 @@ GPUs      dense bf16 peak of NVIDIA's data sheets, SXM where there is one: A100 
 UTILISATION  an assumption: with it an 8B model takes 40 us a token at the head of a prompt on one H100.
 media     assumptions: PCIe at four fifths of its x16 rate (32 and 64 GB/s), one NVMe drive of PCIe 4 at 6 GB/s, Redis
           at nine tenths of its network. measure.py measures this machine instead.
-codecs    `planes` as measured on pages of SmolLM2 (kvstore/codec.py): 1.45 times smaller, 505 MiB/s decoded by each
+codecs    `lossless` as measured on pages of SmolLM2 (kvstore/codecs): 1.45 times smaller, 505 MiB/s decoded by each
           core. That four connections decode at once is an assumption.
 """
 
@@ -85,8 +85,8 @@ MEDIA = {
 CODECS = {
     codec.name: codec
     for codec in (
-        CodecFacts("raw", 1.0, math.inf, "exact"),
-        CodecFacts("planes", 1.45, 4 * 505 * 1024 * 1024, "exact"),
+        CodecFacts("exact", 1.0, math.inf, "exact"),
+        CodecFacts("lossless", 1.45, 4 * 505 * 1024 * 1024, "exact"),
     )
 }
 USUAL_MEDIA = {"disk": "nvme", "redis": "redis-25g"}  # of host memory: the GPU's bus

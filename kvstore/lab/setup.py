@@ -70,7 +70,7 @@ class Setup:
     routing: str = "prefix"
     is_pooled: bool = False
     hints: float = 0.0
-    codec: str = "raw"
+    codec: str = "exact"
     speculate: Speculate | None = None
 
     @property

@@ -186,7 +186,7 @@ def setups_of(
     base: Setup,
     rooms: Sequence[Sequence[tuple[str, int]]],
     policies: Sequence[str],
-    codecs: Sequence[str] = ("raw",),
+    codecs: Sequence[str] = ("exact",),
     hints: Sequence[float] = (0.0,),
     speculate: Sequence[Speculate | None] = (None,),
 ) -> list[Setup]:

@@ -90,7 +90,7 @@ class TestHeader:
 
     def test_the_published_example_is_what_is_written(self) -> None:
         text = (Path(__file__).parents[2] / "docs/formats.md").read_text()
-        example = text.split("## Page header")[1].split("codec raw:\n\n")[1].split("\n\n")[0]
+        example = text.split("## Page header")[1].split("codec exact:\n\n")[1].split("\n\n")[0]
         page = bytes(range(256))
 
         meta = PageMeta(len(page), b"\x22" * 32, depth=3, expires_at=2.5)

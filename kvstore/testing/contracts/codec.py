@@ -1,4 +1,4 @@
-"""The promises of every codec (kvstore/codec.py), as a suite to inherit: supply the fixture `codec`."""
+"""The promises of every codec (kvstore/codecs), as a suite to inherit: supply the fixture `codec`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 
-from kvstore.codec import Codec
+from kvstore.codecs.base import Codec
 from kvstore.errors import CorruptPage
 
 

@@ -47,8 +47,9 @@ class RedisConfig(Section):
     admit: AdmitByUse = Field(
         default="always", description="Which saved pages are written: all, or only from their second use on."
     )
-    codec: Literal["raw", "planes"] = Field(
-        default="raw", description="How pages are encoded on the server; planes compresses bfloat16 (needs zstandard)."
+    codec: Literal["exact", "lossless"] = Field(
+        default="exact",
+        description="How pages are encoded on the server; lossless compresses bfloat16 (needs zstandard).",
     )
 
     @property

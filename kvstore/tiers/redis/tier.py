@@ -22,7 +22,7 @@ from contextlib import suppress
 
 from redis.exceptions import OutOfMemoryError, ResponseError
 
-from kvstore.codec import codec_by_name
+from kvstore.codecs.table import codec_by_name
 from kvstore.direction import Direction
 from kvstore.errors import ConfigError, CorruptPage, TierUnavailable
 from kvstore.forks import in_child
@@ -72,7 +72,7 @@ class RedisTier:
         connect_timeout_s: float = 0.5,
         idle_max_s: float = 180.0,
         acl_pattern: str | None = None,
-        codec: str = "raw",
+        codec: str = "exact",
         now: Callable[[], float] = time.time,
     ) -> None:
         """Connects to nothing: a server that is not there is TierUnavailable when it is called.
@@ -83,7 +83,7 @@ class RedisTier:
         connections: most connections to one server; one per lane thread is enough.
         idle_max_s:  a connection that was idle for longer is not used again; 0 means any may be.
         acl_pattern: matches all keys of this product, for what to tell an operator; None means those of the prefix.
-        codec:       name of a codec in `kvstore.codec`; pages of every codec can be read.
+        codec:       name of a codec in `kvstore.codecs.table`; pages of every codec can be read.
 
         Raises ConfigError.
         """

@@ -18,7 +18,9 @@ import struct
 from collections.abc import Sequence
 from enum import Enum
 
-from kvstore.codec import Codec, RawCodec, codec_by_id
+from kvstore.codecs.base import Codec
+from kvstore.codecs.exact import ExactCodec
+from kvstore.codecs.table import codec_by_id
 from kvstore.errors import ConfigError, CorruptPage
 from kvstore.page import HEADER_BYTES, PageHeader, PageKey, PageMeta, decode_header, encode_header, verify_page
 from kvstore.tiers.redis.connection import command
@@ -93,7 +95,7 @@ class PageSink:
         codec, token_bytes, stored_bytes = PLACING_FIELDS.unpack_from(self.header)
         self.tokens = bytearray(token_bytes)
         # The header may be garbled: an encoded page is never longer than a raw one (`encode_page`).
-        if codec != RawCodec.id and stored_bytes <= len(self.slot):
+        if codec != ExactCodec.id and stored_bytes <= len(self.slot):
             self.body = memoryview(bytearray(stored_bytes))
         self._views = [memoryview(self.tokens), self.body]
 
@@ -134,8 +136,8 @@ def encode_page(
     key: PageKey, meta: PageMeta, body: memoryview, codec: Codec, *, created_at: float
 ) -> list[bytes | memoryview]:
     """Header, tokens and stored bytes of a page. What a codec would not make smaller is stored raw."""
-    stored, codec_id = body, RawCodec.id
-    if codec.id != RawCodec.id:
+    stored, codec_id = body, ExactCodec.id
+    if codec.id != ExactCodec.id:
         out = memoryview(bytearray(codec.max_bytes(body.nbytes)))
         num_bytes = codec.encode(body, out)
         if num_bytes < body.nbytes:
@@ -177,7 +179,7 @@ def _judge_whole(key: PageKey, meta: PageMeta, sink: PageSink, header: PageHeade
         return Verdict.CORRUPT
     if meta.tokens and tokens != meta.tokens:
         return Verdict.COLLISION
-    if header.codec == RawCodec.id:
+    if header.codec == ExactCodec.id:
         return Verdict.GOOD if header.stored_bytes == header.raw_bytes else Verdict.CORRUPT
     codec = _codec(header.codec)
     if codec is None:

@@ -116,7 +116,7 @@ def test_gpus_that_get_more_than_they_can_do_are_warned_of(trace: Path) -> None:
 
 
 def test_quality_ttft_concurrency_and_cost_stand_in_one_table(trace: Path) -> None:
-    options = ["--host", "5%", "--redis", "50%", "--codec", "raw,planes", "--price", "gpu=2"]
+    options = ["--host", "5%", "--redis", "50%", "--codec", "exact,lossless", "--price", "gpu=2"]
 
     result = runner.invoke(app, ["replay", str(trace), *options])
 
@@ -124,7 +124,7 @@ def test_quality_ttft_concurrency_and_cost_stand_in_one_table(trace: Path) -> No
     assert "gpu=2 an hour; host=4, disk=0.1, redis=12 a GiB and month" in result.stdout
     for column in ("quality", "TTFT p50", "requests/s", "sessions", "$ a month", "$ a million"):
         assert column in result.stdout
-    assert "(planes)" in result.stdout
+    assert "(lossless)" in result.stdout
 
 
 def test_advice_is_in_plain_words(trace: Path) -> None:
@@ -169,7 +169,7 @@ def test_an_empty_trace_is_one_line(tmp_path: Path) -> None:
         (["--host", ","], "names nothing"),
         (["--host", "5%..1%"], "goes down"),
         (["--disk", "1TiB..2TiB+1KiB"], "less than one block"),
-        (["--codec", "zip"], "it must be one of raw, planes"),
+        (["--codec", "zip"], "it must be one of exact, lossless"),
         (["--price", "gold=1"], "write NAME=DOLLARS"),
         (["--advise", "most"], "such as 95%"),
         (["--json", "/nowhere/a.json"], "the directory /nowhere is not there"),

@@ -28,11 +28,11 @@ def test_a_bill_is_the_rooms_for_the_time_of_the_trace_and_the_gpus_for_their_wo
 
 
 def test_an_encoded_redis_costs_less() -> None:
-    raw, planes = (
-        PRICING.tier_bytes(Setup(((HOST, 1), (REDIS, 1450)), codec=codec))[REDIS] for codec in ("raw", "planes")
+    exact, lossless = (
+        PRICING.tier_bytes(Setup(((HOST, 1), (REDIS, 1450)), codec=codec))[REDIS] for codec in ("exact", "lossless")
     )
 
-    assert raw / planes == pytest.approx(1.45)
+    assert exact / lossless == pytest.approx(1.45)
 
 
 def test_prices_left_out_are_the_usual_ones() -> None:

@@ -108,10 +108,10 @@ def test_records_have_the_promised_keys_and_no_others() -> None:
 def test_each_choice_of_rooms_and_policy_is_a_setup_and_a_room_of_nothing_is_none() -> None:
     rooms = [[(HOST, 10), (HOST, 20)], [(DISK, 0), (DISK, 50)], [(REDIS, 0), (REDIS, 70)]]
 
-    setups = setups_of(Setup(BASE.tiers, is_exclusive=True), rooms, ["lru", "sieve"], ["raw", "planes"])
+    setups = setups_of(Setup(BASE.tiers, is_exclusive=True), rooms, ["lru", "sieve"], ["exact", "lossless"])
 
     assert len(setups) == 2 * 2 * (1 + 1 + 2 + 2)  # sizes, policies, lower tiers and codecs
-    assert {setup.codec for setup in setups if REDIS not in setup.names} == {"raw"}
+    assert {setup.codec for setup in setups if REDIS not in setup.names} == {"exact"}
     assert {setup.is_exclusive for setup in setups if len(setup.tiers) == 1} == {False}
     assert {setup.names for setup in setups} == {
         (HOST,), (HOST, DISK), (HOST, REDIS), (HOST, DISK, REDIS)
@@ -147,11 +147,11 @@ def test_progress_is_told_and_ends_where_it_was_said_to() -> None:
 
 def test_planes_hold_more_and_load_faster_where_the_network_is_slow() -> None:
     slow = Costs(media=COSTS.media | {REDIS: MEDIA["redis-10g"]})
-    raw, planes = (
-        slow.model(Setup(((HOST, 1), (REDIS, 9)), codec=codec)).load_s(1, 1000) for codec in ("raw", "planes")
+    exact, lossless = (
+        slow.model(Setup(((HOST, 1), (REDIS, 9)), codec=codec)).load_s(1, 1000) for codec in ("exact", "lossless")
     )
 
-    assert 1.4 < raw / planes < 1.45
+    assert 1.4 < exact / lossless < 1.45
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:

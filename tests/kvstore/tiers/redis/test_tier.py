@@ -55,7 +55,7 @@ class RedisContract(TierContract):
     slot_bytes = SLOT_BYTES
     is_bounded = False
     can_scan = False
-    codec = "raw"
+    codec = "exact"
     connection = "tcp"
 
     @pytest.fixture
@@ -96,7 +96,7 @@ class TestRedisTierOnACluster(RedisContract):
 
 
 class TestRedisTierWithCodec(RedisContract):
-    codec = "planes"
+    codec = "lossless"
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ class TestConstruction:
             ({"connect_timeout_s": 0}, r"redis\.connect_timeout_s is 0; it must be positive"),
             ({"slot_bytes": 0}, "slot_bytes is 0"),
             ({"slot_bytes": 1 << 30}, "from 1 to about 500 MiB"),
-            ({"codec": "zip"}, "codec is 'zip'; it must be one of raw, planes"),
+            ({"codec": "zip"}, "codec is 'zip'; it must be one of exact, lossless"),
         ],
     )
     def test_a_wrong_value_names_the_field_and_what_would_be_right(self, changes: dict[str, Any], message: str) -> None:
@@ -228,7 +228,7 @@ class TestPages:
         view = slots(1, num_bytes)
         view[0][:] = data
         with (
-            closing(make_tier(medium, num_bytes, codec="planes")) as packing,
+            closing(make_tier(medium, num_bytes, codec="lossless")) as packing,
             closing(make_tier(medium, num_bytes)) as plain,
         ):
             assert packing.write_from([key], view, [PageMeta(num_bytes)], timeout_s=TIMEOUT_S) == [True]
@@ -241,7 +241,7 @@ class TestPages:
         key, meta = key_of("page"), PageMeta(1024)
         view = slots(1, SLOT_BYTES)
         view[0][:1024] = bfloat16_page(1024)
-        with closing(make_tier(medium, codec="planes")) as tier:
+        with closing(make_tier(medium, codec="lossless")) as tier:
             tier.write_from([key], view, [meta], timeout_s=TIMEOUT_S)
             (name,) = medium.names(key)
             stored = medium.client.get(name)

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.codec import RawCodec, codec_by_name
+from kvstore.codecs.exact import ExactCodec
+from kvstore.codecs.table import codec_by_name
 from kvstore.page import HEADER_BYTES, PageMeta, decode_header, encode_header
 from kvstore.testing.pages import key_of, payload
 from kvstore.tiers.redis.parts import part_sizes
@@ -16,7 +17,7 @@ META = PageMeta(8192, tokens=b"\1\0\0\0\2\0\0\0", expires_at=12345.5)
 BODY = memoryview(payload(KEY, 8192))
 
 
-def stream(meta: PageMeta = META, body: memoryview = BODY, codec: str = "raw") -> bytes:
+def stream(meta: PageMeta = META, body: memoryview = BODY, codec: str = "exact") -> bytes:
     return b"".join(encode_page(KEY, meta, body, codec_by_name(codec), created_at=1.0))
 
 
@@ -59,7 +60,7 @@ def test_a_page_is_put_together_whatever_pieces_it_arrives_in(chunk: int) -> Non
 def test_an_encoded_page_is_decoded_into_its_slot() -> None:
     elements = np.random.default_rng(0).normal(size=4096).astype("<f4").view("<u4") >> 16  # bfloat16
     body = memoryview(elements.astype("<u2").tobytes())
-    data = stream(body=body, codec="planes")
+    data = stream(body=body, codec="lossless")
     sink = pour(data)
 
     assert len(data) < HEADER_BYTES + body.nbytes
@@ -68,7 +69,7 @@ def test_an_encoded_page_is_decoded_into_its_slot() -> None:
 
 
 def test_what_a_codec_cannot_shrink_is_stored_raw() -> None:
-    assert decode_header(stream(codec="planes")[:HEADER_BYTES]).codec == RawCodec.id
+    assert decode_header(stream(codec="lossless")[:HEADER_BYTES]).codec == ExactCodec.id
 
 
 def test_a_whole_page_in_an_unknown_codec_is_unreadable_not_corrupt() -> None:
@@ -107,7 +108,7 @@ def test_other_tokens_are_a_collision() -> None:
         stream()[:-1],
         stream() + b"x",
         stream(PageMeta(100), BODY[:100]),
-        b"".join(encode_page(key_of("other"), META, BODY, RawCodec(), created_at=1.0)),
+        b"".join(encode_page(key_of("other"), META, BODY, ExactCodec(), created_at=1.0)),
     ],
     ids=["empty", "shorter than a header", "zeros", "cut", "longer", "another length", "another key"],
 )
@@ -127,7 +128,7 @@ def test_every_flipped_bit_is_corrupt(position: int) -> None:
 
 
 def test_an_encoded_page_that_does_not_decode_is_corrupt() -> None:
-    header = encode_header(KEY, PageMeta(8192), BODY[:4000], created_at=1.0, codec=codec_by_name("planes").id)
+    header = encode_header(KEY, PageMeta(8192), BODY[:4000], created_at=1.0, codec=codec_by_name("lossless").id)
 
     assert judged(header + bytes(BODY[:4000]), PageMeta(8192)) is Verdict.CORRUPT
 
