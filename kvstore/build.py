@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from kvstore.config.sections import BreakerConfig, Config
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.hints.limits import HintLimits
 from kvstore.layout import Layout
@@ -29,6 +28,9 @@ from kvstore.tiers.host import HostSlab
 from kvstore.tiers.kind import TierContext, TierKind
 from kvstore.units import format_bytes
 from radix.namespace import Namespace
+
+if TYPE_CHECKING:  # a store is wired from a configuration; reading one costs more than all else that is imported here
+    from kvstore.config.sections import BreakerConfig, Config
 
 MAX_QUEUE = 8192  # batches that may wait in a lane; a prompt of 128K tokens in blocks of 16 makes 1024
 NAMESPACE_DIGITS = 16  # of the namespace's root hash, before the keys of its pages on a shared server

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from importlib import metadata
 
 from kvstore.errors import KVStoreError
 
@@ -42,6 +41,8 @@ def missing(extra: str) -> list[str]:
 
 def requirements(extra: str) -> list[str]:
     """Return all requirements of `extra`, those of the extras that it includes too; [] where there is no metadata."""
+    from importlib import metadata  # 60 modules, for those who lack something
+
     try:
         lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:  # sources that were not installed
@@ -72,6 +73,8 @@ def _name(requirement: str) -> str:
 
 
 def _is_installed(name: str) -> bool:
+    from importlib import metadata
+
     try:
         metadata.version(name)
     except metadata.PackageNotFoundError:

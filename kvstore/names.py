@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 
 PACKAGES = ("radix", "eviction", "kvstore", "connectors")
@@ -55,6 +55,8 @@ def _way_out(name: str, found: Path) -> str:
 
 def owners(name: str) -> list[str]:
     """Return other distributions that install a top-level package of this name. Reads the metadata of all."""
+    from importlib import metadata  # 60 modules, for an error
+
     return sorted({other for other in metadata.packages_distributions().get(name, ()) if other != DISTRIBUTION})
 
 

@@ -16,7 +16,8 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import metadata
+from importlib import import_module
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 from kvstore.errors import ConfigError
@@ -106,9 +107,9 @@ class Plugins(Generic[T]):
 
     def load(self, plugin: Plugin) -> T:
         """Import one, wherever it comes from. Raises ConfigError as `get` does."""
-        point = metadata.EntryPoint(plugin.name, plugin.value, self.group)
+        module, _, attribute = plugin.value.partition(":")
         try:
-            found = point.load()
+            found = attrgetter(attribute)(import_module(module))
         except Exception as error:  # whatever somebody else's module does when it is imported
             raise ConfigError(
                 f"{self._what} {plugin.name} ({plugin}) cannot be imported: {type(error).__name__}: {error}"
@@ -170,6 +171,8 @@ class Plugins(Generic[T]):
 @lru_cache(maxsize=32)
 def _entry_points(group: str, path: tuple[str, ...]) -> tuple[Plugin, ...]:
     """Read the metadata of all distributions, once for each search path: tens of milliseconds where there are many."""
+    from importlib import metadata  # 60 modules, where names of others are asked for
+
     found = {}
     for point in metadata.entry_points(group=group):
         of = point.dist

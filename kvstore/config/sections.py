@@ -17,8 +17,16 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, SecretStr, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from kvstore.config.section import Section
 from kvstore.config.sources import (
@@ -266,14 +274,14 @@ class ServiceConfig(Section):
     )
 
 
-class Config(BaseSettings):
+class Config(BaseModel):
     """All sections. Frozen; `Config.load` reads file and environment, the constructor only its keywords.
 
     The section of a tier is an attribute by the tier's name, of its kind's own model (kvstore/tiers/registry.py);
     `tier` and `tiers` return it by name.
     """
 
-    model_config = SettingsConfigDict(frozen=True, extra="allow")  # the sections of tiers, checked by __init__
+    model_config = ConfigDict(frozen=True, extra="allow")  # the sections of tiers, checked by __init__
 
     store: StoreConfig = Field(default_factory=StoreConfig)
     host: HostConfig = Field(default_factory=HostConfig)
@@ -352,16 +360,9 @@ class Config(BaseSettings):
                 raise AttributeError(f"Config has no section {name!r}")
             return kind.section()
 
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The constructor reads nothing but its keywords; `load` lays the sources over each other."""
-        return (init_settings,)
-
 
 def _check_tiers(
-    settings: type[BaseSettings], values: Mapping[str, Any], given: Mapping[str, Setting] | None
+    settings: type[BaseModel], values: Mapping[str, Any], given: Mapping[str, Setting] | None
 ) -> tuple[dict[str, Section], list[str]]:
     """Make the sections of tiers from what was given; what is wrong with them comes beside."""
     found: dict[str, Section] = {}

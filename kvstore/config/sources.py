@@ -11,20 +11,23 @@ import difflib
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, TomlConfigSettingsSource
 
 from kvstore.config import paths
 from kvstore.config.secret import SecretUrl, mask_url
 from kvstore.errors import ConfigError
 from kvstore.ownership import exposure
 from kvstore.tiers import registry
+
+_toml: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 DEFAULT_FILE = Path("kvstore.toml")
 FILE_VARIABLE = "KVSTORE_CONFIG"
@@ -134,7 +137,7 @@ def variable(field: str) -> str:
     return (PREFIX + field.replace(".", DELIMITER)).upper()
 
 
-def read_file(settings: type[BaseSettings], path: str | os.PathLike[str] | None) -> dict[str, Setting]:
+def read_file(settings: type[BaseModel], path: str | os.PathLike[str] | None) -> dict[str, Setting]:
     """Settings of a TOML file: `path`, else $KVSTORE_CONFIG, else ./kvstore.toml where there is one.
 
     A file that was asked for must exist. Raises ConfigError for one that cannot be read or is not TOML.
@@ -152,7 +155,7 @@ def read_file(settings: type[BaseSettings], path: str | os.PathLike[str] | None)
         what = "is not a file" if file.exists() else "does not exist"
         raise ConfigError(f"configuration file {file} ({asked_by}) {what}; give the path of a TOML file")
     try:
-        data = TomlConfigSettingsSource(settings, toml_file=file).toml_data
+        data = _toml.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"configuration file {file} ({asked_by}) cannot be read: {reason}") from None
@@ -173,7 +176,7 @@ def _file(path: str | os.PathLike[str], asked_by: str) -> Path:
         raise ConfigError(f"configuration file {os.fspath(path)!r} ({asked_by}): {error}") from None
 
 
-def _warn_of_readers(settings: type[BaseSettings], file: Path, values: Mapping[str, Setting]) -> None:
+def _warn_of_readers(settings: type[BaseModel], file: Path, values: Mapping[str, Setting]) -> None:
     """Say that others can read a password; a file without one is everybody's to read."""
     named = []
     for name, setting in values.items():
@@ -189,7 +192,7 @@ def _warn_of_readers(settings: type[BaseSettings], file: Path, values: Mapping[s
         )
 
 
-def read_environment(settings: type[BaseSettings]) -> dict[str, Setting]:
+def read_environment(settings: type[BaseModel]) -> dict[str, Setting]:
     """Settings of the variables KVSTORE_<SECTION>__<FIELD>.
 
     Any other variable with our prefix is a mistake somebody would search for long, so it is an error too.
@@ -224,7 +227,7 @@ def read_environment(settings: type[BaseSettings]) -> dict[str, Setting]:
     return _flatten(settings, data, lambda name: f"environment {names.get(name, name)}")
 
 
-def read_keywords(settings: type[BaseSettings], overrides: Mapping[str, Any]) -> dict[str, Setting]:
+def read_keywords(settings: type[BaseModel], overrides: Mapping[str, Any]) -> dict[str, Setting]:
     """Settings of `host={"capacity_bytes": ...}`, of a section object, or of "host.capacity_bytes" itself.
 
     A value may be a Setting: it then says where it came from (an option of a command).
@@ -291,7 +294,7 @@ def explain(
     return ConfigError("\n".join(problems))
 
 
-def _flatten(settings: type[BaseSettings], data: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Setting]:
+def _flatten(settings: type[BaseModel], data: Mapping[str, Any], origin: Callable[[str], str]) -> dict[str, Setting]:
     flat: dict[str, Setting] = {}
     problems = []
     for section, values in data.items():

@@ -13,13 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from kvstore.config.section import Section
 from kvstore.layout import Layout
 from kvstore.tiers.base import Tier
 
-S = TypeVar("S", bound=Section)
+if TYPE_CHECKING:
+    from kvstore.config.section import Section
+
+S = TypeVar("S", bound="Section")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from kvstore.config.section import Section
 from kvstore.errors import ConfigError
 from kvstore.plugins import Plugins, missing_members
 from kvstore.tiers.base import Tier
@@ -25,6 +24,8 @@ _COLOR = re.compile(r"(#[0-9a-f]{6})?")
 
 
 def _checked(name: str, found: object) -> TierKind[Any]:
+    from kvstore.config.section import Section  # the library of settings, where a tier has some
+
     if not isinstance(found, TierKind):
         raise TypeError(f"is {type(found).__name__}; it must be a kvstore.tiers.kind.TierKind")
     if found.name != name:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from kvstore.config import sources as config_sources
 from kvstore.config.sections import Config, HostConfig
 from kvstore.errors import ConfigError
 from kvstore.units import GiB, MiB
@@ -234,7 +233,7 @@ def test_file_that_fails_while_being_read_is_told(tmp_path: Path, monkeypatch: p
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(file))
 
-    monkeypatch.setattr(config_sources, "TomlConfigSettingsSource", denied)
+    monkeypatch.setattr(Path, "read_text", denied)
 
     assert refusal(file) == f"configuration file {file} (the path given) cannot be read: Permission denied"
 
