@@ -83,6 +83,7 @@ class LocalRedis:
         tls_cert: Path | None = None,
         tls_key: Path | None = None,
         arguments: Sequence[str] = (),
+        binary: str | None = None,
         start_timeout_s: float = 10.0,
     ) -> None:
         """Starts nothing yet.
@@ -91,10 +92,11 @@ class LocalRedis:
             small memory over within a second, which is the tick of LRU's clock: then LRU is random (docs/redis.md).
         tls_cert, tls_key: with these the port speaks TLS only; clients need no certificate of their own.
         arguments: more options of redis-server, such as ("--cluster-enabled", "yes").
+        binary: of the server; None for what `find_redis_server` finds.
 
         Raises RedisNotInstalled.
         """
-        self._binary = find_redis_server()
+        self._binary = binary or find_redis_server()
         self._maxmemory_bytes = maxmemory_bytes
         self._policy = policy
         self._password = password

@@ -17,10 +17,11 @@ from kvstore.testing.pages import TIMEOUT_S, fetch, filled, keys_of, payload, sl
 from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.redis.tier import RedisTier
 from tests.helpers.proxy import Fault, Proxy
-from tests.helpers.redis_server import NEEDS_REDIS, canned_server, command
+from tests.helpers.redis_products import ON_EACH_PRODUCT
+from tests.helpers.redis_server import canned_server, command
 from tests.helpers.waiting import wait_until
 
-pytestmark = NEEDS_REDIS
+pytestmark = ON_EACH_PRODUCT
 SLOT_BYTES = 256 << 10
 SHORT_S = 0.3
 # Far above SHORT_S and far below TIMEOUT_S: tells a kept deadline from a hang, also on a busy machine.

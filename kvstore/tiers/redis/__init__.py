@@ -5,6 +5,6 @@ bound                          how much of a server one may fill
 value, parts, claims           what lies there
 calls, hedge, probe, refusal   one call of the tier
 url, route, slots              which server holds a key
-connection, parser             the protocol, without copies
+node, connection, parser       the protocol, without copies
 info                           what a server says about itself
 """

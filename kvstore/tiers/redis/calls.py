@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 
 from kvstore.errors import TierRefused, TierUnavailable
 from kvstore.tiers.redis.connection import RedisConnection
+from kvstore.tiers.redis.node import Node
 from kvstore.tiers.redis.refusal import STALE, SlotMoved
-from kvstore.tiers.redis.route import Node, ServerRoute
+from kvstore.tiers.redis.route import ServerRoute
 
 OUT_S = 1.0  # doubles while a node is not reached
 MAX_OUT_S = 30.0
@@ -44,7 +45,7 @@ class NodeCalls:
         self._route = route
         self._count = count
         self._out: dict[str, _Out] = {}  # nodes that were not reached, by name
-        self._ask_again_at = 0.0  # for the table of slots, where it has gaps
+        self._ask_again_at = 0.0  # for the table of slots, where it has gaps or names a node that is not reached
 
     def on_a_node(self, timeout_s: float, work: Callable[[RedisConnection], None]) -> None:
         """Call `work` with a wire to one node after the other, until one has done it. Raises TierUnavailable.
@@ -110,9 +111,7 @@ class NodeCalls:
         unreached: list[TierUnavailable] = []
         if sum(len(indexes) for _, indexes in groups) < len(heads):
             unreached.append(TierUnavailable("redis cluster: some slots have no node"))
-            if time.monotonic() >= self._ask_again_at:  # they may have one by now
-                self._ask_again_at = time.monotonic() + OUT_S
-                self._route.forget()
+            self._ask_again()
         try:
             # Those in doubt last, and each with its share of the time: one that does not answer takes all it has.
             groups.sort(key=lambda group: group[0].where in self._out)
@@ -121,6 +120,7 @@ class NodeCalls:
                 out = self._out.get(node.where)
                 if out is not None and now < out.until:
                     unreached.append(out.error)
+                    self._ask_again()
                     continue
                 until = now + (deadline - now) / (len(groups) - place)
                 try:
@@ -143,6 +143,12 @@ class NodeCalls:
             raise refusals[0]
         return True
 
+    def _ask_again(self) -> None:
+        """Slots are served by nobody: they may have been given to another node by now. Asked for once a second."""
+        if time.monotonic() >= self._ask_again_at:
+            self._ask_again_at = time.monotonic() + OUT_S
+            self._route.relearn()
+
     def _leave_alone(self, node: Node, error: TierUnavailable) -> None:
         """A node was not reached. The table of slots is in doubt as well: another may have taken its place."""
         before = self._out.get(node.where)
@@ -150,7 +156,7 @@ class NodeCalls:
         if self._route.names <= {node.where}:
             for_s = 0.0  # the only one: the lane's breaker is enough
         else:
-            self._route.forget()
+            self._route.relearn()
             self._count("failures")
         self._out[node.where] = _Out(error, for_s, time.monotonic() + for_s)
 

@@ -11,9 +11,10 @@ from uuid import uuid4
 
 from kvstore.errors import TierUnavailable
 from kvstore.tiers.redis.connection import RedisConnection
+from kvstore.tiers.redis.node import Node
 from kvstore.tiers.redis.parser import Reply
 from kvstore.tiers.redis.refusal import checked
-from kvstore.tiers.redis.route import Node, make_route
+from kvstore.tiers.redis.route import make_route
 from kvstore.tiers.redis.url import parse_redis_url
 
 SECTIONS = (b"server", b"clients", b"memory", b"persistence", b"stats", b"replication")

@@ -18,9 +18,10 @@ from kvstore.tiers.redis import refusal as redis_refusal
 from kvstore.tiers.redis.bound import BoundedRedis
 from kvstore.tiers.redis.refusal import COMMANDS, OF_A_BOUND
 from kvstore.tiers.redis.tier import RedisTier
-from tests.helpers.redis_server import NEEDS_REDIS, command
+from tests.helpers.redis_products import ON_EACH_PRODUCT, Product
+from tests.helpers.redis_server import command
 
-pytestmark = NEEDS_REDIS
+pytestmark = ON_EACH_PRODUCT
 
 SLOT_BYTES = 8192  # with its header: two values, and so a transaction
 KEYS = keys_of("page", 4)
@@ -38,7 +39,7 @@ CALLS: dict[str, Callable[[RedisTier | BoundedRedis], object]] = {
 
 
 @pytest.fixture(scope="module")
-def one_server() -> Iterator[LocalRedis]:
+def one_server(product: Product) -> Iterator[LocalRedis]:
     with LocalRedis() as server:
         yield server
 

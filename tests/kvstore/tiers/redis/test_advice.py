@@ -10,7 +10,8 @@ from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.redis.advice import SLOW_BYTES_S, Advice, advise, advise_times, differing
 from kvstore.tiers.redis.info import PageTimes, ServerInfo, ask_servers, time_pages
 from kvstore.units import GiB, KiB, MiB
-from tests.helpers.redis_server import NEEDS_REDIS, cluster_nodes, command
+from tests.helpers.redis_products import Product
+from tests.helpers.redis_server import cluster_nodes, command
 
 PAGE_BYTES = 2 * MiB
 GOOD = ServerInfo(
@@ -114,8 +115,8 @@ def test_pages_that_come_slower_than_they_are_computed_are_a_warning() -> None:
     assert advise_times("cache:6379", PageTimes(PAGE_BYTES, 0.001, slow)).state == "warn"
 
 
-@pytest.mark.parametrize("needs", [pytest.param("redis-server", marks=NEEDS_REDIS)])
-def test_a_server_as_we_start_it_is_good_and_keeps_nothing_of_the_look(needs: str) -> None:
+@pytest.mark.redis
+def test_a_server_as_we_start_it_is_good_and_keeps_nothing_of_the_look(product: Product) -> None:
     with LocalRedis() as server:
         [seen] = ask_servers(server.url, timeout_s=5.0)
         times = time_pages(server.url, PAGE_BYTES, prefix="kv:", timeout_s=5.0)
@@ -128,8 +129,8 @@ def test_a_server_as_we_start_it_is_good_and_keeps_nothing_of_the_look(needs: st
     assert left == 0
 
 
-@pytest.mark.parametrize("needs", [pytest.param("redis-server", marks=NEEDS_REDIS)])
-def test_an_account_that_may_only_store_pages_is_told_of_what_it_can_see(needs: str) -> None:
+@pytest.mark.redis
+def test_an_account_that_may_only_store_pages_is_told_of_what_it_can_see(product: Product) -> None:
     with LocalRedis() as server:
         command(server, "ACL", "SETUSER", "app", "on", ">secret", "~kv:*", "+set", "+mget", "+unlink")
         url = f"redis://app:secret@127.0.0.1:{server.port}/0"
@@ -140,8 +141,8 @@ def test_an_account_that_may_only_store_pages_is_told_of_what_it_can_see(needs: 
     assert times.page_bytes == 64 * KiB
 
 
-@pytest.mark.parametrize("needs", [pytest.param("redis-server", marks=NEEDS_REDIS)])
-def test_of_a_cluster_every_node_that_holds_keys_is_asked(needs: str) -> None:
+@pytest.mark.redis
+def test_of_a_cluster_every_node_that_holds_keys_is_asked(product: Product) -> None:
     with cluster_nodes(2) as nodes:
         url = f"redis+cluster://127.0.0.1:{nodes[0].port}"
         seen = ask_servers(url, timeout_s=10.0)

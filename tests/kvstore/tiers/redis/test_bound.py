@@ -15,31 +15,42 @@ from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.base import Tier
 from kvstore.tiers.redis.bound import BoundedRedis
 from kvstore.tiers.redis.tier import RedisTier
-from tests.helpers.redis_server import NEEDS_REDIS, cluster_nodes
-from tests.kvstore.tiers.redis.test_tier import Medium, RedisContract, cluster_medium, server, tcp_medium
-
-__all__ = ["cluster_medium", "server", "tcp_medium"]  # fixtures of the contract
-
-pytestmark = NEEDS_REDIS
+from tests.helpers.redis_contract import RedisContract, opened
+from tests.helpers.redis_medium import Medium
+from tests.helpers.redis_products import Product
+from tests.helpers.redis_server import cluster_nodes
 
 SLOT_BYTES = 8192
 PREFIX = "kv-test:"
 TTL_S = 3600.0
 
 
+SLOW = [pytest.param(f"valkey-{kind}", marks=pytest.mark.slow) for kind in ("single", "cluster")]
+ON = ["redis-single", "redis-cluster", *SLOW]
+
+
+@pytest.fixture(scope="module", params=ON)
+def medium(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Medium]:
+    with opened(request.param, tmp_path_factory) as medium:
+        yield medium
+
+
+@pytest.mark.usefixtures("medium")
 class TestBoundedRedis(RedisContract):
     """The contract holds with a bound that is far."""
 
     @pytest.fixture
     def tier(self, clock: FakeClock, request: pytest.FixtureRequest) -> Iterator[Tier]:
-        self.raw: Medium = request.getfixturevalue(f"{self.connection}_medium")
-        self.raw.client.flushall()
+        self.raw: Medium = request.getfixturevalue("medium")
+        self.raw.flush()
         with closing(bounded(self.raw.url, 10_000, clock)) as tier:
             yield tier
 
 
-class TestBoundedRedisOnACluster(TestBoundedRedis):
-    connection = "cluster"
+@pytest.fixture(scope="module")
+def server(product: Product) -> Iterator[LocalRedis]:
+    with LocalRedis() as server:
+        yield server
 
 
 @pytest.fixture
@@ -194,7 +205,7 @@ def test_sweep_deletes_all_under_the_prefix_and_nothing_else(server: LocalRedis,
         assert tier.sweep(timeout_s=60.0) == 0
 
 
-def test_sweep_walks_all_nodes_of_a_cluster(clock: FakeClock) -> None:
+def test_sweep_walks_all_nodes_of_a_cluster(product: Product, clock: FakeClock) -> None:
     with cluster_nodes(2) as (first, _), closing(bounded(f"redis+cluster://127.0.0.1:{first.port}", 99, clock)) as tier:
         keys = keys_of("page", 20)
         assert store(tier, keys, SLOT_BYTES) == [True] * 20

@@ -14,15 +14,16 @@ from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.base import Claimable
 from kvstore.tiers.redis.claims import KEYS_AT_ONCE
 from kvstore.tiers.redis.tier import RedisTier
-from tests.helpers.redis_server import NEEDS_REDIS, cluster_nodes
+from tests.helpers.redis_products import ON_EACH_PRODUCT, Product
+from tests.helpers.redis_server import cluster_nodes
 
-pytestmark = NEEDS_REDIS
+pytestmark = ON_EACH_PRODUCT
 A, B = b"machine a", b"machine b"
 LEASE_S = 60.0
 
 
 @pytest.fixture(scope="module", params=["single", "cluster"])
-def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
+def server(request: pytest.FixtureRequest, product: Product) -> Iterator[tuple[str, Any]]:
     """A URL, and a client past the tier."""
     with cluster_nodes(1) if request.param == "cluster" else _one() as (node,):
         scheme = "redis+cluster" if request.param == "cluster" else "redis"

@@ -15,11 +15,13 @@ from kvstore.testing.pages import TIMEOUT_S, fetch, keys_of, payload, store
 from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.redis import route as redis_route
 from kvstore.tiers.redis.hedge import Hedge
-from kvstore.tiers.redis.route import KEEPALIVE, Node, make_route
+from kvstore.tiers.redis.node import Node
+from kvstore.tiers.redis.route import KEEPALIVE, make_route
 from kvstore.tiers.redis.tier import RedisTier
 from kvstore.tiers.redis.url import parse_redis_url
 from tests.helpers.nat import Nat
-from tests.helpers.redis_server import NEEDS_OPENSSL, NEEDS_REDIS, make_certificate
+from tests.helpers.redis_products import ON_EACH_PRODUCT, Product
+from tests.helpers.redis_server import NEEDS_OPENSSL, make_certificate
 
 SLOT_BYTES = 8192
 KEYS = keys_of("page", 3)
@@ -157,7 +159,7 @@ CALLS: dict[str, Callable[[RedisTier], object]] = {
 
 
 class TestForgottenConnections:
-    pytestmark = NEEDS_REDIS
+    pytestmark = ON_EACH_PRODUCT
 
     @pytest.mark.usefixtures("suspicious")
     @pytest.mark.parametrize("call", CALLS)
@@ -212,7 +214,8 @@ class TestForgottenConnections:
 
     @NEEDS_OPENSSL
     @pytest.mark.usefixtures("suspicious")
-    def test_over_tls(self, tmp_path: object) -> None:
+    def test_over_tls(self, product: Product, tmp_path: object) -> None:
+        product.need_tls()
         cert, key = make_certificate(tmp_path)  # type: ignore[arg-type]
         with LocalRedis(tls_cert=cert, tls_key=key) as server, Nat(server.port) as nat:
             url = server.url.replace(str(server.port), str(nat.port))
@@ -230,7 +233,7 @@ def _taken(wire: object, deadline: float, hedge: object) -> bool:
 
 
 class TestAge:
-    pytestmark = NEEDS_REDIS
+    pytestmark = ON_EACH_PRODUCT
 
     @pytest.mark.parametrize(("idle_max_s", "is_same"), [(1e-9, False), (60.0, True), (0.0, True)])
     def test_a_connection_is_used_again_up_to_its_age(self, idle_max_s: float, is_same: bool) -> None:

@@ -12,12 +12,13 @@ from kvstore.ports import free_port
 from kvstore.testing.pages import TIMEOUT_S, fetch, keys_of, payload, store
 from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.redis.connection import RedisConnection
-from kvstore.tiers.redis.route import Node, make_route
+from kvstore.tiers.redis.node import Node
+from kvstore.tiers.redis.route import make_route
 from kvstore.tiers.redis.tier import RedisTier
 from kvstore.tiers.redis.url import parse_redis_url
+from tests.helpers.redis_products import ON_EACH_PRODUCT
 from tests.helpers.redis_server import (
     ALL_SLOTS,
-    NEEDS_REDIS,
     canned_server,
     cluster_nodes,
     command,
@@ -25,7 +26,7 @@ from tests.helpers.redis_server import (
     wait_until,
 )
 
-pytestmark = NEEDS_REDIS
+pytestmark = ON_EACH_PRODUCT
 SLOT_BYTES = 8192
 
 

@@ -11,12 +11,12 @@ import pytest
 
 from kvstore.errors import ConfigError
 from kvstore.page import PageKey, PageMeta
-from kvstore.testing.contracts.tier import TierContract
 from kvstore.testing.pages import TIMEOUT_S, FakeClock, fetch, filled, key_of, keys_of, payload, slots, store
 from kvstore.testing.redis_server import LocalRedis
-from kvstore.tiers.base import Tier
 from kvstore.tiers.redis.tier import RedisTier
-from tests.helpers.redis_server import NEEDS_OPENSSL, NEEDS_REDIS, cluster_nodes, make_certificate
+from tests.helpers.redis_medium import Medium
+from tests.helpers.redis_products import ON_EACH_PRODUCT, Product
+from tests.helpers.redis_server import NEEDS_OPENSSL, make_certificate
 from tests.helpers.waiting import wait_until
 
 SLOT_BYTES = 8192
@@ -24,103 +24,15 @@ MiB = 1 << 20
 PREFIX = "kv-test"
 
 
-class Medium:
-    """The server itself, past the tier."""
-
-    def __init__(self, server: LocalRedis, url: str) -> None:
-        self.server = server
-        self.url = url
-        self.client: Any = server.client()
-        self.client.ping()  # connects now, so that the connection is the fixture's and not a test's
-
-    def names(self, key: PageKey) -> list[bytes]:
-        """The keys of a page's parts, head first."""
-        return sorted((name for name in self.client.keys("*") if key in name), key=lambda name: (len(name), name))
-
-    def flip(self, name: bytes, byte: int, bit: int) -> None:
-        (old,) = self.client.getrange(name, byte, byte)
-        self.client.setrange(name, byte, bytes([old ^ 1 << bit]))
-
-    def pass_time(self, seconds: float) -> None:
-        for name in self.client.keys("*"):
-            left = self.client.pttl(name)
-            if left >= 0:
-                self.client.pexpire(name, max(0, left - int(seconds * 1000)))
-
-
-class RedisContract(TierContract):
-    """The contract over one kind of connection; a subclass starts the server."""
-
-    pytestmark = NEEDS_REDIS
-    slot_bytes = SLOT_BYTES
-    is_bounded = False
-    can_scan = False
-    codec = "exact"
-    connection = "tcp"
-
-    @pytest.fixture
-    def tier(self, clock: FakeClock, request: pytest.FixtureRequest) -> Iterator[Tier]:
-        self.raw: Medium = request.getfixturevalue(f"{self.connection}_medium")
-        self.raw.client.flushall()
-        with closing(
-            RedisTier(self.raw.url, prefix=PREFIX, slot_bytes=SLOT_BYTES, ttl_s=3600, codec=self.codec, now=clock)
-        ) as tier:
-            yield tier
-
-    def regions(self, tier: Tier, key: PageKey) -> dict[str, int]:
-        return {f"part {i}": self.raw.client.strlen(name) for i, name in enumerate(self.raw.names(key))}
-
-    def flip_bit(self, tier: Tier, key: PageKey, region: str, byte: int, bit: int) -> None:
-        self.raw.flip(self.raw.names(key)[int(region.removeprefix("part "))], byte, bit)
-
-    def pass_time(self, tier: Tier, clock: FakeClock, seconds: float) -> None:
-        clock.advance(seconds)
-        self.raw.pass_time(seconds)
-
-
-class TestRedisTierOverTcp(RedisContract):
-    pass
-
-
-class TestRedisTierOverUnixSocket(RedisContract):
-    connection = "unix"
-
-
-@NEEDS_OPENSSL
-class TestRedisTierOverTls(RedisContract):
-    connection = "tls"
-
-
-class TestRedisTierOnACluster(RedisContract):
-    connection = "cluster"
-
-
-class TestRedisTierWithCodec(RedisContract):
-    codec = "lossless"
-
-
 @pytest.fixture(scope="module")
-def tcp_medium(server: LocalRedis) -> Medium:
-    return Medium(server, server.url)
-
-
-@pytest.fixture(scope="module")
-def unix_medium() -> Iterator[Medium]:
-    with LocalRedis(password="p@ss/word") as server:
-        yield Medium(server, server.unix_url)
-
-
-@pytest.fixture(scope="module")
-def tls_medium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Medium]:
+def tls_medium(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Medium]:
+    product.need_tls()
     cert, key = make_certificate(tmp_path_factory.mktemp("tls"))
-    with LocalRedis(tls_cert=cert, tls_key=key, password="secret") as server:
-        yield Medium(server, server.url)
-
-
-@pytest.fixture(scope="module")
-def cluster_medium() -> Iterator[Medium]:
-    with cluster_nodes(1) as (server,):
-        yield Medium(server, f"redis+cluster://127.0.0.1:{server.port}")
+    with (
+        LocalRedis(tls_cert=cert, tls_key=key, password="secret") as server,
+        closing(Medium([server], server.url)) as medium,
+    ):
+        yield medium
 
 
 def bfloat16_page(num_bytes: int, seed: int = 0) -> bytes:
@@ -130,17 +42,16 @@ def bfloat16_page(num_bytes: int, seed: int = 0) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[LocalRedis]:
+def server(product: Product) -> Iterator[LocalRedis]:
     with LocalRedis() as server:
         yield server
 
 
 @pytest.fixture
 def medium(server: LocalRedis) -> Iterator[Medium]:
-    medium = Medium(server, server.url)
-    medium.client.flushall()
-    yield medium
-    medium.client.close()
+    with closing(Medium([server], server.url)) as medium:
+        medium.flush()
+        yield medium
 
 
 def make_tier(medium: Medium, slot_bytes: int = SLOT_BYTES, **changes: Any) -> RedisTier:
@@ -181,7 +92,7 @@ class TestConstruction:
 
 
 class TestPages:
-    pytestmark = NEEDS_REDIS
+    pytestmark = ON_EACH_PRODUCT
 
     @pytest.mark.parametrize("num_bytes", [256 << 10, MiB, 1474560, 2 * MiB, 4 * MiB, 9 * MiB])
     @pytest.mark.parametrize("kind", ["tcp", "unix"])
@@ -256,8 +167,8 @@ class TestPages:
     @NEEDS_OPENSSL
     def test_tls_and_plain_connections_give_the_same_bytes(self, tls_medium: Medium) -> None:
         keys, num_bytes = keys_of("page", 3), 2 * MiB
-        plain_medium = Medium(tls_medium.server, tls_medium.server.unix_url)
         with (
+            closing(Medium([tls_medium.server], tls_medium.server.unix_url)) as plain_medium,
             closing(make_tier(tls_medium, num_bytes)) as over_tls,
             closing(make_tier(plain_medium, num_bytes)) as plain,
         ):
@@ -268,7 +179,7 @@ class TestPages:
 
 
 class TestSharedServer:
-    pytestmark = NEEDS_REDIS
+    pytestmark = ON_EACH_PRODUCT
 
     def test_another_prefix_sees_nothing(self, medium: Medium, tier: RedisTier) -> None:
         key = key_of("page")
@@ -341,7 +252,7 @@ class TestSharedServer:
 
 
 class TestTime:
-    pytestmark = NEEDS_REDIS
+    pytestmark = ON_EACH_PRODUCT
 
     def lives_for(self, medium: Medium, key: PageKey) -> list[int]:
         """Seconds left for each part, rounded; -1 for ever."""
@@ -403,7 +314,7 @@ class TestTime:
 
 
 class TestLeaks:
-    pytestmark = NEEDS_REDIS
+    pytestmark = ON_EACH_PRODUCT
 
     def test_close_leaves_no_socket_and_no_client(self, medium: Medium) -> None:
         keys = keys_of("page", 4)
