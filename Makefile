@@ -9,7 +9,7 @@ PY := .venv/bin/python
 ARGS ?=
 export PYTHON
 
-.PHONY: help setup demo test test-vllm test-llamacpp test-compose test-long lint format bench clean
+.PHONY: help setup demo test test-vllm test-llamacpp test-sglang test-compose test-long lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,10 @@ test-vllm: setup  ## the tests with a real vLLM engine, in an environment of the
 
 test-llamacpp: setup  ## the tests with a real llama-server, whose package is kept outside of the clone
 	@.ci/test-llamacpp $(ARGS)
+
+test-sglang: setup  ## the tests with SGLang's real cache classes, in an environment of their own
+	@.ci/setup redis
+	@.ci/test-sglang $(ARGS)
 
 test-compose: setup  ## docker-compose.yml really brought up; skipped without a Docker engine
 	@.ci/test-compose $(ARGS)

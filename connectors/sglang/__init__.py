@@ -1,0 +1,1 @@
+"""SGLang's HiCache with our store below it."""
