@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tests.engines.sglang.pools import HEAD_DIM, HEADS, LAYERS, LAYOUTS, PAGE, host_pool
 
 
