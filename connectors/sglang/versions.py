@@ -1,7 +1,7 @@
 """The releases of SGLang whose cache interfaces our classes were tried with.
 
-SGLang changes its storage and linker interfaces between patch releases, so a release that was not tried is refused with a
-clear message instead of failing somewhere inside a request.
+SGLang changes its storage and linker interfaces between patch releases, so a release that was not tried is refused with
+a clear message instead of failing somewhere inside a request.
 """
 
 from __future__ import annotations
