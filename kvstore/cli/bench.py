@@ -75,7 +75,14 @@ def _as_table(workload: str, measured: Table) -> object:
     is_bytes = measured.unit == "bytes"
     has_partner = any(timing.partner_cpu_s is not None for timing in measured.timings)
     each = "time" if is_bytes else f"µs/{measured.unit.rstrip('s')}"
-    numbers = (f"{measured.unit}/s", "of ceiling", each, "CPU s", *(["daemon's CPU s"] if has_partner else []))
+    numbers = (
+        f"{measured.unit}/s",
+        "of ceiling",
+        each,
+        "CPU s",
+        "of ceiling's CPU",
+        *(["daemon's CPU s"] if has_partner else []),
+    )
     output = table("case", *numbers, title=f"{workload}: {measured.name}", right=numbers)
     for timing in measured.timings:
         add_row(
@@ -85,6 +92,7 @@ def _as_table(workload: str, measured: Table) -> object:
             f"{timing.ratio:.2f}",
             format_seconds(timing.median_s) if is_bytes else f"{timing.median_s / timing.amount * 1e6:.3g}",
             f"{timing.cpu_s:.4f}",
+            f"{timing.cpu_ratio:.2f}",
             *(["" if timing.partner_cpu_s is None else f"{timing.partner_cpu_s:.4f}"] if has_partner else []),
         )
     return output

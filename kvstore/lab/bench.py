@@ -43,9 +43,9 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """The result of a case. `ratio` is 1 for the ceiling, and above 1 for a faster case.
+    """The result of a case. `ratio` and `cpu_ratio` are 1 for the ceiling, and above 1 for a faster or a cheaper case.
 
-    cpu_s: of this process; partner_cpu_s: of the partner, None if there is none.
+    cpu_s: of this process; partner_cpu_s: of the partner, None if there is none. cpu_ratio: by the CPU seconds of both.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Timing:
     cpu_s: float
     per_s: float
     ratio: float
+    cpu_ratio: float
     partner_cpu_s: float | None = None
 
 
@@ -117,11 +118,10 @@ def measure(name: str, unit: str, cases: Sequence[Case], *, quick: bool = False,
                 wall[index].append(spent[0])
                 cpu[index].append(spent[1])
                 partner[index].append(_cpu_seconds(case.partner) - partner_start)
+    ceiling_cpu = [own + other for own, other in zip(cpu[0], partner[0], strict=True)]
     timings = []
     for case, seconds, cpu_seconds, partner_seconds in zip(cases, wall, cpu, partner, strict=True):
-        ratios = [
-            (case.amount / own) / (cases[0].amount / ceiling) for own, ceiling in zip(seconds, wall[0], strict=True)
-        ]
+        both = [own + other for own, other in zip(cpu_seconds, partner_seconds, strict=True)]
         timings.append(
             Timing(
                 name=case.name,
@@ -129,11 +129,18 @@ def measure(name: str, unit: str, cases: Sequence[Case], *, quick: bool = False,
                 median_s=median(seconds),
                 cpu_s=median(cpu_seconds),
                 per_s=case.amount / median(seconds),
-                ratio=median(ratios),
+                ratio=_ratio(case.amount, seconds, cases[0].amount, wall[0]),
+                cpu_ratio=_ratio(case.amount, both, cases[0].amount, ceiling_cpu),
                 partner_cpu_s=None if case.partner is None else median(partner_seconds),
             )
         )
     return Table(name, unit, tuple(timings))
+
+
+def _ratio(amount: float, seconds: Sequence[float], ceiling_amount: float, ceiling: Sequence[float]) -> float:
+    """The median over rounds of a case's speed over the ceiling's; 1 where the clock saw nothing of it."""
+    ratios = [amount * best / (own * ceiling_amount) for own, best in zip(seconds, ceiling, strict=True) if own]
+    return median(ratios) if ratios else 1.0
 
 
 def _cpu_seconds(pid: int | None) -> float:

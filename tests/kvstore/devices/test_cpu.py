@@ -110,6 +110,28 @@ class TestExtension:
 
         np.testing.assert_array_equal(np.stack(slots), array)
 
+    @pytest.mark.parametrize("ahead", [0, 1, 16, 31, 63, 64, 65, 2048, 4095])
+    @pytest.mark.parametrize("page_bytes", [1000, 1024, 1151, 4099, 300_000])
+    @pytest.mark.parametrize("stream", [-1, 0])
+    def test_where_memory_lies_in_a_page_changes_the_speed_and_not_the_bytes(
+        self, stream: int, page_bytes: int, ahead: int
+    ) -> None:
+        raw = np.zeros(3 * page_bytes + 2 * 4096, np.uint8)
+        start = -raw.ctypes.data % 4096 + ahead
+        table = paged_table([raw[start : start + 3 * page_bytes].reshape(3, page_bytes)])
+        columns = [table.base, table.page_stride, table.num_runs, table.run_stride, table.run_bytes]
+        slots = [numbers((2 * 4096 + page_bytes,), "uint8") for _ in range(3)]
+        slots = [slot[-slot.ctypes.data % 4096 :][:page_bytes] for slot in slots]
+        back = slots_for(table, 3)
+
+        cpu._copy.scatter(*columns, np.arange(3), slots, 0, 3, stream)
+        cpu._copy.gather(*columns, np.arange(3), back, 0, 3, stream)
+
+        assert raw[start : start + 3 * page_bytes].tobytes() == b"".join(slot.tobytes() for slot in slots)
+        assert [slot[:page_bytes].tobytes() for slot in back] == [slot.tobytes() for slot in slots]
+        assert not raw[:start].any()
+        assert not raw[start + 3 * page_bytes :].any()
+
     @pytest.mark.parametrize("column", range(6))
     @pytest.mark.parametrize(
         "wrong", [np.zeros(2, np.int32), np.zeros(2), np.zeros((2, 1), np.int64), np.zeros(4, np.int64)[::2], None]
