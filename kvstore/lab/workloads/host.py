@@ -2,8 +2,8 @@
 
 Saving copies engine memory into slots of a lease, loading copies them out again, by the device that connectors use:
 what is above memcpy is the store's own cost. The engine's memory lies 16 bytes off a page, as numpy and malloc give it;
-memcpy's is on one, where it is fastest. Two tables more compare the kinds of slab, private and shared, with huge pages and without: copies into and
-out of one, and what it costs until its first byte is in place.
+memcpy's is on one, where it is fastest. Two tables more compare the kinds of slab, private and shared, with huge pages
+and without: copies into and out of one, and what it costs until its first byte is in place.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def _save(store: LocalStore, request: Request, engine: PageTable) -> None:
     lease = store.prepare_save(request, 0, engine.num_pages)
     if len(lease.pages) != engine.num_pages:
         raise RuntimeError(f"bench host: {len(lease.pages)} of {engine.num_pages} pages found a slot")
-    DEVICE.copy_out(engine, lease.pages.blocks, [store.slots.array(slot) for slot in lease.pages.slots])
+    DEVICE.copy_out(
+        engine, lease.pages.blocks.tolist(), [store.slots.array(slot) for slot in lease.pages.slots.tolist()]
+    )
     store.complete(lease)
 
 
@@ -120,7 +122,9 @@ def _load(store: LocalStore, request: Request, engine: PageTable) -> None:
     lease = store.prepare_load(request, match.num_blocks)
     if len(lease.pages) != engine.num_pages:
         raise RuntimeError(f"bench host: {len(lease.pages)} of {engine.num_pages} pages were found again")
-    DEVICE.copy_in(engine, lease.pages.blocks, [store.slots.array(slot) for slot in lease.pages.slots])
+    DEVICE.copy_in(
+        engine, lease.pages.blocks.tolist(), [store.slots.array(slot) for slot in lease.pages.slots.tolist()]
+    )
     store.complete(lease)
 
 
