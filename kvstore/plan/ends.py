@@ -13,6 +13,7 @@ from itertools import count
 from math import inf
 
 from kvstore.plan.state import Block
+from radix.untracked import untrack
 
 MAX_STALE = 1024  # entries that do not count any more, beside as many as do
 
@@ -27,7 +28,9 @@ class Ends:
 
     def note(self, block: Block, until: float) -> None:
         """Something about a block ends then."""
-        heappush(self._queue, (until, next(self._order), block))
+        entry = (until, next(self._order), block)
+        untrack([entry])  # nothing names it but the queue
+        heappush(self._queue, entry)
 
     def over(self, now: float, limit: int) -> list[Block]:
         """Return up to `limit` blocks of which all is over `now`; they are not named again."""
@@ -45,6 +48,7 @@ class Ends:
     def rebuild(self, blocks: Iterable[Block]) -> None:
         """Name exactly these blocks, with the ends that they have now."""
         self._queue = [(self._until_of(block), next(self._order), block) for block in blocks]
+        untrack(self._queue)
         heapify(self._queue)
 
     def __len__(self) -> int:

@@ -25,6 +25,7 @@ from kvstore.plan.books import Books
 from kvstore.plan.ends import Ends
 from kvstore.plan.state import Block, Page, PageState
 from kvstore.plan.steps import STEP_PAGES
+from radix.untracked import untrack
 
 MAX_WORDS = 8  # about one block; of more, the ones that end first are forgotten
 
@@ -276,6 +277,7 @@ class Keeper:
             if not wanted:
                 return False
             promise = self._promises[block] = _Promise(word)
+            untrack([promise])  # names words, which name nothing
             self._note_end(block, word.until)
         for page in wanted:
             page.kept = True

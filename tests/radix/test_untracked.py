@@ -37,6 +37,18 @@ def test_the_collector_has_nearly_nothing_more_to_walk_with_more_blocks() -> Non
     planner.check()
 
 
+def test_the_collector_has_nearly_nothing_more_to_walk_with_pinned_blocks() -> None:
+    planner = without_journal(4 * NUM_BLOCKS)
+    request = path(1, NUM_BLOCKS)
+    save(planner, request)
+    before = tracked()
+
+    assert planner.pin(request, 0.0) == NUM_BLOCKS
+
+    assert tracked() - before < NUM_BLOCKS / 20  # 2 for each block, were they tracked
+    planner.check()
+
+
 @pytest.mark.parametrize("way", ["evicted", "forgotten", "cleared"])
 def test_blocks_that_leave_leave_no_memory_behind(way: str) -> None:
     planner = without_journal(NUM_BLOCKS)
