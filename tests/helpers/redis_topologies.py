@@ -188,6 +188,20 @@ def cluster(
 
 
 @contextmanager
+def joined(binary: str, servers: Servers) -> Iterator[LocalRedis]:
+    """One more node of a cluster, known to all, without slots."""
+    bus = free_port()
+    options = ("--cluster-enabled", "yes", "--cluster-port", str(bus), "--cluster-node-timeout", str(STEADY_MS))
+    with LocalRedis(binary=binary, arguments=options) as node:
+        servers.on_each("CLUSTER", "MEET", "127.0.0.1", node.port, bus)
+        nodes = [*servers.nodes, node]
+        known = f"cluster_known_nodes:{len(nodes)}".encode()
+        wait_until(lambda: all(known in command(one, "CLUSTER", "INFO").split() for one in nodes), "all know the node")
+        wait_until(lambda: is_whole(nodes), "the cluster is up")
+        yield node
+
+
+@contextmanager
 def topology(kind: Kind, binary: str) -> Iterator[Servers]:
     """Servers of a kind that fail over by nobody's decision but a test's."""
     made = {"single": single, "sentinel": under_sentinel, "cluster": cluster}[kind](binary)

@@ -13,7 +13,7 @@ import pytest
 from kvstore.errors import TierUnavailable
 from kvstore.testing.pages import TIMEOUT_S, fetch, keys_of, payload, store
 from kvstore.testing.redis_server import LocalRedis
-from kvstore.tiers.redis import route as redis_route
+from kvstore.tiers.redis import node as redis_node
 from kvstore.tiers.redis.hedge import Hedge
 from kvstore.tiers.redis.node import Node
 from kvstore.tiers.redis.route import KEEPALIVE, make_route
@@ -137,7 +137,7 @@ def test_what_a_dead_connection_does_not_take_is_sent_on_another(old: Line) -> N
 @pytest.fixture
 def suspicious(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every connection that is taken up again counts as idle for long."""
-    monkeypatch.setattr(redis_route, "IDLE_S", 0.0)
+    monkeypatch.setattr(redis_node, "IDLE_S", 0.0)
 
 
 @pytest.fixture
