@@ -306,13 +306,23 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.tiers.registry",
         "kvstore.web",
     ),
+    "kvstore.vllm": (
+        "kvstore.cluster",  # its web answers, errors and streams are OpenAI's
+        "kvstore.errors",
+        "kvstore.logs",
+        "kvstore.metrics",
+        "kvstore.vllm",
+        "kvstore.web",
+    ),
     "kvstore.llamacpp.child": (),  # a process of its own, which loads nothing of ours
+    "kvstore.cluster.become": (),  # a process of its own, which loads nothing of ours
     "kvstore.cluster": (
         "connectors",
         "kvstore.base",
         "kvstore.cluster",
         "kvstore.config",
         "kvstore.errors",
+        "kvstore.extras",
         "kvstore.logs",
         "kvstore.metrics",
         "kvstore.plan.records",
@@ -409,8 +419,23 @@ CONNECTORS_USERS = (
 
 # module from outside -> where it may be imported at all
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "asyncio": ("kvstore.aio", "kvstore.web", "kvstore.service", "kvstore.cluster", "kvstore.llamacpp", "kvstore.load"),
-    "aiohttp": ("kvstore.web", "kvstore.service", "kvstore.cluster", "kvstore.llamacpp", "kvstore.load"),
+    "asyncio": (
+        "kvstore.aio",
+        "kvstore.web",
+        "kvstore.service",
+        "kvstore.cluster",
+        "kvstore.llamacpp",
+        "kvstore.vllm",
+        "kvstore.load",
+    ),
+    "aiohttp": (
+        "kvstore.web",
+        "kvstore.service",
+        "kvstore.cluster",
+        "kvstore.llamacpp",
+        "kvstore.vllm",
+        "kvstore.load",
+    ),
     # codec: storage per thread; service: a client's locks and errands, for the daemon itself has one thread;
     # vllm_layers: events, for a layer that waits for its copy; transformers_ropes: forwards that take turns
     "threading": (

@@ -89,6 +89,8 @@ class Requests:
 
     def begin(self, request: Any) -> None:
         """A request came. One that this was not called for, or failed for, does not use the store."""
+        if not _uses_store(request):
+            return
         tenant = self._identify(request)
         if self.salt:
             tenant = f"{tenant}|{self.salt}"
@@ -128,6 +130,12 @@ class Requests:
 
     def __iter__(self) -> Iterator[Tracked]:
         return iter(list(self._tracked.values()))
+
+
+def _uses_store(request: Any) -> bool:
+    """Whether a request may use the store: not if it says {"kvstore": {"cache": false}} in kv_transfer_params."""
+    hints = (getattr(request, "kv_transfer_params", None) or {}).get("kvstore")
+    return not (isinstance(hints, dict) and hints.get("cache") is False)
 
 
 def _options(request: Any, plain: RequestOptions) -> tuple[RequestOptions, str]:

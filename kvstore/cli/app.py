@@ -30,6 +30,7 @@ from kvstore.cli.router import router
 from kvstore.cli.serve import serve
 from kvstore.cli.top import top
 from kvstore.cli.verify import verify
+from kvstore.cli.vllm import vllm
 from kvstore.console import print_error
 from kvstore.errors import KVStoreError
 
@@ -115,6 +116,7 @@ app.command(cls=Command, rich_help_panel=FIRST)(serve)
 app.command(cls=Command, rich_help_panel=FIRST)(top)
 app.command(cls=Command, rich_help_panel=FIRST)(bench)
 app.command(cls=Command, rich_help_panel=CLUSTER)(replica)
+app.command(cls=Command, rich_help_panel=CLUSTER)(vllm)
 app.command(cls=Command, rich_help_panel=CLUSTER)(llamacpp)
 app.command(cls=Command, rich_help_panel=CLUSTER)(router)
 app.add_typer(cluster, name="cluster", rich_help_panel=CLUSTER)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvstore.cli.command import Command
-from kvstore.cli.replica import ReplicaDtype
+from kvstore.cli.options import ReplicaDtype
 from kvstore.console import add_row, console, print_json, table
 from kvstore.errors import KVStoreError
 from kvstore.extras import how_to_install
@@ -26,6 +26,7 @@ Two replicas ...
   kvstore cluster up                          share one daemon, and its memory
   kvstore cluster up --nodes 2                as on two machines, share Redis
   kvstore cluster up --nodes 2 --redis none   have private caches
+  kvstore cluster up --engine vllm            are vLLM servers; llamacpp: llama-servers
 
 OpenAI's API is at http://127.0.0.1:8000/v1. Play traffic at it: kvstore load.
 """
@@ -54,13 +55,25 @@ def up(
     policy: Annotated[
         str, typer.Option(help="Of the router: round-robin, or prefix (where most is cached).")
     ] = "round-robin",
+    engine: Annotated[
+        str, typer.Option(help="Of the replicas: transformers (light), vllm, or llamacpp.")
+    ] = "transformers",
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="PROGRAM", help="The engine's own: vllm or the python that has it; llama-server."),
+    ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Directory or hub id of transformers, or random; SmolLM2-135M (93 MB, once) unless given."),
+        typer.Option(
+            help="Directory or hub id of transformers, or random; a GGUF file with llamacpp. SmolLM2-135M (93 MB, "
+            "once) unless given."
+        ),
     ] = None,
     port: Annotated[int, typer.Option(help="Of the router; the others follow from it. 0: any free ones.")] = 8000,
-    dtype: Annotated[ReplicaDtype, typer.Option(help="Of the model.")] = ReplicaDtype.float32,
-    threads: Annotated[int, typer.Option(help="Of torch, in each replica. 0: the cores, shared out.")] = 0,
+    dtype: Annotated[
+        ReplicaDtype | None, typer.Option(help="Of the model; float32 of transformers unless given.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Of each replica. 0: the cores, shared out.")] = 0,
     disk: Annotated[
         Path | None, typer.Option(help="Directory of disk tiers, one below it for each node; none unless given.")
     ] = None,
@@ -74,14 +87,17 @@ def up(
 ) -> None:
     """Bring a cluster up, and take it down at Ctrl-C."""
     run = _directory(directory, name)
+    from kvstore.cluster.engines import Weights, find_engine
     from kvstore.cluster.supervisor import brought_up, interruptible
     from kvstore.cluster.topology import ClusterSpec, assign_ports, check_counts, ports_from
-    from kvstore.demo.models import resolve_model
+    from kvstore.demo.models import resolve_gguf, resolve_model
     from kvstore.ports import free_ports
 
     check_counts(replicas, nodes)
     _check_settings(setting or [], redis)
-    found = resolve_model(model, _tell)
+    chosen = find_engine(engine)
+    program = chosen.find_server(server)
+    found = {Weights.TRANSFORMERS: resolve_model, Weights.GGUF: resolve_gguf}[chosen.weights](model, _tell)
     spec = ClusterSpec(
         name=name,
         model=found.source,
@@ -90,14 +106,16 @@ def up(
         else ports_from(free_ports(replicas + nodes + 2), replicas, nodes),
         redis=redis,
         policy=policy,
-        dtype=dtype.value,
+        engine=engine,
+        server=program,
+        dtype="" if dtype is None else dtype.value,
         threads=threads or max(1, usable_cpus() // replicas),
         disk=None if disk is None else str(disk.expanduser().absolute()),
         settings=tuple(setting or ()),
         replica_arguments=tuple(for_replicas or ()),
     )
 
-    size = f"{_count(replicas, 'replica')} of {found.name}, {_count(nodes, 'node')}"
+    size = f"{_count(replicas, 'replica')} of {found.name} ({engine}), {_count(nodes, 'node')}"
     _tell(f"cluster {name}: {size}, logs in {run.path}")
     with interruptible(), brought_up(spec, run, _tell, timeout_s=start_timeout) as supervisor:
         _print_urls(spec)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from kvstore.cli.options import ConfigFile
 from kvstore.console import add_row, console, print_json, table
 from kvstore.errors import ConfigError
 
 
 def config(
-    file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="TOML file, instead of $KVSTORE_CONFIG or ./kvstore.toml.")
-    ] = None,
+    file: ConfigFile = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Try a value, e.g. host.ttl_s=10min."),

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvstore.cli.config import overrides
+from kvstore.cli.options import ConfigFile
 from kvstore.console import add_row, console, print_json, table
 
 STYLES = {"ok": "green", "warn": "yellow", "bad": "bold red"}
 
 
 def doctor(
-    file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="TOML file, instead of $KVSTORE_CONFIG or ./kvstore.toml.")
-    ] = None,
+    file: ConfigFile = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Set a value, e.g. disk.path=/nvme/kv."),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -11,9 +10,16 @@ from typing import Annotated
 import typer
 
 from kvstore.cli.config import overrides
-from kvstore.console import console
-from kvstore.errors import ConfigError, KVStoreError
-from kvstore.extras import MissingExtra, how_to_install
+from kvstore.cli.options import (
+    ConfigFile,
+    ListenHost,
+    ListenPort,
+    ReplicaName,
+    StoreSettings,
+    Verbose,
+    announcer,
+)
+from kvstore.errors import ConfigError
 
 
 class CacheType(str, Enum):
@@ -42,8 +48,9 @@ def llamacpp(
     server: Annotated[
         str | None, typer.Option("--server", help="Program to start; without it that of xllamacpp, else llama-server.")
     ] = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="Port; 0 takes any free one.")] = 8080,
+    host: ListenHost = "127.0.0.1",
+    port: ListenPort = 8080,
+    name: ReplicaName = "llamacpp",
     parallel: Annotated[int, typer.Option("--parallel", min=1, max=256, help="Slots of the server to start.")] = 2,
     context: Annotated[int, typer.Option("--context", min=64, help="Tokens of a slot of the server to start.")] = 8192,
     threads: Annotated[int, typer.Option("--threads", min=0, help="Of the server to start; 0 takes the cores.")] = 0,
@@ -54,14 +61,9 @@ def llamacpp(
         str,
         typer.Option("--weights", help="How the GGUF file is identified: sampled, full, or a name that you vouch for."),
     ] = "sampled",
-    file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="TOML file, instead of $KVSTORE_CONFIG or ./kvstore.toml.")
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Set a value of the store, e.g. disk.path=/srv/kv"),
-    ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    file: ConfigFile = None,
+    setting: StoreSettings = None,
+    verbose: Verbose = False,
 ) -> None:
     """Serve a GGUF model with OpenAI's API, with a prefix cache behind llama.cpp.
 
@@ -73,6 +75,7 @@ def llamacpp(
       kvstore llamacpp --url http://127.0.0.1:8081 --slots /dev/shm/slots
     """
     from kvstore import logs
+    from kvstore.cluster.programs import find_llama_server
     from kvstore.config.sections import Config
     from kvstore.limits import usable_cpus
     from kvstore.llamacpp.front import FrontSettings, serve
@@ -83,18 +86,14 @@ def llamacpp(
     logs.setup(verbose=verbose)
     raise_limit()
     config = Config.load(file, **overrides(setting or []))
-    errors = console(stderr=True)
-
-    def announce(line: str) -> None:
-        errors.print(line, markup=False, soft_wrap=True)
-
+    announce = announcer()
     with contextlib.ExitStack() as stack:
         child: LlamaProcess | None = None
         if url is None:
             if slots_folder is not None:
                 raise ConfigError("--slots is for a server that runs: name it, too (--url URL), or leave --slots out")
             gguf = _gguf(model)
-            program = _program(server, arguments or [])
+            program = find_llama_server(server, bool(arguments))
             settings = LlamaSettings(
                 gguf,
                 program,
@@ -113,7 +112,7 @@ def llamacpp(
                 raise ConfigError("--server and OPTIONS are for a server to start, --url is one that runs; give one")
         assert slots_folder is not None
 
-        front = FrontSettings(host, port, None if model is None else str(model), weights)
+        front = FrontSettings(host, port, name, None if model is None else str(model), weights)
         ended = (lambda: "") if child is None else child.ended
         serve(front, config, url, slots_folder, announce, api_key=api_key, ended=ended)
 
@@ -129,31 +128,6 @@ def _gguf(model: Path | None) -> Path:
         if opened.read(4) != b"GGUF":
             raise ConfigError(f"--model {model}: it is no GGUF file; convert the model, or use `kvstore replica`")
     return model.absolute()
-
-
-def _program(server: str | None, arguments: list[str]) -> str | None:
-    """The program to start; None for the package's."""
-    if server is None:
-        if not arguments and _has_package():
-            return None
-        server = "llama-server"
-        if shutil.which(server) is None:
-            if arguments:
-                raise ConfigError("OPTIONS after -- are for a llama-server program; give its path: --server PATH")
-            raise MissingExtra(
-                "there is neither a program llama-server nor the package xllamacpp; give the program's path (--server "
-                f"PATH), or {how_to_install('llamacpp')}"
-            )
-    found = shutil.which(server)
-    if found is None:
-        raise KVStoreError(f"--server {server}: there is no such program; give the path of llama-server")
-    return found
-
-
-def _has_package() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("xllamacpp") is not None
 
 
 def _check_url(url: str, folder: Path | None) -> None:

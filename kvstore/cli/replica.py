@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from enum import Enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvstore.cli.config import overrides
-from kvstore.console import console
+from kvstore.cli.options import (
+    ConfigFile,
+    Drain,
+    ListenHost,
+    ListenPort,
+    MaxQueue,
+    MaxTokensQueued,
+    ReplicaDtype,
+    ReplicaName,
+    StoreSettings,
+    Verbose,
+    announcer,
+)
 from kvstore.errors import KVStoreError
 from kvstore.extras import how_to_install, require
-
-
-class ReplicaDtype(str, Enum):
-    """Of weights and cache."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 class ReplicaReuse(str, Enum):
@@ -47,9 +50,9 @@ def replica(
             "random weights; without it SmolLM2-135M.",
         ),
     ] = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="Port; 0 takes any free one.")] = 8001,
-    name: Annotated[str, typer.Option("--name", help="How answers, metrics and logs call it.")] = "replica-0",
+    host: ListenHost = "127.0.0.1",
+    port: ListenPort = 8001,
+    name: ReplicaName = "replica-0",
     dtype: Annotated[
         ReplicaDtype, typer.Option("--dtype", help="Element type of weights and cache.")
     ] = ReplicaDtype.float32,
@@ -71,31 +74,19 @@ def replica(
             "all. prompt: none.",
         ),
     ] = ReplicaSave.auto,
-    max_queue: Annotated[int, typer.Option("--max-queue", min=1, help="Requests that may wait; more get a 429.")] = 64,
+    max_queue: MaxQueue = 64,
     max_running: Annotated[
         int, typer.Option("--max-running", min=1, help="Requests computed in turns, each with a KV cache of its own.")
     ] = 8,
-    max_tokens_queued: Annotated[
-        int,
-        typer.Option(
-            "--max-tokens-queued", min=1, help="Prompt and answer tokens of all that wait or run; beyond it 429."
-        ),
-    ] = 65536,
-    drain_s: Annotated[
-        float, typer.Option("--drain-s", min=0, help="At SIGTERM, longest wait in seconds for requests under way.")
-    ] = 30.0,
+    max_tokens_queued: MaxTokensQueued = 65536,
+    drain_s: Drain = 30.0,
     watch_prefixes: Annotated[
         bool,
         typer.Option("--watch-prefixes", help="Follow where sessions leave their prefix: GET /v1/prefix, metrics."),
     ] = False,
-    file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="TOML file, instead of $KVSTORE_CONFIG or ./kvstore.toml.")
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Set a value of the store, e.g. disk.path=/srv/kv"),
-    ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    file: ConfigFile = None,
+    setting: StoreSettings = None,
+    verbose: Verbose = False,
 ) -> None:
     """Serve one model with OpenAI's API, with a prefix cache behind it.
 
@@ -122,11 +113,7 @@ def replica(
     if config.service.client_name is None:
         named = config.service.model_copy(update={"client_name": name[:64]})
         config = config.model_copy(update={"service": named})
-    errors = console(stderr=True)
-
-    def announce(line: str) -> None:
-        errors.print(line, markup=False, soft_wrap=True)
-
+    announce = announcer()
     # Where many users share a prompt it pays; so it is on here, unless somebody has said otherwise.
     single_flight = config.store.single_flight or config.source("store.single_flight") == "default"
     found = resolve_model(model, announce)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kvstore.console import console
+from kvstore.cli.options import ListenHost, ListenPort, announcer
 from kvstore.extras import require
 
 
@@ -18,8 +18,8 @@ def router(
     policy: Annotated[
         str, typer.Option("--policy", help="round-robin, or prefix: where least has to be computed.")
     ] = "round-robin",
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="Port; 0 takes any free one.")] = 8000,
+    host: ListenHost = "127.0.0.1",
+    port: ListenPort = 8000,
     lookup_deadline_s: Annotated[
         float, typer.Option("--lookup-deadline-s", min=0.001, help="prefix: longest wait for the replicas' views.")
     ] = 0.5,
@@ -55,6 +55,5 @@ def router(
     raise_limit()
     if watch_prefixes:
         require("prefix", "--watch-prefixes")
-    errors = console(stderr=True)
     settings = RouterSettings(replica or [], policy, host, port, lookup_deadline_s, health_interval_s, watch_prefixes)
-    serve(settings, lambda line: errors.print(line, markup=False, soft_wrap=True))
+    serve(settings, announcer())

@@ -8,13 +8,12 @@ from typing import Annotated
 import typer
 
 from kvstore.cli.config import overrides
+from kvstore.cli.options import ConfigFile
 from kvstore.console import console
 
 
 def serve(
-    file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="TOML file, instead of $KVSTORE_CONFIG or ./kvstore.toml.")
-    ] = None,
+    file: ConfigFile = None,
     socket: Annotated[Path | None, typer.Option("--socket", help="Unix socket to listen on.")] = None,
     record: Annotated[
         Path | None, typer.Option("--record", help="File to record requests in, for `kvstore replay`; no text.")

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 # A factor of about two from one to the next: a median read off them is right within 40 %.
 TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0)
 TOKEN_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5)
+ENGINE = "engine"  # the tier of what an engine had in a cache of its own
 
 
 class ReplicaMetrics:
-    """Of one replica."""
+    """Of one replica, whatever its engine: dashboards read these names."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -41,7 +42,7 @@ class ReplicaMetrics:
         self.unsaved_pages = self._counter(
             "unsaved_pages", "Pages of answers that were not saved because no next turn can begin with them."
         )
-        self.hit_tokens = self._counter("hit_tokens", "Prompt tokens that were loaded, by tier.", "tier")
+        self.hit_tokens = self._counter("hit_tokens", "Prompt tokens that were not computed, by tier.", "tier")
         self.requests = self._counter("requests", "Requests answered, by HTTP status.", "status")
         self.cancelled = self._counter("cancelled", "Requests whose client left before the end.")
 

@@ -1,7 +1,8 @@
 """The processes of a local cluster: their commands, ports, sockets, and the ones that each needs first.
 
     redis ──> node-0 ──> replica-0, replica-2 ──> router            nodes are `kvstore serve`, one per "machine";
-          └─> node-1 ──> replica-1            ──┘                   replicas attach to their node's unix socket
+          └─> node-1 ──> replica-1            ──┘                   replicas attach to their node's unix socket, and
+                                                                    are of one engine (`engines`)
 
 Pure: from a `ClusterSpec` and a run directory to a tuple of `Process`, in the order in which they start. Nothing is
 opened, asked or started here, so the same spec always gives the same cluster: what `up` started, `down` and `status`
@@ -14,12 +15,12 @@ ones; see `assign_ports`.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+from kvstore.cluster.engines import DEFAULT_ENGINE, ReplicaSpec, find_engine, kvstore_command
 from kvstore.errors import ConfigError
 from kvstore.testing.redis_server import memory_options
 
@@ -70,13 +71,15 @@ class Ports:
 class ClusterSpec:
     """The specification of a cluster. Checked when it is made: raises ConfigError.
 
-    model:    directory or hub id, as `kvstore replica --model` takes it.
+    model:    directory, hub id or file, as the engine's replica takes it.
+    engine:   of the replicas, one of `engines.ENGINES`; server: the program it runs, as it was found; "" for none.
     redis:    AUTO is a private server, NONE is none, anything else is the URL of one. A URL may hold a password.
     policy:   of the router, one of POLICIES.
-    threads:  of torch in each replica; equal in all, so that all compute the same bits.
+    dtype:    of the model; "" leaves it to the engine.
+    threads:  that each replica computes with; equal in all, so that all compute the same bits.
     disk:     directory of the nodes' disk tiers, one below it for each; None is no disk tier.
     settings: FIELD=VALUE for nodes and replicas, over NODE_SETTINGS.
-    replica_arguments: more options of `kvstore replica`.
+    replica_arguments: more options of a replica's command.
     """
 
     model: str
@@ -84,7 +87,9 @@ class ClusterSpec:
     name: str = "local"
     redis: str = AUTO
     policy: str = POLICIES[0]
-    dtype: str = "float32"
+    engine: str = DEFAULT_ENGINE
+    server: str = ""
+    dtype: str = ""
     threads: int = 1
     redis_bytes: int = 1 << 30
     disk: str | None = None
@@ -94,6 +99,7 @@ class ClusterSpec:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", self.name):
             raise ConfigError(f"--name is {self.name!r}; it must be 1 to 32 of a-z, 0-9 and -, the first no -")
+        find_engine(self.engine)
         if self.policy not in POLICIES:
             raise ConfigError(f"--policy is {self.policy!r}; it must be one of {', '.join(POLICIES)}")
         for setting in self.settings:
@@ -200,7 +206,7 @@ def _node(spec: ClusterSpec, directory: Path, index: int) -> Process:
     return Process(
         f"node-{index}",
         ProcessKind.NODE,
-        _kvstore("serve", "--verbose", "--socket", str(socket), settings=settings),
+        kvstore_command("serve", "--verbose", "--socket", str(socket), settings=settings),
         spec.ports.nodes[index],
         environment,
         needs=("redis",) if spec.redis == AUTO else (),
@@ -209,13 +215,19 @@ def _node(spec: ClusterSpec, directory: Path, index: int) -> Process:
 
 def _replica(spec: ClusterSpec, directory: Path, index: int) -> Process:
     node = index % len(spec.ports.nodes)
-    port, name = spec.ports.replicas[index], f"replica-{index}"
-    options = ["--model", spec.model, "--name", name, "--host", HOST, "--port", str(port)]
-    options += ["--dtype", spec.dtype, "--threads", str(spec.threads), *spec.replica_arguments]
-    settings = [*spec.settings, f"service.url=unix://{_socket(directory, node)}"]
-    return Process(
-        name, ProcessKind.REPLICA, _kvstore("replica", *options, settings=settings), port, needs=(f"node-{node}",)
+    replica = ReplicaSpec(
+        f"replica-{index}",
+        HOST,
+        spec.ports.replicas[index],
+        spec.model,
+        spec.dtype,
+        spec.threads,
+        spec.server,
+        (*spec.settings, f"service.url=unix://{_socket(directory, node)}"),
+        spec.replica_arguments,
     )
+    command = find_engine(spec.engine).command(replica)
+    return Process(replica.name, ProcessKind.REPLICA, command, replica.port, needs=(f"node-{node}",))
 
 
 def _router(spec: ClusterSpec, replicas: Sequence[Process]) -> Process:
@@ -223,13 +235,8 @@ def _router(spec: ClusterSpec, replicas: Sequence[Process]) -> Process:
     for replica in replicas:
         options += ["--replica", replica.url]
     needs = tuple(replica.name for replica in replicas)
-    return Process("router", ProcessKind.ROUTER, _kvstore("router", *options), spec.ports.router, needs=needs)
+    return Process("router", ProcessKind.ROUTER, kvstore_command("router", *options), spec.ports.router, needs=needs)
 
 
 def _socket(directory: Path, node: int) -> Path:
     return directory / f"node-{node}.sock"
-
-
-def _kvstore(command: str, *options: str, settings: Sequence[str] = ()) -> tuple[str, ...]:
-    assignments = [part for setting in settings for part in ("--set", setting)]
-    return (sys.executable, "-m", "kvstore", command, *options, *assignments)

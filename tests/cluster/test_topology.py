@@ -159,6 +159,7 @@ def test_all_replicas_compute_with_equally_many_threads() -> None:
 @pytest.mark.parametrize(
     ("field", "told"),
     [
+        ({"engine": "tgi"}, "--engine is 'tgi'; it must be one of transformers, vllm, llamacpp"),
         ({"name": "Local"}, "--name is 'Local'"),
         ({"name": "../x"}, "--name"),
         ({"name": ""}, "--name"),

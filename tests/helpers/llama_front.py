@@ -43,6 +43,10 @@ class Client:
         async with self._session.get(self.front.site.url + path) as answer:
             return await answer.json()
 
+    async def text(self, path: str) -> str:
+        async with self._session.get(self.front.site.url + path) as answer:
+            return await answer.text()
+
     async def settle(self) -> None:
         slots = self.front.seat.served.slots
         await until(lambda: slots.num_free == len(slots.slots))

@@ -42,6 +42,21 @@ async def test_answer_is_noted_with_times_usage_and_where_the_prompt_came_from(s
     assert len(record.text.split()) == 5
 
 
+def test_what_an_engine_had_itself_is_a_tier_beside_ours() -> None:
+    record = Record(0, 0)
+
+    record.take(
+        {
+            "usage": {"prompt_tokens": 100, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 96}},
+            "kvstore": {"hit_tokens": {"host": 64, "disk": 0, "redis": 0}},
+        }
+    )
+
+    assert record.hit_tokens == {"host": 64, "disk": 0, "redis": 0, "engine": 32}
+    assert record.cached_tokens == 96
+    assert record.source == "host"
+
+
 async def test_chat_is_asked_at_its_own_path(server: FakeServer) -> None:
     record = await ask(server, {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}, CHAT)
 

@@ -64,7 +64,8 @@ class Front:
         with log.open("wb") as output:
             self._process = subprocess.Popen([*command, *options], stdout=output, stderr=output)
         wait_until(self._is_up, timeout_s=START_S)
-        self.child = int(Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()[0])
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        self.child = int(children[0]) if children else 0
 
     def stop(self, how: int = signal.SIGTERM) -> None:
         """End it, and wait for that. Idempotent."""

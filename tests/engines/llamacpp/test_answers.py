@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines.llamacpp.front import BLOCK, Front, model_file
-from tests.engines.llamacpp.models import make_sliding_model
+from tests.engines.llamacpp.models import make_hybrid_model, make_recurrent_model, make_sliding_model
 
 STORY = (
     "The harbour of the old town lies in the shade of the hill until ten, and the boats that come early find it cold. "
@@ -126,9 +126,11 @@ class TestIdentity:
         assert same.ask(HEAD).restored > 0
 
 
-def test_a_sliding_window_is_served_without_the_store_and_says_so(start: Callable[..., Front], tmp_path: Path) -> None:
-    model = make_sliding_model(model_file(), tmp_path / "sliding.gguf")
-    front = start("--parallel", "1", "--context", "1024", model=model)
+@pytest.mark.parametrize("make", [make_sliding_model, make_recurrent_model, make_hybrid_model])
+def test_a_model_whose_state_has_no_row_for_each_token_is_served_without_the_store_and_says_so(
+    start: Callable[..., Front], tmp_path: Path, make: Callable[[Path, Path], Path]
+) -> None:
+    front = start("--parallel", "1", "--context", "1024", model=make(model_file(), tmp_path / "model.gguf"))
     cold = front.ask(STORY * 3)
     front.ask("Something else, which takes the one slot.")
 
@@ -138,7 +140,7 @@ def test_a_sliding_window_is_served_without_the_store_and_says_so(start: Callabl
     assert again.restored == 0
     stats = front.stats()
     assert stats["saved_pages"] == 0
-    assert "sliding window" in stats["off"] or stats["unsaved"]
+    assert "sliding window, recurrent, hybrid" in stats["off"]
 
 
 def test_the_server_and_its_files_end_with_the_front(start: Callable[..., Front]) -> None:

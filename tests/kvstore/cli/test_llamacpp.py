@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvstore.cli import llamacpp as cli
 from kvstore.cli.app import app
+from kvstore.cluster import programs
 
 URL = "http://127.0.0.1:1"
 
@@ -35,7 +35,7 @@ def test_options_that_cannot_be_are_told_with_the_fix(
 ) -> None:
     (tmp_path / "file").write_bytes(b"{}")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(cli, "_has_package", lambda: False)
+    monkeypatch.setattr(programs, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
 
     result = CliRunner().invoke(app, ["llamacpp", *(one.format(folder=tmp_path) for one in arguments)])

@@ -32,6 +32,36 @@ class TestRestoring:
         assert warm["usage"]["prompt_tokens_details"] == {"cached_tokens": len(HEAD)}
         assert llama.wrong_rows == 0
 
+    async def test_a_router_is_told_the_name_and_what_would_have_to_be_computed(self, llama: FakeLlama) -> None:
+        async with fronted(llama) as client:
+            await client.ask(HEAD + "one")
+            before = len(llama.bodies)
+
+            in_a_slot = await client.post("/v1/lookup", prompt=HEAD + "one, and more")
+            await forget_slots(llama, client)
+            stored = await client.post("/v1/lookup", prompt=HEAD + "two")
+            other_tenant = await client.post("/v1/lookup", prompt=HEAD + "two", kvstore={"tenant": "b"})
+            ready = await client.get("/readyz")
+
+        length = len(HEAD) + 3
+        assert in_a_slot == (200, {"prompt_tokens": length + 10, "hit_tokens": length, "queued_tokens": 0})
+        assert stored == (200, {"prompt_tokens": length, "hit_tokens": len(HEAD), "queued_tokens": 0})
+        assert other_tenant[1]["hit_tokens"] == 0
+        assert ready == {"status": "ok", "name": "llamacpp"}
+        assert len(llama.bodies) == before
+
+    async def test_metrics_have_the_names_of_every_replica(self, llama: FakeLlama) -> None:
+        async with fronted(llama) as client:
+            await client.ask(HEAD + "one")
+            await client.ask(HEAD + "one more")
+            await forget_slots(llama, client)
+            await client.ask(HEAD + "two")
+            text = await client.text("/metrics")
+
+        assert 'kvstore_replica_requests_total{status="200"} 3.0' in text
+        assert f'kvstore_replica_hit_tokens_total{{tier="host"}} {len(HEAD):.1f}' in text
+        assert f'kvstore_replica_hit_tokens_total{{tier="engine"}} {len(HEAD) + 3:.1f}' in text
+
     async def test_what_is_in_the_slots_is_told_to_nobody(self, llama: FakeLlama) -> None:
         async with fronted(llama) as client:
             await client.ask(HEAD + "a secret")

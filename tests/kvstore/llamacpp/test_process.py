@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.cluster import server_process
 from kvstore.errors import KVStoreError
-from kvstore.llamacpp import process as llama_process
 from kvstore.llamacpp.folder import MEMORY_FOLDER, remove_left
 from kvstore.llamacpp.process import LlamaProcess, LlamaSettings
 from tests.helpers.waiting import wait_until
@@ -57,7 +57,7 @@ def test_a_program_that_ends_is_told_with_its_last_words(tmp_path: Path) -> None
 
 
 def test_a_log_that_has_grown_large_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_process, "MAX_LOG_BYTES", 10)
+    monkeypatch.setattr(server_process, "MAX_LOG_BYTES", 10)
     llama = LlamaProcess(LlamaSettings(tmp_path / "model.gguf"), 1)
     log = llama.folder / "llama-server.log"
     log.write_bytes(b"a" * 11)

@@ -1,0 +1,118 @@
+"""An engine's own server as a child process: started, waited for, watched, ended. Used by fronts.
+
+The hard thing: a front may be killed. So a program is started by `become`, which has the kernel tell it of our end; and
+its standard input is a pipe of ours, whose end a program of ours may wait for.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from kvstore.errors import KVStoreError
+
+START_TIMEOUT_S = 600.0  # loading a large model from a cold disk
+STOP_TIMEOUT_S = 20.0
+STEP_S = 0.05
+TAIL_BYTES = 1500
+CAUSE_CHARACTERS = 400
+MAX_LOG_BYTES = 16 << 20  # in memory, as a rule
+# The last line of a traceback. Of many, the first says why; those after it say that somebody else has failed.
+_CAUSE = re.compile(r"^(?:.*?[\])]\s)?((?:\w+\.)*\w*(?:Error|Exception|Refused|Mismatch)\b: .+)$", re.MULTILINE)
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not reach 127.0.0.1
+_Same = TypeVar("_Same", bound="ServerProcess")
+
+
+class ServerProcess:
+    """One server at `url`, with its output in the file `log`. Use as a context manager; not thread-safe.
+
+    name:        how messages call it.
+    environment: of the child; ours if None.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], url: str, log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self.name = name
+        self.command = tuple(command)
+        self.url = url
+        self.log = log
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Start it, and wait until GET /health answers 200. Raises KVStoreError with the end of its log."""
+        with self.log.open("ab") as output:  # appending, so that it may be cut
+            self._process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=self._environment
+            )
+        until = time.monotonic() + timeout_s
+        while not self._is_up():
+            if why := self.ended():
+                raise KVStoreError(why)
+            if time.monotonic() > until:
+                raise KVStoreError(f"{self.name} is not ready after {timeout_s:.0f} s; {self._last_words()}")
+            time.sleep(STEP_S)
+
+    def ended(self) -> str:
+        """Why there is no server any more, with the end of its log; "" while there is one. Asked now and then."""
+        if self._process is None or self._process.poll() is None:
+            if self.log.exists() and self.log.stat().st_size > MAX_LOG_BYTES:
+                os.truncate(self.log, 0)
+            return ""
+        return f"{self.name} has ended with {self._process.returncode}; {self._last_words()}"
+
+    def stop(self) -> None:
+        """End it. Idempotent."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+            self._process = None
+
+    def __enter__(self: _Same) -> _Same:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _is_up(self) -> bool:
+        try:
+            with _DIRECT.open(f"{self.url}/health", timeout=1.0) as answer:
+                return bool(answer.status == 200)
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def _last_words(self) -> str:
+        """The first cause in its log, if it is not in the end of it, and the end."""
+        try:
+            text = self.log.read_text(errors="replace").strip()
+        except OSError:
+            return "its log cannot be read"
+        tail = text[-TAIL_BYTES:]
+        found = _CAUSE.search(text)
+        cause = f"it says: {found[1][:CAUSE_CHARACTERS]}; " if found and found[1] not in tail else ""
+        return f"{cause}its log ends: {tail or 'it is empty'}"
+
+
+def as_child(command: Sequence[str]) -> list[str]:
+    """The command of a program that is to end with this process."""
+    return [sys.executable, "-m", "kvstore.cluster.become", *command]
