@@ -134,7 +134,8 @@ class Requests:
 
 def _uses_store(request: Any) -> bool:
     """Whether a request may use the store: not if it says {"kvstore": {"cache": false}} in kv_transfer_params."""
-    hints = (getattr(request, "kv_transfer_params", None) or {}).get("kvstore")
+    params = getattr(request, "kv_transfer_params", None)
+    hints = params.get("kvstore") if isinstance(params, dict) else None
     return not (isinstance(hints, dict) and hints.get("cache") is False)
 
 

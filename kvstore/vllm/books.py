@@ -1,10 +1,10 @@
 """The books of a front: who is inside, how many of them wait, and how fast the engine works.
 
 The engine batches, so no request has a speed of its own. What counts for when there is room again is how much prompt
-and answer the engine does in a second, all requests together. It is measured from outside: tokens that it has counted over
-seconds in which it had something to do. An interval has both kinds of work in it; its seconds are divided among them in
-the ratio that the rates so far foretell, and each rate is then corrected by its share (intervals with one kind only put
-that one right).
+and answer the engine does in a second, all requests together. It is measured from outside: tokens that it has counted
+over seconds in which it had something to do. An interval has both kinds of work in it; its seconds are divided among
+them in the ratio that the rates so far foretell, and each rate is then corrected by its share (intervals with one kind
+only put that one right).
 """
 
 from __future__ import annotations

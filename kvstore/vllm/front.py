@@ -1,8 +1,8 @@
 """An OpenAI-compatible server before one vLLM server: admission, and the face of every replica.
 
 A request goes on as it came, but for what it says about the cache, which is put in vLLM's words; an answer comes back
-as it is, with one object more, "kvstore". vLLM batches what is inside; this lets in no more than it can honestly take, and
-says when to come again.
+as it is, with one object more, "kvstore". vLLM batches what is inside; this lets in no more than it can honestly take,
+and says when to come again.
 """
 
 from __future__ import annotations

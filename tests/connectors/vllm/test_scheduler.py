@@ -752,6 +752,22 @@ def test_a_request_that_must_not_read_caches_asks_the_store_nothing_and_is_saved
     assert [len(job.copies[0].slots) for job in plan.saves] == [3]
 
 
+def test_a_request_that_wants_no_cache_neither_asks_the_store_nor_is_saved(world: World) -> None:
+    world.stored(request("a", 4 * BLOCK + 1))
+    before = world.store.stats()
+    asked = request("b", 4 * BLOCK + 1)
+    asked.kv_transfer_params = {"kvstore": {"cache": False, "session": "s"}}
+    world.half.new_request(asked)
+
+    matched = world.half.matched(asked, 0)
+    plan = world.half.plan_step({"b": 4 * BLOCK + 1}, lambda name: ([1, 2, 3, 4, 5],))
+
+    assert matched == (0, False)
+    assert plan.saves == []
+    assert world.store.stats()["lookups"] == before["lookups"]
+    assert world.half.request_finished(asked) is None
+
+
 def test_after_a_load_failed_inside_a_step_nothing_of_who_was_there_is_saved(store: LocalStore) -> None:
     world = World(store, is_beside=True)
     asked = request("a", 4 * BLOCK + 1)
