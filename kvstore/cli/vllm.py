@@ -75,7 +75,7 @@ def vllm(
     from kvstore.config.sections import Config
     from kvstore.ports import free_port
     from kvstore.vllm.command import VllmSettings, command, environment
-    from kvstore.vllm.front import FrontSettings, serve
+    from kvstore.vllm.front import VllmFrontSettings, serve
     from kvstore.web.descriptors import raise_limit
 
     logs.setup(verbose=verbose)
@@ -83,7 +83,7 @@ def vllm(
     announce = announcer()
     given = overrides(setting or [])
     Config.load(file, **given)  # what is wrong is told now, and not in the middle of vLLM's log
-    front = FrontSettings(name, host, port, max_queue, max_running, max_tokens_queued, drain_s)
+    front = VllmFrontSettings(name, host, port, max_queue, max_running, max_tokens_queued, drain_s)
     if url is not None:
         _check_url(url, has_more=server is not None or model is not None or bool(arguments or setting))
         serve(front, url, announce, api_key=api_key)

@@ -32,7 +32,7 @@ class Weights(str, Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaSpec:
+class ReplicaPlace:
     """One replica, whatever its engine.
 
     dtype:     of weights and cache; "" leaves it to the engine.
@@ -66,11 +66,11 @@ class ClusterEngine(Protocol):
     def find_server(self, given: str | None) -> str:
         """The program that it needs, "" for none. given: as --server names it. Raises KVStoreError with what to do."""
 
-    def command(self, replica: ReplicaSpec) -> tuple[str, ...]:
+    def command(self, replica: ReplicaPlace) -> tuple[str, ...]:
         """The command of a replica. Raises ConfigError for what this engine cannot have."""
 
 
-class TransformersEngine:
+class TransformersKind:
     """The light default."""
 
     name = "transformers"
@@ -82,13 +82,13 @@ class TransformersEngine:
             raise ConfigError(f"--server {given}: transformers runs in our own process; leave it out, or give --engine")
         return ""
 
-    def command(self, replica: ReplicaSpec) -> tuple[str, ...]:
+    def command(self, replica: ReplicaPlace) -> tuple[str, ...]:
         """`kvstore replica`."""
         options = [*_common(replica), "--dtype", replica.dtype or "float32", "--threads", str(replica.threads)]
         return kvstore_command("replica", *options, settings=replica.settings, last=replica.arguments)
 
 
-class VllmEngine:
+class VllmKind:
     """vLLM's own server, with our connector."""
 
     name = "vllm"
@@ -98,14 +98,14 @@ class VllmEngine:
         """`vllm`, or a Python that has it."""
         return find_vllm(given)
 
-    def command(self, replica: ReplicaSpec) -> tuple[str, ...]:
+    def command(self, replica: ReplicaPlace) -> tuple[str, ...]:
         """`kvstore vllm`. Its `arguments` may hold a `--`, after which come vLLM's own."""
         options = [*_common(replica), "--server", replica.server, "--threads", str(replica.threads)]
         options += ["--dtype", replica.dtype] if replica.dtype else []
         return kvstore_command("vllm", *options, settings=replica.settings, last=replica.arguments)
 
 
-class LlamacppEngine:
+class LlamacppKind:
     """llama-server, with our front."""
 
     name = "llamacpp"
@@ -115,7 +115,7 @@ class LlamacppEngine:
         """A llama-server; "" for that of the package."""
         return find_llama_server(given) or ""
 
-    def command(self, replica: ReplicaSpec) -> tuple[str, ...]:
+    def command(self, replica: ReplicaPlace) -> tuple[str, ...]:
         """`kvstore llamacpp`. Its `arguments` may hold a `--`, after which come llama-server's own."""
         if replica.dtype:
             raise ConfigError("--dtype: a GGUF file has its own; leave it out (of the cache: -- --cache-type)")
@@ -124,8 +124,8 @@ class LlamacppEngine:
         return kvstore_command("llamacpp", *options, settings=replica.settings, last=replica.arguments)
 
 
-ENGINES: dict[str, ClusterEngine] = {one.name: one for one in (TransformersEngine(), VllmEngine(), LlamacppEngine())}
-DEFAULT_ENGINE = TransformersEngine.name
+ENGINES: dict[str, ClusterEngine] = {one.name: one for one in (TransformersKind(), VllmKind(), LlamacppKind())}
+DEFAULT_ENGINE = TransformersKind.name
 
 
 def find_engine(name: str) -> ClusterEngine:
@@ -143,5 +143,5 @@ def kvstore_command(
     return (sys.executable, "-m", "kvstore", command, *options, *assignments, *last)
 
 
-def _common(replica: ReplicaSpec) -> list[str]:
+def _common(replica: ReplicaPlace) -> list[str]:
     return ["--model", replica.model, "--name", replica.name, "--host", replica.host, "--port", str(replica.port)]

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from kvstore.cluster.engines import DEFAULT_ENGINE, ReplicaSpec, find_engine, kvstore_command
+from kvstore.cluster.engines import DEFAULT_ENGINE, ReplicaPlace, find_engine, kvstore_command
 from kvstore.errors import ConfigError
 from kvstore.testing.redis_server import memory_options
 
@@ -215,7 +215,7 @@ def _node(spec: ClusterSpec, directory: Path, index: int) -> Process:
 
 def _replica(spec: ClusterSpec, directory: Path, index: int) -> Process:
     node = index % len(spec.ports.nodes)
-    replica = ReplicaSpec(
+    replica = ReplicaPlace(
         f"replica-{index}",
         HOST,
         spec.ports.replicas[index],

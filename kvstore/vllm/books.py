@@ -15,7 +15,7 @@ from kvstore.cluster.admission import Admission, Ticket
 from kvstore.vllm.counters import EngineCounters
 
 
-class Books:
+class EngineBooks:
     """Tickets of one engine. max_running: requests that it computes at once. The loop's thread only."""
 
     def __init__(self, admission: Admission, max_running: int, now: Callable[[], float]) -> None:

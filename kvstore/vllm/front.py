@@ -26,10 +26,10 @@ from kvstore.cluster.openai import ApiError, event
 from kvstore.cluster.relay import NAME_HEADER, ClientGone, to_client
 from kvstore.errors import KVStoreError
 from kvstore.metrics import CONTENT_TYPE
-from kvstore.vllm.books import Books
+from kvstore.vllm.books import EngineBooks
 from kvstore.vllm.engine import EngineGone, VllmEngine
 from kvstore.vllm.metrics import VllmMetrics
-from kvstore.vllm.requests import Usage, apply_extension, ask_for_usage, event_of, held_answer_tokens
+from kvstore.vllm.requests import AnswerUsage, apply_extension, ask_for_usage, event_of, held_answer_tokens
 from kvstore.vllm.seen import SeenPrompts
 from kvstore.web.bodies import Bodies
 from kvstore.web.sse import read_events
@@ -46,7 +46,7 @@ LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.Timeo
 
 
 @dataclass(frozen=True, slots=True)
-class FrontSettings:
+class VllmFrontSettings:
     """The settings of a front.
 
     port:        0 takes any free one.
@@ -68,10 +68,12 @@ class FrontSettings:
 class VllmFront:
     """The application. Its event loop only."""
 
-    def __init__(self, settings: FrontSettings, engine: VllmEngine) -> None:
+    def __init__(self, settings: VllmFrontSettings, engine: VllmEngine) -> None:
         self.settings = settings
         self.engine = engine
-        self.books = Books(Admission(settings.max_queue, settings.max_tokens), settings.max_running, time.monotonic)
+        self.books = EngineBooks(
+            Admission(settings.max_queue, settings.max_tokens), settings.max_running, time.monotonic
+        )
         self.metrics = VllmMetrics()
         self.metrics.attach(
             self.books.admission,
@@ -194,7 +196,7 @@ class VllmFront:
             if answer.status == 200 and answer.content_type == "text/event-stream":
                 return await self._stream(request, answer, ticket, arrived, shows_usage)
             raw = await answer.read()
-        found, usage = as_object(raw), Usage()
+        found, usage = as_object(raw), AnswerUsage()
         if answer.status != 200 or found is None or not usage.take(found):
             return web.Response(status=answer.status, body=raw, content_type="application/json")
         self._tell(found, usage, 0.0)
@@ -204,7 +206,7 @@ class VllmFront:
         self, request: web.Request, answer: aiohttp.ClientResponse, ticket: Ticket, arrived: float, shows_usage: bool
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        usage, began, last = Usage(), 0.0, 0.0
+        usage, began, last = AnswerUsage(), 0.0, 0.0
         try:
             async for one in read_events(answer.content.iter_any()):
                 found = {} if one.data is None or one.is_done else event_of(one.data)
@@ -236,7 +238,7 @@ class VllmFront:
         await to_client(response.write_eof())
         return response
 
-    def _tell(self, answer: dict[str, Any], usage: Usage, ttft_s: float) -> None:
+    def _tell(self, answer: dict[str, Any], usage: AnswerUsage, ttft_s: float) -> None:
         """Put into an answer who gave it. Which tiers its cached tokens came from vLLM tells of all requests only."""
         answer["kvstore"] = {"replica": self.settings.name, "cached_tokens": usage.cached, "ttft_s": round(ttft_s, 6)}
 
@@ -338,7 +340,7 @@ class VllmFront:
 
 
 def serve(
-    settings: FrontSettings,
+    settings: VllmFrontSettings,
     url: str,
     announce: Callable[[str], None],
     *,

@@ -14,7 +14,7 @@ ANSWER_TOKENS = {"/v1/completions": 16, "/v1/chat/completions": 512}  # held for
 
 
 @dataclass(slots=True)
-class Usage:
+class AnswerUsage:
     """Tokens of an answer, as vLLM counts them; None for what it has not told."""
 
     prompt: int | None = None

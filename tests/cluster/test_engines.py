@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.cluster.engines import ENGINES, ReplicaSpec, find_engine
+from kvstore.cluster.engines import ENGINES, ReplicaPlace, find_engine
 from kvstore.cluster.programs import find_vllm
 from kvstore.errors import ConfigError, KVStoreError
 
-REPLICA = ReplicaSpec(
+REPLICA = ReplicaPlace(
     "replica-3",
     "127.0.0.1",
     8004,
@@ -60,7 +60,7 @@ def test_an_unknown_engine_is_refused_with_those_there_are() -> None:
 
 def test_a_gguf_file_has_its_own_dtype() -> None:
     with pytest.raises(ConfigError, match="--dtype: a GGUF file has its own"):
-        ENGINES["llamacpp"].command(ReplicaSpec("r", "h", 1, "m", dtype="bfloat16"))
+        ENGINES["llamacpp"].command(ReplicaPlace("r", "h", 1, "m", dtype="bfloat16"))
 
 
 def test_transformers_runs_no_program() -> None:

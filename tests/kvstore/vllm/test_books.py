@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kvstore.cluster.admission import Admission, Refused
-from kvstore.vllm.books import Books
+from kvstore.vllm.books import EngineBooks
 from kvstore.vllm.counters import EngineCounters
 
 
@@ -19,9 +19,9 @@ def counted(prompt: int, new: int) -> EngineCounters:
     return EngineCounters(prompt_tokens=prompt, new_tokens=new)
 
 
-def make(max_running: int = 2) -> tuple[Books, Clock]:
+def make(max_running: int = 2) -> tuple[EngineBooks, Clock]:
     clock = Clock()
-    return Books(Admission(1, 1000), max_running, clock), clock
+    return EngineBooks(Admission(1, 1000), max_running, clock), clock
 
 
 def test_those_beyond_what_the_engine_computes_at_once_wait() -> None:

@@ -66,7 +66,7 @@ def test_the_environment_has_the_connectors_packages_and_not_those_of_another_py
     monkeypatch.setenv("PYTHONPATH", "/somebody/elses")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "9")
 
-    found = environment(VllmSettings("m", "python", threads=3, file=Path("/etc/kv.toml")))
+    found = environment(VllmSettings("m", "/venv/bin/python", threads=3, file=Path("/etc/kv.toml")))
 
     assert found["PYTHONPATH"] == str(Path(__file__).parents[3])
     assert found["VLLM_CPU_KVCACHE_SPACE"] == "9"
@@ -76,4 +76,4 @@ def test_the_environment_has_the_connectors_packages_and_not_those_of_another_py
 def test_an_installed_package_is_not_put_before_vllms_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PACKAGES", Path("/venv/lib/site-packages"))
 
-    assert "PYTHONPATH" not in environment(VllmSettings("m", "python"))
+    assert "PYTHONPATH" not in environment(VllmSettings("m", "/venv/bin/python"))

@@ -10,7 +10,7 @@ import pytest
 
 from kvstore.errors import ConfigError
 from kvstore.vllm.engine import VllmEngine
-from kvstore.vllm.front import FrontSettings, VllmFront
+from kvstore.vllm.front import VllmFront, VllmFrontSettings
 from tests.helpers.llama_front import until
 from tests.helpers.vllm_server import FakeVllm
 
@@ -50,7 +50,7 @@ async def make(vllm: FakeVllm) -> AsyncIterator[Any]:
     async with aiohttp.ClientSession() as session:
 
         async def make_one(**settings: Any) -> Client:
-            front = VllmFront(FrontSettings(port=0, **{"drain_s": 0.0, **settings}), VllmEngine(vllm.url))
+            front = VllmFront(VllmFrontSettings(port=0, **{"drain_s": 0.0, **settings}), VllmEngine(vllm.url))
             fronts.append(front)
             await front.open()
             return Client(front, session)
