@@ -45,13 +45,22 @@ static void class_count(Survival *survival, int32_t number, int age, int64_t use
     }
 }
 
-/* The class below another one that a feature leads to, new if need be; the other one itself when there are too many. */
+/* The class below another one that a feature leads to, 0 if there is none. */
+static int32_t child_of(const Survival *survival, int32_t parent, int32_t feature)
+{
+    int32_t child = survival->classes[parent].first_child;
+    while (child && survival->classes[child].feature != feature)
+        child = survival->classes[child].sibling;
+    return child;
+}
+
+/* The same, new if need be; the other one itself when there are too many. */
 static int32_t class_below(Survival *survival, int32_t parent, int32_t feature)
 {
     Class *classes = survival->classes;
-    for (int32_t child = classes[parent].first_child; child; child = classes[child].sibling)
-        if (classes[child].feature == feature)
-            return child;
+    int32_t child = child_of(survival, parent, feature);
+    if (child)
+        return child;
     if (survival->num_classes >= MAX_CLASSES)
         return parent;
     int32_t number = survival->num_classes++;
@@ -73,6 +82,19 @@ static int32_t class_of(Survival *survival, const int32_t *features, int num_fea
     for (int i = 0; i < num_features && i < MAX_DEPTH; i++) {
         int32_t below = class_below(survival, number, features[i]);
         if (below == number)
+            break;
+        number = below;
+    }
+    return number;
+}
+
+/* The class that features lead to, as far as it was seen. */
+static int32_t seen_class_of(const Survival *survival, const int32_t *features, int num_features)
+{
+    int32_t number = 0;
+    for (int i = 0; i < num_features && i < MAX_DEPTH; i++) {
+        int32_t below = child_of(survival, number, features[i]);
+        if (!below)
             break;
         number = below;
     }

@@ -5,7 +5,9 @@
  *     arrive(blocks), touch(blocks)
  *     leave(blocks) -> blocks that are forgotten
  *     victims(n) -> blocks
+ *     advance(now)
  *     worth(blocks, now) -> floats
+ *     prospects(last, num_known, blocks, now, last_turn) -> floats
  *     counts() -> (classes, events, at_risk), restore(classes, events, at_risk): lists of features, rows of int64
  *     num_remembered, num_cohorts
  *
@@ -15,8 +17,7 @@
 #include <Python.h>
 
 #include "_visits.h"
-
-#define ROW_BYTES (NUM_AGES * sizeof(int64_t))
+#include "_visits_tables.h"
 
 typedef struct {
     PyObject_HEAD
@@ -47,27 +48,6 @@ static void visits_touch(Visits *visits, const int32_t *path, int32_t length)
         link_known(visits, path[i]);
         change_resident(visits, fresh, 1);
     }
-}
-
-static int age_of(const Survival *survival, double seconds)
-{
-    int age = 0;
-    while (age < NUM_AGES - 1 && survival->edges[age + 1] <= seconds)
-        age++;
-    return age;
-}
-
-/* What a block is worth at a time; one that is not remembered is worth what the least known kind is. */
-static double visits_worth(const Visits *visits, int32_t block, double now)
-{
-    const Cohorts *all = &visits->cohorts;
-    const Survival *survival = &all->survival;
-    const Cohort *cohort = &all->cohorts[visits->blocks[block].cohort];
-    if (!visits->blocks[block].cohort)
-        return survival->worth[0];
-    double passed = now - visits->told_at;
-    int age = age_of(survival, all->now + (passed > 0 && visits->num_visits ? passed : 0) - cohort->time);
-    return worth_of(survival, cohort->cell / NUM_AGES)[age];
 }
 
 /* ---- arguments ---- */
@@ -114,19 +94,6 @@ static Py_ssize_t take_blocks(Object *self, PyObject *blocks)
         return -1;
     }
     return num;
-}
-
-static PyObject *list_of(const int32_t *blocks, int64_t num)
-{
-    PyObject *list = PyList_New((Py_ssize_t)num);
-    for (int64_t i = 0; list != NULL && i < num; i++) {
-        PyObject *block = PyLong_FromLong(blocks[i]);
-        if (block == NULL)
-            Py_CLEAR(list);
-        else
-            PyList_SET_ITEM(list, (Py_ssize_t)i, block);
-    }
-    return list;
 }
 
 /* Name what was forgotten. Where that fails the list stays for the next call. */
@@ -204,6 +171,15 @@ static PyObject *victims(PyObject *object, PyObject *arg)
     return out == NULL ? NULL : list_of(out, visits_victims(&self->visits, num, out));
 }
 
+static PyObject *advance(PyObject *object, PyObject *arg)
+{
+    double now = PyFloat_AsDouble(arg);
+    if (now == -1.0 && PyErr_Occurred())
+        return NULL;
+    visits_advance(&((Object *)object)->visits, now);
+    Py_RETURN_NONE;
+}
+
 static PyObject *worth(PyObject *object, PyObject *args)
 {
     Object *self = (Object *)object;
@@ -223,90 +199,41 @@ static PyObject *worth(PyObject *object, PyObject *args)
     return list;
 }
 
-/* ---- tables ---- */
-
-static PyObject *features_of(const Survival *survival, int32_t number)
+static PyObject *prospects(PyObject *object, PyObject *args)
 {
-    int32_t features[MAX_DEPTH], depth = survival->classes[number].depth;
-    for (int32_t i = depth - 1; i >= 0; i--, number = survival->classes[number].parent)
-        features[i] = survival->classes[number].feature;
-    return list_of(features, depth);
-}
-
-static int append_new(PyObject *list, PyObject *item)
-{
-    int failed = item == NULL ? -1 : PyList_Append(list, item);
-    Py_XDECREF(item);
-    return failed;
-}
-
-static PyObject *rows_of(const Survival *survival, int of_events)
-{
-    PyObject *rows = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)survival->num_classes * ROW_BYTES);
-    for (int32_t number = 0; rows != NULL && number < survival->num_classes; number++) {
-        const Class *class = &survival->classes[number];
-        memcpy(PyBytes_AS_STRING(rows) + (size_t)number * ROW_BYTES, of_events ? class->events : class->at_risk, ROW_BYTES);
+    Object *self = (Object *)object;
+    PyObject *blocks;
+    int last, num_known;
+    double now;
+    Told told = {UNKNOWN, UNKNOWN, UNKNOWN};
+    int32_t features[MAX_DEPTH];
+    if (!PyArg_ParseTuple(args, "iiOdi", &last, &num_known, &blocks, &now, &told.last_turn))
+        return NULL;
+    Visits *visits = &self->visits;
+    if (num_known && (last < 0 || last >= visits->num_blocks || !visits->blocks[last].cohort))
+        return PyErr_Format(PyExc_ValueError, "%d is no block that is remembered", last);
+    Py_ssize_t num = take_blocks(self, blocks);
+    PyObject *list = num < 0 ? NULL : PyList_New(num);
+    int num_features = find_features(visits, last, num_known, told, time_at(visits, now), features + 1) + 1;
+    for (Py_ssize_t i = 0; list != NULL && i < num; i++) {
+        PyObject *value = PyFloat_FromDouble(visits_prospect(visits, self->path[i], features, num_features));
+        if (value == NULL)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, i, value);
     }
-    return rows;
+    return list;
 }
 
 static PyObject *counts(PyObject *object, PyObject *unused)
 {
-    const Survival *survival = &((Object *)object)->visits.cohorts.survival;
-    PyObject *classes = PyList_New(0);
     (void)unused;
-    for (int32_t number = 0; classes != NULL && number < survival->num_classes; number++)
-        if (append_new(classes, features_of(survival, number)) < 0)
-            Py_CLEAR(classes);
-    PyObject *events = classes == NULL ? NULL : rows_of(survival, 1), *at_risk = events == NULL ? NULL : rows_of(survival, 0);
-    PyObject *all = at_risk == NULL ? NULL : PyTuple_Pack(3, classes, events, at_risk);
-    Py_XDECREF(classes);
-    Py_XDECREF(events);
-    Py_XDECREF(at_risk);
-    return all;
-}
-
-static int take_class(Survival *survival, PyObject *path, const char *events, const char *at_risk)
-{
-    PyObject *items = PySequence_Fast(path, "a class must be a sequence of features");
-    int32_t features[MAX_DEPTH];
-    if (items == NULL)
-        return -1;
-    Py_ssize_t depth = PySequence_Fast_GET_SIZE(items);
-    if (depth > MAX_DEPTH)
-        PyErr_Format(PyExc_ValueError, "a class of %zd features, not up to %d", depth, MAX_DEPTH);
-    for (Py_ssize_t i = 0; !PyErr_Occurred() && i < depth; i++)
-        features[i] = (int32_t)PyLong_AsLong(PySequence_Fast_GET_ITEM(items, i));
-    Py_DECREF(items);
-    if (PyErr_Occurred())
-        return -1;
-    Class *class = &survival->classes[class_of(survival, features, (int)depth)];
-    memcpy(class->events, events, ROW_BYTES);
-    memcpy(class->at_risk, at_risk, ROW_BYTES);
-    return 0;
+    return tables_of(&((Object *)object)->visits.cohorts.survival);
 }
 
 static PyObject *restore(PyObject *object, PyObject *args)
 {
-    Object *self = (Object *)object;
-    Survival *survival = &self->visits.cohorts.survival;
-    PyObject *classes, *events, *at_risk;
-    if (!PyArg_ParseTuple(args, "O!O!O!", &PyList_Type, &classes, &PyBytes_Type, &events, &PyBytes_Type, &at_risk))
-        return NULL;
-    Py_ssize_t num = PyList_GET_SIZE(classes), wanted = num * (Py_ssize_t)ROW_BYTES;
-    if (self->visits.num_visits || self->visits.num_resident || survival->num_classes > 1 || num > MAX_CLASSES ||
-        PyBytes_GET_SIZE(events) != wanted || PyBytes_GET_SIZE(at_risk) != wanted) {
-        PyErr_SetString(PyExc_ValueError, "as many rows as classes are restored, and into visits that are new");
-        return NULL;
-    }
-    for (Py_ssize_t i = 0; i < num && i < PyList_GET_SIZE(classes); i++)
-        if (take_class(survival, PyList_GET_ITEM(classes, i), PyBytes_AS_STRING(events) + (size_t)i * ROW_BYTES,
-                       PyBytes_AS_STRING(at_risk) + (size_t)i * ROW_BYTES) < 0)
-            return NULL;
-    for (int32_t number = 0; number < survival->num_classes; number++)
-        class_update(survival, number);
-    survival->next_update = 0;
-    Py_RETURN_NONE;
+    return take_tables(&((Object *)object)->visits, args) < 0 ? NULL : Py_NewRef(Py_None);
 }
 
 /* ---- the type ---- */
@@ -361,7 +288,9 @@ static PyMethodDef METHODS[] = {
     {"touch", touch, METH_O, "Resident blocks, root first, were used."},
     {"leave", leave, METH_O, "Blocks are not resident any more; return those that are forgotten."},
     {"victims", victims, METH_O, "Return so many resident blocks, those that are worth least first."},
+    {"advance", advance, METH_O, "Time goes on."},
     {"worth", worth, METH_VARARGS, "Return what blocks are worth at a time."},
+    {"prospects", prospects, METH_VARARGS, "Return what blocks will be worth when a request has used them."},
     {"counts", counts, METH_NOARGS, "Return what was learned: classes, events and what was at risk."},
     {"restore", restore, METH_VARARGS, "Take in what counts() gave; into new visits only."},
     {NULL, NULL, 0, NULL},

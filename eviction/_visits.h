@@ -169,17 +169,26 @@ static int32_t num_known(const Visits *visits, const int32_t *path, int32_t leng
     return low;
 }
 
-/* The features of a visit behind the number of uses. */
-static int find_features(const Visits *visits, const int32_t *path, int32_t length, Told told, int32_t *features)
+/* The time, as cohorts count it, of a moment by the caller's clock: one that is set back stands still here. */
+static double time_at(const Visits *visits, double now)
+{
+    double passed = now - visits->told_at;
+    return visits->cohorts.now + (passed > 0 && visits->num_visits ? passed : 0);
+}
+
+/* The features of a visit at a time, but for the number of uses, which is the first of a class.
+ *
+ * known: leading blocks that are remembered; last: the last of them. */
+static int find_features(const Visits *visits, int32_t last, int32_t known, Told told, double time, int32_t *features)
 {
     static const double PACES_S[] = {5, 15, 45, 120, 400}, REPLIES[] = {16, 64, 160, 320, 640};
-    int32_t known = num_known(visits, path, length), pace = NEW_PACE;
+    int32_t pace = NEW_PACE;
     int num = 0;
     if (known) {
-        const Cohort *before = &visits->cohorts.cohorts[visits->blocks[path[known - 1]].cohort];
+        const Cohort *before = &visits->cohorts.cohorts[visits->blocks[last].cohort];
         pace = BRANCH_PACE;
         if (before->size && known >= 2 && known >= before->size - SHORT_BY)
-            pace = rank_of(visits->cohorts.now - before->time, PACES_S, 5);
+            pace = rank_of(time - before->time, PACES_S, 5);
     }
     if (told.last_turn != UNKNOWN)
         features[num++] = told.last_turn ? LAST_TURN : GOES_ON;
@@ -191,6 +200,13 @@ static int find_features(const Visits *visits, const int32_t *path, int32_t leng
     return num;
 }
 
+/* The first feature of a class: of blocks that were used so often before. */
+static int32_t feature_of_uses(int32_t count)
+{
+    static const double LIMITS[] = {1, 2, 4, 8, 32};
+    return USES + rank_of(count < MOST_COUNT ? count + 1 : MOST_COUNT, LIMITS, 5);
+}
+
 /* Forget what left longest ago. */
 static void trim(Visits *visits)
 {
@@ -200,21 +216,21 @@ static void trim(Visits *visits)
         forget(visits, visits->oldest_ghost);
 }
 
-static void advance(Visits *visits, double now)
+/* Time goes on. */
+static void visits_advance(Visits *visits, double now)
 {
-    double passed = now - visits->told_at; /* a clock that is set back stands still here */
+    double time = time_at(visits, now);
     visits->told_at = now;
-    cohorts_advance(&visits->cohorts, visits->cohorts.now + (passed > 0 && visits->num_visits ? passed : 0));
+    cohorts_advance(&visits->cohorts, time);
 }
 
 /* Book a request that has ended. There is room for a cohort for each of its blocks. */
 static void visits_visit(Visits *visits, const int32_t *path, int32_t length, Told told, double now)
 {
-    static const double USE_LIMITS[] = {1, 2, 4, 8, 32};
     Cohorts *all = &visits->cohorts;
-    int32_t features[MAX_DEPTH], cohort = 0, cls = -1;
-    advance(visits, now);
-    int num_features = find_features(visits, path, length, told, features + 1) + 1;
+    int32_t features[MAX_DEPTH], cohort = 0, cls = -1, known = num_known(visits, path, length);
+    visits_advance(visits, now);
+    int num_features = find_features(visits, known ? path[known - 1] : NO_BLOCK, known, told, all->now, features + 1) + 1;
     int64_t weight = (int64_t)(REQUEST_WEIGHT * ONE_OBSERVATION / (length > REQUEST_WEIGHT ? length : REQUEST_WEIGHT));
     for (int32_t i = 0; i < length;) {
         int32_t before = visits->blocks[path[i]].cohort, count = before ? visits->blocks[path[i]].count : 0;
@@ -222,7 +238,7 @@ static void visits_visit(Visits *visits, const int32_t *path, int32_t length, To
             i++;
             continue;
         }
-        features[0] = USES + rank_of(count < MOST_COUNT ? count + 1 : MOST_COUNT, USE_LIMITS, 5);
+        features[0] = feature_of_uses(count);
         int32_t number = class_of(&all->survival, features, num_features);
         if (!cohort || number != cls) {
             int32_t above = cohort;
@@ -260,6 +276,34 @@ static void visits_visit(Visits *visits, const int32_t *path, int32_t length, To
     trim(visits);
     if (++visits->num_visits % UPDATE_VISITS == 0)
         cohorts_update(all);
+}
+
+/* ---- the worth ---- */
+
+static int age_of(const Survival *survival, double seconds)
+{
+    int age = 0;
+    while (age < NUM_AGES - 1 && survival->edges[age + 1] <= seconds)
+        age++;
+    return age;
+}
+
+/* What a block is worth at a time; one that is not remembered is worth what the least known kind is. */
+static double visits_worth(const Visits *visits, int32_t block, double now)
+{
+    const Cohorts *all = &visits->cohorts;
+    const Cohort *cohort = &all->cohorts[visits->blocks[block].cohort];
+    if (!visits->blocks[block].cohort)
+        return all->survival.worth[0];
+    return worth_of(&all->survival, cohort->cell / NUM_AGES)[age_of(&all->survival, time_at(visits, now) - cohort->time)];
+}
+
+/* What a block will be worth when a visit with these features has used it. features: the first of them is set here. */
+static double visits_prospect(const Visits *visits, int32_t block, int32_t *features, int num_features)
+{
+    const Known *this = &visits->blocks[block];
+    features[0] = feature_of_uses(this->cohort ? this->count : 0);
+    return worth_of(&visits->cohorts.survival, seen_class_of(&visits->cohorts.survival, features, num_features))[0];
 }
 
 /* ---- the order ---- */

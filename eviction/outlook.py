@@ -10,6 +10,7 @@ was not used lately is of a kind of its own, and leaves when blocks of that kind
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from itertools import chain, repeat
@@ -56,6 +57,14 @@ class BlockTable(Generic[K]):
     def known(self, names: Iterable[Hashable]) -> list[int]:
         """Return the numbers of names, NO_BLOCK where there are none."""
         return list(map(self._numbers.get, names, repeat(NO_BLOCK)))
+
+    def last_known(self, names: Sequence[Hashable]) -> tuple[int, int]:
+        """Return the number of the last leading name that is known, and how many these are.
+
+        By halves, as `visits` does: who knows a block mostly knows all before it.
+        """
+        num = bisect_left(names, True, key=lambda name: name not in self._numbers)
+        return (self._numbers[names[num - 1]] if num else NO_BLOCK), num
 
     def forget(self, numbers: list[int]) -> None:
         """Visits remembers them no more."""
@@ -173,6 +182,7 @@ class Outlook(Ranked[K]):
 
     def used(self, use: PromptUse, now: float) -> None:
         """Remember a request until it ends; when there are too many, the end of the oldest is not awaited."""
+        self._table.visits.advance(now)
         self._open[use.id] = use
         if len(self._open) > MOST_OPEN:
             _, oldest = self._open.popitem(last=False)
@@ -197,6 +207,23 @@ class Outlook(Ranked[K]):
         """Return the uses per second, at best, that are to be expected of each key's block."""
         names = keys if self._name_of is None else map(self._name_of, keys)
         return self._table.visits.worth(self._table.known(names), now)
+
+    def num_worthy(
+        self, request_id: int, keys: Sequence[K], victims: Sequence[K], now: float, priority: int = 0
+    ) -> int:
+        """Return how many of the first of `keys` are worth what the victims beside them are."""
+        use = self._open.get(request_id)
+        if use is None:
+            return len(keys)
+        names = list(keys if self._name_of is None else map(self._name_of, keys))
+        visits, last_turn = self._table.visits, UNKNOWN if use.last_turn is None else int(use.last_turn)
+        prospects = visits.prospects(*self._table.last_known(use.path), self._table.known(names), now, last_turn)
+        bars = self.worth(victims, now)
+        order = self._orders.get(priority, ())
+        for at, (prospect, bar, victim) in enumerate(zip(prospects, bars, victims, strict=False)):
+            if prospect < bar and victim in order:
+                return at
+        return len(keys)
 
     def tables(self) -> dict[str, Any]:
         """Return what was learned, for JSON."""

@@ -77,6 +77,16 @@ class Survival:
             number = child
         return number
 
+    def seen_class_of(self, features: Sequence[int]) -> int:
+        """Return the number of the class that these features lead to, as far as it was seen."""
+        number = 0
+        for feature in features[:MAX_DEPTH]:
+            child = self._children.get((number, feature))
+            if child is None:
+                break
+            number = child
+        return number
+
     def count(self, number: int, age: int, used: int, waited: int) -> None:
         """Count, of a class at an age, units of what was used, and of what has waited that long without a use."""
         while True:

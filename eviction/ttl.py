@@ -21,7 +21,7 @@ from itertools import count, groupby, islice, repeat, takewhile
 from math import inf, isnan
 from typing import Any, Generic, NamedTuple
 
-from eviction.forecast import has_forecast
+from eviction.forecast import has_forecast, has_prospects
 from eviction.policy import NO_HINT, Ending, EvictionPolicy, Hint, K, Learner, PromptUse, learner
 from radix.ordered import OrderedMap
 
@@ -157,6 +157,25 @@ class Ttl(Generic[K]):
         inner: Any = self._inner
         worth: list[float] = inner.worth(keys, now)
         return worth
+
+    @property
+    def forecasts(self) -> bool:
+        """True if the inner policy can tell what a copy that is not there yet is worth."""
+        return has_prospects(self._inner)
+
+    def num_worthy(
+        self, request_id: int, keys: Sequence[K], victims: Sequence[K], now: float, priority: int = 0
+    ) -> int:
+        """Return how many of the first of `keys` are worth what the inner policy says of the victims beside them.
+
+        victims: as `victims` named them. Those that have expired are worth nothing. Without a forecast all keys are.
+        """
+        if not has_prospects(self._inner):
+            return len(keys)
+        inner: Any = self._inner
+        due = min(len(self._expired(len(victims))), len(keys))
+        worthy: int = inner.num_worthy(request_id, keys[due:], victims[due:], now, priority)
+        return due + worthy
 
     def demote(self, keys: Iterable[K]) -> None:
         """Make keys the next victims after the expired ones."""

@@ -110,8 +110,11 @@ class Visits:
 
         reason: a number for each finish reason. last_turn: 0 or 1. UNKNOWN where it is not known.
         """
-        self._advance(now)
-        features = self._features(blocks, reason, last_turn, reply_tokens)
+        self.advance(now)
+        known = self._num_known(blocks)
+        features = self._features(
+            blocks[known - 1] if known else UNKNOWN, known, self._now, reason, last_turn, reply_tokens
+        )
         weight = int(REQUEST_WEIGHT * ONE_OBSERVATION / max(len(blocks), REQUEST_WEIGHT))
         cohort: Cohort | None = None
         at = 0
@@ -121,7 +124,7 @@ class Visits:
                 at += 1
                 continue
             uses = min(count + 1, MOST_COUNT)
-            cls = self._survival.class_of((OF_USES + _rank(uses, USES), *features))
+            cls = self._survival.class_of((_feature_of_uses(count), *features))
             if cohort is None or cohort.cls != cls:
                 above, cohort = cohort, self._new(cls, weight, len(blocks))
                 cohort.above = above
@@ -211,26 +214,28 @@ class Visits:
     def worth(self, blocks: list[int], now: float) -> list[float]:
         """Return what blocks are worth at a time; one that is not remembered is worth what the least known kind is."""
         worth, found = self._survival.worth, []
-        at = self._now + self._passed(now)
+        at = self._time_at(now)
         for block in blocks:
             cohort = self._known[block][0] if block in self._known else None
             found.append(float(worth[0, 0] if cohort is None else worth[cohort.cls, age_of(at - cohort.time)]))
         return found
 
-    def counts(self) -> Counts:
-        """Return what was learned."""
-        return self._survival.counts()
+    def prospects(self, last: int, num_known: int, blocks: list[int], now: float, last_turn: int) -> list[float]:
+        """Return what blocks will be worth when a request that comes now has used them, by what is known before its end.
 
-    def restore(self, classes: list[list[int]], events: bytes, at_risk: bytes) -> None:
-        """Take in what `counts` gave; into visits that are new only."""
-        self._survival.restore(classes, events, at_risk)
+        num_known: leading blocks of its prompt that are remembered; last: the last of them, of no account for none.
+        Raises ValueError if that one is not remembered.
+        """
+        if num_known and last not in self._known:
+            raise ValueError(f"{last} is no block that is remembered")
+        features = self._features(last, num_known, self._time_at(now), UNKNOWN, last_turn, UNKNOWN)
+        counts = [self._known[block][1] if block in self._known else 0 for block in blocks]
+        classes = {count: self._survival.seen_class_of((_feature_of_uses(count), *features)) for count in set(counts)}
+        return [float(self._survival.worth[classes[count], 0]) for count in counts]
 
-    def _passed(self, now: float) -> float:
-        return max(now - self._told_at, 0.0) if self._num_visits else 0.0  # a clock that is set back stands still here
-
-    def _advance(self, now: float) -> None:
+    def advance(self, now: float) -> None:
         """Time goes on: cohorts come of the next age, and have waited as long."""
-        self._now += self._passed(now)
+        self._now = self._time_at(now)
         self._told_at = now
         while self._due and self._due[0][0] <= self._now:
             cohort = self._by_number.get(heappop(self._due)[1])
@@ -245,6 +250,18 @@ class Visits:
                 self._cells.setdefault(cohort.cell, set()).add(cohort.number)
             self._await(cohort)
 
+    def counts(self) -> Counts:
+        """Return what was learned."""
+        return self._survival.counts()
+
+    def restore(self, classes: list[list[int]], events: bytes, at_risk: bytes) -> None:
+        """Take in what `counts` gave; into visits that are new only."""
+        self._survival.restore(classes, events, at_risk)
+
+    def _time_at(self, now: float) -> float:
+        """The time, as cohorts count it, of a moment by the caller's clock: one that is set back stands still here."""
+        return self._now + (max(now - self._told_at, 0.0) if self._num_visits else 0.0)
+
     def _num_known(self, blocks: Sequence[int]) -> int:
         """Leading blocks that are remembered: by halves, since who knows a block mostly knows all before it."""
         low, high = 0, len(blocks)
@@ -256,15 +273,17 @@ class Visits:
                 high = middle
         return low
 
-    def _features(self, blocks: list[int], reason: int, last_turn: int, reply: int) -> tuple[int, ...]:
-        """The features of a visit behind the number of uses."""
-        known = self._num_known(blocks)
+    def _features(self, last: int, known: int, time: float, reason: int, last_turn: int, reply: int) -> tuple[int, ...]:
+        """The features of a visit at a time, but for the number of uses, which is the first of a class.
+
+        known: leading blocks that are remembered; last: the last of them.
+        """
         pace = NEW
         if known:
-            before = self._known[blocks[known - 1]][0]
+            before = self._known[last][0]
             pace = BRANCH
             if before.size and known >= max(2, before.size - SHORT_BY):
-                pace = _rank(self._now - before.time, PACES_S)
+                pace = _rank(time - before.time, PACES_S)
         features = []
         if last_turn != UNKNOWN:
             features.append(LAST_TURN if last_turn else GOES_ON)
@@ -346,6 +365,11 @@ def _deepest_first(cohort: Cohort) -> list[Cohort]:
         parts.append(parts[-1].deeper)
     parts.reverse()
     return parts
+
+
+def _feature_of_uses(count: int) -> int:
+    """The first feature of a class: of blocks that were used so often before."""
+    return OF_USES + _rank(min(count + 1, MOST_COUNT), USES)
 
 
 def _rank(value: float, limits: Sequence[float]) -> int:

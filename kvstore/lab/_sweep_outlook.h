@@ -56,6 +56,26 @@ static int64_t outlook_victims(void *order, int64_t n, int32_t *out)
     return visits_victims(&outlook->visits, n, out);
 }
 
+static void outlook_used(void *order, double now)
+{
+    Outlook *outlook = order;
+    visits_advance(&outlook->visits, now);
+}
+
+/* What is known before the end of a request is how it continues others, and perhaps that it is the last turn. */
+static int64_t outlook_admits(void *order, const int32_t *path, int32_t length, Told told, const int32_t *wanted, int64_t num,
+                              const int32_t *victims, int64_t num_victims, double now)
+{
+    const Visits *visits = &((Outlook *)order)->visits;
+    int32_t features[MAX_DEPTH], known = num_known(visits, path, length);
+    told.reason = told.reply_tokens = UNKNOWN;
+    int num_features = find_features(visits, known ? path[known - 1] : NO_BLOCK, known, told, time_at(visits, now), features + 1) + 1;
+    for (int64_t i = 0; i < num && i < num_victims; i++)
+        if (visits_prospect(visits, wanted[i], features, num_features) < visits_worth(visits, victims[i], now))
+            return i;
+    return num;
+}
+
 static void outlook_ended(void *order, const int32_t *path, int32_t length, Told told, double now)
 {
     Outlook *outlook = order;
@@ -72,6 +92,8 @@ static const PolicyKind OUTLOOK = {
     .victims = outlook_victims,
     .leave = outlook_leave,
     .discard = outlook_leave,
+    .used = outlook_used,
+    .admits = outlook_admits,
     .ended = outlook_ended,
 };
 

@@ -11,6 +11,8 @@
  *   victims  names up to n blocks, the next to leave first, and changes no membership
  *   leave    a victim leaves
  *   discard  a block leaves that is none: it is over, or moved to another tier
+ *   used     a request has come
+ *   admits   how many of the first of `wanted`, blocks of a path, are worth what they push out, each the victim beside it
  *   ended    a request has ended, with what its end told; its path is given root first
  *   free     gives back what `make` took beside the memory of the play
  */
@@ -34,6 +36,9 @@ typedef struct {
     int64_t (*victims)(void *order, int64_t n, int32_t *out);
     void (*leave)(void *order, int32_t block);
     void (*discard)(void *order, int32_t block);
+    void (*used)(void *order, double now);
+    int64_t (*admits)(void *order, const int32_t *path, int32_t length, Told told, const int32_t *wanted, int64_t num,
+                      const int32_t *victims, int64_t num_victims, double now);
     void (*ended)(void *order, const int32_t *path, int32_t length, Told told, double now);
     void (*free)(void *order);
 } PolicyKind;

@@ -115,9 +115,9 @@ static void expire(Store *store, double now)
     }
 }
 
-/* Evict up to `n` blocks that are not on the path. Where some of the first are, the policy is asked for twice as many,
- * as the planner does: naming victims may change an order. */
-static void evict(Store *store, int number, int64_t n, double now)
+/* Name up to `n` blocks that are not on the path. Where some of the first are, the policy is asked for twice as many, as
+ * the planner does: naming victims may change an order. */
+static int64_t name_victims(Store *store, int number, int64_t n)
 {
     Tier *tier = &store->tiers[number];
     int64_t ask = n, found, num_free;
@@ -127,18 +127,24 @@ static void evict(Store *store, int number, int64_t n, double now)
         found = tier->kind->victims(tier->order, ask, store->victims);
         num_free = 0;
         for (int64_t i = 0; i < found && num_free < n; i++)
-            num_free += store->spots[store->victims[i]].turn != store->turn;
+            if (store->spots[store->victims[i]].turn != store->turn)
+                store->victims[num_free++] = store->victims[i];
     } while (num_free < n && found == ask && (ask *= 2));
+    return num_free;
+}
+
+/* Evict up to `n` blocks that are not on the path. */
+static void evict(Store *store, int number, int64_t n, double now)
+{
+    Tier *tier = &store->tiers[number];
+    int64_t num_named = name_victims(store, number, n);
     int32_t *named = store->victims;
-    for (int64_t i = 0; i < found && n > 0; i++) {
+    for (int64_t i = 0; i < num_named; i++) {
         int32_t block = named[i];
-        if (store->spots[block].turn == store->turn)
-            continue;
-        n--;
         tier_leave(tier, block);
         if (store->is_exclusive && number + 1 < store->num_tiers) {
             store->spots[block].places &= (uint8_t)~tier->bit;
-            store->victims = named + found; /* of the tier below, behind these; together they are not more than all */
+            store->victims = named + num_named; /* of the tier below, behind these; together they are not more than all */
             demote(store, number + 1, block, now);
             store->victims = named;
             if (!store->spots[block].places)
@@ -233,8 +239,21 @@ static void lift(Store *store, int32_t num_wanted, int32_t num_held)
     }
 }
 
-/* Take the blocks of path[first, end) that host memory lacks into it; those for which there is no room are the last. */
-static void bring(Store *store, const int32_t *path, int32_t first, int32_t end, int is_hit, double now)
+/* How many of the blocks that host memory wants are worth coming: those for which it has room, and where nothing is below
+ * it those that are worth what they push out. */
+static int64_t num_worthy(Store *store, const int32_t *path, int32_t length, int64_t num_wanted, Told told, double now)
+{
+    const Tier *host = &store->tiers[HOST];
+    int64_t room = host->capacity - host->used, missing = num_wanted - room;
+    if (missing <= 0 || host->kind->admits == NULL || store->num_tiers > 1)
+        return num_wanted;
+    int64_t num_victims = name_victims(store, HOST, missing);
+    return room + host->kind->admits(host->order, path, length, told, store->wanted + room, missing, store->victims, num_victims, now);
+}
+
+/* Take the blocks of path[first, end) that host memory lacks into it; those for which there is no room are the last.
+ * is_hit: a tier below has them. */
+static void bring(Store *store, const int32_t *path, int32_t first, int32_t end, int is_hit, Told told, double now)
 {
     Tier *host = &store->tiers[HOST];
     int32_t num_wanted = 0;
@@ -245,7 +264,7 @@ static void bring(Store *store, const int32_t *path, int32_t first, int32_t end,
         host->kind->expect(host->order, store->wanted[i]);
     if (is_hit && store->is_exclusive)
         lift(store, num_wanted, end - first - num_wanted);
-    int64_t room = make_room(store, HOST, num_wanted, now);
+    int64_t room = make_room(store, HOST, is_hit ? num_wanted : num_worthy(store, path, end, num_wanted, told, now), now);
     for (int64_t i = room - 1; i >= 0; i--)
         if (!(store->spots[store->wanted[i]].places & host->bit)) /* a path that names a block twice */
             put(store, HOST, store->wanted[i], is_hit, now);
@@ -266,11 +285,13 @@ static void serve(Store *store, const int32_t *path, int32_t length, Told told, 
         spot->flags |= USED_AGAIN;
     }
     const Tier *host = &store->tiers[HOST];
+    if (host->kind->used != NULL)
+        host->kind->used(host->order, now);
     for (int32_t i = 0; host->kind->hold != NULL && i < known; i++)
         if (store->spots[path[i]].places & host->bit)
             host->kind->hold(host->order, path[i]);
     if (known > hits[HOST])
-        bring(store, path, 0, known, 1, now);
+        bring(store, path, 0, known, 1, told, now);
     for (int32_t i = known - 1; host->kind->release != NULL && i >= 0; i--)
         if ((store->spots[path[i]].places & host->bit) && !(store->spots[path[i]].fresh & host->bit))
             host->kind->release(host->order, path[i]);
@@ -279,7 +300,7 @@ static void serve(Store *store, const int32_t *path, int32_t length, Told told, 
         store->spots[path[i]].fresh = 0;
     }
     if (known < length)
-        bring(store, path, known, length, 0, now);
+        bring(store, path, known, length, 0, told, now);
     for (int number = 1; number < store->num_tiers && !store->is_exclusive; number++)
         copy_down(store, number, path, length, now);
     int32_t num_ended = length; /* the blocks of the path that an earlier request has ended with */

@@ -22,7 +22,7 @@ from eviction.policy import Hint
 from eviction.ttl import Ttl
 from kvstore.plan.catalog import Catalog
 from kvstore.plan.journal import Left
-from kvstore.plan.records import HOST
+from kvstore.plan.records import HOST, Request
 from kvstore.plan.slots import SlotPool
 from kvstore.plan.state import NEVER, Block, Page, PageState, name_of
 from kvstore.plan.steps import STEP_BLOCKS
@@ -74,6 +74,19 @@ class HostMemory:
         for page in pages[len(slots) :]:
             page.state = PageState.ABSENT
         return slots
+
+    def take_worthy(self, pages: Sequence[Page], request: Request) -> list[int]:
+        """As `take_for`, for pages that a request brings; up to the first that is worth less than what it would push out.
+
+        Where the policy has no forecast, all are worth it.
+        """
+        num_free = self.pool.num_free
+        if pages and len(pages) > num_free and self.policy.forecasts:
+            victims = self._victims(len(pages) - num_free, request.keys)
+            priority = pages[0].block.hint.priority
+            num = self.policy.num_worthy(request.id, pages[num_free:], victims, self._boot(), priority)
+            pages = pages[: num_free + num]
+        return self.take_for(pages, request.keys)
 
     def ready(self, pages: Sequence[Page]) -> None:
         """The slots of filling pages are whole. The caller pins them or enters them in the policy."""

@@ -1,7 +1,7 @@
 """Saves: slots handed out to be filled, and pages published when they are.
 
 A save never waits and never fails: what host memory has already is not asked for again, and where no slot is free
-and nothing can be evicted, the rest of the prompt is skipped and counted.
+and nothing can be evicted, or nothing that is worth less, the rest of the prompt is skipped and counted.
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ class Saver:
                     wanted.append(page)
                     blocks.append(index)
         self.counters["dedup_saves"] += num_pages - len(wanted)
-        slots = self._host.take_for(wanted, request.keys)
+        # What host memory refuses no tier below would see: there it takes all.
+        slots = self._host.take_for(wanted, request.keys) if self._tiers else self._host.take_worthy(wanted, request)
         save.pages += wanted[: len(slots)]
         skipped = len(wanted) - len(slots)
         if skipped:

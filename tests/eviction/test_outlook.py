@@ -254,3 +254,46 @@ def test_callers_that_make_up_finish_reasons_fill_no_memory(requests: Requests) 
     for i in range(100):
         requests.ask(path_of("a", 2), float(i), Ending(f"reason {i}"))
     assert len(requests.policy.tables()["finish_reasons"]) == visits.MOST_REASONS
+
+
+def learned(requests: Requests) -> Outlook[str]:
+    """A policy that has seen conversations come back within ten seconds, and prompts that are asked once and no more."""
+    for i in range(60):
+        now = 100.0 * i
+        requests.ask(path_of(f"talk{i}", 4), now)
+        for turn in range(1, 5):
+            requests.ask(path_of(f"talk{i}", 4 + turn), now + 10.0 * turn)
+        for number in range(3):
+            requests.ask(path_of(f"once{i}.{number}", 4), now + 50.0)
+        requests.evict(max(len(requests.policy) - 40, 0))
+    return requests.policy
+
+
+def test_what_is_new_does_not_push_out_what_comes_back(requests: Requests) -> None:
+    policy = learned(requests)
+    now = 6000.0
+    talk = path_of("talk", 8)
+    for length in (5, 6, 7, 8):
+        requests.ask(talk[:length], now + 10.0 * (length - 5))
+    now += 31.0
+    once, turn = path_of("once", 3), [*talk, "next", "last"]
+
+    policy.used(PromptUse(7001, once), now)
+    policy.used(PromptUse(7002, turn), now)
+
+    assert policy.num_worthy(7001, once, talk[:3], now) == 0
+    assert policy.num_worthy(7002, turn[8:], path_of("once59.2", 2), now) == 2
+    assert policy.num_worthy(7001, once, [], now) == 3
+    assert policy.num_worthy(9999, once, talk[:3], now) == 3  # of a request that it was never told of it knows nothing
+
+
+def test_a_victim_that_was_told_to_leave_or_has_a_lower_priority_is_worth_nothing(requests: Requests) -> None:
+    policy = learned(requests)
+    talk, once, now = path_of("talk", 8), path_of("once", 3), 6000.0
+    for length in (5, 6, 7, 8):
+        requests.ask(talk[:length], now + 10.0 * (length - 5))
+    policy.used(PromptUse(7001, once), now + 31.0)
+
+    assert policy.num_worthy(7001, once, talk[-3:], now + 31.0, priority=1) == 3
+    policy.demote(talk[-2:])
+    assert policy.num_worthy(7001, once, talk[:-4:-1], now + 31.0) == 2

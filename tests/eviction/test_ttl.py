@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf, nan
 
 import pytest
@@ -362,3 +363,32 @@ def test_a_key_that_is_shortened_again_and_again_is_remembered_once(policy: Ttl[
     assert len(policy._lent_due) < 2000
     assert policy.expired(10_003.9) == []
     assert policy.expired(10_004.0) == ["a"]
+
+
+class Miser(Lru[str]):
+    """It finds no newcomer worth what it would push out."""
+
+    def worth(self, keys: Sequence[str], now: float) -> list[float]:
+        return [1.0] * len(keys)
+
+    def num_worthy(
+        self, request_id: int, keys: Sequence[str], victims: Sequence[str], now: float, priority: int = 0
+    ) -> int:
+        return max(len(keys) - len(victims), 0)
+
+
+def test_what_has_expired_is_worth_nothing_whatever_the_policy_says() -> None:
+    policy: Ttl[str] = Ttl(Miser(), ttl_s=10.0)
+    policy.add(["old"], 0.0)
+    policy.add(["young"], 9.0)
+    policy.expired(15.0)
+
+    assert policy.victims(2) == ["old", "young"]
+    assert policy.num_worthy(1, ["a", "b"], policy.victims(2), 15.0) == 1
+
+
+def test_a_policy_without_forecasts_takes_all() -> None:
+    policy: Ttl[str] = Ttl(Lru())
+
+    assert not policy.forecasts
+    assert policy.num_worthy(1, ["a", "b"], ["c"], 0.0) == 2

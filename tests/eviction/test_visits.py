@@ -34,6 +34,11 @@ class Twins:
     def look(self, now: float, num: int) -> None:
         self.ask("victims", num)
         self.ask("worth", list(range(BLOCKS)), now)
+        known = [block for block in range(BLOCKS) if block in self.pair[1]._known]
+        for num_known in (0, 1, 2, 7) if known else (0,):
+            self.ask(
+                "prospects", known[num % len(known)] if known else 0, num_known, list(range(BLOCKS)), now, num % 3 - 1
+            )
         assert self.pair[0].num_remembered == self.pair[1].num_remembered
         assert self.pair[0].num_cohorts == self.pair[1].num_cohorts
 
@@ -57,6 +62,7 @@ def play(rng: random.Random, twins: Twins, num_steps: int) -> None:
             twins.ask("arrive", some(rng, 8))
         elif step < 0.8:
             twins.ask("touch", some(rng, 8))
+            twins.ask("advance", now)
         elif step < 0.9:
             twins.ask("leave", some(rng, 8), in_order=False)
         else:

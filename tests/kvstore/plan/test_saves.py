@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
+from eviction.lru import Lru
+from eviction.ttl import Ttl
 from kvstore.plan.planner import Planner
-from kvstore.plan.records import Request
-from tests.helpers.planners import make, path, save
+from kvstore.plan.records import PlanSettings, Request
+from kvstore.plan.state import Page
+from kvstore.plan.tier_plan import TierPlan
+from tests.helpers.planners import LAYOUT, make, path, save
 
 
 def leaving(planner: Planner, *requests: Request) -> list[str]:
@@ -112,4 +118,35 @@ def test_blocks_that_were_forgotten_while_they_were_filled_are_not_published() -
     assert planner.saver.counters["saved_pages"] == 2
     assert [len(spill.keys) for spill in planner.take_transfers()] == [2]
     assert planner.books.host.pool.num_free == 6
+    planner.check()
+
+
+class Miser(Lru[Page]):
+    """It finds one page of each request worth what it would push out."""
+
+    def worth(self, keys: Sequence[Page], now: float) -> list[float]:
+        return [1.0] * len(keys)
+
+    def num_worthy(
+        self, request_id: int, keys: Sequence[Page], victims: Sequence[Page], now: float, priority: int = 0
+    ) -> int:
+        return min(len(keys), 1)
+
+
+@pytest.mark.parametrize("has_disk", [False, True])
+def test_what_is_worth_less_than_what_it_would_push_out_is_not_saved_where_no_tier_below_wants_it(
+    has_disk: bool,
+) -> None:
+    disk = TierPlan("disk", 64, Ttl(Lru()), is_indexed=True, is_shared=False)
+    settings = PlanSettings(8, load_or_recompute=False)
+    planner = Planner(LAYOUT, settings, Ttl(Miser()), [disk] if has_disk else [])
+    first, second = path(0, 6), path(1, 6)
+    save(planner, first)
+
+    lease = planner.prepare_save(second, 0, 6, 1.0)
+
+    num_saved = 6 if has_disk else 3  # two free slots and the one
+    assert list(lease.pages.blocks) == list(range(num_saved))
+    assert lease.skipped == planner.saver.counters["skipped_saves"] == 6 - num_saved
+    planner.release(lease.id, 1.0)
     planner.check()
