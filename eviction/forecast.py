@@ -17,7 +17,7 @@ class Forecaster(Protocol[K_contra]):
     def num_worthy(
         self, request_id: int, keys: Sequence[K_contra], victims: Sequence[K_contra], now: float, priority: int = 0
     ) -> int:
-        """Return how many of the first of `keys`, of a request, are worth what they push out, each the victim beside it.
+        """Return how many of the first of `keys` are worth what they push out, each the victim beside it.
 
         They are judged as what they will be when the request, which the policy was told of, has ended with them.
         priority: theirs. Victims that were told to leave first, or are of a lower priority, are worth nothing. Changes

@@ -221,7 +221,7 @@ class Visits:
         return found
 
     def prospects(self, last: int, num_known: int, blocks: list[int], now: float, last_turn: int) -> list[float]:
-        """Return what blocks will be worth when a request that comes now has used them, by what is known before its end.
+        """Return what blocks will be worth when a request that comes now has used them, by what is known now.
 
         num_known: leading blocks of its prompt that are remembered; last: the last of them, of no account for none.
         Raises ValueError if that one is not remembered.

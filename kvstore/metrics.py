@@ -90,7 +90,11 @@ METRICS: tuple[MetricSpec, ...] = (
     # Saving and writing behind.
     _counter("saves", "saves", "Save leases prepared."),
     _counter("saved_pages", "saved_pages", "Pages published in host memory by saves."),
-    _counter("skipped_saves", "save_skipped_pages", "Pages not saved: no slot was free, or policy outlook held what was there for worth more."),
+    _counter(
+        "skipped_saves",
+        "save_skipped_pages",
+        "Pages not saved: no slot was free, or policy outlook held what was there for worth more.",
+    ),
     _counter("dedup_saves", "save_known_pages", "Pages not saved because the store had them."),
     _counter("aborted_saves", "saves_aborted", "Save leases released or expired before they were complete."),
     _counter("spilled_pages", "spilled_pages", "Pages written to a lower tier.", "tier"),

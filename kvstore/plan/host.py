@@ -76,7 +76,7 @@ class HostMemory:
         return slots
 
     def take_worthy(self, pages: Sequence[Page], request: Request) -> list[int]:
-        """As `take_for`, for pages that a request brings; up to the first that is worth less than what it would push out.
+        """As `take_for`, for pages that a request brings, up to the first that is worth less than what it pushes out.
 
         Where the policy has no forecast, all are worth it.
         """

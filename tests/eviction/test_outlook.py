@@ -257,7 +257,7 @@ def test_callers_that_make_up_finish_reasons_fill_no_memory(requests: Requests) 
 
 
 def learned(requests: Requests) -> Outlook[str]:
-    """A policy that has seen conversations come back within ten seconds, and prompts that are asked once and no more."""
+    """A policy that has seen conversations come back within ten seconds, and prompts that are asked once."""
     for i in range(60):
         now = 100.0 * i
         requests.ask(path_of(f"talk{i}", 4), now)
@@ -284,7 +284,7 @@ def test_what_is_new_does_not_push_out_what_comes_back(requests: Requests) -> No
     assert policy.num_worthy(7001, once, talk[:3], now) == 0
     assert policy.num_worthy(7002, turn[8:], path_of("once59.2", 2), now) == 2
     assert policy.num_worthy(7001, once, [], now) == 3
-    assert policy.num_worthy(9999, once, talk[:3], now) == 3  # of a request that it was never told of it knows nothing
+    assert policy.num_worthy(9999, once, talk[:3], now) == 3  # a request that it was never told of
 
 
 def test_a_victim_that_was_told_to_leave_or_has_a_lower_priority_is_worth_nothing(requests: Requests) -> None:
