@@ -25,23 +25,13 @@ import numpy.typing as npt
 from connectors.vllm.cpus import copy_cpus
 from connectors.vllm.messages import LoadJob
 from kvstore.devices.base import Device, PageTable
+from kvstore.devices.spans import cut_layers
 from kvstore.move.worker import Worker
 
-SPAN_BYTES = 64 << 10  # of one page: layers are copied together up to here, as each call costs 20 us
 MAX_JOBS = 64  # loads.py asks for one a step
 CLOSE_TIMEOUT_S = 5.0
 
 Slots = Sequence[npt.NDArray[np.uint8]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """Layers that are copied in one call, the number of the last one, and where they lie in a page."""
-
-    table: PageTable
-    last: int
-    start: int
-    stop: int
 
 
 @dataclass(slots=True)
@@ -82,7 +72,7 @@ class LayeredLoads:
     def __init__(self, device: Device, names: Sequence[str], table: PageTable) -> None:
         self.is_proven = False  # the last forward has waited for each of the layers
         self._device = device
-        self._spans = _spans(table)
+        self._spans = cut_layers(table)
         last = [span.last for span in self._spans]
         self._span_of = {name: bisect_left(last, index) for index, name in enumerate(names)}
         self._seen: set[str] = set()
@@ -139,27 +129,3 @@ class LayeredLoads:
             copying.seconds = time.perf_counter() - started
             for ready in copying.ready:
                 ready.set()
-
-
-def _spans(table: PageTable) -> list[_Span]:
-    """The table cut into layers that are copied together."""
-    spans: list[_Span] = []
-    sizes = (table.num_runs * table.run_bytes).tolist()
-    first = start = stop = 0
-    for index, size in enumerate(sizes):
-        stop += size
-        if stop - start >= SPAN_BYTES or index == len(sizes) - 1:
-            cut = slice(first, index + 1)
-            part = PageTable(
-                base=table.base[cut],
-                page_stride=table.page_stride[cut],
-                num_runs=table.num_runs[cut],
-                run_stride=table.run_stride[cut],
-                run_bytes=table.run_bytes[cut],
-                num_pages=table.num_pages,
-                keep_alive=table.keep_alive[cut],
-                first_page=table.first_page,
-            )
-            spans.append(_Span(part, index, start, stop))
-            first, start = index + 1, stop
-    return spans

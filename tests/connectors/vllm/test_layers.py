@@ -42,7 +42,7 @@ class Forward:
     """An engine of three layers and what its attention saw of block 2."""
 
     def __init__(self, device: CpuDevice, span_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(layers, "SPAN_BYTES", span_bytes)
+        monkeypatch.setattr(spans, "SPAN_BYTES", span_bytes)
         self.tensors = [np.zeros((NUM_BLOCKS, LAYER_BYTES), np.uint8) for _ in NAMES]
         self.pages = [np.arange(3, dtype=np.uint8).repeat(LAYER_BYTES) + 10 * (slot + 1) for slot in range(2)]
         self.loads = LayeredLoads(device, NAMES, paged_table(self.tensors))

@@ -1,0 +1,82 @@
+"""The start of a linker: from SGLang's configuration to a store that is open and can be relied on.
+
+Here everything may raise ConfigError, for nothing runs yet: what could not work later is said now.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from connectors.sglang_linker.config import parse_linker_config
+from connectors.sglang_linker.core import LinkerCore
+from connectors.sglang_linker.loads import LayerCounter
+from connectors.sglang_linker.pools import check_components, device_pages
+from connectors.sglang_linker.ranks import Ranks
+from kvstore.devices.base import Device
+from kvstore.opening import open_configured
+from kvstore.layout import Layout
+from radix.namespace import Namespace
+
+log = logging.getLogger("sglang.kvstore")
+
+
+def open_core(
+    server_args: Any,
+    params: Any,
+    components: Collection[Any],
+    extra: Mapping[str, Any],
+    make_counter: Callable[[int], LayerCounter],
+) -> LinkerCore:
+    """Open the store, in this process or by its daemon, and make the core over it. Raises ConfigError.
+
+    make_counter: makes SGLang's counter of so many layers.
+    """
+    config = parse_linker_config(extra)
+    check_components(components)
+    pages = device_pages(params, params.page_size)
+    ranks = Ranks.of(params, is_replicated=pages.is_replicated)
+    namespace = linker_namespace(server_args, pages.layout, ranks.name, config.fields.weights)
+    store = open_configured(config.store, pages.layout, namespace)
+    try:
+        load_device, save_device = _devices(pages.table.keep_alive[0])
+        core = LinkerCore(store, pages, load_device, save_device, make_counter(pages.num_layers), ranks)
+    except BaseException:
+        store.close(0)
+        raise
+    log.info(
+        "kvstore linker: pages of %d KiB in %d layers, namespace %s%s",
+        pages.table.page_bytes >> 10,
+        pages.num_layers,
+        namespace.root().hex()[:12],
+        f", {ranks.name}" if ranks.name else "",
+    )
+    return core
+
+
+def _devices(tensor: Any) -> tuple[Device, Device]:
+    """Devices for loads and for saves of pools on the device of a tensor.
+
+    SGLang's events are waited for by our threads before they copy. So a stream that nobody computes on is what a copy
+    is ordered after: one that waited for the forward's stream would wait for layers that wait for it.
+    """
+    if tensor.device.type == "cpu":
+        from kvstore.devices.cpu import CpuDevice
+
+        return CpuDevice(), CpuDevice()
+    import torch
+
+    from kvstore.devices.cuda import CudaDevice
+
+    index = tensor.device.index or 0
+
+    def device() -> Device:
+        return CudaDevice(index, engine_stream=torch.cuda.Stream(tensor.device))
+
+    return device(), device()
+
+
+def linker_namespace(server_args: Any, layout: Layout, rank: str, weights: str) -> Namespace:
+    """TEMP"""
+    return Namespace(str(server_args.model_path), "", layout.dtype, layout.fingerprint, layout.block_size, extra=(("rank", rank),))
