@@ -474,6 +474,7 @@ LAZY_EXCEPT = (
     "connectors.vllm",
     "connectors.vllm_tier",
     "connectors.sglang",
+    "connectors.sglang_linker",
     "kvstore.demo",
 )
 

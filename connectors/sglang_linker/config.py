@@ -26,11 +26,14 @@ WHERE = "linker_extra_config"
 class LinkerFields:
     """The settings of the linker alone.
 
-    weights: "sampled" identifies the weights by sizes, headers and samples of their files, "full" by all their bytes;
-             anything else is taken as the name of the weights, and you vouch for it.
+    weights:          "sampled" identifies the weights by sizes, headers and samples of their files, "full" by all their
+                      bytes; anything else is taken as the name of the weights, and you vouch for it.
+    adapters_by_name: true if a name and path of `--lora-paths` means the same adapter on every engine and at any time:
+                      SGLang's hashes say no more of it.
     """
 
     weights: str = "sampled"
+    adapters_by_name: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,8 @@ def parse_linker_config(extra: Mapping[str, Any], config_path: str | None = None
     own = LinkerFields(**{name: extra[name] for name in names if name in extra})
     if not isinstance(own.weights, str) or not own.weights:
         raise ConfigError(f"{WHERE}: weights is {own.weights!r}; it must be 'sampled', 'full' or a name")
+    if not isinstance(own.adapters_by_name, bool):
+        raise ConfigError(f"{WHERE}: adapters_by_name is {own.adapters_by_name!r}; it is true or false")
     sections = {key: value for key, value in extra.items() if str(key).split(".")[0] not in names}
     for key, value in sections.items():
         if "." not in key and not isinstance(value, Mapping):

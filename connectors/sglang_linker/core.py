@@ -1,7 +1,7 @@
 """The linker without SGLang: lookups, loads and offloads over a store, by the hashes of pages.
 
-Every method is the scheduler's thread's, takes memory and never raises but for `quiesce` and `close`: errors are
-logged, counted, and answered as a miss, a refused load, an offload that ended badly.
+Every method is the scheduler's thread's and never raises but for `quiesce` and `close`: errors are logged, counted, and
+answered as a miss, a refused load, an offload that ended badly. After `close` that is the answer to everything.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from connectors.sglang_linker import loads, offloads, promises
-from connectors.sglang_linker.loads import LayerCounter, LayeredLoads
+from connectors.sglang_linker.loads import LayerCounter, PoolLoads
 from connectors.sglang_linker.offloads import Offloads
 from connectors.sglang_linker.pools import DevicePages
 from connectors.sglang_linker.promises import Promises
@@ -55,7 +55,7 @@ class LinkerCore:
         self._registered: npt.NDArray[np.uint8] | None = None
         self.promises = Promises(store, self.counters, now)
         spans = cut_layers(pages.table, pages.pieces_per_layer)
-        self.loads = LayeredLoads(store, load_device, spans, counter, self.promises.give_back, self.counters)
+        self.loads = PoolLoads(store, load_device, spans, counter, self.promises.give_back, self.counters)
         self.offloads = Offloads(store, save_device, pages.table, self._page_ids, self.counters)
         self._is_open = True
         self._lock_pages()
@@ -65,7 +65,7 @@ class LinkerCore:
     def lookup(self, rid: str, before: Sequence[str] | None, hashes: Sequence[str]) -> list[int]:
         """The lengths, in pages, that can be loaded of `hashes`, which continue the pages `before`."""
         try:
-            if before is None or not hashes:
+            if before is None or not hashes or not self._is_open:
                 self.counters["unknown_paths"] += before is None
                 return []
             path = [bytes.fromhex(one) for one in (*before, *hashes)]
@@ -82,7 +82,8 @@ class LinkerCore:
         promise = None
         try:
             pages = self._page_ids(indices, len(hashes))
-            promise = self.promises.take(rid, [bytes.fromhex(one) for one in hashes])
+            if self._is_open:
+                promise = self.promises.take(rid, [bytes.fromhex(one) for one in hashes])
             is_queued = promise is not None and self.loads.queue(promise, pages)
         except Exception:
             self._note_error("load")
@@ -103,7 +104,7 @@ class LinkerCore:
         path: list[bytes] | None = None
         try:
             self.counters["unknown_paths"] += before is None
-            path = None if before is None else [bytes.fromhex(one) for one in (*before, *hashes)]
+            path = None if before is None or not self._is_open else [bytes.fromhex(one) for one in (*before, *hashes)]
         except Exception:
             self._note_error("offload")
         self.offloads.add(path, len(hashes), indices, ready)
@@ -113,8 +114,9 @@ class LinkerCore:
     def tick(self) -> None:
         """Once in a scheduler's step: end what nobody asks for any more."""
         try:
-            self._lock_pages()
-            self.promises.tick()
+            if self._is_open:
+                self._lock_pages()
+                self.promises.tick()
         except Exception:
             self._note_error("tick")
 
@@ -128,8 +130,8 @@ class LinkerCore:
         """Finish what is under way, write behind what is left, close the store. Idempotent."""
         if not self._is_open:
             return
-        self._is_open = False
         self.quiesce()
+        self._is_open = False
         self.loads.close()
         self.offloads.close()
         for device in self._devices:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import sglang
 from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
     LayerWiseLoadCounter,
@@ -23,6 +24,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
     UnifiedCacheLinkerWrapper,
 )
 
+from connectors.sglang.versions import check_version
 from connectors.sglang_linker.paths import TreePaths
 from connectors.sglang_linker.start import open_core
 
@@ -46,8 +48,11 @@ class KVStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang's class
         """
         self.forward_stream = forward_stream
         self.pools = {PoolName.KV: params.token_to_kv_pool_allocator.get_kvcache()}
+        check_version(sglang.__version__)
         self._paths = TreePaths(UnifiedCacheLinkerWrapper)
-        self.core = open_core(server_args, params, components, extra_config or {}, LayerWiseLoadCounter)
+        self.core = open_core(
+            server_args, params, components, extra_config or {}, LayerWiseLoadCounter, sglang.__version__
+        )
         self.layer_done_counter = self.core.loads.counter
 
     def lookup(self, rid: str, transfers: Sequence[Any]) -> list[int]:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from connectors.sglang_linker.promises import Promise
 from kvstore.base import KVStore, LeaseState
 from kvstore.devices.base import Device
-from kvstore.devices.spans import Span
+from kvstore.devices.spans import LayerSpan
 from kvstore.errors import KVStoreError
 from kvstore.move.worker import Worker
 
@@ -61,7 +61,7 @@ class _Load:
     slots: list[npt.NDArray[np.uint8]]
 
 
-class LayeredLoads:
+class PoolLoads:
     """The loads of one rank.
 
     device:    that copies; what it orders its copies after has been waited for.
@@ -74,7 +74,7 @@ class LayeredLoads:
         self,
         store: KVStore,
         device: Device,
-        spans: Sequence[Span],
+        spans: Sequence[LayerSpan],
         counter: LayerCounter,
         give_back: Callable[..., None],
         counters: dict[str, float],

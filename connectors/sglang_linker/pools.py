@@ -109,4 +109,6 @@ def device_pages(params: Any, page_size: int) -> DevicePages:
 def _by_page(rows: Any, page_size: int) -> Any:
     """Rows of tokens, [tokens, ...], as pages [pages, page_size, ...]; rows after the last whole page are no page."""
     num_pages = rows.shape[0] // page_size
+    if not num_pages:
+        raise ValueError(f"there are {rows.shape[0]} rows")
     return rows[: num_pages * page_size].view(num_pages, page_size, *rows.shape[1:])

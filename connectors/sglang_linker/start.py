@@ -11,13 +11,12 @@ from typing import Any
 
 from connectors.sglang_linker.config import parse_linker_config
 from connectors.sglang_linker.core import LinkerCore
+from connectors.sglang_linker.identity import linker_namespace
 from connectors.sglang_linker.loads import LayerCounter
 from connectors.sglang_linker.pools import check_components, device_pages
 from connectors.sglang_linker.ranks import Ranks
 from kvstore.devices.base import Device
 from kvstore.opening import open_configured
-from kvstore.layout import Layout
-from radix.namespace import Namespace
 
 log = logging.getLogger("sglang.kvstore")
 
@@ -28,16 +27,26 @@ def open_core(
     components: Collection[Any],
     extra: Mapping[str, Any],
     make_counter: Callable[[int], LayerCounter],
+    version: str,
 ) -> LinkerCore:
     """Open the store, in this process or by its daemon, and make the core over it. Raises ConfigError.
 
-    make_counter: makes SGLang's counter of so many layers.
+    make_counter: makes SGLang's counter of so many layers. version: SGLang's.
     """
     config = parse_linker_config(extra)
     check_components(components)
     pages = device_pages(params, params.page_size)
     ranks = Ranks.of(params, is_replicated=pages.is_replicated)
-    namespace = linker_namespace(server_args, pages.layout, ranks.name, config.fields.weights)
+    device = device_name(pages.table.keep_alive[0])
+    namespace = linker_namespace(
+        server_args,
+        pages.layout,
+        ranks.name,
+        weights=config.fields.weights,
+        version=version,
+        device=device,
+        adapters_by_name=config.fields.adapters_by_name,
+    )
     store = open_configured(config.store, pages.layout, namespace)
     try:
         load_device, save_device = _devices(pages.table.keep_alive[0])
@@ -53,6 +62,15 @@ def open_core(
         f", {ranks.name}" if ranks.name else "",
     )
     return core
+
+
+def device_name(tensor: Any) -> str:
+    """What decides the order of sums: the kind of the device that the pools lie on."""
+    import torch
+
+    if tensor.device.type == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return str(torch.cuda.get_device_name(tensor.device))
 
 
 def _devices(tensor: Any) -> tuple[Device, Device]:
@@ -72,11 +90,6 @@ def _devices(tensor: Any) -> tuple[Device, Device]:
     index = tensor.device.index or 0
 
     def device() -> Device:
-        return CudaDevice(index, engine_stream=torch.cuda.Stream(tensor.device))
+        return CudaDevice(index, engine_stream=torch.cuda.Stream(tensor.device))  # type: ignore[no-untyped-call]
 
     return device(), device()
-
-
-def linker_namespace(server_args: Any, layout: Layout, rank: str, weights: str) -> Namespace:
-    """TEMP"""
-    return Namespace(str(server_args.model_path), "", layout.dtype, layout.fingerprint, layout.block_size, extra=(("rank", rank),))

@@ -10,7 +10,7 @@ SPAN_BYTES = 64 << 10  # of one page: layers are copied together up to here, as 
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class LayerSpan:
     """Layers that are copied in one call, the number of the last one, and where they lie in a page."""
 
     table: PageTable
@@ -19,7 +19,7 @@ class Span:
     stop: int
 
 
-def cut_layers(table: PageTable, pieces_per_layer: int = 1) -> list[Span]:
+def cut_layers(table: PageTable, pieces_per_layer: int = 1) -> list[LayerSpan]:
     """Cut a table whose pieces lie layer after layer into spans of whole layers, the first layer first.
 
     Raises ValueError if its pieces are no whole number of layers.
@@ -27,7 +27,7 @@ def cut_layers(table: PageTable, pieces_per_layer: int = 1) -> list[Span]:
     num_layers, rest = divmod(len(table.base), pieces_per_layer)
     if rest:
         raise ValueError(f"a table of {len(table.base)} pieces has no whole layers of {pieces_per_layer}")
-    spans: list[Span] = []
+    spans: list[LayerSpan] = []
     sizes = (table.num_runs * table.run_bytes).reshape(num_layers, pieces_per_layer).sum(axis=1).tolist()
     first = start = stop = 0
     for layer, size in enumerate(sizes):
@@ -44,6 +44,6 @@ def cut_layers(table: PageTable, pieces_per_layer: int = 1) -> list[Span]:
                 keep_alive=table.keep_alive[cut],
                 first_page=table.first_page,
             )
-            spans.append(Span(part, layer, start, stop))
+            spans.append(LayerSpan(part, layer, start, stop))
             first, start = layer + 1, stop
     return spans

@@ -12,6 +12,7 @@ import pytest
 from connectors.vllm import layers
 from connectors.vllm.layers import LayeredLoads
 from connectors.vllm.messages import LoadJob, PageCopies
+from kvstore.devices import spans
 from kvstore.devices.base import CopyEvent, PageTable
 from kvstore.devices.cpu import CpuDevice
 from kvstore.devices.tables import paged_table
