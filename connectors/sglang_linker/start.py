@@ -9,9 +9,9 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from connectors.sglang_linker.config import parse_linker_config
+from connectors.sglang.identity import device_name, page_namespace
+from connectors.sglang_linker.config import WHERE, parse_linker_config
 from connectors.sglang_linker.core import LinkerCore
-from connectors.sglang_linker.identity import linker_namespace
 from connectors.sglang_linker.loads import LayerCounter
 from connectors.sglang_linker.pools import check_components, device_pages
 from connectors.sglang_linker.ranks import Ranks
@@ -37,14 +37,15 @@ def open_core(
     check_components(components)
     pages = device_pages(params, params.page_size)
     ranks = Ranks.of(params, is_replicated=pages.is_replicated)
-    device = device_name(pages.table.keep_alive[0])
-    namespace = linker_namespace(
+    namespace = page_namespace(
         server_args,
         pages.layout,
         ranks.name,
+        seat="linker",
+        where=WHERE,
         weights=config.fields.weights,
         version=version,
-        device=device,
+        device=device_name(pages.table.keep_alive[0].device),
         adapters_by_name=config.fields.adapters_by_name,
     )
     store = open_configured(config.store, pages.layout, namespace)
@@ -62,15 +63,6 @@ def open_core(
         f", {ranks.name}" if ranks.name else "",
     )
     return core
-
-
-def device_name(tensor: Any) -> str:
-    """What decides the order of sums: the kind of the device that the pools lie on."""
-    import torch
-
-    if tensor.device.type == "cpu":
-        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
-    return str(torch.cuda.get_device_name(tensor.device))
 
 
 def _devices(tensor: Any) -> tuple[Device, Device]:

@@ -35,7 +35,10 @@ def test_nothing_given_is_host_memory_alone() -> None:
         ({"store": {"block_size": 16}}, "store.block_size is given; with SGLang it is SGLang's own: use --page-size"),
         ({"store": {"hash": "xxh3_128"}}, "store.hash is 'xxh3_128'; SGLang's own page hashes need 'sha256'"),
         ({"store": {"single_flight": True}}, "store.single_flight is true; SGLang's linker has no answer"),
-        ({"service": {"url": "unix:///tmp/kv.sock"}, "disk.path": "/tmp/kv"}, "'disk.path' is given beside service.url"),
+        (
+            {"service": {"url": "unix:///tmp/kv.sock"}, "disk.path": "/tmp/kv"},
+            "'disk.path' is given beside service.url",
+        ),
         ([], "linker_extra_config is []; it must be an object of sections"),
     ],
 )

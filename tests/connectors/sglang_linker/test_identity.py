@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 
-from connectors.sglang_linker.identity import linker_namespace
+from connectors.sglang.identity import page_namespace
 from kvstore.errors import ConfigError
 from tests.helpers.stores import LAYOUT
 
-HERE: dict[str, Any] = {"weights": "sampled", "version": "0.5.23", "device": "cpu AVX2"}
+HERE: dict[str, Any] = {
+    "seat": "linker",
+    "where": "linker_extra_config",
+    "weights": "sampled",
+    "version": "0.5.23",
+    "device": "cpu AVX2",
+}
 
 
 @pytest.fixture
@@ -23,7 +29,7 @@ def model(tmp_path: Path) -> Path:
 
 def root(model: Path, rank: str = "tp0/2", /, *, arguments: dict[str, Any] | None = None, **here: Any) -> bytes:
     args = SimpleNamespace(model_path=str(model), **(arguments or {}))
-    return linker_namespace(args, LAYOUT, rank, **(HERE | here)).root()
+    return page_namespace(args, LAYOUT, rank, **(HERE | here)).root()
 
 
 @pytest.mark.parametrize(
@@ -35,6 +41,7 @@ def root(model: Path, rank: str = "tp0/2", /, *, arguments: dict[str, Any] | Non
         {"arguments": {"attention_backend": "triton"}},
         {"weights": "mine"},
         {"version": "0.5.24"},
+        {"seat": "backend"},
         {"device": "H200"},
     ],
 )

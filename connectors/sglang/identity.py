@@ -33,26 +33,29 @@ ARGUMENTS = (
 _COSMETIC = {"_name_or_path", "name_or_path", "transformers_version", "architectures", "id2label", "label2id"}
 
 
-def linker_namespace(
+def page_namespace(
     server_args: Any,
     layout: Layout,
     rank: str,
     *,
+    seat: str,
+    where: str,
     weights: str,
     version: str,
     device: str,
     adapters_by_name: bool = False,
 ) -> Namespace:
-    """The root of all block hashes of one rank.
+    """The root of all page names of one rank.
 
-    rank:    its share of the KV (ranks.py). device: where it computes.
-    weights, adapters_by_name: see LinkerFields.
+    rank:   its share of the KV, "" where it has all of it. device: where it computes.
+    seat:   which of SGLang's interfaces the pages come by. where: the argument that holds our settings.
+    weights, adapters_by_name: the settings of these names.
     Raises ConfigError for what cannot be identified.
     """
     if getattr(server_args, "lora_paths", None) and not adapters_by_name:
         raise ConfigError(
             "--lora-paths is given, and SGLang names such an adapter by its name and path alone, so that other files "
-            'at the same path would share pages; set linker_extra_config={"adapters_by_name": true} if a path never '
+            f'at the same path would share pages; set {where}={{"adapters_by_name": true}} if a path never '
             "changes its content, or load adapters by /load_lora_adapter, which gives each an id of its own"
         )
     model = str(server_args.model_path)
@@ -65,11 +68,11 @@ def linker_namespace(
         "engine": f"sglang {version}",
         "hash": "sglang sha256 page",
         "rank": rank,
-        "seat": "linker",
+        "seat": seat,
     }
     return Namespace(
         model=Path(model).name,
-        revision=weights_name(server_args, folder, weights),
+        revision=weights_name(server_args, folder, weights, where),
         dtype=layout.dtype,
         layout=layout.fingerprint,
         block_size=layout.block_size,
@@ -77,7 +80,7 @@ def linker_namespace(
     )
 
 
-def weights_name(server_args: Any, folder: Path | None, weights: str) -> str:
+def weights_name(server_args: Any, folder: Path | None, weights: str, where: str) -> str:
     """The identity of the weights: a digest of their files, or the name that the operator vouches for."""
     if weights not in ("sampled", "full"):
         return f"named {weights}"
@@ -88,7 +91,7 @@ def weights_name(server_args: Any, folder: Path | None, weights: str) -> str:
     if folder is None:
         raise ConfigError(
             f"the files of model {server_args.model_path!r} cannot be read here (load_format {load_format}), so its "
-            'weights cannot be identified; name them yourself: linker_extra_config={"weights": "NAME-AND-VERSION"}'
+            f'weights cannot be identified; name them yourself: {where}={{"weights": "NAME-AND-VERSION"}}'
         )
     return files_digest(folder, full=weights == "full")
 
@@ -117,3 +120,12 @@ def config_digest(folder: Path | None) -> str:
         raise ConfigError(f"{file} is no JSON ({error}); the model cannot be identified") from error
     kept = {key: value for key, value in values.items() if key not in _COSMETIC} if isinstance(values, dict) else values
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def device_name(device: Any) -> str:
+    """What decides the order of sums: the kind of device that the pools lie on. device: torch's."""
+    import torch
+
+    if device.type == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return str(torch.cuda.get_device_name(device))
