@@ -12,6 +12,7 @@ from kvstore.hints.limits import HintLimits
 from kvstore.layout import Layout
 from kvstore.learned import Learned
 from kvstore.move.breaker import Breaker
+from kvstore.move.exchange import Exchange
 from kvstore.move.lane import Lane
 from kvstore.move.recorder import TrafficRecorder
 from kvstore.move.rows import RowMover
@@ -101,6 +102,27 @@ def open_rows(config: Config, layout: Layout, memory: memoryview, row_bytes: int
             return [lower.lane(config, slot_view) for lower in opened]
 
         return RowMover(make_lanes, memory, row_bytes)
+    except BaseException:
+        for lower in opened:
+            lower.tier.close()
+        raise
+
+
+def open_exchange(
+    config: Config, layout: Layout, namespace: Namespace, *, expires_at: Callable[[str], float]
+) -> Exchange:
+    """The lower tiers that `config` turns on, for an engine that waits in threads of its own; no planner, no host tier.
+
+    expires_at: when what is written to a tier now leaves it, in Unix seconds. Raises what `open_store` raises.
+    """
+    opened: list[OpenedTier] = []
+    try:
+        opened.extend(_lower_tiers(config, layout, config.store.lane_batch_pages, namespace))
+
+        def make_lanes(slot_view: Callable[[int], memoryview]) -> list[Lane]:
+            return [lower.lane(config, slot_view) for lower in opened]
+
+        return Exchange(make_lanes, layout.slot_bytes, config.store.lane_batch_pages, expires_at)
     except BaseException:
         for lower in opened:
             lower.tier.close()

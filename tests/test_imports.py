@@ -407,6 +407,19 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.tiers.registry",
         "radix.namespace",
     ),
+    "connectors.sglang": (
+        "connectors",
+        "kvstore.build",
+        "kvstore.config.sections",
+        "kvstore.errors",
+        "kvstore.forks",
+        "kvstore.layout",
+        "kvstore.move.exchange",
+        "kvstore.page",
+        "kvstore.tiers.base",
+        "kvstore.tiers.registry",
+        "radix.namespace",
+    ),
 }
 # Only the face's own users: the laboratory plays whole models, everything else is below the connectors.
 CONNECTORS_USERS = (
