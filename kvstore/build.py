@@ -111,7 +111,7 @@ def open_rows(config: Config, layout: Layout, memory: memoryview, row_bytes: int
 def open_exchange(
     config: Config, layout: Layout, namespace: Namespace, *, expires_at: Callable[[str], float]
 ) -> Exchange:
-    """The lower tiers that `config` turns on, for an engine that waits in threads of its own; no planner, no host tier.
+    """The lower tiers that `config` turns on, for an engine that waits in its own threads; no planner, no host tier.
 
     expires_at: when what is written to a tier now leaves it, in Unix seconds. Raises what `open_store` raises.
     """

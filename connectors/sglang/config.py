@@ -94,7 +94,7 @@ def _check_store(store: Config) -> None:
             value = kind.value(section, field, usual)
             if value != usual:
                 raise ConfigError(
-                    f"{WHERE}: {kind.name}.{field} is {value!r}; a backend of SGLang can only do {usual!r}: leave it out"
+                    f"{WHERE}: {kind.name}.{field} is {value!r}; a backend of SGLang can only do {usual!r}"
                 )
     if "block_size" in store.store.model_fields_set:
         raise ConfigError(f"{WHERE}: store.block_size is given; with SGLang it is SGLang's own: use --page-size")

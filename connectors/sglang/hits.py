@@ -1,7 +1,7 @@
 """How much of a prefix can be restored where several pools must have their share of it.
 
-SGLang asks for the longest prefix of a chain of pages: its keys and values, and beside them what other pools hold of the
-same tokens (an indexer, sliding windows, recurrent states), each by a rule of its own.
+SGLang asks for the longest prefix of a chain of pages: its keys and values, and beside them what other pools hold of
+the same tokens (an indexer, sliding windows, recurrent states), each by a rule of its own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """SGLang's host pools as pages in pieces: where each page of a pool lies, and what its bytes mean.
 
 A pool tells the address and the length of every piece of a page (`get_page_buffer_meta`): keys and values in the
-layouts that keep a page together, 2 x layers pieces in `layer_first`. The pieces of a page, one after the other, are its
-bytes in our tiers. Equal sizes do not mean equal meaning, so what decides the order is in the pool's layout, and with it
-in the name of each page.
+layouts that keep a page together, 2 x layers pieces in `layer_first`. The pieces of a page, one after the other, are
+its bytes in our tiers. Equal sizes do not mean equal meaning, so what decides the order is in the pool's layout, and
+with it in the name of each page.
 """
 
 from __future__ import annotations
