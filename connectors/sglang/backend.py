@@ -26,7 +26,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 
 from connectors.sglang.config import parse_backend_config
 from connectors.sglang.core import BackendCore
-from connectors.sglang.hits import Rule, Share, leading, restorable
+from connectors.sglang.hits import PoolRule, Share, leading, restorable
 from connectors.sglang.metrics import Bandwidths
 from connectors.sglang.pools import HostPool
 from connectors.sglang.start import check_storage, open_core
@@ -176,6 +176,6 @@ class KVStoreBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang's classes 
             return self.core.save(pool, keys, indices)
 
     def _share(self, transfer: PoolTransfer, keys: list[str]) -> Share:
-        rule, own = Rule(transfer.hit_policy.value), transfer.keys or []
-        has = self._find(str(transfer.name), own if rule is Rule.GROUPS else keys)
+        rule, own = PoolRule(transfer.hit_policy.value), transfer.keys or []
+        has = self._find(str(transfer.name), own if rule is PoolRule.GROUPS else keys)
         return Share(str(transfer.name), rule, has, len(own), transfer.block_pages, transfer.group_pages)

@@ -53,7 +53,7 @@ class BackendCounters:
 
 
 @dataclass(frozen=True, slots=True)
-class Deadlines:
+class BackendDeadlines:
     """Longest waits, in seconds."""
 
     find_s: float
@@ -73,7 +73,7 @@ class BackendCore:
         exchange: Exchange,
         pools: Mapping[str, HostPool],
         roots: Mapping[str, bytes],
-        deadlines: Deadlines,
+        deadlines: BackendDeadlines,
         touch_interval_s: float,
         weight_version: Callable[[], str] = lambda: "",
         *,

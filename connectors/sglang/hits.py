@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 
-class Rule(Enum):
+class PoolRule(Enum):
     """Which pages of a pool a prefix needs; the values are SGLang's."""
 
     ALL = "all_pages"
@@ -29,7 +29,7 @@ class Share:
     """
 
     name: str
-    rule: Rule
+    rule: PoolRule
     has: Sequence[bool]
     trailing: int = 1
     block_pages: int = 0
@@ -53,14 +53,14 @@ def leading(has: Sequence[bool]) -> int:
 def restorable(kv: Sequence[bool], shares: Sequence[Share], kv_name: str = "kv") -> Restorable:
     """The prefixes of which every pool has what they need.
 
-    >>> restorable([True, True, True, False], [Share("swa", Rule.TRAILING, [False, True, False])])
+    >>> restorable([True, True, True, False], [Share("swa", PoolRule.TRAILING, [False, True, False])])
     Restorable(longest=2, by_pool={'kv': 3, 'swa': 2}, lengths=[2])
     """
     most = leading(kv)
     by_pool = {kv_name: most} if most else {}
     lengths = list(range(1, most + 1))
     for share in shares:
-        if share.rule is Rule.GROUPS:
+        if share.rule is PoolRule.GROUPS:
             # Another form of the same pages: what it has is its own verdict, and bounds nothing.
             own, some = _groups(share) * share.block_pages, set(lengths)
         else:
@@ -73,7 +73,7 @@ def restorable(kv: Sequence[bool], shares: Sequence[Share], kv_name: str = "kv")
 
 
 def _lengths(share: Share, most: int) -> set[int]:
-    if share.rule is Rule.ALL:
+    if share.rule is PoolRule.ALL:
         return set(range(1, min(most, leading(share.has)) + 1))
     needed = max(1, share.trailing)
     ends = range(1, min(most, len(share.has)) + 1)

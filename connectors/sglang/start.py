@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from connectors.sglang.config import WHERE, BackendConfig
-from connectors.sglang.core import FIND_S, BackendCore, Deadlines
+from connectors.sglang.core import FIND_S, BackendCore, BackendDeadlines
 from connectors.sglang.identity import device_name, page_namespace
 from connectors.sglang.pools import HostPool, geometry
 from kvstore.build import open_exchange
@@ -63,7 +63,7 @@ def open_core(config: BackendConfig, storage: Any, pools: Mapping[str, HostPool]
     first = next(iter(namespaces.values()))
     exchange = open_exchange(config.store, geometry(list(pools.values())), first, expires_at=expires_at)
     given = store.model_fields_set
-    deadlines = Deadlines(
+    deadlines = BackendDeadlines(
         store.lookup_deadline_s if "lookup_deadline_s" in given else FIND_S,
         store.load_deadline_s,
         config.fields.save_deadline_s,
