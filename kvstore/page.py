@@ -29,6 +29,8 @@ _SUFFIX = struct.Struct(">HH")
 # magic, version, codec, token bytes, key, parent hash, depth, raw length, stored length, created, expires, generation
 _FIELDS = struct.Struct("<4sBBH36s32sIIIddQ")
 _CHECKSUM = struct.Struct("<Q")
+# magic, version, token bytes, parent hash, depth, raw length, padding; the rest is passed over
+_META = struct.Struct(f"<4sBxH36x32sII4x8x8x8x8x{HEADER_BYTES - _FIELDS.size - _CHECKSUM.size}s")
 _NO_PARENT = bytes(HASH_BYTES)
 _PADDING = bytes(HEADER_BYTES - _FIELDS.size - _CHECKSUM.size)
 
@@ -142,6 +144,17 @@ def decode_header(raw: bytes | memoryview) -> PageHeader:
         generation,
         checksum,
     )
+
+
+def decode_meta(raw: bytes, expires_at: float, tokens: bytes) -> PageMeta | None:
+    """Read of a header only what `PageMeta` has; None for what `decode_header` refuses, or tokens of another length.
+
+    A store that is opened again reads a million of them, and nothing else of them.
+    """
+    magic, version, token_bytes, parent, depth, raw_bytes, padding = _META.unpack(raw)
+    if magic != MAGIC or version != FORMAT_VERSION or padding != _PADDING or token_bytes != len(tokens):
+        return None
+    return PageMeta(raw_bytes, b"" if parent == _NO_PARENT else parent, depth, expires_at, tokens)
 
 
 def verify_page(raw_header: bytes | memoryview, header: PageHeader, tokens: bytes, stored: memoryview) -> bool:

@@ -26,7 +26,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ from kvstore.page import PageKey
 from kvstore.tiers.disk.directory_lock import DirectoryLock
 from kvstore.tiers.disk.index_snapshots import IndexSnapshots
 from kvstore.tiers.disk.meta import Geometry, MetaTable
-from kvstore.tiers.disk.page_table import DiskPageTable, ScanPosition
+from kvstore.tiers.disk.page_table import DiskPageTable, R, ScanPosition
 from kvstore.tiers.disk.record import PageRecord
 from kvstore.tiers.disk.slots import AllocatorState, Reservation, SlotAllocator, Txn
 
@@ -165,13 +165,16 @@ class DiskIndex:
         with self._read() as txn:
             return [self._pages.is_same(txn, record) for record in records]
 
-    def scan(self, position: ScanPosition | None = None) -> tuple[list[PageRecord], ScanPosition | None]:
+    def scan(
+        self, position: ScanPosition | None, decode: Callable[[bytes, bytes], R]
+    ) -> tuple[list[R], ScanPosition | None]:
         """Some records, least recently used first, and where to go on; None at the end.
 
+        decode: `decode_record`, or `decode_scanned` where that is enough.
         Ends with what was there when it began: a page used meanwhile is missed, since whoever used it knows it.
         """
         with self._read() as txn:
-            return self._pages.scan(txn, position or ScanPosition(0, self._meta.state(txn).clock))
+            return self._pages.scan(txn, position or ScanPosition(0, self._meta.state(txn).clock), decode)
 
     def keys(self) -> list[PageKey]:
         """The keys of all records, also of damaged ones."""

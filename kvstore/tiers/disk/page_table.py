@@ -14,18 +14,21 @@ from __future__ import annotations
 
 import contextlib
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from kvstore.errors import CorruptPage
 from kvstore.page import HEADER_BYTES, KEY_BYTES, PageKey
-from kvstore.tiers.disk.record import PageRecord, decode_place, decode_record, encode_record
+from kvstore.tiers.disk.record import PageRecord, ScannedRecord, decode_place, decode_record, encode_record
 from kvstore.tiers.disk.slots import Txn
 
 SCAN_BATCH = 1024  # records per read transaction of a scan: about 5 ms
 EVICTION_WINDOW = 64  # how far beyond the least recently used pages an eviction looks for expired ones
 
 _STAMP = struct.Struct(">Q")
+
+R = TypeVar("R", PageRecord, ScannedRecord)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +67,11 @@ class DiskPageTable:
         """How many records there are, damaged ones too."""
         return int(txn.stat(self._pages)["entries"])
 
-    def scan(self, txn: Txn, position: ScanPosition) -> tuple[list[PageRecord], ScanPosition | None]:
+    def scan(
+        self, txn: Txn, position: ScanPosition, decode: Callable[[bytes, bytes], R]
+    ) -> tuple[list[R], ScanPosition | None]:
         """Some records, least recently used first, and where to go on; None at the end."""
-        records: list[PageRecord] = []
+        records: list[R] = []
         cursor = txn.cursor(self._order)
         if not cursor.set_range(_STAMP.pack(position.start)):
             return records, None
@@ -78,10 +83,15 @@ class DiskPageTable:
                 break
             if looked >= SCAN_BATCH:
                 return records, ScanPosition(stamp, position.end)
-            with contextlib.suppress(CorruptPage):
-                record = self.get(txn, key)
-                if record is not None and record.stamp == stamp:
-                    records.append(record)
+            raw = txn.get(key, db=self._pages)
+            if raw is None:
+                continue
+            try:
+                record = decode(key, raw)
+            except CorruptPage:
+                continue
+            if record.stamp == stamp:
+                records.append(record)
         return records, None
 
     def beyond(self, txn: Txn, num_slots: int) -> list[bytes]:

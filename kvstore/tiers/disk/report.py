@@ -19,7 +19,7 @@ from typing import Any
 from kvstore.page import PageKey, verify_page
 from kvstore.tiers.disk.directory import DiskDirectory
 from kvstore.tiers.disk.open_directories import acquire, release
-from kvstore.tiers.disk.record import PageRecord
+from kvstore.tiers.disk.record import PageRecord, decode_record
 
 DAY_S = 86_400.0
 
@@ -95,7 +95,7 @@ def _records(directory: DiskDirectory) -> Iterator[PageRecord]:
     position = None
     while True:
         with directory.use() as index:
-            records, position = index.scan(position)
+            records, position = index.scan(position, decode_record)
         yield from records
         if position is None:
             return

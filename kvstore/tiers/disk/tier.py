@@ -37,7 +37,7 @@ from kvstore.tiers.disk.index_map import IndexMapFull
 from kvstore.tiers.disk.meta import Geometry
 from kvstore.tiers.disk.open_directories import acquire, release
 from kvstore.tiers.disk.page_table import ScanPosition
-from kvstore.tiers.disk.record import PageRecord
+from kvstore.tiers.disk.record import PageRecord, ScannedRecord, decode_scanned
 from kvstore.tiers.disk.slots import Reservation
 
 T = TypeVar("T")
@@ -203,17 +203,17 @@ class DiskTier:
     def scan(self) -> Iterator[StoredPage]:
         """Yield what is stored and unexpired, least recently used first; holds no transaction between batches.
 
-        What has expired is dropped, unless the directory is only read: a planner that books what this yields counts the
-        other slots as free, and the index must not have to find room for it by its own order.
+        Expired pages are dropped, unless the directory is only read: a planner that books what this yields counts other
+        slots as free, and the index must not have to find room by its own order.
         """
         now = self._now()
         position: ScanPosition | None = None
         while True:
             self._check_open()
             records, position = self._with_index(functools.partial(self._scan, position=position, now=now))
-            for record in records:
-                if not record.is_expired(now):
-                    yield StoredPage(record.header.key, record.meta)
+            for key, meta, _ in records:
+                if not 0 < meta.expires_at <= now:
+                    yield StoredPage(key, meta)
             if position is None:
                 return
 
@@ -241,10 +241,11 @@ class DiskTier:
 
     def _scan(
         self, index: DiskIndex, *, position: ScanPosition | None, now: float
-    ) -> tuple[list[PageRecord], ScanPosition | None]:
-        records, following = index.scan(position)
-        expired = [record for record in records if record.is_expired(now)]
-        self._drop(index, expired, [], time.monotonic() + _SCAN_TIMEOUT_S)
+    ) -> tuple[list[ScannedRecord], ScanPosition | None]:
+        records, following = index.scan(position, decode_scanned)
+        expired = [record.key for record in records if 0 < record.meta.expires_at <= now]
+        found = index.find(expired).records if expired else []
+        self._drop(index, [one for one in found if one and one.is_expired(now)], [], time.monotonic() + _SCAN_TIMEOUT_S)
         return records, following
 
     def _read(

@@ -11,6 +11,7 @@ from kvstore.errors import CorruptPage
 from kvstore.page import PageKey, PageMeta, encode_header
 from kvstore.testing.pages import key_of
 from kvstore.tiers.disk.page_table import DiskPageTable, ScanPosition
+from kvstore.tiers.disk.record import decode_scanned
 
 ALL = ScanPosition(0, 1 << 32)
 
@@ -28,7 +29,7 @@ class Tables:
         return self.table.add(txn, key_of(name), stamp, raw_header=header, slot=slot, expires_at=expires_at, tokens=b"")
 
     def scanned(self, txn: Any) -> list[PageKey]:
-        return [record.header.key for record in self.table.scan(txn, ALL)[0]]
+        return [record.key for record in self.table.scan(txn, ALL, decode_scanned)[0]]
 
 
 @pytest.fixture
