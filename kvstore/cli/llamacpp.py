@@ -12,6 +12,7 @@ import typer
 from kvstore.cli.config import overrides
 from kvstore.cli.options import (
     ConfigFile,
+    EngineLog,
     ListenHost,
     ListenPort,
     ReplicaName,
@@ -61,6 +62,7 @@ def llamacpp(
         str,
         typer.Option("--weights", help="How the GGUF file is identified: sampled, full, or a name that you vouch for."),
     ] = "sampled",
+    engine_log: EngineLog = None,
     file: ConfigFile = None,
     setting: StoreSettings = None,
     verbose: Verbose = False,
@@ -104,7 +106,7 @@ def llamacpp(
                 tuple(arguments or ()),
             )
             announce(f"starting {program or 'the llama-server of xllamacpp'} with {settings.model}")
-            child = stack.enter_context(LlamaProcess(settings, free_port()))
+            child = stack.enter_context(LlamaProcess(settings, free_port(), engine_log))
             url, slots_folder = child.url, child.folder
         else:
             _check_url(url, slots_folder)

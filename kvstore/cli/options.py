@@ -31,6 +31,10 @@ MaxTokensQueued = Annotated[
 Drain = Annotated[
     float, typer.Option("--drain-s", min=0, help="At SIGTERM, longest wait in seconds for requests under way.")
 ]
+EngineLog = Annotated[
+    Path | None,
+    typer.Option("--engine-log", metavar="FILE", help="For what the server to start prints; a temporary one if not."),
+]
 ConfigFile = Annotated[
     Path | None, typer.Option("--file", "-f", help="TOML file, instead of $KVSTORE_CONFIG or ./kvstore.toml.")
 ]

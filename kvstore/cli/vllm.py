@@ -13,6 +13,7 @@ from kvstore.cli.config import overrides
 from kvstore.cli.options import (
     ConfigFile,
     Drain,
+    EngineLog,
     ListenHost,
     ListenPort,
     MaxQueue,
@@ -56,6 +57,7 @@ def vllm(
     start_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="Longest wait until the server to start is ready.")
     ] = 600.0,
+    engine_log: EngineLog = None,
     file: ConfigFile = None,
     setting: StoreSettings = None,
     verbose: Verbose = False,
@@ -102,7 +104,9 @@ def vllm(
     )
     with contextlib.ExitStack() as stack:
         own_port = free_port()
-        log = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-vllm-"))) / "vllm.log"
+        log = engine_log
+        if log is None:
+            log = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-vllm-"))) / "vllm.log"
         process = ServerProcess(
             "vLLM", command(settings, own_port), f"http://127.0.0.1:{own_port}", log, environment(settings)
         )

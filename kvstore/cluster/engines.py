@@ -37,6 +37,7 @@ class ReplicaPlace:
 
     dtype:     of weights and cache; "" leaves it to the engine.
     server:    the engine's own program, as `find_server` gave it; "" where it needs none.
+    engine_log: file for what the engine's own server prints; "" leaves it to the replica.
     settings:  FIELD=VALUE of the store; one of them says where its node is.
     arguments: further ones of its command, last.
     """
@@ -48,6 +49,7 @@ class ReplicaPlace:
     dtype: str = ""
     threads: int = 1
     server: str = ""
+    engine_log: str = ""
     settings: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
 
@@ -102,6 +104,7 @@ class VllmKind:
         """`kvstore vllm`. Its `arguments` may hold a `--`, after which come vLLM's own."""
         options = [*_common(replica), "--server", replica.server, "--threads", str(replica.threads)]
         options += ["--dtype", replica.dtype] if replica.dtype else []
+        options += ["--engine-log", replica.engine_log] if replica.engine_log else []
         return kvstore_command("vllm", *options, settings=replica.settings, last=replica.arguments)
 
 
@@ -121,6 +124,7 @@ class LlamacppKind:
             raise ConfigError("--dtype: a GGUF file has its own; leave it out (of the cache: -- --cache-type)")
         options = [*_common(replica), "--threads", str(replica.threads)]
         options += ["--server", replica.server] if replica.server else []
+        options += ["--engine-log", replica.engine_log] if replica.engine_log else []
         return kvstore_command("llamacpp", *options, settings=replica.settings, last=replica.arguments)
 
 

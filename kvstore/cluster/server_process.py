@@ -1,7 +1,8 @@
 """An engine's own server as a child process: started, waited for, watched, ended. Used by fronts.
 
 The hard thing: a front may be killed. So a program is started by `become`, which has the kernel tell it of our end; and
-its standard input is a pipe of ours, whose end a program of ours may wait for.
+its standard input is a pipe of ours, whose end a program of ours may wait for. One that is told to end in the middle of
+its start may hang (vLLM does, once its engine process has gone): it is killed then, with all that it has started.
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ from __future__ import annotations
 import http.client
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
+
+import psutil
 
 from kvstore.errors import KVStoreError
 
@@ -55,12 +61,13 @@ class ServerProcess:
                 self.command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=self._environment
             )
         until = time.monotonic() + timeout_s
-        while not self._is_up():
-            if why := self.ended():
-                raise KVStoreError(why)
-            if time.monotonic() > until:
-                raise KVStoreError(f"{self.name} is not ready after {timeout_s:.0f} s; {self._last_words()}")
-            time.sleep(STEP_S)
+        with _ended_by_signal():
+            while not self._is_up():
+                if why := self.ended():
+                    raise KVStoreError(why)
+                if time.monotonic() > until:
+                    raise KVStoreError(f"{self.name} is not ready after {timeout_s:.0f} s; {self._last_words()}")
+                time.sleep(STEP_S)
 
     def ended(self) -> str:
         """Why there is no server any more, with the end of its log; "" while there is one. Asked now and then."""
@@ -71,14 +78,17 @@ class ServerProcess:
         return f"{self.name} has ended with {self._process.returncode}; {self._last_words()}"
 
     def stop(self) -> None:
-        """End it. Idempotent."""
+        """End it, by force if it does not end in time. Idempotent."""
         if self._process is not None:
+            started = _descendants(self._process.pid)
             self._process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            for one in started:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            self._process.kill()
+            self._process.wait()
             if self._process.stdin is not None:
                 self._process.stdin.close()
             self._process = None
@@ -111,6 +121,31 @@ class ServerProcess:
         found = _CAUSE.search(text)
         cause = f"it says: {found[1][:CAUSE_CHARACTERS]}; " if found and found[1] not in tail else ""
         return f"{cause}its log ends: {tail or 'it is empty'}"
+
+
+@contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """Have SIGTERM raise SystemExit, so that what was started is ended. In the main thread; elsewhere nothing."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # another thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def as_child(command: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@
     NAME/cluster.json     the ClusterSpec, whole before the first process starts; may hold a password, so ours alone
     NAME/replica-0.pid    written by the process itself, before it becomes what it is to be
     NAME/replica-0.log    what it prints
+    NAME/replica-0.engine.log  and what the engine's own server prints, where there is one
     NAME/node-0.sock      sockets
 
 The hard thing: `up` may be killed at any moment, and `down` must end exactly what it started. So a process writes its
@@ -26,7 +27,7 @@ from pathlib import Path
 import psutil
 from pydantic import TypeAdapter
 
-from kvstore.cluster.topology import ClusterSpec, Process
+from kvstore.cluster.topology import ClusterSpec, Process, engine_log
 from kvstore.errors import KVStoreError
 
 # If the directory is gone when it comes to write, the cluster is gone too: then nothing is started.
@@ -120,11 +121,14 @@ class RunDirectory:
         return self.path / f"{name}.log"
 
     def last_words(self, name: str) -> str:
-        """The end of a log, indented."""
+        """The end of a log, and of that of its engine's own server, indented."""
+        lines = ["(there is none)"]
         with suppress(FileNotFoundError):
-            lines = self.log(name).read_text(errors="replace").splitlines()[-LOG_LINES:]
-            return "\n".join(f"    {line}" for line in lines) or "    (it is empty)"
-        return "    (there is none)"
+            lines = self.log(name).read_text(errors="replace").splitlines()[-LOG_LINES:] or ["(it is empty)"]
+        with suppress(FileNotFoundError):
+            text = engine_log(self.path, name).read_text(errors="replace")
+            lines += [f"the end of {engine_log(self.path, name)}:", *text.splitlines()[-LOG_LINES:]]
+        return "\n".join(f"    {line}" for line in lines)
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 

@@ -223,6 +223,7 @@ def _replica(spec: ClusterSpec, directory: Path, index: int) -> Process:
         spec.dtype,
         spec.threads,
         spec.server,
+        str(engine_log(directory, f"replica-{index}")),
         (*spec.settings, f"service.url=unix://{_socket(directory, node)}"),
         spec.replica_arguments,
     )
@@ -236,6 +237,11 @@ def _router(spec: ClusterSpec, replicas: Sequence[Process]) -> Process:
         options += ["--replica", replica.url]
     needs = tuple(replica.name for replica in replicas)
     return Process("router", ProcessKind.ROUTER, kvstore_command("router", *options), spec.ports.router, needs=needs)
+
+
+def engine_log(directory: Path, name: str) -> Path:
+    """The file for what a replica's engine prints, where that has a process of its own."""
+    return directory / f"{name}.engine.log"
 
 
 def _socket(directory: Path, node: int) -> Path:

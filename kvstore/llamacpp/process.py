@@ -33,13 +33,17 @@ class LlamaSettings:
 
 
 class LlamaProcess(ServerProcess):
-    """One llama-server as a child on `port`, with a folder for slot files, which goes with it."""
+    """One llama-server as a child on `port`, with a folder for slot files, which goes with it.
 
-    def __init__(self, settings: LlamaSettings, port: int) -> None:
+    log: for what it prints; a file in the folder if None.
+    """
+
+    def __init__(self, settings: LlamaSettings, port: int, log: Path | None = None) -> None:
         self._folder = SlotsFolder()
         self.folder = self._folder.path
         command = _command(settings, port, self.folder)
-        super().__init__("llama-server", command, f"http://127.0.0.1:{port}", self.folder / "llama-server.log")
+        log = log or self.folder / "llama-server.log"
+        super().__init__("llama-server", command, f"http://127.0.0.1:{port}", log)
 
     def stop(self) -> None:
         """End it, and remove the folder. Idempotent."""

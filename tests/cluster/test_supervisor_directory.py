@@ -95,6 +95,17 @@ def test_the_lock_is_held_by_one_and_tells_by_whom(run: RunDirectory) -> None:
         assert again is None
 
 
+def test_last_words_have_those_of_the_engines_own_server(run: RunDirectory) -> None:
+    run.log("replica-0").write_text("starting\n")
+    (run.path / "replica-0.engine.log").write_text("".join(f"engine {number}\n" for number in range(40)))
+
+    told = run.last_words("replica-0").splitlines()
+
+    assert told[0] == "    starting"
+    assert told[1] == f"    the end of {run.path}/replica-0.engine.log:"
+    assert told[2:] == [f"    engine {number}" for number in range(28, 40)]
+
+
 def test_last_words_are_the_end_of_the_log(run: RunDirectory) -> None:
     run.log("node-0").write_text("".join(f"line {index}\n" for index in range(40)))
 
