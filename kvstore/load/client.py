@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
@@ -19,6 +20,7 @@ from typing import Any
 import aiohttp
 
 from kvstore.errors import KVStoreError
+from kvstore.load.counters import read_hits
 from kvstore.load.record import FAILED, OK, REFUSED, Record
 from kvstore.load.requests import CHAT
 from kvstore.web.sse import read_events
@@ -27,6 +29,8 @@ REPLICA_HEADER = "X-KVStore-Replica"
 PATHS = {CHAT: "/v1/chat/completions", "completions": "/v1/completions"}
 DEFAULT_RETRY_S = 1.0  # where a refusal does not say when to come back
 DETAIL_CHARACTERS = 300
+# Of a question that a server of another make does not know.
+NO_ANSWER = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
 class Client:
@@ -107,8 +111,25 @@ class Client:
             async with self._session.get(url, timeout=aiohttp.ClientTimeout(total=10)) as answer:
                 listed = json.loads(await answer.read()) if answer.status == 200 else []
             return {str(one["name"]): str(one["rendering"]) for one in listed if one.get("rendering")}
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, TypeError, KeyError, AttributeError):
+        except NO_ANSWER:
             return {}  # a server of another make
+
+    async def hits_by_tier(self) -> Counter[str]:
+        """The hits that a router's replicas, or this server, have counted, by tier; {} where they tell none."""
+        urls = [self.url]
+        with suppress(*NO_ANSWER):
+            listed = json.loads(await self._text(f"{self.url}/v1/replicas"))
+            urls = [str(one["url"]) for one in listed]
+        texts = []
+        for url in urls:
+            with suppress(*NO_ANSWER):
+                texts.append(await self._text(f"{url}/metrics"))
+        return read_hits(texts)
+
+    async def _text(self, url: str) -> str:
+        """The body of an answer with status 200; "" of any other."""
+        async with self._session.get(url, timeout=aiohttp.ClientTimeout(total=10)) as answer:
+            return await answer.text() if answer.status == 200 else ""
 
     async def ask(self, record: Record, api: str, body: Mapping[str, Any], began_s: float) -> None:
         """Send one request and fill `record`; every failure ends up in it, only cancellation is raised.

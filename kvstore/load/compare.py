@@ -129,7 +129,7 @@ def _warnings(
             'the run without the cache had hits too: this server does not know {"kvstore": {"cache": false}}. '
             "Name one that has no cache with --baseline-url"
         )
-    elif same_server and not any(record.hit_tokens is not None for record in baseline.records):
+    elif same_server and not any(record.cached_tokens is not None for record in baseline.records):
         warnings.append(
             "this server tells nothing of its cache, so the second run may have used it too. "
             "Name one that has no cache with --baseline-url"

@@ -20,6 +20,7 @@ from rich.console import Console
 from kvstore.load.arrivals import Arrivals, Closed, Open
 from kvstore.load.client import Client
 from kvstore.load.compare import Comparison, compare
+from kvstore.load.counters import gained
 from kvstore.load.player import Asking, PlayedWorkload, play
 from kvstore.load.progress import Progress
 from kvstore.load.requests import Workload
@@ -28,6 +29,9 @@ from kvstore.load.tables import comparison_report, report
 from kvstore.load.workloads import warm_up
 
 WARM_UP_CONCURRENCY = 2  # in an open loop, whose rate says nothing of how many are served at once
+
+SETTLE_S = 1.5  # a front looks at its engine once a second
+SETTLE_LOOKS = 4
 
 WITH, WITHOUT = "with the cache", "without the cache"
 
@@ -50,6 +54,7 @@ class HttpSession:
     runs: list[tuple[PlayedWorkload, Summary]] = field(default_factory=list)
     comparison: Comparison | None = None
     renderings: Mapping[str, str] = field(default_factory=dict)
+    counted: dict[str, dict[str, int]] = field(default_factory=dict)  # hits by tier, by run
 
     def play(self, progress: Console) -> None:
         """Play everything, or until Ctrl-C. Raises KVStoreError if a server cannot be asked at all."""
@@ -71,6 +76,9 @@ class HttpSession:
         for place, (_, summary) in enumerate(self.runs):
             # The comparison has what matters of the second run; all of it is in the JSON.
             printer.print(report(summary, brief=place > 0))
+            if told := self.counted.get(summary.name):
+                tiers = ", ".join(f"{tier} {tokens:,}" for tier, tokens in told.items())
+                printer.print(f"hits by tier, as the servers counted: {tiers}\n", highlight=False)
         if self.comparison is not None:
             printer.print(comparison_report(self.comparison))
 
@@ -82,7 +90,11 @@ class HttpSession:
             "server": {"url": self.server.url, "model": self.server.model, "renderings": dict(self.renderings)},
             "load_generator": dict(about),
             "runs": [
-                {**summary.to_json(), "records": [record.to_json() for record in run.records]}
+                {
+                    **summary.to_json(),
+                    "counted_hit_tokens": self.counted.get(summary.name),
+                    "records": [record.to_json() for record in run.records],
+                }
                 for run, summary in self.runs
             ],
             "comparison": self.comparison.to_json() if self.comparison else None,
@@ -139,6 +151,7 @@ class HttpSession:
         warming = warm_up(self.warmup, self.workload.seed)
         at_once = self.arrivals if isinstance(self.arrivals, Closed) else Closed(WARM_UP_CONCURRENCY)
         await play("warm-up", warming, client, at_once, asking, now=clock, stop=stop)
+        before = await client.hits_by_tier()
         with Progress(name, len(self.workload.requests), console, clock) as progress:
             run = await play(
                 name,
@@ -152,6 +165,20 @@ class HttpSession:
                 on_record=progress.add,
             )
         self.runs.append((run, summarize(run, isinstance(self.arrivals, Open))))
+        if any(record.cached_tokens for record in run.records) and all(r.hit_tokens is None for r in run.records):
+            self.counted[name] = gained(before, await self._settled(client))
+
+    @staticmethod
+    async def _settled(client: Client) -> dict[str, int]:
+        """What servers count once they have come to rest: some tell what they counted a second later."""
+        last = await client.hits_by_tier()
+        for _ in range(SETTLE_LOOKS):
+            await asyncio.sleep(SETTLE_S)
+            now = await client.hits_by_tier()
+            if now == last:
+                break
+            last = now
+        return dict(last)
 
     def _parameters(self) -> str:
         told = {**self.workload.parameters, "seed": self.workload.seed}

@@ -47,6 +47,7 @@ class FakeServer:
 
     behave:  request number (in order of arrival, from 0) and body -> Behaviour.
     one_at_a_time: as a server with one engine.
+    counted: what it tells at /metrics, a pair of tier and tokens for each request that was answered.
     """
 
     def __init__(self) -> None:
@@ -63,6 +64,7 @@ class FakeServer:
         self.obeys_cache_false = True
         self.replica = "replica-0"
         self.one_at_a_time = False
+        self.counted: list[tuple[str, int]] = []
         self.most_at_once = 0
         self._at_once = 0
         self._seen: set[int] = set()
@@ -77,12 +79,20 @@ class FakeServer:
         """The routes."""
         app = web.Application(client_max_size=1 << 26)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/v1/completions", self._answer)
         app.router.add_post("/v1/chat/completions", self._answer)
         return app
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response(self.models, status=self.models_status)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        lines = [
+            f'kvstore_replica_hit_tokens_total{{tier="{tier}"}} {float(len(self.bodies) * tokens)}\n'
+            for tier, tokens in self.counted
+        ]
+        return web.Response(text="".join(lines))
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

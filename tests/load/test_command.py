@@ -45,6 +45,18 @@ def test_baseline_plays_the_same_prompts_without_the_cache_and_compares(server: 
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_tiers_that_answers_do_not_tell_are_those_that_the_server_counts(server: FakeServer, tmp_path: Path) -> None:
+    server.speaks_extension = False
+    server.counted = [("host", 16), ("engine", 32)]
+
+    result = load(server, *SMALL, "--json", str(tmp_path / "run.json"))
+
+    assert result.exit_code == 0, result.output
+    assert "hits by tier, as the servers counted: host 96, engine 192" in result.stdout
+    written = json.loads((tmp_path / "run.json").read_text())
+    assert written["runs"][0]["counted_hit_tokens"] == {"host": 96, "engine": 192}
+
+
 def test_conversations_are_compared_prompt_by_prompt(server: FakeServer) -> None:
     wrong = {"number": -1}
 
