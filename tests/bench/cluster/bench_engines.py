@@ -3,8 +3,8 @@
     PYTHONPATH=. python tests/bench/cluster/bench_engines.py [--engines transformers vllm] [--clients 1 2 4 8]
 
 One replica of each engine, each with a daemon of its own, both in float32 with the same number of threads. At each
-number of clients first one engine is asked, then the other, so that what the machine does besides meets both. The workload is
-`shared-prompt`; its seed differs at each step, so each begins with a system prompt that nobody has.
+number of clients first one engine is asked, then the other, so that what the machine does besides meets both. The
+workload is `shared-prompt`; its seed differs at each step, so each begins with a system prompt that nobody has.
 """
 
 from __future__ import annotations
