@@ -32,6 +32,7 @@ class Promise:
 
     first:     pages before it are in SGLang's own pools.
     lease:     of pages [first, lease.num_blocks); None if nothing is stored.
+    num_ready: pages from the root that can be read, once all of the lease that will come has come; else None.
     looked_at: when the store was asked; asked_at: when SGLang asked last.
     """
 
@@ -40,6 +41,7 @@ class Promise:
     first: int
     last_hash: bytes
     lease: LoadLease | None = None
+    num_ready: int | None = None
     looked_at: float = 0.0
     asked_at: float = 0.0
     is_pending: bool = False
@@ -92,6 +94,7 @@ class Promises:
         if promise is None:
             return None
         end = promise.first + len(hashes)
+        promise.num_ready = None  # asked anew: a daemon may have gone since
         if hashes and self._ready(promise) >= end:
             last = self._store.request_from_hashes(hashes[-1:], self._store.layout.block_size)
             if last.keys[0] == promise.request.keys[end - 1]:  # which names all before it
@@ -133,14 +136,20 @@ class Promises:
         """Pages from the root that can be read now; `first` if none after it can."""
         if promise.lease is None:
             return promise.first
-        return max(promise.first, self._store.poll(promise.lease).num_blocks)
+        if promise.num_ready is None:
+            status = self._store.poll(promise.lease)
+            num_ready = max(promise.first, status.num_blocks)
+            if status.state is not LeaseState.READY:
+                return num_ready
+            promise.num_ready = num_ready
+        return promise.num_ready
 
     def _looks_again(self, promise: Promise) -> bool:
         """Whether the store may have more than the lease."""
         if not promise.looked_at or promise.is_pending:
             return True
-        if promise.lease is not None and self._store.poll(promise.lease).state is LeaseState.WAITING:
-            return False
+        if promise.lease is not None and promise.num_ready is None:
+            return self._store.poll(promise.lease).state is LeaseState.CLOSED  # else more is on its way
         return self._now() - promise.looked_at >= LOOK_AGAIN_S
 
     def _lease(self, promise: Promise) -> None:
@@ -152,7 +161,7 @@ class Promises:
         if match.pending and not promise.is_pending:
             store.prefetch(request)  # a shared tier answers later, and SGLang may not ask again
         promise.is_pending = match.pending
-        before, promise.lease = promise.lease, None
+        before, promise.lease, promise.num_ready = promise.lease, None, None
         num_pages = min(match.num_blocks - first, self._room(promise.rid, match.num_blocks - first))
         if num_pages > 0:
             lease = store.prepare_load(request, first + num_pages, first=first)
