@@ -95,17 +95,23 @@ class Forward:
         return tokens
 
 
+ONE_AT_A_TIME = (
+    "here one prompt is computed at a time: call once for each (what they share is computed once), or serve the model "
+    "by vLLM, which batches (kvstore vllm, docs/vllm.md)"
+)
+
+
 def _one_row(ids: Any) -> Any:
     """Unwrap a batch of one; refuse larger ones."""
     if hasattr(ids, "detach"):
         ids = ids.detach().cpu().numpy()
     elif isinstance(ids, (list, tuple)) and ids and isinstance(ids[0], (list, tuple)):
         if len(ids) != 1:
-            raise ValueError(f"it is a batch of {len(ids)}; one prompt at a time works")
+            raise ValueError(f"it is a batch of {len(ids)}; {ONE_AT_A_TIME}")
         return ids[0]
     if getattr(ids, "ndim", 1) == 2:
         if ids.shape[0] != 1:
-            raise ValueError(f"it is a batch of shape {tuple(ids.shape)}; one prompt at a time works")
+            raise ValueError(f"it is a batch of shape {tuple(ids.shape)}; {ONE_AT_A_TIME}")
         ids = ids[0]
     return ids
 

@@ -51,6 +51,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "min_p": (0,),
     "min_tokens": (0,),
 }
+SEVERAL = "send a request for each answer (they share their prompt), or use vLLM: kvstore cluster up --engine vllm"
+INSTEAD = {"n": SEVERAL, "best_of": SEVERAL}
 # Fields that say something about the request and nothing about the answer.
 NOTES = (
     "user",
@@ -219,7 +221,8 @@ def parse(raw: bytes, kind: type[A]) -> A:
         raise ApiError(400, "the body must be a JSON object")
     for name in [name for name in body if name in NEUTRAL and name not in kind.model_fields]:
         if body.pop(name) not in NEUTRAL[name]:
-            raise ApiError(400, f"{name} is not supported here; leave it out", param=name, code="unsupported_parameter")
+            instead = INSTEAD.get(name, "leave it out")
+            raise ApiError(400, f"{name} is not supported here; {instead}", param=name, code="unsupported_parameter")
     for name in NOTES:
         body.pop(name, None)
     try:

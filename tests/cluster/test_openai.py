@@ -145,6 +145,14 @@ def test_a_field_that_would_change_the_answer_is_refused_by_name(name: str, valu
     assert error.body["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("name", ["n", "best_of"])
+def test_several_answers_are_refused_with_what_to_use(name: str) -> None:
+    error = refusal(json.dumps({"prompt": "once", name: 3}).encode())
+
+    assert "send a request for each answer" in str(error)
+    assert "--engine vllm" in str(error)
+
+
 def test_the_same_fields_with_values_that_change_nothing_are_taken() -> None:
     completion(n=1, echo=False, suffix="", presence_penalty=0, frequency_penalty=0.0, logit_bias={}, user="me")
     chat(tools=[], tool_choice="none", response_format={"type": "text"}, metadata={"a": "b"}, store=False)

@@ -62,7 +62,10 @@ def test_prompts_of_every_kind_become_the_same_tokens(forward: Forward, kind: st
         (np.array([1.5]), "float"),
         ([True, False], "bool"),
         (np.zeros((2, 3), np.int64), r"a batch of shape \(2, 3\)"),
-        ([[1, 2], [3, 4]], "a batch of 2"),
+        (
+            [[1, 2], [3, 4]],
+            "a batch of 2; here one prompt is computed at a time: call once for each .*, or serve .* by vLLM",
+        ),
         (np.zeros((1, 2, 3), np.int64), "shape"),
         ({"input_ids": [1]}, "dict"),
         (b"abc", "bytes"),
