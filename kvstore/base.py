@@ -199,8 +199,14 @@ class KVStore(RequestFactory, Waits, Protocol):
     def poll(self, lease: LoadLease) -> LeaseStatus:
         """The progress of a load lease, at once."""
 
-    def prepare_save(self, request: Request, first: int, num_blocks: int, *, owner: str = "") -> SaveLease:
-        """Give slots for those pages of blocks [first, first + num_blocks) that host memory does not have."""
+    def prepare_save(
+        self, request: Request, first: int, num_blocks: int, *, owner: str = "", states: Sequence[int] = ()
+    ) -> SaveLease:
+        """Give slots for those pages of blocks [first, first + num_blocks) that host memory does not have.
+
+        states: of a model that keeps a state: the blocks among them after whose last token the caller has it. The lease
+                has slots for all pieces of a state (groups from `layout.block_groups` on) or for none.
+        """
 
     def complete(self, lease: LoadLease | SaveLease, *, filled: Sequence[bool] | None = None) -> None:
         """End a lease: unpin after a load; publish after a save (`filled` says which pages are whole; default all)."""

@@ -71,6 +71,8 @@ METRICS: tuple[MetricSpec, ...] = (
     _counter("matched_tokens", "matched_tokens", "Tokens of prompts that a match covered."),
     _counter("miss_tokens", "miss_tokens", "Tokens of prompts that no match covered."),
     _counter("cut", "matches_cut", "Matches by why they ended where they did.", "reason"),
+    _counter("stateless_tokens", "stateless_tokens", "Tokens whose KV was stored without a state at a usable length."),
+    _counter("stranded_blocks", "stranded_blocks", "Blocks that lost the states behind them, or pages before them."),
     _counter("probes", "probed_blocks", "Blocks a shared tier was asked about.", "tier"),
     _counter("collisions", "collision_pages", "Pages whose tokens were not those asked for (hash collision).", "tier"),
     _counter("compute_claims", "compute_claims", "Requests that computed what others would have waited for."),

@@ -28,6 +28,8 @@ def snapshot(planner: Planner, lanes: Mapping[str, Lane]) -> dict[str, Any]:
         "matched_tokens": lookups.counters["matched_tokens"],
         "miss_tokens": lookups.counters["missed_tokens"],
         "cut": dict(lookups.cuts),
+        "stateless_tokens": lookups.counters["stateless_tokens"],
+        "stranded_blocks": host.stranded_blocks,
         "probes": dict(lookups.probes.counters),
         "collisions": {HOST: lookups.counters["collisions"]} | {name: m.collisions for name, m in media.items()},
         **planner.single_flight.counters,

@@ -146,12 +146,14 @@ class LocalStore(Hinting, Waits):
 
     # ---- saves ------------------------------------------------------------------------------------------------
 
-    def prepare_save(self, request: Request, first: int, num_blocks: int, *, owner: str = "") -> SaveLease:
+    def prepare_save(
+        self, request: Request, first: int, num_blocks: int, *, owner: str = "", states: Sequence[int] = ()
+    ) -> SaveLease:
         """Give slots for those pages of blocks [first, first + num_blocks) that host memory does not have."""
         check_blocks(request, first, num_blocks)
         lease_id = self._in_steps.new_lease_id()
         try:
-            steps = self._in_steps.prepare_save(lease_id, request, first, num_blocks, self._now(), owner)
+            steps = self._in_steps.prepare_save(lease_id, request, first, num_blocks, self._now(), owner, states)
             return self._dispatcher.carry_out(steps)
         except BaseException:
             self._end_badly(lease_id)

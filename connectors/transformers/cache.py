@@ -10,6 +10,9 @@ reference is enough, because a `DynamicLayer` grows by making a new tensor and n
 The hard thing: a sliding layer keeps only its window, so interior blocks must be taken while they pass. The layers
 are told to record their past before a forward, the new blocks are cloned after it, and `crop(0)` puts the layer back
 to exactly what it would have held without us: the same values, and the same inputs to the next forward.
+
+A state is another matter: a model writes into it in place, and what it was cannot be had afterwards. So a `Snapshot` is
+a copy, taken between two forwards.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from connectors.transformers.layout import LayerShape, is_sliding, model_device, new_cache
+from connectors.transformers.layout import CacheShapes, StateTensor, is_sliding, model_device, new_cache
 from kvstore.base import SlotPages
 from kvstore.devices.base import Device
 from kvstore.devices.tables import token_table
@@ -47,10 +50,18 @@ class Span:
     tensors: tuple[torch.Tensor, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A copy of a model's state after `num_blocks` whole blocks. data: uint8, shape (state bytes,), on its device."""
+
+    num_blocks: int
+    data: torch.Tensor
+
+
 class CacheBridge:
     """Knows how the layers of one model lie in its pages. Any thread; holds no cache."""
 
-    def __init__(self, model: Any, shapes: Sequence[LayerShape | None], layout: Layout, device: Device) -> None:
+    def __init__(self, model: Any, shapes: CacheShapes, layout: Layout, device: Device) -> None:
         self._model = model
         self._shapes = shapes
         self._layout = layout
@@ -58,9 +69,19 @@ class CacheBridge:
         self._torch_device = model_device(model)
 
     @property
-    def has_sliding(self) -> bool:
-        """True if some layers forget what leaves their window."""
-        return any(group.window is not None for group in self._layout.groups)
+    def has_states(self) -> bool:
+        """True if some layers keep a state instead of rows."""
+        return bool(self._shapes.states)
+
+    @property
+    def states(self) -> tuple[StateTensor, ...]:
+        """The tensors of a state."""
+        return self._shapes.states
+
+    @property
+    def can_be_cut(self) -> bool:
+        """True if what resumes a prompt after N blocks also resumes it after fewer: no windows, and no states."""
+        return not self.has_states and all(group.window is None for group in self._layout.groups)
 
     def new_cache(self) -> Any:
         """A fresh, empty cache of the model."""
@@ -76,7 +97,7 @@ class CacheBridge:
 
         cache = self.new_cache()
         plans = []
-        for group in range(len(self._layout.groups)):
+        for group in range(self._layout.block_groups):
             first = self._first_needed(group, num_blocks)
             wanted = pages.at(_indexes_of(pages, group, first, num_blocks))
             wanted = wanted.at(np.argsort(wanted.blocks))
@@ -84,6 +105,7 @@ class CacheBridge:
             if have != list(range(first, num_blocks)):
                 raise LookupError(f"load: group {group} needs blocks [{first}, {num_blocks}), the lease has {have}")
             plans.append((group, first, wanted.slots.tolist()))
+        pieces = self._pieces(pages, num_blocks)
         events = []
         with torch.inference_mode():
             for group, first, slots in plans:
@@ -91,13 +113,32 @@ class CacheBridge:
                 table = token_table([tensor[0] for tensor in tensors], self._layout.block_size)
                 events.append(self._device.copy_in(table, range(len(slots)), [slot_array(slot) for slot in slots]))
                 self._install(cache, group, tensors, num_blocks * self._layout.block_size)
+            if pieces:
+                self._put_state(cache, torch.cat([torch.from_numpy(slot_array(slot)[:size]) for slot, size in pieces]))
         for event in events:
             event.wait()
         return cache
 
-    def copy_out(self, spans: Sequence[Span], pages: SlotPages, slot_array: SlotArray) -> list[bool]:
-        """Gather the pages of a save lease from `spans`; say which of them were found there and are whole now."""
+    def snapshot(self, cache: Any, num_blocks: int) -> Snapshot:
+        """Copy the state that the model's layers are in after `num_blocks` blocks."""
+        import torch
+
+        data = torch.zeros(self._shapes.state_bytes, dtype=torch.uint8, device=self._torch_device)
+        with torch.inference_mode():
+            for tensor in self._shapes.states:
+                state = getattr(cache.layers[tensor.layer], tensor.name)[tensor.index]
+                if state is None or tuple(state.shape) != tensor.shape or state.dtype != tensor.dtype:
+                    raise LookupError(f"save: layer {tensor.layer} has no {tensor.name} of {tensor.shape}")
+                data[tensor.start : tensor.stop] = state.contiguous().reshape(-1).view(torch.uint8)
+        return Snapshot(num_blocks, data)
+
+    def copy_out(
+        self, spans: Sequence[Span], pages: SlotPages, slot_array: SlotArray, states: Sequence[Snapshot] = ()
+    ) -> list[bool]:
+        """Gather the pages of a save lease; say which of them were found there and are whole now."""
         filled = [False] * len(pages)
+        for state in states:
+            self._copy_state(state, pages, slot_array, filled)
         events = []
         for span in spans:
             indexes = _indexes_of(pages, span.group, span.first_block, span.last_block)
@@ -117,7 +158,7 @@ class CacheBridge:
         """References to what the layers without a window hold now, for blocks [first_block, last_block)."""
         spans = []
         for index, group in enumerate(self._layout.groups):
-            if group.window is None and first_block < last_block:
+            if group.window is None and not group.is_state and first_block < last_block:
                 tokens = slice(first_block * self._layout.block_size, last_block * self._layout.block_size)
                 tensors = [
                     tensor[:, :, tokens]
@@ -156,7 +197,7 @@ class CacheBridge:
 
         tensors = []
         for layer in self._layout.groups[group].layers:
-            shape = self._shapes[layer]
+            shape = self._shapes.layers[layer]
             assert shape is not None  # groups are made of layers that have a shape
             for heads, dim, dtype in zip(shape.heads, shape.dims, shape.dtypes, strict=True):
                 tensors.append(torch.empty((1, heads, num_tokens, dim), dtype=dtype, device=self._torch_device))
@@ -175,6 +216,38 @@ class CacheBridge:
                 layer.keys, layer.values = keys[:, :, 1 - window :], values[:, :, 1 - window :]
                 layer.cumulative_length = num_tokens
 
+    def _pieces(self, pages: SlotPages, num_blocks: int) -> list[tuple[int, int]]:
+        """Slot and bytes of each piece of the state after `num_blocks` blocks, in order."""
+        layout, slots = self._layout, []
+        for group in range(layout.block_groups, len(layout.groups)):
+            at = _indexes_of(pages, group, num_blocks - 1, num_blocks)
+            if len(at) != 1:
+                raise LookupError(f"load: the lease has no piece {group} of the state after {num_blocks} blocks")
+            slots.append((int(pages.slots[at[0]]), layout.groups[group].page_bytes))
+        return slots
+
+    def _put_state(self, cache: Any, data: torch.Tensor) -> None:
+        """Bring the layers into a state. They copy it: `data` is of no use to them afterwards."""
+        for tensor in self._shapes.states:
+            layer = cache.layers[tensor.layer]
+            state = data[tensor.start : tensor.stop].view(tensor.dtype).reshape(tensor.shape).to(self._torch_device)
+            if tensor.name == "conv_states":
+                layer.update_conv_state(state, state_idx=tensor.index)
+            else:
+                layer.update_recurrent_state(state, state_idx=tensor.index)
+            layer.has_previous_state[tensor.index] = True
+
+    def _copy_state(self, state: Snapshot, pages: SlotPages, slot_array: SlotArray, filled: list[bool]) -> None:
+        import torch
+
+        start = 0
+        for group in range(self._layout.block_groups, len(self._layout.groups)):
+            size = self._layout.groups[group].page_bytes
+            for index in _indexes_of(pages, group, state.num_blocks - 1, state.num_blocks).tolist():
+                torch.from_numpy(slot_array(int(pages.slots[index]))[:size]).copy_(state.data[start : start + size])
+                filled[index] = True
+            start += size
+
 
 class Recorder:
     """Keeps the blocks that pass through one cache, until they are taken as spans. The request's thread only.
@@ -191,6 +264,7 @@ class Recorder:
         self._cache = cache
         self._sliding = [index for index, group in enumerate(layout.groups) if group.window is not None]
         self._passed: list[Span] = []
+        self._states: list[Snapshot] = []
         self._seen = num_tokens // layout.block_size  # blocks taken, or there before us
         self._taken = self._seen
 
@@ -223,6 +297,17 @@ class Recorder:
         spans = [*self._passed, *self._bridge.full_spans(self._cache, self._taken, last)]
         self._passed, self._taken = [], max(last, self._taken)
         return spans
+
+    def keep_state(self, num_tokens: int, *, instead: bool = False) -> None:
+        """Copy the state after `num_tokens` tokens, whole blocks. instead: of the one that was kept last."""
+        if instead and self._states:
+            self._states.pop()
+        self._states.append(self._bridge.snapshot(self._cache, num_tokens // self._layout.block_size))
+
+    def take_states(self) -> list[Snapshot]:
+        """The states that were kept since they were taken last."""
+        states, self._states = self._states, []
+        return states
 
     def _layers(self) -> list[Any]:
         if not self._sliding:

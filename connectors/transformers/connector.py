@@ -26,11 +26,12 @@ from typing import Any, TypeVar
 from connectors.answers import ALL, PROMPT, SavedAnswers
 from connectors.base import ConnectorCounters, log_failure
 from connectors.transformers.answers import saved_answers
-from connectors.transformers.cache import CacheBridge, Recorder, Span
+from connectors.transformers.cache import CacheBridge, Recorder, Snapshot, Span
 from connectors.transformers.identity import Reuse, check_chunk, check_namespace, check_reuse
 from connectors.transformers.layout import cache_shapes, default_device, layout_of
 from connectors.transformers.loads import Loaded, RunLoads
 from connectors.transformers.saves import CLOSE_TIMEOUT_S, RunSaves
+from connectors.transformers.states import plan_for
 from connectors.transformers.watch import ModelWatch
 from kvstore.base import HintOutcome, KVStore, Request, RequestOptions
 from kvstore.devices.base import Device
@@ -106,6 +107,7 @@ class TransformersConnector:
             if (slab := store.slots.buffer) is not None:
                 device.register(slab)
         self._bridge = CacheBridge(model, shapes, layout, device)
+        self.states = plan_for(model, layout, prefill_chunk, is_exact=self.reuse is Reuse.EXACT)
         self.loads = RunLoads(store, self._bridge, self._step_blocks, self.counters, load_deadline_s)
         self.saves = RunSaves(store, self._bridge, self.counters, max_queue)
 
@@ -114,13 +116,21 @@ class TransformersConnector:
         step = self.prefill_chunk if self.reuse is Reuse.EXACT else self.block_size
         return num_tokens // step * step
 
+    def state_places(self, start: int, num_tokens: int, branch: int) -> list[int]:
+        """The places of a prompt at which the state is to be kept (see `StatePlan`); none of a model without one."""
+        return [] if self.states is None else self.states.places(start, num_tokens, branch)
+
+    def is_state_place(self, num_tokens: int) -> bool:
+        """True if a state after so many tokens could be resumed from."""
+        return self.states is not None and num_tokens % self.states.unit == 0
+
     def judge(self, tokens: TokenArray) -> AnswerJudge | None:
         """The judge of the answer to a prompt; None: no answers are saved, and none is missed."""
         return self.answers.judge(tokens)
 
     def left_out(self, num_blocks: int) -> int:
         """Count blocks of an answer that no next turn can begin with; return how many pages those are."""
-        num_pages = max(0, num_blocks) * len(self._store.layout.groups)
+        num_pages = max(0, num_blocks) * self._store.layout.block_groups
         self.counters.unsaved_pages += num_pages
         return num_pages
 
@@ -186,9 +196,9 @@ class TransformersConnector:
         """The recorder of new blocks while the forwards go on."""
         return self._bridge.recorder(loaded.cache, loaded.num_tokens)
 
-    def start_save(self, request: Request, source: Sequence[Span]) -> bool:
+    def start_save(self, request: Request, source: Sequence[Span], states: Sequence[Snapshot] = ()) -> bool:
         """Queue the blocks of `source` for saving; False if there is nothing to save or the queue is full."""
-        return self.saves.start(request, source)
+        return self.saves.start(request, source, states)
 
     def hint(self, request: Request, messages: Sequence[object]) -> tuple[HintOutcome, ...]:
         """Hand the messages of KV hints that came with a request to the store. Before `finished`. Never raises."""
@@ -225,6 +235,9 @@ class TransformersConnector:
 
     def _with_turns(self, options: RequestOptions | None) -> RequestOptions | None:
         """Options of a request that takes its turn in computing, where that is wanted."""
+        if self.states is not None:
+            # What is published of a prompt is of no use to another one before there is a state: nobody waits for it.
+            return options if options is None else replace(options, single_flight=False)
         if not (self._single_flight or (options is not None and options.single_flight)):
             return options
         # In mode "exact" only whole chunks are saved, in mode "any" every block.

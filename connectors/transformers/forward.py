@@ -11,13 +11,13 @@ outside.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from connectors.transformers.layout import model_device
+from connectors.transformers.layout import cache_argument, model_device
 from connectors.transformers.positions import max_tokens
 from connectors.transformers.ropes import RopeState, ropes_of
 from kvstore.errors import RequestError
@@ -27,14 +27,16 @@ if TYPE_CHECKING:
     import torch
 
 
-def chunk_bounds(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Cut [start, stop) at the multiples of `chunk`.
+def chunk_bounds(start: int, stop: int, chunk: int, also: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
+    """Cut [start, stop) at the multiples of `chunk`, and at the places `also`.
 
     >>> list(chunk_bounds(64, 300, 128))
     [(64, 128), (128, 256), (256, 300)]
+    >>> list(chunk_bounds(64, 300, 128, also=[280]))
+    [(64, 128), (128, 256), (256, 280), (280, 300)]
     """
     while start < stop:
-        end = min((start // chunk + 1) * chunk, stop)
+        end = min((start // chunk + 1) * chunk, stop, *(at for at in also if at > start))
         yield start, end
         start = end
 
@@ -45,6 +47,7 @@ class Forward:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._device = model_device(model)
+        self._cache_argument = cache_argument(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(_forward_of(model)).parameters
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self.max_tokens = max_tokens(model.config)
@@ -66,7 +69,8 @@ class Forward:
         keep = {"logits_to_keep": int(last_only)} if self._keeps_logits else {}
         turn = nullcontext() if self.ropes is None else self.ropes.turn(self.ropes.fresh() if rope is None else rope)
         with torch.inference_mode(), turn:
-            output = self._model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True, **keep)
+            arguments = {self._cache_argument: cache, "position_ids": positions, "use_cache": True, **keep}
+            output = self._model(input_ids=ids, **arguments)
             logits: torch.Tensor = output.logits
             return logits[:, -1:] if last_only else logits
 

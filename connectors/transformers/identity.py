@@ -17,6 +17,7 @@ import hashlib
 import json
 import platform
 from enum import Enum
+from importlib.metadata import distributions
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -25,6 +26,7 @@ from connectors.transformers.layout import model_device
 from connectors.transformers.parts import acting_adapters, structure_digest, tuners_of
 from connectors.transformers.positions import steady_tokens
 from connectors.transformers.process import order_of_sums, precision
+from connectors.transformers.states import scan_chunk
 from connectors.transformers.watch import attention_name
 from kvstore.errors import ConfigError
 from kvstore.layout import Layout
@@ -105,6 +107,10 @@ def model_namespace(
         "modules": structure_digest(model),
         "prefill": f"{reuse.value}:{prefill_chunk}" if reuse is Reuse.EXACT else reuse.value,
     }
+    if layout.state_bytes:
+        # What a state means is the business of kernels and of the library's own code, which changes between two fixes.
+        extra["engine"] = f"transformers {_version('transformers')}"
+        extra["scan"] = f"{scan_chunk(model.config)}:{_kernels()}"
     if reuse is Reuse.EXACT:
         extra["numerics"] = order_of_sums()
     elif unusual := precision():
@@ -208,6 +214,13 @@ def _instruction_set(device: torch.device) -> str:
     flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported")
     known = [flag.split("_is_")[1].removesuffix("_supported") for flag in flags if getattr(torch.cpu, flag, bool)()]
     return " ".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *known])
+
+
+def _kernels() -> str:
+    """The packages whose kernels transformers takes for states where they are installed, with their versions."""
+    packages = ("mamba-ssm", "causal-conv1d", "flash-linear-attention", "kernels")
+    installed = {found.metadata["Name"].lower().replace("_", "-"): found.version for found in distributions()}
+    return ", ".join(f"{name} {installed[name]}" for name in packages if name in installed) or "torch"
 
 
 def _version(package: str) -> str:

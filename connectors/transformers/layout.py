@@ -2,20 +2,23 @@
 
 Nothing is guessed from a config: the model's own `DynamicCache` is built and a forward of two tokens is run through
 it, so that the number of heads, the widths of K and V (they differ for MLA) and the element types are those the model
-really writes. A cache with any state that cannot be cut at a block boundary is refused by name, since its pages would
-be silently wrong.
+really writes. What layers keep as a state after the last token, and no row for each, is taken as it is: tensors of
+fixed shapes, each with its own element type (a recurrent state stays fp32 in a model of bf16).
 
-The hard thing: only the exact cache classes known here are accepted. A subclass may keep more than keys and values.
+The hard thing: only the exact cache classes known here are accepted. A subclass may keep more than what is known of
+it, and its pages would be silently wrong.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvstore.errors import ConfigError, UnsupportedModel
-from kvstore.layout import GroupKind, LayerSpec, Layout, balanced_groups
+from kvstore.layout import GroupKind, LayerSpec, Layout, balanced_groups, groups_with_states
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
     from kvstore.devices.base import Device
 
 FORMAT = "transformers:layer,kv,head,token,dim"
-_WORKS = "full, multi-latent (MLA) and sliding-window attention work"
+_WORKS = "full, multi-latent (MLA) and sliding-window attention, and linear attention with its state in the cache work"
+_PROBE_TOKENS = 2
+STATE_ALIGNMENT = 16  # bytes; of each tensor within a state, so that it can be seen as its element type
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +56,73 @@ class LayerShape:
         return sum(h * d * t.itemsize for h, d, t in zip(self.heads, self.dims, self.dtypes, strict=True))
 
 
-def cache_shapes(model: Any) -> tuple[LayerShape | None, ...]:
-    """Probe the model's cache with a forward of two tokens; None for layers that keep nothing of their own.
+@dataclass(frozen=True, slots=True)
+class StateTensor:
+    """One tensor of the state after a prompt: `getattr(cache.layers[layer], name)[index]`.
 
-    Raises UnsupportedModel if any layer keeps what cannot be cut into pages.
+    start: its first byte among those of the whole state.
+    """
+
+    layer: int
+    name: str  # "conv_states" or "recurrent_states"
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """The byte behind its last one."""
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return self.start + size
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShapes:
+    """The content of a model's cache.
+
+    layers: by layer, None where it keeps no keys and values of its own.
+    states: tensors that are as they were after the last token.
+    """
+
+    layers: tuple[LayerShape | None, ...]
+    states: tuple[StateTensor, ...] = ()
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a state, each tensor at its alignment."""
+        return self.states[-1].stop if self.states else 0
+
+
+def cache_shapes(model: Any) -> CacheShapes:
+    """Probe the model's cache with a forward of two tokens.
+
+    Raises UnsupportedModel if any layer keeps what is not known here.
     """
     import torch
 
-    probe = new_cache(model)
+    probe: Any = new_cache(model)
     for index, layer in enumerate(probe.layers):
         _require_pageable(model, index, layer)
-    ids = torch.zeros((1, 2), dtype=torch.long, device=model_device(model))
+    ids = torch.zeros((1, _PROBE_TOKENS), dtype=torch.long, device=model_device(model))
+    name = cache_argument(model)
     # Not under a caller's autocast, which is no part of the model: it would give the pages another element type.
     with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
         try:
-            output = model(input_ids=ids, past_key_values=probe, position_ids=torch.arange(2, device=ids.device)[None])
+            positions = torch.arange(_PROBE_TOKENS, device=ids.device)[None]
+            output = model(input_ids=ids, **{name: probe}, position_ids=positions, use_cache=True)
         except (AssertionError, AttributeError, TypeError, ValueError) as error:
             raise UnsupportedModel(f"{_name(model)} does not run with a DynamicCache ({error}); {_WORKS}") from error
-    if not hasattr(output, "past_key_values") or output.past_key_values is not probe:
+    kept = list(probe.layers)
+    if getattr(output, name, None) is not probe:
         raise UnsupportedModel(f"{_name(model)} replaces the DynamicCache it is given by its own cache; {_WORKS}")
-    return tuple(_shape(model, index, layer) for index, layer in enumerate(probe.layers))
+    layers = tuple(_shape(model, index, layer) for index, layer in enumerate(kept))
+    states = _states(kept)
+    if not states and not any(layers):
+        raise UnsupportedModel(f"{_name(model)} keeps nothing in its DynamicCache; {_WORKS}")
+    return CacheShapes(layers, states)
 
 
 def model_layout(model: Any, block_size: int) -> Layout:
@@ -78,17 +130,24 @@ def model_layout(model: Any, block_size: int) -> Layout:
     return layout_of(cache_shapes(model), block_size)
 
 
-def layout_of(shapes: Sequence[LayerShape | None], block_size: int) -> Layout:
+def layout_of(shapes: CacheShapes, block_size: int) -> Layout:
     """The layout of caches of these shapes; the format names the byte order and the distinct shapes."""
     if block_size < 1:
         raise ConfigError(f"block_size is {block_size}; it must be at least 1 token (64 is a good value on a CPU)")
-    specs = [None if s is None else LayerSpec(s.kind, s.token_bytes, s.window) for s in shapes]
-    known = [s for s in shapes if s is not None]
+    specs = [None if s is None else LayerSpec(s.kind, s.token_bytes, s.window) for s in shapes.layers]
+    known = [s for s in shapes.layers if s is not None]
     dtypes = {_dtype_name(dtype) for s in known for dtype in s.dtypes}
+    dtypes |= {_dtype_name(tensor.dtype) for tensor in shapes.states}
     widths = dict.fromkeys(f"k{s.heads[0]}x{s.dims[0]},v{s.heads[1]}x{s.dims[1]}" for s in known)
+    if shapes.states:
+        layers = list(dict.fromkeys(tensor.layer for tensor in shapes.states))
+        groups = groups_with_states(specs, block_size, layers, shapes.state_bytes)
+        widths[f"state:{hashlib.sha256(repr(shapes.states).encode()).hexdigest()[:16]}"] = None
+    else:
+        groups = balanced_groups(specs, block_size)
     return Layout(
         block_size=block_size,
-        groups=balanced_groups(specs, block_size),
+        groups=groups,
         format=";".join([FORMAT, *widths]),
         dtype="+".join(sorted(dtypes)),
     )
@@ -104,6 +163,13 @@ def new_cache(model: Any) -> Any:
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{_name(model)} is an encoder-decoder; only decoder-only causal models work")
     return DynamicCache(config=model.config)
+
+
+def cache_argument(model: Any) -> str:
+    """The name by which the model's forward takes its cache, and gives it back."""
+    get_base = getattr(model, "get_base_model", None)  # where PEFT has wrapped it
+    parameters = inspect.signature((get_base() if get_base is not None else model).forward).parameters
+    return "cache_params" if "cache_params" in parameters and "past_key_values" not in parameters else "past_key_values"
 
 
 def model_device(model: Any) -> torch.device:
@@ -136,11 +202,18 @@ def is_sliding(layer: Any) -> bool:
 
 
 def _require_pageable(model: Any, index: int, layer: Any) -> None:
-    from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+    from transformers import cache_utils
 
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
+    if type(layer) not in (
+        cache_utils.DynamicLayer,
+        cache_utils.DynamicSlidingWindowLayer,
+        cache_utils.DummyLayer,
+        cache_utils.LinearAttentionLayer,
+        cache_utils.LinearAttentionAndFullAttentionLayer,
+    ):
         raise UnsupportedModel(
-            f"{_name(model)}: layer {index} caches in a {type(layer).__name__}, which has no pages; {_WORKS}"
+            f"{_name(model)}: layer {index} caches in a {type(layer).__name__}, of which it is not known what it keeps "
+            f"and how that is put back; {_WORKS}"
         )
     if is_sliding(layer) and layer.sliding_window < 2:
         raise UnsupportedModel(
@@ -150,11 +223,11 @@ def _require_pageable(model: Any, index: int, layer: Any) -> None:
 
 def _shape(model: Any, index: int, layer: Any) -> LayerShape | None:
     _require_pageable(model, index, layer)  # again: a forward may have replaced the layers
-    if not layer.is_initialized or layer.keys is None:
+    if not getattr(layer, "is_initialized", False) or layer.keys is None:
         return None
     keys, values = layer.keys, layer.values
     for tensor in (keys, values):
-        if tensor.dim() != 4 or tensor.shape[0] != 1 or tensor.shape[2] != 2:
+        if tensor.dim() != 4 or tensor.shape[0] != 1 or tensor.shape[2] != _PROBE_TOKENS:
             raise UnsupportedModel(
                 f"{_name(model)}: layer {index} cached {tuple(tensor.shape)} for 2 tokens; [1, heads, 2, dim] works"
             )
@@ -164,6 +237,19 @@ def _shape(model: Any, index: int, layer: Any) -> LayerShape | None:
         dims=(keys.shape[3], values.shape[3]),
         dtypes=(keys.dtype, values.dtype),
     )
+
+
+def _states(layers: Sequence[Any]) -> tuple[StateTensor, ...]:
+    """The tensors of a state, one behind the other, each at its alignment."""
+    found: list[StateTensor] = []
+    at = 0
+    for layer, kept in enumerate(layers):
+        for name in ("conv_states", "recurrent_states"):
+            for index, tensor in sorted(getattr(kept, name, {}).items()):
+                if tensor is not None:
+                    found.append(StateTensor(layer, name, index, tuple(tensor.shape), tensor.dtype, at))
+                    at = -(-found[-1].stop // STATE_ALIGNMENT) * STATE_ALIGNMENT
+    return tuple(found)
 
 
 def _name(model: Any) -> str:

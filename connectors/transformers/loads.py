@@ -4,8 +4,8 @@ Both go step by step: a generator yields where it would wait and `may_block()` s
 many prompts. Nothing here raises: what cannot be had is computed, and counted.
 
 The hard thing: a load that comes out shorter than it was promised. In mode "exact" it must end on a boundary of the
-prefill chunks, and with sliding windows the pages for resuming at N are not those for resuming earlier. Such a lease is
-given back and another taken at a boundary below; all attempts together keep to one deadline.
+prefill chunks, and with sliding windows or states the pages for resuming at N are not those for resuming earlier. Such
+a lease is given back and another taken at a boundary below; all attempts together keep to one deadline.
 """
 
 from __future__ import annotations
@@ -42,10 +42,14 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """The blocks that a lookup found to resume from, and how long it waited for another request to compute them."""
+    """The tokens that a lookup found to resume from, and how long it waited for another request to compute them.
+
+    branch: tokens whose keys and values are stored, with a state at their end or without.
+    """
 
     num_tokens: int = 0
     compute_wait_s: float = 0.0
+    branch: int = 0
 
 
 class RunLoads:
@@ -87,7 +91,8 @@ class RunLoads:
             self._counters.load_failures += 1
             log_failure(log, "a lookup failed, the prompt is computed", error)
             return Matched()
-        return Matched(self._resumable(found.num_blocks, request) * self._block_size, found.compute_wait_s)
+        num_tokens = self._resumable(found.num_blocks, request) * self._block_size
+        return Matched(num_tokens, found.compute_wait_s, found.without_state * self._block_size)
 
     def find(self, tokens: Any, options: RequestOptions | None = None) -> dict[str, int]:
         """Tokens of a prompt that would be loaded, by tier; waits at most the lookup deadline. Loads nothing.
@@ -136,7 +141,7 @@ class RunLoads:
             try:
                 status = yield from self._wait(lease, self._time_left(began, attempt), may_block)
                 usable = self._resumable(status.num_blocks, request)
-                if usable and (usable == status.num_blocks or not self._bridge.has_sliding):
+                if usable and (usable == status.num_blocks or self._bridge.can_be_cut):
                     cache = self._bridge.load(lease.pages, usable, self._store.slots.array)
                     by_tier = tokens_by_tier(lease.by_tier, usable, self._block_size)
                     self._store.complete(lease)

@@ -22,6 +22,7 @@ from connectors.transformers.identity import Reuse, check_chunk, check_reuse, mo
 from connectors.transformers.layout import model_layout, new_cache
 from connectors.transformers.report import Found, Generation, Piece, Prefill, Report
 from connectors.transformers.run import GenerationRun, PromptRun
+from connectors.transformers.states import StatePlan, cold_plan
 from connectors.transformers.text import Sampler, Sampling, TextStream
 from kvstore.base import KVStore, RequestOptions
 from kvstore.errors import RequestError, UnsupportedModel
@@ -88,6 +89,9 @@ class KVCacheModel:
         self.tokenizer = tokenizer
         self.prefill_chunk = prefill_chunk
         self._forward = Forward(model)
+        self._states: StatePlan | None = None
+        if store is None and check_reuse(reuse) is Reuse.ANY:
+            self._states = cold_plan(model, prefill_chunk)  # as with a store: its forwards are to be the same
         self._owned_store: KVStore | None = None
         self.connector: TransformersConnector | None = None
         if store is not None:
@@ -102,6 +106,7 @@ class KVCacheModel:
                 load_deadline_s=load_deadline_s,
                 single_flight=single_flight,
             )
+            self._states = self.connector.states
             forbid(self)  # the store is its parent's in a forked child, and the thread that saves is not there
 
     @classmethod
@@ -280,7 +285,13 @@ class KVCacheModel:
                     f"max_new_tokens: {len(tokens)} tokens and {max_new_tokens} new ones cross {ropes.border}, from "
                     f"where this model encodes positions in another way; at most {ropes.border - len(tokens) + 1} work"
                 )
-        return PromptRun(self._forward, connector, lambda: new_cache(self.model), tokens, chunk, options, hints)
+        states, num_tokens = self._states, len(tokens)
+
+        def stops(branch: int) -> Sequence[int]:
+            """The last place of a state, and the one where this prompt parts from a stored one."""
+            return () if states is None else (states.last(num_tokens), states.last(min(branch, num_tokens)))
+
+        return PromptRun(self._forward, connector, lambda: new_cache(self.model), tokens, chunk, options, hints, stops)
 
 
 def open_store_for(

@@ -33,11 +33,17 @@ if TYPE_CHECKING:
     from radix.tokens import TokenArray
 
 
+def _nowhere(branch: int) -> Sequence[int]:
+    """The stops of a model without states."""
+    return ()
+
+
 class PromptRun:
     """A prompt being looked up, loaded and computed. Its clock starts with `load`. One thread at a time.
 
     connector: None computes everything.
     hints:     messages of KV hints about this prompt.
+    stops:     where chunks end, too, given how many of the first tokens are stored; with a store or without.
     may_block: whether `load` waits for the store; else it yields where it would. May change between two yields.
     """
 
@@ -52,6 +58,7 @@ class PromptRun:
         chunk: int,
         options: RequestOptions | None,
         hints: Sequence[object] = (),
+        stops: Callable[[int], Sequence[int]] = _nowhere,
     ) -> None:
         self.tokens = tokens
         self.report = Report(len(tokens))
@@ -63,6 +70,7 @@ class PromptRun:
         self._chunk = chunk
         self._options = options
         self._hints = hints
+        self._stops = stops
         self._ropes = forward.ropes
         self._rope = None if forward.ropes is None else forward.ropes.fresh()
         self._fed: list[TokenArray] = []  # of a model that computes all again at the border of its rope
@@ -81,7 +89,8 @@ class PromptRun:
 
     def chunks(self, *, all_logits: bool = False) -> Iterator[torch.Tensor]:
         """Compute the rest of the prompt; yields the logits of each chunk's last token, or of all its tokens."""
-        for first, last in chunk_bounds(self.session.num_tokens, len(self.tokens), self._chunk):
+        also = self._stops(self.session.branch)
+        for first, last in chunk_bounds(self.session.num_tokens, len(self.tokens), self._chunk, also):
             began = time.perf_counter()
             logits = self.forward(self.tokens[first:last], first, last_only=not all_logits)
             self.report.prefill_s += time.perf_counter() - began

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from sys import maxsize
 from typing import Any
 
 from connectors.base import ConnectorCounters, log_failure
-from connectors.transformers.cache import CacheBridge, Span
+from connectors.transformers.cache import CacheBridge, Snapshot, Span
 from kvstore.base import KVStore, Request
 from kvstore.move.worker import Worker
 
@@ -35,14 +36,14 @@ class RunSaves:
         self._worker = Worker("transformers-save", max_queue)
         self._closed = False
 
-    def start(self, request: Request, spans: Sequence[Span]) -> bool:
+    def start(self, request: Request, spans: Sequence[Span], states: Sequence[Snapshot] = ()) -> bool:
         """Queue blocks for saving; False if there is nothing to save or the queue is full.
 
         The spans hold the tensors until the job has run; their memory is bounded by the queue.
         """
-        if not spans:
+        if not spans and not states:
             return False
-        if self._worker.submit(partial(self._save, request, tuple(spans), self._bridge.computed())):
+        if self._worker.submit(partial(self._save, request, tuple(spans), tuple(states), self._bridge.computed())):
             return True
         self._counters.skipped_saves += 1
         return False
@@ -71,24 +72,36 @@ class RunSaves:
             self._closed = True
             self._worker.close(CLOSE_TIMEOUT_S)
 
-    def _save(self, request: Request, spans: Sequence[Span], wait_computed: Callable[[], None]) -> None:
+    def _save(
+        self,
+        request: Request,
+        spans: Sequence[Span],
+        states: Sequence[Snapshot],
+        wait_computed: Callable[[], None],
+    ) -> None:
         """Copy blocks into slots and publish them, a batch at a time. On the worker."""
-        first = min(span.first_block for span in spans)
-        last = min(max(span.last_block for span in spans), len(request.keys))
+        first = min(
+            min([span.first_block for span in spans], default=maxsize), *(s.num_blocks - 1 for s in states), maxsize
+        )
+        last = max(max([span.last_block for span in spans], default=0), *(s.num_blocks for s in states), 0)
+        last = min(last, len(request.keys))
         try:
             wait_computed()
             for start in range(first, last, SAVE_BATCH_BLOCKS):
-                self._save_batch(request, spans, start, min(SAVE_BATCH_BLOCKS, last - start))
+                self._save_batch(request, spans, states, start, min(SAVE_BATCH_BLOCKS, last - start))
             self._counters.saves += 1
         except Exception as error:
             self._counters.save_failures += 1
             log_failure(log, f"a save of blocks [{first}, {last}) failed", error)
 
-    def _save_batch(self, request: Request, spans: Sequence[Span], first: int, num_blocks: int) -> None:
-        lease = self._store.prepare_save(request, first, num_blocks)
+    def _save_batch(
+        self, request: Request, spans: Sequence[Span], states: Sequence[Snapshot], first: int, num_blocks: int
+    ) -> None:
+        after = [state.num_blocks - 1 for state in states if first < state.num_blocks <= first + num_blocks]
+        lease = self._store.prepare_save(request, first, num_blocks, states=after)
         try:
             self._counters.skipped_pages += lease.skipped
-            filled = self._bridge.copy_out(spans, lease.pages, self._store.slots.array)
+            filled = self._bridge.copy_out(spans, lease.pages, self._store.slots.array, states)
             self._store.complete(lease, filled=filled)
             self._counters.saved_pages += sum(filled)
         finally:

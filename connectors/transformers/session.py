@@ -35,6 +35,7 @@ class ColdSession:
         self.by_tier: dict[str, int] = {}
         self.compute_wait_s = 0.0  # while another request computed the same blocks
         self.outcomes: tuple[HintOutcome, ...] = ()  # of the hints that came with it
+        self.branch = 0  # tokens whose keys and values are stored, with a state at their end or without
         self.unsaved_pages = 0  # of an answer that no next turn can begin with; known at the end
 
     def before(self, tokens: TokenArray, first: int) -> None:
@@ -57,9 +58,15 @@ class StoreSession(ColdSession):
     """
 
     def __init__(
-        self, connector: TransformersConnector, request: Request, loaded: Loaded, answer: AnswerJudge | None
+        self,
+        connector: TransformersConnector,
+        request: Request,
+        loaded: Loaded,
+        answer: AnswerJudge | None,
+        branch: int = 0,
     ) -> None:
         super().__init__(loaded.cache)
+        self.branch = branch
         self.num_tokens = loaded.num_tokens
         self.by_tier = loaded.by_tier
         self._connector = connector
@@ -68,6 +75,7 @@ class StoreSession(ColdSession):
         self._savable = connector.savable_tokens(request.num_tokens)
         self._answer = answer
         self._recorder = connector.recorder(loaded)
+        self._state_places = connector.state_places(loaded.num_tokens, request.num_tokens, branch)
         self._cached = loaded.num_tokens
         self._recording = True
         self._inside = False  # a forward is under way, or failed
@@ -87,6 +95,10 @@ class StoreSession(ColdSession):
         with self._guard():
             if self._recording:
                 self._recorder.after(num_tokens)
+                if num_tokens in self._state_places:
+                    self._recorder.keep_state(num_tokens)
+                elif num_tokens > self._prompt_tokens and self._connector.is_state_place(num_tokens):
+                    self._recorder.keep_state(num_tokens, instead=True)  # the answer may end before the next
                 if num_tokens >= self._savable and not self._wants_answer:
                     self._recorder.finish(num_tokens)
             if num_tokens - self._cached == self._connector.prefill_chunk:
@@ -145,7 +157,7 @@ class StoreSession(ColdSession):
     def _save(self, num_tokens: int) -> None:
         if self._is_whole:
             with self._guard():
-                self._connector.start_save(self._request, self._recorder.take(num_tokens))
+                self._connector.start_save(self._request, self._recorder.take(num_tokens), self._recorder.take_states())
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -182,7 +194,7 @@ def open_session(
         outcomes = connector.hint(request, hints)
         matched = yield from connector.loads.match(request, may_block)
         loaded = yield from connector.loads.load(request, matched.num_tokens, may_block)
-        session = StoreSession(connector, request, loaded, connector.judge(tokens))
+        session = StoreSession(connector, request, loaded, connector.judge(tokens), matched.branch)
         session.outcomes = outcomes
         session.compute_wait_s = matched.compute_wait_s
         return session

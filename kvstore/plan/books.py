@@ -30,6 +30,7 @@ class Books:
     tiers:      the lower tiers, in the order of their bits; a list that only grows (see lower_tiers.py).
     windows:    of each layer group, in blocks; None means all.
     page_bytes: of each layer group.
+    num_groups: of which every block has a page; the others are the pieces of a state.
     """
 
     layout: Layout
@@ -42,9 +43,11 @@ class Books:
     tiers: list[LowerTier] = field(default_factory=list)
     windows: list[int | None] = field(init=False)
     page_bytes: list[int] = field(init=False)
+    num_groups: int = field(init=False)
 
     def __post_init__(self) -> None:
         groups = range(len(self.layout.groups))
+        self.num_groups = self.layout.block_groups
         self.windows = [self.layout.window_blocks(group) for group in groups]
         self.page_bytes = [self.layout.stored_bytes(group) for group in groups]
 

@@ -30,12 +30,15 @@ from radix.untracked import track_with, untrack_with
 class Catalog:
     """All known blocks, by path and by hash.
 
+    num_groups:       pages that every block has.
+    num_all_groups:   pages of a block with a state; the same where the layout has none.
     homes_that_count: bit set of the tiers for whose copies a block is remembered.
     on_prune:         told of every block that is forgotten because nothing of it is left there.
     """
 
-    def __init__(self, num_groups: int) -> None:
+    def __init__(self, num_groups: int, num_all_groups: int | None = None) -> None:
         self.num_groups = num_groups
+        self.num_all_groups = num_groups if num_all_groups is None else num_all_groups
         self.homes_that_count = -1
         self.on_prune: Callable[[Block], None] = lambda block: None
         self.tree: RadixTree[Block] = RadixTree()
@@ -100,6 +103,20 @@ class Catalog:
         else:
             self.tree.attach(parent_key, [key], [block])
         return block
+
+    def adopt_on(self, path: Sequence[BlockHash]) -> None:
+        """Give strays on a path their place: blocks between two states may have no page that told of them."""
+        if self.strays:
+            depth = next((at for at in range(len(path) - 1, -1, -1) if path[at] in self.strays), None)
+            if depth is not None:
+                self.insert(path[: depth + 1])
+
+    def make_states(self, blocks: Sequence[Block]) -> None:
+        """Give blocks the pages of a state, absent as yet."""
+        new = [block for block in blocks if len(block.pages) < self.num_all_groups]
+        for block in new:
+            block.make_states(self.num_all_groups)
+        untrack_with(new, "pages")
 
     def prune(self, block: Block | None) -> None:
         """Forget a block that is nowhere any more, and the holes above it that nothing continues."""

@@ -39,6 +39,7 @@ class Fetches:
         self._lookups = lookups
         self._settings = books.settings
         self._host = books.host
+        self._catalog = books.catalog
         self._tiers = books.tiers
         self._transfers = books.transfers
         self._windows = books.windows
@@ -223,6 +224,8 @@ class Fetches:
             if code > IN_HOST
         )[:room]
         path = self._lookups.insert(request, below[-1][0] + 1) if below else []
+        if survey.num_states:
+            self._catalog.make_states(path[end - 1 : end])
         wanted = [(path[block].pages[group], code) for block, group, code in below if block < len(path)]
         slots = self._host.take_for([page for page, _ in wanted], request.keys[:end])
         wanted = wanted[: len(slots)]

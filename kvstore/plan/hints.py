@@ -60,7 +60,7 @@ class Hints:
         self.counters: dict[str, dict[str, int]] = {}
         self._limits = books.settings.hints
         self._block_size = books.layout.block_size
-        self._num_groups = len(books.layout.groups)
+        self._num_groups = max(1, books.num_groups)
         self._clock = books.clock
         self._tiers = books.tiers
         self._lookups = lookups
@@ -166,7 +166,8 @@ class Hints:
             status = HintStatus.DEFERRED if is_remembered else HintStatus.REJECTED
             return wish.outcome(status, reason="when the request is finished" if is_remembered else "too many wishes")
         gone, leaving, held = yield from self._demoting(request, wish, now)
-        tokens = gone * self._block_size // self._num_groups
+        # Pieces of a state are pages, too, and no tokens of their own.
+        tokens = min(gone * self._block_size // self._num_groups, len(self._meant(request, wish)) * self._block_size)
         if leaving:
             return wish.outcome(HintStatus.DEFERRED, tokens, reason="the rest leaves as soon as it is written")
         if held:

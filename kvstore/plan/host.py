@@ -25,6 +25,7 @@ from kvstore.plan.journal import Left
 from kvstore.plan.records import HOST, Request
 from kvstore.plan.slots import SlotPool
 from kvstore.plan.state import NEVER, Block, Page, PageState, name_of
+from kvstore.plan.states import refreshed, whole_states
 from kvstore.plan.steps import STEP_BLOCKS
 from radix.hashing import BlockHash
 
@@ -36,6 +37,7 @@ class HostMemory:
 
     boot:    clock of times to live, in seconds.
     on_loss: is told of pages that leave against their will, while they are still known.
+    on_parted: is told of pages that were evicted, where some are pieces of states; else None.
     """
 
     def __init__(self, num_slots: int, policy: Ttl[Page], catalog: Catalog, boot: Callable[[], float]) -> None:
@@ -46,8 +48,10 @@ class HostMemory:
         self.num_filling = 0
         self.evicted_pages = 0
         self.expired_pages = 0
+        self.stranded_blocks = 0  # that lost their states, or pages before them: they leave next
         self.is_late = False  # pages past their deadline may be left, see `expire`
         self.on_loss: Callable[[Sequence[Page]], None] | None = None
+        self.on_parted: Callable[[Sequence[Page]], None] | None = None
         self._catalog = catalog
         self._boot = boot
 
@@ -159,7 +163,7 @@ class HostMemory:
         if num_known < len(blocks):
             self.policy.renew((page for block in reversed(blocks[num_known:]) for page in block.pages), now)
             blocks = blocks[:num_known]
-        self.policy.touch((page for block in reversed(blocks) for page in block.pages), now)
+        self.policy.touch(refreshed(blocks, self._catalog), now)
 
     def shorten(self, pages: Sequence[Page], left_s: float) -> None:
         """Pages, given tail first, live for `left_s` from now at most, until their next use."""
@@ -247,10 +251,14 @@ class HostMemory:
 
     def _evict(self, n: int, path: Sequence[BlockHash]) -> bool:
         victims = self._victims(n, path)
+        if self.on_parted is not None:
+            victims = whole_states(victims, self._catalog.num_groups)
         self.drop(victims, Left.EVICTED)
         for page in victims:
             self._catalog.prune(page.block)
         self.evicted_pages += len(victims)
+        if self.on_parted is not None:
+            self.on_parted(victims)
         return bool(victims)
 
     def _victims(self, n: int, path: Sequence[BlockHash]) -> list[Page]:

@@ -82,13 +82,20 @@ class InSteps:
         return (yield from self._loader.preparing(lease_id, request, num_blocks, now, owner, first))
 
     def prepare_save(
-        self, lease_id: int, request: Request, first: int, num_blocks: int, now: float, owner: str
+        self,
+        lease_id: int,
+        request: Request,
+        first: int,
+        num_blocks: int,
+        now: float,
+        owner: str,
+        states: Sequence[int] = (),
     ) -> Steps[SaveLease]:
-        """Slots for the pages of blocks [first, first + num_blocks) that host memory does not have."""
+        """Slots for the pages of blocks [first, first + num_blocks), and for `states`, that host memory lacks."""
         self._lookups.expire(request)  # else what is over would count as stored, and not be saved again
         self.last_lease = max(self.last_lease, lease_id)
         self._audience.tell(request)
-        lease = yield from self._saver.preparing(lease_id, request, first, num_blocks, owner)
+        lease = yield from self._saver.preparing(lease_id, request, first, num_blocks, owner, states)
         if lease.skipped:
             self._single_flight.end(request, now)  # nobody should wait for what will not be there
         return lease

@@ -38,7 +38,11 @@ class Needed:
     slots: list[int] = field(default_factory=list)
 
     def add(self, survey: Survey, path: Sequence[Block], starts: Sequence[int], blocks: range) -> None:
-        """Add what is needed of some blocks; `path` ends with the last of them. starts: first block, by group."""
+        """Add what is needed of some blocks; `path` ends with the last of them. starts: first block, by group.
+
+        A state is needed of the very last block only, so before it the groups of its pieces are left out.
+        """
+        before = starts[: len(starts) - survey.num_states] if survey.num_states else starts
         path = path[len(path) - len(blocks) :]
         num_before = len(self.pages)
         if len(starts) == 1:
@@ -47,7 +51,7 @@ class Needed:
             self.codes += survey.sources[0][blocks.start : blocks.stop]
         else:
             for index, block in zip(blocks, path, strict=True):
-                for group, start in enumerate(starts):
+                for group, start in enumerate(starts if index >= starts[-1] else before):
                     if index >= start:
                         self.blocks.append(index)
                         self.pages.append(block.pages[group])
@@ -171,6 +175,8 @@ class Loader:
             if num_known + len(path) < end:
                 return num_known + len(path)  # a hash collides
             num_before, above = len(needed.pages), path[-1]
+            if survey.num_states and end == granted:
+                self._catalog.make_states(path[-1:])  # they may be somewhere that every lookup asks
             needed.add(survey, path, starts, range(max(at, low), end))
             fresh = needed.pages[num_before:]
             if all([page.state is READY for page in fresh]):

@@ -12,7 +12,16 @@ from itertools import groupby
 from eviction.policy import Hint
 from kvstore.plan.books import Books
 from kvstore.plan.ended import EndedRequest, Observer
-from kvstore.plan.match import FIRST_LOWER, IN_HOST, RequestState, Survey, loadable_blocks, locate, tier_names
+from kvstore.plan.match import (
+    FIRST_LOWER,
+    IN_HOST,
+    RequestState,
+    Survey,
+    loadable_blocks,
+    locate,
+    locate_states,
+    tier_names,
+)
 from kvstore.plan.probes import Probes
 from kvstore.plan.records import HOST, CutReason, Explanation, Match, Outcome, Request
 from kvstore.plan.resume import longest_resume, needed_from
@@ -30,12 +39,15 @@ class PrefixLookup:
         self.requests: dict[int, RequestState] = {}
         self.names = tier_names([tier.plan.name for tier in books.tiers])
         self.counters = {"lookups": 0, "pending": 0, "collisions": 0, "matched_tokens": 0, "missed_tokens": 0}
+        self.counters["stateless_tokens"] = 0
         self.cuts = {reason.value: 0 for reason in CutReason}
         self.probes = Probes(books)
         self.observer: Observer | None = None  # told of every request that was looked up and is over
         self._block_size = books.layout.block_size
         self._windows = books.windows
         self._has_full = None in books.windows
+        self._num_groups = books.num_groups
+        self._states = range(books.num_groups, len(books.windows))
         self._page_bytes = books.page_bytes
         self._settings = books.settings
         self._catalog = books.catalog
@@ -84,14 +96,23 @@ class PrefixLookup:
     def survey(self, request: Request) -> Survey:
         """The place of every page of the request, as far as is known now."""
         limit = loadable_blocks(request, self._block_size)
+        if self._states:
+            self._catalog.adopt_on(request.keys[:limit])
         blocks = self.verified(request, self._catalog.match(request.keys[:limit]))
         order = self._readable()
         stalled = self._transfers.stalled
-        survey = Survey(blocks, [locate(blocks, group, order, stalled) for group in range(len(self._windows))])
+        survey = Survey(blocks, [locate(blocks, group, order, stalled) for group in range(self._num_groups)])
+        if self._states:
+            survey.sources += locate_states(blocks, self._states, order, stalled)
+            survey.num_states = len(self._states)
         state = self.requests.get(request.id)
         if state is not None and state.probes:
             self.probes.overlay(survey, state, limit)
         survey.known = survey.worth = longest_resume(survey.sources, self._windows, limit)
+        if self._states:
+            num_groups = self._num_groups
+            pages = longest_resume(survey.sources[:num_groups], self._windows[:num_groups], limit)
+            survey.without_state = pages if num_groups else survey.known
         if limit == 0:
             survey.cut = CutReason.TOO_SHORT
             return survey
@@ -149,12 +170,21 @@ class PrefixLookup:
 
     def _match(self, survey: Survey, pending: bool) -> Match:
         worth, by_tier = survey.worth, survey.by_tier(self.names, self._windows)
-        return Match(worth, worth * self._block_size, pending, by_tier, survey.known, survey.cut)
+        return Match(
+            worth,
+            worth * self._block_size,
+            pending,
+            by_tier,
+            survey.known,
+            survey.cut,
+            without_state=max(survey.without_state, survey.known),
+        )
 
     def _explanation(self, request: Request, survey: Survey, match: Match) -> Explanation:
         if survey.cut in (CutReason.NONE, CutReason.TOO_SHORT):
             return Explanation(match)
-        at = survey.known if survey.cut in (CutReason.NEVER_STORED, CutReason.TIER_DOWN) else survey.worth
+        is_missing = survey.cut in (CutReason.NEVER_STORED, CutReason.TIER_DOWN, CutReason.NO_STATE)
+        at = survey.known if is_missing else survey.worth
         block = survey.blocks[at] if at < len(survey.blocks) else None
         tiers: dict[str, bool] = {}
         if block is not None:
@@ -173,7 +203,7 @@ class PrefixLookup:
         )
 
     def _asked(self, request: Request, block: int) -> dict[str, bool | None]:
-        state, num_groups = self.requests.get(request.id), len(self._windows)
+        state, num_asked = self.requests.get(request.id), self.probes.num_asked
         asked: dict[str, bool | None] = {}
         for index, tier in enumerate(self._tiers):
             if not tier.plan.is_shared or tier.is_detached:
@@ -182,8 +212,8 @@ class PrefixLookup:
             if probe is None or probe.transfer_id or probe.has_failed or not probe.first <= block < probe.end:
                 asked[tier.plan.name] = None
             else:
-                start = (block - probe.first) * num_groups
-                asked[tier.plan.name] = all(probe.answer[start : start + num_groups])
+                start = (block - probe.first) * num_asked
+                asked[tier.plan.name] = all(probe.answer[start : start + num_asked])
         return asked
 
     def insert(self, request: Request, end: int) -> list[Block]:
@@ -271,10 +301,14 @@ class PrefixLookup:
         return [(bit, code) for _, bit, code in sorted(tiers)]
 
     def _reason(self, survey: Survey) -> CutReason:
-        if survey.known < len(survey.blocks):
-            down = sum(tier.bit for tier in self._tiers if not tier.is_up)
-            if any(page.homes & down for page in survey.blocks[survey.known].pages):
-                return CutReason.TIER_DOWN
+        down = sum(tier.bit for tier in self._tiers if not tier.is_up)
+        following = survey.blocks[survey.known : survey.known + 1]
+        if any(page.homes & down for block in following for page in block.pages):
+            return CutReason.TIER_DOWN
+        if survey.without_state > survey.known:
+            behind = survey.blocks[survey.known : survey.without_state]
+            is_down = any(page.homes & down for block in behind for page in block.pages[self._num_groups :])
+            return CutReason.TIER_DOWN if is_down else CutReason.NO_STATE
         return CutReason.NEVER_STORED
 
     def _weigh(self, survey: Survey, held: int) -> None:
@@ -288,6 +322,7 @@ class PrefixLookup:
             num_bytes = sum(
                 self._page_bytes[group]
                 for group, start in enumerate(needed)
+                if members[-1] >= start
                 for block in members
                 if block >= start and survey.source(block, group) > IN_HOST
             )
@@ -302,8 +337,9 @@ class PrefixLookup:
 
     def _slowest(self, survey: Survey, block: int) -> int:
         if len(survey.sources) == 1:
-            return survey.sources[0][block]
-        return max(survey.source(block, group) for group in range(len(survey.sources)))
+            return survey.source(block, 0)
+        num_groups = len(self._windows) if block == survey.known - 1 else self._num_groups
+        return max([survey.source(block, group) for group in range(num_groups)], default=IN_HOST)
 
     def _stale_tier(self, survey: Survey, now: float) -> str | None:
         if survey.cut is not CutReason.NOT_WORTH:
@@ -323,6 +359,7 @@ class PrefixLookup:
         self.counters["matched_tokens"] += survey.worth * self._block_size
         self.counters["missed_tokens"] += request.num_tokens - survey.worth * self._block_size
         self.cuts[survey.cut.value] += 1
+        self.counters["stateless_tokens"] += max(0, survey.without_state - survey.known) * self._block_size
         journal = self._catalog.journal
         if journal is not None and survey.cut not in (CutReason.NONE, CutReason.TOO_SHORT):
             journal.fell_short(request, self._explanation(request, survey, match))

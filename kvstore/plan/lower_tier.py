@@ -24,6 +24,7 @@ from kvstore.plan.deletes import Deletes
 from kvstore.plan.journal import Left
 from kvstore.plan.records import Op, Outcome, Priority
 from kvstore.plan.state import Block, Page, PageState
+from kvstore.plan.states import refreshed
 from kvstore.plan.steps import STEP_BLOCKS, parts
 from kvstore.plan.tier_plan import TierPlan
 from kvstore.plan.transfers import InFlight, TransferBook
@@ -37,6 +38,7 @@ MAX_OWED_DELETES = 65_536  # keys that a tier which cannot be reached is owed; a
 class LowerTier:
     """The planner's book of one lower tier. Under the store's lock.
 
+    on_parted: see HostMemory.
     wall: clock of the deadlines on the medium, Unix time. Asked whenever one is made or judged, so that the policy says
           what the medium says, also after somebody has set the clock.
     """
@@ -48,6 +50,7 @@ class LowerTier:
     catalog: Catalog
     wall: Callable[[], float]
     page_bytes: Sequence[int]
+    on_parted: Callable[[Sequence[Page]], None] | None
     out: frozenset[Direction] = frozenset()  # what its breakers keep out
     is_late: bool = False  # copies past their deadline may be left, see `expire`
     is_detached: bool = False  # taken away by an operator: it has nothing, and gets nothing
@@ -212,11 +215,11 @@ class LowerTier:
 
         is_limited: it may have been told of a time to live that they do not have any more."""
         if self.plan.policy is not None:
-            pages = [page for block in reversed(blocks) for page in block.pages]
+            pages = refreshed(blocks, self.catalog)
             self.plan.policy.touch(pages, self.wall())
             if self.plan.exclusive:
                 self.plan.policy.demote([page for page in pages if page.state is PageState.READY and not page.kept])
-        copies = [page for block in reversed(fresh) for page in block.pages if page.homes & self.bit]
+        copies = self.copies(refreshed(fresh, self.catalog))
         for ttl_s, group in groupby(copies, key=self._ttl_s):
             for batch in parts(list(group), TOUCH_BATCH):
                 self.transfers.send(
@@ -377,6 +380,8 @@ class LowerTier:
         for page in victims:
             self.catalog.prune(page.block)
         self.counters.evicted_pages += len(victims)
+        if self.on_parted is not None:
+            self.on_parted(victims)
         if self.plan.exclusive:
             self.owe([page for page in victims if page.state is PageState.READY], used=True, is_saved=True)
         return keys

@@ -14,6 +14,7 @@ from kvstore.plan.books import Books
 from kvstore.plan.cost import TierCost
 from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.state import Block, Page, name_of
+from kvstore.plan.states import behind, stranded
 from kvstore.plan.tier_plan import TierPlan
 from radix.hashing import BlockHash
 
@@ -28,6 +29,8 @@ class LowerTiers:
         self._catalog = books.catalog
         self._catalog.on_prune = self._pruned
         books.host.on_loss = self._lose
+        if books.num_groups < len(books.windows):
+            books.host.on_parted = self._part_pairs
         for plan in plans:
             self.add(plan)
 
@@ -53,6 +56,7 @@ class LowerTiers:
                     books.catalog,
                     books.clock.wall,
                     books.page_bytes,
+                    books.host.on_parted,
                 )
             )
             books.costs.tiers[plan.name] = TierCost(plan.workers)
@@ -109,6 +113,8 @@ class LowerTiers:
         parent = BlockHash(meta.parent[:hash_bytes]) if meta.depth else None
         block = self._catalog.attach(BlockHash(block_key[:hash_bytes]), parent, meta.depth)
         block.tokens = meta.tokens
+        if group >= self._books.num_groups:
+            self._catalog.make_states([block])
         return block.pages[group]
 
     def _lose(self, pages: Sequence[Page]) -> None:
@@ -118,6 +124,18 @@ class LowerTiers:
                 tier.debts.lose(pages)
             if tier.plan.exclusive and tier.plan.policy is not None:  # their copies are not the first to leave any more
                 tier.plan.policy.promote(tier.copies(pages), tier.wall())
+
+    def _part_pairs(self, pages: Sequence[Page]) -> None:
+        """A tier has evicted pages or states: what is worth nothing without them leaves next, everywhere."""
+        books = self._books
+        num_groups = books.num_groups
+        for block, is_state in dict.fromkeys((page.block, page.group >= num_groups) for page in pages):
+            idle = stranded(self._catalog, block) if is_state else behind(self._catalog, block)
+            if idle:
+                books.host.stranded_blocks += len(idle)
+                pages = [page for block in reversed(idle) for page in reversed(block.pages)]
+                for _, policy in books.policies():
+                    policy.demote([page for page in pages if page in policy])
 
     def _pruned(self, block: Block) -> None:
         """The catalog forgets a block; tiers that are not indexed may well still have it."""

@@ -61,6 +61,8 @@ class Survey:
     worth: int = 0
     known: int = 0
     cut: CutReason = CutReason.NONE
+    num_states: int = 0  # the last columns: pieces of states
+    without_state: int = 0  # blocks that could be resumed from if there were a state at their end
 
     def source(self, block: int, group: int) -> int:
         column = self.sources[group]
@@ -84,6 +86,8 @@ class Survey:
             codes = [self.source(block, group) for group, start in enumerate(starts) if block >= start]
             name = names[max(codes)] if codes else name
             found.append(name)
+            if self.num_states and not found[1:]:
+                del starts[-self.num_states :]  # the last block alone has a state that is needed
         return found[::-1]
 
 
@@ -125,6 +129,18 @@ def locate(
             continue
         append(ABSENT)
     return codes
+
+
+def locate_states(
+    blocks: Sequence[Block], groups: range, tier_order: Sequence[tuple[int, int]], stalled: Collection[int] = ()
+) -> list[list[int]]:
+    """Source codes of the pieces of the states of blocks, by group; few blocks have any."""
+    columns = [[ABSENT] * len(blocks) for _ in groups]
+    for at, block in enumerate(blocks):
+        if len(block.pages) > groups.start:
+            for group in groups:
+                columns[group - groups.start][at] = locate((block,), group, tier_order, stalled)[0]
+    return columns
 
 
 def tier_names(lower: Sequence[str]) -> list[str]:

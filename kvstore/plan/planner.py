@@ -76,7 +76,7 @@ class Planner:
         tiers: Sequence[TierPlan] = (),
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        transfers, catalog = TransferBook(), Catalog(len(layout.groups))
+        transfers, catalog = TransferBook(), Catalog(layout.block_groups, len(layout.groups))
         most = max(layout.stored_bytes(group) for group in range(len(layout.groups)))
         self.books = books = Books(
             layout,
@@ -172,12 +172,23 @@ class Planner:
 
     # ---- saving -----------------------------------------------------------------------------------------------
 
-    def prepare_save(self, request: Request, first: int, num_blocks: int, now: float, owner: str = "") -> SaveLease:
+    def prepare_save(
+        self,
+        request: Request,
+        first: int,
+        num_blocks: int,
+        now: float,
+        owner: str = "",
+        states: Sequence[int] = (),
+    ) -> SaveLease:
         """Slots for the pages of blocks [first, first + num_blocks) that host memory does not have.
+
+        states: the blocks among them at whose end there is a state to be saved.
 
         Never waits: where no slot is free and nothing can be evicted, the rest is skipped and counted.
         """
-        return at_once(self.in_steps.prepare_save(self.in_steps.new_lease_id(), request, first, num_blocks, now, owner))
+        lease_id = self.in_steps.new_lease_id()
+        return at_once(self.in_steps.prepare_save(lease_id, request, first, num_blocks, now, owner, states))
 
     def complete(self, lease_id: int, now: float, filled: Sequence[bool] | None = None) -> None:
         """End a lease well: unpin after a load, publish after a save."""
@@ -357,6 +368,8 @@ class Planner:
         for page in {*pages, *held}:
             expected = pins.get(page, 0) + page.kept
             assert page.pins == expected, f"page has {page.pins} pins, {expected} holders"
+        sizes = {self.books.catalog.num_groups, self.books.catalog.num_all_groups}
+        assert all(len(block.pages) in sizes for block in self.books.catalog.tree.values()), "a part of a state's pages"
         for tier in self.books.tiers:
             check_tier(tier, known)
         self.books.catalog.tree.check()

@@ -28,6 +28,9 @@ class Probes:
         self._tiers = books.tiers
         self._transfers = books.transfers
         self._windows = books.windows
+        # Of a state its first piece is asked for only: the others were written with it; a load shows if one is gone.
+        self.num_asked = min(books.num_groups + 1, len(books.windows))
+        self._num_groups = books.num_groups
         self._block_size = books.layout.block_size
 
     def ask(self, state: RequestState, survey: Survey, now: float) -> bool:
@@ -40,7 +43,7 @@ class Probes:
                 continue
             probe = state.probes.get(index)
             if (probe is None or probe.end < limit) and first < limit:
-                probe = state.probes[index] = Probe(first, limit, [False] * ((limit - first) * len(self._windows)))
+                probe = state.probes[index] = Probe(first, limit, [False] * ((limit - first) * self.num_asked))
                 self._send(state.request, index, probe, first, limit, now)
             pending = pending or (probe is not None and probe.transfer_id != 0)
         return pending
@@ -70,30 +73,34 @@ class Probes:
             if deletes.is_any:
                 keys = flight.transfer.keys
                 answer = [ok and not deletes.holds(key) for key, ok in zip(keys, outcome.ok, strict=True)]
-            at = (first - probe.first) * len(self._windows)
+            at = (first - probe.first) * self.num_asked
             probe.answer[at : at + len(answer)] = answer
             self._unlearn(self._tiers[index], state.request, first, answer)
 
     def overlay(self, survey: Survey, state: RequestState, limit: int) -> None:
         """Enter what probes answered where the catalog knows nothing better."""
-        num_groups = len(self._windows)
+        num_asked, last = self.num_asked, self.num_asked - 1
         for index, probe in state.probes.items():
             if True not in probe.answer or not self._tiers[index].is_up:
                 continue
             code = FIRST_LOWER + index
+            end = min(probe.end, limit)
+            there: list[int] = []
             for group, column in enumerate(survey.sources):
-                end = min(probe.end, limit)
                 if len(column) < end:
                     column.extend([ABSENT] * (end - len(column)))
-                for block in range(probe.first, end):
-                    if column[block] == ABSENT and probe.answer[(block - probe.first) * num_groups + group]:
-                        known = survey.blocks[block].pages[group] if block < len(survey.blocks) else None
-                        if known is None or known.state == PageState.ABSENT:
+                if group <= last:
+                    answer = probe.answer[group : (end - probe.first) * num_asked : num_asked]
+                    there = [block for block, is_there in enumerate(answer, probe.first) if is_there]
+                for block in there:
+                    if column[block] == ABSENT:
+                        pages = survey.blocks[block].pages if block < len(survey.blocks) else ()
+                        if group >= len(pages) or pages[group].state == PageState.ABSENT:
                             column[block] = code
 
     def _send(self, request: Request, index: int, probe: Probe, first: int, end: int, now: float) -> None:
         tier = self._tiers[index].plan.name
-        keys = [page_key(key, group) for key in request.keys[first:end] for group in range(len(self._windows))]
+        keys = [page_key(key, group) for key in request.keys[first:end] for group in range(self.num_asked)]
         deadline = now + self._deadline_s
         context = (request, index, first)
         transfer = self._transfers.send(
@@ -103,8 +110,8 @@ class Probes:
         self.counters[tier] += 1
 
     def _first_missing(self, survey: Survey, limit: int) -> int:
-        if None not in self._windows:
-            # Nothing but windows: any later resume point may be there, each with its own window.
+        if None not in self._windows or self.num_asked > self._num_groups:
+            # Nothing but windows, or states: any later resume point may be there, with what it needs.
             return survey.known
         full = longest_resume(
             [column for column, window in zip(survey.sources, self._windows, strict=True) if window is None],
@@ -120,11 +127,11 @@ class Probes:
 
     def _unlearn(self, tier: LowerTier, request: Request, first: int, answer: Sequence[bool]) -> None:
         """Forget copies that the catalog believed in and the tier no longer has."""
-        num_groups = len(self._windows)
-        blocks = self._catalog.match(request.keys[: first + len(answer) // num_groups])
+        num_asked = self.num_asked
+        blocks = self._catalog.match(request.keys[: first + len(answer) // num_asked])
         for block in reversed(blocks[first:]):
             for group, page in enumerate(block.pages):
-                there = answer[(block.depth - first) * num_groups + group]
+                there = answer[(block.depth - first) * num_asked + min(group, num_asked - 1)]
                 if not there and tier.has(page) and not page.flight and not page.spilling & tier.bit:
                     tier.forget_copies((page,))
             self._catalog.prune(block)

@@ -41,7 +41,7 @@ class Raises:
         self._catalog = books.catalog
         self._tiers = books.tiers
         self._clock = books.clock
-        self._num_groups = len(books.layout.groups)
+        self._num_groups = max(1, books.num_groups)
         self._budget = books.settings.max_pinned_fraction
         self._payer_budget = books.settings.max_payer_fraction
         self._longest_s = books.settings.pin_max_s

@@ -150,6 +150,7 @@ class CutReason(Enum):
     TOO_SHORT = "too_short"  # the prompt has no full block before its last token
     NEVER_STORED = "never_stored"  # the next block is not known on any tier that is up
     TIER_DOWN = "tier_down"  # the next block lies only on a tier whose breaker is open
+    NO_STATE = "no_state"  # what follows is stored, but no state of the model at a usable length
     NOT_WORTH = "not_worth"  # loading further would be slower than computing
     BELOW_MINIMUM = "below_minimum"  # something matched, but less than min_hit_blocks
     COMPUTING = "computing"  # another request is computing the next block (single flight); always pending
@@ -163,6 +164,7 @@ class Match:
                asking again may show more.
     by_tier:   blocks of the match by the tier they would come from.
     known:     blocks that are stored somewhere, before the cut.
+    without_state: blocks whose pages are stored; those after `known` want for a state at their end.
     compute_wait_s: how long the request waited for another one to compute, told with the answer that ended it.
     """
 
@@ -173,6 +175,7 @@ class Match:
     known: int = 0
     cut: CutReason = CutReason.NONE
     compute_wait_s: float = 0.0
+    without_state: int = 0
 
 
 class SlotPage(NamedTuple):

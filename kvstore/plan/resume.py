@@ -6,6 +6,9 @@ a resume point if the run of present blocks that ends at N is at least min(N, wi
     full     x x x x x x x .
     sliding  . . x x . x x .      window_blocks = 2
     N can be 4 and 7 (and 0), not 5, 6 or 8
+
+The pieces of a state are groups whose window is one block: N is a resume point if the block that ends there has them
+all. Pages and state count as one thing: neither is worth anything without the other.
 """
 
 from __future__ import annotations
@@ -25,6 +28,12 @@ def longest_resume(present: Sequence[Sequence[object]], windows: Sequence[int | 
     sliding = [(present[group], window) for group, window in enumerate(windows) if window is not None]
     if not sliding or limit == 0:
         return limit
+    ends = [flags for flags, window in sliding if window == 1]
+    sliding = [(flags, window) for flags, window in sliding if window != 1]
+    if ends:  # few blocks have a state, and the deepest is mostly near the end: look from there
+        if not sliding:
+            return next((n for n in range(_shortest(ends, limit), 0, -1) if all([flags[n - 1] for flags in ends])), 0)
+        limit = _shortest(ends, limit)
     best = 0
     runs = [0] * len(sliding)
     for block in range(limit):
@@ -34,7 +43,7 @@ def longest_resume(present: Sequence[Sequence[object]], windows: Sequence[int | 
             runs[index] = run
             if run < window and run <= block:  # min(N, window) with N = block + 1
                 resumable = False
-        if resumable:
+        if resumable and all([flags[block] for flags in ends]):
             best = block + 1
     return best
 
@@ -42,6 +51,10 @@ def longest_resume(present: Sequence[Sequence[object]], windows: Sequence[int | 
 def needed_from(num_blocks: int, window: int | None) -> int:
     """The first block of a group that must be loaded to resume after `num_blocks`."""
     return 0 if window is None else max(0, num_blocks - window)
+
+
+def _shortest(columns: Sequence[Sequence[object]], limit: int) -> int:
+    return min(limit, *map(len, columns))
 
 
 def _leading(flags: Sequence[object], limit: int) -> int:

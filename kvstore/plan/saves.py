@@ -7,7 +7,7 @@ and nothing can be evicted, or nothing that is worth less, the rest of the promp
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import compress
 
 from eviction.policy import Ending
@@ -49,12 +49,23 @@ class Saver:
         self._tiers = books.tiers
         self._finishing: dict[int, Ending] = {}  # requests that ended while they were being saved
 
-    def preparing(self, lease_id: int, request: Request, first: int, num_blocks: int, owner: str) -> Steps[SaveLease]:
+    def preparing(
+        self,
+        lease_id: int,
+        request: Request,
+        first: int,
+        num_blocks: int,
+        owner: str,
+        states: Collection[int] = (),
+    ) -> Steps[SaveLease]:
         """Make a save lease over the pages of blocks [first, first + num_blocks) that host memory does not have.
+
+        states: the blocks among them whose states are saved, too; each has slots for all of its pieces or for none.
 
         The lease is there from the first step on. Once there is no room, what is left is only counted.
         """
         self.counters["saves"] += 1
+        states = frozenset(states)
         save = self.saves[lease_id] = Save(lease_id, request, [], owner)
         first, last = max(0, first), min(first + num_blocks, len(request.keys))
         at = 0 if first < last else last  # blocks before it are done
@@ -71,7 +82,7 @@ class Saver:
                 at, above = 0, None  # what came before has left meanwhile: find the way anew
             if not is_cut:
                 num_before = len(save.pages)
-                added, num_skipped, above = self._extend(save, above, max(at, first), end)
+                added, num_skipped, above = self._extend(save, above, max(at, first), end, states)
                 blocks.extend(added)
                 groups.extend([page.group for page in save.pages[num_before:]])
                 slots.extend([page.slot for page in save.pages[num_before:]])
@@ -141,7 +152,9 @@ class Saver:
         else:
             self._single_flight.end(request, now)
 
-    def _extend(self, save: Save, above: Block | None, first: int, end: int) -> tuple[list[int], int, Block | None]:
+    def _extend(
+        self, save: Save, above: Block | None, first: int, end: int, states: Collection[int]
+    ) -> tuple[list[int], int, Block | None]:
         """Add to a save what host memory does not have of blocks [first, end), as far as there are slots.
 
         above: the block before the first that is not made known yet. Returns the blocks of the pages that were
@@ -150,11 +163,14 @@ class Saver:
         request = save.request
         begin = 0 if above is None else above.depth + 1
         path = self._lookups.insert_from(request, above, end)
+        num_groups = self._catalog.num_groups
+        self._catalog.make_states([path[at - begin] for at in states if max(first, begin) <= at < begin + len(path)])
         wanted: list[Page] = []
         blocks: list[int] = []
         num_pages = 0
         for index in range(max(first, begin), begin + len(path)):
-            for page in path[index - begin].pages:
+            pages = path[index - begin].pages
+            for page in pages if len(pages) == num_groups or index in states else pages[:num_groups]:
                 num_pages += 1
                 if page.state == PageState.ABSENT:
                     wanted.append(page)
@@ -162,12 +178,23 @@ class Saver:
         self.counters["dedup_saves"] += num_pages - len(wanted)
         # What host memory refuses no tier below would see: there it takes all.
         slots = self._host.take_for(wanted, request.keys) if self._tiers else self._host.take_worthy(wanted, request)
+        if len(slots) < len(wanted) and wanted[len(slots)].group > num_groups:  # a state of which there is a piece
+            num_whole = self._num_whole(wanted, len(slots), blocks)
+            self._host.abandon(wanted[num_whole : len(slots)])
+            slots = slots[:num_whole]
         save.pages += wanted[: len(slots)]
         skipped = len(wanted) - len(slots)
         if skipped:
             self._catalog.prune(path[-1])
         is_cut = skipped or begin + len(path) < end  # no room, or a hash collides
         return blocks[: len(slots)], skipped, None if is_cut or not path else path[-1]
+
+    def _num_whole(self, wanted: Sequence[Page], num_slots: int, blocks: Sequence[int]) -> int:
+        """How many of the pages that found a slot are before the state that found none for all of its pieces."""
+        block, num_groups = blocks[num_slots], self._catalog.num_groups
+        while num_slots and blocks[num_slots - 1] == block and wanted[num_slots - 1].group >= num_groups:
+            num_slots -= 1
+        return num_slots
 
     def _count_absent(self, request: Request, first: int, end: int) -> int:
         """How many pages of blocks [first, end) host memory does not have. O(end - first)."""

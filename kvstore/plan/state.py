@@ -78,6 +78,8 @@ class Block:
                 through a block is a sum over all that continues it, and a load counts in one place.
     loaded_at:  when the last of them ended (planner's clock).
     is_removed: it was forgotten; what is still under way for it is dropped on arrival.
+    pages:      one for each group that every block has; behind them the pieces of the state after this block, if there
+                is or was one (`make_states`). Most blocks never have one, and are not to pay for its many pieces.
     """
 
     __slots__ = (
@@ -109,6 +111,11 @@ class Block:
         self.num_loads = 0
         self.loaded_at = NEVER
         self.is_removed = False
+
+    def make_states(self, num_groups: int) -> None:
+        """Have a page for each of `num_groups` groups, those of a state too. Idempotent."""
+        if len(self.pages) < num_groups and not self.is_removed:
+            self.pages += tuple(Page(self, group) for group in range(len(self.pages), num_groups))
 
     def is_gone(self, homes_that_count: int) -> bool:
         """True if none of its pages is in host memory, on a tier of that bit set, or under way."""

@@ -128,13 +128,15 @@ class DictStore:
     def poll(self, lease: LoadLease) -> LeaseStatus:
         return self.wait(lease, 0.0)
 
-    def prepare_save(self, request: Request, first: int, num_blocks: int, *, owner: str = "") -> SaveLease:
+    def prepare_save(
+        self, request: Request, first: int, num_blocks: int, *, owner: str = "", states: Sequence[int] = ()
+    ) -> SaveLease:
         self._call("prepare_save")
         assert 0 <= first <= first + num_blocks <= len(request.keys)
         missing = [
             (block, group)
             for block in range(first, first + num_blocks)
-            for group in range(len(self.layout.groups))
+            for group in range(len(self.layout.groups) if block in states else self.layout.block_groups)
             if (request.keys[block], group) not in self.pages
         ]
         pages = SlotPages.of([SlotPage(block, group, self._slot()) for block, group in missing[: self.max_slots]])

@@ -88,8 +88,92 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-# Models whose state cannot be cut into pages: they must be refused.
-REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+_MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+
+# Models that keep a state: pages for their attention layers, and states taken while passing.
+STATEFUL: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon_h1": (
+        "FalconH1Config",
+        {
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 2,
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 32,
+        },
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        {"num_hidden_layers": 3, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention", "conv"]},
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "shared_expert_intermediate_size": 32,
+        }
+        | _QWEN_MOE,
+    ),
+    "qwen3_5_text": (
+        "Qwen3_5TextConfig",
+        {
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        },
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 32,
+            "mamba_chunk_size": 32,
+        }
+        | _MAMBA2,
+    ),
+    "bamba": (
+        "BambaConfig",
+        {"num_hidden_layers": 2, "num_key_value_heads": 2, "attn_layer_indices": [1], "mamba_chunk_size": 32} | _MAMBA2,
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        {
+            "layers_block_type": ["mamba", "mlp", "attention", "mamba"],
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 32,
+        },
+    ),
+    "mamba2": (
+        "Mamba2Config",
+        {"num_hidden_layers": 2, "num_heads": 8, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 32},
+    ),
+}
+
+# Models that ignore the state in their cache where more than one token follows: found by the check.
+IGNORANT: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("MambaConfig", {"num_hidden_layers": 2, "state_size": 8}),
     "jamba": (
         "JambaConfig",
@@ -103,22 +187,22 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
             "use_mamba_kernels": False,
         },
     ),
-    "falcon_h1": (
-        "FalconH1Config",
-        {"num_hidden_layers": 2, "num_key_value_heads": 2, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_state": 8},
-    ),
-    "lfm2": (
-        "Lfm2Config",
-        {"num_hidden_layers": 2, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+}
+
+# A model whose state is not in its cache: refused by its layout.
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 40, "head_dim": 16},
     ),
 }
 
 
 def tiny_config(name: str, **overrides: Any) -> Any:
-    """The config of a model named in SUPPORTED or REFUSED, with fields replaced by `overrides`."""
+    """The config of a model named in one of the tables above, with fields replaced by `overrides`."""
     import transformers
 
-    class_name, fields = {**SUPPORTED, **REFUSED}[name]
+    class_name, fields = {**SUPPORTED, **STATEFUL, **IGNORANT, **REFUSED}[name]
     return getattr(transformers, class_name)(**{**_COMMON, **fields, **overrides})
 
 

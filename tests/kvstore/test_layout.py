@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.errors import ConfigError
-from kvstore.layout import SLOT_ALIGNMENT, GroupKind, LayerGroup, LayerSpec, Layout, balanced_groups
+from kvstore.layout import (
+    MAX_PADDING,
+    SLOT_ALIGNMENT,
+    GroupKind,
+    LayerGroup,
+    LayerSpec,
+    Layout,
+    balanced_groups,
+    groups_with_states,
+)
 
 FULL = LayerSpec(GroupKind.FULL, token_bytes=256)
 SLIDING = LayerSpec(GroupKind.SLIDING, token_bytes=256, window=512)
@@ -148,3 +157,53 @@ class TestBalancedGroups:
             assert spec is not None
             assert (group.kind, group.window) == (spec.kind, spec.window)
             assert group.page_bytes == spec.token_bytes * len(group.layers) * 4
+
+
+class TestStates:
+    @pytest.mark.parametrize(
+        ("name", "spec", "num_attention", "state_bytes"),
+        [
+            ("Qwen3-Next 80B", LayerSpec(GroupKind.FULL, 2048), 12, 36 * (8192 * 4 * 2 + 32 * 128 * 128 * 4)),
+            ("Qwen3.5 4B", LayerSpec(GroupKind.FULL, 4096), 8, 24 * (8192 * 4 * 2 + 32 * 128 * 128 * 4)),
+            ("Kimi-Linear 48B", LayerSpec(GroupKind.MLA, 1152), 7, 20 * (3 * 4096 * 4 * 2 + 32 * 128 * 128 * 4)),
+            ("Granite 4.0 tiny", LayerSpec(GroupKind.FULL, 2048), 4, 36 * (3328 * 4 * 2 + 48 * 64 * 128 * 4)),
+            ("Granite 4.0 small", LayerSpec(GroupKind.FULL, 4096), 4, 36 * (8448 * 4 * 2 + 128 * 64 * 128 * 4)),
+            ("Falcon-H1 0.5B", LayerSpec(GroupKind.FULL, 512), 36, 36 * (1792 * 4 * 2 + 24 * 64 * 128 * 4)),
+            ("Nemotron-H 8B", LayerSpec(GroupKind.FULL, 4096), 4, 24 * (10240 * 4 * 2 + 128 * 64 * 128 * 4)),
+            ("Bamba 9B", LayerSpec(GroupKind.FULL, 4096), 3, 29 * (8448 * 4 * 2 + 128 * 64 * 128 * 4)),
+            ("Jamba mini", LayerSpec(GroupKind.FULL, 4096), 4, 28 * (8192 * 4 * 2 + 8192 * 16 * 4)),
+            ("Mamba-2 2.7B", None, 0, 64 * (5376 * 4 * 2 + 80 * 64 * 128 * 4)),
+            ("LFM2 1.2B", LayerSpec(GroupKind.FULL, 2048), 6, 10 * 2048 * 3 * 2),
+        ],
+    )
+    def test_a_state_leaves_at_most_an_eighth_of_its_slots_empty(
+        self, name: str, spec: LayerSpec | None, num_attention: int, state_bytes: int
+    ) -> None:
+        groups = groups_with_states([spec] * num_attention, 64, range(100, 110), state_bytes)
+        layout = Layout(64, groups, name, "bfloat16")
+
+        num_slots = len(groups) - layout.block_groups
+        assert layout.state_bytes == state_bytes
+        assert 1 - state_bytes / (num_slots * layout.slot_bytes) <= MAX_PADDING
+        assert len(groups) <= 256  # what a daemon takes
+        pages = layout.block_groups * layout.slot_bytes
+        assert pages - layout.block_bytes <= 0.12 * pages
+
+    def test_a_state_is_needed_of_the_last_block_only_and_is_no_part_of_a_block(self) -> None:
+        groups = groups_with_states([FULL, None], 16, [1], 9000)
+        layout = Layout(16, groups, "test", "uint8")
+
+        assert [(group.kind.value, group.page_bytes) for group in groups] == [
+            ("full", 4096),
+            ("recurrent", 3000),
+            ("recurrent", 3000),
+            ("recurrent", 3000),
+        ]
+        assert [layout.window_blocks(group) for group in range(4)] == [None, 1, 1, 1]
+        assert (layout.block_groups, layout.block_bytes, layout.state_bytes) == (1, 4096, 9000)
+
+    def test_pieces_of_states_come_last(self) -> None:
+        state, page = LayerGroup(GroupKind.RECURRENT, (1,), 4096), LayerGroup(GroupKind.FULL, (0,), 4096)
+
+        with pytest.raises(ConfigError, match="come last"):
+            a_layout(groups=(state, page))

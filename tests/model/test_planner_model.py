@@ -48,6 +48,18 @@ HYBRID = Layout(
 )
 SLIDING = Layout(BLOCK, (LayerGroup(GroupKind.SLIDING, (0,), 4096, window=7),), "test", "uint8")  # 2 blocks
 
+PAIRS = Layout(  # pages, and states of two pieces
+    BLOCK,
+    (
+        LayerGroup(GroupKind.FULL, (0,), 4096),
+        LayerGroup(GroupKind.RECURRENT, (1,), 4096),
+        LayerGroup(GroupKind.RECURRENT, (1,), 4096),
+    ),
+    "test",
+    "uint8",
+)
+STATES = Layout(BLOCK, PAIRS.groups[1:], "test", "uint8")  # nothing but states
+
 LEASE_S = 10.0
 
 HINTS = [HintKind.PIN, HintKind.RETAIN, HintKind.PREFETCH, HintKind.DEMOTE, HintKind.RELEASE, HintKind.SHARE]
@@ -204,7 +216,10 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), first=st.integers(0, 5), num=st.integers(0, 6))
     def prepare_save(self, data: Any, first: int, num: int) -> None:
         request = data.draw(st.sampled_from(self.requests))
-        lease = self.planner.prepare_save(request, first, num, self.now, owner=f"engine-{request.id % 2}")
+        states = {first + num - 1} - {-1} if request.id % 2 else {first, first + num - 2}
+        owner = f"engine-{request.id % 2}"
+        lease = self.planner.prepare_save(request, first, num, self.now, owner, sorted(states))
+        self.check_states(lease, states)
         for page in lease.pages:
             assert self.slots.get(page.slot) is None or not self.is_held(page.slot)
             self.slots[page.slot] = None  # the caller is writing: it holds no page now
@@ -280,7 +295,7 @@ class PlannerMachine(RuleBasedStateMachine):
         elif kind is HintKind.PIN:
             until = self.clocks.up + min(ttl_s, self.planner.books.settings.hints.max_ttl_s)
             for block in self.planner.books.catalog.match(request.keys)[first:end]:
-                for page in block.pages if block.pages and outcome.tokens else ():
+                for page in block.pages[: self.layout.block_groups] if outcome.tokens else ():
                     if page.kept and until <= self.planner.retention.keeper.until_of(block):
                         self.leases[block.key, page.group] = max(until, self.leases.get((block.key, page.group), 0.0))
         self.collect()
@@ -544,6 +559,12 @@ class PlannerMachine(RuleBasedStateMachine):
                 slot = slots[block, group]  # every page of a resume point is in the lease
                 assert self.slots[slot] == page_key(request.keys[block], group), "wrong page in a slot"
 
+    def check_states(self, lease: Any, states: set[int]) -> None:
+        """A save has slots for the states that were asked for only, and for no part of what is missing of one."""
+        num_groups = self.layout.block_groups
+        for block in {page.block for page in lease.pages if page.group >= num_groups}:
+            assert block in states, "a state that there is not is to be saved"
+
     def is_held(self, slot: int) -> bool:
         return any(page.slot == slot for lease, _ in self.loads for page in lease.pages if self.is_live(lease, page))
 
@@ -558,6 +579,14 @@ class HybridMachine(PlannerMachine):
 
 class SlidingMachine(PlannerMachine):
     layout = SLIDING
+
+
+class PairsMachine(PlannerMachine):
+    layout = PAIRS
+
+
+class StatesMachine(PlannerMachine):
+    layout = STATES
 
 
 class SingleFlightMachine(PlannerMachine):
@@ -607,7 +636,9 @@ class SteppedMachine(PlannerMachine):
         if verb == "prepare_load":
             steps = in_steps.prepare_load(lease_id, request, len(request.keys), self.now, owner, 0)
         elif verb == "prepare_save":
-            steps = in_steps.prepare_save(lease_id, request, 0, len(request.keys), self.now, owner)
+            steps = in_steps.prepare_save(
+                lease_id, request, 0, len(request.keys), self.now, owner, [len(request.keys) - 1]
+            )
         elif verb == "forget":
             self.is_written_by_others = False
             self.published.clear()
@@ -706,6 +737,8 @@ def _case(machine: type[PlannerMachine], examples: int) -> Any:
 TestPlanner = _case(PlannerMachine, 150)
 TestPlannerWithSlidingGroup = _case(HybridMachine, 150)
 TestPlannerOfWindowsOnly = _case(SlidingMachine, 100)
+TestPlannerOfPagesAndStates = _case(PairsMachine, 150)
+TestPlannerOfStatesOnly = _case(StatesMachine, 60)
 TestPlannerOfSingleFlights = _case(SingleFlightMachine, 100)
 TestPlannerInSteps = _case(SteppedMachine, 150)
 TestPlannerWithSieve = _case(SieveMachine, 50)
@@ -737,7 +770,7 @@ class Dice:
 
 
 @pytest.mark.parametrize("seed", range(60))
-@pytest.mark.parametrize("machine", [PlannerMachine, HybridMachine])
+@pytest.mark.parametrize("machine", [PlannerMachine, HybridMachine, PairsMachine])
 def test_a_long_history_of_writes_deletes_and_outages_keeps_their_order(
     machine: type[PlannerMachine], seed: int
 ) -> None:

@@ -35,7 +35,7 @@ class Calls:
 
     def prepare(
         self,
-        kind: type[messages.PrepareLoadCall | messages.PrepareSaveCall],
+        kind: Callable[[RequestPart, int, int, int, str], messages.PrepareLoadCall | messages.PrepareSaveCall],
         request: Request,
         lease_id: int,
         first: int,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from kvstore.errors import RequestError, StoreClosed
@@ -153,18 +154,25 @@ class RemoteStore(Hinting, Waits):
 
     # ---- saves ------------------------------------------------------------------------------------------------
 
-    def prepare_save(self, request: Request, first: int, num_blocks: int, *, owner: str = "") -> SaveLease:
+    def prepare_save(
+        self, request: Request, first: int, num_blocks: int, *, owner: str = "", states: Sequence[int] = ()
+    ) -> SaveLease:
         """Give slots for those pages of blocks [first, first + num_blocks) that host memory does not have."""
         check_blocks(request, first, num_blocks)
         self._check_open()
         lease_id = self._leases.next_id()
         try:
             attachment, answer = self._calls.prepare(
-                messages.PrepareSaveCall, request, lease_id, first, first + num_blocks, owner
+                partial(messages.PrepareSaveCall, states=list(states)[: messages.MAX_STATES]),
+                request,
+                lease_id,
+                first,
+                first + num_blocks,
+                owner,
             )
             lease = SaveReply.read(answer).lease(lease_id, attachment.slot_base)
         except (DaemonDown, ProtocolError):
-            return SaveLease(lease_id, skipped=num_blocks * len(self._layout.groups))
+            return SaveLease(lease_id, skipped=num_blocks * self._layout.block_groups)
         if not self._leases.hold(lease_id, OpenLease(attachment, owner)):
             return SaveLease(lease_id, skipped=lease.skipped + len(lease.pages))
         return lease

@@ -212,7 +212,7 @@ class ClientSession:
             return encode(LoadReply.of(LoadLease(0, 0, 0), _CLOSED))
         end = call.end
         if end <= len(request.keys):
-            end = min(end, call.first + self._max_blocks)  # the rest is computed, or asked for once more
+            end = min(end, call.first + self._max_blocks(1))  # the rest is computed, or asked for once more
         lease = self._store.prepare_load(request, end, first=call.first, owner=self._owner(call.owner))
         self._holdings.grant(call.lease, lease)
         return encode(LoadReply.of(lease, self._store.poll(lease)))
@@ -254,10 +254,10 @@ class ClientSession:
         if not self._may_grant(call.lease):
             return encode(SaveReply.of(SaveLease(0)))
         check_blocks(request, first, end - first)
-        num_blocks = min(end - first, self._max_blocks)
-        lease = self._store.prepare_save(request, first, num_blocks, owner=self._owner(call.owner))
+        num_blocks = min(end - first, self._max_blocks(len(call.states)))
+        lease = self._store.prepare_save(request, first, num_blocks, owner=self._owner(call.owner), states=call.states)
         lease = self._holdings.grant_save(call.lease, lease)
-        too_many = (end - first - num_blocks) * len(self.opened.layout.groups)
+        too_many = (end - first - num_blocks) * self.opened.layout.block_groups
         return encode(SaveReply.of(replace(lease, skipped=lease.skipped + too_many) if too_many else lease))
 
     def _complete(self, call: messages.CompleteCall) -> bytes | Pending:
@@ -343,10 +343,11 @@ class ClientSession:
     def _may_grant(self, lease_id: int) -> bool:
         return self._holdings.may_grant(lease_id) and not self.is_draining
 
-    @property
-    def _max_blocks(self) -> int:
-        """Blocks of a lease whose pages one answer can tell."""
-        return messages.MAX_LEASE_PAGES // len(self.opened.layout.groups)
+    def _max_blocks(self, num_states: int) -> int:
+        """Blocks of a lease whose pages, and so many states, one answer can tell."""
+        layout = self.opened.layout
+        num_pieces = num_states * (len(layout.groups) - layout.block_groups)
+        return max(0, messages.MAX_LEASE_PAGES - num_pieces) // max(1, layout.block_groups)
 
     def _owner(self, owner: str) -> str:
         return f"{self.id}/{owner}"

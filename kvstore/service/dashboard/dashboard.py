@@ -105,7 +105,7 @@ class Dashboard:
         opened = {_place(one): one for one in self._state.stores.all()}
         self._stats = {place: one.store.stats() for place, one in opened.items()}
         self._history.add(
-            at, {place: row_of(stats, len(opened[place].layout.groups)) for place, stats in self._stats.items()}
+            at, {place: row_of(stats, opened[place].layout.block_groups) for place, stats in self._stats.items()}
         )
         for place, stats in self._stats.items():
             self._incidents.note(place, stats, at)

@@ -230,7 +230,7 @@ class PoliciesAnswer(Answer):
 class ExplainAnswer(Answer):
     """Why a prompt matches what it matches.
 
-    reason: hit, too_short, never_stored, evicted, expired, deleted, lost, detached, tier_down, not_worth,
+    reason: hit, too_short, never_stored, evicted, expired, deleted, lost, detached, tier_down, no_state, not_worth,
             below_minimum or other_namespace.
     text:   the same as a sentence.
     asked:  what each shared tier answered about the block; none where it did not, or was not asked.

@@ -19,6 +19,7 @@ _TEXT = {
     "too_short": "the prompt has no full block before its last token, which is always computed",
     "never_stored": "block {block} was never stored here, or so long ago that its end is not remembered",
     "tier_down": "block {block} lies only on a tier that is down: {tiers}",
+    "no_state": "from block {block} on, pages are stored, but no state of the model at a usable length",
     "not_worth": "from block {block} on, loading would be slower than computing",
     "below_minimum": "what is stored is shorter than store.min_hit_blocks",
     "other_namespace": "it is stored in another namespace, which differs in {differs}",

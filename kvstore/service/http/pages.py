@@ -105,7 +105,7 @@ class _Saving:
         self._transfer = transfer
         self._opened = transfer.opened
         self._request = request
-        self._filling: dict[int, _Filling] = {}
+        self._filling: dict[tuple[int, bool], _Filling] = {}  # by block, and whether it is of the state after it
 
     async def page(self, head: bytes, body: _Body) -> None:
         """One frame. A page that is there already, or finds no room, is read and dropped."""
@@ -117,11 +117,13 @@ class _Saving:
             raise Problem(400, "the body is not valid", f"the layout has {len(layout.groups)} groups", "group")
         if size != layout.stored_bytes(group):
             raise Problem(400, "the body is not valid", f"a page has {layout.stored_bytes(group)} bytes", "length")
-        filling = self._filling.get(block)
+        is_state = layout.groups[group].is_state
+        filling = self._filling.get((block, is_state))
         if filling is None:
-            lease = self._opened.store.prepare_save(self._request, block, 1, owner="http")
+            states = [block] if is_state else []
+            lease = self._opened.store.prepare_save(self._request, block, 1, owner="http", states=states)
             self._transfer.hold(lease)
-            filling = self._filling[block] = _Filling(lease)
+            filling = self._filling[block, is_state] = _Filling(lease)
         index = next((i for i, page in enumerate(filling.lease.pages) if page.group == group), None)
         if index is None or index in filling.have:
             await body.skip(size)

@@ -39,6 +39,7 @@ PIECE_KEYS = 1 << 14  # in one message
 MAX_TIMEOUT_S = 600.0
 MAX_PREFILL_S = 86400.0
 MAX_TEXT = 1024  # characters: owners, sessions, reasons
+MAX_STATES = 256  # of one save
 MAX_OUTCOMES = 4096  # of one hint
 
 STAGING = 1 << 31  # first number of a slot of staging (`service.isolate`); a slab has fewer slots
@@ -153,13 +154,14 @@ class WaitCall(Call, tag=5):
 
 
 class PrepareSaveCall(Call, tag=6):
-    """Lease slots for what is not stored of blocks [first, end): SaveAnswer."""
+    """Lease slots for what is not stored of blocks [first, end), and of the states after some of them: SaveAnswer."""
 
     request: RequestPart
     lease: Number
     first: Count
     end: Count
     owner: Text
+    states: Annotated[list[Count], Meta(max_length=MAX_STATES)] = []
 
 
 class CompleteCall(Call, tag=7):

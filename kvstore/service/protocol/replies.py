@@ -65,6 +65,7 @@ class MatchReply(CallReply):
     known: Count
     cut: CutReason
     compute_wait_s: float
+    without_state: Count = 0
 
     @staticmethod
     def of(match: Match) -> MatchReply:
@@ -77,12 +78,20 @@ class MatchReply(CallReply):
             match.known,
             match.cut,
             match.compute_wait_s,
+            match.without_state,
         )
 
     def match(self) -> Match:
         """Return the match that was sent."""
         return Match(
-            self.num_blocks, self.num_tokens, self.pending, self.by_tier, self.known, self.cut, self.compute_wait_s
+            self.num_blocks,
+            self.num_tokens,
+            self.pending,
+            self.by_tier,
+            self.known,
+            self.cut,
+            self.compute_wait_s,
+            self.without_state,
         )
 
 

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from connectors.transformers.cache import CacheBridge
 from connectors.transformers.check import PROVEN, EngineCheck, check_engine, is_proven
 from kvstore.errors import UnsupportedModel
-from tests.helpers.tiny_models import REFUSED, SUPPORTED, tiny_config, tiny_model
+from tests.helpers.tiny_models import IGNORANT, REFUSED, STATEFUL, SUPPORTED, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -23,9 +24,49 @@ def test_the_list_of_proven_model_types_is_that_of_the_models_tested_here() -> N
     assert {tiny_config(name).model_type for name in SUPPORTED} == PROVEN
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", sorted(STATEFUL))
+def test_models_with_a_state_resume_at_every_border_with_one_token_and_several_and_where_prompts_part(
+    name: str, dtype: str
+) -> None:
+    model = tiny_model(name, dtype)
+
+    check = check_engine(model)
+
+    check.require()
+    assert check.difference <= check.tolerance / 10
+    assert not is_proven(model), "a model with a state is checked each time it is opened"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", sorted(IGNORANT))
+def test_a_model_that_ignores_its_state_when_several_tokens_follow_is_refused_with_the_version(
+    name: str, dtype: str
+) -> None:
+    import transformers
+
+    check = check_engine(tiny_model(name, dtype))
+
+    assert check.pages_exact, "the pages are right, the model is not"
+    with pytest.raises(UnsupportedModel, match=rf"'{name}' ignores the state.*transformers {transformers.__version__}"):
+        check.require()
+
+
+def test_a_state_that_is_put_back_wrongly_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    put = CacheBridge._put_state
+
+    def put_wrongly(self: CacheBridge, cache: Any, data: Any) -> None:
+        data[-1] ^= 1  # one bit of the last recurrent state
+        put(self, cache, data)
+
+    monkeypatch.setattr(CacheBridge, "_put_state", put_wrongly)
+
+    assert not check_engine(tiny_model("falcon_h1")).pages_exact
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_models_without_pages_do_not_get_as_far_as_the_check(name: str) -> None:
-    with pytest.raises(UnsupportedModel, match="has no pages"):
+def test_models_without_a_state_in_their_cache_do_not_get_as_far_as_the_check(name: str) -> None:
+    with pytest.raises(UnsupportedModel, match="replaces the DynamicCache"):
         check_engine(tiny_model(name))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from connectors.transformers.layout import LayerShape, cache_shapes, layout_of, model_device, model_layout
+from connectors.transformers.layout import CacheShapes, LayerShape, cache_shapes, layout_of, model_device, model_layout
 from kvstore.errors import ConfigError, UnsupportedModel
 from kvstore.layout import GroupKind
 from tests.helpers.tiny_models import REFUSED, SUPPORTED, tiny_model
@@ -47,26 +47,73 @@ def test_equal_sizes_of_other_shape_are_another_layout() -> None:
 
     def layout(heads: int, dim: int) -> str:
         shape = LayerShape(None, (heads, heads), (dim, dim), (torch.float32, torch.float32))
-        return layout_of([shape], 16).fingerprint
+        return layout_of(CacheShapes((shape,)), 16).fingerprint
 
     assert layout(2, 16) != layout(1, 32)
 
 
 def test_layers_that_share_the_cache_of_another_keep_no_pages() -> None:
     model = tiny_model("llama_gqa")
-    first, _ = cache_shapes(model)
+    first, _ = cache_shapes(model).layers
 
-    layout = layout_of([first, None], 16)
+    layout = layout_of(CacheShapes((first, None)), 16)
 
     assert [group.layers for group in layout.groups] == [(0,)]
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_models_with_recurrent_or_conv_state_are_refused_by_name(name: str) -> None:
+def test_models_whose_state_is_not_in_their_cache_are_refused_by_name(name: str) -> None:
     model = tiny_model(name)
 
-    with pytest.raises(UnsupportedModel, match=rf"'{name}'.*LinearAttention\w*Layer.*full, multi-latent"):
+    with pytest.raises(
+        UnsupportedModel, match=rf"'{name}' replaces the DynamicCache.*with its state in the cache work"
+    ):
         model_layout(model, 16)
+
+
+def test_a_layer_of_an_unknown_class_is_refused_with_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import cache_utils
+
+    class Novelty(cache_utils.LinearAttentionLayer):
+        """Keeps something more."""
+
+    model = tiny_model("lfm2")
+    cache = cache_utils.DynamicCache(config=model.config)
+    cache.layers[0] = Novelty()
+    monkeypatch.setattr("connectors.transformers.layout.new_cache", lambda model: cache)
+
+    with pytest.raises(UnsupportedModel, match=r"'lfm2': layer 0 caches in a Novelty, of which it is not known"):
+        model_layout(model, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "block_groups", "kinds"),
+    [
+        ("falcon_h1", 2, {"conv_states": "bfloat16", "recurrent_states": "float32"}),
+        ("qwen3_next", 1, {"conv_states": "bfloat16", "recurrent_states": "float32"}),
+        ("lfm2", 1, {"conv_states": "bfloat16"}),
+        ("mamba2", 0, {"conv_states": "bfloat16", "recurrent_states": "float32"}),
+    ],
+)
+def test_each_tensor_of_a_state_has_its_own_type_and_its_bytes_are_in_the_pieces(
+    name: str, block_groups: int, kinds: dict[str, str]
+) -> None:
+    model = tiny_model(name, "bfloat16")
+    shapes, layout = cache_shapes(model), model_layout(model, 16)
+
+    assert {tensor.name: str(tensor.dtype).removeprefix("torch.") for tensor in shapes.states} == kinds
+    assert all(tensor.start % 16 == 0 for tensor in shapes.states)
+    assert layout.block_groups == block_groups
+    assert layout.state_bytes == shapes.state_bytes == sum(group.page_bytes for group in layout.groups[block_groups:])
+
+
+def test_a_state_of_another_shape_or_type_is_another_layout() -> None:
+    prints = {
+        model_layout(tiny_model("lfm2", dtype, **fields), 16).fingerprint
+        for dtype, fields in [("float32", {}), ("bfloat16", {}), ("float32", {"conv_L_cache": 4})]
+    }
+
+    assert len(prints) == 3
 
 
 def test_a_model_that_swaps_in_a_cache_of_its_own_is_refused() -> None:

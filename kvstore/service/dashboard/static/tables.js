@@ -11,6 +11,7 @@ const REASONS = {
   lost: "lost",
   detached: "tier detached",
   tier_down: "tier down",
+  no_state: "no state",
   not_worth: "not worth it",
   below_minimum: "too little",
   other_namespace: "other namespace",
