@@ -16,6 +16,7 @@ from sglang.srt.runtime_context import get_context
 from tests.engines.sglang.pools import PAGE
 
 MiB = 1 << 20
+NUM = 6  # pages that a test stores
 
 
 def storage_config(extra: dict[str, Any], **other: Any) -> HiCacheStorageConfig:
@@ -79,3 +80,16 @@ def page_bytes(pool: Any, first: int, num_pages: int) -> list[bytes]:
         pool.get_data_page(page * pool.page_size, flat=True).contiguous().view(torch.uint8).numpy().tobytes()
         for page in range(first, first + num_pages)
     ]
+
+
+def store(pool: Any, extra: dict[str, Any], num_pages: int = NUM, **storage: Any) -> None:
+    """Store the first pages of a pool, and end."""
+    with attached(pool, extra, **storage) as backend:
+        assert backend.batch_set_v1(chain(num_pages), tokens(0, num_pages)) == [True] * num_pages
+
+
+def restored(pool: Any, extra: dict[str, Any], num_pages: int = NUM, **storage: Any) -> tuple[int, list[bool]]:
+    """How many of the first pages there are, and which of them come when they are loaded to page 20 on."""
+    with attached(pool, extra, **storage) as backend:
+        keys = chain(num_pages)
+        return backend.batch_exists(keys), backend.batch_get_v1(keys, tokens(20, num_pages))

@@ -2,24 +2,232 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from sglang.srt.environ import envs
+from sglang.srt.mem_cache.hicache_storage import HiCacheStorageFailureInjector
 
-from tests.engines.sglang.backends import attached, chain, on_disk, page_bytes, tokens
-from tests.engines.sglang.pools import LAYOUTS, host_pool
+from kvstore.errors import LayoutMismatch
+from tests.engines.sglang.backends import NUM, attached, chain, on_disk, page_bytes, restored, store, tokens
+from tests.engines.sglang.pools import LAYOUTS, host_pool, mla_host_pool
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pages_come_back_bit_for_bit_after_a_restart(layout: str, tmp_path: Path) -> None:
-    pool, keys = host_pool(layout), chain(6)
-    with attached(pool, on_disk(tmp_path)) as backend:
-        assert backend.batch_set_v1(keys, tokens(0, 6)) == [True] * 6
-    before = page_bytes(pool, 0, 6)
+    pool = host_pool(layout)
+    store(pool, on_disk(tmp_path))
+    before = page_bytes(pool, 0, NUM)
 
-    with attached(pool, on_disk(tmp_path)) as backend:
-        assert backend.batch_exists(keys) == 6
-        assert backend.batch_get_v1(keys, tokens(20, 6)) == [True] * 6
+    assert restored(pool, on_disk(tmp_path)) == (NUM, [True] * NUM)
 
-    assert page_bytes(pool, 20, 6) == before
-    assert page_bytes(pool, 0, 6) == before
+    assert page_bytes(pool, 20, NUM) == before
+    assert page_bytes(pool, 0, NUM) == before
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "page_head"])
+def test_latent_pages_come_back_bit_for_bit(layout: str, tmp_path: Path) -> None:
+    pool = mla_host_pool(layout)
+    store(pool, on_disk(tmp_path), is_mla_model=True)
+    before = page_bytes(pool, 0, NUM)
+
+    assert restored(pool, on_disk(tmp_path), is_mla_model=True) == (NUM, [True] * NUM)
+
+    assert page_bytes(pool, 20, NUM) == before
+
+
+# ---- never another's page --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "page_first"])
+def test_a_page_of_another_layout_is_a_miss(layout: str, tmp_path: Path) -> None:
+    store(host_pool("page_first"), on_disk(tmp_path))
+    pool = host_pool(layout)
+    before = pool.kv_buffer.clone()
+
+    assert restored(pool, on_disk(tmp_path)) == (0, [False] * NUM)
+
+    assert torch.equal(pool.kv_buffer, before)
+
+
+def test_a_page_of_another_element_type_of_the_same_size_is_a_miss(tmp_path: Path) -> None:
+    store(host_pool("page_first", torch.bfloat16), on_disk(tmp_path))
+
+    assert restored(host_pool("page_first", torch.float16), on_disk(tmp_path)) == (0, [False] * NUM)
+
+
+def test_a_directory_of_pages_of_another_size_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    store(host_pool("page_first", torch.bfloat16), on_disk(tmp_path))
+
+    with pytest.raises(LayoutMismatch), attached(host_pool("page_first", torch.float8_e4m3fn), on_disk(tmp_path)):
+        pass
+
+
+def test_a_page_of_other_weights_is_a_miss(tmp_path: Path) -> None:
+    pool = host_pool("page_first")
+    store(pool, on_disk(tmp_path))
+
+    assert restored(pool, on_disk(tmp_path, weights="tiny v2")) == (0, [False] * NUM)
+
+
+@pytest.mark.parametrize("other", [{"tp_rank": 1}, {"tp_size": 4}, {"pp_size": 2}, {"attn_cp_size": 2}])
+def test_a_page_of_another_rank_is_a_miss(other: dict[str, int], tmp_path: Path) -> None:
+    pool, two = host_pool("page_first"), {"tp_size": 2}
+    store(pool, on_disk(tmp_path), **two)
+
+    assert restored(pool, on_disk(tmp_path), **two | other) == (0, [False] * NUM)
+    assert restored(pool, on_disk(tmp_path), **two) == (NUM, [True] * NUM)
+
+
+def test_weights_that_are_updated_while_it_runs_make_their_own_pages(tmp_path: Path) -> None:
+    from sglang.srt.runtime_context import get_context
+
+    pool, keys = host_pool("page_first"), chain(NUM)
+    with attached(pool, on_disk(tmp_path)) as backend:
+        backend.batch_set_v1(keys, tokens(0, NUM))
+        get_context().override("test", weight_version="after the update")
+
+        assert backend.batch_exists(keys) == 0
+        assert backend.batch_get_v1(keys, tokens(20, NUM)) == [False] * NUM
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_at_once_have_a_directory_together_and_pages_each(tmp_path: Path) -> None:
+    pools, keys = [host_pool("page_first", seed=rank) for rank in (0, 1)], chain(NUM)
+    before = [page_bytes(pool, 0, NUM) for pool in pools]
+    with (
+        attached(pools[0], on_disk(tmp_path), tp_rank=0, tp_size=2) as first,
+        attached(pools[1], on_disk(tmp_path), tp_rank=1, tp_size=2) as second,
+    ):
+        for backend in (first, second):
+            assert backend.batch_set_v1(keys, tokens(0, NUM)) == [True] * NUM
+        for backend in (second, first):
+            assert backend.batch_get_v1(keys, tokens(20, NUM)) == [True] * NUM
+
+    assert [page_bytes(pool, 20, NUM) for pool in pools] == before
+
+
+def test_latent_pages_are_written_by_rank_0_and_read_by_all(tmp_path: Path) -> None:
+    pools, keys = [mla_host_pool("page_first", seed=rank) for rank in (0, 1)], chain(NUM)
+    before = page_bytes(pools[0], 0, NUM)
+    with (
+        attached(pools[0], on_disk(tmp_path), tp_rank=0, tp_size=2, is_mla_model=True) as writer,
+        attached(pools[1], on_disk(tmp_path), tp_rank=1, tp_size=2, is_mla_model=True) as reader,
+    ):
+        assert reader.batch_set_v1(keys, tokens(0, NUM)) == [True] * NUM
+        assert writer.batch_exists(keys) == 0
+
+        writer.batch_set_v1(keys, tokens(0, NUM))
+
+        assert reader.batch_exists(keys) == NUM
+        assert reader.batch_get_v1(keys, tokens(20, NUM)) == [True] * NUM
+
+    assert page_bytes(pools[1], 20, NUM) == before
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_under_sglangs_own_delays_and_failures_what_is_said_to_come_is_right(tmp_path: Path) -> None:
+    pool, keys = host_pool("page_first"), chain(32)
+    before, told = page_bytes(pool, 0, 32), []
+    with (
+        envs.SGLANG_TEST_HICACHE_BACKEND_RANDOM_DELAY.override(0.01),
+        envs.SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE.override(0.3),
+        attached(pool, on_disk(tmp_path)) as backend,
+    ):
+        assert isinstance(backend, HiCacheStorageFailureInjector)
+        for first in range(0, 32, 4):
+            backend.batch_set_v1(keys[first : first + 4], tokens(first, 4))
+        for first in range(0, 32, 4):
+            pool.kv_buffer[:, (32 + first) * pool.page_size : (36 + first) * pool.page_size] = 0
+            told += backend.batch_get_v1(keys[first : first + 4], tokens(32 + first, 4))
+
+    after = page_bytes(pool, 32, 32)
+    assert any(told)
+    assert not all(told)
+    assert [page for page, is_ok in zip(after, told, strict=True) if is_ok] == [
+        page for page, is_ok in zip(before, told, strict=True) if is_ok
+    ]
+
+
+def test_a_corrupted_page_is_a_miss_and_leaves_the_rest(tmp_path: Path) -> None:
+    pool = host_pool("page_first")
+    store(pool, on_disk(tmp_path))
+    needle = page_bytes(pool, 2, 1)[0][:64]
+    (slab,) = [file for file in tmp_path.rglob("*") if file.is_file() and needle in file.read_bytes()]
+    with slab.open("r+b") as file:
+        file.seek(slab.read_bytes().index(needle))
+        file.write(bytes(64))
+
+    found, ok = restored(pool, on_disk(tmp_path))
+
+    assert (found, ok) == (NUM, [True, True, False, True, True, True])
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from tests.engines.sglang.backends import attached, chain, on_disk, tokens
+from tests.engines.sglang.pools import host_pool
+
+with attached(host_pool("page_first"), on_disk(Path(sys.argv[1]))) as backend:
+    backend.batch_set_v1(chain(6), tokens(0, 6))
+    print("stored", flush=True)
+    number = 1
+    while True:
+        backend.batch_set_v1(chain(6, seed=number), tokens(0, 6))
+        number += 1
+"""
+
+
+def test_what_was_stored_is_there_after_the_process_was_killed(tmp_path: Path) -> None:
+    writer = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, env=dict(os.environ)
+    )
+    try:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"stored\n"
+    finally:
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+    pool = host_pool("page_first")
+    before = page_bytes(pool, 0, NUM)
+
+    assert restored(pool, on_disk(tmp_path)) == (NUM, [True] * NUM)
+
+    assert page_bytes(pool, 20, NUM) == before
+
+
+def test_after_the_end_everything_is_a_miss_and_nothing_is_raised(tmp_path: Path) -> None:
+    pool, keys = host_pool("page_first"), chain(NUM)
+    with attached(pool, on_disk(tmp_path)) as backend:
+        backend.close()
+
+        assert backend.batch_exists(keys) == 0
+        assert backend.batch_get_v1(keys, tokens(0, NUM)) == [False] * NUM
+        assert backend.batch_set_v1(keys, tokens(0, NUM)) == [False] * NUM
+
+
+def test_indices_that_do_not_fit_are_a_miss(tmp_path: Path) -> None:
+    pool, keys = host_pool("page_first"), chain(NUM)
+    with attached(pool, on_disk(tmp_path)) as backend:
+        assert backend.batch_set_v1(keys, tokens(0, NUM - 1)) == [False] * NUM
+        assert backend.batch_get_v1(keys, tokens(0, NUM - 1)) == [False] * NUM
+
+
+def test_clear_deletes_what_is_stored(tmp_path: Path) -> None:
+    pool, keys = host_pool("page_first"), chain(NUM)
+    with attached(pool, on_disk(tmp_path)) as backend:
+        backend.batch_set_v1(keys, tokens(0, NUM))
+
+        backend.clear()
+
+        assert backend.batch_exists(keys) == 0
