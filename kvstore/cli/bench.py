@@ -23,6 +23,7 @@ def bench(
         typer.Argument(metavar="[WORKLOAD [ARGUMENT]]...", help="What to run; without any, the list of what there is."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds: a first impression.")] = False,
+    peer: Annotated[bool, typer.Option("--peer", help="Measure other ways, too: files, redis-py.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with machine and versions.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the JSON to this file.")] = None,
 ) -> None:
@@ -42,7 +43,7 @@ def bench(
     progress = console(stderr=True)
     for name, argument in parse_plan(workloads, {name: workload.argument for name, workload in WORKLOADS.items()}):
         with progress.status(f"{name}: {WORKLOADS[name].summary}"):
-            results[name] = run(name, argument, quick=quick)
+            results[name] = run(name, argument, quick=quick, peer=peer)
         if not as_json:
             for measured in results[name]:
                 console().print(_as_table(name, measured))

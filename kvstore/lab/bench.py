@@ -73,15 +73,17 @@ class BenchWorkload:
 
     module:   has `run(argument, quick) -> list[Table]`; imported when it runs.
     argument: what has to be named on the command line, "" for nothing.
+    peer:     what it may be compared with besides its ceiling, "" for nothing; `run` then takes `peer` as well.
     """
 
     summary: str
     module: str
     argument: str = ""
+    peer: str = ""
 
 
-def _workload(module: str, summary: str, argument: str = "") -> BenchWorkload:
-    return BenchWorkload(summary, f"kvstore.lab.workloads.{module}", argument)
+def _workload(module: str, summary: str, argument: str = "", peer: str = "") -> BenchWorkload:
+    return BenchWorkload(summary, f"kvstore.lab.workloads.{module}", argument, peer)
 
 
 WORKLOADS: dict[str, BenchWorkload] = {
@@ -93,8 +95,8 @@ WORKLOADS: dict[str, BenchWorkload] = {
     "device": _workload("device", "gather and scatter of an engine's tensors, over memcpy"),
     "service": _workload("service", "calls of one and of many clients of a daemon, over a bare socket"),
     "service-bytes": _workload("service_bytes", "save and load through a daemon, over memcpy"),
-    "disk": _workload("disk", "write and cold read of a disk tier, over raw O_DIRECT", "DIR"),
-    "redis": _workload("redis", "SET and GET of a Redis tier, over a bare socket", "URL|local"),
+    "disk": _workload("disk", "write and cold read of a disk tier, over raw O_DIRECT", "DIR", "a file for each page"),
+    "redis": _workload("redis", "SET and GET of a Redis tier, over a bare socket", "URL|local", "redis-py"),
     "model": _workload("model", "a model with a store that cannot help it, over the model alone", "MODEL|default"),
 }
 
@@ -149,14 +151,18 @@ def _cpu_seconds(pid: int | None) -> float:
     return 0.0 if pid is None else time.clock_gettime(~pid << 3 | 2)
 
 
-def run(name: str, argument: str = "", *, quick: bool = False) -> list[Table]:
-    """Run one workload. Raises ConfigError for an unknown one, or one whose argument is missing."""
+def run(name: str, argument: str = "", *, quick: bool = False, peer: bool = False) -> list[Table]:
+    """Run one workload, and beside it its peer if it has one and `peer` is set.
+
+    Raises ConfigError for an unknown one, or one whose argument is missing.
+    """
     workload = WORKLOADS.get(name)
     if workload is None:
         raise ConfigError(f"workload {name!r} is unknown; known are {', '.join(WORKLOADS)}")
     if workload.argument and not argument:
         raise ConfigError(f"workload {name} needs {workload.argument}: kvstore bench {name} {workload.argument}")
-    tables: list[Table] = import_module(workload.module).run(argument, quick)
+    options = {"peer": True} if peer and workload.peer else {}
+    tables: list[Table] = import_module(workload.module).run(argument, quick, **options)
     return tables
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from kvstore.errors import ConfigError
 from kvstore.lab.bench import Case, Table, measure
+from kvstore.lab.peers import PlainFiles
 from kvstore.page import PageKey, PageMeta, page_key
 from kvstore.tiers.disk.slab_file import SlabFile
 from kvstore.tiers.disk.tier import DiskTier
@@ -32,8 +33,8 @@ BATCH_PAGES = 8  # pages a lane hands over at once
 TIMEOUT_S = 120.0
 
 
-def run(argument: str, quick: bool) -> list[Table]:
-    """Measure pages of 256 KiB and 2 MiB in a new directory inside `argument`.
+def run(argument: str, quick: bool, peer: bool = False) -> list[Table]:
+    """Measure pages of 256 KiB and 2 MiB in a new directory inside `argument`; with `peer`, files of one page each too.
 
     Raises ConfigError if the directory cannot be made or has no room.
     """
@@ -41,7 +42,7 @@ def run(argument: str, quick: bool) -> list[Table]:
     for page_bytes in PAGE_SIZES:
         num_pages = (QUICK_BYTES if quick else TOTAL_BYTES) // page_bytes
         with _directory(argument) as path:
-            tables += _measure(path, page_bytes, num_pages, quick)
+            tables += _measure(path, page_bytes, num_pages, quick, peer)
     return tables
 
 
@@ -57,7 +58,7 @@ def _directory(parent: str) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _measure(path: Path, page_bytes: int, num_pages: int, quick: bool) -> list[Table]:
+def _measure(path: Path, page_bytes: int, num_pages: int, quick: bool, peer: bool) -> list[Table]:
     keys = [page_key(os.urandom(32)) for _ in range(num_pages)]
     metas = [PageMeta(page_bytes)] * num_pages
     order = np.random.default_rng(0).permutation(num_pages).tolist()
@@ -88,14 +89,21 @@ def _measure(path: Path, page_bytes: int, num_pages: int, quick: bool) -> list[T
         def empty() -> None:
             tier.delete(keys, timeout_s=TIMEOUT_S)
 
+        folder = path / "files"
+        folder.mkdir()
+        files = PlainFiles(folder, views)
+
         def cases(raw: Callable[[Sequence[int]], None], ours: Callable[[Sequence[int]], None], verb: str) -> list[Case]:
             prepare = empty if ours is write else None
             num_bytes = num_pages * page_bytes
+            theirs, cold = (files.write, None) if ours is write else (files.read, lambda: files.cool(order))
+            name = f"peer: a file for each page, {THREADS} threads"
             return [
                 Case(f"raw {verb}, {THREADS} threads", lambda: _spread(pool, raw, order), num_bytes),
                 Case(f"disk tier, {THREADS} threads", lambda: _spread(pool, ours, order), num_bytes, prepare),
                 Case(f"raw {verb}, 1 thread", lambda: _in_turn(raw, order), num_bytes),
                 Case("disk tier, 1 thread", lambda: _in_turn(ours, order), num_bytes, prepare),
+                *([Case(name, lambda: _spread(pool, theirs, order), num_bytes, cold)] if peer else []),
             ]
 
         what = f"{num_pages} pages of {page_bytes // KiB} KiB" + ("" if tier.is_direct else " (no O_DIRECT here)")

@@ -16,6 +16,7 @@ import numpy as np
 
 from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.lab.bench import Case, Table, measure
+from kvstore.lab.peers import RedisPy
 from kvstore.page import PageMeta, page_key
 from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.host import HostSlab
@@ -32,20 +33,23 @@ TIMEOUT_S = 60.0
 TTL_S = 600.0  # for what an interrupted run leaves behind
 
 
-def run(argument: str, quick: bool) -> list[Table]:
+def run(argument: str, quick: bool, peer: bool = False) -> list[Table]:
     """Measure pages of 256 KiB and 2 MiB on the server at the URL `argument`; "local" starts a private one.
+
+    peer: redis-py as it comes, too.
 
     Raises ConfigError, TierUnavailable, or RedisNotInstalled.
     """
     if argument == "local":
         with LocalRedis() as server:
-            return run(server.url, quick)
+            return run(server.url, quick, peer)
     target = parse_redis_url(argument)
     if target.kind is not ServerKind.SINGLE or target.tls is not None:
         raise ConfigError(f"bench redis: {target.masked} has no bare socket to compare with; give redis:// or unix://")
     tables = []
     for page_bytes in PAGE_SIZES:
-        tables += _measure(argument, target, page_bytes, (QUICK_BYTES if quick else TOTAL_BYTES) // page_bytes, quick)
+        num_pages = (QUICK_BYTES if quick else TOTAL_BYTES) // page_bytes
+        tables += _measure(argument, target, page_bytes, num_pages, quick, peer)
     return tables
 
 
@@ -133,13 +137,14 @@ class BareSocket:
         return num_bytes
 
 
-def _measure(url: str, target: RedisTarget, page_bytes: int, num_pages: int, quick: bool) -> list[Table]:
+def _measure(url: str, target: RedisTarget, page_bytes: int, num_pages: int, quick: bool, peer: bool) -> list[Table]:
     prefix = f"kvstore-bench-{os.getpid()}:"
     keys = [page_key(os.urandom(32)) for _ in range(num_pages)]
     raw_keys = [prefix.encode() + b"raw:" + key for key in keys]
     absent = [page_key(os.urandom(32)) for _ in range(LOOKUP_KEYS)]
     metas = [PageMeta(page_bytes)] * num_pages
     every = range(num_pages)
+    peer_keys = [prefix.encode() + b"peer:" + key for key in keys]
     with (
         closing(HostSlab(num_pages, page_bytes)) as slab,
         closing(BareSocket(target)) as bare,
@@ -148,6 +153,7 @@ def _measure(url: str, target: RedisTarget, page_bytes: int, num_pages: int, qui
     ):
         slab.buffer[:] = np.random.default_rng(1).integers(0, 256, slab.buffer.size, dtype=np.uint8)
         views = [slab.view(i) for i in every]
+        plain = RedisPy(url, peer_keys, views) if peer else None
 
         def write(pages: Sequence[int]) -> None:
             columns = ([keys[i] for i in pages], [views[i] for i in pages], [metas[i] for i in pages])
@@ -172,10 +178,12 @@ def _measure(url: str, target: RedisTarget, page_bytes: int, num_pages: int, qui
             prepare = forget if ours is write else None
             num_bytes = num_pages * page_bytes
             parts = [every[i::CONNECTIONS] for i in range(CONNECTIONS)]
+            theirs = plain and (plain.write if ours is write else plain.read)
             return [
                 Case(f"bare socket, {verb}", raw, num_bytes),
                 Case("redis tier, 1 connection", lambda: ours(every), num_bytes, prepare),
                 Case(f"redis tier, {CONNECTIONS} connections", lambda: list(pool.map(ours, parts)), num_bytes, prepare),
+                *([Case("peer: redis-py", lambda: theirs(every), num_bytes)] if theirs else []),
             ]
 
         what = f"{num_pages} pages of {page_bytes // KiB} KiB"
@@ -192,6 +200,8 @@ def _measure(url: str, target: RedisTarget, page_bytes: int, num_pages: int, qui
         finally:
             forget()
             bare.delete(raw_keys)
+            if plain is not None:
+                plain.close()
 
 
 def _expect(answers: Sequence[bool]) -> None:

@@ -20,7 +20,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, bool]]:
     """Two workloads that note how they were run: `toy`, and `toy-dir`, which needs an argument."""
     seen: list[tuple[str, str, bool]] = []
 
-    def run(name: str, argument: str = "", *, quick: bool = False) -> list[Table]:
+    def run(name: str, argument: str = "", *, quick: bool = False, peer: bool = False) -> list[Table]:
         seen.append((name, argument, quick))
         return [
             measure("sums", "bytes" if argument else "blocks", [Case("sum", lambda: sum(range(99)), 99)], quick=True)

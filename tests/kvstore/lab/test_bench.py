@@ -131,6 +131,26 @@ def test_workload_is_a_module_that_gets_argument_and_quick(monkeypatch: pytest.M
     assert seen == [("/d", True)]
 
 
+@pytest.mark.parametrize(
+    ("peer", "asked", "given"), [("a rival", True, True), ("a rival", False, False), ("", True, False)]
+)
+def test_a_peer_is_measured_where_there_is_one_and_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, peer: str, asked: bool, given: bool
+) -> None:
+    seen: list[bool] = []
+
+    def note(argument: str, quick: bool, peer: bool = False) -> list[Table]:
+        seen.append(peer)
+        return []
+
+    monkeypatch.setitem(WORKLOADS, "mine", BenchWorkload("mine", "some.module", "", peer))
+    monkeypatch.setattr(bench, "import_module", lambda name: SimpleNamespace(run=note))
+
+    run("mine", peer=asked)
+
+    assert seen == [given]
+
+
 def test_report_is_json_with_machine_and_versions() -> None:
     table = measure("t", "blocks", [Case("a", lambda: sum(range(1000)), 1)], quick=True)
 

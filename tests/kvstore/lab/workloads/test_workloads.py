@@ -127,6 +127,17 @@ def test_disk_runs_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tm
     assert list(tmp_path.iterdir()) == []
 
 
+def test_disk_runs_beside_files_of_one_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(disk, "PAGE_SIZES", (16 * KiB,))
+    monkeypatch.setattr(disk, "QUICK_BYTES", 128 * KiB)
+
+    tables = disk.run(str(tmp_path), True, peer=True)
+
+    check(tables, "bytes", "bytes")
+    assert all(table.timings[-1].name.startswith("peer: a file for each page") for table in tables)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_disk_needs_a_directory_that_is_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"bench disk: cannot make a directory in .*nowhere"):
         disk.run(str(tmp_path / "nowhere"), True)
@@ -147,6 +158,15 @@ class TestRedis:
             check(redis.run(getattr(server, by), True), "bytes", "bytes", "keys", "bytes", "bytes", "keys")
 
             assert server.client().dbsize() == 0
+
+    def test_redis_runs_beside_the_plain_client(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(redis, "PAGE_SIZES", (16 * KiB,))
+        with LocalRedis() as server:
+            tables = redis.run(server.url, True, peer=True)
+
+            assert server.client().dbsize() == 0
+        check(tables, "bytes", "bytes", "keys")
+        assert [table.timings[-1].name for table in tables[:2]] == ["peer: redis-py"] * 2
 
     def test_redis_starts_a_server_of_its_own(self) -> None:
         check(redis.run("local", True)[:1], "bytes")
