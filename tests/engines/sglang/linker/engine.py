@@ -158,6 +158,8 @@ class LinkerEngine:
             self.abort(req)
             return None
         req.slots = torch.cat([prefix, rest])
+        for buffer in (rows for layer in range(LAYERS) for rows in self._rows(layer)):
+            raw(buffer)[req.slots[req.device :]] = -1  # slots come back with what they had: nothing may pass by that
         return req
 
     def abort(self, req: Req) -> None:
@@ -261,6 +263,14 @@ class LinkerEngine:
         if self.cache.linker is not None:
             self.cache.release_host_resources()
         self._context.restore()
+
+    def _rows(self, layer: int) -> Sequence[Any]:
+        """A layer's rows, without waiting for them."""
+        return (
+            (self.pool.kv_buffer[layer],)
+            if self.kind == "mla"
+            else (self.pool.k_buffer[layer], self.pool.v_buffer[layer])
+        )
 
     def _free(self, slots: Any) -> None:
         if len(slots):

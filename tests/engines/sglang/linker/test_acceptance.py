@@ -163,7 +163,7 @@ def test_what_is_promised_is_not_evicted(on_all_ranks: Play) -> None:
             assert other is not None
             engine.forward(other)
             engine.finish(other)
-        engine.settle()
+            engine.settle()
         engine.evict_all()
         again = engine.admit(tokens, asked)
         assert again is not None

@@ -155,8 +155,10 @@ def test_what_was_stored_is_found_to_its_last_page(tmp_path: Path, monkeypatch: 
         history.engine.settle()
         for _ in range(10):
             history.engine.evict_all()
-            tokens = history.prompt()
+            tokens = prompt(history.random.randrange(3), 90) + prompt(100, 120)
+            history.engine.run(tokens[:50])  # the pool has a head of it
             found = history.engine.match(tokens)
+            assert found.device == 48
             ends = range(PAGE, len(tokens), PAGE)
             known = max((end for end in ends if tuple(tokens[:end]) in history.stored), default=0)
             assert found.device + found.promised >= known
