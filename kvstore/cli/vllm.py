@@ -84,7 +84,7 @@ def vllm(
     raise_limit()
     announce = announcer()
     given = overrides(setting or [])
-    Config.load(file, **given)  # what is wrong is told now, and not in the middle of vLLM's log
+    config = Config.load(file, **given)  # what is wrong is told now, and not in the middle of vLLM's log
     front = VllmFrontSettings(name, host, port, max_queue, max_running, max_tokens_queued, drain_s)
     if url is not None:
         _check_url(url, has_more=server is not None or model is not None or bool(arguments or setting))
@@ -99,6 +99,7 @@ def vllm(
         threads,
         max_running,
         {field: value.value for field, value in given.items()},
+        config.service.url is not None,
         file,
         tuple(arguments or ()),
     )
@@ -108,7 +109,13 @@ def vllm(
         if log is None:
             log = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-vllm-"))) / "vllm.log"
         process = ServerProcess(
-            "vLLM", command(settings, own_port), f"http://127.0.0.1:{own_port}", log, environment(settings)
+            "vLLM",
+            command(settings, own_port),
+            f"http://127.0.0.1:{own_port}",
+            log,
+            environment(settings),
+            "vLLM's own options go after --, e.g. -- --max-model-len 4096; if a module is missing, install this package "
+            f"in the environment of {settings.program}",
         )
         announce(f"{name}: starting {settings.program} with {model}, its log is {log}")
         stack.callback(process.stop)

@@ -42,16 +42,24 @@ class ServerProcess:
 
     name:        how messages call it.
     environment: of the child; ours if None.
+    next_step:   what to do where it does not come up, for the end of messages.
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], url: str, log: Path, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        url: str,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        next_step: str = "",
     ) -> None:
         self.name = name
         self.command = tuple(command)
         self.url = url
         self.log = log
         self._environment = environment
+        self._next_step = f"\n{next_step}" if next_step else ""
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, timeout_s: float = START_TIMEOUT_S) -> None:
@@ -64,9 +72,10 @@ class ServerProcess:
         with _ended_by_signal():
             while not self._is_up():
                 if why := self.ended():
-                    raise KVStoreError(why)
+                    raise KVStoreError(f"{why}{self._next_step}")
                 if time.monotonic() > until:
-                    raise KVStoreError(f"{self.name} is not ready after {timeout_s:.0f} s; {self._last_words()}")
+                    why = f"{self.name} is not ready after {timeout_s:.0f} s; {self._last_words()}"
+                    raise KVStoreError(f"{why}{self._next_step}")
                 time.sleep(STEP_S)
 
     def ended(self) -> str:

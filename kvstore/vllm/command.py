@@ -29,6 +29,7 @@ class VllmSettings:
     dtype:     "" leaves it to vLLM; float32 where there is no accelerator, for many CPUs have no other arithmetic.
     threads:   that it computes with on CPU; 0 leaves it to vLLM.
     store:     FIELD -> value for the connector, as --set gives them.
+    has_daemon: its pages are a node daemon's, wherever that is said.
     file:      TOML file of the store's settings; None is the usual one.
     arguments: of vLLM, after ours.
     """
@@ -39,6 +40,7 @@ class VllmSettings:
     threads: int = 0
     max_running: int = 8
     store: Mapping[str, Any] | None = None
+    has_daemon: bool = False
     file: Path | None = None
     arguments: Sequence[str] = ()
 
@@ -48,7 +50,7 @@ def command(mine: VllmSettings, port: int) -> list[str]:
     has_accelerator = any(os.path.exists(path) for path in ACCELERATORS)
     is_python = Path(mine.program).name.startswith("python")
     start = [mine.program, *(("-m", "vllm.entrypoints.openai.api_server") if is_python else ("serve",))]
-    block_size, extra = connector_config(mine.store or {})
+    block_size, extra = connector_config(mine.store or {}, mine.has_daemon)
     dtype = mine.dtype or ("auto" if has_accelerator else "float32")
     served = Path(mine.model).name if Path(mine.model).is_dir() else mine.model
     options = ["--model", mine.model] if is_python else [mine.model]
@@ -91,12 +93,11 @@ def transfer_config(extra: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def connector_config(store: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, Any]]]:
+def connector_config(store: Mapping[str, Any], has_daemon: bool) -> tuple[str, dict[str, dict[str, Any]]]:
     """vLLM's own block size, "" for its default, and the connector's sections.
 
     With a node daemon the sections that are the daemon's stay away: a cluster gives one set of settings to all.
     """
-    has_daemon = "service.url" in store
     block_size, sections = "", dict[str, dict[str, Any]]()
     for name, value in store.items():
         section, _, field = name.partition(".")

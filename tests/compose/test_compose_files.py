@@ -63,6 +63,21 @@ def test_commands_and_options_are_known(compose: dict[str, Any]) -> None:
     assert all(checked.values())
 
 
+def test_replicas_of_vllm_replace_those_there_are_and_their_options_are_known(compose: dict[str, Any]) -> None:
+    text = VARIABLE.sub(lambda found: found[1] or "", (ROOT / "deploy" / "vllm" / "compose.yml").read_text())
+    over = yaml.safe_load(text)["services"]
+    options = {option for one in typer.main.get_command(app).commands["vllm"].params for option in one.opts}  # type: ignore[attr-defined]
+
+    assert over.keys() == {name for name in compose["services"] if name.startswith("replica-")}
+    for name, service in over.items():
+        command, *arguments = service["command"]
+        assert command == "vllm"
+        assert {word for word in arguments if word.startswith("--")} <= options
+        plain = compose["services"][name]["command"]
+        assert arguments == plain[1:]
+        assert (ROOT / service["build"]["dockerfile"]).is_file()
+
+
 def test_the_node_and_the_replicas_are_configured_as_the_store_understands(
     compose: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

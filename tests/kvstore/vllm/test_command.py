@@ -27,19 +27,19 @@ def test_with_a_daemon_the_daemons_sections_stay_away_and_the_block_size_is_vllm
         "service.url": "unix:///n.sock",
     }
 
-    block_size, extra = connector_config(given)
+    block_size, extra = connector_config(given, True)
 
     assert block_size == "32"
     assert extra == {"store": {"single_flight": "true"}, "service": {"url": "unix:///n.sock"}}
 
 
 def test_without_one_all_sections_are_the_engines_own() -> None:
-    assert connector_config({"host.capacity_bytes": "1GiB"}) == ("", {"host": {"capacity_bytes": "1GiB"}})
+    assert connector_config({"host.capacity_bytes": "1GiB"}, False) == ("", {"host": {"capacity_bytes": "1GiB"}})
 
 
 def test_a_setting_without_a_section_is_refused() -> None:
     with pytest.raises(ConfigError, match="--set host: name a field of a section"):
-        connector_config({"host": "1"})
+        connector_config({"host": "1"}, False)
 
 
 def test_a_python_runs_the_server_as_a_module_and_the_program_by_its_command(tmp_path: Path) -> None:
