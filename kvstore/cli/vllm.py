@@ -114,8 +114,8 @@ def vllm(
             f"http://127.0.0.1:{own_port}",
             log,
             environment(settings),
-            "vLLM's own options go after --, e.g. -- --max-model-len 4096; if a module is missing, install this package "
-            f"in the environment of {settings.program}",
+            "vLLM's own options go after --, e.g. -- --max-model-len 4096; if a module is missing, install this "
+            f"package in the environment of {settings.program}",
         )
         announce(f"{name}: starting {settings.program} with {model}, its log is {log}")
         stack.callback(process.stop)

@@ -51,7 +51,7 @@ def test_one_that_hangs_is_killed_with_all_it_has_started(tmp_path: Path, monkey
 
     hanging.stop()
 
-    assert is_gone(int(note.read_text()))
+    wait_until(lambda: is_gone(int(note.read_text())))
 
 
 def test_a_signal_in_the_middle_of_the_start_ends_what_was_started(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_signal_in_the_middle_of_the_start_ends_what_was_started(tmp_path: Pat
         front.send_signal(signal.SIGTERM)
 
     assert front.returncode == 128 + signal.SIGTERM
-    assert is_gone(child.pid)
+    wait_until(lambda: is_gone(child.pid))
 
 
 def test_the_first_cause_is_told_where_others_have_followed_it(tmp_path: Path) -> None:
