@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -17,7 +16,8 @@ from kvstore.tiers.redis.tier import RedisTier
 from tests.helpers.redis_load import Load, under_load
 from tests.helpers.redis_products import Product, find_product
 from tests.helpers.redis_server import NEEDS_REDIS, command
-from tests.helpers.redis_topologies import Servers, cluster, joined, node_id, under_sentinel
+from tests.helpers.redis_slots import begin_move, end_move, move_keys, move_slot
+from tests.helpers.redis_topologies import Servers, cluster, is_primary, joined, node_id, under_sentinel
 from tests.helpers.waiting import wait_until
 
 pytestmark = NEEDS_REDIS
@@ -90,13 +90,13 @@ def test_a_shard_that_dies_is_missed_until_its_replica_has_taken_over(made: Prod
             load.await_hits(KEYS, "all of them")
 
         assert_well(load)
-        assert command(servers.nodes[3], "ROLE")[0] == b"master"
+        assert is_primary(servers.nodes[3])
         assert_whole(tier, SMALL_BYTES)
         if how == "frozen":
             dying.thaw()
         else:
             dying.start()
-        wait_until(lambda: command(dying, "ROLE")[0] == b"slave", "the old one follows the new one")
+        wait_until(lambda: not is_primary(dying), "the old one follows the new one")
         assert_whole(tier, SMALL_BYTES)
 
 
@@ -108,7 +108,7 @@ def test_a_shard_that_is_failed_over_by_hand_loses_nothing(made: Product) -> Non
             for replica in servers.nodes[3:]:
                 command(replica, "CLUSTER", "FAILOVER")
             for replica in servers.nodes[3:]:
-                wait_until(lambda one=replica: command(one, "ROLE")[0] == b"master", "it took over")  # type: ignore[misc]
+                wait_until(lambda one=replica: is_primary(one), "it took over")  # type: ignore[misc]
             load.await_hits(KEYS, "all pages are read from the new primaries")
 
         assert_well(load)
@@ -205,7 +205,7 @@ def test_a_primary_under_sentinel_that_is_failed_over(made: Product, how: str) -
                 old.kill()
             else:
                 servers.sentinels[0].ask("SENTINEL", "FAILOVER", "pages")
-            wait_until(lambda: command(new, "ROLE")[0] == b"master", "the replica took over")
+            wait_until(lambda: is_primary(new), "the replica took over")
             load.await_hits(KEYS, "all pages are had again")
 
         assert_well(load)
@@ -230,25 +230,3 @@ def test_a_shard_that_was_out_for_long_is_used_soon_after_it_was_failed_over(
         command(replica, "CLUSTER", "FAILOVER", "TAKEOVER")
 
         wait_until(lambda: all(tier.contains(theirs, timeout_s=CALL_S)), "its pages are found", timeout_s=60.0)
-
-
-def begin_move(slot: int, old: LocalRedis, new: LocalRedis) -> None:
-    command(new, "CLUSTER", "SETSLOT", slot, "IMPORTING", node_id(old))
-    command(old, "CLUSTER", "SETSLOT", slot, "MIGRATING", node_id(new))
-
-
-def move_keys(names: Sequence[bytes], old: LocalRedis, new: LocalRedis) -> None:
-    command(old, "MIGRATE", "127.0.0.1", new.port, "", 0, 60_000, "KEYS", *names)
-
-
-def end_move(slot: int, old: LocalRedis, new: LocalRedis, nodes: Sequence[LocalRedis]) -> None:
-    for node in (new, old, *(node for node in nodes if node not in (old, new))):
-        command(node, "CLUSTER", "SETSLOT", slot, "NODE", node_id(new))
-
-
-def move_slot(slot: int, old: LocalRedis, new: LocalRedis, nodes: Sequence[LocalRedis]) -> None:
-    """As `redis-cli --cluster reshard` does, one key at a time."""
-    begin_move(slot, old, new)
-    while names := command(old, "CLUSTER", "GETKEYSINSLOT", slot, 1):
-        move_keys(names, old, new)  # answers NOKEY for one that is gone by now
-    end_move(slot, old, new, nodes)

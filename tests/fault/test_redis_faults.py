@@ -15,6 +15,7 @@ from kvstore.page import PageMeta
 from kvstore.ports import free_port
 from kvstore.testing.pages import TIMEOUT_S, fetch, filled, keys_of, payload, slots, store
 from kvstore.testing.redis_server import LocalRedis
+from kvstore.tiers.redis import full
 from kvstore.tiers.redis.tier import RedisTier
 from tests.helpers.proxy import Fault, Proxy
 from tests.helpers.redis_products import ON_EACH_PRODUCT
@@ -179,6 +180,24 @@ class TestMemory:
             command(server, "CONFIG", "SET", "maxmemory", 64 << 20)
             assert_works(tier)
 
+    def test_a_full_server_that_evicts_nothing_is_told_once_with_the_remedy(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with LocalRedis(maxmemory_bytes=4 << 20, policy="noeviction") as server, closing(tier_at(server.port)) as tier:
+            for n in range(3):
+                assert not all(store(tier, keys_of(f"page {n}", 64), SLOT_BYTES))
+
+            (told,) = [record.getMessage() for record in caplog.records if "is full" in record.getMessage()]
+            assert f":{server.port} is full and takes no pages" in told
+            assert "allkeys-lfu" in told
+            assert "redis.capacity_bytes" in told
+
+            command(server, "CONFIG", "SET", "maxmemory", 64 << 20)
+            monkeypatch.setattr(full, "QUIET_S", 0.0)
+            with caplog.at_level("INFO"):
+                assert_works(tier)
+            assert "takes pages again" in caplog.text
+
     def test_what_the_server_evicts_is_a_miss(self) -> None:
         keys = keys_of("page", 64)
         with LocalRedis(maxmemory_bytes=8 << 20) as server, closing(tier_at(server.port)) as tier:
@@ -189,9 +208,11 @@ class TestMemory:
             assert 0 < sum(page is not None for page in pages) < 32
             assert all(page in (None, payload(key, SLOT_BYTES)) for key, page in zip(keys, pages, strict=True))
             assert tier.counters.corrupt_pages == 0
-            # Pages that had lost one part are gone entirely now: what is there can be read.
+            # Pages that had lost one part are gone entirely now: what is there could be read. (Not all that was read is
+            # there: a reply that waits counts as memory, so reading evicts as well.)
             present = tier.contains(keys, timeout_s=TIMEOUT_S)
-            assert present == [page is not None for page in pages]
+            assert any(present)
+            assert all(page is not None for page, is_there in zip(pages, present, strict=True) if is_there)
 
 
 class TestRights:

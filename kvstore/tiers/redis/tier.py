@@ -31,6 +31,7 @@ from kvstore.tiers.base import StoredPage, TierCounters
 from kvstore.tiers.redis.calls import NodeCalls
 from kvstore.tiers.redis.claims import RedisClaims
 from kvstore.tiers.redis.connection import RedisConnection, command
+from kvstore.tiers.redis.full import FullServers
 from kvstore.tiers.redis.parser import Reply
 from kvstore.tiers.redis.parts import MAX_PARTS, max_parts, part_sizes
 from kvstore.tiers.redis.probe import RedisProbe
@@ -113,6 +114,7 @@ class RedisTier:
             idle_max_s=idle_max_s,
             acl_pattern=acl_pattern or f"{prefix}*",
         )
+        self._full = FullServers()
         self._calls = NodeCalls(self._route, self._count)
         self._claims = RedisClaims(self._calls.on_each_node, is_cluster=target.kind is ServerKind.CLUSTER)
         self._probe = RedisProbe(self._calls, self._claims, self._names_on_each_node, in_parts=self._max_parts > 1)
@@ -347,13 +349,16 @@ class RedisTier:
     def _is_stored(self, replies: Sequence[Reply], wire: RedisConnection) -> bool | None:
         """True if the page is there now, None if the server is out of memory."""
         flat = [*replies[:-1], *(replies[-1] if isinstance(replies[-1], list) else replies[-1:])]
-        if any(isinstance(reply, OutOfMemoryError) for reply in flat):
+        full = next((reply for reply in flat if isinstance(reply, OutOfMemoryError)), None)
+        if full is not None:
             self._count("oom_replies")
+            self._full.refused(wire.where, str(full))
             return None
         if any(is_moving(reply) for reply in flat):
             return False
         for reply in flat:
             _checked(reply, wire)
+        self._full.stored(wire.where)
         return True  # SET NX answers nothing where another writer was first: the page is there
 
     def _ttl_ms(self, expires_at: float, now: float) -> int | None:

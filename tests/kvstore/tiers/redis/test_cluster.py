@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,19 +13,21 @@ from redis.crc import key_slot
 
 from kvstore.direction import Direction
 from kvstore.errors import TierRefused, TierUnavailable
-from kvstore.ports import free_port
 from kvstore.testing.pages import TIMEOUT_S, fetch, keys_of, payload, store
-from kvstore.testing.redis_server import LocalRedis
+from kvstore.testing.redis_server import LocalRedis, find_redis_server
 from kvstore.tiers.redis.tier import RedisTier
-from tests.helpers.redis_server import NEEDS_OPENSSL, NEEDS_REDIS, command, make_certificate, wait_until
+from tests.helpers.redis_products import ON_EACH_PRODUCT, Product
+from tests.helpers.redis_server import NEEDS_OPENSSL, command, make_certificate
+from tests.helpers.redis_slots import move_slot
+from tests.helpers.redis_topologies import Servers, cluster
+from tests.helpers.waiting import wait_until
 
-pytestmark = [*NEEDS_REDIS]
+pytestmark = ON_EACH_PRODUCT
 
 SLOT_BYTES = 8192
 KEYS = keys_of("page", 40)
 SHARED_S = 3.0  # a node that does not answer takes its share
-THIRDS = ((0, 5460), (5461, 10922), (10923, 16383))
-FIRST, LAST = THIRDS[1]
+FIRST, LAST = 5461, 10922  # slots of the second of three
 
 
 @contextmanager
@@ -32,30 +35,10 @@ def masters(
     *arguments: str, tls: tuple[Path, Path] | None = None, flags: dict[str, str] | None = None
 ) -> Iterator[list[LocalRedis]]:
     """Three masters with a third of the slots each. flags: of redis-server, set on each once they are up."""
-    nodes: list[LocalRedis] = []
-    try:
-        for first, last in THIRDS:
-            bus = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()), "--cluster-node-timeout", "5000")
-            node = LocalRedis(arguments=(*bus, *arguments), tls_cert=tls and tls[0], tls_key=tls and tls[1])
-            nodes.append(node)
-            node.start()
-            command(node, "CLUSTER", "ADDSLOTSRANGE", first, last)
-        for node in nodes[1:]:
-            bus_port = node.arguments[node.arguments.index("--cluster-port") + 1]
-            command(nodes[0], "CLUSTER", "MEET", "127.0.0.1", node.port, bus_port)
-        wait_until(lambda: all(is_up(node) for node in nodes), "the cluster is up")
+    with cluster(find_redis_server(), *arguments, replicas=0, tls=tls) as servers:
         for name, value in (flags or {}).items():
-            for node in nodes:
-                command(node, "CONFIG", "SET", name, value)
-        yield nodes
-    finally:
-        for node in nodes:
-            node.stop()
-
-
-def is_up(node: LocalRedis) -> bool:
-    info: bytes = command(node, "CLUSTER", "INFO")
-    return {b"cluster_state:ok", b"cluster_known_nodes:3", b"cluster_size:3"} <= set(info.split())
+            servers.on_each("CONFIG", "SET", name, value)
+        yield servers.nodes
 
 
 def cluster_url(node: LocalRedis, host: str = "127.0.0.1", userinfo: str = "") -> str:
@@ -78,24 +61,87 @@ def assert_spread(nodes: list[LocalRedis]) -> None:
     assert all(command(node, "DBSIZE") for node in nodes)
 
 
-@pytest.mark.parametrize("kind", ["ip", "hostname", "unknown-endpoint"])
-def test_every_preferred_endpoint_type(kind: str) -> None:
-    with (
-        masters(flags={"cluster-preferred-endpoint-type": kind}) as nodes,
-        closing(open_tier(cluster_url(nodes[0]))) as tier,
-    ):
-        assert_serves(tier)
-        assert_spread(nodes)
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A way to tell of nodes: settings of each, and the host that clients are told then."""
+
+    settings: dict[str, str]
+    told: bytes | None
 
 
-def test_announced_names() -> None:
-    flags = {"cluster-announce-hostname": "localhost", "cluster-preferred-endpoint-type": "hostname"}
-    with masters(flags=flags) as nodes:
-        told = lambda: [entry[2][0] for entry in raw_slots(nodes[0])]  # noqa: E731
-        wait_until(lambda: told() == [b"localhost"] * 3, "the names are known")
-        with closing(open_tier(cluster_url(nodes[0]))) as tier:
+# By Redis's redis.conf and CLUSTER SLOTS, and Valkey's valkey.conf. The last two are Valkey's, 8.1 and later.
+FORMS = {
+    "ip": Form({}, b"127.0.0.1"),
+    "announced ip": Form({"cluster-announce-ip": "127.0.0.1"}, b"127.0.0.1"),
+    "ipv6": Form({"cluster-announce-ip": "::1"}, b"::1"),
+    "name": Form(
+        {"cluster-announce-hostname": "localhost", "cluster-preferred-endpoint-type": "hostname"}, b"localhost"
+    ),
+    "name that is not preferred": Form({"cluster-announce-hostname": "localhost"}, b"127.0.0.1"),
+    "name that is not set": Form({"cluster-preferred-endpoint-type": "hostname"}, b"?"),
+    "unknown": Form({"cluster-preferred-endpoint-type": "unknown-endpoint"}, None),
+    "ipv4 for clients": Form({"cluster-announce-client-ipv4": "127.0.0.1", "cluster-announce-ip": "::1"}, b"127.0.0.1"),
+    "ipv6 for clients": Form({"cluster-announce-client-ipv6": "::1"}, b"127.0.0.1"),
+}
+# The others are empty. An address that is not announced any more is kept by those who have heard it.
+DEFAULTS = {"cluster-preferred-endpoint-type": "ip", "cluster-announce-ip": "127.0.0.1"}
+OTHER_HOSTS = [pytest.param(host, marks=pytest.mark.slow) for host in ("localhost", "[::1]")]
+
+
+@pytest.fixture(scope="module")
+def both_stacks(product: Product) -> Iterator[Servers]:
+    """A cluster that listens at IPv4 and IPv6."""
+    with cluster(product.binary, "--bind", "127.0.0.1", "::1", replicas=0) as servers:
+        yield servers
+
+
+@pytest.fixture
+def told_as(both_stacks: Servers, request: pytest.FixtureRequest) -> Iterator[Servers]:
+    """Its nodes, told of in a form."""
+    form: Form = FORMS[request.param]
+    try:
+        for name, value in form.settings.items():
+            both_stacks.on_each("CONFIG", "SET", name, value)
+    except redis.exceptions.ResponseError as error:
+        pytest.skip(f"this server has no such form: {error}")
+    told = lambda: {entry[2][0] for node in both_stacks.nodes for entry in raw_slots(node)}  # noqa: E731
+    wait_until(lambda: told() == {form.told}, lambda: f"told is {told()}", poll_s=0.1)
+    both_stacks.on_each("FLUSHALL")
+    yield both_stacks
+    for name in form.settings:
+        both_stacks.on_each("CONFIG", "SET", name, DEFAULTS.get(name, ""))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", *OTHER_HOSTS])
+@pytest.mark.parametrize("told_as", FORMS, indirect=True)
+def test_nodes_are_found_however_they_are_told_of(told_as: Servers, host: str) -> None:
+    for node in told_as.nodes:  # each of them alone is enough
+        command(node, "FLUSHALL")
+        with closing(open_tier(cluster_url(node, host))) as tier:
             assert_serves(tier)
-            assert_spread(nodes)
+    assert_spread(told_as.nodes)
+
+
+@pytest.mark.parametrize("told_as", FORMS, indirect=True)  # MOVED 3999 127.0.0.1:7001, ::1:7001, localhost:7001, :7001
+def test_slots_that_move_are_followed_at_once(told_as: Servers) -> None:
+    nodes = told_as.nodes
+    with closing(open_tier(cluster_url(nodes[0]))) as tier:
+        assert_serves(tier)
+        told_as.on_each("FLUSHALL")
+        port_of: dict[int, object] = {}
+        for first, last, (_, port, *_), *_ in raw_slots(nodes[0]):  # type: ignore[misc]
+            port_of |= dict.fromkeys(range(int(first), int(last) + 1), port)  # type: ignore[call-overload]
+        slots = {key_slot(tier._names.head(key)) for key in KEYS}
+        old = next(node for node in nodes if any(port_of[slot] == node.port for slot in slots))
+        new = next(node for node in nodes if node is not old)
+        for slot in (slot for slot in slots if port_of[slot] == old.port):
+            move_slot(slot, old, new, nodes)
+
+        assert store(tier, KEYS, SLOT_BYTES) == [True] * len(KEYS)
+
+        assert tier.counters.extra["redirects"] > 0
+        assert command(old, "DBSIZE") == 0
+        assert fetch(tier, KEYS, SLOT_BYTES) == [payload(key, SLOT_BYTES) for key in KEYS]
 
 
 def raw_slots(node: LocalRedis) -> list[list[list[bytes]]]:
@@ -106,46 +152,15 @@ def raw_slots(node: LocalRedis) -> list[list[list[bytes]]]:
         return found
 
 
-def test_addresses_of_ipv6() -> None:
-    with masters("--bind", "127.0.0.1", "::1") as nodes, closing(open_tier(cluster_url(nodes[0], "[::1]"))) as tier:
-        for node in nodes:
-            command(node, "CONFIG", "SET", "cluster-announce-ip", "::1")
-        wait_until(lambda: all(entry[2][0] == b"::1" for entry in raw_slots(nodes[0])), "the addresses are known")
-        assert_serves(tier)
-        assert_spread(nodes)
-
-
 @NEEDS_OPENSSL
-def test_over_tls(tmp_path: Path) -> None:
+def test_over_tls(product: Product, tmp_path: Path) -> None:
+    product.need_tls()
     cert, key = make_certificate(tmp_path)
-    tls = ("--tls-cluster", "yes", "--tls-replication", "yes")
-    with masters(*tls, tls=(cert, key)) as nodes:
+    with masters(tls=(cert, key)) as nodes:
         url = f"rediss+cluster://127.0.0.1:{nodes[0].port}?ssl_ca_certs={cert}"
         with closing(open_tier(url)) as tier:
             assert_serves(tier)
             assert_spread(nodes)
-
-
-@pytest.mark.parametrize("kind", ["ip", "unknown-endpoint"])  # MOVED 3999 127.0.0.1:7001, and MOVED 3999 :7001
-def test_slots_that_move_are_followed_at_once(kind: str) -> None:
-    with (
-        masters(flags={"cluster-preferred-endpoint-type": kind}) as nodes,
-        closing(open_tier(cluster_url(nodes[0]))) as tier,
-    ):
-        assert_serves(tier)
-        old, new = nodes[0], nodes[2]
-        for node in nodes:
-            command(node, "FLUSHALL")
-        ids = [command(node, "CLUSTER", "MYID") for node in nodes]
-        moving = {key_slot(tier._names.head(key)) for key in KEYS} & set(range(THIRDS[0][0], THIRDS[0][1] + 1))
-        for slot in moving:
-            for node in (new, old, nodes[1]):
-                command(node, "CLUSTER", "SETSLOT", slot, "NODE", ids[2])
-
-        assert store(tier, KEYS, SLOT_BYTES) == [True] * len(KEYS)
-
-        assert command(old, "DBSIZE") == 0
-        assert fetch(tier, KEYS, SLOT_BYTES) == [payload(key, SLOT_BYTES) for key in KEYS]
 
 
 def test_one_node_that_refuses_writes_leaves_the_others() -> None:
