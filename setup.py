@@ -12,6 +12,7 @@ SOURCES = {
     "radix._chain": "radix/_chain.c",
     "radix._ordered": "radix/_ordered.c",
     "eviction._visits": "eviction/_visits.c",
+    "kvstore.codecs._quant": "kvstore/codecs/_quant.c",
     "kvstore.devices._copy": "kvstore/devices/_copy.c",
     "kvstore.lab._sweep": "kvstore/lab/_sweep.c",
 }
