@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from kvstore.codecs.loss import Loss, loss_of_codec
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.hints.limits import HintLimits
 from kvstore.layout import Layout
@@ -50,6 +51,7 @@ def open_store(
     pages of another geometry. A Redis server that does not answer is no error: its tier is down until it does.
     """
     _check_namespace(config, layout, namespace)
+    loss = loss_of_tiers(config)
     num_slots = config.host.capacity_bytes // layout.slot_bytes
     if num_slots < 1:
         raise ConfigError(
@@ -81,7 +83,9 @@ def open_store(
                 learned.restore(name, policy)
         record = config.store.record
         recorder = None if record is None else TrafficRecorder(record, layout.block_size, config.store.record_bytes)
-        return LocalStore(layout, namespace, planner, slab, lanes, recorder=recorder, learned=learned)
+        store = LocalStore(layout, namespace, planner, slab, lanes, recorder=recorder, learned=learned)
+        store.loss = loss
+        return store
     except BaseException:
         for tier in opened:
             tier.close()
@@ -210,6 +214,18 @@ def _open_tier(
         can_clear=namespace is not None and isinstance(tier, Sweepable),  # what has its place is the namespace's own
     )
     return OpenedTier(tier, plan, kind.value(section, "timeout_s", 2.0))
+
+
+def loss_of_tiers(config: Config) -> Loss:
+    """The most that any tier of a configuration loses of a page. Raises ConfigError where names cannot tell it."""
+    losses = {kind.name: loss_of_codec(kind.value(section, "codec", "exact")) for kind, section in config.tiers()}
+    lossy = max(losses, key=lambda name: losses[name], default="")
+    if lossy and losses[lossy] and config.store.hash != "sha256":
+        raise ConfigError(
+            f"{lossy}.codec is {losses[lossy].word!r}: the name of a page tells what may be lost of it, which needs "
+            f"store.hash 'sha256', not {config.store.hash!r}"
+        )
+    return losses[lossy] if lossy else Loss.EXACT
 
 
 def _learned(config: Config, layout: Layout, namespace: Namespace) -> Learned | None:

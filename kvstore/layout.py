@@ -44,17 +44,36 @@ class GroupKind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class TensorAxes:
+    """Where the elements of one layer's keys, or values, lie in a page of one shard.
+
+    Element (head, token, dim) is two bytes of bfloat16 at offset + head * head_stride + token * token_stride + 2 * dim.
+    """
+
+    is_key: bool
+    offset: int
+    heads: int
+    head_stride: int
+    tokens: int
+    token_stride: int
+    dims: int
+
+
+@dataclass(frozen=True, slots=True)
 class LayerGroup:
     """Layers that share a rule and travel in one page.
 
     page_bytes: bytes of one block of these layers on one shard.
     window:     tokens a layer looks back on, itself included; only for SLIDING.
+    axes:       what lies where in a page, if that is known; it covers the page. Nothing for bytes that are the
+                engine's own affair: they are stored as they are. No part of the fingerprint: pages are the same.
     """
 
     kind: GroupKind
     layers: tuple[int, ...]
     page_bytes: int
     window: int | None = None
+    axes: tuple[TensorAxes, ...] = ()
 
     def __post_init__(self) -> None:
         if self.page_bytes <= 0:

@@ -14,6 +14,7 @@ from numbers import Integral, Real
 from typing import TypeGuard
 
 from kvstore.base import Tokens
+from kvstore.codecs.loss import Loss, marked
 from kvstore.errors import RequestError
 from kvstore.plan.records import Request, RequestOptions
 from radix.hashing import BlockHash, BlockHasher, bind_hashes
@@ -35,6 +36,7 @@ class RequestMaker:
         self._namespace = namespace
         self._block_size = namespace.block_size
         self._ids = count(1)
+        self.loss = Loss.EXACT  # of the pages that a request takes unless it refuses
         self._roots: dict[str, BlockHash] = {}
 
     def request(self, tokens: Tokens, options: RequestOptions | None = None) -> Request:
@@ -46,14 +48,16 @@ class RequestMaker:
         _extend(hasher, tokens)
         if hasher.num_tokens == 0:
             raise RequestError("tokens is empty; a prompt has at least one token")
+        loss = Loss.EXACT if options.exact else self.loss
         return Request(
             next(self._ids),
-            hasher.keys,
+            marked(hasher.keys, loss) if loss else hasher.keys,
             hasher.num_tokens,
             options,
             hasher.token_bytes,
             hasher,
             payer=payer_of(options.tenant),
+            loss=loss,
         )
 
     def request_from_hashes(
@@ -62,7 +66,8 @@ class RequestMaker:
         """A request whose blocks an engine has hashed already."""
         options = options or RequestOptions()
         check_options(options)
-        request = Request(next(self._ids), [], 0, options, payer=payer_of(options.tenant))
+        loss = Loss.EXACT if options.exact else self.loss
+        request = Request(next(self._ids), [], 0, options, payer=payer_of(options.tenant), loss=loss)
         self.extend_hashes(request, hashes, num_tokens)
         return request
 
@@ -71,6 +76,8 @@ class RequestMaker:
         if request.hasher is None:
             raise RequestError("request was made from an engine's hashes; extend it with extend_hashes")
         _extend(request.hasher, tokens)
+        if request.loss:
+            request.keys += marked(request.hasher.keys[len(request.keys) :], Loss(request.loss))
         request.num_tokens = request.hasher.num_tokens
 
     def extend_hashes(self, request: Request, hashes: Sequence[bytes], num_tokens: int) -> None:
@@ -92,7 +99,8 @@ class RequestMaker:
                 f"{max(1, blocks * self._block_size, request.num_tokens)}"
             )
         try:
-            request.keys += bind_hashes(self.root(request.options.tenant), hashes)
+            keys = bind_hashes(self.root(request.options.tenant), hashes)
+            request.keys += marked(keys, Loss(request.loss))
         except (TypeError, ValueError) as error:
             raise RequestError(str(error)) from None
         request.num_tokens = num_tokens
@@ -141,7 +149,7 @@ def check_options(options: RequestOptions) -> None:
     if not (_is_finite(options.retain_until) and options.retain_until >= 0):
         told = _show(options.retain_until)
         raise RequestError(f"options.retain_until is {told}; it must be a Unix time, or 0 for no promise")
-    for name in ("pin", "single_flight", "whole", "last_turn"):
+    for name in ("pin", "single_flight", "whole", "last_turn", "exact"):
         if not isinstance(getattr(options, name), bool):
             raise RequestError(f"options.{name} is {_show(getattr(options, name))}; it must be a bool")
 

@@ -30,7 +30,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.limits": (),
     "kvstore.layout": ("kvstore.errors",),
     "kvstore.page": ("kvstore.errors",),
-    "kvstore.codecs": ("kvstore.errors", "kvstore.extras", "kvstore.layout", "kvstore.codecs"),
+    "kvstore.codecs": (
+        "kvstore.codecs",
+        "kvstore.errors",
+        "kvstore.extras",
+        "kvstore.layout",
+        "kvstore.page",
+        "radix.hashing",
+    ),
     "kvstore.config.secret": ("kvstore.errors", "kvstore.tiers.redis.url"),
     "kvstore.config.paths": (),
     "kvstore.names": (),
@@ -134,6 +141,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     # No tier knows another.
     "kvstore.tiers.disk.kind": (
+        "kvstore.codecs.coder",
         "kvstore.config.section",
         "kvstore.config.values",
         "kvstore.tiers.base",
@@ -142,6 +150,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.units",
     ),
     "kvstore.tiers.redis.kind": (
+        "kvstore.codecs.coder",
         "kvstore.config.secret",
         "kvstore.config.section",
         "kvstore.config.values",
@@ -151,6 +160,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.units",
     ),
     "kvstore.tiers.disk": (
+        "kvstore.codecs",
         "kvstore.direction",
         "kvstore.layout",
         "kvstore.page",
@@ -183,7 +193,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.testing": ("kvstore.errors", "kvstore.ports", "kvstore.testing"),
     "kvstore.logs": (),
     "kvstore.console": (),
-    "kvstore.requests": ("kvstore.base", "kvstore.errors", "kvstore.plan.records", "radix"),
+    "kvstore.requests": ("kvstore.base", "kvstore.codecs.loss", "kvstore.errors", "kvstore.plan.records", "radix"),
     # The daemon's floors: protocol, then client and daemon, which do not know each other, HTTP, dashboard.
     "kvstore.service.protocol": (
         "kvstore.errors",
@@ -198,6 +208,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "kvstore.service.client": (
         "kvstore.base",
+        "kvstore.codecs.loss",
         "kvstore.errors",
         "kvstore.forks",
         "kvstore.hinting",
@@ -221,6 +232,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "kvstore.service.daemon": (
         "kvstore.build",
+        "kvstore.codecs.loss",
         "kvstore.clock",
         "kvstore.config.sections",
         "kvstore.errors",
@@ -252,6 +264,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "eviction.policy",
         "kvstore.admin",
         "kvstore.beliefs",
+        "kvstore.codecs.loss",
         "kvstore.build",
         "kvstore.config.sections",
         "kvstore.errors",
@@ -428,6 +441,7 @@ CONNECTORS_USERS = (
     "kvstore.cluster",
     "kvstore.llamacpp",
     "kvstore.lab.workloads.model",
+    "kvstore.lab.quality",
 )
 
 # module from outside -> where it may be imported at all
@@ -468,6 +482,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "connectors",
         "kvstore.demo",
         "kvstore.lab.workloads.model",
+        "kvstore.lab.quality",
         "kvstore.prefix.template",
         "kvstore.lab.traces.prompts",
     ),

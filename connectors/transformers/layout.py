@@ -14,11 +14,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvstore.errors import ConfigError, UnsupportedModel
-from kvstore.layout import GroupKind, LayerSpec, Layout, balanced_groups, groups_with_states
+from kvstore.layout import GroupKind, LayerGroup, LayerSpec, Layout, TensorAxes, balanced_groups, groups_with_states
 
 if TYPE_CHECKING:
     import torch
@@ -147,10 +147,26 @@ def layout_of(shapes: CacheShapes, block_size: int) -> Layout:
         groups = balanced_groups(specs, block_size)
     return Layout(
         block_size=block_size,
-        groups=groups,
+        groups=tuple(replace(group, axes=_axes(shapes.layers, group, block_size)) for group in groups),
         format=";".join([FORMAT, *widths]),
         dtype="+".join(sorted(dtypes)),
     )
+
+
+def _axes(shapes: Sequence[LayerShape | None], group: LayerGroup, block_size: int) -> tuple[TensorAxes, ...]:
+    """Where keys and values lie in a page: [head, token, dim] of each layer, keys first. Of bfloat16 attention only."""
+    axes: list[TensorAxes] = []
+    offset = 0
+    for index in group.layers:
+        shape = shapes[index]
+        if shape is None or group.kind not in (GroupKind.FULL, GroupKind.SLIDING):
+            return ()
+        for is_key, heads, dims, dtype in zip((True, False), shape.heads, shape.dims, shape.dtypes, strict=True):
+            if _dtype_name(dtype) != "bfloat16":
+                return ()
+            axes.append(TensorAxes(is_key, offset, heads, block_size * dims * 2, block_size, dims * 2, dims))
+            offset += heads * block_size * dims * 2
+    return tuple(axes) if offset == group.page_bytes else ()
 
 
 def new_cache(model: Any) -> Any:

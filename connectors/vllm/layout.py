@@ -13,11 +13,12 @@ they lie there. What decides the order of bytes in it is in the layout's name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvstore.errors import ConfigError
-from kvstore.layout import GroupKind, LayerGroup, Layout
+from kvstore.layout import GroupKind, LayerGroup, Layout, TensorAxes
 
 FORMAT = "vllm:layer,block"  # layers of the group in vLLM's order, each one whole block as it lies in the engine
 
@@ -61,7 +62,8 @@ def engine_layout(vllm_config: Any, kv_cache_config: Any) -> EngineLayout:
         bytes_of = tuple(int(spec.page_size_bytes) for spec in specs)
         layers = tuple(range(position, position + len(specs)))
         position += len(specs)
-        groups.append(LayerGroup(kind, layers, sum(bytes_of), window))
+        axes = _axes(vllm_config, specs, kind)
+        groups.append(LayerGroup(kind, layers, sum(bytes_of), window, axes))
         ids.append(index)
         names.append(tuple(group.layer_names))
         sizes.append(bytes_of)
@@ -152,6 +154,47 @@ def _kind(specs: list[Any], index: int) -> tuple[GroupKind, int | None]:
     if len(kinds) != 1:
         raise ConfigError(f"vLLM: layer group {index} mixes rules {sorted(str(kind) for kind in kinds)}")
     return kinds.pop()
+
+
+def _axes(vllm_config: Any, specs: list[Any], kind: GroupKind) -> tuple[TensorAxes, ...]:
+    """What lies where in a page, on CUDA from vLLM 0.26 on; nothing on other devices, for other types and paddings.
+
+    A block of a layer is [kv_heads, block_tokens, 2 * head_dim] there, keys before values in a row. A worker compares
+    that with what it gets (`odd_blocks`).
+    """
+    if _device(vllm_config) != "cuda" or kind not in (GroupKind.FULL, GroupKind.SLIDING):
+        return ()
+    axes: list[TensorAxes] = []
+    offset = 0
+    for spec in specs:
+        heads, dims, tokens = (int(getattr(spec, name, 0)) for name in ("num_kv_heads", "head_size", "block_size"))
+        dtype = str(getattr(spec, "dtype", "")).removeprefix("torch.")
+        values = int(getattr(spec, "head_size_v", dims) or dims)
+        if dtype != "bfloat16" or values != dims or int(spec.page_size_bytes) != heads * tokens * dims * 4:
+            return ()
+        row = 4 * dims
+        for is_key in (True, False):
+            first = offset + (0 if is_key else 2 * dims)
+            axes.append(TensorAxes(is_key, first, heads, tokens * row, tokens, row, dims))
+        offset += int(spec.page_size_bytes)
+    return tuple(axes)
+
+
+def odd_blocks(axes: Sequence[TensorAxes], shape: Sequence[int], strides: Sequence[int]) -> str:
+    """The reason why a layer's blocks, [num_blocks, ...] in the engine, do not lie as its axes say; "" if they do.
+
+    strides: in elements. Pages that are stored as they are, or without loss, do not depend on it.
+    """
+    if not axes:
+        return ""
+    one = axes[0]
+    expected = (one.heads, one.tokens, 2 * one.dims), (one.tokens * 2 * one.dims, 2 * one.dims, 1)
+    found = tuple(shape[1:]), tuple(strides[1:])
+    return "" if found == expected else f"its blocks have shape and strides {found}, not {expected}"
+
+
+def _device(vllm_config: Any) -> str:
+    return str(getattr(getattr(vllm_config, "device_config", None), "device_type", "cpu"))
 
 
 def _dtype_name(kv_cache_config: Any) -> str:

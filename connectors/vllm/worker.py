@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from connectors.vllm.cpus import copy_cpus
 from connectors.vllm.layers import LayeredLoads
-from connectors.vllm.layout import EngineLayout
+from connectors.vllm.layout import EngineLayout, odd_blocks
 from connectors.vllm.messages import IDLE_WAIT_S, LoadJob, PageCopies, SaveJob, StepPlan, StepReport
 from kvstore.base import Slab
 from kvstore.devices.base import CopyEvent, Device, PageTable
@@ -342,11 +342,11 @@ def page_tables(engine: EngineLayout, kv_caches: Mapping[str, Any], num_blocks: 
     Raises ConfigError if a layer is missing or its blocks are not equally far apart.
     """
     tables: list[PageTable] = []
-    for names, sizes in zip(engine.layer_names, engine.layer_bytes, strict=True):
+    for group, names, sizes in zip(engine.layout.groups, engine.layer_names, engine.layer_bytes, strict=True):
         bases: list[int] = []
         strides: list[int] = []
         tensors: list[Any] = []
-        for name, size in zip(names, sizes, strict=True):
+        for index, (name, size) in enumerate(zip(names, sizes, strict=True)):
             if name not in kv_caches:
                 raise ConfigError(f"vLLM: layer {name} has no KV tensor among {len(kv_caches)}")
             tensor = kv_caches[name]
@@ -358,6 +358,9 @@ def page_tables(engine: EngineLayout, kv_caches: Mapping[str, Any], num_blocks: 
                     f"vLLM: the KV tensor of layer {name} has shape {tuple(tensor.shape)} and strides "
                     f"{tuple(tensor.stride())}; {num_blocks} blocks of {size} bytes do not lie in it one by one"
                 )
+            odd = odd_blocks(group.axes[2 * index : 2 * index + 2], tensor.shape, tensor.stride())
+            if odd:
+                log.warning("KV of layer %s: %s; use codec exact or lossless: others lose more", name, odd)
             bases.append(int(tensor.data_ptr()))
             strides.append(stride)
             tensors.append(tensor)

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from kvstore import names
 from kvstore.cli.bench import bench
 from kvstore.cli.cluster import cluster
+from kvstore.cli.codec import codec
 from kvstore.cli.command import Command, untyped_flags
 from kvstore.cli.config import config
 from kvstore.cli.demo import demo
@@ -122,6 +123,7 @@ app.command(cls=Command, rich_help_panel=CLUSTER)(router)
 app.add_typer(cluster, name="cluster", rich_help_panel=CLUSTER)
 app.command(cls=LoadCommand, rich_help_panel=CLUSTER)(load)
 app.command(cls=Command, no_args_is_help=True, rich_help_panel=CLUSTER)(replay)
+app.add_typer(codec, name="codec", rich_help_panel=CLUSTER)
 app.add_typer(redis, name="redis", rich_help_panel=CLUSTER)
 app.command("record-events", cls=Command, no_args_is_help=True, rich_help_panel=CLUSTER)(record_events)
 app.command(cls=Command, no_args_is_help=True, rich_help_panel=CLUSTER)(prefix)

@@ -34,6 +34,8 @@
 #define MAX_DIMS 1024
 #define HEAD_BYTES 8
 #define TINY 0x1p-100f    /* a group of smaller values is a group of one value: 1 / TINY is still a number */
+#define LEAST_ENERGY 1e-20 /* sums of squares between which those of a tensor and of its errors are exact enough */
+#define MOST_ENERGY 1e30
 #define ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds to the nearest whole number, ties to even */
 
 typedef struct {
@@ -334,6 +336,16 @@ INLINE void encode_values(const Plan *plan, const Tensor *t, const uint8_t *page
     }
 }
 
+static int is_zero(const Tensor *t, const uint8_t *page, int64_t skip)
+{
+    for (int64_t head = 0; head < t->heads; head++)
+        for (int64_t token = skip; token < t->tokens; token++)
+            for (int64_t i = 0; i < t->dims; i++)
+                if (row_at(t, page, head, token)[i] & 0x7fff)
+                    return 0;
+    return 1;
+}
+
 INLINE double encode_with(const Plan *plan, const uint8_t *page, uint8_t *out, int64_t skip, int bits)
 {
     uint8_t head[HEAD_BYTES] = {0};
@@ -360,9 +372,10 @@ INLINE double encode_with(const Plan *plan, const uint8_t *page, uint8_t *out, i
         double error = 0, energy = 0;
         for (int64_t i = 0; i < t->dims; i++)
             error += work.error[i], energy += work.energy[i];
-        double relative = error == 0 ? 0 : error / energy;
-        if (!(relative <= worst)) /* what is not a number stays: nothing is larger than it */
-            worst = isfinite(relative) ? relative : HUGE_VAL;
+        /* Not within bounds either if it is not a number. The squares of a tensor of zeros are no measure of anything. */
+        int is_measured = energy >= LEAST_ENERGY && energy <= MOST_ENERGY;
+        double relative = is_measured ? error / energy : is_zero(t, page, skip) ? 0 : HUGE_VAL;
+        worst = relative > worst ? relative : worst;
     }
     return worst;
 }

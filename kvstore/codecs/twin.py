@@ -20,6 +20,8 @@ Floats = npt.NDArray[np.float32]
 MAX_DIMS = 1024
 HEAD_BYTES = 8
 TINY = np.float32(2.0**-100)
+LEAST_ENERGY = 1e-20  # sums of squares between which those of a tensor and of its errors are exact enough
+MOST_ENERGY = 1e30
 ROUND = np.float32(12582912.0)
 
 
@@ -38,7 +40,8 @@ class TwinTensor:
     def of(self, page: npt.NDArray[np.uint8]) -> Bits16:
         """The elements, shape (heads, tokens, dims), as they lie in the page."""
         shape = (self.heads, self.tokens, self.dims)
-        return np.ndarray(shape, "<u2", page, self.offset, (self.head_stride, self.token_stride, 2))
+        elements: Bits16 = np.ndarray(shape, "<u2", page, self.offset, (self.head_stride, self.token_stride, 2))
+        return elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +141,10 @@ def encode(plan: TwinPlan, page: memoryview, out: memoryview, skip: int, portabl
                 difference = _wide(part) - (numbers.low + (scaled - ROUND) * numbers.step)
                 error += float(np.square(difference, dtype=np.float64).sum())
                 energy += float(np.square(_wide(part), dtype=np.float64).sum())
-            relative = 0.0 if error == 0 else float(np.float64(error) / np.float64(energy))
-            if not relative <= worst:
-                worst = relative if np.isfinite(relative) else float("inf")
+            if LEAST_ENERGY <= energy <= MOST_ENERGY:
+                worst = max(worst, error / energy)
+            elif (x[:, skip:] & 0x7FFF).any():
+                worst = float("inf")
     head = plan.digest.to_bytes(4, "little") + bytes([skip, 0, 0, 0])
     blob = b"".join((head, *rows, *_scale_bytes(plan, scales, skip), *_code_bytes(plan, codes, skip)))
     target[: len(blob)] = np.frombuffer(blob, np.uint8)
@@ -173,10 +177,11 @@ def decode(plan: TwinPlan, blob: memoryview, out: memoryview, portable: int = 0)
             rows = rows[size:]
             count = tensor.heads * _num_scales(plan, tensor, skip)
             mine, scales = scales[:count], scales[count:]
-            size = tensor.heads * (tensor.tokens - skip) * tensor.dims * plan.bits // 8
-            codes = _unpack(packed[:size].reshape(tensor.heads, tensor.tokens - skip, -1), plan.bits, tensor.dims)
+            shape = tensor.heads, tensor.tokens - skip, tensor.dims * plan.bits // 8
+            size = shape[0] * shape[1] * shape[2]
+            codes = _unpack(packed[:size].reshape(shape), plan.bits)
             packed = packed[size:]
-            _decode_tensor(plan, tensor, mine.reshape(tensor.heads, -1), codes, x[:, skip:])
+            _decode_tensor(plan, tensor, mine, codes, x[:, skip:])
 
 
 class _Scales:
@@ -229,12 +234,14 @@ def _wide(bits: Bits16) -> Floats:
 
 def _narrow(values: Floats) -> Bits16:
     words = values.astype(np.float32).view(np.uint32)
-    return ((words + np.uint32(0x7FFF) + ((words >> 16) & 1)) >> 16).astype(np.uint16)
+    rounded: Bits16 = ((words + np.uint32(0x7FFF) + ((words >> 16) & 1)) >> 16).astype(np.uint16)
+    return rounded
 
 
 def _ordered(bits: Bits16) -> npt.NDArray[np.int16]:
     signed = bits.view(np.int16)
-    return signed ^ ((signed >> 15) & np.int16(0x7FFF))
+    places: npt.NDArray[np.int16] = signed ^ ((signed >> 15) & np.int16(0x7FFF))
+    return places
 
 
 def _extremes(part: Bits16, axis: int, bits: int) -> tuple[Bits16, Bits16]:
@@ -279,12 +286,12 @@ def _pack(codes: Codes, bits: int) -> Codes:
         return codes
     if bits == 4:
         first, second = np.split(codes, 2, axis=-1)
-        return first | second << 4
+        return np.asarray(first | second << 4, np.uint8)
     a, b, c, last = np.split(codes, 4, axis=-1)
     return np.concatenate([a | last << 6, b | (last >> 2) << 6, c | (last >> 4) << 6], axis=-1)
 
 
-def _unpack(packed: Codes, bits: int, dims: int) -> Codes:
+def _unpack(packed: Codes, bits: int) -> Codes:
     if bits == 8:
         return packed
     if bits == 4:

@@ -139,6 +139,12 @@ TimesByWord = Annotated[dict[str, float], BeforeValidator(_times_by_word)]
 Policy = Annotated[str, AfterValidator(known_policy)]
 AdmitByUse = Literal["always", "second_use"]  # of a medium that makes room by itself
 Admit = Literal["always", "second_use", "predicted"]
+Codec = Literal["exact", "lossless", "near", "compact", "small"]
+CODEC: Codec = Field(
+    default="exact",
+    description="How pages are stored: as they are; lossless (bfloat16, 1.45 times smaller; needs zstandard); or with "
+    "a loss that docs/codecs.md measures: near (2 times), compact (2.4), small (3.2).",
+)
 OrNone = BeforeValidator(_off_when_empty)  # "none", "off" and "" stand for None
 PathOrNone = Annotated[Path | None, AfterValidator(_absolute), OrNone]
 SocketOrNone = Annotated[Path | None, AfterValidator(_absolute), AfterValidator(_socket), OrNone]

@@ -88,6 +88,7 @@ def _workload(module: str, summary: str, argument: str = "", peer: str = "") -> 
 
 WORKLOADS: dict[str, BenchWorkload] = {
     "hash": _workload("hash", "hash a prompt of 128K tokens into block hashes"),
+    "codec": _workload("codec", "encode and decode pages in every codec"),
     "index": _workload("index", "prefix index and eviction policies per block, over a dict"),
     "planner": _workload("planner", "lookups, saves and evictions per block, no bytes moved"),
     "sweep": _workload("sweep", "the compiled engine of kvstore replay per block reference, over libcachesim's LRU"),

@@ -100,6 +100,8 @@ class RequestOptions:
     whole:        a prompt that ends on the border of a block may be matched whole: the engine can take its last block
                   too, and computes the last token once more itself.
     last_turn:    no turn of its session will follow, whatever is said at its end.
+    exact:        take no page that a tier stored with loss, and none that was computed after one; what it saves is
+                  stored without loss.
     """
 
     tenant: str = ""
@@ -112,6 +114,7 @@ class RequestOptions:
     step_blocks: int = 1
     whole: bool = False
     last_turn: bool = False
+    exact: bool = False
 
 
 @dataclass(slots=True)
@@ -127,6 +130,7 @@ class Request:
     holder:     on whose word its pages are kept, for operators; "" in a store of one process.
     payer:      its tenant, by a digest of the name, which may be a secret: what is kept goes by tenants' budgets.
     wishes:     what hints said about it, to be done to what is saved of it.
+    loss:       the class of loss in the names of its blocks (kvstore/codecs/loss.py), as a number.
     is_told:    policies know of it, and not yet of its end (see audience.py).
     """
 
@@ -140,6 +144,7 @@ class Request:
     holder: str = ""
     payer: str = ""
     wishes: tuple[Wish, ...] = ()
+    loss: int = 0
     is_told: bool = False
 
 

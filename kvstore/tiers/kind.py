@@ -75,7 +75,7 @@ class TierKind(Generic[S]):
 
     name:      of section, tier, metrics.
     section:   model of its settings. Of these the store understands, where the model has them: `policy`, `ttl_s`,
-               `admit`, `exclusive`, `max_writes_per_day`, `workers` and `timeout_s`, as in the sections of our tiers.
+               `admit`, `exclusive`, `max_writes_per_day`, `workers`, `timeout_s` and `codec`, as in our sections.
     open:      makes the tier. Raises ConfigError for what cannot be had; a medium that does not answer is no error.
     switch:    the field that turns the tier on; None in it means off.
     traits:    of the tier that these settings make.

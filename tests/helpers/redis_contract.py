@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 
+from kvstore.codecs.coder import PageCoder
 from kvstore.page import PageKey
 from kvstore.testing.contracts.tier import TierContract
 from kvstore.testing.pages import FakeClock
@@ -107,7 +108,7 @@ class RedisContract(TierContract):
         self.raw: Medium = request.getfixturevalue(self.servers)
         self.raw.flush()
         with closing(
-            RedisTier(self.raw.url, prefix=PREFIX, slot_bytes=SLOT_BYTES, ttl_s=3600, codec=self.codec, now=clock)
+            RedisTier(self.raw.url, prefix=PREFIX, slot_bytes=SLOT_BYTES, ttl_s=3600, coder=PageCoder(self.codec), now=clock)
         ) as tier:
             yield tier
 

@@ -7,6 +7,7 @@ import json
 import os
 from typing import Any
 
+from kvstore.codecs.loss import Loss
 from kvstore.errors import ConfigError, KVStoreError, LayoutMismatch, RequestError
 from kvstore.service.client.connection import DaemonConnection, Dial
 from kvstore.service.client.split_slab import SplitSlab, map_slab
@@ -43,6 +44,7 @@ class Attachment:
         self.session = str(answer["session"])
         self.namespace_id = str(answer["namespace"])
         self.deadlines = Deadlines(float(answer["lookup_deadline_s"]), float(answer["load_deadline_s"]))
+        self.loss = Loss(int(answer.get("loss", 0)))
         self.slot_base = epoch << EPOCH_BITS
         self.anchor = anchor
         self.slab = slab

@@ -22,7 +22,7 @@ from kvstore.layout import Layout
 from kvstore.plan.journal import BlockEvent
 from kvstore.plan.records import CutReason, FlushResult, LeaseStatus, LoadLease, Match, Request, SaveLease
 from kvstore.requests import check_blocks, check_range
-from kvstore.service.client.attachment import DaemonDown
+from kvstore.service.client.attachment import Attachment, DaemonDown
 from kvstore.service.client.calls import Calls
 from kvstore.service.client.connection import Dial
 from kvstore.service.client.events import Follower
@@ -78,7 +78,7 @@ class RemoteStore(Hinting, Waits):
             encode_json(self._greeting),
             call_timeout_s=call_timeout_s,
             retry_max_s=retry_max_s,
-            on_change=lambda attachment: self._leases.changed(attachment),
+            on_change=self._changed,
         )
         self._leases = Leases(self._link, memory)
         self._calls = Calls(self._link)
@@ -93,6 +93,11 @@ class RemoteStore(Hinting, Waits):
         except BaseException:
             self.close()
             raise
+
+    def _changed(self, attachment: Attachment | None) -> None:
+        if attachment is not None:
+            self.loss = attachment.loss  # of requests that begin now; while no daemon is known they take exact pages
+        self._leases.changed(attachment)
 
     @property
     def layout(self) -> Layout:

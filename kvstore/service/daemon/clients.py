@@ -180,6 +180,7 @@ class Clients:
             "slot_bytes": opened.handle.slot_bytes,
             "num_staging": 0 if staged is None else staged.num_slots,
             "lookup_deadline_s": store.lookup_deadline_s,
+            "loss": int(opened.store.loss),
             "load_deadline_s": store.load_deadline_s,
         }
         log.info("client %s attached to %s", session.client, opened.id)

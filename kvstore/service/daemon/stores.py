@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 from kvstore import logs
 from kvstore.build import open_store
+from kvstore.codecs.loss import loss_of, marked
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError, KVStoreError, StoreClosed
 from kvstore.layout import SLOT_ALIGNMENT, Layout
@@ -162,7 +163,11 @@ class OpenStore:
 
     def bind(self, keys: Sequence[BlockHash]) -> list[BlockHash]:
         """The tenant's own names of blocks: no key a client could send names a page of another tenant."""
-        return bind_hashes(self.store.namespace.root(), keys) if self.tenant.salt else list(keys)
+        if not self.tenant.salt:
+            return list(keys)
+        bound = bind_hashes(self.store.namespace.root(), keys)
+        losses = [loss_of(key) for key in keys] if self.store.loss else ()
+        return [marked((key,), loss)[0] for key, loss in zip(bound, losses, strict=True)] if any(losses) else bound
 
 
 class Stores:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
+from kvstore.codecs.loss import marked
 from kvstore.metrics import CONTENT_TYPE
 from kvstore.plan.records import Match, Request, RequestOptions
 from kvstore.service.daemon import shares
@@ -316,7 +317,7 @@ async def _hashed(opened: OpenStore, body: Prompt) -> Request:
 def _keys(opened: OpenStore, body: Prompt) -> tuple[list[BlockHash], int]:
     block_size = opened.layout.block_size
     if body.tokens is not None:
-        keys = hash_blocks(body.tokens, block_size, root=opened.root)
+        keys = marked(hash_blocks(body.tokens, block_size, root=opened.root), opened.store.loss)
         num_tokens = len(body.tokens)
     else:
         assert body.keys is not None

@@ -76,6 +76,7 @@ class Options(FrameContent):
     step_blocks: int = 1
     whole: bool = False
     last_turn: bool = False
+    exact: bool = False
     payer: Text = ""
 
     @staticmethod

@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from kvstore.errors import ConfigError
-from kvstore.layout import GroupKind, LayerGroup, Layout
+from kvstore.layout import GroupKind, LayerGroup, Layout, TensorAxes
 from radix.namespace import Namespace
 
 MAX_GROUPS = 256
@@ -20,6 +20,7 @@ MAX_BLOCK_SIZE = 65_536
 MAX_SHARDS = 1024
 MAX_TEXT = 1024
 MAX_EXTRA = 64
+_AXES = tuple(field.name for field in fields(TensorAxes))
 
 
 def layout_to_json(layout: Layout) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def layout_to_json(layout: Layout) -> dict[str, Any]:
                 "layers": list(group.layers),
                 "page_bytes": group.page_bytes,
                 "window": group.window,
+                "axes": [[int(getattr(one, name)) for name in _AXES] for one in group.axes],
             }
             for group in layout.groups
         ],
@@ -98,7 +100,7 @@ def check_pair(layout: Layout, namespace: Namespace) -> None:
 
 
 def _group(name: str, value: Any) -> LayerGroup:
-    given = _object(name, value, ("kind", "layers", "page_bytes", "window"))
+    given = _object(name, value, ("kind", "layers", "page_bytes", "window"), optional=("axes",))
     kinds = [kind.value for kind in GroupKind]
     if given["kind"] not in kinds:
         raise ConfigError(f"{name}.kind is {_show(given['kind'])}; it must be one of {', '.join(kinds)}")
@@ -111,15 +113,26 @@ def _group(name: str, value: Any) -> LayerGroup:
         tuple(_integer(f"{name}.layers", layer, 0, MAX_LAYERS) for layer in layers),
         _integer(f"{name}.page_bytes", given["page_bytes"], 1, MAX_PAGE_BYTES),
         None if window is None else _integer(f"{name}.window", window, 1, 1 << 31),
+        _axes(f"{name}.axes", given.get("axes", [])),
     )
 
 
-def _object(name: str, value: Any, names: tuple[str, ...]) -> dict[str, Any]:
+def _axes(name: str, value: Any) -> tuple[TensorAxes, ...]:
+    if not isinstance(value, list) or len(value) > 2 * MAX_LAYERS:
+        raise ConfigError(f"{name} is {_show(value)}; it must be a list of at most {2 * MAX_LAYERS} tensors")
+    for one in value:
+        if not isinstance(one, list) or len(one) != len(_AXES):
+            raise ConfigError(f"{name} holds {_show(one)}; it must hold lists of {len(_AXES)} numbers")
+    rows = [[_integer(name, number, 0, MAX_PAGE_BYTES) for number in one] for one in value]
+    return tuple(TensorAxes(bool(is_key), *numbers) for is_key, *numbers in rows)
+
+
+def _object(name: str, value: Any, names: tuple[str, ...], *, optional: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{name} is {_show(value)}; it must be an object")
     for missing in set(names) - set(value):
         raise ConfigError(f"{name}.{missing} is missing")
-    for unknown in set(value) - set(names):
+    for unknown in set(value) - set(names) - set(optional):
         raise ConfigError(f"{name}.{unknown:.64} is not known; known are {', '.join(names)}")
     return dict(value)
 

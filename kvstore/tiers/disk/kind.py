@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, ValidationInfo, field_validator
 
 from kvstore.config.section import Section
-from kvstore.config.values import Admit, Bytes, Count, OrNone, PathOrNone, Policy, Seconds, check_admit
+from kvstore.config.values import CODEC, Admit, Bytes, Codec, Count, OrNone, PathOrNone, Policy, Seconds, check_admit
 from kvstore.tiers.kind import TierContext, TierKind, TierTraits
 from kvstore.units import GiB
 
@@ -42,6 +42,7 @@ class DiskConfig(Section):
         description="Bytes that may be written in a day, an hour's share of it at once; what is beyond waits while "
         "it is in host memory. None sets no bound.",
     )
+    codec: Codec = CODEC
     timeout_s: Seconds = Field(default=2.0, gt=0, le=600, description="Longest time for one batch of reads or writes.")
 
     @field_validator("admit")
@@ -58,16 +59,19 @@ class DiskConfig(Section):
 
 
 def _open(section: DiskConfig, context: TierContext) -> Tier:
+    from kvstore.codecs.coder import PageCoder
     from kvstore.tiers.disk.tier import DiskTier  # with it LMDB
 
     assert section.path is not None
+    coder = PageCoder(section.codec, context.layout)
     return DiskTier.open(
         section.path,
         context.layout.fingerprint,
-        context.layout.slot_bytes,
+        coder.slot_bytes,
         section.capacity_bytes,
         direct=section.direct_io,
         shared=section.shared,
+        coder=coder,
     )
 
 

@@ -22,20 +22,21 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
+from kvstore.codecs.coder import PageCoder
 from kvstore.direction import Direction
 from kvstore.errors import ConfigError, RequestError, TierFull, TierRefused, TierUnavailable
 from kvstore.layout import SLOT_ALIGNMENT
-from kvstore.page import PageKey, PageMeta, encode_header, verify_page
+from kvstore.page import PageKey, PageMeta, encode_header
 from kvstore.tiers.base import StoredPage, TierCounters
 from kvstore.tiers.disk.directory import DiskDirectory
 from kvstore.tiers.disk.index import DiskIndex, FoundRecords, Written
 from kvstore.tiers.disk.index_map import IndexMapFull
 from kvstore.tiers.disk.meta import Geometry
 from kvstore.tiers.disk.open_directories import acquire, release
+from kvstore.tiers.disk.page_bytes import PageBytes, ReadResult
 from kvstore.tiers.disk.page_table import ScanPosition
 from kvstore.tiers.disk.record import PageRecord, ScannedRecord, decode_scanned
 from kvstore.tiers.disk.slots import Reservation
@@ -47,23 +48,18 @@ _SCAN_TIMEOUT_S = 2.0  # for a batch of expired pages; what is not dropped in ti
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class _Read(Enum):
-    """The result of reading the bytes of one record."""
-
-    WHOLE = "whole"
-    TORN = "torn"  # the bytes are not the page's
-    SHORT = "short"  # the file ends before
-    FAILED = "failed"  # the disk did not give them
-
-
 class DiskTier:
     """Pages on a local disk. See `open`."""
 
-    def __init__(self, directory: DiskDirectory, *, read_only: bool, now: Callable[[], float], name: str) -> None:
+    def __init__(
+        self, directory: DiskDirectory, *, read_only: bool, now: Callable[[], float], name: str, coder: PageCoder
+    ) -> None:
         """Use `open`."""
         self.name = name
+        self._pages = PageBytes(directory, coder)
         self.counters = TierCounters(lost_pages=directory.lost_pages)
-        self.counters.extra.update(read_errors=0, write_errors=0, no_room=0, map_full=0)
+        self.counters.extra.update(read_errors=0, write_errors=0, no_room=0, map_full=0, too_large=0, unreadable=0)
+        coder.count_in(self.counters.extra)
         self._directory = directory
         self._read_only = read_only
         self._now = now
@@ -83,6 +79,7 @@ class DiskTier:
         shared: bool = True,
         now: Callable[[], float] = time.time,
         name: str = "disk",
+        coder: PageCoder | None = None,
     ) -> DiskTier:
         """Open the directory at `path`, creating or growing it to `capacity_bytes` (rounded down to whole slots).
 
@@ -90,6 +87,8 @@ class DiskTier:
         read_only: nothing is written, not even a touch; the capacity is what is there.
         shared:    False for the only tier that stores there, in any process; readers are let in.
         now:       Unix seconds, for deadlines of pages.
+        coder:     what pages are stored in; None stores them as they are. What it makes of a page, or leaves it, must
+                   fit `slot_bytes`, or the page is not stored.
 
         Every page published before is found again. Raises ConfigError naming `disk.path`, `disk.capacity_bytes` or
         `disk.shared` (no such place, no room, smaller than what is there, somebody else's), LayoutMismatch if the pages
@@ -111,7 +110,7 @@ class DiskTier:
             read_only=read_only,
             shared=shared,
         )
-        return cls(directory, read_only=read_only, now=now, name=name)
+        return cls(directory, read_only=read_only, now=now, name=name, coder=coder or PageCoder())
 
     @property
     def capacity_pages(self) -> int | None:
@@ -168,7 +167,7 @@ class DiskTier:
         if self._read_only or not (keys or evict):
             return [False] * len(keys)
         for meta in metas:
-            if meta.num_bytes > self._slot_bytes:
+            if meta.num_bytes > self._slot_bytes and not self._pages.coder.loss:
                 raise RequestError(
                     f"disk tier: a page of {meta.num_bytes} bytes does not fit slots of {self._slot_bytes}"
                 )
@@ -263,7 +262,7 @@ class DiskTier:
         found = index.find(keys)
         self.counters.corrupt_pages += len(found.damaged)
         bad: list[PageRecord] = []
-        reads: list[tuple[int, PageRecord, _Read]] = []
+        reads: list[tuple[int, PageRecord, ReadResult]] = []
         errors: list[OSError] = []
         for i, record in enumerate(found.records):
             if record is None:
@@ -271,7 +270,7 @@ class DiskTier:
             if record.is_expired(now):
                 self.counters.expired_pages += 1
                 bad.append(record)
-            elif record.header.raw_bytes != metas[i].num_bytes or record.header.codec != 0:
+            elif record.header.raw_bytes != metas[i].num_bytes:
                 self.counters.corrupt_pages += 1
                 bad.append(record)
             elif metas[i].tokens and metas[i].tokens != record.tokens:
@@ -279,24 +278,26 @@ class DiskTier:
             else:
                 if time.monotonic() > deadline:
                     raise TierUnavailable(f"disk tier: {len(reads)} of {len(keys)} pages read within {timeout_s} s")
-                reads.append((i, record, self._read_page(record, views[i], errors)))
+                reads.append((i, record, self._pages.read(record, views[i], errors)))
 
         # Another process may have given a slot away while we read it. What no longer has its record is lost, not
         # corrupt, and is not served even where the bytes were still whole.
         still = index.still_there([record for _, record, _ in reads], found.snapshot)
         for (i, record, read), is_there in zip(reads, still, strict=True):
-            if not is_there or read is _Read.SHORT:
+            if not is_there or read is ReadResult.SHORT:
                 self.counters.lost_pages += 1
-            elif read is _Read.TORN:
+            elif read is ReadResult.TORN:
                 self.counters.corrupt_pages += 1
-            elif read is _Read.FAILED:
+            elif read is ReadResult.FAILED:
                 self.counters.extra["read_errors"] += 1
+            elif read is ReadResult.UNREADABLE:
+                self.counters.extra["unreadable"] += 1
             else:
                 answers[i] = True
-            if read is not _Read.WHOLE:
+            if read not in (ReadResult.WHOLE, ReadResult.UNREADABLE):
                 bad.append(record)
         self._drop(index, bad, found.damaged, deadline)
-        if reads and all(read is _Read.FAILED for _, _, read in reads):
+        if reads and all(read is ReadResult.FAILED for _, _, read in reads):
             what = f"disk tier: none of {len(reads)} pages could be read from {self._directory.path}: {errors[0]}"
             raise TierRefused(what, _name_of(errors[0]))
         return answers
@@ -307,17 +308,6 @@ class DiskTier:
             self._directory.slab.ping(writable=writable)
         except OSError as error:
             raise TierRefused(f"disk tier: {self._directory.path}: {error}", _name_of(error)) from error
-
-    def _read_page(self, record: PageRecord, view: memoryview, errors: list[OSError]) -> _Read:
-        num_bytes = record.header.stored_bytes
-        try:
-            if not self._directory.slab.read(record.slot, view, num_bytes):
-                return _Read.SHORT
-        except OSError as error:
-            errors.append(error)
-            return _Read.FAILED
-        whole = verify_page(record.raw_header, record.header, record.tokens, view[:num_bytes])
-        return _Read.WHOLE if whole else _Read.TORN
 
     def _drop(
         self, index: DiskIndex, records: Sequence[PageRecord], damaged: Sequence[PageKey], deadline: float
@@ -368,11 +358,17 @@ class DiskTier:
                 if time.monotonic() > deadline:
                     failed.append(claim)
                     continue
-                view, meta = views[first[key]], metas[first[key]]
-                data = view[: meta.num_bytes]
-                header = encode_header(key, meta, data, created_at=now, generation=claim.generation)
+                meta = metas[first[key]]
+                view, num_bytes, codec = self._pages.encoded(key, meta, views[first[key]])
+                if num_bytes > self._slot_bytes:
+                    self.counters.extra["too_large"] += 1
+                    failed.append(claim)
+                    continue
+                header = encode_header(
+                    key, meta, view[:num_bytes], created_at=now, generation=claim.generation, codec=codec
+                )
                 try:
-                    self._directory.slab.write(claim.slot, view, meta.num_bytes)
+                    self._directory.slab.write(claim.slot, view, num_bytes)
                 except OSError as error:
                     failed.append(claim)
                     errors.append(error)

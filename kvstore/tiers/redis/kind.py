@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from kvstore.config.secret import SecretUrl
 from kvstore.config.section import Section
-from kvstore.config.values import AdmitByUse, Bytes, Count, OrNone, PlainWord, Seconds
+from kvstore.config.values import CODEC, AdmitByUse, Bytes, Codec, Count, OrNone, PlainWord, Seconds
 from kvstore.tiers.kind import Asked, TierContext, TierKind, TierTraits
 from kvstore.tiers.redis.url import parse_redis_url
 from kvstore.units import MiB, format_bytes
@@ -47,10 +47,7 @@ class RedisConfig(Section):
     admit: AdmitByUse = Field(
         default="always", description="Which saved pages are written: all, or only from their second use on."
     )
-    codec: Literal["exact", "lossless"] = Field(
-        default="exact",
-        description="How pages are encoded on the server; lossless compresses bfloat16 (needs zstandard).",
-    )
+    codec: Codec = CODEC
 
     @property
     def workers(self) -> int:
@@ -59,6 +56,7 @@ class RedisConfig(Section):
 
 
 def _open(section: RedisConfig, context: TierContext) -> Tier:
+    from kvstore.codecs.coder import PageCoder
     from kvstore.tiers.redis.bound import BoundedRedis
     from kvstore.tiers.redis.tier import RedisTier
 
@@ -72,7 +70,7 @@ def _open(section: RedisConfig, context: TierContext) -> Tier:
         connect_timeout_s=section.connect_timeout_s,
         idle_max_s=section.idle_max_s,
         acl_pattern=f"{section.prefix}*",
-        codec=section.codec,
+        coder=PageCoder(section.codec, context.layout),
     )
     if section.capacity_bytes is None:
         return tier

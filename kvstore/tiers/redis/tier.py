@@ -22,7 +22,7 @@ from contextlib import suppress
 
 from redis.exceptions import OutOfMemoryError, ResponseError
 
-from kvstore.codecs.table import codec_by_name
+from kvstore.codecs.coder import PageCoder
 from kvstore.direction import Direction
 from kvstore.errors import ConfigError, CorruptPage, TierUnavailable
 from kvstore.forks import in_child
@@ -73,7 +73,7 @@ class RedisTier:
         connect_timeout_s: float = 0.5,
         idle_max_s: float = 180.0,
         acl_pattern: str | None = None,
-        codec: str = "exact",
+        coder: PageCoder | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
         """Connects to nothing: a server that is not there is TierUnavailable when it is called.
@@ -84,7 +84,7 @@ class RedisTier:
         connections: most connections to one server; one per lane thread is enough.
         idle_max_s:  a connection that was idle for longer is not used again; 0 means any may be.
         acl_pattern: matches all keys of this product, for what to tell an operator; None means those of the prefix.
-        codec:       name of a codec in `kvstore.codecs.table`; pages of every codec can be read.
+        coder:       what pages are stored in, and read from; None stores them as they are.
 
         Raises ConfigError.
         """
@@ -104,7 +104,8 @@ class RedisTier:
             extra={"oom_replies": 0, "refused": 0, "timeouts": 0, "failures": 0, "redirects": 0}
         )
         self._ttl_s = ttl_s
-        self._codec = codec_by_name(codec)
+        self._coder = coder or PageCoder()
+        self._coder.count_in(self.counters.extra)
         self._now = now
         self._names = KeyNames(prefix.encode(), tagged=target.kind is ServerKind.CLUSTER)
         self._route = make_route(
@@ -157,7 +158,7 @@ class RedisTier:
                 # Asked for before the last page is verified: the server sends while we compute the checksum.
                 if place + 1 < len(indexes):
                     self._ask_head(wire, heads[indexes[place + 1]])
-                verdict = judge(keys[i], metas[i], sink, lengths)
+                verdict = judge(keys[i], metas[i], sink, lengths, self._coder)
                 ok[i] = verdict is Verdict.GOOD
                 self._count(_COUNTED.get(verdict))
                 if verdict in (Verdict.CORRUPT, Verdict.TORN):
@@ -342,7 +343,7 @@ class RedisTier:
         self, key: PageKey, head: bytes, view: memoryview, meta: PageMeta, now: float
     ) -> tuple[list[bytes | memoryview], int]:
         """The command to send for a page, and how many replies it will have."""
-        pieces = encode_page(key, meta, view[: meta.num_bytes], self._codec, created_at=now)
+        pieces = encode_page(key, meta, view[: meta.num_bytes], self._coder, created_at=now)
         sizes = part_sizes(sum(len(piece) for piece in pieces))
         return set_page(self._names.parts(head, len(sizes)), sizes, pieces, self._ttl_ms(meta.expires_at, now))
 

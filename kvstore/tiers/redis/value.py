@@ -12,16 +12,14 @@ deadline since, and the server, whose TTL is what counts, does not hand out a pa
 
 from __future__ import annotations
 
-import functools
 import re
 import struct
 from collections.abc import Sequence
 from enum import Enum
 
-from kvstore.codecs.base import Codec
+from kvstore.codecs.coder import PageCoder, UnreadablePage
 from kvstore.codecs.exact import ExactCodec
-from kvstore.codecs.table import codec_by_id
-from kvstore.errors import ConfigError, CorruptPage
+from kvstore.errors import CorruptPage
 from kvstore.page import HEADER_BYTES, PageHeader, PageKey, PageMeta, decode_header, encode_header, verify_page
 from kvstore.tiers.redis.connection import command
 from kvstore.tiers.redis.parts import part_sizes
@@ -111,7 +109,7 @@ class Verdict(Enum):
     COLLISION = "collision"  # a whole page of other tokens under the same hash
 
 
-def judge(key: PageKey, meta: PageMeta, sink: PageSink, lengths: Sequence[int | None]) -> Verdict:
+def judge(key: PageKey, meta: PageMeta, sink: PageSink, lengths: Sequence[int | None], coder: PageCoder) -> Verdict:
     """Compare what arrived (`lengths` of the parts asked for, bytes in `sink`) with what was asked for, and decode it.
 
     After GOOD the slot has the page; after anything else its bytes are undefined.
@@ -127,21 +125,16 @@ def judge(key: PageKey, meta: PageMeta, sink: PageSink, lengths: Sequence[int | 
         found = [*lengths, *([None] * len(sizes))][: len(sizes)]
         if any(length not in (None, size) for length, size in zip(found, sizes, strict=True)):
             return Verdict.CORRUPT
-        return Verdict.TORN if None in found else _judge_whole(key, meta, sink, header)
+        return Verdict.TORN if None in found else _judge_whole(key, meta, sink, header, coder)
     except CorruptPage:
         return Verdict.CORRUPT
 
 
 def encode_page(
-    key: PageKey, meta: PageMeta, body: memoryview, codec: Codec, *, created_at: float
+    key: PageKey, meta: PageMeta, body: memoryview, coder: PageCoder, *, created_at: float
 ) -> list[bytes | memoryview]:
-    """Header, tokens and stored bytes of a page. What a codec would not make smaller is stored raw."""
-    stored, codec_id = body, ExactCodec.id
-    if codec.id != ExactCodec.id:
-        out = memoryview(bytearray(codec.max_bytes(body.nbytes)))
-        num_bytes = codec.encode(body, out)
-        if num_bytes < body.nbytes:
-            stored, codec_id = out[:num_bytes], codec.id
+    """Header, tokens and stored bytes of a page."""
+    stored, codec_id = coder.encode(key, meta, body)
     header = encode_header(key, meta, stored, created_at=created_at, codec=codec_id)
     return [header, meta.tokens, stored]
 
@@ -170,7 +163,7 @@ def _sizes(header: PageHeader) -> list[int]:
     return part_sizes(HEADER_BYTES + header.token_bytes + header.stored_bytes)
 
 
-def _judge_whole(key: PageKey, meta: PageMeta, sink: PageSink, header: PageHeader) -> Verdict:
+def _judge_whole(key: PageKey, meta: PageMeta, sink: PageSink, header: PageHeader, coder: PageCoder) -> Verdict:
     stored = sink.body[: header.stored_bytes]
     tokens = bytes(sink.tokens or b"")
     if header.key != key or header.raw_bytes != meta.num_bytes or stored.nbytes != header.stored_bytes:
@@ -181,20 +174,11 @@ def _judge_whole(key: PageKey, meta: PageMeta, sink: PageSink, header: PageHeade
         return Verdict.COLLISION
     if header.codec == ExactCodec.id:
         return Verdict.GOOD if header.stored_bytes == header.raw_bytes else Verdict.CORRUPT
-    codec = _codec(header.codec)
-    if codec is None:
-        return Verdict.UNREADABLE
-    codec.decode(stored, sink.slot[: header.raw_bytes])
-    return Verdict.GOOD
-
-
-@functools.lru_cache
-def _codec(codec_id: int) -> Codec | None:
-    """None for a codec of a later release, or one whose package is not installed here: others can read the page."""
     try:
-        return codec_by_id(codec_id)
-    except (CorruptPage, ConfigError):
-        return None
+        coder.decode(key, header.codec, stored, sink.slot[: header.raw_bytes])
+    except UnreadablePage:
+        return Verdict.UNREADABLE
+    return Verdict.GOOD
 
 
 def _cut(pieces: Sequence[bytes | memoryview], sizes: Sequence[int]) -> list[list[memoryview]]:

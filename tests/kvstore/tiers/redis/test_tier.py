@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvstore.codecs.coder import PageCoder
 from kvstore.errors import ConfigError
 from kvstore.page import PageKey, PageMeta
 from kvstore.testing.pages import TIMEOUT_S, FakeClock, fetch, filled, key_of, keys_of, payload, slots, store
@@ -83,7 +84,6 @@ class TestConstruction:
             ({"connect_timeout_s": 0}, r"redis\.connect_timeout_s is 0; it must be positive"),
             ({"slot_bytes": 0}, "slot_bytes is 0"),
             ({"slot_bytes": 1 << 30}, "from 1 to about 500 MiB"),
-            ({"codec": "zip"}, "codec is 'zip'; it must be one of exact, lossless"),
         ],
     )
     def test_a_wrong_value_names_the_field_and_what_would_be_right(self, changes: dict[str, Any], message: str) -> None:
@@ -139,7 +139,7 @@ class TestPages:
         view = slots(1, num_bytes)
         view[0][:] = data
         with (
-            closing(make_tier(medium, num_bytes, codec="lossless")) as packing,
+            closing(make_tier(medium, num_bytes, coder=PageCoder("lossless"))) as packing,
             closing(make_tier(medium, num_bytes)) as plain,
         ):
             assert packing.write_from([key], view, [PageMeta(num_bytes)], timeout_s=TIMEOUT_S) == [True]
@@ -152,7 +152,7 @@ class TestPages:
         key, meta = key_of("page"), PageMeta(1024)
         view = slots(1, SLOT_BYTES)
         view[0][:1024] = bfloat16_page(1024)
-        with closing(make_tier(medium, codec="lossless")) as tier:
+        with closing(make_tier(medium, coder=PageCoder("lossless"))) as tier:
             tier.write_from([key], view, [meta], timeout_s=TIMEOUT_S)
             (name,) = medium.names(key)
             stored = medium.client.get(name)

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore.codecs.coder import PageCoder
 from kvstore.codecs.exact import ExactCodec
-from kvstore.codecs.table import codec_by_name
+from kvstore.codecs.lossless import LosslessCodec
 from kvstore.page import HEADER_BYTES, PageMeta, decode_header, encode_header
 from kvstore.testing.pages import key_of, payload
 from kvstore.tiers.redis.parts import part_sizes
@@ -18,7 +19,7 @@ BODY = memoryview(payload(KEY, 8192))
 
 
 def stream(meta: PageMeta = META, body: memoryview = BODY, codec: str = "exact") -> bytes:
-    return b"".join(encode_page(KEY, meta, body, codec_by_name(codec), created_at=1.0))
+    return b"".join(encode_page(KEY, meta, body, PageCoder(codec), created_at=1.0))
 
 
 def pour(data: bytes, slot_bytes: int = 8192, chunk: int = 1000) -> PageSink:
@@ -32,7 +33,7 @@ def pour(data: bytes, slot_bytes: int = 8192, chunk: int = 1000) -> PageSink:
 
 
 def judged(data: bytes, meta: PageMeta = META, lengths: list[int | None] | None = None) -> Verdict:
-    return judge(KEY, meta, pour(data), part_sizes(len(data)) if lengths is None else lengths)
+    return judge(KEY, meta, pour(data), part_sizes(len(data)) if lengths is None else lengths, PageCoder())
 
 
 def test_a_page_has_one_key_per_part_and_a_cluster_sees_one_tag_in_them() -> None:
@@ -53,7 +54,7 @@ def test_a_page_is_put_together_whatever_pieces_it_arrives_in(chunk: int) -> Non
     data = stream()
     sink = pour(data, chunk=chunk)
 
-    assert judge(KEY, META, sink, part_sizes(len(data))) is Verdict.GOOD
+    assert judge(KEY, META, sink, part_sizes(len(data)), PageCoder()) is Verdict.GOOD
     assert (sink.seen, bytes(sink.tokens or b""), bytes(sink.slot)) == (data[:128], META.tokens, bytes(BODY))
 
 
@@ -64,7 +65,7 @@ def test_an_encoded_page_is_decoded_into_its_slot() -> None:
     sink = pour(data)
 
     assert len(data) < HEADER_BYTES + body.nbytes
-    assert judge(KEY, META, sink, part_sizes(len(data))) is Verdict.GOOD
+    assert judge(KEY, META, sink, part_sizes(len(data)), PageCoder()) is Verdict.GOOD
     assert sink.slot == body
 
 
@@ -108,7 +109,7 @@ def test_other_tokens_are_a_collision() -> None:
         stream()[:-1],
         stream() + b"x",
         stream(PageMeta(100), BODY[:100]),
-        b"".join(encode_page(key_of("other"), META, BODY, ExactCodec(), created_at=1.0)),
+        b"".join(encode_page(key_of("other"), META, BODY, PageCoder(), created_at=1.0)),
     ],
     ids=["empty", "shorter than a header", "zeros", "cut", "longer", "another length", "another key"],
 )
@@ -122,13 +123,13 @@ def test_every_flipped_bit_is_corrupt(position: int) -> None:
     sizes = part_sizes(len(data))
     data[position // 8] ^= 1 << position % 8
 
-    verdict = judge(KEY, META, pour(bytes(data)), list(sizes))
+    verdict = judge(KEY, META, pour(bytes(data)), list(sizes), PageCoder())
 
     assert verdict is Verdict.CORRUPT
 
 
 def test_an_encoded_page_that_does_not_decode_is_corrupt() -> None:
-    header = encode_header(KEY, PageMeta(8192), BODY[:4000], created_at=1.0, codec=codec_by_name("lossless").id)
+    header = encode_header(KEY, PageMeta(8192), BODY[:4000], created_at=1.0, codec=LosslessCodec.id)
 
     assert judged(header + bytes(BODY[:4000]), PageMeta(8192)) is Verdict.CORRUPT
 
