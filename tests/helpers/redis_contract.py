@@ -108,7 +108,16 @@ class RedisContract(TierContract):
         self.raw: Medium = request.getfixturevalue(self.servers)
         self.raw.flush()
         with closing(
-            RedisTier(self.raw.url, prefix=PREFIX, slot_bytes=SLOT_BYTES, ttl_s=3600, coder=PageCoder(self.codec), now=clock)
+            RedisTier(
+                self.raw.url,
+                prefix=PREFIX,
+                slot_bytes=SLOT_BYTES,
+                ttl_s=3600,
+                coder=PageCoder(self.codec),
+                now=clock,
+            )
+                self.raw.url, prefix=PREFIX, slot_bytes=SLOT_BYTES, ttl_s=3600, coder=PageCoder(self.codec), now=clock
+            )
         ) as tier:
             yield tier
 
