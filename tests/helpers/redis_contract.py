@@ -116,8 +116,6 @@ class RedisContract(TierContract):
                 coder=PageCoder(self.codec),
                 now=clock,
             )
-                self.raw.url, prefix=PREFIX, slot_bytes=SLOT_BYTES, ttl_s=3600, coder=PageCoder(self.codec), now=clock
-            )
         ) as tier:
             yield tier
 
