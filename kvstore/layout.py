@@ -31,6 +31,7 @@ from kvstore.errors import ConfigError
 
 SLOT_ALIGNMENT = 4096  # bytes; O_DIRECT wants the logical block size of the disk, 512 to 4096
 MAX_PADDING = 0.12  # of the slots of a state
+PIECE_ALIGNMENT = 64  # bytes; so that codecs see whole elements, whatever their type
 PIECE_BYTES = 1 << 20  # of a state where there are no pages beside it; what disk and Redis move best
 
 
@@ -232,8 +233,9 @@ def _cut(classes: dict[LayerSpec, list[int]], step: int, block_size: int) -> tup
 
 
 def _pieces(layers: Sequence[int], state_bytes: int, slot: int) -> tuple[LayerGroup, ...]:
-    """Cut a state into pieces of equal bytes, but for the last."""
-    num_pieces = -(-state_bytes // slot)
-    size = -(-state_bytes // num_pieces)
+    """Cut a state into pieces of equal bytes, but for the last, each of whole PIECE_ALIGNMENTs."""
+    most = max(1, slot // PIECE_ALIGNMENT)
+    units = -(-state_bytes // PIECE_ALIGNMENT)
+    size = -(-units // -(-units // most)) * PIECE_ALIGNMENT
     starts = range(0, state_bytes, size)
     return tuple(LayerGroup(GroupKind.RECURRENT, tuple(layers), min(size, state_bytes - start)) for start in starts)

@@ -184,6 +184,7 @@ class TestStates:
 
         num_slots = len(groups) - layout.block_groups
         assert layout.state_bytes == state_bytes
+        assert all(group.page_bytes % 64 == 0 for group in groups[layout.block_groups : -1])
         assert 1 - state_bytes / (num_slots * layout.slot_bytes) <= MAX_PADDING
         assert len(groups) <= 256  # what a daemon takes
         pages = layout.block_groups * layout.slot_bytes
@@ -195,9 +196,9 @@ class TestStates:
 
         assert [(group.kind.value, group.page_bytes) for group in groups] == [
             ("full", 4096),
-            ("recurrent", 3000),
-            ("recurrent", 3000),
-            ("recurrent", 3000),
+            ("recurrent", 3008),
+            ("recurrent", 3008),
+            ("recurrent", 2984),
         ]
         assert [layout.window_blocks(group) for group in range(4)] == [None, 1, 1, 1]
         assert (layout.block_groups, layout.block_bytes, layout.state_bytes) == (1, 4096, 9000)
