@@ -2,7 +2,7 @@
 
     python -m tests.bench.bench_states [MODEL ...]        # names of tests/helpers/tiny_models.py:STATEFUL
 
-Each of two users has ten turns of 60 to 300 tokens, answers included. What could be reused of a prompt: the prompt before
+Each of two users has ten turns of 60 to 300 tokens, answers included. What could be reused of a prompt: the one before
 it and, where answers are saved (reuse "any"), the answer. Counts only: no clock, so any machine says the same.
 """
 
