@@ -18,7 +18,7 @@ from connectors.sglang_linker import loads, offloads, promises
 from connectors.sglang_linker.loads import LayerCounter, PoolLoads
 from connectors.sglang_linker.offloads import Offloads
 from connectors.sglang_linker.pools import DevicePages
-from connectors.sglang_linker.promises import Promises
+from connectors.sglang_linker.promises import Promise, Promises
 from connectors.sglang_linker.ranks import Ranks
 from kvstore.base import KVStore
 from kvstore.devices.base import Device
@@ -94,7 +94,7 @@ class LinkerCore:
         if is_queued:
             self.loads.cancel(rid)
         elif promise is not None:
-            self.promises.give_back(promise)
+            self._give_back(promise)
         return False
 
     # ---- offloads -------------------------------------------------------------------------------------------------
@@ -141,12 +141,21 @@ class LinkerCore:
 
     def _lock_pages(self) -> None:
         """Have the devices page-lock the slab; there is another one after a daemon has started again."""
-        slab = self.store.slots.buffer
-        if slab is not self._registered:
-            self._registered = slab
+        slab, before = self.store.slots.buffer, self._registered
+        if slab is before or not (self.loads.is_idle and self.offloads.is_idle):
+            return  # a copy that is under way may be in the one before
+        self._registered = slab
+        for device in self._devices:
+            if before is not None:
+                device.unregister(before)
             if slab is not None:
-                for device in self._devices:
-                    device.register(slab)
+                device.register(slab)
+
+    def _give_back(self, promise: Promise) -> None:
+        try:
+            self.promises.give_back(promise)
+        except Exception:
+            self._note_error("give_back")
 
     def _page_ids(self, indices: Any, num_pages: int) -> npt.NDArray[np.int64]:
         """SGLang's page ids. Raises ValueError unless the slots are whole pages, as many as there are hashes."""

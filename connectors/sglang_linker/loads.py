@@ -146,6 +146,11 @@ class PoolLoads:
             self.cancel(rid)
         self._worker.close(CLOSE_TIMEOUT_S)
 
+    @property
+    def is_idle(self) -> bool:
+        """True if no copy is under way."""
+        return self._worker.flush(0.0)
+
     def __len__(self) -> int:
         """Loads that have not started."""
         return len(self._queued)

@@ -92,6 +92,11 @@ class Offloads:
         """Take the oldest end: whether the store has all its pages."""
         return bool(self._begun.popleft().result)
 
+    @property
+    def is_idle(self) -> bool:
+        """True if no copy is under way."""
+        return self._worker.flush(0.0)
+
     def quiesce(self) -> None:
         """Return when nothing is read from the pools any more; ends that were not taken are forgotten."""
         while not self._worker.flush(QUIET_LOG_S):

@@ -161,16 +161,18 @@ class Promises:
         if match.pending and not promise.is_pending:
             store.prefetch(request)  # a shared tier answers later, and SGLang may not ask again
         promise.is_pending = match.pending
-        before, promise.lease, promise.num_ready = promise.lease, None, None
         num_pages = min(match.num_blocks - first, self._room(promise.rid, match.num_blocks - first))
-        if num_pages > 0:
-            lease = store.prepare_load(request, first + num_pages, first=first)
-            if lease.num_blocks > first:
-                promise.lease = lease
-            else:
-                store.release(lease)
-        if before is not None:
-            store.release(before)  # only now: what both have stayed pinned
+        before, promise.lease, promise.num_ready = promise.lease, None, None
+        try:
+            if num_pages > 0:
+                lease = store.prepare_load(request, first + num_pages, first=first)
+                if lease.num_blocks > first:
+                    promise.lease = lease
+                else:
+                    store.release(lease)
+        finally:
+            if before is not None:
+                store.release(before)  # only now: what both have stayed pinned
 
     def _room(self, rid: str, num_pages: int) -> int:
         """How many pages may be leased, of `num_pages`; older leases make room for them."""

@@ -312,3 +312,30 @@ def test_a_load_that_another_rank_refuses_is_refused_here_too() -> None:
     assert len(rig.core.loads) == 0
     assert rig.core.store.stats()["leases"] == 0
     rig.core.close()
+
+
+class LockingDevice(CpuDevice):
+    """Notes what is page-locked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.locked: list[Any] = []
+
+    def register(self, slab: Any) -> None:
+        self.locked.append(slab)
+
+    def unregister(self, slab: Any) -> None:
+        self.locked = [one for one in self.locked if one is not slab]
+
+
+def test_the_slab_of_a_daemon_that_comes_back_is_page_locked_in_place_of_the_old_one(rig: Rig) -> None:
+    device, old, new = LockingDevice(), np.zeros(1, np.uint8), np.zeros(1, np.uint8)
+    core: Any = rig.core
+    core._devices, core._registered, store = (device,), None, core.store
+    for buffer, locked in ((old, [old]), (old, [old]), (None, []), (new, [new])):
+        core.store = SimpleNamespace(slots=SimpleNamespace(buffer=buffer))
+        core.tick()
+
+        assert len(device.locked) == len(locked)
+        assert all(one is other for one, other in zip(device.locked, locked, strict=True))
+    core.store = store
