@@ -13,10 +13,10 @@ Unlike recency, this order may name a block before one that continues it: the ev
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from itertools import islice, repeat
-from typing import Generic
 
+from eviction.in_place import InPlace
 from eviction.policy import K
 from eviction.ranked import Ranked, all_new
 from radix.ordered import OrderedMap
@@ -26,7 +26,7 @@ MOST_USES = 3  # two bits of uses, as in the paper: more would let old glory liv
 USED_AGAIN = (1, 2, 3, 3)  # the count after a use, by the count before
 
 
-class S3FifoOrder(Generic[K]):
+class S3FifoOrder(InPlace[K]):
     """Three queues, oldest first.
 
     new --> [ small ] --used twice--> [ main ] <-- used keys go round, a use poorer each time
@@ -37,10 +37,9 @@ class S3FifoOrder(Generic[K]):
     """
 
     def __init__(self) -> None:
+        super().__init__()  # _condemned has for a value: came from small
         self._small: OrderedMap[K, int] = OrderedMap()  # value: uses since it was added, at most MOST_USES
         self._main: OrderedMap[K, int] = OrderedMap()
-        self._condemned: OrderedMap[K, bool] = OrderedMap()  # value: came from small
-        self._held: set[K] = set()  # of small and main
         self._name_of: Callable[[K], Hashable] = _itself
         self._ghost: OrderedMap[Hashable, None] = OrderedMap()
         self._most_keys = 0  # held at one time: the capacity, as far as can be seen from here; bounds the ghost
@@ -77,26 +76,6 @@ class S3FifoOrder(Generic[K]):
                     self._ghost.move_to_end(name)
             while len(self._ghost) > self._most_keys:
                 self._ghost.popitem(last=False)
-
-    def hold(self, keys: list[K]) -> None:
-        """Known keys are in use: they keep their place and their uses."""
-        if self._condemned:
-            self._pardon(keys)
-        self._held.update(key for key in keys if key in self._small or key in self._main)
-
-    def release(self, keys: list[K], hits: int) -> None:
-        """Make held keys members again, where they are; the others are new."""
-        if self._held.isdisjoint(keys):
-            self.add(keys, hits)
-            return
-        for key in keys:
-            if key in self._held:
-                self._held.remove(key)
-            else:
-                self.add([key], hits)
-
-    def renew(self, keys: list[K]) -> None:
-        """Change nothing: the order is by arrival."""
 
     def name_by(self, name_of: Callable[[K], Hashable]) -> None:
         """Remember what left by these names."""
@@ -143,6 +122,9 @@ class S3FifoOrder(Generic[K]):
     def __contains__(self, key: object) -> bool:
         known = key in self._small or key in self._main or key in self._condemned
         return known and key not in self._held
+
+    def _in_queues(self, keys: list[K]) -> Iterable[K]:
+        return (key for key in keys if key in self._small or key in self._main)
 
     def _pardon(self, keys: list[K]) -> None:
         for key in filter(self._condemned.__contains__, keys):

@@ -11,16 +11,16 @@ Unlike recency, this order may name a block before one that continues it: the ev
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from itertools import islice, repeat
-from typing import Generic
 
+from eviction.in_place import InPlace
 from eviction.policy import K
 from eviction.ranked import Ranked, all_new
 from radix.ordered import OrderedMap
 
 
-class SieveOrder(Generic[K]):
+class SieveOrder(InPlace[K]):
     """The queue, kept as two: what the hand has passed and what lies ahead of it. No pointer can then go stale.
 
         oldest [ passed ] hand [ ahead ] newest          condemned: the hand took them out; they leave next
@@ -29,10 +29,9 @@ class SieveOrder(Generic[K]):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._passed: OrderedMap[K, bool] = OrderedMap()  # value: used since the hand passed
         self._ahead: OrderedMap[K, bool] = OrderedMap()
-        self._condemned: OrderedMap[K, bool] = OrderedMap()
-        self._held: set[K] = set()  # of passed and ahead
 
     def add(self, keys: list[K], hits: int) -> None:
         """Put new keys at the newest end, their bit set if they were used before."""
@@ -59,26 +58,6 @@ class SieveOrder(Generic[K]):
             deque(map(queue.pop, keys, repeat(None)), maxlen=0)
         self._held.difference_update(keys)
         self._wrap()
-
-    def hold(self, keys: list[K]) -> None:
-        """Known keys are in use: they keep their place and their bit."""
-        if self._condemned:
-            self._pardon(keys)
-        self._held.update(key for key in keys if key in self._ahead or key in self._passed)
-
-    def release(self, keys: list[K], hits: int) -> None:
-        """Make held keys members again, where they are; the others are new."""
-        if self._held.isdisjoint(keys):
-            self.add(keys, hits)
-            return
-        for key in keys:
-            if key in self._held:
-                self._held.remove(key)
-            else:
-                self.add([key], hits)
-
-    def renew(self, keys: list[K]) -> None:
-        """Change nothing: the order is by arrival."""
 
     def name_by(self, name_of: Callable[[K], Hashable]) -> None:
         """Nothing here outlives a key."""
@@ -113,6 +92,9 @@ class SieveOrder(Generic[K]):
     def __contains__(self, key: object) -> bool:
         known = key in self._ahead or key in self._passed or key in self._condemned
         return known and key not in self._held
+
+    def _in_queues(self, keys: list[K]) -> Iterable[K]:
+        return (key for key in keys if key in self._ahead or key in self._passed)
 
     def _pardon(self, keys: list[K]) -> None:
         for key in filter(self._condemned.__contains__, keys):

@@ -11,10 +11,11 @@ from itertools import count
 
 from eviction.ttl import Ttl
 from kvstore.clock import Clock
+from kvstore.lab.shared_tier import SharedTier
 from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Match, Op, Outcome, PlanSettings, Request, RequestOptions
-from kvstore.plan.state import Page
+from kvstore.plan.state import Page, PageState
 from kvstore.plan.tier_plan import TierPlan
 from radix.namespace import BlockHash
 
@@ -36,13 +37,18 @@ class VirtualEngine:
         settings: PlanSettings,
         policy: Ttl[Page],
         tiers: Sequence[TierPlan] = (),
+        shared: SharedTier | None = None,
     ) -> None:
-        """Make an empty store: host memory of `settings.num_slots` blocks and, below it, the tiers that are given."""
+        """Make an empty store: host memory of `settings.num_slots` blocks and, below it, the tiers that are given.
+
+        shared: what answers for those of the tiers that are shared with other engines.
+        """
         layout = Layout(block_size, (LayerGroup(GroupKind.FULL, (0,), PAGE_BYTES),), "virtual", "uint8")
         self.now = 0.0
         clock = Clock(wall=self._time, steady=self._time, boot=self._time)
         self.planner = Planner(layout, settings, policy, tiers, clock)
         self.num_fetched = 0
+        self._shared = shared
         self._ids = count(1)
 
     def request(self, keys: Sequence[BlockHash], options: RequestOptions | None = None) -> Request:
@@ -58,10 +64,22 @@ class VirtualEngine:
         self.planner.abandon(request, self.now)
         return match.num_blocks
 
+    def num_in_host(self, keys: Sequence[BlockHash]) -> int:
+        """Return how many leading blocks of a prompt are whole in host memory, without a lookup."""
+        get = self.planner.books.catalog.tree.get
+        for number, key in enumerate(keys):
+            block = get(key)
+            if block is None or any(page.state != PageState.READY for page in block.pages):
+                return number
+        return len(keys)
+
     def serve(self, request: Request, finish_reason: str = "", reply_tokens: int = -1) -> Match:
         """Look up, load what matches, save the rest, finish; return the match."""
         planner, now = self.planner, self.now
         match = planner.lookup(request, now)
+        if match.pending:  # a shared tier has been asked
+            self.carry()
+            match = planner.lookup(request, now)
         if match.num_blocks:
             lease = planner.prepare_load(request, match.num_blocks, now)
             self.carry()  # pages of lower tiers
@@ -90,7 +108,10 @@ class VirtualEngine:
                 num_pages = len(transfer.keys)
                 if transfer.op is Op.FETCH:
                     self.num_fetched += num_pages
-                outcome = Outcome(transfer.id, (True,) * num_pages, CARRIED_IN_S, PAGE_BYTES * num_pages)
+                ok = (True,) * num_pages
+                if self._shared is not None:
+                    ok = self._shared.answer(transfer, self.now)
+                outcome = Outcome(transfer.id, ok, CARRIED_IN_S, PAGE_BYTES * num_pages)
                 self.planner.outcome(outcome, self.now)
 
     def _time(self) -> float:

@@ -237,6 +237,8 @@ def test_every_document_of_deployment_is_named_in_the_docs() -> None:
     for path in (
         "deploy/systemd/kvstore.service",
         "deploy/kubernetes/daemonset.yaml",
+        "deploy/kubernetes/engines.yaml",
+        "deploy/kubernetes/redis.yaml",
         "deploy/prometheus/kubernetes.yml",
     ):
         assert path in text
