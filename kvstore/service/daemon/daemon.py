@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -281,4 +282,9 @@ def _log_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None
 
 def serve(config: Config, announce: Callable[[str], None] = lambda line: None) -> None:
     """Run a daemon until it is told to stop. announce: is told what is up, and the end."""
-    asyncio.run(Daemon(config).run(announce))
+    daemon = Daemon(config)
+    # The process is ours, and what is in it by now stays as long as it does: modules, schemas, routes. A full collection
+    # would walk these 70,000 objects each time, 67 ms in which nobody is served.
+    gc.collect()
+    gc.freeze()
+    asyncio.run(daemon.run(announce))
