@@ -283,8 +283,8 @@ def _log_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None
 def serve(config: Config, announce: Callable[[str], None] = lambda line: None) -> None:
     """Run a daemon until it is told to stop. announce: is told what is up, and the end."""
     daemon = Daemon(config)
-    # The process is ours, and what is in it by now stays as long as it does: modules, schemas, routes. A full collection
-    # would walk these 70,000 objects each time, 67 ms in which nobody is served.
+    # The process is ours, and what is in it by now stays as long as it does: modules, schemas, routes. A full
+    # collection would walk these 70,000 objects each time, 67 ms in which nobody is served.
     gc.collect()
     gc.freeze()
     asyncio.run(daemon.run(announce))
