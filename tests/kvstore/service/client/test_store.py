@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kvstore.errors import ConfigError, RequestError, StoreClosed
+from kvstore.layout import GroupKind, LayerGroup, Layout
 from kvstore.plan.records import LeaseState, RequestOptions
 from kvstore.service.client.connect import connect
 from kvstore.service.client.store import MISS, RemoteStore
@@ -324,3 +325,21 @@ def test_pages_saved_to_a_daemon_that_is_gone_are_unknown_until_that_was_told(so
             assert results[-1].missing == {"daemon": {"unknown": 4}}
             use(store, prompt(4, seed=3))
             assert store.flush(10.0)
+
+
+def test_pages_and_a_state_go_through_a_daemon_as_pairs(daemon: LocalDaemon, socket: Path) -> None:
+    piece = LayerGroup(GroupKind.RECURRENT, (1,), LAYOUT.groups[0].page_bytes)
+    layout = Layout(BLOCK, (*LAYOUT.groups, piece, piece), "test:pairs", "uint8")
+    with connect(f"unix://{socket}", layout, namespace(layout)) as store:
+        request = store.request(prompt(4))
+        lease = store.prepare_save(request, 0, 4, states=[1])
+        for page in lease.pages:
+            store.slots.array(page.slot)[:] = 10 * page.block + page.group
+        store.complete(lease)
+        found = store.wait_lookup(request)
+        loaded = store.prepare_load(request, found.num_blocks)
+        first_bytes = [(page.block, page.group, int(store.slots.array(page.slot)[0])) for page in loaded.pages]
+        store.complete(loaded)
+
+    assert (found.num_blocks, found.without_state) == (2, 4)
+    assert first_bytes == [(0, 0, 0), (1, 0, 10), (1, 1, 11), (1, 2, 12)]
