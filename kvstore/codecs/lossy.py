@@ -1,7 +1,7 @@
 """Lossy codecs: pages of keys and values in 8, 6 or 4 bits an element, for layouts that tell what lies where.
 
     codec      id  bits  scales                                              size      relative error that is let pass
-    near        2     8  K: a channel of 64 tokens, V: a token               1/1.95    0.02
+    near        2     8  K: a channel of 64 tokens, V: a token               1/1.95    0.03
     compact     3     6  K: a channel of 64 tokens, V: a token, 64 channels  1/2.46    0.06
     small       4     4  K: a channel of 32 tokens, V: a token, 32 channels  1/3.20    0.2
 
@@ -45,7 +45,7 @@ class LossyCodec:
 
 
 LOSSY = (
-    LossyCodec(Loss.NEAR, 2, 8, 64, WHOLE_ROW, 0.02, keeps_first=True),
+    LossyCodec(Loss.NEAR, 2, 8, 64, WHOLE_ROW, 0.03, keeps_first=True),
     LossyCodec(Loss.COMPACT, 3, 6, 64, 64, 0.06, keeps_first=True),
     LossyCodec(Loss.SMALL, 4, 4, 32, 32, 0.2, keeps_first=True),
 )

@@ -235,6 +235,7 @@ class ExplainAnswer(Answer):
     text:   the same as a sentence.
     asked:  what each shared tier answered about the block; none where it did not, or was not asked.
     elsewhere: namespaces that have more of the prompt, and the fields in which they differ.
+    loss:   the most that these pages may have lost where they were stored: exact, near, compact or small.
     """
 
     reason: str
@@ -249,6 +250,7 @@ class ExplainAnswer(Answer):
     left_at: float | None
     left_tier: str | None
     elsewhere: list[dict[str, Any]]
+    loss: str
 
 
 class StatsAnswer(Answer):

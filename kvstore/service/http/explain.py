@@ -7,6 +7,7 @@ from dataclasses import fields
 from datetime import datetime, timezone
 from typing import Any
 
+from kvstore.codecs.loss import loss_of
 from kvstore.plan.records import CutReason, Explanation, Request
 from kvstore.service.daemon.stores import OpenStore
 from kvstore.service.http.answers import ExplainAnswer
@@ -59,6 +60,7 @@ def explain(opened: OpenStore, request: Request, others: Sequence[tuple[OpenStor
         left_at=None if left is None else left[0],
         left_tier=None if left is None else left[1],
         elsewhere=elsewhere,
+        loss=(loss_of(request.keys[0]) if request.keys else opened.store.loss).word,
     )
 
 
