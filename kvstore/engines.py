@@ -1,10 +1,11 @@
-"""The hook that vLLM calls in each of its processes (entry point `vllm.general_plugins`), whether it uses us or not.
+"""The hooks that vLLM and SGLang call in each of their processes (entry points `vllm.general_plugins` and
+`sglang.srt.plugins`), whether they use us or not.
 
-It gives our names to vLLM's factories, so that "KVStoreConnector" and "KVStoreTier" are enough in a configuration. An
-engine that does not use us must not notice that we are installed: nothing is imported here (the connectors' factory
-alone draws in 457 modules, 2 seconds), and no exception leaves it. So the names are given at once where a factory is
-loaded already, and else when vLLM loads it itself. Where a factory is gone or another, the module path in the
-configuration still works.
+They give our names to the engine's factories, so that "KVStoreConnector", "KVStoreTier" and "KVStoreBackend" are enough
+in a configuration. An engine that does not use us must not notice that we are installed: nothing is imported here (the
+connectors' factory alone draws in 457 modules, 2 seconds), and no exception leaves it. So the names are given at once
+where a factory is loaded already, and else when the engine loads it itself. Where a factory is gone or another, the
+module path in the configuration still works.
 
 The classes are had by way of this module, so that a folder `connectors` of the user's own does not hide ours.
 """
@@ -22,16 +23,25 @@ from typing import Any
 
 from kvstore import names
 
-CONNECTOR, TIER = "KVStoreConnector", "KVStoreTier"
-_HOMES = {CONNECTOR: "connectors.vllm", TIER: "connectors.vllm_tier"}
+CONNECTOR, TIER, BACKEND = "KVStoreConnector", "KVStoreTier", "KVStoreBackend"
+_HOMES = {CONNECTOR: "connectors.vllm", TIER: "connectors.vllm_tier", BACKEND: "connectors.sglang"}
 
 log = logging.getLogger(__name__)
 
 
 def register() -> None:
     """Tell vLLM where our connector and our tier are. Idempotent."""
+    _tell(FACTORIES)
+
+
+def register_sglang() -> None:
+    """Tell SGLang where our storage backend is. Idempotent."""
+    _tell(SGLANG_FACTORIES)
+
+
+def _tell(factories: dict[str, Callable[[Any], None]]) -> None:
     waiting = {}
-    for name, add in FACTORIES.items():
+    for name, add in factories.items():
         if name in sys.modules:
             _told(add, sys.modules[name])
         else:
@@ -58,16 +68,35 @@ def _add_tier(factory: Any) -> None:
         factory.SecondaryTierFactory.register_tier(TIER, __name__, TIER)
 
 
+def _add_backend(factory: Any) -> None:
+    """A factory of "dynamic" backends that needs no path of a module and no class for ours.
+
+    It has a registry, but takes from it no name that is not built in.
+    """
+    create = factory.StorageBackendFactory._create_dynamic_backend
+
+    def create_dynamic_backend(backend_config: dict[str, Any], *given: Any, **more: Any) -> Any:
+        if backend_config.get("backend_name") == BACKEND:
+            backend_config = {"module_path": __name__, "class_name": BACKEND, **backend_config}
+        return create(backend_config, *given, **more)
+
+    if create.__name__ != create_dynamic_backend.__name__:
+        factory.StorageBackendFactory._create_dynamic_backend = staticmethod(create_dynamic_backend)
+
+
 FACTORIES: dict[str, Callable[[Any], None]] = {
     "vllm.distributed.kv_transfer.kv_connector.factory": _add_connector,
     "vllm.v1.kv_offload.tiering.factory": _add_tier,
+}
+SGLANG_FACTORIES: dict[str, Callable[[Any], None]] = {
+    "sglang.srt.mem_cache.storage.backend_factory": _add_backend,
 }
 
 
 def _told(add: Callable[[Any], None], factory: Any) -> None:
     try:
         add(factory)
-    except Exception as error:  # another version of vLLM: anything may be missing
+    except Exception as error:  # another version of the engine: anything may be missing
         log.debug("kvstore: %s: %s: %s", add.__name__, type(error).__name__, error)
 
 

@@ -40,7 +40,7 @@ class BackendFields:
 
     weights: str = "sampled"
     adapters_by_name: bool = False
-    save_deadline_s: float = 30.0
+    save_deadline_s: float = 8.0  # SGLang waits ten seconds for its threads when a backend is detached
     close_timeout_s: float = 10.0
 
 

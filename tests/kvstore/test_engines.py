@@ -1,4 +1,4 @@
-"""The hook that vLLM calls in all its processes: light, silent, and it finds the factories when vLLM loads them."""
+"""The hooks of vLLM and SGLang, called in all their processes: light, silent, and in time for their factories."""
 
 from __future__ import annotations
 
@@ -73,3 +73,30 @@ def test_another_vllm_is_left_alone(site: Path, broken: str) -> None:
     run(site, REGISTER + "import vllm.distributed.kv_transfer.kv_connector.factory")
     (site / CONNECTOR).unlink()
     run(site, REGISTER + "import vllm")
+
+
+SGLANG = """
+class StorageBackendFactory:
+    @classmethod
+    def _create_dynamic_backend(cls, backend_config, storage_config, mem_pool_host):
+        return backend_config["module_path"], backend_config["class_name"]
+"""
+ASK = """
+from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory as factory
+print(*[factory._create_dynamic_backend(config, None, None) for config in (
+    {"backend_name": "KVStoreBackend"}, {"backend_name": "other", "module_path": "m", "class_name": "C"})])
+import sys; print([type(finder).__name__ for finder in sys.meta_path if "Watch" in repr(finder)])
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_sglangs_factory_needs_no_more_than_the_name_of_our_backend(tmp_path: Path, when: str) -> None:
+    path = tmp_path / "sglang/srt/mem_cache/storage/backend_factory.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(SGLANG)
+    register = "from kvstore.engines import register_sglang; register_sglang(); register_sglang()\n"
+    load = "import sglang.srt.mem_cache.storage.backend_factory\n" if when == "after" else ""
+
+    told = run(tmp_path, load + register + ASK).splitlines()
+
+    assert told == ["('kvstore.engines', 'KVStoreBackend') ('m', 'C')", "[]"]
