@@ -14,6 +14,7 @@ from kvstore.config.sections import Config
 from kvstore.errors import ConfigError
 from kvstore.layout import Layout
 from kvstore.plan.records import Request, RequestOptions
+from kvstore.service.protocol.namespaces import layout_from_json, layout_to_json
 from kvstore.store import LocalStore
 from kvstore.testing.redis_server import LocalRedis
 from tests.helpers.kv_pages import kv_page, layout_with, plain_axes
@@ -112,6 +113,16 @@ def test_exact_and_lossless_keep_the_names_of_today(tmp_path: Path) -> None:
 
     with open_with(disk=disk) as store:  # and back: a page of any codec is read
         assert loaded(store, store.request(TOKENS + 1)) == pages
+
+
+def test_a_daemon_is_told_what_lies_where_and_an_older_client_tells_nothing() -> None:
+    told = layout_to_json(LAYOUT)
+    assert layout_from_json(told) == LAYOUT
+
+    del told["groups"][0]["axes"]
+    older = layout_from_json(told)
+    assert older.groups[0].axes == ()
+    assert older.fingerprint == LAYOUT.fingerprint  # what is stored is found by both
 
 
 def test_pages_from_an_engines_hashes_carry_the_class_too(tmp_path: Path) -> None:

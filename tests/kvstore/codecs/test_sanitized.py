@@ -54,6 +54,7 @@ print("sound")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="no gcc")
 def test_the_compiled_codes_touch_no_byte_that_is_not_theirs(tmp_path: Path) -> None:
     library = tmp_path / "_quant.so"
