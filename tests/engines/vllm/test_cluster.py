@@ -118,7 +118,7 @@ def test_a_request_without_the_cache_finds_nothing_and_leaves_nothing(cluster: V
     cluster.ask("replica-0", make_prompt(20, 7), 1)
 
     assert [answer["cached"] for answer in answers] == [0, 0]
-    assert pages(cluster) == before
+    assert pages(cluster) == before > 0
 
 
 def test_more_than_the_budget_is_refused_with_the_reason_and_a_time(cluster: VllmCluster) -> None:
@@ -187,4 +187,5 @@ def test_a_replica_that_is_killed_under_load_is_gone_round_and_comes_back_to_its
 def pages(cluster: VllmCluster) -> float:
     """Pages in the node's host memory."""
     lines = cluster.get("node-0", "/metrics").splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith('kvstore_pages{tier="host"'))
+    held = [line for line in lines if line.startswith("kvstore_pages{") and 'tier="host"' in line]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in held)
