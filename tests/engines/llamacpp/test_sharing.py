@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -108,6 +109,7 @@ def test_a_cluster_of_two_machines_shares_redis_and_takes_a_restart(tmp_path: Pa
         again = ask(urls["replica-0"], HEAD)
     finally:
         run(directory, "down")
+        shutil.rmtree(directory, ignore_errors=True)
 
     assert cold["kvstore"]["replica"] == "replica-0"
     assert warm["kvstore"]["replica"] == "replica-1"

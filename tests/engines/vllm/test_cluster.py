@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,7 @@ def cluster(model_of: Callable[[str], str]) -> Iterator[VllmCluster]:
         yield made
     finally:
         made.run("down")
+        shutil.rmtree(made.directory, ignore_errors=True)
 
 
 def test_what_one_replica_computed_the_other_loads_from_the_daemon(cluster: VllmCluster, reference: Reference) -> None:
