@@ -32,6 +32,7 @@
 #endif
 
 #define MAX_DIMS 1024
+#define MOST_BYTES (1LL << 30) /* of a page; no group has more tokens or channels */
 #define HEAD_BYTES 8
 #define TINY 0x1p-100f    /* a group of smaller values is a group of one value: 1 / TINY is still a number */
 #define LEAST_ENERGY 1e-20 /* sums of squares between which those of a tensor and of its errors are exact enough */
@@ -484,13 +485,12 @@ static void free_plan(PyObject *capsule) { free(PyCapsule_GetPointer(capsule, PL
 /* Mark the elements of a tensor; 0 with an error set if one lies outside of the page or was marked before. */
 static int mark(const Tensor *t, Py_ssize_t index, int64_t page_bytes, uint8_t *marks)
 {
-    int64_t span;
     if ((t->is_key != 0 && t->is_key != 1) || t->heads < 1 || t->tokens < 1 || t->dims < 8 || t->dims > MAX_DIMS ||
         t->dims % 8 || t->offset < 0 || t->offset % 2 || t->head_stride < 0 || t->head_stride % 2 ||
-        t->token_stride < 0 || t->token_stride % 2 || __builtin_mul_overflow(t->heads - 1, t->head_stride, &span) ||
-        t->heads > page_bytes || t->tokens > page_bytes || t->head_stride > page_bytes ||
-        t->token_stride > page_bytes ||
-        t->offset + span + (t->tokens - 1) * t->token_stride + t->dims * 2 > page_bytes) {
+        t->token_stride < 0 || t->token_stride % 2 || t->offset > page_bytes || t->heads > page_bytes ||
+        t->tokens > page_bytes || t->head_stride > page_bytes || t->token_stride > page_bytes ||
+        /* of numbers up to MOST_BYTES: nothing here overflows */
+        t->offset + (t->heads - 1) * t->head_stride + (t->tokens - 1) * t->token_stride + t->dims * 2 > page_bytes) {
         PyErr_Format(PyExc_ValueError, "tensor %zd does not fit a page of %lld bytes, or its dims are no multiple of 8 "
                      "up to %d", index, (long long)page_bytes, MAX_DIMS);
         return 0;
@@ -516,8 +516,8 @@ static PyObject *make_plan(PyObject *self, PyObject *args)
     unsigned int digest;
     if (!PyArg_ParseTuple(args, "OLiLLI", &table, &page_bytes, &bits, &key_group, &value_group, &digest))
         return NULL;
-    if (page_bytes < 2 || page_bytes > (1LL << 30) || page_bytes % 2 || (bits != 8 && bits != 6 && bits != 4) ||
-        key_group < 1 || value_group < 8 || value_group % 8)
+    if (page_bytes < 2 || page_bytes > MOST_BYTES || page_bytes % 2 || (bits != 8 && bits != 6 && bits != 4) ||
+        key_group < 1 || key_group > MOST_BYTES || value_group < 8 || value_group > MOST_BYTES || value_group % 8)
         return PyErr_Format(PyExc_ValueError, "page of %lld bytes, %d bits, groups of %lld and %lld: not to be coded",
                             page_bytes, bits, key_group, value_group);
     Py_buffer view;

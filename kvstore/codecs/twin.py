@@ -18,6 +18,7 @@ Codes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 MAX_DIMS = 1024
+MOST_BYTES = 1 << 30  # of a page; no group has more tokens or channels
 HEAD_BYTES = 8
 TINY = np.float32(2.0**-100)
 LEAST_ENERGY = 1e-20  # sums of squares between which those of a tensor and of its errors are exact enough
@@ -61,11 +62,11 @@ def make_plan(
 ) -> TwinPlan:
     """Check where the tensors of a page lie. Raises ValueError unless they cover it, no byte twice."""
     if (
-        not 2 <= page_bytes <= 1 << 30
+        not 2 <= page_bytes <= MOST_BYTES
         or page_bytes % 2
         or bits not in (8, 6, 4)
-        or key_group < 1
-        or value_group < 8
+        or not 1 <= key_group <= MOST_BYTES
+        or not 8 <= value_group <= MOST_BYTES
         or value_group % 8
     ):
         raise ValueError(

@@ -133,6 +133,7 @@ def test_axes_that_do_not_tell_every_byte_once_are_refused(compiled: bool) -> No
         ((TensorAxes(True, 0, 2, 2048, 16, 126, 64), value), 8192),  # rows overlap
         ((TensorAxes(True, -2, 2, 2048, 16, 128, 64), value), 8192),
         ((TensorAxes(True, 1, 2, 2048, 16, 128, 64), value), 8192),
+        ((TensorAxes(True, (1 << 63) - 2, 2, 2048, 16, 128, 64), value), 8192),  # sums of it would overflow
         ((TensorAxes(True, 0, 1 << 62, 2048, 16, 128, 64), value), 8192),
         ((TensorAxes(True, 0, 2, 1 << 62, 16, 128, 64), value), 8192),
         (plain_axes(1, 2, 16, 60), 7680),  # no multiple of 8
@@ -143,7 +144,9 @@ def test_axes_that_do_not_tell_every_byte_once_are_refused(compiled: bool) -> No
     for axes, num_bytes in wrong:
         with pytest.raises(ValueError, match=r"tensor|tensors"):
             Quantizer(axes, num_bytes, 8, 64, 64, compiled=compiled)
-    for bits, key_group, value_group in ((7, 64, 64), (8, 0, 64), (8, 64, 4), (8, 64, 12)):
+    endless = (1 << 63) - 8
+    groups = ((7, 64, 64), (8, 0, 64), (8, 64, 4), (8, 64, 12), (4, endless, 32), (4, 32, endless))
+    for bits, key_group, value_group in groups:
         with pytest.raises(ValueError, match="not to be coded"):
             Quantizer((key, value), 8192, bits, key_group, value_group, compiled=compiled)
 

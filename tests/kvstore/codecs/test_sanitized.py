@@ -44,7 +44,9 @@ for heads, tokens, dims in ((1, 1, 8), (2, 70, 24), (3, 16, 64), (1, 33, 1024), 
                 page = (rng.integers(0x3F00, 0x4100, size) | rng.integers(0, 2, size) << 15).astype("<u2").tobytes()
                 assert code.encode(plan, page, blob, skip, portable) < 1
                 code.decode(plan, blob, back, portable)
-for wrong in (table * -1, table * (1 << 40), np.full((3, 7), 1 << 62), np.zeros((0, 7), np.int64)):
+far = table.copy()
+far[0, 1] = (1 << 63) - 2
+for wrong in (table * -1, table * (1 << 40), np.full((3, 7), 1 << 62), np.zeros((0, 7), np.int64), far):
     try:
         code.make_plan(wrong.astype(np.int64), 2 * size, 8, 64, 64, 1)
     except ValueError:
