@@ -132,13 +132,8 @@ class Exchange:
         """
         wish = _Wish(Op.SPILL, keys, deadline, self._batch_pages, copy, num_bytes)
         call = _Call([""] * len(keys))
-        transfers = [
-            transfer
-            for tier in self.tiers
-            if self.takes(tier, Op.SPILL)
-            for transfer in self._begin(call, wish, tier, range(len(keys)))
-        ]
-        self._await(call, transfers, deadline)
+        tiers = [tier for tier in self.tiers if self.takes(tier, Op.SPILL)]
+        self._carry(call, wish, tiers, range(len(keys)))
         return self._sources(call)
 
     def touch(self, tier: str, keys: Sequence[PageKey], *, deadline: float) -> None:
@@ -149,7 +144,7 @@ class Exchange:
         """Delete pages of a tier, by `deadline` at the latest."""
         call = _Call([""] * len(keys))
         wish = _Wish(Op.DELETE, keys, deadline, len(keys))
-        self._await(call, self._begin(call, wish, tier, range(len(keys))), deadline)
+        self._carry(call, wish, [tier], range(len(keys)))
 
     @harmless
     def close(self, timeout_s: float) -> int:
@@ -202,20 +197,34 @@ class Exchange:
         for tier in self.tiers:
             missing = [index for index, source in enumerate(self._sources(call)) if not source]
             if missing and self.takes(tier, wish.op):
-                self._await(call, self._begin(call, wish, tier, missing), wish.deadline)
+                self._carry(call, wish, [tier], missing)
         return self._sources(call)
 
-    def _begin(self, call: _Call, wish: _Wish, tier: str, indexes: Sequence[int]) -> list[int]:
-        """Submit what a call wants of one tier; return the transfers."""
+    def _carry(self, call: _Call, wish: _Wish, tiers: Sequence[str], indexes: Sequence[int]) -> None:
+        """Have tiers do what a call wants, and wait; what has not ended by its deadline copies nothing any more."""
         parts = [indexes[start : start + wish.most] for start in range(0, len(indexes), max(1, wish.most))]
-        with call.lock:
-            call.num_open += len(parts)
-            call.done.clear()
         batches = [
             _Batch(wish.op, tier, tuple(wish.keys[i] for i in part), part, call, wish.copy, wish.num_bytes)
+            for tier in tiers
             for part in parts
         ]
-        return [self._submit(batch, wish.deadline) for batch in batches]
+        if not batches:
+            return
+        with call.lock:
+            call.num_open += len(batches)
+            call.done.clear()
+        transfers: list[int] = []
+        is_done = False
+        try:
+            transfers.extend(self._submit(batch, wish.deadline) for batch in batches)
+            is_done = call.done.wait(max(0.0, wish.deadline - self._now()))
+        finally:
+            if not is_done:
+                # Each of them, answered or not: one whose answer is being taken in may be about to copy, or copying.
+                for batch in batches:
+                    with batch.lock:
+                        batch.is_over = True
+                self._mover.cancel(transfers)
 
     def _submit(self, batch: _Batch, deadline: float) -> int:
         if self._is_closed:
@@ -242,17 +251,6 @@ class Exchange:
         )
         self._mover.submit((transfer,))
         return transfer_id
-
-    def _await(self, call: _Call, transfers: Sequence[int], deadline: float) -> None:
-        """Wait for the answers; end what has none by `deadline`."""
-        if not transfers or call.done.wait(max(0.0, deadline - self._now())):
-            return
-        for transfer_id in transfers:
-            batch = self._batches.get(transfer_id)
-            if batch is not None:
-                with batch.lock:
-                    batch.is_over = True
-        self._mover.cancel(transfers)
 
     def _sources(self, call: _Call) -> list[str]:
         with call.lock:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -142,6 +143,38 @@ def test_a_load_ends_at_its_deadline_and_what_comes_later_touches_nothing(engine
     finally:
         tier.recover()
         exchange.close(20.0)
+
+
+def test_a_load_does_not_end_while_a_page_is_copied_into_memory(exchange: Exchange, engine: Engine) -> None:
+    save(exchange, engine)
+    has_ended, was_in_time = threading.Event(), []
+
+    def copy_in(index: int, page: memoryview) -> None:
+        was_in_time.append(not has_ended.wait(0.3))  # past the deadline
+        engine.copy_in(index, page)
+
+    exchange.load(KEYS[:1], ROW_BYTES, copy_in, deadline=soon(0.1))
+    has_ended.set()
+
+    assert was_in_time == [True]
+
+
+def test_what_has_come_and_is_not_copied_at_the_deadline_touches_nothing(
+    exchange: Exchange, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(exchange, engine)
+    has_ended, copied = threading.Event(), Exchange._copied
+
+    def copied_late(self: Exchange, batch: Any, ok: tuple[bool, ...]) -> tuple[bool, ...]:
+        has_ended.wait(20.0)
+        return copied(self, batch, ok)
+
+    monkeypatch.setattr(Exchange, "_copied", copied_late)
+    assert load(exchange, engine, 0.1) == [""] * 4
+
+    has_ended.set()
+    exchange.close(20.0)
+    assert engine.is_untouched()
 
 
 def test_a_save_that_has_ended_reads_no_memory_any_more(engine: Engine) -> None:
