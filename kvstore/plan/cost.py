@@ -7,7 +7,7 @@ is avoided is measured again in the background now and then, or it would stay av
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 WEIGHT = 0.25  # of a new sample; four transfers replace most of an old belief
@@ -68,29 +68,24 @@ class CostModel:
         else:
             self.prefill_tokens_per_s += WEIGHT * (rate - self.prefill_tokens_per_s)
 
-    def load_seconds(self, bytes_by_tier: dict[str, int]) -> float:
+    def load_seconds(self, bytes_by_tier: Mapping[str, int]) -> float:
         """Expected seconds until all of it is in host memory; the tiers work side by side."""
         times = [self.tiers[name].load_seconds(n, self._batch_bytes) for name, n in bytes_by_tier.items()]
         return max(times, default=0.0)
 
-    def best_cut(self, runs: Sequence[tuple[str | None, int, int]], block_size: int) -> int:
-        """How many leading runs are worth loading.
+    def best_end(self, ends: Sequence[tuple[int, Mapping[str, int]]], block_size: int) -> int:
+        """The number of blocks that is most worth loading: that of one of `ends`, or 0.
 
-        runs: (tier or None for host memory, blocks, bytes to load), in prompt order. Cutting inside a run never
-              beats both its ends,
-        because cost and gain are linear there.
+        ends: where a load may end, the shortest first: blocks, and bytes to load for them, by tier. Cost and gain are
+              linear along blocks of one tier, so ends within such a stretch need not be among them.
         """
         if self.prefill_tokens_per_s is None:
-            return len(runs)
-        best, best_gain, tokens = 0, 0.0, 0
-        loaded: dict[str, int] = {}
-        for index, (tier, blocks, num_bytes) in enumerate(runs):
-            tokens += blocks * block_size
-            if tier is not None:
-                loaded[tier] = loaded.get(tier, 0) + num_bytes
-            gain = tokens / self.prefill_tokens_per_s - self.load_seconds(loaded)
+            return ends[-1][0] if ends else 0
+        best, best_gain = 0, 0.0
+        for num_blocks, loaded in ends:
+            gain = num_blocks * block_size / self.prefill_tokens_per_s - self.load_seconds(loaded)
             if gain > best_gain:
-                best, best_gain = index + 1, gain
+                best, best_gain = num_blocks, gain
         return best
 
     def wants_sample(self, tier: str, now: float) -> bool:

@@ -124,6 +124,8 @@ class Fetches:
                 self.failures[tier.plan.name] += 1
                 if outcome.error is None and tier.has(page):
                     tier.forget_copies((page,))
+                for load in page.waiters or ():
+                    self._lookups.missed(load.request, tier, page)
                 elsewhere = self.elsewhere(page, tier)
                 if elsewhere and page.waiters and now < flight.transfer.deadline:
                     retry.append(page)
@@ -201,10 +203,8 @@ class Fetches:
         """Fetch a few pages of a tier that is avoided, in the background, to learn whether it has become faster."""
         survey = self._lookups.survey(request)
         code = next(FIRST_LOWER + i for i, lower in enumerate(self._tiers) if lower.plan.name == tier)
-        end = survey.worth
-        while end < survey.known and survey.source(end, 0) == code and end - survey.worth < self._settings.batch_pages:
-            end += 1
-        self._bring(request, survey, end, self._settings.batch_pages, now)
+        below = [one for one in self._below(survey, survey.known) if one[0] >= survey.worth and one[2] == code]
+        self._send(request, survey, below[: self._room(self._settings.batch_pages)], now)
 
     def add_tier(self, name: str) -> None:
         """One more lower tier; the list of tiers is the planner's."""
@@ -215,19 +215,32 @@ class Fetches:
     ) -> tuple[list[Page], list[int]]:
         """Prefetch pages of blocks [0, end) that lie below host memory; returns them, and the transfers."""
         end = longest_resume(survey.sources, self._windows, end)
-        room = max(0, min(bound, self._settings.max_prefetch_slots - self.prefetching))
+        return self._send(request, survey, self._below(survey, end)[: self._room(bound)], now)
+
+    def _below(self, survey: Survey, end: int) -> list[tuple[int, int, int]]:
+        """Block, group and source of the pages below host memory that a resume after `end` blocks needs."""
         starts = [needed_from(end, window) for window in self._windows]
-        below = sorted(
+        return sorted(
             (block, group, code)
             for group, start in enumerate(starts)
             for block, code in enumerate(survey.sources[group][start:end], start)
             if code > IN_HOST
-        )[:room]
-        path = self._lookups.insert(request, below[-1][0] + 1) if below else []
-        if survey.num_states:
-            self._catalog.make_states(path[end - 1 : end])
+        )
+
+    def _room(self, bound: int) -> int:
+        """How many pages may be prefetched now, of `bound` that are wanted."""
+        return max(0, min(bound, self._settings.max_prefetch_slots - self.prefetching))
+
+    def _send(
+        self, request: Request, survey: Survey, below: Sequence[tuple[int, int, int]], now: float
+    ) -> tuple[list[Page], list[int]]:
+        """Prefetch pages of a request (see `_below`), as many as find room; returns them, and the transfers."""
+        end = below[-1][0] + 1 if below else 0
+        path = self._lookups.insert(request, end) if below else []
+        if survey.num_states and below and below[-1][1] >= self._catalog.num_groups:
+            self._catalog.make_states(path[end - 1 :])
         wanted = [(path[block].pages[group], code) for block, group, code in below if block < len(path)]
-        slots = self._host.take_for([page for page, _ in wanted], request.keys[:end])
+        slots = self._host.take_for([page for page, _ in wanted], request.keys)
         wanted = wanted[: len(slots)]
         self.prefetching += len(wanted)
         self.counters["prefetches"] += bool(wanted)

@@ -6,13 +6,16 @@ requests. What is past its deadline is not stored: the planner has it dropped (`
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 
 from eviction.policy import Hint
 from kvstore.plan.books import Books
 from kvstore.plan.ended import EndedRequest, Observer
+from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.match import (
+    ABSENT,
     FIRST_LOWER,
     IN_HOST,
     RequestState,
@@ -25,11 +28,12 @@ from kvstore.plan.match import (
 from kvstore.plan.probes import Probes
 from kvstore.plan.records import HOST, CutReason, Explanation, Match, Outcome, Request
 from kvstore.plan.resume import longest_resume, needed_from
-from kvstore.plan.state import Block, PageState
+from kvstore.plan.state import Block, Page, PageState
 from kvstore.plan.steps import STEP_BLOCKS
 from kvstore.plan.transfers import InFlight
 
 MAX_REQUESTS = 16_384  # notes kept about requests whose callers never say that they are over
+MAX_ENDS = 16  # of a load that are weighed, where finding one takes a walk
 
 
 class PrefixLookup:
@@ -46,6 +50,7 @@ class PrefixLookup:
         self._block_size = books.layout.block_size
         self._windows = books.windows
         self._has_full = None in books.windows
+        self._has_windows = any([window is not None for window in books.windows])
         self._num_groups = books.num_groups
         self._states = range(books.num_groups, len(books.windows))
         self._page_bytes = books.page_bytes
@@ -283,6 +288,10 @@ class PrefixLookup:
         self.probes.answered(self.requests.get(request.id), flight, outcome)
         return request
 
+    def missed(self, request: Request, tier: LowerTier, page: Page) -> None:
+        """A tier did not give a page that a request needs: its next lookup does not count on it."""
+        self.probes.missed(self.requests.get(request.id), tier, page)
+
     def _state(self, request: Request) -> RequestState:
         state = self.requests.get(request.id)
         if state is None:
@@ -315,36 +324,53 @@ class PrefixLookup:
         """Cut the match where loading would be slower than computing; the first `held` blocks need neither."""
         if not self._settings.load_or_recompute or self._costs.prefill_tokens_per_s is None:
             return
-        runs: list[tuple[str | None, int, int]] = []
-        needed = [needed_from(survey.known, window) for window in self._windows]
-        for code, blocks in groupby(range(held, survey.known), key=lambda block: self._slowest(survey, block)):
-            members = list(blocks)
-            num_bytes = sum(
-                self._page_bytes[group]
-                for group, start in enumerate(needed)
-                if members[-1] >= start
-                for block in members
-                if block >= start and survey.source(block, group) > IN_HOST
-            )
-            runs.append((None if code <= IN_HOST else self.names[code], len(members), num_bytes))
-        if all(tier is None for tier, _, _ in runs):
+        codes = self._slowest(survey, held)
+        if not codes or max(codes) <= IN_HOST:
             return
-        cut = self._costs.best_cut(runs, self._block_size)
-        if cut < len(runs):
-            limit = held + sum(blocks for _, blocks, _ in runs[:cut])
-            survey.worth = longest_resume(survey.sources, self._windows, limit)
+        borders = list(accumulate((len(list(run)) for _, run in groupby(codes)), initial=held))[1:]
+        best = held + self._costs.best_end(self._ends(survey, held, borders), self._block_size)
+        if best < survey.known:
+            survey.worth = longest_resume(survey.sources, self._windows, best)
             survey.cut = CutReason.NOT_WORTH
 
-    def _slowest(self, survey: Survey, block: int) -> int:
-        if len(survey.sources) == 1:
-            return survey.source(block, 0)
-        num_groups = len(self._windows) if block == survey.known - 1 else self._num_groups
-        return max([survey.source(block, group) for group in range(num_groups)], default=IN_HOST)
+    def _ends(self, survey: Survey, held: int, borders: Sequence[int]) -> list[tuple[int, dict[str, int]]]:
+        """The points before some borders that can be resumed from: blocks behind `held`, and bytes to load, by tier.
+
+        Where a model has windows or a state, that may be long before the border; so no more than MAX_ENDS are looked
+        at, of which the last is the end of what is known.
+        """
+        windows, sources = self._windows, survey.sources
+        if self._has_windows:
+            step = -(-len(borders) // MAX_ENDS)
+            found = {longest_resume(sources, windows, border) for border in borders[::-1][::step]}
+            borders = sorted(end for end in found if end > held)
+        ends: list[tuple[int, dict[str, int]]] = []
+        loaded: Counter[str] = Counter()
+        at = held
+        for end in borders:
+            needed = Counter[str]()
+            for group, window in enumerate(windows):
+                start, book = (at, loaded) if window is None else (max(held, needed_from(end, window)), needed)
+                for code, num_blocks in Counter(sources[group][start:end]).items():
+                    if code > IN_HOST:
+                        book[self.names[code]] += num_blocks * self._page_bytes[group]
+            ends.append((end - held, loaded + needed))
+            at = end
+        return ends
+
+    def _slowest(self, survey: Survey, first: int) -> list[int]:
+        """The source code of the slowest page of each block from `first` on, as far as the match is known."""
+        columns = [column[first : survey.known] for column in survey.sources]
+        if len(columns) == 1:
+            return columns[0]
+        codes = [max(codes) for codes in zip(*columns[: self._num_groups], strict=True)] or [IN_HOST] * len(columns[0])
+        return codes[:-1] + [max([column[-1] for column in columns]) for _ in codes[-1:]]
 
     def _stale_tier(self, survey: Survey, now: float) -> str | None:
         if survey.cut is not CutReason.NOT_WORTH:
             return None
-        name = self.names[self._slowest(survey, survey.worth)]
+        code = next((code for code in self._slowest(survey, survey.worth) if code > IN_HOST), ABSENT)
+        name = self.names[code]
         return name if name in self._costs.tiers and self._costs.wants_sample(name, now) else None
 
     def _settle(self, state: RequestState, survey: Survey, match: Match) -> None:

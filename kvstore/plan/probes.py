@@ -14,7 +14,7 @@ from kvstore.plan.lower_tier import LowerTier
 from kvstore.plan.match import ABSENT, FIRST_LOWER, Probe, RequestState, Survey, loadable_blocks
 from kvstore.plan.records import Op, Outcome, Priority, Request
 from kvstore.plan.resume import longest_resume, needed_from
-from kvstore.plan.state import PageState
+from kvstore.plan.state import Page, PageState
 from kvstore.plan.transfers import InFlight
 
 
@@ -76,6 +76,15 @@ class Probes:
             at = (first - probe.first) * self.num_asked
             probe.answer[at : at + len(answer)] = answer
             self._unlearn(self._tiers[index], state.request, first, answer)
+
+    def missed(self, state: RequestState | None, tier: LowerTier, page: Page) -> None:
+        """A tier did not give a page to a request: for that one it has it no more, whatever it answered."""
+        index = self._tiers.index(tier)
+        probe = None if state is None else state.probes.get(index)
+        if probe is not None and probe.first <= page.block.depth < probe.end:
+            # Without one of its pieces a state is none.
+            at = (page.block.depth - probe.first) * self.num_asked + min(page.group, self.num_asked - 1)
+            probe.answer[at] = False
 
     def overlay(self, survey: Survey, state: RequestState, limit: int) -> None:
         """Enter what probes answered where the catalog knows nothing better."""

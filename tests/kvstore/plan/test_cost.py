@@ -18,30 +18,30 @@ def model(**tiers: float) -> CostModel:
 def test_everything_is_worth_loading_while_nothing_is_known() -> None:
     costs = CostModel({"disk": TierCost(1)}, batch_bytes=MB)
 
-    assert costs.best_cut([("disk", 100, 100 * MB)], block_size=16) == 1
+    assert costs.best_end([(100, {"disk": 100 * MB})], block_size=16) == 100
 
 
 def test_a_tier_slower_than_the_engine_is_not_worth_it() -> None:
     costs = model(disk=1.0)
     costs.observe_prefill(1000, 1.0)
 
-    assert costs.best_cut([(None, 10, 0), ("disk", 1, MB)], block_size=16) == 1  # 16 ms of computing against 1 s
+    assert costs.best_end([(10, {}), (11, {"disk": MB})], block_size=16) == 10  # 16 ms of computing against 1 s
 
 
 def test_a_tier_faster_than_the_engine_is_worth_it() -> None:
     costs = model(disk=0.001)
     costs.observe_prefill(1000, 1.0)
 
-    assert costs.best_cut([(None, 10, 0), ("disk", 1, MB)], block_size=16) == 2
+    assert costs.best_end([(10, {}), (11, {"disk": MB})], block_size=16) == 11
 
 
 def test_a_slow_stretch_is_loaded_for_the_sake_of_what_follows() -> None:
     costs = model(redis=0.02)
     costs.observe_prefill(1000, 1.0)
 
-    runs = [("redis", 1, MB), (None, 100, 0)]  # 20 ms for 16 ms, and then 1.6 s for nothing
+    ends = [(1, {"redis": MB}), (101, {"redis": MB})]  # 20 ms for 16 ms, and then 1.6 s for nothing
 
-    assert costs.best_cut(runs, block_size=16) == 2
+    assert costs.best_end(ends, block_size=16) == 101
 
 
 def test_latency_counts_for_small_loads() -> None:
@@ -49,8 +49,8 @@ def test_latency_counts_for_small_loads() -> None:
     costs.tiers["redis"].latency_s = 0.5
     costs.observe_prefill(1000, 1.0)
 
-    assert costs.best_cut([("redis", 1, MB)], block_size=16) == 0
-    assert costs.best_cut([("redis", 100, 100 * MB)], block_size=16) == 1
+    assert costs.best_end([(1, {"redis": MB})], block_size=16) == 0
+    assert costs.best_end([(100, {"redis": 100 * MB})], block_size=16) == 100
 
 
 def test_workers_share_the_load() -> None:

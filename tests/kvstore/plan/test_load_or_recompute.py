@@ -11,10 +11,12 @@ import pytest
 
 from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
+from kvstore.plan.cost import REMEASURE_AFTER_S
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import Op, Outcome, PlanSettings, Request
 from kvstore.plan.tier_plan import TierPlan
 from radix.namespace import BlockHash
+from tests.helpers.planners import land
 
 BLOCK = 16
 PAGE_BYTES = 1 << 20
@@ -134,3 +136,55 @@ def test_only_what_the_engine_does_not_hold_is_weighed(held: int, expected: int)
 
     assert match.num_blocks == expected
     assert match.known == PROMPT_BLOCKS
+
+
+PIECE = LayerGroup(GroupKind.RECURRENT, (1,), PAGE_BYTES)
+PAIRS = Layout(BLOCK, (LayerGroup(GroupKind.FULL, (0,), PAGE_BYTES), PIECE, PIECE), "test", "uint8")
+
+
+def paired(disk_seconds_per_page: float, *states: int) -> tuple[Planner, Request]:
+    """A prompt whose pages are in host memory, and the states after so many blocks on disk, all that is stored."""
+    plans = [TierPlan("disk", None, None, is_indexed=True, is_shared=False, workers=1, window_pages=10_000)]
+    planner = Planner(PAIRS, PlanSettings(2 * PROMPT_BLOCKS), make_policy("lru"), plans)
+    request = Request(1, path(0), PROMPT_BLOCKS * BLOCK + 1)
+    lease = planner.prepare_save(request, 0, PROMPT_BLOCKS, 0.0, states=[after - 1 for after in states])
+    planner.complete(lease.id, 0.0)
+    land(planner)
+    blocks = [planner.books.catalog.get(request.keys[after - 1]) for after in states]
+    planner.books.host.drop([page for block in blocks if block is not None for page in block.pages[1:]])
+    planner.observe_prefill(1000, 1000 / TOKENS_PER_S)
+    planner.books.costs.tiers["disk"].observe(disk_seconds_per_page, PAGE_BYTES, 0.0)
+    return planner, request
+
+
+@pytest.mark.parametrize(
+    ("disk_seconds_per_page", "states", "expected"),
+    [
+        (0.1, (PROMPT_BLOCKS,), PROMPT_BLOCKS),  # longer than a block, and a fifth of the prompt
+        (0.1, (PROMPT_BLOCKS // 2, PROMPT_BLOCKS), PROMPT_BLOCKS),
+        (0.6, (PROMPT_BLOCKS,), 0),  # longer than the prompt
+        (0.6, (), 0),
+    ],
+)
+def test_a_state_is_weighed_against_all_that_is_computed_without_it(
+    disk_seconds_per_page: float, states: tuple[int, ...], expected: int
+) -> None:
+    planner, request = paired(disk_seconds_per_page, *states)
+
+    match = planner.lookup(request, 1.0)
+
+    assert match.num_blocks == expected
+    assert match.known == max(states, default=0)
+
+
+def test_a_tier_that_had_a_state_only_is_measured_again() -> None:
+    planner, request = paired(0.6, PROMPT_BLOCKS)
+    assert planner.lookup(request, 1.0).num_blocks == 0
+
+    planner.lookup(request, 1.0 + REMEASURE_AFTER_S)
+    (sample,) = planner.take_transfers()
+    planner.outcome(Outcome(sample.id, (True,) * len(sample.keys), 0.001, 2 * PAGE_BYTES), 20.0)
+
+    assert (sample.op, len(sample.keys)) == (Op.FETCH, 2)
+    assert planner.lookup(request, 21.0).num_blocks == PROMPT_BLOCKS
+    planner.check()

@@ -8,6 +8,7 @@ import pytest
 
 from eviction.registry import make_policy
 from kvstore.layout import GroupKind, LayerGroup, Layout
+from kvstore.page import page_key
 from kvstore.plan.planner import Planner
 from kvstore.plan.records import CutReason, Op, Outcome, PlanSettings, Request
 from kvstore.plan.state import PageState
@@ -209,6 +210,22 @@ def ask(planner: Planner, request: Request, states: set[int]) -> None:
         num_asked = planner.lookups.probes.num_asked
         ok = [at % num_asked < num_asked - 1 or at // num_asked + 1 in states for at in range(len(transfer.keys))]
         planner.outcome(Outcome(transfer.id, tuple(ok), 0.001, 1), 0.0)
+
+
+def test_a_state_of_which_a_shared_tier_lost_a_piece_is_not_tried_twice_by_one_request() -> None:
+    """Redis evicts keys one by one, and is asked for the first piece of a state only."""
+    planner, request = make(64, REDIS), path(0, 6)
+    gone = page_key(request.keys[5], 2)
+    ask(planner, request, {3, 6})
+    lease = planner.prepare_load(request, 6, 0.0)
+
+    for transfer in planner.take_transfers():
+        planner.outcome(Outcome(transfer.id, tuple(key != gone for key in transfer.keys), 0.001, 1), 0.0)
+
+    assert planner.poll(lease.id).num_blocks == 0
+    planner.release(lease.id, 0.0)
+    assert planner.lookup(request, 0.0).num_blocks == 3
+    assert load(planner, request, 3)[-2:] == [(2, 1), (2, 2)]
 
 
 @pytest.mark.parametrize("seed", range(30))
