@@ -159,6 +159,20 @@ def test_in_the_middle_of_a_move_pages_are_there_or_not_and_no_error(made: Produ
         assert tier.counters.corrupt_pages == 0
 
 
+@pytest.mark.parametrize("made", REDIS, indirect=True)
+def test_in_the_middle_of_a_move_nobody_waits_for_a_claim(made: Product) -> None:
+    with cluster(made.binary, replicas=0) as servers, closing(tier_on(servers)) as tier:
+        old, new = servers.nodes[0], servers.nodes[2]
+        key, *_ = held_by(tier, old)
+        begin_move(slot_of(tier, key), old, new)
+
+        claimed = tier.claim(KEYS, token=b"machine", lease_s=60.0, timeout_s=TIMEOUT_S)
+        tier.unclaim(KEYS, token=b"machine", timeout_s=TIMEOUT_S)
+
+        assert claimed == [True] * len(KEYS)
+        assert command(new, "DBSIZE") == 0
+
+
 @pytest.mark.parametrize("made", VALKEY, indirect=True)
 def test_a_node_that_is_added_takes_its_share(made: Product) -> None:
     with ExitStack() as stack:

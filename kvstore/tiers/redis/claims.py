@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from kvstore.tiers.redis.connection import RedisConnection
-from kvstore.tiers.redis.refusal import checked
+from kvstore.tiers.redis.refusal import checked, is_moving
 
 ENDING = b":claim"  # no other part of a page has a name of that length
 KEYS_AT_ONCE = 512  # per script: about a millisecond of the server's time
@@ -76,7 +76,11 @@ class RedisClaims:
     def _run(
         self, script: bytes, heads: Sequence[bytes], args: tuple[bytes | int, ...], timeout_s: float
     ) -> list[bool]:
-        """Run a script over the claims on pages, so many at once; for which of them it said 1."""
+        """Run a script over the claims on pages, so many at once; for which of them it said 1.
+
+        Of a slot that is on its way to another node nobody can say who claims what is in it. Such a page counts as
+        claimed: at worst two machines compute it, and neither waits for a third that does not.
+        """
         names = [head + ENDING for head in heads]
         said = [False] * len(names)
 
@@ -85,7 +89,8 @@ class RedisClaims:
             commands = [(b"EVAL", script, len(batch), *(names[i] for i in batch), *args) for batch in batches]
             for batch, reply in zip(batches, wire.ask(commands), strict=True):
                 checked(reply, f"{wire.where} takes no claims", wire.account)
-                for i, answer in zip(batch, reply, strict=False):
+                answers = [1] * len(batch) if is_moving(reply) else reply
+                for i, answer in zip(batch, answers, strict=False):
                     said[i] = answer == 1
 
         self._on_each_node(names, timeout_s, run, all_nodes=True)
