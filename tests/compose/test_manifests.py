@@ -16,6 +16,7 @@ import redis
 import yaml
 
 from kvstore.ports import free_ports
+from kvstore.vllm.command import transfer_config
 from tests.helpers.waiting import wait_until
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes"
@@ -67,7 +68,8 @@ def test_engines_find_the_socket_of_their_nodes_daemon_as_its_user() -> None:
     assert url == "unix://" + served["args"][served["args"].index("--socket") + 1]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert url.startswith(f"unix://{mounts['socket']}/")
-    assert config["kv_connector"] == "KVStoreConnector"
+    # Also that a page which is gone by then is computed: by default it ends the request.
+    assert config == transfer_config(config["kv_connector_extra_config"])
 
 
 def test_no_service_defines_variables_that_a_daemon_or_an_engine_would_take_for_its_own() -> None:
