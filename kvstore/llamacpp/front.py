@@ -220,11 +220,12 @@ class LlamaFront:
     ) -> tuple[web.StreamResponse, Counts | None]:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         counts: Counts | None = None
-        has_begun = False
+        has_begun = is_over = False
         await to_client(response.prepare(request))
         try:
             async for one in read_events(answer.content.iter_any()):
                 raw = one.raw
+                is_over = is_over or one.is_done or b'"error"' in (one.data or b"")
                 if not has_begun and one.data is not None:
                     has_begun = True
                     self.metrics.ttft.observe(monotonic() - turn.arrived)
@@ -235,6 +236,8 @@ class LlamaFront:
                         self._tell(found, turn, counts)
                         raw = event(found)
                 await to_client(response.write(raw))
+            if not is_over:
+                raise ValueError("the stream ended early")
         except (*LOST, ValueError) as error:
             self.seat.is_lost()
             why = f"llama-server has broken off its answer ({type(error).__name__})"
@@ -337,13 +340,10 @@ class LlamaFront:
                 return error
             case RequestError():
                 return ApiError(400, str(error), param="kvstore")
-            case ServerGone():
-                self.seat.is_lost()
-                return ApiError(503, str(error), kind="server_error", code="server_gone", retry_after_s=RETRY_S)
-            case aiohttp.ClientConnectionError():
-                self.seat.is_lost()
-                why = f"llama-server at {self.server.url} cannot be reached"
-                return ApiError(503, why, kind="server_error", code="server_gone", retry_after_s=RETRY_S)
+        if isinstance(error, (ServerGone, *LOST)):
+            self.seat.is_lost()
+            why = str(error) if isinstance(error, ServerGone) else f"llama-server at {self.server.url} cannot be reached"
+            return ApiError(503, why, kind="server_error", code="server_gone", retry_after_s=RETRY_S)
         log.error("a request failed: %s", logs.where(error))  # not its text: that may hold a prompt
         return ApiError(500, "a fault in the front; its log has more", kind="server_error")
 

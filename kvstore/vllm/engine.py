@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
 
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.vllm.counters import EngineCounters, read_counters
+from kvstore.vllm.requests import texts_or_ids
 
 CALL_TIMEOUT_S = 30.0
+LOOK_TIMEOUT_S = 10.0  # its API has a process of its own, which answers while others compute
 CONNECT_TIMEOUT_S = 5.0
 KEEPALIVE_S = 3.0  # vLLM hangs up after 5 s without a request; a request sent in that moment would be lost
+
+CONVERSATION = ("model", "messages", "tools", "chat_template", "chat_template_kwargs", "add_generation_prompt")
 
 
 class EngineGone(KVStoreError):
     """vLLM cannot be reached, or hangs."""
+
+
+class EngineSilent(EngineGone):
+    """vLLM has not answered in time."""
 
 
 class VllmEngine:
@@ -30,6 +39,7 @@ class VllmEngine:
         self.models: tuple[str, ...] = ()
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._session: aiohttp.ClientSession | None = None
+        self._answers: set[aiohttp.ClientResponse] = set()
 
     @property
     def session(self) -> aiohttp.ClientSession:
@@ -43,10 +53,23 @@ class VllmEngine:
         return self._session
 
     async def close(self) -> None:
-        """Hang up. Idempotent."""
+        """Hang up: what is under way ends as if vLLM had. Idempotent; the next use connects again."""
+        for answer in self._answers:
+            # Closing a connection does not wake one that reads from it.
+            answer.content.set_exception(aiohttp.ClientPayloadError("hung up"))
         if self._session is not None:
             await self._session.close()
             self._session = None
+
+    @asynccontextmanager
+    async def generate(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Its answer to a request, which may take for ever: from the first byte on. Raises what aiohttp does."""
+        async with self.session.post(self.url + path, json=body) as answer:
+            self._answers.add(answer)
+            try:
+                yield answer
+            finally:
+                self._answers.discard(answer)
 
     async def identify(self) -> None:
         """Ask what it serves. Raises ConfigError if it is no vLLM server, EngineGone if it cannot be reached."""
@@ -64,57 +87,49 @@ class VllmEngine:
             ) from None
 
     async def is_well(self) -> bool:
-        """Whether it says that it is."""
-        status, _ = await self._call("GET", "/health")
+        """Whether it says that it is. Raises EngineGone."""
+        status, _ = await self._call("GET", "/health", timeout_s=LOOK_TIMEOUT_S)
         return status == 200
 
-    async def tokenize(self, body: Mapping[str, Any]) -> list[int] | None:
-        """The tokens of a request's prompt; None where vLLM has to say itself what is wrong with it."""
-        if "messages" in body:
-            kept: tuple[str, ...] = (
-                "model",
-                "messages",
-                "tools",
-                "chat_template",
-                "chat_template_kwargs",
-                "add_generation_prompt",
-            )
-        else:
-            prompt = body.get("prompt")
-            if isinstance(prompt, list):
-                return _ids(prompt)
-            kept = ("model", "prompt", "add_special_tokens")
-        status, raw = await self._call("POST", "/tokenize", {name: body[name] for name in kept if name in body})
+    async def tokenize(self, body: Mapping[str, Any], *, is_chat: bool) -> list[int] | None:
+        """The tokens of a request's prompt; None where vLLM has to say itself what is wrong with it.
+
+        Several prompts count as one: as much of them has to be computed. Raises EngineGone.
+        """
+        if is_chat:
+            return await self._tokens({name: body[name] for name in CONVERSATION if name in body})
+        prompts = texts_or_ids(body)
+        if all(isinstance(one, str) for one in prompts):
+            asked = {name: body[name] for name in ("model", "add_special_tokens") if name in body}
+            return await self._tokens({**asked, "prompt": "\n".join(prompts)})
+        ids = [token for one in prompts if isinstance(one, list) for token in one]
+        return ids if all(type(token) is int for token in ids) else None
+
+    async def counters(self) -> tuple[EngineCounters, str] | None:
+        """What it has counted, and the text that says so; None where it does not say. Raises EngineGone."""
+        status, raw = await self._call("GET", "/metrics", timeout_s=LOOK_TIMEOUT_S)
+        text = raw.decode(errors="replace")
+        try:
+            return (read_counters(text), text) if status == 200 else None
+        except ValueError:
+            return None
+
+    async def _tokens(self, asked: Mapping[str, Any]) -> list[int] | None:
+        status, raw = await self._call("POST", "/tokenize", asked)
         try:
             tokens = json.loads(raw)["tokens"] if status == 200 else None
         except (ValueError, KeyError, TypeError):
             return None
         return tokens if isinstance(tokens, list) else None
 
-    async def counters(self) -> tuple[EngineCounters, str]:
-        """What it has counted, and the text that says so. Raises EngineGone."""
-        _, raw = await self._call("GET", "/metrics")
-        text = raw.decode(errors="replace")
-        try:
-            return read_counters(text), text
-        except ValueError:
-            return EngineCounters(), ""
-
-    async def _call(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
-        timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+    async def _call(
+        self, method: str, path: str, body: Any = None, timeout_s: float = CALL_TIMEOUT_S
+    ) -> tuple[int, bytes]:
+        timeout = aiohttp.ClientTimeout(total=timeout_s, connect=CONNECT_TIMEOUT_S)
         try:
             async with self.session.request(method, self.url + path, json=body, timeout=timeout) as answer:
                 return answer.status, await answer.read()
         except asyncio.TimeoutError:
-            raise EngineGone(f"vLLM at {self.url} does not answer {path} within {CALL_TIMEOUT_S:.0f} s") from None
+            raise EngineSilent(f"vLLM at {self.url} does not answer {path} within {timeout_s:.0f} s") from None
         except aiohttp.ClientError as error:
             raise EngineGone(f"vLLM at {self.url} cannot be reached ({type(error).__name__})") from None
-
-
-def _ids(prompt: list[Any]) -> list[int] | None:
-    """The tokens of a prompt of ids; several prompts count as one, for they are computed as many."""
-    if all(type(one) is int for one in prompt):
-        return prompt
-    if all(isinstance(one, list) and all(type(token) is int for token in one) for one in prompt):
-        return [token for one in prompt for token in one]
-    return None

@@ -27,9 +27,9 @@ from kvstore.cluster.relay import NAME_HEADER, ClientGone, to_client
 from kvstore.errors import KVStoreError
 from kvstore.metrics import CONTENT_TYPE
 from kvstore.vllm.books import EngineBooks
-from kvstore.vllm.engine import EngineGone, VllmEngine
+from kvstore.vllm.engine import EngineGone, EngineSilent, VllmEngine
 from kvstore.vllm.metrics import VllmMetrics
-from kvstore.vllm.requests import AnswerUsage, apply_extension, ask_for_usage, event_of, held_answer_tokens
+from kvstore.vllm.requests import AnswerUsage, apply_extension, ask_for_usage, event_of, held_answer_tokens, salt_of
 from kvstore.vllm.seen import SeenPrompts
 from kvstore.web.bodies import Bodies
 from kvstore.web.sse import read_events
@@ -40,6 +40,7 @@ CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 PASSED_ON = ("/tokenize", "/detokenize")
 SEEN_TOKENS = 1 << 20  # of prompts whose routing is remembered: 16 thousand blocks, 1 MiB
 LOOK_S = 1.0  # between looks at the engine
+SILENCES_TO_LOSE = 4  # in a row; so many times LOOK_TIMEOUT_S
 RETRY_S = 1
 # Lost while waiting for the engine's answer, or in the middle of it.
 LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.TimeoutError)
@@ -83,6 +84,7 @@ class VllmFront:
         )
         self.is_draining = False
         self._is_well = False
+        self._silences = 0
         self._engine_text = ""
         self._seen = SeenPrompts(SEEN_TOKENS)
         self._bodies = Bodies()
@@ -145,17 +147,24 @@ class VllmFront:
         await self.engine.close()
 
     async def look(self) -> None:
-        """Read the engine's counters, and whether it is well."""
+        """Read the engine's counters, and whether it is well. One that hangs is given up, with what it has."""
         try:
-            counters, self._engine_text = await self.engine.counters()
+            told = await self.engine.counters()
             self._is_well = await self.engine.is_well()
         except EngineGone as error:
             if self._is_well:
                 log.warning("%s", error)
-            self._is_well = False
+            self._is_well, self._engine_text = False, ""
+            self._silences = self._silences + 1 if isinstance(error, EngineSilent) else 0
+            if self._silences == SILENCES_TO_LOSE:
+                log.warning("vLLM at %s hangs: what it has not answered is given up", self.engine.url)
+                await self.engine.close()
         else:
-            self.books.observe(counters)
-            self.metrics.take(counters)
+            self._silences, self._engine_text = 0, ""
+            if told is not None:
+                counters, self._engine_text = told
+                self.books.observe(counters)
+                self.metrics.take(counters)
 
     async def _look_again(self) -> None:
         while True:
@@ -170,14 +179,15 @@ class VllmFront:
         body = parse_object(await read_body(request, self._bodies))
         extension = take_extension(body)
         self.books.admission.check_queue(self.books.num_queued)
-        tokens = await self.engine.tokenize(body) or []
+        tokens = await self.engine.tokenize(body, is_chat=request.path == CHAT) or []
         self._check_open()
-        new_tokens = held_answer_tokens(request.path, body)
+        salt = salt_of(body, extension)
+        new_tokens = held_answer_tokens(request.path, body, self.settings.max_tokens - len(tokens))
         self._check_fits(request.path, len(tokens), new_tokens)
         ticket = self.books.enter(len(tokens), new_tokens)
         try:
             if extension.cache:
-                self._seen.add(tokens, extension.tenant)
+                self._seen.add(tokens, salt)
             apply_extension(body, extension)
             return await self._forward(request, body, ticket, arrived)
         except LOST:
@@ -192,7 +202,7 @@ class VllmFront:
         self, request: web.Request, body: dict[str, Any], ticket: Ticket, arrived: float
     ) -> web.StreamResponse:
         shows_usage = ask_for_usage(body) if body.get("stream") is True else True
-        async with self.engine.session.post(self.engine.url + request.path, json=body) as answer:
+        async with self.engine.generate(request.path, body) as answer:
             if answer.status == 200 and answer.content_type == "text/event-stream":
                 return await self._stream(request, answer, ticket, arrived, shows_usage)
             raw = await answer.read()
@@ -206,11 +216,11 @@ class VllmFront:
         self, request: web.Request, answer: aiohttp.ClientResponse, ticket: Ticket, arrived: float, shows_usage: bool
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        usage, began, last = AnswerUsage(), 0.0, 0.0
+        usage, began, last, is_over = AnswerUsage(), 0.0, 0.0, False
         try:
             async for one in read_events(answer.content.iter_any()):
                 found = {} if one.data is None or one.is_done else event_of(one.data)
-                raw = one.raw
+                raw, is_over = one.raw, is_over or one.is_done or found.get("error") is not None
                 if found.get("choices"):
                     last = time.monotonic()
                     if not began:
@@ -225,6 +235,8 @@ class VllmFront:
                 if not response.prepared:
                     await to_client(response.prepare(request))
                 await to_client(response.write(raw))
+            if not is_over:
+                raise ValueError("the stream ended early")
         except (*LOST, ValueError) as error:
             if not response.prepared:
                 raise EngineGone(f"vLLM at {self.engine.url} has broken off its answer") from None
@@ -272,10 +284,10 @@ class VllmFront:
         self._check_open()
         body = parse_object(await read_body(request, self._bodies))
         extension = take_extension(body)
-        tokens = await self.engine.tokenize(body)
+        tokens = await self.engine.tokenize(body, is_chat="messages" in body)
         if tokens is None:
             raise ApiError(400, "the prompt's tokens are not known here", param="prompt")
-        hits = self._seen.common(tokens, extension.tenant) if extension.cache else 0
+        hits = self._seen.common(tokens, salt_of(body, extension)) if extension.cache else 0
         queued = self.books.admission.tokens_left
         return json_response({"prompt_tokens": len(tokens), "hit_tokens": hits, "queued_tokens": queued})
 
@@ -331,10 +343,10 @@ class VllmFront:
                 return ApiError(
                     429, str(error), kind="rate_limit_error", code=error.reason, retry_after_s=error.retry_after_s
                 )
-            case EngineGone() | aiohttp.ClientConnectionError():
-                self._is_well = False
-                why = str(error) if isinstance(error, EngineGone) else f"vLLM at {self.engine.url} cannot be reached"
-                return ApiError(503, why, kind="server_error", code="engine_gone", retry_after_s=RETRY_S)
+        if isinstance(error, (EngineGone, *LOST)):
+            self._is_well = False
+            why = str(error) if isinstance(error, EngineGone) else f"vLLM at {self.engine.url} cannot be reached"
+            return ApiError(503, why, kind="server_error", code="engine_gone", retry_after_s=RETRY_S)
         log.error("a request failed: %s", logs.where(error))  # not its text: that may hold a prompt
         return ApiError(500, "a fault in the front; its log has more", kind="server_error")
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvstore.cluster.openai import KVOptions
+from kvstore.cluster.openai import ApiError, KVOptions
 
 ANSWER_TOKENS = {"/v1/completions": 16, "/v1/chat/completions": 512}  # held for a request that names no limit
 
@@ -32,12 +32,36 @@ class AnswerUsage:
         return True
 
 
-def held_answer_tokens(path: str, body: Mapping[str, Any]) -> int:
-    """The answer tokens that a request may ask for, of all its answers: what it holds of the budget."""
+def held_answer_tokens(path: str, body: Mapping[str, Any], room: int) -> int:
+    """The answer tokens that a request may ask for, of all its answers: what it holds of the budget.
+
+    room: what is left of the whole budget beside its prompts; one that names no limit holds no more.
+    """
     limits = [body.get(name) for name in ("max_completion_tokens", "max_tokens")]
-    limit = next((one for one in limits if type(one) is int and one > 0), ANSWER_TOKENS[path])
+    limit = next((one for one in limits if type(one) is int and one > 0), None)
     answers = body.get("n")
-    return limit * (answers if type(answers) is int and answers > 0 else 1)
+    count = len(texts_or_ids(body)) * (answers if type(answers) is int and answers > 0 else 1)
+    return max(1, min(ANSWER_TOKENS[path] * count, room)) if limit is None else limit * count
+
+
+def texts_or_ids(body: Mapping[str, Any]) -> list[Any]:
+    """The prompts of a request: each a text, ids, or something that vLLM will refuse; one for a conversation."""
+    prompt = body.get("prompt")
+    is_several = isinstance(prompt, list) and bool(prompt) and all(isinstance(one, (str, list)) for one in prompt)
+    return prompt if is_several and isinstance(prompt, list) else [prompt]
+
+
+def salt_of(body: Mapping[str, Any], extension: KVOptions) -> str:
+    """vLLM's salt of a request that uses the cache, "" for none: only requests with the same one share KV.
+
+    It is made of the tenant and the request's own salt, each in a place of its own, so that no choice of one is another
+    tenant's. Raises ApiError 400.
+    """
+    own = body.get("cache_salt") or ""
+    if not isinstance(own, str):
+        raise ApiError(400, "cache_salt must be a string", param="cache_salt", code="invalid_value")
+    tenant = extension.tenant
+    return f"tenant:{len(tenant)}:{tenant}:{own}" if tenant or own else ""
 
 
 def apply_extension(body: dict[str, Any], extension: KVOptions) -> None:
@@ -45,11 +69,9 @@ def apply_extension(body: dict[str, Any], extension: KVOptions) -> None:
 
     A tenant, or no cache at all, is a salt of vLLM's: of its own cache and of the store, for block hashes are vLLM's.
     """
-    if not extension.cache:
-        body["cache_salt"] = f"none:{secrets.token_hex(16)}"
-    elif extension.tenant:
-        own = body.get("cache_salt")
-        body["cache_salt"] = f"tenant:{extension.tenant}" + (f":{own}" if own else "")
+    salt = salt_of(body, extension) if extension.cache else f"none:{secrets.token_hex(16)}"
+    if salt:
+        body["cache_salt"] = salt
     ours = extension.model_dump(exclude_defaults=True, exclude={"tenant", "hints"})
     added = {**({"kvstore": ours} if ours else {}), **({"kv_hint": extension.hints} if extension.hints else {})}
     if added:

@@ -20,26 +20,26 @@ class SeenPrompts:
         self._most = max(1, max_tokens // BLOCK_TOKENS)
         self._blocks: OrderedDict[int, None] = OrderedDict()
 
-    def add(self, tokens: Sequence[int], tenant: str) -> None:
+    def add(self, tokens: Sequence[int], salt: str) -> None:
         """A prompt goes to the engine."""
-        for name in self._names(tokens, tenant):
+        for name in self._names(tokens, salt):
             self._blocks[name] = None
             self._blocks.move_to_end(name)
         while len(self._blocks) > self._most:
             self._blocks.popitem(last=False)
 
-    def common(self, tokens: Sequence[int], tenant: str) -> int:
+    def common(self, tokens: Sequence[int], salt: str) -> int:
         """Leading tokens of a prompt that were sent lately, whole blocks of them."""
         count = 0
-        for name in self._names(tokens, tenant):
+        for name in self._names(tokens, salt):
             if name not in self._blocks:
                 break
             count += BLOCK_TOKENS
         return count
 
     @staticmethod
-    def _names(tokens: Sequence[int], tenant: str) -> Iterator[int]:
-        name = hash(tenant)
+    def _names(tokens: Sequence[int], salt: str) -> Iterator[int]:
+        name = hash(salt)
         for first in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
             name = hash((name, *tokens[first : first + BLOCK_TOKENS]))
             yield name

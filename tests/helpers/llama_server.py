@@ -57,6 +57,7 @@ class FakeLlama:
 
     forgets:      a restore is answered with success, and has no effect.
     rope:         a setting that it tells nobody, and that its rows depend on.
+    ends:         a stream ends before its last event, as if that were all.
     cannot_erase: it answers that it has failed to empty a slot.
     """
 
@@ -69,7 +70,7 @@ class FakeLlama:
             "model_path": str(folder / "model.gguf"),
             "default_generation_settings": {"n_ctx": 4096},
         }
-        self.forgets = False
+        self.forgets = self.ends = False
         self.rope = ""
         self.cannot_erase = False
         self.has_slots = True
@@ -172,6 +173,6 @@ class FakeLlama:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         first = {"choices": [{"text": "", "index": 0, "finish_reason": None}]}
-        for one in (json.dumps(first), json.dumps(found), "[DONE]"):
+        for one in (json.dumps(first), json.dumps(found), "[DONE]")[: 1 if self.ends else 3]:
             await response.write(f"data: {one}\n\n".encode())
         return response

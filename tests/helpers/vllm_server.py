@@ -14,20 +14,24 @@ class FakeVllm:
 
     hold:   answers wait until it is set; a stream has its first token by then.
     cached: tokens of every prompt that it says it had.
-    breaks: a stream ends after its first token.
+    breaks: a stream's connection breaks after its first token.
+    ends:   a stream ends after its first token, as if that were all.
+    hangs:  nothing is answered any more.
+    tells:  status of its metrics.
     """
 
     def __init__(self) -> None:
         self.hold = asyncio.Event()
         self.hold.set()
         self.cached = 0
-        self.breaks = False
+        self.breaks = self.ends = self.hangs = False
+        self.tells = 200
         self.is_well = True
         self.max_model_len = 4096
         self.bodies: list[dict[str, Any]] = []
         self.counters: dict[str, float] = {"vllm:prompt_tokens_total": 0, "vllm:generation_tokens_total": 0}
         self.url = ""
-        app = web.Application()
+        app = web.Application(middlewares=[self._hang])
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/metrics", self._metrics)
@@ -49,6 +53,13 @@ class FakeVllm:
         """Stop listening."""
         await self._runner.cleanup()
 
+    @web.middleware
+    async def _hang(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if self.hangs:
+            await asyncio.Event().wait()
+        response: web.StreamResponse = await handler(request)
+        return response
+
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=200 if self.is_well else 503)
 
@@ -56,7 +67,8 @@ class FakeVllm:
         return web.json_response({"data": [{"id": "tiny", "max_model_len": self.max_model_len}]})
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        return web.Response(text="".join(f"{name} {value}\n" for name, value in self.counters.items()))
+        text = "".join(f"{name} {value}\n" for name, value in self.counters.items())
+        return web.Response(text=text if self.tells == 200 else "", status=self.tells)
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -86,6 +98,8 @@ class FakeVllm:
                 assert request.transport is not None
                 request.transport.abort()
                 return response
+            if self.ends:
+                return response
             if number == 0:
                 await self.hold.wait()
         if body.get("stream_options", {}).get("include_usage"):
@@ -98,6 +112,8 @@ def tokens_of(body: dict[str, Any]) -> list[int]:
     """One for each character."""
     prompt = body.get("prompt")
     if isinstance(prompt, list):
-        return prompt
+        return (
+            [token for one in prompt for token in tokens_of({"prompt": one})] if isinstance(prompt[0], str) else prompt
+        )
     text = prompt if prompt is not None else "".join(one["content"] for one in body["messages"])
     return [ord(letter) for letter in text]

@@ -234,6 +234,16 @@ class TestForwarding:
         assert lines[-1] == "data: [DONE]"
         assert json.loads(lines[1].removeprefix("data: "))["kvstore"]["restored_tokens"] == len(HEAD)
 
+    async def test_a_stream_that_ends_early_is_not_taken_for_a_whole_answer(self, llama: FakeLlama) -> None:
+        llama.ends = True
+        async with fronted(llama) as client, aiohttp.ClientSession() as session:
+            body = {"prompt": HEAD, "stream": True}
+            async with session.post(client.front.site.url + "/v1/completions", json=body) as answer:
+                *_, last = [line for line in (await answer.text()).split("\n\n") if line]
+            await client.settle()
+
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "server_lost"
+
     async def test_a_client_that_leaves_gives_its_slot_back(self, llama: FakeLlama) -> None:
         async with fronted(llama) as client:
             llama.hold.clear()

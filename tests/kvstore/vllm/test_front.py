@@ -9,6 +9,7 @@ import aiohttp
 import pytest
 
 from kvstore.errors import ConfigError
+from kvstore.vllm import engine, front
 from kvstore.vllm.engine import VllmEngine
 from kvstore.vllm.front import VllmFront, VllmFrontSettings
 from tests.helpers.llama_front import until
@@ -107,6 +108,39 @@ class TestAnswers:
         assert events(raw)[-1]["error"]["code"] == "engine_lost"
         assert b"[DONE]" not in raw
 
+    async def test_a_stream_that_ends_early_is_not_taken_for_a_whole_answer(self, vllm: FakeVllm, make: Any) -> None:
+        vllm.ends = True
+        client = await make()
+
+        _, _, raw = await client.post(prompt="hello", max_tokens=3, stream=True)
+
+        assert events(raw)[-1]["error"]["code"] == "engine_lost"
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_an_engine_that_hangs_is_given_up_with_what_it_has(
+        self, vllm: FakeVllm, make: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
+    ) -> None:
+        monkeypatch.setattr(engine, "LOOK_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(front, "LOOK_S", 0.01)
+        vllm.hold.clear()
+        client = await make()
+        asked = asyncio.ensure_future(client.post(prompt="hello", max_tokens=3, stream=stream))
+        await until(lambda: len(vllm.bodies) == 1)
+        vllm.hangs = True
+
+        await until(lambda: client.front.books.num_inside == 0)
+        status, _, raw = await asked
+
+        assert (status, json.loads(raw)["error"]["code"] if status == 503 else events(raw)[-1]["error"]["code"]) == (
+            (200, "engine_lost") if stream else (503, "engine_gone")
+        )
+        assert (await client.get("/readyz"))[0] == 503
+        vllm.hangs = False
+        vllm.hold.set()
+        await client.front.look()
+        assert (await client.get("/readyz"))[0] == 200
+        await client.ask("hello")
+
     async def test_a_client_that_leaves_gives_its_tokens_back(self, vllm: FakeVllm, make: Any) -> None:
         vllm.hold.clear()
         client = await make()
@@ -131,12 +165,12 @@ class TestAnswers:
         assert (await client.get("/readyz"))[0] == 503
 
     async def test_a_server_that_is_no_vllm_is_told(self, vllm: FakeVllm) -> None:
-        engine = VllmEngine(f"{vllm.url}/nowhere")
+        nowhere = VllmEngine(f"{vllm.url}/nowhere")
         try:
             with pytest.raises(ConfigError, match="it is no vLLM server; give the address of one: --url"):
-                await engine.identify()
+                await nowhere.identify()
         finally:
-            await engine.close()
+            await nowhere.close()
 
 
 class TestTheCache:
@@ -149,11 +183,29 @@ class TestTheCache:
         await client.ask("hello")
 
         first, second, third, plain = vllm.bodies
-        assert first["cache_salt"] == "tenant:acme"
+        assert first["cache_salt"] == "tenant:4:acme:"
         assert first["kv_transfer_params"] == {"kvstore": {"session": "s", "ttl_s": 60.0}}
         assert second["kv_transfer_params"] == {"kvstore": {"cache": False}}
         assert second["cache_salt"] != third["cache_salt"]
         assert not {"kvstore", "cache_salt", "kv_transfer_params"} & plain.keys()
+
+    async def test_no_choice_of_salt_and_tenant_is_another_tenants(self, vllm: FakeVllm, make: Any) -> None:
+        client = await make()
+        same = [("a", "b:c"), ("a:b", "c"), ("", "a:b:c"), ("", "tenant:a:b:c"), ("", "tenant:1:a:b:c"), ("a", "")]
+
+        for tenant, own in (*same, ("a", "b:c")):
+            await client.ask("hello", kvstore={"tenant": tenant}, **({"cache_salt": own} if own else {}))
+
+        salts = [body["cache_salt"] for body in vllm.bodies]
+        assert len(set(salts)) == len(same)
+        assert salts[0] == salts[-1]
+
+    async def test_a_salt_that_is_none_is_told(self, make: Any) -> None:
+        client = await make()
+
+        status, _, raw = await client.post(prompt="hello", cache_salt=["a"], kvstore={"tenant": "a"})
+
+        assert (status, json.loads(raw)["error"]["param"]) == (400, "cache_salt")
 
     async def test_a_wrong_extension_is_told_by_its_field(self, make: Any) -> None:
         client = await make()
@@ -175,6 +227,7 @@ class TestTheCache:
         assert await hits(prompt="x" * 150) == 128
         assert await hits(prompt="y" * 150) == 0
         assert await hits(prompt="x" * 150, kvstore={"tenant": "other"}) == 0
+        assert await hits(prompt="x" * 150, cache_salt="other") == 0
 
 
 class TestAdmission:
@@ -224,16 +277,34 @@ class TestAdmission:
         assert status == 400
         assert json.loads(raw)["error"]["code"] == "context_length_exceeded"
 
-    async def test_a_request_for_several_answers_holds_them_all(self, vllm: FakeVllm, make: Any) -> None:
+    @pytest.mark.parametrize(
+        ("body", "tokens"),
+        [
+            ({"prompt": "x" * 10, "max_tokens": 5, "n": 3}, 10 + 3 * 5),
+            ({"prompt": ["x" * 10, "y" * 10], "max_tokens": 5, "n": 3}, 10 + 1 + 10 + 2 * 3 * 5),
+            ({"prompt": [[1] * 10, [2] * 20], "max_tokens": 5}, 30 + 2 * 5),
+            ({"prompt": "x" * 10, "messages": [], "max_tokens": 5}, 10 + 5),
+        ],
+    )
+    async def test_a_request_holds_all_its_prompts_and_all_their_answers(
+        self, vllm: FakeVllm, make: Any, body: dict[str, Any], tokens: int
+    ) -> None:
         vllm.hold.clear()
         client = await make()
-        asked = asyncio.ensure_future(client.post(prompt="x" * 10, max_tokens=5, n=3))
+        asked = asyncio.ensure_future(client.post(**body))
         await until(lambda: client.front.books.num_inside == 1)
 
-        assert client.front.books.admission.tokens == 25
+        assert client.front.books.admission.tokens == tokens
 
         vllm.hold.set()
         await asked
+
+    async def test_a_request_that_names_no_limit_holds_no_more_than_there_is(self, make: Any) -> None:
+        client = await make(max_tokens=100)
+
+        status, _, _ = await client.post("/v1/chat/completions", messages=[{"role": "user", "content": "x" * 90}])
+
+        assert status == 200
 
     async def test_after_the_end_was_asked_for_nothing_is_let_in(self, vllm: FakeVllm, make: Any) -> None:
         vllm.hold.clear()
@@ -273,3 +344,26 @@ async def test_metrics_are_those_of_a_replica_from_vllms_counters_and_vllms_own_
         "vllm:prompt_tokens_total 500",
     ):
         assert f"\n{line}\n" in f"\n{text}\n"
+
+
+async def test_metrics_that_are_not_told_for_once_are_not_counted_twice(vllm: FakeVllm, make: Any) -> None:
+    client = await make()
+    vllm.counters["vllm:prompt_tokens_total"] = 500
+    await client.front.look()
+    vllm.tells = 500
+    await client.front.look()
+    vllm.tells = 200
+
+    await client.front.look()
+
+    assert "kvstore_replica_prompt_tokens_total 500.0" in (await client.get("/metrics"))[1]
+
+
+async def test_what_a_lost_engine_counted_is_not_told_as_if_it_were_there(vllm: FakeVllm, make: Any) -> None:
+    client = await make()
+    before = (await client.get("/metrics"))[1]
+    await vllm.stop()
+    await client.front.look()
+
+    assert "vllm:prompt_tokens_total" in before
+    assert "vllm:prompt_tokens_total" not in (await client.get("/metrics"))[1]
