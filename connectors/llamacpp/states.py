@@ -42,12 +42,14 @@ class StoredPrefix:
     """What is stored of a prompt: its first `stored_tokens`, of which `num_tokens` can be resumed from.
 
     pending: tiers are being asked, which may have more.
+    by_tier: of the latter, where they would come from.
     """
 
     request: Request | None = None
     num_tokens: int = 0
     stored_tokens: int = 0
     pending: bool = False
+    by_tier: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,8 @@ class SlotStates:
     def _found(self, request: Request, match: Match) -> StoredPrefix:
         blocks = resume_blocks(match.num_blocks, request.num_tokens, self._block_size)
         size = self._block_size
-        return StoredPrefix(request, blocks * size, match.num_blocks * size, match.pending)
+        by_tier = tokens_by_tier(match.by_tier, blocks, size)
+        return StoredPrefix(request, blocks * size, match.num_blocks * size, match.pending, by_tier)
 
     def _write(self, request: Request, tokens: Tokens, wanted: int, path: Path) -> RestoreFile:
         lease = self.store.prepare_load(request, wanted)

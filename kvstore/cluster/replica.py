@@ -254,6 +254,7 @@ class ReplicaServer:
                 "prompt_tokens": len(job.tokens),
                 "hit_tokens": sum(by_tier.values()),
                 "by_tier": {tier: by_tier.get(tier, 0) for tier in TIERS},
+                "shared_tokens": registry.over_network(by_tier),
                 "queued_requests": self.engine.num_queued,
                 "queued_tokens": self.engine.admission.tokens_left,
             }

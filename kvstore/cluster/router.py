@@ -154,7 +154,8 @@ class Router:
             async with self.replicas.session.post(url, data=raw, headers=headers, timeout=timeout) as answer:
                 body = json.loads(await answer.read())
                 if answer.status == 200:
-                    return ReplicaView(int(body["prompt_tokens"]), int(body["hit_tokens"]), int(body["queued_tokens"]))
+                    prompt, hits, queued = (int(body[f"{name}_tokens"]) for name in ("prompt", "hit", "queued"))
+                    return ReplicaView(prompt, hits, queued, int(body.get("shared_tokens", 0)))
         except (*NOT_THERE, asyncio.TimeoutError, ValueError, KeyError, TypeError):
             link.num_silent_lookups += 1
         return None

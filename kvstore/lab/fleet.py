@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from eviction.registry import make_policy
-from kvstore.cluster.routing import Policy, PrefixAware, ReplicaView, RoundRobin
+from kvstore.cluster.routing import SHARED_WORTH, Policy, PrefixAware, ReplicaView, RoundRobin
 from kvstore.errors import ConfigError
 from kvstore.lab.engine import VirtualEngine
 from kvstore.lab.replay import key_of
@@ -45,7 +45,7 @@ class FleetPlan:
 
     host_blocks, lower_blocks: of one replica, in host memory and below it. is_pooled: what is below is one tier that
     all share, of all their room; else each has a disk of its own. shared_worth: what the router takes a token for that
-    only the shared tier has, where one in the replica's host memory is 1; the cluster's router takes both alike.
+    only the shared tier has, where one in the replica's host memory is 1.
     """
 
     num_replicas: int
@@ -53,7 +53,7 @@ class FleetPlan:
     is_pooled: bool = True
     host_blocks: int = 1024
     lower_blocks: int = 4096
-    shared_worth: float = 1.0
+    shared_worth: float = SHARED_WORTH
 
 
 @dataclass(slots=True)
@@ -82,12 +82,15 @@ class _Pool:
         self._queued = dict.fromkeys(self.engines, 0.0)
         self._now = 0.0
 
-    def choose(self, prompt_tokens: int, hits: dict[str, int], now: float) -> str:
-        """Return the name of the replica that a request goes to first. hits: tokens, by name."""
+    def choose(self, prompt_tokens: int, hits: dict[str, tuple[int, int]], now: float) -> str:
+        """Return the name of the replica that a request goes to first. hits: by name, its own and shared tokens."""
         done, self._now = self._rate * (now - self._now), now
         for name, queued in self._queued.items():
             self._queued[name] = max(0.0, queued - done)
-        views = {name: ReplicaView(prompt_tokens, hits[name], int(self._queued[name])) for name in hits}
+        views = {
+            name: ReplicaView(prompt_tokens, own + shared, int(self._queued[name]), shared)
+            for name, (own, shared) in hits.items()
+        }
         return self._policy.order(list(self.engines), views)[0]
 
     def charge(self, name: str, num_tokens: int) -> None:
@@ -116,7 +119,7 @@ class Fleet:
         self.shared = SharedTier(plan.num_replicas * plan.lower_blocks) if plan.is_pooled else None
         self._block_tokens = block_tokens
         num_prefill = int(PREFILL_SHARE * plan.num_replicas) or 1 if plan.routing == PD else plan.num_replicas
-        order = RoundRobin() if plan.routing == ROUND_ROBIN else PrefixAware()
+        order = RoundRobin() if plan.routing == ROUND_ROBIN else PrefixAware(plan.shared_worth)
         self.prefill = _Pool([self._engine() for _ in range(num_prefill)], order, PREFILL_TOKENS_PER_S)
         others = [self._engine() for _ in range(plan.num_replicas - num_prefill)]
         self.decode = _Pool(others, PrefixAware(), DECODE_TOKENS_PER_S) if others else None
@@ -140,8 +143,8 @@ class Fleet:
         hits = {}
         for name, engine in pool.engines.items() if self.plan.routing != ROUND_ROBIN else ():
             stored = self._num_stored(engine, keys)
-            more = self.plan.shared_worth * max(in_shared - stored, 0)
-            hits[name] = min(prompt, int(size * (stored + more)))
+            own, all_hits = (min(prompt, size * num) for num in (stored, max(stored, in_shared)))
+            hits[name] = own, all_hits - own
         name = pool.choose(prompt, hits, request.at_s)
         engine = pool.engines[name]
         engine.run_until(request.at_s)

@@ -307,8 +307,15 @@ class LlamaFront:
         if tokens is None:
             raise ApiError(400, "the prompt's tokens are not known here", param="prompt")
         options = RequestOptions(tenant=extension.tenant, session=extension.session)
-        hits = await self.seat.held(tokens, options) if extension.cache and is_plain(body) else 0
-        return json_response({"prompt_tokens": len(tokens), "hit_tokens": hits, "queued_tokens": self._queued_tokens})
+        hits, shared = await self.seat.held(tokens, options) if extension.cache and is_plain(body) else (0, 0)
+        return json_response(
+            {
+                "prompt_tokens": len(tokens),
+                "hit_tokens": hits,
+                "shared_tokens": shared,
+                "queued_tokens": self._queued_tokens,
+            }
+        )
 
     async def _sign(self, request: web.Request, response: web.StreamResponse) -> None:
         response.headers[NAME_HEADER] = self.name
@@ -342,7 +349,8 @@ class LlamaFront:
                 return ApiError(400, str(error), param="kvstore")
         if isinstance(error, (ServerGone, *LOST)):
             self.seat.is_lost()
-            why = str(error) if isinstance(error, ServerGone) else f"llama-server at {self.server.url} cannot be reached"
+            gone = isinstance(error, ServerGone)
+            why = str(error) if gone else f"llama-server at {self.server.url} cannot be reached"
             return ApiError(503, why, kind="server_error", code="server_gone", retry_after_s=RETRY_S)
         log.error("a request failed: %s", logs.where(error))  # not its text: that may hold a prompt
         return ApiError(500, "a fault in the front; its log has more", kind="server_error")

@@ -29,6 +29,7 @@ from kvstore.llamacpp.requests import Counts
 from kvstore.llamacpp.served import Identifier, Served, close_store
 from kvstore.llamacpp.server import LlamaServer, ServerGone, ServerRefused
 from kvstore.llamacpp.slots import ANY_NUMBER, NOTHING, LlamaSlot
+from kvstore.tiers import registry
 
 log = logging.getLogger(__name__)
 
@@ -136,11 +137,15 @@ class LlamaSeat:
             raise
         return turn
 
-    async def held(self, tokens: Tokens, options: RequestOptions) -> int:
-        """The leading tokens of a prompt that need not be computed here: of the store, or of a slot."""
+    async def held(self, tokens: Tokens, options: RequestOptions) -> tuple[int, int]:
+        """The leading tokens of a prompt that need not be computed here, of the store or of a slot; and how many of
+        them would come over a network."""
         served = await self.current()
         in_slots = max(slot.common(tokens, options.tenant) for slot in served.slots.slots)
-        return max(in_slots, (await self._find(served, tokens, options)).num_tokens)
+        found = await self._find(served, tokens, options)
+        if found.num_tokens <= in_slots:
+            return in_slots, 0
+        return found.num_tokens, registry.over_network(found.by_tier)
 
     def judge(self, turn: LlamaTurn, counts: Counts) -> None:
         """Compare what the server took and computed with what was restored; once for each turn."""

@@ -7,6 +7,7 @@ imported when its tier is configured or listed.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from kvstore.errors import ConfigError
@@ -83,6 +84,11 @@ def medium(name: str) -> str:
     except ConfigError:
         return ""
     return "" if kind is None else kind.medium
+
+
+def over_network(by_tier: Mapping[str, int]) -> int:
+    """Return the sum of what is counted for tiers that lie behind a network, as near to other machines as to this."""
+    return sum(count for name, count in by_tier.items() if medium(name) == "network")
 
 
 def check_tier(kind: TierKind[Any], tier: object) -> Tier:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from kvstore.cluster.routing import SHARED_WORTH
 from kvstore.lab.fleet import PD, PREFIX, ROUND_ROBIN, Fleet, FleetPlan, FleetTotals, copies_of
 from kvstore.lab.setup import PREFILL_TOKENS_PER_S
 from kvstore.lab.traces import ReplayTrace, read_trace
@@ -28,13 +29,13 @@ HOST_BYTES, LOWER_BYTES = 64 << 30, 256 << 30
 BIN_S = 10
 SHARD_GBPS = 2.8  # one Redis shard behind 25 GbE, as in kvstore/lab/hardware.py
 KINDS = {  # routing, whether there is a pool, and what the router takes a token of the pool for
-    "round robin, own disks": (ROUND_ROBIN, False, 1.0),
-    "prefix, own disks": (PREFIX, False, 1.0),
-    "round robin, pooled": (ROUND_ROBIN, True, 1.0),
-    "prefix, pooled": (PREFIX, True, 1.0),
-    "prefix, pooled at 0.9": (PREFIX, True, 0.9),
-    "pd, pooled": (PD, True, 1.0),
-    "pd, pooled at 0.9": (PD, True, 0.9),
+    "round robin, own disks": (ROUND_ROBIN, False, SHARED_WORTH),
+    "prefix, own disks": (PREFIX, False, SHARED_WORTH),
+    "round robin, pooled": (ROUND_ROBIN, True, SHARED_WORTH),
+    "prefix, pooled, all alike": (PREFIX, True, 1.0),
+    "prefix, pooled": (PREFIX, True, SHARED_WORTH),
+    "pd, pooled, all alike": (PD, True, 1.0),
+    "pd, pooled": (PD, True, SHARED_WORTH),
 }
 COLORS = ("#9a9a9a", "#7a52a8", "#56b4e9", "#b8420b", "#e0a030", "#5c6b2f", "#a0b060")
 

@@ -74,6 +74,7 @@ def test_lookup_says_what_a_request_would_find_and_changes_nothing(replica: Serv
         "prompt_tokens": 200,
         "hit_tokens": 192,
         "by_tier": {"host": 192, "disk": 0, "redis": 0},
+        "shared_tokens": 0,
         "queued_requests": 0,
         "queued_tokens": 0,
     }

@@ -28,7 +28,7 @@ class FakeReplica:
     def __init__(self, name: str) -> None:
         self.name = name
         self.readyz = 200
-        self.hits = 0
+        self.hits = self.shared = 0
         self.queued = 0
         self.lookup_s = 0.0
         self.asked = 0
@@ -49,7 +49,8 @@ class FakeReplica:
 
     async def _lookup(self, request: web.Request) -> web.Response:
         await asyncio.sleep(self.lookup_s)
-        return web.json_response({"prompt_tokens": 100, "hit_tokens": self.hits, "queued_tokens": self.queued})
+        told = {"prompt_tokens": 100, "hit_tokens": self.hits, "shared_tokens": self.shared}
+        return web.json_response({**told, "queued_tokens": self.queued})
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "m"}]})
@@ -377,6 +378,13 @@ async def test_prefix_goes_where_least_has_to_be_computed() -> None:
         async with bed.session.get(f"{bed.router.site.url}/v1/replicas") as got:
             told = await got.json()
     assert [(one["name"], one["requests"], one["hit_tokens"]) for one in told] == [("a", 1, 0), ("b", 3, 192)]
+
+
+async def test_prefix_goes_to_the_replica_that_has_the_pages_itself_before_those_that_share_them() -> None:
+    async with a_bed("prefix") as bed:
+        bed.a.hits = bed.b.hits = bed.a.shared = 64
+
+        assert [(await bed.ask())[2] for _ in range(3)] == ["b", "b", "b"]
 
 
 async def test_prefix_does_not_wait_for_a_view_that_comes_late() -> None:

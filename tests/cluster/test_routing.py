@@ -8,8 +8,8 @@ from kvstore.errors import ConfigError
 URLS = ["a", "b", "c"]
 
 
-def view(hit: int = 0, queued: int = 0) -> ReplicaView:
-    return ReplicaView(prompt_tokens=100, hit_tokens=hit, queued_tokens=queued)
+def view(hit: int = 0, queued: int = 0, shared: int = 0) -> ReplicaView:
+    return ReplicaView(prompt_tokens=100, hit_tokens=hit, queued_tokens=queued, shared_tokens=shared)
 
 
 def test_round_robin_takes_each_in_its_turn_and_names_the_others_after_it() -> None:
@@ -36,6 +36,18 @@ def test_the_replica_that_has_the_prefix_comes_first() -> None:
 
 def test_a_hit_is_not_worth_a_queue_that_is_longer() -> None:
     views = {"a": view(hit=0, queued=10), "b": view(hit=90, queued=101), "c": view(hit=90, queued=99)}
+
+    assert PrefixAware().order(URLS, views) == ["c", "a", "b"]
+
+
+def test_of_two_that_hit_alike_the_one_that_has_the_pages_itself_comes_first() -> None:
+    views = {"a": view(hit=90, shared=90), "b": view(hit=90, shared=30), "c": view(hit=60)}
+
+    assert PrefixAware().order(URLS, views) == ["b", "a", "c"]
+
+
+def test_pages_of_ones_own_are_not_worth_a_queue_that_costs_more_than_a_shared_tier() -> None:
+    views = {"a": view(hit=100, shared=100), "b": view(hit=100, queued=11), "c": view(hit=100, queued=9)}
 
     assert PrefixAware().order(URLS, views) == ["c", "a", "b"]
 

@@ -50,8 +50,8 @@ def test_a_pool_gives_every_replica_what_any_of_them_computed() -> None:
 
 
 def test_a_router_that_takes_the_pool_for_a_little_less_finds_the_replica_that_has_the_pages() -> None:
-    alike = played(FleetPlan(4, PREFIX, is_pooled=True))
-    weighed = played(FleetPlan(4, PREFIX, is_pooled=True, shared_worth=0.9))
+    alike = played(FleetPlan(4, PREFIX, is_pooled=True, shared_worth=1.0))
+    weighed = played(FleetPlan(4, PREFIX, is_pooled=True))
 
     assert alike.totals.computed == weighed.totals.computed
     assert weighed.totals.host == 5 * (2 + 4 + 6) * BLOCK > alike.totals.host

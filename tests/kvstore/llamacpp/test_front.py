@@ -44,8 +44,9 @@ class TestRestoring:
             ready = await client.get("/readyz")
 
         length = len(HEAD) + 3
-        assert in_a_slot == (200, {"prompt_tokens": length + 10, "hit_tokens": length, "queued_tokens": 0})
-        assert stored == (200, {"prompt_tokens": length, "hit_tokens": len(HEAD), "queued_tokens": 0})
+        nothing = {"shared_tokens": 0, "queued_tokens": 0}
+        assert in_a_slot == (200, {"prompt_tokens": length + 10, "hit_tokens": length, **nothing})
+        assert stored == (200, {"prompt_tokens": length, "hit_tokens": len(HEAD), **nothing})
         assert other_tenant[1]["hit_tokens"] == 0
         assert ready == {"status": "ok", "name": "llamacpp"}
         assert len(llama.bodies) == before
