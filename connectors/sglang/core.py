@@ -65,7 +65,7 @@ class BackendCore:
     """Pages of host pools on an exchange. See the module.
 
     pools: by name. roots: of the namespace of each pool.
-    weight_version: SGLang's name of the weights as they are now; it changes when they are updated while it runs.
+    mark:  what names of pages have beside the hash since weights were updated (`Updates.mark`); None: there are none.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class BackendCore:
         roots: Mapping[str, bytes],
         deadlines: BackendDeadlines,
         touch_interval_s: float,
-        weight_version: Callable[[], str] = lambda: "",
+        mark: Callable[[], bytes | None] = lambda: b"",
         *,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -85,7 +85,7 @@ class BackendCore:
         self._roots = dict(roots)
         self._deadlines = deadlines
         self._touch_interval_s = touch_interval_s
-        self._weight_version = weight_version
+        self._mark = mark
         self._now = now
         self._touched: dict[tuple[str, PageKey], float] = {}
 
@@ -93,6 +93,8 @@ class BackendCore:
         """Which pages of a pool the tiers have."""
         try:
             names = self._names(pool, keys)
+            if names is None:
+                return [False] * len(keys)
             found = self.exchange.find(names, deadline=self._now() + self._deadlines.find_s)
         except Exception:
             self._failed("a question was not answered")
@@ -106,6 +108,8 @@ class BackendCore:
         """Fill the pages of a pool that have these indices; False where one did not come."""
         try:
             host, names = self._pools[pool], self._names(pool, keys)
+            if names is None:
+                return [False] * len(keys)
             pieces = host.pieces(indices, len(keys))
             deadline = self._now() + self._deadlines.load_s
             sources = self.exchange.load(names, host.page_bytes, pieces.copy_in, deadline=deadline)
@@ -123,6 +127,8 @@ class BackendCore:
         """Store the pages of a pool that have these indices; False where no tier has one."""
         try:
             host, names = self._pools[pool], self._names(pool, keys)
+            if names is None:
+                return [False] * len(keys)
             pieces = host.pieces(indices, len(keys))
             deadline = self._now() + self._deadlines.save_s
             ok = [bool(one) for one in self.exchange.save(names, host.page_bytes, pieces.copy_out, deadline=deadline)]
@@ -155,9 +161,11 @@ class BackendCore:
 
     # ---- private ------------------------------------------------------------------------------------------------
 
-    def _names(self, pool: str, keys: Sequence[str]) -> list[PageKey]:
-        version = self._weight_version().encode()
-        root = self._roots[pool] + len(version).to_bytes(4, "little") + version
+    def _names(self, pool: str, keys: Sequence[str]) -> list[PageKey] | None:
+        mark = self._mark()
+        if mark is None:
+            return None
+        root = self._roots[pool] + len(mark).to_bytes(4, "little") + mark
         return [page_key(hashlib.sha256(root + key.encode()).digest()) for key in keys]
 
     def _touch(self, names: Sequence[PageKey], sources: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ _MEANING = (
     "layout",
     "page_size",
     "layer_num",
+    "target_layer_num",
     "start_layer",
     "end_layer",
     "head_num",
@@ -87,7 +88,7 @@ class HostPool:
 
         try:
             self.lengths = self._lengths(torch.arange(self.page_tokens))
-        except (NotImplementedError, ValueError) as error:
+        except Exception as error:  # not implemented, or a pool without memory of its own
             raise ConfigError(
                 f"--hicache-mem-layout: the pool {name!r} ({type(pool).__name__}) gives no addresses of its pages in "
                 f"layout {layout!r} ({error}); choose page_first"
@@ -120,6 +121,12 @@ class HostPool:
     def is_by_head(self) -> bool:
         """True if the ranks of a tensor-parallel engine hold different heads of it."""
         return hasattr(self.pool, "head_num") or self.name == "mamba"
+
+    @property
+    def has_draft(self) -> bool:
+        """True if its pages have KV of the model that drafts: a pool of its own, or layers after the model's."""
+        layers = getattr(self.pool, "layer_num", None)
+        return self.name.startswith("draft") or getattr(self.pool, "target_layer_num", layers) != layers
 
     def _lengths(self, indices: Any) -> tuple[int, ...]:
         _, sizes = self.pool.get_page_buffer_meta(indices)

@@ -5,6 +5,7 @@ Here everything may raise ConfigError, for nothing runs yet: what could not work
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from connectors.sglang.config import WHERE, BackendConfig
 from connectors.sglang.core import FIND_S, BackendCore, BackendDeadlines
 from connectors.sglang.identity import device_name, page_namespace
 from connectors.sglang.pools import HostPool, geometry
+from connectors.sglang.updates import watch
 from kvstore.build import open_exchange
 from kvstore.errors import ConfigError
 
@@ -50,6 +52,7 @@ def open_core(config: BackendConfig, storage: Any, pools: Mapping[str, HostPool]
             version=version,
             device=_device(pool),
             adapters_by_name=config.fields.adapters_by_name,
+            has_draft=pool.has_draft,
         )
         for name, pool in pools.items()
     }
@@ -74,7 +77,7 @@ def open_core(config: BackendConfig, storage: Any, pools: Mapping[str, HostPool]
         {name: namespace.root() for name, namespace in namespaces.items()},
         deadlines,
         store.touch_interval_s,
-        weight_version,
+        functools.partial(watch().mark, by_name=config.fields.updates_by_name),
     )
     log.info(
         "kvstore backend: pages of %s, namespace %s, on %s",
@@ -114,16 +117,6 @@ def find_server_args() -> Any:
     if server_args is None:
         raise ConfigError("kvstore backend: SGLang's arguments are not known in this process")
     return server_args
-
-
-def weight_version() -> str:
-    """SGLang's name of the weights as they are now; "" before a server has one."""
-    from sglang.srt.runtime_context import get_serving
-
-    try:
-        return str(get_serving().weight_version)
-    except ValueError:  # not published
-        return ""
 
 
 def _device(pool: HostPool) -> str:

@@ -4,17 +4,17 @@
         "linker": "KVStoreLinker", "linker_module_path": "connectors.sglang_linker",
         "linker_extra_config": {"host": {"capacity_bytes": "32GiB"}, "disk": {"path": "/nvme/kv"}}}'
 
-It has the sections of `kvstore.Config` and, beside them, the fields of `LinkerFields`. Environment variables and a TOML
+It has the sections of `kvstore.Config` and, beside them, the fields of `ModelFields`. Environment variables and a TOML
 file count too, as everywhere; what is written here wins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from typing import Any
 
+from connectors.sglang.settings import ModelFields, split
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError
 
@@ -23,48 +23,18 @@ WHERE = "linker_extra_config"
 
 
 @dataclass(frozen=True, slots=True)
-class LinkerFields:
-    """The settings of the linker alone.
-
-    weights:          "sampled" identifies the weights by sizes, headers and samples of their files, "full" by all their
-                      bytes; anything else is taken as the name of the weights, and you vouch for it.
-    adapters_by_name: true if a name and path of `--lora-paths` means the same adapter on every engine and at any time:
-                      SGLang's hashes say no more of it.
-    """
-
-    weights: str = "sampled"
-    adapters_by_name: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class LinkerConfig:
     """Everything the linker was configured with."""
 
     store: Config
-    fields: LinkerFields
+    fields: ModelFields
 
 
 def parse_linker_config(extra: Mapping[str, Any], config_path: str | None = None) -> LinkerConfig:
     """Check `extra`. Raises ConfigError naming the key, the value and what would be right."""
     if not isinstance(extra, Mapping):
         raise ConfigError(f"{WHERE} is {extra!r}; it must be an object of sections")
-    names = [field.name for field in fields(LinkerFields)]
-    known = [*Config.section_names(), *names]
-    for key in extra:
-        head = str(key).split(".")[0]
-        if head not in known:
-            close = get_close_matches(head, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
-            raise ConfigError(f"{WHERE}: unknown key {key!r}{hint}")
-    own = LinkerFields(**{name: extra[name] for name in names if name in extra})
-    if not isinstance(own.weights, str) or not own.weights:
-        raise ConfigError(f"{WHERE}: weights is {own.weights!r}; it must be 'sampled', 'full' or a name")
-    if not isinstance(own.adapters_by_name, bool):
-        raise ConfigError(f"{WHERE}: adapters_by_name is {own.adapters_by_name!r}; it is true or false")
-    sections = {key: value for key, value in extra.items() if str(key).split(".")[0] not in names}
-    for key, value in sections.items():
-        if "." not in key and not isinstance(value, Mapping):
-            raise ConfigError(f"{WHERE}: {key} is {value!r}; it must be an object of fields")
+    sections, own = split(extra, ModelFields, Config.section_names(), WHERE)
     store = Config.load(config_path, **sections)
     _check_store(store, sections)
     return LinkerConfig(store, own)

@@ -6,6 +6,7 @@ answered as a miss, a refused load, an offload that ended badly. After `close` t
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ class LinkerCore:
 
     load_device, save_device: copy into the pools and out of them; each orders its copies by a stream of its own.
     counter: SGLang's, of the layers that have come.
+    mark: what names of pages have beside the hash since weights were updated (`Updates.mark`); None: there are none.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class LinkerCore:
         save_device: Device,
         counter: LayerCounter,
         ranks: Ranks,
+        mark: Callable[[], bytes | None] = lambda: b"",
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
         self._page_size = pages.layout.block_size
         self._ranks = ranks
+        self._mark = mark
         self._devices = (load_device, save_device)
         self._registered: npt.NDArray[np.uint8] | None = None
         self.promises = Promises(store, self.counters, now)
@@ -68,7 +72,9 @@ class LinkerCore:
             if before is None or not hashes or not self._is_open:
                 self.counters["unknown_paths"] += before is None
                 return []
-            path = [bytes.fromhex(one) for one in (*before, *hashes)]
+            path = self._named([*before, *hashes])
+            if path is None:
+                return []
             return list(range(1, self.promises.lookup(rid, path, len(before)) + 1))
         except Exception:
             self._note_error("lookup")
@@ -83,7 +89,7 @@ class LinkerCore:
         try:
             pages = self._page_ids(indices, len(hashes))
             if self._is_open:
-                promise = self.promises.take(rid, [bytes.fromhex(one) for one in hashes])
+                promise = self.promises.take(rid, self._named(hashes) or ())
             is_queued = promise is not None and self.loads.queue(promise, pages)
         except Exception:
             self._note_error("load")
@@ -104,7 +110,7 @@ class LinkerCore:
         path: list[bytes] | None = None
         try:
             self.counters["unknown_paths"] += before is None
-            path = None if before is None or not self._is_open else [bytes.fromhex(one) for one in (*before, *hashes)]
+            path = None if before is None or not self._is_open else self._named([*before, *hashes])
         except Exception:
             self._note_error("offload")
         self.offloads.add(path, len(hashes), indices, ready)
@@ -156,6 +162,14 @@ class LinkerCore:
             self.promises.give_back(promise)
         except Exception:
             self._note_error("give_back")
+
+    def _named(self, hashes: Sequence[str]) -> list[bytes] | None:
+        """SGLang's hashes as names of pages; None while there is no name for what the weights compute."""
+        mark = self._mark()
+        if not mark:
+            return None if mark is None else [bytes.fromhex(one) for one in hashes]
+        start = hashlib.sha256(mark).digest()
+        return [hashlib.sha256(start + bytes.fromhex(one)).digest() for one in hashes]
 
     def _page_ids(self, indices: Any, num_pages: int) -> npt.NDArray[np.int64]:
         """SGLang's page ids. Raises ValueError unless the slots are whole pages, as many as there are hashes."""

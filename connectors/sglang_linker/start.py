@@ -5,11 +5,13 @@ Here everything may raise ConfigError, for nothing runs yet: what could not work
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from connectors.sglang.identity import device_name, page_namespace
+from connectors.sglang.updates import watch
 from connectors.sglang_linker.config import WHERE, parse_linker_config
 from connectors.sglang_linker.core import LinkerCore
 from connectors.sglang_linker.loads import LayerCounter
@@ -51,7 +53,8 @@ def open_core(
     store = open_configured(config.store, pages.layout, namespace)
     try:
         load_device, save_device = _devices(pages.table.keep_alive[0])
-        core = LinkerCore(store, pages, load_device, save_device, make_counter(pages.num_layers), ranks)
+        mark = functools.partial(watch().mark, by_name=config.fields.updates_by_name)
+        core = LinkerCore(store, pages, load_device, save_device, make_counter(pages.num_layers), ranks, mark)
     except BaseException:
         store.close(0)
         raise

@@ -31,7 +31,7 @@ def test_nothing_given_is_host_memory_alone() -> None:
         ({"host": "1GiB"}, "host is '1GiB'; it must be an object of fields"),
         ({"host": {"capacity_byte": 1}}, "capacity_byte"),
         ({"weights": 3}, "weights is 3; it must be 'sampled', 'full' or a name"),
-        ({"adapters_by_name": "yes"}, "adapters_by_name is 'yes'; it is true or false"),
+        ({"adapters_by_name": "yes"}, "adapters_by_name is 'yes'; it must be true or false"),
         ({"store": {"block_size": 16}}, "store.block_size is given; with SGLang it is SGLang's own: use --page-size"),
         ({"store": {"hash": "xxh3_128"}}, "store.hash is 'xxh3_128'; SGLang's own page hashes need 'sha256'"),
         ({"store": {"single_flight": True}}, "store.single_flight is true; SGLang's linker has no answer"),

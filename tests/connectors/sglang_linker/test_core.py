@@ -69,7 +69,7 @@ class Rig:
             CpuDevice(),
             self.counter,
             ranks,
-            lambda: self.clock.now,
+            now=lambda: self.clock.now,
         )
 
     def save(self, before: list[str], hashes: list[str], pages: list[int]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from connectors.sglang.identity import page_namespace
+from connectors.sglang.identity import FILES, page_namespace
 from kvstore.errors import ConfigError
 from tests.helpers.stores import LAYOUT
 
@@ -39,6 +39,9 @@ def root(model: Path, rank: str = "tp0/2", /, *, arguments: dict[str, Any] | Non
         {"arguments": {"quantization": "awq"}},
         {"arguments": {"json_model_override_args": "{}"}},
         {"arguments": {"attention_backend": "triton"}},
+        {"arguments": {"decode_attention_backend": "triton"}},
+        {"arguments": {"model_loader_extra_config": "{}"}},
+        {"arguments": {"modelopt_quant": "fp8"}},
         {"weights": "mine"},
         {"version": "0.5.24"},
         {"seat": "backend"},
@@ -74,6 +77,39 @@ def test_weights_without_files_have_to_be_named() -> None:
         root(Path("/no/such/model"))
 
     assert root(Path("/no/such/model"), weights="mine")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"load_format": "remote_instance"}, {"load_format": "rdma"}, {"weight_cache_mode": "client"}],
+)
+def test_weights_that_are_not_those_of_the_files_have_to_be_named(model: Path, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match='"weights": "NAME-AND-VERSION"'):
+        root(model, arguments=arguments)
+
+    assert root(model, arguments=arguments, weights="mine")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_another_content_of_a_file_that_an_argument_names_is_another_model(model: Path, name: str) -> None:
+    file = model / "scales.json"
+    file.write_text("1")
+    before = root(model, arguments={name: str(file)})
+    file.write_text("2")
+
+    assert root(model, arguments={name: str(file)}) != before
+
+
+def test_pages_with_draft_kv_depend_on_the_model_that_drafts(model: Path, tmp_path: Path) -> None:
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    (draft / "model.safetensors").write_bytes(b"draft")
+    arguments = {"speculative_draft_model_path": str(draft)}
+    before = root(model, arguments=arguments, has_draft=True)
+    assert root(model, arguments=arguments) == root(model)  # the model's own are the same with any
+
+    (draft / "model.safetensors").write_bytes(b"trained")
+    assert root(model, arguments=arguments, has_draft=True) != before
 
 
 def test_adapters_that_are_named_by_their_path_have_to_be_vouched_for(model: Path) -> None:

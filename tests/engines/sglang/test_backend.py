@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorageFailureInjector
 from kvstore.errors import LayoutMismatch
 from tests.engines.sglang.backends import NUM, attached, chain, on_disk, page_bytes, restored, store, tokens
 from tests.engines.sglang.pools import LAYOUTS, host_pool, mla_host_pool
+from tests.engines.sglang.updates import Weights
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -84,16 +85,34 @@ def test_a_page_of_another_rank_is_a_miss(other: dict[str, int], tmp_path: Path)
     assert restored(pool, on_disk(tmp_path), **two) == (NUM, [True] * NUM)
 
 
-def test_weights_that_are_updated_while_it_runs_make_their_own_pages(tmp_path: Path) -> None:
-    from sglang.srt.runtime_context import get_context
-
-    pool, keys = host_pool("page_first"), chain(NUM)
+def test_after_an_update_of_the_weights_everything_is_a_miss_and_nothing_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, keys, weights = host_pool("page_first"), chain(NUM), Weights(monkeypatch)
     with attached(pool, on_disk(tmp_path)) as backend:
         backend.batch_set_v1(keys, tokens(0, NUM))
-        get_context().override("test", weight_version="after the update")
+        weights.update("v2")
 
         assert backend.batch_exists(keys) == 0
         assert backend.batch_get_v1(keys, tokens(20, NUM)) == [False] * NUM
+        assert backend.batch_set_v1(keys, tokens(0, NUM)) == [False] * NUM
+    with attached(pool, on_disk(tmp_path)) as backend:  # attached again: the weights are still others
+        assert backend.batch_exists(keys) == 0
+
+
+def test_updates_that_are_vouched_for_make_pages_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, keys, weights = host_pool("page_first"), chain(NUM), Weights(monkeypatch)
+    before = page_bytes(pool, 6, NUM)
+    with attached(pool, on_disk(tmp_path, updates_by_name=True)) as backend:
+        backend.batch_set_v1(keys, tokens(0, NUM))
+        weights.update("v2", flush=False)
+        assert backend.batch_set_v1(keys, tokens(0, NUM)) == [False] * NUM  # of the weights before
+        weights.update("v2")
+
+        assert backend.batch_exists(keys) == 0
+        assert backend.batch_set_v1(keys, tokens(6, NUM)) == [True] * NUM
+        assert backend.batch_get_v1(keys, tokens(20, NUM)) == [True] * NUM
+    assert page_bytes(pool, 20, NUM) == before
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from kvstore.testing.redis_server import LocalRedis
 from tests.engines.sglang.backends import NUM, attached, chain, on_disk, page_bytes, restored, store, tokens
 from tests.engines.sglang.pools import host_pool
 from tests.helpers.redis_server import NEEDS_REDIS
+from tests.helpers.waiting import wait_until
 
 pytestmark = NEEDS_REDIS
 
@@ -49,6 +50,7 @@ def test_another_machine_finds_pages_on_the_server_and_keeps_them_on_its_disk(
     with attached(pool, on_disk(tmp_path, redis={"url": server.url})) as backend:
         assert backend.batch_exists(chain(NUM)) == NUM
         assert backend.batch_get_v1(chain(NUM), tokens(20, NUM)) == [True] * NUM
+        wait_until(lambda: backend.core.exchange.num_filled_pages == NUM)  # a close drops what waits
     assert page_bytes(pool, 20, NUM) == before
 
     assert restored(pool, on_disk(tmp_path)) == (NUM, [True] * NUM)

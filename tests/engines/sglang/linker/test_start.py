@@ -14,6 +14,7 @@ from sglang.srt.mem_cache.unified_cache.linker_factory import create_unified_cac
 from kvstore.errors import ConfigError
 from tests.engines.sglang.linker.engine import LinkerEngine, linker_flags, make_pool, prompt
 from tests.engines.sglang.linker.worlds import World, play
+from tests.engines.sglang.updates import Weights
 
 HOST = {"host": {"capacity_bytes": "4MiB"}}
 
@@ -99,5 +100,50 @@ def test_another_model_at_the_same_disk_is_a_miss(tmp_path: Path) -> None:
         other.settle()
         other.flush()
         assert other.run(tokens).loaded == 96
+
+    play(scenario, tmp_path)
+
+
+def test_after_an_update_of_the_weights_nothing_is_loaded_or_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scenario(world: World) -> None:
+        tokens, weights = prompt(1, 100), Weights(monkeypatch)
+        engine = world.engine(HOST)
+        engine.run(tokens)
+        engine.settle()
+        engine.flush()
+        asked = engine.match(tokens)
+        assert asked.promised == 96
+
+        weights.update("v2")
+        engine.model = 2  # whose bytes the harness expects from here on
+        waiting = engine.admit(tokens, asked)  # it was looked up before
+        assert waiting is not None
+        engine.forward(waiting)
+        engine.finish(waiting)
+        engine.settle()
+        engine.flush()
+
+        assert waiting.loaded == 0
+        assert not engine.match(tokens).promised
+
+    play(scenario, tmp_path)
+
+
+def test_updates_that_are_vouched_for_make_pages_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scenario(world: World) -> None:
+        tokens, weights = prompt(1, 100), Weights(monkeypatch)
+        engine = world.engine({**HOST, "updates_by_name": True})
+        for version, model in ((None, 1), ("v2", 2), ("v3", 3)):
+            if version:
+                weights.update(version)
+                engine.model = model
+            assert engine.run(tokens).loaded == 0
+            engine.settle()
+            engine.flush()
+            assert engine.run(tokens).loaded == 96
+            engine.settle()
+            engine.flush()
 
     play(scenario, tmp_path)
