@@ -24,7 +24,7 @@ from kvstore.plan.tier_plan import TierPlan
 from kvstore.policies import make_policy
 from kvstore.store import LocalStore
 from kvstore.tiers import registry
-from kvstore.tiers.base import Sweepable, Tier
+from kvstore.tiers.base import Selective, Sweepable, Tier
 from kvstore.tiers.checked import CheckedTier
 from kvstore.tiers.host import HostSlab
 from kvstore.tiers.kind import TierContext, TierKind
@@ -141,6 +141,12 @@ def attach_tier(store: LocalStore, config: Config, name: str) -> None:
     kind, section = registry.kind_of(name), config.tier(name)
     if not kind.is_on(section):
         raise ConfigError(f"{name}.{kind.switch} is none; without it there is no tier to attach")
+    loss = loss_of_codec(kind.value(section, "codec", "exact"))
+    if loss > store.loss:
+        raise ConfigError(
+            f"{name}.codec is {loss.word!r}, but this store names its blocks for readers that take {store.loss.word} "
+            f"pages; attach it with another codec, or start with it"
+        )
     num_slots = store.slots.buffer.nbytes // store.layout.slot_bytes
     lower = _open_tier(kind, section, config, store.layout, num_slots, store.namespace)
     try:
@@ -212,6 +218,7 @@ def _open_tier(
         exclusive=kind.value(section, "exclusive", False),
         max_writes_per_day=kind.value(section, "max_writes_per_day", None) or 0,
         can_clear=namespace is not None and isinstance(tier, Sweepable),  # what has its place is the namespace's own
+        has_room_for=tier.has_room_for if isinstance(tier, Selective) else None,
     )
     return OpenedTier(tier, plan, kind.value(section, "timeout_s", 2.0))
 

@@ -67,6 +67,16 @@ class PageCoder:
         """True if every page is stored as it is."""
         return not self.loss and self._codec.id == ExactCodec.id
 
+    def has_room_for(self, key: PageKey) -> bool:
+        """True if a slot of `slot_bytes` takes the page of this name, unless the codec would spoil it."""
+        group, loss = split_key(key)[1], min(self.loss, loss_of(key))
+        if self._layout is None or loss is self.loss or self._is_state(group):
+            return True
+        if not loss:
+            return self._layout.stored_bytes(group) <= self.slot_bytes
+        codec = _BY_LOSS[loss]
+        return self._quantizer(codec, group).coded_bytes(int(codec.keeps_first)) <= self.slot_bytes
+
     def encode(
         self, key: PageKey, meta: PageMeta, page: memoryview, out: memoryview | None = None
     ) -> tuple[memoryview, int]:

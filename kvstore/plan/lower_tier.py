@@ -73,6 +73,8 @@ class LowerTier:
             return
         bit = self.bit
         wanted = [page for page in pages if not (page.homes | page.spilling) & bit and not page.block.is_removed]
+        if (has_room := self.plan.has_room_for) is not None:
+            wanted = [page for page in wanted if has_room(page.key)]
         if self.plan.exclusive:
             self.debts.set_aside(wanted, is_saved=is_saved)
         else:

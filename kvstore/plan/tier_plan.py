@@ -5,9 +5,11 @@ Made where stores are opened (build.py), handed to the planner with the tier's l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from eviction.ttl import Ttl
+from kvstore.page import PageKey
 from kvstore.plan.state import Page
 
 
@@ -28,6 +30,7 @@ class TierPlan:
     workers:        batches its lane works on at the same time.
     can_claim:      machines that share it can tell each other there what they are computing.
     can_clear:      it deletes all it has of this namespace when told so, without being told what that is.
+    has_room_for:   False for pages that it could never store, by their names: they are not owed to it. None for no such.
     """
 
     name: str
@@ -43,3 +46,4 @@ class TierPlan:
     can_clear: bool = False
     exclusive: bool = False
     max_writes_per_day: int = 0
+    has_room_for: Callable[[PageKey], bool] | None = None

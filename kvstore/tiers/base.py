@@ -8,7 +8,7 @@ TierRefused, and the whole medium by TierUnavailable.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -118,6 +118,16 @@ class Sweepable(Protocol):
 
         Raises TierUnavailable if the medium is not reached, or the time runs out; what was deleted is deleted.
         """
+
+
+@runtime_checkable
+class Selective(Protocol):
+    """A tier that never has room for some pages, and tells it by their names.
+
+    has_room_for: False for pages that are not to be sent; None if there are none.
+    """
+
+    has_room_for: Callable[[PageKey], bool] | None
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvstore.build import open_store
+from kvstore.build import attach_tier, open_store
 from kvstore.codecs.loss import Loss, loss_of
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError
@@ -95,6 +95,31 @@ def test_a_request_that_refuses_loss_finds_no_lossy_page_in_host_memory_or_below
         grown = store.request(TOKENS[:40])
         store.extend(grown, TOKENS[40:])
         assert grown.keys == store.request(TOKENS).keys != refusing.keys
+
+
+def test_pages_without_loss_push_none_off_a_disk_whose_slots_are_too_small_for_them(tmp_path: Path) -> None:
+    disk = {"path": tmp_path / "disk", "capacity_bytes": 5 * PAGE_BYTES, "codec": "small"}
+    with open_with(disk=disk) as store:
+        save(store, store.request(TOKENS))
+        save(store, store.request(TOKENS + 1000))
+        for first in range(2000, 6000, 1000):
+            save(store, store.request(TOKENS + first, EXACT))
+
+        stats = store.stats()
+        assert (stats["pages"]["disk"], stats["evicted_pages"]["disk"], stats["owed_pages"]["disk"]) == (8, 0, 0)
+        assert store.flush(30)
+
+    with open_with(disk=disk) as store:
+        assert len(loaded(store, store.request(TOKENS))) == len(loaded(store, store.request(TOKENS + 1000))) == 4
+
+
+def test_a_tier_that_loses_more_than_names_tell_is_not_attached(tmp_path: Path) -> None:
+    disk = {"path": tmp_path / "disk", "capacity_bytes": 8 * PAGE_BYTES, "codec": "small"}
+    config = Config(disk=disk)
+    with open_with() as store, pytest.raises(ConfigError, match=r"disk\.codec is 'small', but .* take exact pages"):
+        attach_tier(store, config, "disk")
+
+    assert not (tmp_path / "disk").exists()
 
 
 def test_exact_and_lossless_keep_the_names_of_today(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ class DiskTier:
         self.counters = TierCounters(lost_pages=directory.lost_pages)
         self.counters.extra.update(read_errors=0, write_errors=0, no_room=0, map_full=0, too_large=0, unreadable=0)
         coder.count_in(self.counters.extra)
+        self.has_room_for = coder.has_room_for if coder.loss else None
         self._directory = directory
         self._read_only = read_only
         self._now = now
