@@ -27,7 +27,8 @@ class Hinting(RequestMaker):
     ) -> tuple[HintOutcome, ...]:
         """Do what a caller says of the future of prompts, as far as the bounds allow; one outcome for each action."""
         if request is not None:
-            options = RequestOptions(tenant=request.options.tenant, session=request.options.session)
+            given = request.options
+            options = RequestOptions(tenant=given.tenant, session=given.session, exact=given.exact)
 
         def named(action: HintAction) -> Request:
             if action.tokens is not None:

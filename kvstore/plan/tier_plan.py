@@ -30,7 +30,7 @@ class TierPlan:
     workers:        batches its lane works on at the same time.
     can_claim:      machines that share it can tell each other there what they are computing.
     can_clear:      it deletes all it has of this namespace when told so, without being told what that is.
-    has_room_for:   False for pages that it could never store, by their names: they are not owed to it. None for no such.
+    has_room_for:   False for pages that it could never store, by their names: they are not owed to it. None: for all.
     """
 
     name: str

@@ -96,7 +96,9 @@ class RemoteStore(Hinting, Waits):
 
     def _changed(self, attachment: Attachment | None) -> None:
         if attachment is not None:
-            self.loss = attachment.loss  # of requests that begin now; while no daemon is known they take exact pages
+            # Of requests that begin now; while no daemon is known they take exact pages. It never becomes less: the
+            # engine may still have, in a cache of its own, what it computed after lossy pages of an earlier daemon.
+            self.loss = max(self.loss, attachment.loss)
         self._leases.changed(attachment)
 
     @property

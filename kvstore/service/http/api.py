@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
-from kvstore.codecs.loss import marked
+from kvstore.codecs.loss import Loss, marked
 from kvstore.metrics import CONTENT_TYPE
 from kvstore.plan.records import Match, Request, RequestOptions
 from kvstore.service.daemon import shares
@@ -246,6 +246,10 @@ class Api:
             if body.first > len(request.keys):
                 raise Problem(409, "there is no such block", f"the prompt has {len(request.keys)} full blocks", "first")
             blocks = opened.store.keep.forget(request, body.first)
+            if body.tokens is not None and opened.store.loss and not body.exact:  # whatever its pages may have lost
+                exact = await _hashed(opened, body.model_copy(update={"exact": True}))
+                blocks += opened.store.keep.forget(exact, body.first)
+                opened.store.abandon(exact)
             return DeleteAnswer(blocks=blocks, owed=await _deleted(opened, DELETE_TIMEOUT_S))
 
     # ---- bytes and events -------------------------------------------------------------------------------------------
@@ -317,7 +321,8 @@ async def _hashed(opened: OpenStore, body: Prompt) -> Request:
 def _keys(opened: OpenStore, body: Prompt) -> tuple[list[BlockHash], int]:
     block_size = opened.layout.block_size
     if body.tokens is not None:
-        keys = marked(hash_blocks(body.tokens, block_size, root=opened.root), opened.store.loss)
+        loss = Loss.EXACT if body.exact else opened.store.loss
+        keys = marked(hash_blocks(body.tokens, block_size, root=opened.root), loss)
         num_tokens = len(body.tokens)
     else:
         assert body.keys is not None

@@ -60,6 +60,7 @@ class HintsApi:
 def _aimed(opened: OpenStore, body: HintsBody) -> list[Aimed | HintOutcome]:
     limits, block_size = opened.store.hint_limits, opened.layout.block_size
     maker = RequestMaker(opened.namespace)
+    maker.loss = opened.store.loss
 
     def named(action: HintAction) -> Request:
         if action.tokens is not None:

@@ -80,6 +80,10 @@ class Prompt(InNamespace):
     keys: Annotated[list[Key], Field(min_length=1, max_length=MAX_KEYS)] | None = Field(
         default=None, description="Block hashes as the client library chains them, hexadecimal, root first."
     )
+    exact: bool = Field(
+        default=False,
+        description="tokens mean pages that lost nothing, where tiers store with loss; the names in keys tell it.",
+    )
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Prompt:
@@ -149,6 +153,14 @@ class GroupBody(Body):
     layers: Annotated[list[Annotated[int, Field(ge=0, le=MAX_LAYERS)]], Field(max_length=MAX_LAYERS)]
     page_bytes: int = Field(ge=1, le=MAX_PAGE_BYTES)
     window: int | None = Field(ge=1, le=1 << 31, description="Tokens a sliding layer looks back on.")
+    axes: list[Annotated[list[Annotated[int, Field(ge=0, le=MAX_PAGE_BYTES)]], Field(min_length=7, max_length=7)]] = (
+        Field(
+            default_factory=list,
+            max_length=2 * MAX_LAYERS,
+            description="What lies where in a page, for tiers that store with loss: of each layer's keys and values "
+            "is_key, offset, heads, head_stride, tokens, token_stride, dims (kvstore/layout.py).",
+        )
+    )
 
 
 class LayoutBody(Body):
