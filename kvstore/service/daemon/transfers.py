@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from aiohttp import web
 
@@ -54,11 +54,11 @@ class PageTransfer:
         self.check()
         self.leases[lease.id] = (lease, time.monotonic())
 
-    def complete(self, lease: Lease) -> None:
-        """A lease ended well."""
+    def complete(self, lease: Lease, filled: Sequence[bool] | None = None) -> None:
+        """A lease ended well. filled: of a save, which of its pages are whole; None means all."""
         self.check()
         if self.leases.pop(lease.id, None) is not None:
-            self.opened.store.complete(lease)
+            self.opened.store.complete(lease, filled=filled)
 
     def check(self) -> None:
         """Before every access to a slot. Raises ConnectionAbortedError if it was ended: the slots are another's."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -84,28 +84,44 @@ async def receive(request: web.Request, opened_for: Opened, transfers: Transfers
             body.give(READ_TIMEOUT_S)
             head = await body.some(FRAME.size)
             if head is None:
-                return saving.num_whole
+                return saving.end()
             body.give(None)
             await saving.page(head, body)
 
 
 @dataclass(slots=True)
 class _Filling:
-    """The lease of one block, and which of its pages have come."""
+    """A lease of one block, and which of its pages have come."""
 
+    block: int
     lease: SaveLease
     have: set[int] = field(default_factory=set)
 
 
 class _Saving:
-    """Takes the pages of one body into slots, one lease per block. What is not whole ends with the transfer."""
+    """Takes the pages of one body into slots, by a lease for each block and each state. What is not whole is dropped.
+
+    A lease for a state has slots for the pages of its block, too, where they are not here; they may come later, or not.
+    """
 
     def __init__(self, transfer: PageTransfer, request: Request) -> None:
-        self.num_whole = 0
         self._transfer = transfer
         self._opened = transfer.opened
         self._request = request
-        self._filling: dict[tuple[int, bool], _Filling] = {}  # by block, and whether it is of the state after it
+        self._asked: set[tuple[int, bool]] = set()  # blocks, and whether for the state after them
+        self._places: dict[tuple[int, int], tuple[_Filling, int]] = {}  # by block and group: index in the lease
+        self._open: dict[int, _Filling] = {}  # by lease
+        self._whole: set[int] = set()
+
+    def end(self) -> int:
+        """The body is over; returns how many blocks have become whole, or have a state now."""
+        for filling in list(self._open.values()):
+            groups = [page.group for page in filling.lease.pages]
+            states = [self._opened.layout.groups[group].is_state for group in groups]
+            whole = {kind for kind in states if all(i in filling.have for i, k in enumerate(states) if k is kind)}
+            if whole:
+                self._complete(filling, [kind in whole for kind in states])
+        return len(self._whole)
 
     async def page(self, head: bytes, body: _Body) -> None:
         """One frame. A page that is there already, or finds no room, is read and dropped."""
@@ -117,15 +133,8 @@ class _Saving:
             raise Problem(400, "the body is not valid", f"the layout has {len(layout.groups)} groups", "group")
         if size != layout.stored_bytes(group):
             raise Problem(400, "the body is not valid", f"a page has {layout.stored_bytes(group)} bytes", "length")
-        is_state = layout.groups[group].is_state
-        filling = self._filling.get((block, is_state))
-        if filling is None:
-            states = [block] if is_state else []
-            lease = self._opened.store.prepare_save(self._request, block, 1, owner="http", states=states)
-            self._transfer.hold(lease)
-            filling = self._filling[block, is_state] = _Filling(lease)
-        index = next((i for i, page in enumerate(filling.lease.pages) if page.group == group), None)
-        if index is None or index in filling.have:
+        filling, index = self._place(block, group)
+        if filling is None or index in filling.have:
             await body.skip(size)
             return
         view = self._opened.store.slots.array(filling.lease.pages[index].slot)[:size]
@@ -134,8 +143,26 @@ class _Saving:
             raise Problem(400, "the body is not valid", f"block {block}: the bytes have another checksum", "checksum")
         filling.have.add(index)
         if len(filling.have) == len(filling.lease.pages):
-            self._transfer.complete(filling.lease)
-            self.num_whole += 1
+            self._complete(filling)
+
+    def _place(self, block: int, group: int) -> tuple[_Filling | None, int]:
+        """The lease that has a slot for a page, and the page's index in it; None where there is none."""
+        is_state = self._opened.layout.groups[group].is_state
+        if (block, group) not in self._places and (block, is_state) not in self._asked:
+            self._asked.add((block, is_state))
+            states = [block] if is_state else []
+            lease = self._opened.store.prepare_save(self._request, block, 1, owner="http", states=states)
+            self._transfer.hold(lease)
+            filling = self._open[lease.id] = _Filling(block, lease)
+            self._places |= {(block, page.group): (filling, index) for index, page in enumerate(lease.pages)}
+        return self._places.get((block, group), (None, 0))
+
+    def _complete(self, filling: _Filling, filled: Sequence[bool] | None = None) -> None:
+        self._transfer.complete(filling.lease, filled)
+        del self._open[filling.lease.id]
+        for page in filling.lease.pages:
+            del self._places[filling.block, page.group]
+        self._whole.add(filling.block)
 
 
 class _Body:

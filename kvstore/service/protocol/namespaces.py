@@ -13,7 +13,7 @@ from kvstore.errors import ConfigError
 from kvstore.layout import GroupKind, LayerGroup, Layout, TensorAxes
 from radix.namespace import Namespace
 
-MAX_GROUPS = 256
+MAX_GROUPS = 4096  # the pieces of a state may be hundreds: 100 MB beside blocks of 16 tokens
 MAX_LAYERS = 4096
 MAX_PAGE_BYTES = 1 << 30
 MAX_BLOCK_SIZE = 65_536

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvstore.errors import ConfigError, RequestError, StoreClosed
-from kvstore.layout import GroupKind, LayerGroup, Layout
+from kvstore.layout import GroupKind, LayerGroup, LayerSpec, Layout, groups_with_states
 from kvstore.plan.records import LeaseState, RequestOptions
 from kvstore.service.client.connect import connect
 from kvstore.service.client.store import MISS, RemoteStore
@@ -343,3 +343,12 @@ def test_pages_and_a_state_go_through_a_daemon_as_pairs(daemon: LocalDaemon, soc
 
     assert (found.num_blocks, found.without_state) == (2, 4)
     assert first_bytes == [(0, 0, 0), (1, 0, 10), (1, 1, 11), (1, 2, 12)]
+
+
+def test_a_state_of_hundreds_of_pieces_is_no_layout_too_many(socket: Path) -> None:
+    """A state of 100 MB beside small blocks (Nemotron-H, blocks of 16 tokens)."""
+    groups = groups_with_states([LayerSpec(GroupKind.FULL, 256)], 16, range(1, 49), 400 * 4096)
+    layout = Layout(16, groups, "test:many", "uint8")
+    with local_daemon(socket), connect(f"unix://{socket}", layout, namespace(layout)) as store:
+        assert len(store.layout.groups) == 401
+        assert store.is_attached
