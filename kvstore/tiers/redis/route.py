@@ -134,6 +134,8 @@ class ClusterRoute:
         self._connections = connections
         self._idle_max_s = idle_max_s
         self._knows_best: Address | None = None  # told of by a redirection
+        self._told_by: Address | None = None  # the last table
+        self._masters: tuple[Address, ...] = ()  # by the last table
         self._by_name: dict[str, Address] = {}  # of the nodes, for redirections
         self._lock = threading.Lock()
         self._nodes: dict[Address, Node] = {}
@@ -189,16 +191,19 @@ class ClusterRoute:
             if self._ranges:
                 return self._ranges
             first = [self._knows_best] if self._knows_best is not None else []
-            addresses = list(dict.fromkeys([*first, *self._seeds, *self._nodes]))
+            addresses = list(dict.fromkeys([*first, *self._seeds, *self._masters, *self._nodes]))
+            # Last the one whose table did not hold: cut off from the others, it would tell the same for ever.
+            addresses.sort(key=lambda address: address == self._told_by)
             self._knows_best = None
         # Outside the lock: two threads may both ask, which costs one more round trip and never a wait on a dead server.
-        ranges = _first_answer(addresses, deadline, self._ask_slots, "no cluster node answers")
+        told_by, ranges = _first_answer(addresses, deadline, self._ask_slots, "no cluster node answers")
         with self._lock:
-            self._ranges = ranges
-            self.names = frozenset(text_of(address) for _, _, address in ranges)
+            self._told_by, self._ranges = told_by, ranges
+            self._masters = tuple(dict.fromkeys(address for _, _, address in ranges))
+            self.names = frozenset(text_of(address) for address in self._masters)
         return ranges
 
-    def _ask_slots(self, address: Address, deadline: float) -> list[SlotRange]:
+    def _ask_slots(self, address: Address, deadline: float) -> tuple[Address, list[SlotRange]]:
         with self._node(address).lease(deadline, repeatable=True) as wire:
             (reply,) = wire.ask([(b"CLUSTER", b"SLOTS")])
             if is_denied(reply):  # an ACL may allow one of the two
@@ -214,7 +219,7 @@ class ClusterRoute:
             raise TierUnavailable(f"{where}: its table of slots cannot be read: {error}") from error
         if not ranges:
             raise TierUnavailable(f"{where}: the cluster has no slots assigned")
-        return ranges
+        return address, ranges
 
     def _node(self, address: Address) -> Node:
         with self._lock:

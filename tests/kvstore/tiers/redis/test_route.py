@@ -263,6 +263,22 @@ class TestCluster:
             with pytest.raises(TierRefused, match="some slots have no node"):
                 tier.delete(keys_of("page", 8), timeout_s=TIMEOUT_S)
 
+    def test_a_node_that_is_cut_off_from_its_cluster_is_not_asked_again_and_again_who_has_what(self) -> None:
+        cut_off, other = free_port(), free_port()
+        whole, entry = b"*1\r\n", b"*3\r\n:%d\r\n:%d\r\n*2\r\n$9\r\n127.0.0.1\r\n:%d\r\n"
+        old = b"*2\r\n" + entry % (0, 16382, cut_off) + entry % (16383, 16383, other)
+        down = b"-CLUSTERDOWN The cluster is down\r\n"
+        with (
+            canned_server([old, down] * 3, port=cut_off),
+            canned_server([whole + entry % (0, 16383, other), b":1\r\n"], port=other),
+        ):
+            tier = RedisTier(f"redis+cluster://127.0.0.1:{cut_off}", slot_bytes=SLOT_BYTES, ttl_s=60)
+
+            with pytest.raises(TierRefused, match="CLUSTERDOWN"):
+                tier.contains(keys_of("page", 1), timeout_s=TIMEOUT_S)
+            assert tier.contains(keys_of("page", 1), timeout_s=TIMEOUT_S) == [True]
+            tier.close()
+
     def test_a_slot_on_the_move_is_a_miss_and_not_a_failure(self) -> None:
         slots = b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$0\r\n\r\n:%d\r\n"
         port = free_port()
