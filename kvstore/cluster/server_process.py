@@ -1,8 +1,8 @@
 """An engine's own server as a child process: started, waited for, watched, ended. Used by fronts.
 
-The hard thing: a front may be killed. So a program is started by `become`, which has the kernel tell it of our end; and
-its standard input is a pipe of ours, whose end a program of ours may wait for. One that is told to end in the middle of
-its start may hang (vLLM does, once its engine process has gone): it is killed then, with all that it has started.
+The hard thing: a front may be killed. So a program is started by `guard`, which ends it then; and its standard input is
+a pipe of ours, whose end a program of ours may wait for. One that is told to end in the middle of its start may hang
+(vLLM does, once its engine process has gone): it is killed then, with all that it has started.
 """
 
 from __future__ import annotations
@@ -159,4 +159,4 @@ def _descendants(pid: int) -> list[psutil.Process]:
 
 def as_child(command: Sequence[str]) -> list[str]:
     """The command of a program that is to end with this process."""
-    return [sys.executable, "-m", "kvstore.cluster.become", *command]
+    return [sys.executable, "-m", "kvstore.cluster.guard", *command]
