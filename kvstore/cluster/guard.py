@@ -1,7 +1,7 @@
 """Runs a program and ends with it: `python -m kvstore.cluster.guard PROGRAM ARGUMENTS`.
 
-It stands between a front and an engine's server, because a front may be killed, and a server may hang when it is told to
-end. The kernel tells this process when the front has ended, however it ended; the server gets a SIGTERM then, and some
+It stands between a front and an engine's server, because a front may be killed, and a server may hang when told to end.
+The kernel tells this process when the front has ended, however it ended; the server gets a SIGTERM then, and some
 seconds later everything that it has started is killed, also what has taken itself out of its process group: on Linux
 orphans of the server are given to this process. Elsewhere the server's own children may survive it. A Ctrl-C is for the
 front, which ends the server when it has answered what it has: the two have a process group of their own.
