@@ -164,6 +164,8 @@ class LlamaFront:
         is_over = False
         try:
             body.update(id_slot=turn.slot.id, n_cache_reuse=0)
+            if tokens is not None and request.path != CHAT:
+                body["prompt"] = tokens.tolist()  # the server has cut the text once, for us
             if tokens is not None or not turn.may_reuse:
                 body["cache_prompt"] = turn.may_reuse
             response, counts = await self._forward(request, body, turn)

@@ -32,6 +32,12 @@ class TestRestoring:
         assert warm["usage"]["prompt_tokens_details"] == {"cached_tokens": len(HEAD)}
         assert llama.wrong_rows == 0
 
+    async def test_the_text_of_a_completion_is_cut_into_tokens_once(self, llama: FakeLlama) -> None:
+        async with fronted(llama) as client:
+            await client.ask(HEAD + "one")
+
+        assert llama.bodies[-1]["prompt"] == [ord(letter) for letter in HEAD + "one"]
+
     async def test_a_router_is_told_the_name_and_what_would_have_to_be_computed(self, llama: FakeLlama) -> None:
         async with fronted(llama) as client:
             await client.ask(HEAD + "one")
