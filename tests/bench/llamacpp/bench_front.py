@@ -5,9 +5,9 @@
 PACKAGES is the folder that `make test-llamacpp` has made. Prompts of about 1000 tokens that have nothing in common, one
 at a time, in turn straight at a server and through a front before it, so that what the machine does besides meets both.
 The server answers at once and computes nothing, in a process of its own: its share is what a straight request takes,
-and is taken off. The real llama-server tokenizes for the front, and then not for the request, whose prompt the front hands
-on as tokens: what it takes for the one is measured by itself and added, what it saves by the other is taken off. The bound is
-5 ms (median); CPU time is that of front and client, less that of the client alone.
+and is taken off. The real llama-server tokenizes for the front, and then not for the request, whose prompt the front
+hands on as tokens: what it takes for the one is measured by itself and added, what it saves by the other is taken off.
+The bound is 5 ms (median); CPU time is that of front and client, less that of the client alone.
 """
 
 from __future__ import annotations
