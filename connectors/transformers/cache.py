@@ -252,9 +252,8 @@ class CacheBridge:
 class Recorder:
     """Keeps the blocks that pass through one cache, until they are taken as spans. The request's thread only.
 
-    For each forward: `before()`, the forward, `after(num_tokens)`; in the end `finish(num_tokens)`. Where the model
-                      has no sliding
-    layers all of these do nothing, since the cache itself holds every token. Raises LookupError, instead of handing
+    For each forward: `before()`, the forward, `after(num_tokens)`; in the end `finish(num_tokens)`. Where the model has
+    no sliding layers all of these do nothing, since the cache itself holds every token. Raises LookupError, instead of handing
     out wrong tokens, if the cache was changed by someone else in between.
     """
 

@@ -288,8 +288,8 @@ class KVCacheModel:
         states, num_tokens = self._states, len(tokens)
 
         def stops(branch: int) -> Sequence[int]:
-            """The last place of a state, and the one where this prompt parts from a stored one."""
-            return () if states is None else (states.last(num_tokens), states.last(min(branch, num_tokens)))
+            """The places of states where this prompt ends, and where it parts from a stored one."""
+            return () if states is None else states.stops(num_tokens, branch)
 
         return PromptRun(self._forward, connector, lambda: new_cache(self.model), tokens, chunk, options, hints, stops)
 

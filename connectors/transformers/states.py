@@ -41,13 +41,21 @@ class StatePlan:
         """The place of the last state of so many tokens."""
         return num_tokens // self.unit * self.unit
 
+    def stops(self, num_tokens: int, branch: int) -> list[int]:
+        """The places at which every run of a prompt stops: its end, and where it parts from what is stored.
+
+        The last token is always computed. So of a prompt that ends at a place, there is one before, for the same prompt.
+        """
+        ends = (self.last(num_tokens), self.last(num_tokens - 1), self.last(min(branch, num_tokens)))
+        return list(dict.fromkeys(ends))
+
     def places(self, start: int, num_tokens: int, branch: int = 0) -> list[int]:
         """The places in (start, num_tokens] of a prompt of which `start` tokens are loaded, at most MAX_STATES.
 
         branch: tokens whose keys and values were stored, as far as they are the same prompt's.
         """
-        end, fork = self.last(num_tokens), self.last(min(branch, num_tokens))
-        first = [place for place in dict.fromkeys((end, fork)) if place > start]
+        end = self.last(num_tokens)
+        first = [place for place in self.stops(num_tokens, branch) if place > start]
         regular = [place for place in range(self.spacing, end, self.spacing) if place > start and place not in first]
         room = MAX_STATES - len(first)
         step = max(1, -(-len(regular) // room))  # evenly, from the end: the deepest are worth most

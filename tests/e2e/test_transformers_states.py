@@ -98,6 +98,19 @@ def test_the_second_prompt_that_parts_from_a_stored_one_leaves_a_state_there_for
         assert (stats["cut"]["no_state"], stats["stateless_tokens"]) == (1, 96)
 
 
+@pytest.mark.parametrize("reuse", ["exact", "any"])
+@pytest.mark.parametrize("name", ["falcon_h1", "mamba2"])
+def test_a_prompt_of_whole_chunks_finds_itself_but_for_the_last_one(name: str, reuse: str) -> None:
+    ids = random_ids(128, seed=7)
+    with opened(model_of(name), reuse=reuse) as kv:
+        kv.prefill(ids)
+        settle(kv)
+
+        again, longer = kv.prefill(ids), kv.prefill(ids + ids[:20])
+
+        assert (again.report.reused_tokens, longer.report.reused_tokens) == (96, 128)
+
+
 def test_with_any_reuse_the_next_turn_resumes_at_the_last_block_of_the_answer() -> None:
     model = model_of("falcon_h1")
     with opened(model, reuse="any") as kv:

@@ -24,6 +24,8 @@ PLAN = StatePlan(unit=64, spacing=512)
         (448, 500, 0, []),  # it is there already
         (0, 500, 300, [256, 448]),  # where it parts from a stored prompt
         (0, 500, 900, [448]),  # all of it was stored
+        (0, 448, 0, [384, 448]),  # the same prompt again: its last token is always computed
+        (384, 448, 0, [448]),
         (256, 500, 300, [448]),
         (0, 1500, 0, [512, 1024, 1472]),
         (0, 1500, 200, [192, 512, 1024, 1472]),

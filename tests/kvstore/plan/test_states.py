@@ -202,6 +202,16 @@ def test_what_a_disk_holds_of_nothing_but_states_is_found_after_a_restart() -> N
     assert load(after, request, 5) == [(4, 0), (4, 1)]
 
 
+def test_of_a_model_without_pages_nothing_is_remembered_of_blocks_behind_the_last_state() -> None:
+    planner = make(layout=STATES)
+
+    save(planner, path(0, 6))
+    save(planner, path(1, 6), 4)
+
+    assert [block.depth for block in planner.books.catalog.blocks()] == [0, 1, 2, 3]
+    assert hit(planner, path(1, 6)) == 4
+
+
 def ask(planner: Planner, request: Request, states: set[int]) -> None:
     """A lookup whose probe says: all pages, and the first piece of these states."""
     planner.lookup(request, 0.0)
