@@ -253,8 +253,8 @@ class Recorder:
     """Keeps the blocks that pass through one cache, until they are taken as spans. The request's thread only.
 
     For each forward: `before()`, the forward, `after(num_tokens)`; in the end `finish(num_tokens)`. Where the model has
-    no sliding layers all of these do nothing, since the cache itself holds every token. Raises LookupError, instead of handing
-    out wrong tokens, if the cache was changed by someone else in between.
+    no sliding layers all of these do nothing, since the cache itself holds every token. Raises LookupError, instead of
+    handing out wrong tokens, if the cache was changed by someone else in between.
     """
 
     def __init__(self, bridge: CacheBridge, layout: Layout, cache: Any, num_tokens: int) -> None:

@@ -44,7 +44,7 @@ class StatePlan:
     def stops(self, num_tokens: int, branch: int) -> list[int]:
         """The places at which every run of a prompt stops: its end, and where it parts from what is stored.
 
-        The last token is always computed. So of a prompt that ends at a place, there is one before, for the same prompt.
+        The last token is always computed. So for the same prompt again there is one before, where it ends at a place.
         """
         ends = (self.last(num_tokens), self.last(num_tokens - 1), self.last(min(branch, num_tokens)))
         return list(dict.fromkeys(ends))
