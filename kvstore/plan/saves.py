@@ -134,7 +134,7 @@ class Saver:
                 return
         request = save.request
         if not self._catalog.num_groups:  # a block without a state has nothing that could leave, and take it along
-            self._catalog.prune((self._lookups.known_path(request) or [None])[-1])
+            self._catalog.prune(next(reversed(self._lookups.known_path(request)), None))
         if save.num_whole < save.num_pages:
             self._single_flight.end(request, now)
         for tier in self._tiers:
