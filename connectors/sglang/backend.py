@@ -29,8 +29,9 @@ from connectors.sglang.core import BackendCore
 from connectors.sglang.hits import PoolRule, Share, leading, restorable
 from connectors.sglang.metrics import Bandwidths
 from connectors.sglang.pools import HostPool
-from connectors.sglang.start import check_storage, open_core
+from connectors.sglang.start import check_storage, open_core, pool_namespace
 from connectors.sglang.versions import check_version
+from kvstore.errors import ConfigError
 
 log = logging.getLogger("sglang.kvstore")
 
@@ -69,7 +70,7 @@ class KVStoreBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang's classes 
         if self.core is None:
             self._pools[name] = HostPool(host_pool, name)
         else:
-            log.warning("kvstore backend: pool %s came after the start; its pages are not stored", name)
+            self._add_pool(self.core, name, host_pool)
 
     def on_host_pools_registered(self) -> None:
         """Open the tiers. Raises ConfigError, or LayoutMismatch if the directory holds pages of another size."""
@@ -159,6 +160,18 @@ class KVStoreBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang's classes 
         return StorageMetrics(taken.loads, taken.saves, taken.load_speeds, taken.save_speeds)
 
     # ---- private --------------------------------------------------------------------------------------------------
+
+    def _add_pool(self, core: BackendCore, name: str, host_pool: Any) -> None:
+        """Take a pool while SGLang runs, when nothing may be raised: that of a model that drafts comes last."""
+        try:
+            pool = HostPool(host_pool, name)
+            root = pool_namespace(self._config, self._storage, pool, sglang.__version__).root()
+            if core.add_pool(name, pool, root):
+                return
+            reason = f"its pages of {pool.page_bytes} bytes are longer than those that the tiers were opened for"
+        except ConfigError as error:
+            reason = str(error)
+        log.warning("kvstore backend: pool %s is not stored, nor is what needs it: %s", name, reason)
 
     def _find(self, pool: str, keys: Sequence[str]) -> list[bool]:
         return self.core.find(pool, keys) if self.core is not None and keys else [False] * len(keys)

@@ -83,11 +83,20 @@ class BackendCore:
         self.counters = BackendCounters()
         self._pools = dict(pools)
         self._roots = dict(roots)
+        self._most_bytes = max((pool.page_bytes for pool in pools.values()), default=0)
         self._deadlines = deadlines
         self._touch_interval_s = touch_interval_s
         self._mark = mark
         self._now = now
         self._touched: dict[tuple[str, PageKey], float] = {}
+
+    def add_pool(self, name: str, pool: HostPool, root: bytes) -> bool:
+        """Take a pool that came later; False if its pages are longer than those that the tiers were opened for."""
+        if pool.page_bytes > self._most_bytes:
+            return False
+        self._roots[name] = root
+        self._pools[name] = pool
+        return True
 
     def find(self, pool: str, keys: Sequence[str]) -> list[bool]:
         """Which pages of a pool the tiers have."""

@@ -86,8 +86,9 @@ class HostPool:
             raise ConfigError(f"--hicache-size: the pool {name!r} holds no whole page of {self.page_tokens} tokens")
         import torch
 
+        self._of_page = torch.arange(self.page_tokens)
         try:
-            self.lengths = self._lengths(torch.arange(self.page_tokens))
+            self.lengths = self._lengths(self._of_page)
         except Exception as error:  # not implemented, or a pool without memory of its own
             raise ConfigError(
                 f"--hicache-mem-layout: the pool {name!r} ({type(pool).__name__}) gives no addresses of its pages in "
@@ -100,6 +101,10 @@ class HostPool:
         if indices is None or indices.numel() != num_pages * self.page_tokens:
             count = 0 if indices is None else indices.numel()
             raise ValueError(f"pool {self.name}: {count} indices for {num_pages} pages of {self.page_tokens} tokens")
+        tokens = indices.cpu().reshape(num_pages, self.page_tokens)
+        firsts = tokens[:, :1]
+        if (firsts % self.page_tokens).any() or (tokens - firsts != self._of_page).any():
+            raise ValueError(f"pool {self.name}: the indices are not those of whole pages")  # it looks at firsts alone
         places, sizes = self.pool.get_page_buffer_meta(indices)
         per_page = len(self.lengths)
         if len(places) != num_pages * per_page or tuple(sizes[:per_page]) != self.lengths[: len(sizes)]:

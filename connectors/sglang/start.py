@@ -18,6 +18,7 @@ from connectors.sglang.pools import HostPool, geometry
 from connectors.sglang.updates import watch
 from kvstore.build import open_exchange
 from kvstore.errors import ConfigError
+from radix.namespace import Namespace
 
 log = logging.getLogger("sglang.kvstore")
 
@@ -40,22 +41,7 @@ def open_core(config: BackendConfig, storage: Any, pools: Mapping[str, HostPool]
     """Open the tiers for these pools. version: SGLang's. Raises ConfigError, or LayoutMismatch."""
     if not pools:
         raise ConfigError("kvstore backend: SGLang has registered no host pool; turn on --enable-hierarchical-cache")
-    server_args = find_server_args()
-    namespaces = {
-        name: page_namespace(
-            server_args,
-            pool.layout,
-            rank_name(storage, pool),
-            seat="hicache",
-            where=WHERE,
-            weights=config.fields.weights,
-            version=version,
-            device=_device(pool),
-            adapters_by_name=config.fields.adapters_by_name,
-            has_draft=pool.has_draft,
-        )
-        for name, pool in pools.items()
-    }
+    namespaces = {name: pool_namespace(config, storage, pool, version) for name, pool in pools.items()}
     store = config.store.store
     ttl_s = {kind.name: kind.value(section, "ttl_s", 0.0) for kind, section in config.store.tiers()}
 
@@ -86,6 +72,22 @@ def open_core(config: BackendConfig, storage: Any, pools: Mapping[str, HostPool]
         " and ".join(exchange.tiers),
     )
     return core
+
+
+def pool_namespace(config: BackendConfig, storage: Any, pool: HostPool, version: str) -> Namespace:
+    """The root of the names of a pool's pages. Raises ConfigError for what cannot be identified."""
+    return page_namespace(
+        find_server_args(),
+        pool.layout,
+        rank_name(storage, pool),
+        seat="hicache",
+        where=WHERE,
+        weights=config.fields.weights,
+        version=version,
+        device=_device(pool),
+        adapters_by_name=config.fields.adapters_by_name,
+        has_draft=pool.has_draft,
+    )
 
 
 def rank_name(storage: Any, pool: HostPool) -> str:

@@ -52,6 +52,16 @@ def test_what_was_copied_out_is_copied_in_elsewhere() -> None:
     assert pool.keys[2 * 5 * PAGE : 2 * 6 * PAGE].tolist() == pool.keys[: 2 * PAGE].tolist()
 
 
+@pytest.mark.parametrize(
+    "indices", [[1, 2, 3, 4], [0, 1, 3, 2], [0, 1, 2, 7]], ids=["between pages", "out of order", "of two pages"]
+)
+def test_indices_that_are_not_those_of_whole_pages_are_an_error(indices: list[int]) -> None:
+    host = HostPool(FakePool(), "kv")
+
+    with pytest.raises(ValueError, match="not those of whole pages"):
+        host.pieces(torch.tensor(indices), 1)
+
+
 def test_indices_of_another_number_of_tokens_are_an_error() -> None:
     host = HostPool(FakePool(), "kv")
 
