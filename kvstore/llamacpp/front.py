@@ -8,7 +8,6 @@ is forwarded all the same. Whatever generates without going through here is not 
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,11 @@ from connectors.llamacpp.states import Tokens
 from kvstore import logs
 from kvstore.base import HOST, RequestOptions
 from kvstore.cluster.bodies import as_object, take_extension
-from kvstore.cluster.http import Site, error_response, json_response, of_library, read_body
+from kvstore.cluster.front import CHAT, COMPLETION, LOST, RETRY_S, EngineFront
+from kvstore.cluster.http import json_response, read_body
 from kvstore.cluster.metrics import ENGINE, ReplicaMetrics
 from kvstore.cluster.openai import ApiError, event
-from kvstore.cluster.relay import NAME_HEADER, ClientGone, to_client
+from kvstore.cluster.relay import to_client
 from kvstore.config.sections import Config
 from kvstore.errors import KVStoreError, RequestError
 from kvstore.llamacpp.requests import Counts, counts_of, is_plain, parse_body
@@ -37,20 +37,14 @@ from kvstore.llamacpp.seat import LlamaSeat, LlamaTurn
 from kvstore.llamacpp.server import LlamaServer, ServerGone, ServerRefused
 from kvstore.metrics import CONTENT_TYPE, StoreCollector
 from kvstore.tiers import registry
-from kvstore.web.bodies import Bodies
 from kvstore.web.sse import read_events
 
 log = logs.limited(__name__)
 
 TIERS = (HOST, *registry.names())
-CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 PASSED_ON = ("/tokenize", "/detokenize", "/apply-template")
 READ = ("/v1/models", "/props", "/lora-adapters")  # not /slots: some builds tell the prompts in them, of every tenant
 MAX_WAITING = 256  # requests that may wait for a slot; more get a 429
-RETRY_S = 1
-LOOK_S = 1.0  # between looks at a server that was started here
-# Lost while waiting for the server's answer, or in the middle of it.
-LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.TimeoutError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +58,14 @@ class FrontSettings:
     weights: str = "sampled"
 
 
-class LlamaFront:
+class LlamaFront(EngineFront):
     """The application. Its event loop only."""
 
     def __init__(self, settings: FrontSettings, seat: LlamaSeat) -> None:
+        super().__init__(settings.name, settings.host, settings.port, seat.server, ReplicaMetrics())
         self.seat = seat
         self.server: LlamaServer = seat.server
-        self.name = settings.name
-        self.metrics = ReplicaMetrics()
-        self._bodies = Bodies()
         self._queued_tokens = 0  # of the prompts inside
-        self._stop = asyncio.Event()
         self._registry = self.metrics.registry
         self._tokens = Counter(
             "kvstore_llamacpp_prompt_tokens",
@@ -88,51 +79,25 @@ class LlamaFront:
             ["effect"],
             registry=self._registry,
         )
-        app = web.Application(middlewares=[self._middleware])
-        app.on_response_prepare.append(self._sign)
+        router = self.app.router
         for path in (CHAT, COMPLETION):
-            app.router.add_post(path, self._generate)
-        for path in PASSED_ON:
-            app.router.add_post(path, self._pass_on)
-        for path in READ:
-            app.router.add_get(path, self._pass_on)
+            router.add_post(path, self._generate)
+        self.add_passed_on(reads=READ, posts=PASSED_ON)
         for path in ("/health", "/healthz", "/readyz"):
-            app.router.add_get(path, self._health)
-        app.router.add_post("/v1/lookup", self._lookup)
-        app.router.add_get("/v1/stats", self._stats)
-        app.router.add_get("/metrics", self._metrics)
-        self.site = Site(app, settings.host, settings.port)
+            router.add_get(path, self._health)
+        router.add_post("/v1/lookup", self._lookup)
+        router.add_get("/v1/stats", self._stats)
+        router.add_get("/metrics", self._metrics)
 
-    async def run(self, announce: Callable[[str], None], ended: Callable[[], str] = lambda: "") -> None:
-        """Serve until SIGTERM, SIGINT or `stop`. ended: why there is no sense in going on; "" while there is.
-
-        Raises ConfigError for the port and for a server that cannot be used, KVStoreError where `ended` says why.
-        """
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
-        try:
-            await self.open()
-            off = self.seat.served.why_not
-            announce(f"OpenAI API on {self.site.url}/v1, before {self.server.url}" + (f"; {off}" if off else ""))
-            stop = asyncio.ensure_future(self._stop.wait())
-            while not (await asyncio.wait([stop], timeout=LOOK_S))[0]:
-                if why := ended():
-                    raise KVStoreError(why)
-        finally:
-            await self.close()
-
-    async def open(self) -> None:
-        """Identify the server, open the store, listen."""
+    async def open(self) -> str:
+        """Identify the server, open the store, listen. Raises ConfigError for a server that cannot be used."""
         await self.seat.open()
         store = self.seat.served.states
         if store is not None:
             self._registry.register(_OfStore(self.seat))
         await self.site.start()
-
-    def stop(self) -> None:
-        """Make `run` come to its end."""
-        self._stop.set()
+        off = self.seat.served.why_not
+        return f"OpenAI API on {self.site.url}/v1, before {self.server.url}" + (f"; {off}" if off else "")
 
     async def close(self) -> None:
         """Stop listening, finish saves, close the store, hang up. Idempotent."""
@@ -143,7 +108,7 @@ class LlamaFront:
     # ---- generating -------------------------------------------------------------------------------------------------
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        body = parse_body(await read_body(request, self._bodies))
+        body = parse_body(await read_body(request, self.bodies))
         extension = take_extension(body)
         if self.seat.served.slots.num_waiting >= MAX_WAITING:
             why = f"{MAX_WAITING} requests wait for a slot"
@@ -287,13 +252,6 @@ class LlamaFront:
 
     # ---- the rest ---------------------------------------------------------------------------------------------------
 
-    async def _pass_on(self, request: web.Request) -> web.StreamResponse:
-        raw = await read_body(request, self._bodies) if request.method == "POST" else None
-        headers = {"Content-Type": "application/json"} if raw is not None else {}
-        url = self.server.url + request.path
-        async with self.server.session.request(request.method, url, data=raw, headers=headers) as answer:
-            return web.Response(status=answer.status, body=await answer.read(), content_type=answer.content_type)
-
     async def _health(self, request: web.Request) -> web.Response:
         try:
             await self.server.call("GET", "/health")
@@ -303,7 +261,7 @@ class LlamaFront:
 
     async def _lookup(self, request: web.Request) -> web.Response:
         """The tokens that this replica would have to compute for a request; for routers."""
-        body = parse_body(await read_body(request, self._bodies))
+        body = parse_body(await read_body(request, self.bodies))
         extension = take_extension(body)
         tokens = await self._tokens_of(CHAT if "messages" in body else COMPLETION, body)
         if tokens is None:
@@ -319,9 +277,6 @@ class LlamaFront:
             }
         )
 
-    async def _sign(self, request: web.Request, response: web.StreamResponse) -> None:
-        response.headers[NAME_HEADER] = self.name
-
     async def _stats(self, request: web.Request) -> web.Response:
         states = self.seat.served.states
         store = None if states is None else await asyncio.to_thread(states.store.stats)
@@ -331,31 +286,16 @@ class LlamaFront:
         body = await asyncio.to_thread(generate_latest, self._registry)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
-    @web.middleware
-    async def _middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        try:
-            response: web.StreamResponse = await handler(request)
-        except (ClientGone, ConnectionResetError):
-            raise asyncio.CancelledError from None  # nobody is there to be answered
-        except Exception as error:
-            response = error_response(request, of_library(request, error) or self._error(request, error))
-        if request.path in (CHAT, COMPLETION):
-            self.metrics.requests.labels(str(response.status)).inc()
-        return response
-
-    def _error(self, request: web.Request, error: Exception) -> ApiError:
-        match error:
-            case ApiError():
-                return error
-            case RequestError():
-                return ApiError(400, str(error), param="kvstore")
+    def error_of(self, error: Exception) -> ApiError | None:
+        """A wrong request, or a server that is gone."""
+        if isinstance(error, RequestError):
+            return ApiError(400, str(error), param="kvstore")
         if isinstance(error, (ServerGone, *LOST)):
             self.seat.is_lost()
             gone = isinstance(error, ServerGone)
             why = str(error) if gone else f"llama-server at {self.server.url} cannot be reached"
             return ApiError(503, why, kind="server_error", code="server_gone", retry_after_s=RETRY_S)
-        log.error("a request failed: %s", logs.where(error))  # not its text: that may hold a prompt
-        return ApiError(500, "a fault in the front; its log has more", kind="server_error")
+        return None
 
 
 class _OfStore(Collector):

@@ -8,7 +8,6 @@ and says when to come again.
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,29 +20,24 @@ from prometheus_client import generate_latest
 from kvstore import logs
 from kvstore.cluster.admission import Admission, Refused, Ticket
 from kvstore.cluster.bodies import as_object, parse_object, take_extension
-from kvstore.cluster.http import Site, error_response, json_response, of_library, read_body
+from kvstore.cluster.front import CHAT, COMPLETION, LOST, RETRY_S, EngineFront
+from kvstore.cluster.http import json_response, read_body
 from kvstore.cluster.openai import ApiError, event
-from kvstore.cluster.relay import NAME_HEADER, ClientGone, to_client
-from kvstore.errors import KVStoreError
+from kvstore.cluster.relay import ClientGone, to_client
 from kvstore.metrics import CONTENT_TYPE
 from kvstore.vllm.books import EngineBooks
 from kvstore.vllm.engine import EngineGone, EngineSilent, VllmEngine
 from kvstore.vllm.metrics import VllmMetrics
 from kvstore.vllm.requests import AnswerUsage, apply_extension, ask_for_usage, event_of, held_answer_tokens, salt_of
 from kvstore.vllm.seen import SeenPrompts
-from kvstore.web.bodies import Bodies
 from kvstore.web.sse import read_events
 
 log = logs.limited(__name__)
 
-CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 PASSED_ON = ("/tokenize", "/detokenize")
 SEEN_TOKENS = 1 << 20  # of prompts whose routing is remembered: 16 thousand blocks, 1 MiB
-LOOK_S = 1.0  # between looks at the engine
+LOOK_S = 1.0  # between looks at what the engine counts
 SILENCES_TO_LOSE = 4  # in a row; so many times LOOK_TIMEOUT_S
-RETRY_S = 1
-# Lost while waiting for the engine's answer, or in the middle of it.
-LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.TimeoutError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +60,19 @@ class VllmFrontSettings:
     drain_s: float = 30.0
 
 
-class VllmFront:
+class VllmFront(EngineFront):
     """The application. Its event loop only."""
 
     def __init__(self, settings: VllmFrontSettings, engine: VllmEngine) -> None:
+        metrics = VllmMetrics()
+        super().__init__(settings.name, settings.host, settings.port, engine, metrics)
         self.settings = settings
         self.engine = engine
+        self._counted = metrics
         self.books = EngineBooks(
             Admission(settings.max_queue, settings.max_tokens), settings.max_running, time.monotonic
         )
-        self.metrics = VllmMetrics()
-        self.metrics.attach(
+        metrics.attach(
             self.books.admission,
             num_running=lambda: self.books.num_running,
             num_queued=lambda: self.books.num_queued,
@@ -87,52 +83,25 @@ class VllmFront:
         self._silences = 0
         self._engine_text = ""
         self._seen = SeenPrompts(SEEN_TOKENS)
-        self._bodies = Bodies()
-        self._stop = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
-        app = web.Application(middlewares=[self._middleware])
-        app.on_response_prepare.append(self._sign)
+        router = self.app.router
         for path in (CHAT, COMPLETION):
-            app.router.add_post(path, self._generate)
-        for path in PASSED_ON:
-            app.router.add_post(path, self._pass_on)
-        app.router.add_get("/v1/models", self._pass_on)
-        app.router.add_post("/v1/lookup", self._lookup)
-        app.router.add_get("/v1/stats", self._stats)
-        app.router.add_get("/healthz", self._healthz)
+            router.add_post(path, self._generate)
+        self.add_passed_on(reads=("/v1/models",), posts=PASSED_ON)
+        router.add_post("/v1/lookup", self._lookup)
+        router.add_get("/v1/stats", self._stats)
+        router.add_get("/healthz", self._healthz)
         for path in ("/health", "/readyz"):
-            app.router.add_get(path, self._readyz)
-        app.router.add_get("/metrics", self._metrics)
-        self.site = Site(app, settings.host, settings.port)
+            router.add_get(path, self._readyz)
+        router.add_get("/metrics", self._metrics)
 
-    async def run(self, announce: Callable[[str], None], ended: Callable[[], str] = lambda: "") -> None:
-        """Serve until SIGTERM, SIGINT or `stop`. ended: why there is no sense in going on; "" while there is.
-
-        Raises ConfigError for the port and for a server that is none of vLLM's, KVStoreError where `ended` says why.
-        """
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
-        try:
-            await self.open()
-            announce(f"{self.settings.name} on {self.site.url}: ready, before vLLM at {self.engine.url}")
-            stop = asyncio.ensure_future(self._stop.wait())
-            while not (await asyncio.wait([stop], timeout=LOOK_S))[0]:
-                if why := ended():
-                    raise KVStoreError(why)
-        finally:
-            await self.close()
-
-    async def open(self) -> None:
-        """Ask the engine what it is, and listen."""
+    async def open(self) -> str:
+        """Ask the engine what it is, and listen. Raises ConfigError for a server that is none of vLLM's."""
         await self.engine.identify()
         await self.look()
         await self.site.start()
         self._looking = asyncio.ensure_future(self._look_again())
-
-    def stop(self) -> None:
-        """Make `run` come to its end."""
-        self._stop.set()
+        return f"{self.name} on {self.site.url}: ready, before vLLM at {self.engine.url}"
 
     async def close(self) -> None:
         """Drain, stop listening, hang up. Idempotent."""
@@ -164,7 +133,7 @@ class VllmFront:
             if told is not None:
                 counters, self._engine_text = told
                 self.books.observe(counters)
-                self.metrics.take(counters)
+                self._counted.take(counters)
 
     async def _look_again(self) -> None:
         while True:
@@ -176,7 +145,7 @@ class VllmFront:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         arrived = time.monotonic()
         self._check_open()
-        body = parse_object(await read_body(request, self._bodies))
+        body = parse_object(await read_body(request, self.bodies))
         extension = take_extension(body)
         self.books.admission.check_queue(self.books.num_queued)
         tokens = await self.engine.tokenize(body, is_chat=request.path == CHAT) or []
@@ -252,7 +221,7 @@ class VllmFront:
 
     def _tell(self, answer: dict[str, Any], usage: AnswerUsage, ttft_s: float) -> None:
         """Put into an answer who gave it. Which tiers its cached tokens came from vLLM tells of all requests only."""
-        answer["kvstore"] = {"replica": self.settings.name, "cached_tokens": usage.cached, "ttft_s": round(ttft_s, 6)}
+        answer["kvstore"] = {"replica": self.name, "cached_tokens": usage.cached, "ttft_s": round(ttft_s, 6)}
 
     def _check_fits(self, path: str, prompt_tokens: int, new_tokens: int) -> None:
         limit = self.settings.max_tokens
@@ -272,17 +241,10 @@ class VllmFront:
 
     # ---- the rest ---------------------------------------------------------------------------------------------------
 
-    async def _pass_on(self, request: web.Request) -> web.StreamResponse:
-        raw = await read_body(request, self._bodies) if request.method == "POST" else None
-        headers = {"Content-Type": "application/json"} if raw is not None else {}
-        url = self.engine.url + request.path
-        async with self.engine.session.request(request.method, url, data=raw, headers=headers) as answer:
-            return web.Response(status=answer.status, body=await answer.read(), content_type=answer.content_type)
-
     async def _lookup(self, request: web.Request) -> web.Response:
         """The tokens that this replica would have to compute for a request, by an estimate; for routers."""
         self._check_open()
-        body = parse_object(await read_body(request, self._bodies))
+        body = parse_object(await read_body(request, self.bodies))
         extension = take_extension(body)
         tokens = await self.engine.tokenize(body, is_chat="messages" in body)
         if tokens is None:
@@ -295,7 +257,7 @@ class VllmFront:
         admission = self.books.admission
         return json_response(
             {
-                "replica": self.settings.name,
+                "replica": self.name,
                 "models": list(self.engine.models),
                 "running": self.books.num_running,
                 "queued": self.books.num_queued,
@@ -309,46 +271,27 @@ class VllmFront:
         )
 
     async def _healthz(self, request: web.Request) -> web.Response:
-        return json_response({"name": self.settings.name})
+        return json_response({"name": self.name})
 
     async def _readyz(self, request: web.Request) -> web.Response:
         is_ready = self._is_well and not self.is_draining
-        return json_response({"name": self.settings.name, "ready": is_ready}, status=200 if is_ready else 503)
+        return json_response({"name": self.name, "ready": is_ready}, status=200 if is_ready else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         """Ours, and vLLM's own as they were a second ago."""
         ours = await asyncio.to_thread(generate_latest, self.metrics.registry)
         return web.Response(body=ours + self._engine_text.encode(), headers={"Content-Type": CONTENT_TYPE})
 
-    async def _sign(self, request: web.Request, response: web.StreamResponse) -> None:
-        response.headers[NAME_HEADER] = self.settings.name
-
-    @web.middleware
-    async def _middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        try:
-            response: web.StreamResponse = await handler(request)
-        except (ClientGone, ConnectionResetError):
-            raise asyncio.CancelledError from None  # nobody is there to be answered
-        except Exception as error:
-            response = error_response(request, of_library(request, error) or self._error(error))
-        if request.path in (CHAT, COMPLETION):
-            self.metrics.requests.labels(str(response.status)).inc()
-        return response
-
-    def _error(self, error: Exception) -> ApiError:
-        match error:
-            case ApiError():
-                return error
-            case Refused():
-                return ApiError(
-                    429, str(error), kind="rate_limit_error", code=error.reason, retry_after_s=error.retry_after_s
-                )
+    def error_of(self, error: Exception) -> ApiError | None:
+        """A refusal, or an engine that is gone."""
+        if isinstance(error, Refused):
+            wait_s = error.retry_after_s
+            return ApiError(429, str(error), kind="rate_limit_error", code=error.reason, retry_after_s=wait_s)
         if isinstance(error, (EngineGone, *LOST)):
             self._is_well = False
             why = str(error) if isinstance(error, EngineGone) else f"vLLM at {self.engine.url} cannot be reached"
             return ApiError(503, why, kind="server_error", code="engine_gone", retry_after_s=RETRY_S)
-        log.error("a request failed: %s", logs.where(error))  # not its text: that may hold a prompt
-        return ApiError(500, "a fault in the front; its log has more", kind="server_error")
+        return None
 
 
 def serve(
