@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 from kvstore.direction import Direction
 from kvstore.page import PageKey
@@ -25,12 +24,12 @@ from kvstore.plan.journal import Left
 from kvstore.plan.records import Op, Outcome, Priority
 from kvstore.plan.state import Block, Page, PageState
 from kvstore.plan.states import refreshed
-from kvstore.plan.steps import STEP_BLOCKS, parts
+from kvstore.plan.steps import STEP_BLOCKS
 from kvstore.plan.tier_plan import TierPlan
+from kvstore.plan.touches import send_touches
 from kvstore.plan.transfers import InFlight, TransferBook
 from kvstore.plan.write_budget import WriteBudget
 
-TOUCH_BATCH = 512  # keys; one Redis round trip or one LMDB transaction of a few milliseconds
 MAX_OWED_DELETES = 65_536  # keys that a tier which cannot be reached is owed; about 10 MB
 
 
@@ -222,17 +221,7 @@ class LowerTier:
             if self.plan.exclusive:
                 self.plan.policy.demote([page for page in pages if page.state is PageState.READY and not page.kept])
         copies = self.copies(refreshed(fresh, self.catalog))
-        for ttl_s, group in groupby(copies, key=self._ttl_s):
-            for batch in parts(list(group), TOUCH_BATCH):
-                self.transfers.send(
-                    Op.TOUCH,
-                    self.plan.name,
-                    [page.key for page in batch],
-                    batch,
-                    priority=Priority.SAVE,
-                    deadline=now + 60.0,
-                    expires_at=deadline(self.wall(), ttl_s, is_limited=is_limited),
-                )
+        send_touches(self.transfers, self.plan, copies, self.wall(), now, is_limited=is_limited)
 
     def shorten(self, pages: Sequence[Page], left_s: float) -> None:
         """Pages, given tail first, live for `left_s` from now at most, until their next use."""

@@ -87,8 +87,9 @@ def stranded(catalog: Catalog, block: Block) -> list[Block]:
         if below is None or len(children) > 1 or len(tail) > MAX_BELOW or has_state(below, num_groups):
             return []  # prompts part there, or go on to a state
         tail.append(below)
+    head: list[Block] = []
     above = block.parent
     while above is not None and len(tree.children(above.key)) == 1 and not has_state(above, num_groups):
-        tail.insert(0, above)
+        head.append(above)
         above = above.parent
-    return tail
+    return [*reversed(head), *tail]
