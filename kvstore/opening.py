@@ -9,7 +9,7 @@ from kvstore.service.client.connect import connect
 from kvstore.service.client.slab import AttachedSlab, attach_slab
 from radix.namespace import Namespace
 
-__all__ = ["AttachedSlab", "attach_slab", "open_configured"]
+__all__ = ["AttachedSlab", "attach_slab", "lossy_codec", "open_configured"]
 
 
 def open_configured(
@@ -34,3 +34,13 @@ def open_configured(
         client=service.client_name or "",
         rendering=rendering,
     )
+
+
+def lossy_codec(config: Config) -> str:
+    """The codec of the tier in here that loses most; "" if none loses anything, or the tiers are a daemon's."""
+    if config.service.url is not None:
+        return ""
+    from kvstore.build import loss_of_tiers
+
+    loss = loss_of_tiers(config)
+    return loss.word if loss else ""

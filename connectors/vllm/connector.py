@@ -42,6 +42,7 @@ from connectors.vllm.start import open_half
 from connectors.vllm.worker import WorkerHalf, page_tables
 from kvstore.devices.base import Device
 from kvstore.errors import ConfigError
+from kvstore.opening import lossy_codec
 
 log = logging.getLogger("vllm.kvstore")  # below vLLM's logger, so that its handlers and level apply
 
@@ -179,7 +180,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def restore_kv_caches(self) -> None:
         """The KV tensors have memory again, maybe elsewhere."""
         if self._worker is not None:
-            self._worker.register(page_tables(self._engine, self._kv_caches, self._kv_cache_config.num_blocks))
+            num_blocks, codec = self._kv_cache_config.num_blocks, lossy_codec(self._config.store)
+            self._worker.register(page_tables(self._engine, self._kv_caches, num_blocks, codec))
 
     @quiet(lambda: None)
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:

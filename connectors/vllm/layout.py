@@ -183,14 +183,21 @@ def _axes(vllm_config: Any, specs: list[Any], kind: GroupKind) -> tuple[TensorAx
 def odd_blocks(axes: Sequence[TensorAxes], shape: Sequence[int], strides: Sequence[int]) -> str:
     """The reason why a layer's blocks, [num_blocks, ...] in the engine, do not lie as its axes say; "" if they do.
 
-    strides: in elements. Pages that are stored as they are, or without loss, do not depend on it.
+    strides: in elements. In what order a view names its dimensions does not matter. Pages that are stored as they are,
+    or without loss, do not depend on it.
     """
     if not axes:
         return ""
     one = axes[0]
-    expected = (one.heads, one.tokens, 2 * one.dims), (one.tokens * 2 * one.dims, 2 * one.dims, 1)
-    found = tuple(shape[1:]), tuple(strides[1:])
-    return "" if found == expected else f"its blocks have shape and strides {found}, not {expected}"
+    expected = _by_stride((one.heads, one.tokens, 2 * one.dims), (one.tokens * 2 * one.dims, 2 * one.dims, 1))
+    found = _by_stride(shape[1:], strides[1:])
+    return "" if found == expected else f"its blocks have sizes and strides {found}, not {expected}"
+
+
+def _by_stride(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """Size and stride of each dimension of more than one element, the widest first."""
+    pairs = [(int(size), int(stride)) for size, stride in zip(shape, strides, strict=True) if size != 1]
+    return sorted(pairs, key=lambda pair: -pair[1])
 
 
 def _device(vllm_config: Any) -> str:

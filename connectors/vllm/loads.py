@@ -31,6 +31,7 @@ NO_LEASE = 0  # the planner counts from 1
 MAX_LEASED_FRACTION = 0.5  # of the host slots, for pages on their way to waiting requests
 FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0  # after a copy failed; doubled as long as they go on failing
 COMPUTING_POLL_S = 0.005  # vLLM asks a thousand times a second, and computing takes longer
+MAX_SALTS = 4096  # that are told apart; they come from outside
 LONG_BLOCK = 64  # tokens; computing so many on a CPU takes longer than the two steps of a load aside
 COUNTERS = (
     "compute_waits",
@@ -81,6 +82,7 @@ class SchedulerLoads:
         self._coming: dict[bytes, int] = {}  # blocks that are being copied aside, and the lease of the first to do so
         self._keys: dict[int, list[bytes]] = {}  # of those blocks, by lease: the request may have others by the end
         self._jobs: list[LoadJob] = []
+        self._lost: dict[str, int] = {}  # the greatest loss of what was loaded, by vLLM's cache salt; "": of all others
         self._asking: Tracked | None = None  # one that was answered "ask again" since the last jobs were taken
 
     def allow(self, num_slots: int) -> None:
@@ -92,7 +94,8 @@ class SchedulerLoads:
         """How many tokens after the first `num_computed` can be loaded; None means ask again."""
         if not self._requests.extend(tracked):
             self.let_go(tracked)
-        if self._now() < self._paused_until:
+        tracked.is_mixed = tracked.is_mixed or (num_computed > 0 and tracked.store.loss < self._loss_in_cache(tracked))
+        if tracked.is_mixed or self._now() < self._paused_until:
             self.let_go(tracked)
             return 0, False
         first = num_computed // self._block_size
@@ -134,6 +137,8 @@ class SchedulerLoads:
         if num_external == 0:
             self.let_go(tracked)  # vLLM decided otherwise (another connector was longer, say)
             return
+        if tracked.store.loss:
+            self._note_loss(tracked)
         lease = tracked.lease
         end = tracked.first + num_external // self._block_size
         copies, is_whole = self._copies(lease, blocks, tracked.first, end)
@@ -265,6 +270,17 @@ class SchedulerLoads:
         keys = tracked.store.keys
         return first < half <= len(keys) and keys[half - 1] in self._coming
 
+    def _loss_in_cache(self, tracked: Tracked) -> int:
+        """The most that blocks of vLLM's own cache may have lost, which names them by salt and tokens only."""
+        return max(self._lost.get(_salt(tracked), 0), self._lost.get("", 0))
+
+    def _note_loss(self, tracked: Tracked) -> None:
+        """Blocks that may have lost something come into vLLM's own cache, and what is computed after them."""
+        salt = _salt(tracked)
+        if salt not in self._lost and len(self._lost) >= MAX_SALTS:
+            salt = ""
+        self._lost[salt] = max(self._lost.get(salt, 0), tracked.store.loss)
+
     def _before_last(self, tracked: Tracked) -> int:
         """Whole blocks before the last token, which is always computed.
 
@@ -355,3 +371,8 @@ class SchedulerLoads:
             if slots:
                 copies.append(PageCopies(group, tuple(slots), tuple(ids)))
         return tuple(copies), is_whole
+
+
+def _salt(tracked: Tracked) -> str:
+    """A name of vLLM's cache salt, never that of all others; without one, that of requests without one."""
+    return f"={getattr(tracked.engine, 'cache_salt', None) or ''}"

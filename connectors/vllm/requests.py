@@ -36,6 +36,7 @@ class Tracked:
     most:       blocks that may be promised; less after a load of this request failed.
     is_aside:   the load that was promised is asynchronous.
     num_saved:  blocks that have been given to a save, or need none.
+    is_mixed:   it began with blocks of vLLM's own cache that may have lost more than its names tell: none is saved.
     num_hashed: vLLM's hashes that are in `store`.
     judge:      of its answer, for the prompt of `judged` tokens, by the first `num_heard` tokens; None: not saved.
     by_tier:    blocks of the load by the tier they come from.
@@ -54,6 +55,7 @@ class Tracked:
     is_loading: bool = False
     is_aside: bool = True
     num_saved: int = 0
+    is_mixed: bool = False
     num_hashed: int = 0
     judge: AnswerJudge | None = None
     judged: int = -1
@@ -142,11 +144,13 @@ def _uses_store(request: Any) -> bool:
 def _options(request: Any, plain: RequestOptions) -> tuple[RequestOptions, str]:
     """The hints of vLLM's request: those under "kvstore" in kv_transfer_params; and the end that they tell of.
 
-    They come from whoever sent the request, so those that make no sense are ignored, all of them.
+    They come from whoever sent the request, so those that make no sense are ignored, all of them but `exact`: what
+    refuses loss is not to get it for a mistake beside.
     """
     hints: Any = None
     try:
         hints = (getattr(request, "kv_transfer_params", None) or {}).get("kvstore", {})
+        plain = replace(plain, exact=hints.get("exact") is True)
         ttl_s = hints.get("ttl_s")
         options = replace(
             plain,
@@ -155,6 +159,7 @@ def _options(request: Any, plain: RequestOptions) -> tuple[RequestOptions, str]:
             ttl_s=float(ttl_s) if ttl_s is not None and float(ttl_s) > 0 else None,
             retain_until=max(0.0, float(hints.get("retain_until", 0.0))),
             last_turn=hints.get("last_turn", False),
+            exact=hints.get("exact", False),
         )
         check_options(options)  # not every text that JSON can spell is one, nor is every number
         return options, check_reason(hints.get("finish_reason", ""))

@@ -65,6 +65,8 @@ class SchedulerSaves:
 
     def plan(self, name: str, tracked: Tracked, num_tokens: int, block_ids: Callable[[str], Any]) -> None:
         """Save the blocks that a step fills which computes `num_tokens` of the request. Never raises."""
+        if tracked.is_mixed:
+            return
         if self._suspects:
             tracked.num_saved = NEVER
             return

@@ -333,13 +333,18 @@ class WorkerHalf:
                     self._failed.add(job.request)
 
 
-def page_tables(engine: EngineLayout, kv_caches: Mapping[str, Any], num_blocks: int) -> list[PageTable]:
+def page_tables(
+    engine: EngineLayout, kv_caches: Mapping[str, Any], num_blocks: int, lossy_codec: str = ""
+) -> list[PageTable]:
     """The memory of the engine's blocks, by layer group.
 
     A layer's tensor may be cut finer than the scheduler's blocks (kernel blocks), padded, or interleaved with other
     layers; what counts is where its first block begins, how far the next one is, and how many bytes it has.
 
-    Raises ConfigError if a layer is missing or its blocks are not equally far apart.
+    lossy_codec: of tiers in this process; "" for none.
+
+    Raises ConfigError if a layer is missing, if its blocks are not equally far apart, or if tiers store with loss and
+    its elements lie otherwise than the layout says.
     """
     tables: list[PageTable] = []
     for group, names, sizes in zip(engine.layout.groups, engine.layer_names, engine.layer_bytes, strict=True):
@@ -359,8 +364,13 @@ def page_tables(engine: EngineLayout, kv_caches: Mapping[str, Any], num_blocks: 
                     f"{tuple(tensor.stride())}; {num_blocks} blocks of {size} bytes do not lie in it one by one"
                 )
             odd = odd_blocks(group.axes[2 * index : 2 * index + 2], tensor.shape, tensor.stride())
+            if odd and lossy_codec:
+                raise ConfigError(
+                    f"codec is {lossy_codec!r}, but of the KV of layer {name} it is not known what lies where: {odd}; "
+                    "exact and lossless take any page"
+                )
             if odd:
-                log.warning("KV of layer %s: %s; use codec exact or lossless: others lose more", name, odd)
+                log.info("KV of layer %s: %s; where a daemon's codecs lose something, they lose more", name, odd)
             bases.append(int(tensor.data_ptr()))
             strides.append(stride)
             tensors.append(tensor)

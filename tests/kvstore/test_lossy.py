@@ -13,6 +13,7 @@ from kvstore.codecs.loss import Loss, loss_of
 from kvstore.config.sections import Config
 from kvstore.errors import ConfigError
 from kvstore.layout import Layout
+from kvstore.opening import lossy_codec
 from kvstore.plan.records import Request, RequestOptions
 from kvstore.service.protocol.namespaces import layout_from_json, layout_to_json
 from kvstore.store import LocalStore
@@ -184,3 +185,11 @@ def test_machines_share_lossy_pages_through_redis_and_exact_readers_do_not_see_t
         with open_with(redis=exact) as store:
             assert loaded(store, store.request(TOKENS)) == []
             assert loaded(store, store.request(TOKENS + 7)) == kept  # what was stored without loss is everybody's
+
+
+def test_an_engine_hears_which_of_its_own_tiers_loses_most(tmp_path: Path) -> None:
+    tiers = {"disk": {"path": tmp_path, "codec": "near"}, "redis": {"url": "redis://localhost", "codec": "small"}}
+
+    assert lossy_codec(Config(**tiers)) == "small"
+    assert lossy_codec(Config(disk={"path": tmp_path, "codec": "lossless"})) == ""
+    assert lossy_codec(Config(**tiers, service={"url": "unix:///run/kv.sock"})) == ""

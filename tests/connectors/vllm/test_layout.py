@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from connectors.vllm.layout import engine_layout
+from connectors.vllm.layout import engine_layout, odd_blocks
 from kvstore.errors import ConfigError
 from kvstore.layout import GroupKind
 
@@ -107,3 +107,54 @@ def test_groups_that_are_not_transferred_are_left_out() -> None:
 def test_what_cannot_be_stored_correctly_is_refused(groups: list[Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         layout_of(*groups, **changes)
+
+
+def axes_of(device: str, kind: type = FullAttentionSpec, **changes: Any) -> Any:
+    """Two kv heads, 32 tokens, 64 dims: 16,384 bytes a layer."""
+    shape = {"num_kv_heads": 2, "head_size": 64, "page_size_bytes": 16384, **changes}
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
+        device_config=SimpleNamespace(device_type=device),
+    )
+    groups = [group(spec(kind, **shape), "a", "b")]
+    cache = SimpleNamespace(kv_cache_groups=groups, hash_block_size=None, kv_tp_replicas=1)
+    return engine_layout(config, cache).layout.groups[0].axes
+
+
+def test_what_lies_where_is_told_of_bfloat16_blocks_on_cuda() -> None:
+    key, value, *others = axes_of("cuda")
+
+    assert (key.is_key, key.offset, key.heads, key.head_stride) == (True, 0, 2, 8192)
+    assert (value.is_key, value.offset, value.tokens, value.token_stride, value.dims) == (False, 128, 32, 256, 64)
+    assert [one.offset for one in others] == [16384, 16384 + 128]
+    assert len(axes_of("cuda", SlidingWindowSpec, sliding_window=64)) == 4
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "changes"),
+    [
+        ("cpu", FullAttentionSpec, {}),
+        ("cuda", MLAAttentionSpec, {}),
+        ("cuda", FullAttentionSpec, {"dtype": "torch.float16"}),
+        ("cuda", FullAttentionSpec, {"dtype": "torch.float8_e4m3fn", "page_size_bytes": 8192}),
+        ("cuda", FullAttentionSpec, {"page_size_bytes": 20480}),  # padded
+        ("cuda", FullAttentionSpec, {"head_size_v": 128}),
+    ],
+)
+def test_what_lies_where_in_other_blocks_is_the_engines_own_affair(device: str, kind: type, changes: Any) -> None:
+    assert axes_of(device, kind, **changes) == ()
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "is_odd"),
+    [
+        ((9, 2, 32, 128), (8192, 4096, 128, 1), False),
+        ((9, 32, 2, 128), (8192, 128, 4096, 1), False),  # the same bytes, in a view of another order
+        ((9, 32, 2, 128), (8192, 256, 128, 1), True),
+        ((9, 2, 32, 2, 64), (8192, 4096, 128, 64, 1), True),
+        ((18, 2, 16, 128), (4096, 2048, 128, 1), True),
+    ],
+)
+def test_blocks_that_lie_otherwise_are_seen(shape: Any, strides: Any, is_odd: bool) -> None:
+    assert bool(odd_blocks(axes_of("cuda")[:2], shape, strides)) is is_odd
+    assert odd_blocks((), shape, strides) == ""

@@ -21,6 +21,7 @@ from kvstore.plan.records import LeaseState, LeaseStatus, LoadLease, Match, Slot
 from kvstore.prefix.answers import AnswerForm, AnswerRules, TurnRule
 from kvstore.store import LocalStore
 from tests.helpers.hints import envelope
+from tests.helpers.kv_pages import layout_with, plain_axes
 from tests.helpers.stores import BLOCK, LAYOUT, PAGE_BYTES, namespace
 
 ENGINE = EngineLayout(LAYOUT, (0,), (("a", "b"),), ((4096, 4096),))
@@ -948,3 +949,71 @@ class TestCommonHead:
         world.stored(request("a", 8 * BLOCK + 1))
 
         assert [self.begin(world, request(name, 8 * BLOCK + 1)) for name in "bc"] == [8 * BLOCK] * 2
+
+
+@pytest.fixture
+def lossy(tmp_path: Path) -> Iterator[World]:
+    layout = layout_with(plain_axes(1, 2, BLOCK, 64), tokens=BLOCK)
+    disk = {"path": tmp_path / "disk", "capacity_bytes": 64 * layout.slot_bytes, "codec": "near", "shared": False}
+    config = Config(
+        host={"capacity_bytes": 64 * layout.slot_bytes, "huge_pages": False},
+        disk=disk,
+        store={"load_or_recompute": False},
+    )
+    engine = EngineLayout(layout, (0,), (("a",),), ((layout.groups[0].page_bytes,),))
+    with open_store(config, layout, namespace(layout), shared_name="kvstore-lossy") as store:
+        yield World(store, engine)
+
+
+def refusing(name: str, num_tokens: int, salt: str | None = None) -> Any:
+    """A request that refuses loss."""
+    asked = request(name, num_tokens)
+    asked.cache_salt, asked.kv_transfer_params = salt, {"kvstore": {"exact": True}}
+    return asked
+
+
+def test_what_vllm_computed_after_lossy_pages_is_not_saved_under_exact_names(lossy: World) -> None:
+    lossy.stored(request("a", 4 * BLOCK + 1))
+    lossy.loaded("b", request("a", 4 * BLOCK + 1))
+
+    asked = refusing("c", 8 * BLOCK + 1)
+    lossy.half.new_request(asked)
+    assert lossy.half.matched(asked, 4 * BLOCK) == (0, False)  # four blocks of vLLM's own cache are those of b
+    asked.num_computed_tokens = 4 * BLOCK
+    plan = lossy.half.plan_step({"c": 4 * BLOCK + 1}, lambda name: (list(range(1, 9)),))
+    assert plan.saves == []
+
+
+def test_a_request_that_refuses_loss_uses_the_store_where_it_begins_anew_or_has_a_salt_of_its_own(lossy: World) -> None:
+    lossy.stored(request("a", 4 * BLOCK + 1))
+    lossy.loaded("b", request("a", 4 * BLOCK + 1))
+
+    asked = refusing("c", 4 * BLOCK + 1)
+    lossy.half.new_request(asked)
+    assert lossy.half.matched(asked, 0) == (0, False)  # what is stored is lossy
+    plan = lossy.half.plan_step({"c": asked.num_tokens}, lambda name: (list(range(1, 5)),))
+    lossy.half.reported(StepReport(done={plan.saves[0].lease: 1}))
+    lossy.half.request_finished(asked)
+    again = refusing("d", 8 * BLOCK + 1, salt="exact")
+    lossy.half.new_request(again)
+    assert lossy.half.matched(again, 2 * BLOCK)[0] == 2 * BLOCK  # vLLM's blocks under this salt never were lossy
+
+
+def test_a_request_that_refuses_loss_does_so_whatever_else_it_says(lossy: World) -> None:
+    lossy.stored(request("a", 4 * BLOCK + 1))
+
+    asked = refusing("b", 4 * BLOCK + 1)
+    asked.kv_transfer_params["kvstore"]["priority"] = "first"
+    lossy.half.new_request(asked)
+    assert lossy.half.matched(asked, 0) == (0, False)
+
+
+def test_many_salts_under_which_lossy_pages_came_count_as_all(lossy: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("connectors.vllm.loads.MAX_SALTS", 0)
+    lossy.stored(request("a", 4 * BLOCK + 1))
+    lossy.loaded("b", request("a", 4 * BLOCK + 1))
+
+    asked = refusing("c", 4 * BLOCK + 1, salt="exact")
+    lossy.half.new_request(asked)
+    assert lossy.half.matched(asked, 2 * BLOCK) == (0, False)
+    assert lossy.half.plan_step({"c": asked.num_tokens}, lambda name: (list(range(1, 5)),)).saves == []

@@ -24,6 +24,7 @@ from kvstore.service.client.store import RemoteStore
 from kvstore.tiers.host import HostSlab, SlabHandle
 from radix.namespace import Namespace
 from tests.helpers.daemons import local_daemon
+from tests.helpers.kv_pages import layout_with, packed_axes
 from tests.helpers.waiting import WAIT_S
 
 NUM_BLOCKS = 6
@@ -381,6 +382,18 @@ def test_tensors_that_do_not_hold_the_blocks_are_refused() -> None:
     split = {name: torch.zeros(2, NUM_BLOCKS, 4, 8).bfloat16().transpose(0, 1) for name in ("a", "b")}
     with pytest.raises(ConfigError, match="do not lie in it one by one"):
         page_tables(engine_of(), split, NUM_BLOCKS)
+
+
+def test_with_a_lossy_codec_blocks_that_lie_otherwise_than_told_are_refused() -> None:
+    layout = layout_with(packed_axes(2, 2, 4, 8), tokens=4)
+    engine = EngineLayout(layout, (0,), (("a", "b"),), ((256, 256),))
+    tensors = {name: torch.zeros(NUM_BLOCKS, 2, 4, 16).bfloat16() for name in ("a", "b")}
+    others = {**tensors, "b": torch.zeros(NUM_BLOCKS, 4, 2, 16).bfloat16()}
+
+    assert page_tables(engine, tensors, NUM_BLOCKS, "small")
+    assert page_tables(engine, others, NUM_BLOCKS)
+    with pytest.raises(ConfigError, match="codec is 'small', but of the KV of layer b it is not known what lies where"):
+        page_tables(engine, others, NUM_BLOCKS, "small")
 
 
 def test_sizes_that_differ_from_the_configuration_are_refused(slab: HostSlab) -> None:
