@@ -8,7 +8,7 @@ of tokens whose likeliest one stays. Perplexity is left out: it hides most of th
 The noise floor is the model in bfloat16 against itself in float32, nothing stored: a codec below it is lost in what
 serving in bfloat16 does anyway.
 
-A needle is a number told early in a text and asked for at its end.
+A needle is a number told once, at the begin of a text, and asked for at its end.
 """
 
 from __future__ import annotations
@@ -221,17 +221,20 @@ def _compared(base: Any, other: Any) -> tuple[float, float, int]:
     return float(kl.sum()), float(same.sum()), int(same.numel())
 
 
+def needle_prompt(tokenizer: Any, city: str, number: int, text: str) -> Any:
+    """A text that tells a number at its begin only, [1, PREFIX]: in whole blocks, so all of it is coded."""
+    return tokenizer(f"The access code of the office in {city} is {number}.\n{text}", return_tensors="pt").input_ids[
+        :, :PREFIX
+    ]
+
+
 def _needles(model: Any, tokenizer: Any, coders: Sequence[_Coded]) -> tuple[int, list[int]]:
     """How many numbers the model finds with exact pages, and with those of each codec."""
     filler = usual_texts(len(NEEDLES))
     exact, found = 0, [0] * len(coders)
     for (city, number), text in zip(NEEDLES, filler, strict=True):
-        needle = f"The access code of the office in {city} is {number}.\n"
-        words = tokenizer(text, return_tensors="pt").input_ids[0, : PREFIX - BLOCK]
-        body = f"{needle}{tokenizer.decode(words, skip_special_tokens=True)}\n{needle}"
+        prefix = needle_prompt(tokenizer, city, number, text)
         ask = f"\nThe access code of the office in {city} is"
-        prefix = tokenizer(body, return_tensors="pt").input_ids[:, : PREFIX + BLOCK]
-        prefix = prefix[:, : min(prefix.shape[1], PREFIX)]
         question = tokenizer(ask, return_tensors="pt", add_special_tokens=False).input_ids
         kv = _prefix_kv(model, prefix)
         exact += str(number) in _answer(model, tokenizer, kv, question)

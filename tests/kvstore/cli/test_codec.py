@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -51,3 +53,14 @@ def test_a_missed_gate_is_told_and_is_the_exit_code(
     assert result.exit_code == exit_code
     assert ("MISSES ITS GATE" in result.stdout) == bool(exit_code)
     assert [row["passes"] for row in told["codecs"]] == [True, not exit_code]
+
+
+def test_a_needle_is_told_once_in_a_prompt_of_whole_blocks() -> None:
+    """What is told again in a last block that is not whole, and so never coded, is found by every codec."""
+    told = quality.needle_prompt(
+        lambda text, **_: SimpleNamespace(input_ids=np.array([list(text)])), "Rome", 4321, "x" * 999
+    )
+
+    assert told.shape == (1, quality.PREFIX)
+    assert quality.PREFIX % quality.BLOCK == 0
+    assert "".join(told[0]).count("4321") == 1
