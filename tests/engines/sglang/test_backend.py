@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -191,32 +190,29 @@ def test_a_corrupted_page_is_a_miss_and_leaves_the_rest(tmp_path: Path) -> None:
     assert (found, ok) == (NUM, [True, True, False, True, True, True])
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from tests.engines.sglang.backends import attached, chain, on_disk, tokens
-from tests.engines.sglang.pools import host_pool
-
-with attached(host_pool("page_first"), on_disk(Path(sys.argv[1]))) as backend:
-    backend.batch_set_v1(chain(6), tokens(0, 6))
-    print("stored", flush=True)
-    number = 1
-    while True:
-        backend.batch_set_v1(chain(6, seed=number), tokens(0, 6))
-        number += 1
-"""
+def write_for_ever(folder: Path, told: int) -> None:
+    with attached(host_pool("page_first"), on_disk(folder)) as backend:
+        backend.batch_set_v1(chain(NUM), tokens(0, NUM))
+        os.write(told, b"stored")
+        for seed in itertools.count(1):
+            backend.batch_set_v1(chain(NUM, seed=seed), tokens(0, NUM))
 
 
 def test_what_was_stored_is_there_after_the_process_was_killed(tmp_path: Path) -> None:
-    writer = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, env=dict(os.environ)
-    )
+    reader, told = os.pipe()
+    writer = os.fork()  # a process of its own would import SGLang for a minute
+    if not writer:
+        try:
+            write_for_ever(tmp_path, told)
+        finally:
+            os._exit(1)
+    os.close(told)
     try:
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == b"stored\n"
+        assert os.read(reader, 6) == b"stored"
     finally:
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+        os.close(reader)
     pool = host_pool("page_first")
     before = page_bytes(pool, 0, NUM)
 
