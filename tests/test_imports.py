@@ -321,6 +321,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "kvstore.vllm": (
         "kvstore.cluster",  # its web answers, errors and streams are OpenAI's
+        "kvstore.config.sources",
         "kvstore.errors",
         "kvstore.logs",
         "kvstore.metrics",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.cluster.server_process import as_child
+from kvstore.config.sources import FILE_VARIABLE
 from kvstore.errors import ConfigError
 
 OF_THE_DAEMON = ("host", "disk", "redis", "breaker")  # sections that a node daemon has, where there is one
@@ -74,7 +75,7 @@ def environment(mine: VllmSettings) -> dict[str, str]:
     if PACKAGES.name not in INSTALLED:
         found["PYTHONPATH"] = str(PACKAGES)
     if mine.file is not None:
-        found["KVSTORE_CONFIG"] = str(mine.file.absolute())
+        found[FILE_VARIABLE] = str(mine.file.absolute())
     if not any(os.path.exists(path) for path in ACCELERATORS):
         found = {**CPU_ENVIRONMENT, **found}
         if mine.threads:

@@ -282,7 +282,7 @@ def test_prompts_whose_positions_depend_on_their_length_are_kept_out_of_the_stor
         ([], {}, "empty"),
         ([256], {}, "vocabulary has 256"),
         ([0.5], {}, "float"),
-        (np.zeros((2, 4), np.int64), {}, "one prompt at a time"),
+        (np.zeros((2, 4), np.int64), {}, "one prompt is computed at a time"),
         ([1] * MAX_TOKENS, {"max_new_tokens": 2}, f"{MAX_TOKENS} positions"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([1], {"stop": [""]}, "empty string"),

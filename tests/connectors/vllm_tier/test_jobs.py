@@ -114,8 +114,8 @@ def test_a_load_that_hangs_ends_at_its_deadline_and_its_rows_are_safe(
     world.save(KEYS, [0, 1, 2, 3])
     monkeypatch.setattr(jobs, "GRACE_S", 0.05)
     core = world.open(load_deadline_s=0.2)
-    world.look(KEYS, core)
     world.disk.hang(honour_timeout=False, only=("read_into",))
+    world.look(KEYS, core)
 
     done = world.load(KEYS[:2], [10, 11], core)
     world.rows[10] = world.rows[11] = 88

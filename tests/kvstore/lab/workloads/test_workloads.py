@@ -10,14 +10,27 @@ from kvstore.errors import ConfigError, KVStoreError, TierUnavailable
 from kvstore.lab import compiled
 from kvstore.lab.bench import WORKLOADS, Table
 from kvstore.lab.daemon_process import daemon_process
-from kvstore.lab.workloads import device, disk, hash, host, index, model, planner, redis, service, service_bytes, sweep
+from kvstore.lab.workloads import (
+    codec,
+    device,
+    disk,
+    hash,
+    host,
+    index,
+    model,
+    planner,
+    redis,
+    service,
+    service_bytes,
+    sweep,
+)
 from kvstore.testing.redis_server import LocalRedis
 from kvstore.tiers.redis.url import parse_redis_url
 from kvstore.units import KiB
 from tests.helpers.redis_server import NEEDS_REDIS
 from tests.helpers.tiny_models import tiny_model
 
-MODULES = (device, disk, hash, host, index, model, planner, redis, service, service_bytes, sweep)
+MODULES = (codec, device, disk, hash, host, index, model, planner, redis, service, service_bytes, sweep)
 
 
 def check(tables: list[Table], *units: str) -> None:
