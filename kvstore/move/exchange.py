@@ -24,13 +24,12 @@ from dataclasses import dataclass, field
 
 from kvstore.errors import StoreClosed, TierError
 from kvstore.forks import forbid, harmless
-from kvstore.move.counters import LaneCounters
 from kvstore.move.lane import Lane
+from kvstore.move.lanes import Lanes
 from kvstore.move.mover import Mover
 from kvstore.move.rows import StagingPages
 from kvstore.page import PageKey, PageMeta
 from kvstore.plan.records import Op, Outcome, Priority, Transfer
-from kvstore.tiers.base import Tier, TierCounters
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ class _Batch:
     is_over: bool = False
 
 
-class Exchange:
+class Exchange(Lanes):
     """Blocking calls over lanes. See the module.
 
     make_lanes: makes the lanes, not started, for a function that gives the bytes of a slot.
@@ -160,34 +159,9 @@ class Exchange:
     # ---- what is so ---------------------------------------------------------------------------------------------
 
     @property
-    def tiers(self) -> tuple[str, ...]:
-        """Names, in the order in which they are asked."""
-        return tuple(self._mover.lanes)
-
-    @property
     def staging_pages(self) -> int:
         """Pages of our own memory that calls have needed at once so far."""
         return self._staging.num_pages
-
-    def takes(self, tier: str, op: Op) -> bool:
-        """False while a breaker keeps transfers of this kind out."""
-        return self._mover.lanes[tier].directions.allows(op)
-
-    def num_opened(self, tier: str) -> int:
-        """How often the tier, or a direction of it, was taken out."""
-        return self._mover.lanes[tier].directions.num_opened
-
-    def lane_counters(self, tier: str) -> LaneCounters:
-        """The counters of the tier's lane."""
-        return self._mover.lanes[tier].counters
-
-    def tier_counters(self, tier: str) -> TierCounters:
-        """The counters that only the tier itself has."""
-        return self.tier(tier).counters
-
-    def tier(self, name: str) -> Tier:
-        """The tier itself."""
-        return self._mover.lanes[name].tier
 
     # ---- private ------------------------------------------------------------------------------------------------
 

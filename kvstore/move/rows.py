@@ -26,12 +26,11 @@ import numpy as np
 
 from kvstore.errors import ConfigError, RequestError, StoreClosed, TierUnavailable
 from kvstore.forks import forbid, harmless
-from kvstore.move.counters import LaneCounters
 from kvstore.move.lane import Lane
+from kvstore.move.lanes import Lanes
 from kvstore.move.mover import Mover
 from kvstore.page import PageKey, PageMeta
 from kvstore.plan.records import Op, Outcome, Priority, Transfer
-from kvstore.tiers.base import Tier, TierCounters
 from kvstore.tiers.host import HUGE_PAGE_BYTES, HostSlab
 
 log = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ class StagingPages:
         return slab.view(0)
 
 
-class RowMover:
+class RowMover(Lanes):
     """Carries pages between lanes and the rows of `memory`. See the module.
 
     make_lanes: makes the lanes, not started, for a function that gives the bytes of a slot.
@@ -196,11 +195,6 @@ class RowMover:
     # ---- what is so ---------------------------------------------------------------------------------------------
 
     @property
-    def tiers(self) -> tuple[str, ...]:
-        """Names, in the order in which lanes were given."""
-        return tuple(self._mover.lanes)
-
-    @property
     def num_open(self) -> int:
         """Transfers not answered yet, given up ones included."""
         return self._num_open
@@ -213,26 +207,6 @@ class RowMover:
     def is_up(self, tier: str) -> bool:
         """False while pages are not asked of the tier: it is down, or refuses to be read."""
         return self.takes(tier, Op.FETCH)
-
-    def takes(self, tier: str, op: Op) -> bool:
-        """False while a breaker keeps transfers of this kind out."""
-        return self._mover.lanes[tier].directions.allows(op)
-
-    def num_opened(self, tier: str) -> int:
-        """How often the tier, or a direction of it, was taken out."""
-        return self._mover.lanes[tier].directions.num_opened
-
-    def lane_counters(self, tier: str) -> LaneCounters:
-        """The counters of the tier's lane."""
-        return self._mover.lanes[tier].counters
-
-    def tier_counters(self, tier: str) -> TierCounters:
-        """The counters that only the tier itself has."""
-        return self.tier(tier).counters
-
-    def tier(self, name: str) -> Tier:
-        """The tier itself."""
-        return self._mover.lanes[name].tier
 
     # ---- private ------------------------------------------------------------------------------------------------
 
